@@ -1,0 +1,12 @@
+"""Converts checkpoints between Megatron-LM and Hugging Face, streamed by as many ranks as torchrun starts.
+
+The command line is `dist-convert` (or `python -m dist_convert`). `inspect_checkpoint` reads headers only and needs
+neither torch nor an accelerator.
+"""
+
+from dist_convert.describe import inspect_checkpoint
+from dist_convert.errors import ConversionError
+from dist_convert.job import Job
+from dist_convert.version import __version__
+
+__all__ = ["ConversionError", "Job", "__version__", "inspect_checkpoint"]

@@ -1,0 +1,134 @@
+"""How ranks tell each other of progress and failure while their main threads are busy.
+
+A thread on every rank watches torchrun's store. A rank that fails posts its message there and waits; rank 0 prints
+it once; then every rank leaves with the same exit code, instead of a crowd of broken connections.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_POLL_SECONDS = 0.3
+_PATIENCE_SECONDS = 10.0
+
+
+class Channel:
+    """One rank's connection to the others, beside the process group; alone, it only prints.
+
+    Args:
+        rank, size: of the world.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._unsent_bytes = 0
+        self._written_alone_bytes = 0
+        self._on_progress: Callable[[int], None] | None = None
+        self._closed = threading.Event()
+        self._store = _connect() if size > 1 else None
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        if self._store is not None:
+            self._watcher.start()
+
+    def show_progress(self, on_progress: Callable[[int], None]) -> None:
+        """Call back with the bytes of all ranks, now and then, on this rank."""
+        self._on_progress = on_progress
+
+    def add_progress(self, size_bytes: int) -> None:
+        """Count bytes that this rank has written; any thread may call it."""
+        with self._lock:
+            self._unsent_bytes += size_bytes
+        if self._store is None:
+            self._exchange_progress()
+
+    def close(self) -> None:
+        """Stop watching; call it when all ranks are past the last point where one could fail alone."""
+        self._closed.set()
+        if self._store is not None:
+            self._watcher.join(timeout=_PATIENCE_SECONDS)
+        self._exchange_progress()
+
+    def fail(self, message: str, exit_code: int) -> int:
+        """Report this rank's failure and wait until it has been printed, once for all ranks.
+
+        Returns:
+            The exit code of the failure that was reported first.
+        """
+        if self._store is None:
+            print(message, file=sys.stderr, flush=True)
+            return exit_code
+        with self._lock:
+            first = self._store.add("failures", 1) == 1
+            if first:
+                self._store.set("failure", json.dumps({"message": message, "exit_code": exit_code}))
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline and not self._is_set("printed"):
+            if self._rank == 0 and self._is_set("failure"):
+                self._print_failure()
+            time.sleep(_POLL_SECONDS / 3)
+        return exit_code if first else self._failure_exit_code()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_POLL_SECONDS):
+            try:
+                if self._is_set("failure"):
+                    if self._rank == 0:
+                        self._print_failure()
+                    self._leave()
+                self._exchange_progress()
+            except dist.DistError:
+                return  # the store is gone: torchrun is ending this run already
+
+    def _leave(self) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline and not self._is_set("printed"):
+            time.sleep(_POLL_SECONDS / 3)
+        os._exit(self._failure_exit_code())  # the main thread may be inside a collective that never ends
+
+    def _print_failure(self) -> None:
+        with self._lock:
+            assert self._store is not None
+            if not self._store.check(["printed"]):
+                print(json.loads(self._store.get("failure"))["message"], file=sys.stderr, flush=True)
+                self._store.set("printed", "1")
+
+    def _failure_exit_code(self) -> int:
+        with self._lock:
+            assert self._store is not None
+            return int(json.loads(self._store.get("failure"))["exit_code"])
+
+    def _is_set(self, key: str) -> bool:
+        with self._lock:
+            assert self._store is not None
+            return bool(self._store.check([key]))
+
+    def _exchange_progress(self) -> None:
+        with self._lock:
+            new_bytes, self._unsent_bytes = self._unsent_bytes, 0
+            self._written_alone_bytes += new_bytes
+            all_bytes = self._written_alone_bytes
+            if self._store is not None and (new_bytes or self._on_progress is not None):
+                all_bytes = self._store.add("written", new_bytes)
+        if self._on_progress is not None:
+            self._on_progress(all_bytes)
+
+
+def _connect() -> dist.Store:
+    """A connection of our own to the store that torchrun (or rank 0) serves; each restart has its own keys."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=60),
+    )
+    return dist.PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

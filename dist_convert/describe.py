@@ -1,0 +1,157 @@
+"""One screen about a checkpoint of either kind, from headers only (no torch, no tensor is read)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dist_convert.dialects import describe_dialect, holds_no_weights, normalise
+from dist_convert.errors import CheckpointNotFound, ConversionError, CorruptFile
+from dist_convert.layout import SHARD_FILE, Grid, grid_from_args, grid_ranks, missing_directories, rank_directory
+from dist_convert.metadata.megatron_args import architecture_from_args
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Row
+from dist_convert.plan.geometry import part_shape
+from dist_convert.plan.source import count_layers, entries
+from dist_convert.read.checkpoint import iteration_directory, rank_files
+from dist_convert.read.megatron_shard import Shard, read_shard
+from dist_convert.read.safetensors_header import read_safetensors_header
+from dist_convert.units import human_bytes
+from dist_convert.write.safetensors_files import INDEX_FILE
+
+
+def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
+    """Describe a Megatron checkpoint or a Hugging Face directory in JSON values.
+
+    Args:
+        path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
+        ckpt_dir_name: the iteration; None asks the tracker file.
+
+    Raises:
+        CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments
+    """
+    if not path.is_dir():
+        raise CheckpointNotFound("the directory does not exist", file=str(path))
+    if (path / "config.json").is_file():
+        return _describe_huggingface(path)
+    return _describe_megatron(iteration_directory(path, ckpt_dir_name))
+
+
+def _describe_megatron(directory: Path) -> dict[str, Any]:
+    files = rank_files(directory)
+    if not files:
+        raise CheckpointNotFound("no rank directories", file=str(directory), expected="mp_rank_00 or the like")
+    shards = {file: read_shard(directory / file, file) for file in files}
+    first = shards[min(shards)]
+    grid = grid_from_args(first.args, len(first.chunks), imported_experts=False)
+    stored = [
+        (normalise(name), tensor)
+        for shard in shards.values()
+        for chunk in shard.chunks
+        for name, tensor in chunk.items()
+    ]
+    weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
+    names = {file.partition("/")[0] for file in files}
+    return {
+        "path": str(directory),
+        "kind": "megatron",
+        "format": "torch",
+        **_model(first),
+        "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
+        "iteration": first.iteration,
+        "grid": str(grid),
+        "layers_per_stage": _layers_per_stage(grid, shards),
+        "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
+        "weights_bytes": weights_bytes,
+        "skipped_bytes": sum(shard.size_bytes for shard in shards.values()) - weights_bytes,
+        "files": len(shards),
+        "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
+        "missing_shards": missing_directories(grid, names),
+    }
+
+
+def _model(shard: Shard) -> dict[str, Any]:
+    """Family and parameters, or why the model cannot be converted."""
+    try:
+        architecture = architecture_from_args(shard.args, vocab=None, file=shard.file)
+    except ConversionError as error:
+        return {"family": None, "parameters": None, "not_convertible": str(error)}
+    sizes = architecture.sizes()
+    parameters = sum(
+        prod(part_shape(part, sizes))
+        for entry, _, _ in entries(FAMILIES[architecture.family], architecture)
+        if isinstance(entry, Row)
+        for part in entry.parts
+    )
+    return {"family": architecture.family, "parameters": parameters}
+
+
+def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
+    """Layers counted in the keys, by pipeline stage and virtual stage, of the stages that are here."""
+    counted: dict[str, int] = {}
+    for rank in grid_ranks(grid):
+        shard = shards.get(f"{rank_directory(grid, rank)}/{SHARD_FILE}")
+        for virtual, chunk in enumerate(shard.chunks if shard else ()):
+            stage = str(rank.pipeline) if grid.virtual_pipeline == 1 else f"{rank.pipeline}.{virtual}"
+            counted[stage] = count_layers(map(normalise, chunk))
+    return counted
+
+
+def _describe_huggingface(path: Path) -> dict[str, Any]:
+    config = read_json(path / "config.json")
+    index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else {}
+    named = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    present = [name for name in named if (path / name).is_file()]
+    tensors = [tensor for name in present for tensor in read_safetensors_header(path / name, name).values()]
+    rope = config.get("rope_parameters") or {}
+    return {
+        "path": str(path),
+        "kind": "huggingface",
+        "format": "safetensors",
+        "family": config.get("model_type"),
+        "parameters": sum(tensor.elements for tensor in tensors),
+        "layers": config.get("num_hidden_layers"),
+        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
+        "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
+        "skipped_bytes": 0,
+        "files": len(present),
+        "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
+        "missing_shards": [name for name in named if name not in present],
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CorruptFile: it holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
+    if not isinstance(data, dict):
+        raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)
+    return data
+
+
+def as_screen(description: Mapping[str, Any]) -> str:
+    """The description for people: a line each, sizes in decimal units."""
+    lines = []
+    for name, value in description.items():
+        if name.endswith("_bytes"):
+            value = human_bytes(value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        label = name.removesuffix("_bytes").replace("_", " ")
+        lines.append(f"{label:18} {'' if value is None else value}".rstrip())
+    return "\n".join(lines)

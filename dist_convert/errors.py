@@ -1,0 +1,161 @@
+"""What can go wrong, as a tree of exceptions.
+
+::
+
+    ConversionError                 every error that a user can meet; its text is the whole message
+    ├── UsageError                  a flag, a job file or a combination of flags is wrong (exit code 2)
+    ├── SourceError                 the checkpoint cannot be converted as it is
+    │   ├── CheckpointNotFound      no checkpoint, iteration or tracker at the path
+    │   ├── MissingShard            a rank directory that the grid needs is not there
+    │   ├── InconsistentShards      shards that cannot belong to one checkpoint
+    │   ├── CorruptFile             truncated, or not what its header says
+    │   ├── UnsafePickle            the pickle names something that is never imported
+    │   ├── MissingArguments        no `args`, or an argument that decides the model is absent
+    │   ├── UnsupportedModel        an architecture, option or format without a place in the target
+    │   ├── MissingTensor           a table row without a stored tensor
+    │   ├── UnknownTensor           a stored tensor without a table row
+    │   ├── WrongShape              a stored tensor of another shape or dtype than the arguments imply
+    │   └── ValueOverflow           finite values become infinite in the target dtype
+    ├── PlanError                   a plan that does not cover its target exactly, or differs between ranks
+    ├── TargetError                 the target cannot be written
+    │   ├── TargetExists            not empty, and `--overwrite` was not given
+    │   └── NotEnoughSpace          the file system is too small
+    ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
+    └── Problems                    several of the above, found together before the first byte moved
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_LABELS = ("tensor", "file", "expected", "found", "remedy")
+
+
+class ConversionError(Exception):
+    """An error whose text is meant for the person who started the conversion.
+
+    Args:
+        what: one sentence on what is wrong.
+        tensor, file, expected, found, remedy: the details, shown one a line where they are given.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        tensor: str = "",
+        file: str = "",
+        expected: object = "",
+        found: object = "",
+        remedy: str = "",
+    ) -> None:
+        self.what = what
+        self.tensor = tensor
+        self.file = file
+        self.expected = str(expected)
+        self.found = str(found)
+        self.remedy = remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        details = [(label, str(getattr(self, label))) for label in _LABELS]
+        return "\n".join([self.what, *(f"  {label + ':':10}{text}" for label, text in details if text)])
+
+
+class UsageError(ConversionError):
+    """A flag, a job file or a combination of flags is wrong."""
+
+    exit_code = 2
+
+
+class SourceError(ConversionError):
+    """The checkpoint cannot be converted as it is."""
+
+
+class CheckpointNotFound(SourceError):
+    """No checkpoint, iteration or tracker at the path."""
+
+
+class MissingShard(SourceError):
+    """A rank directory that the grid needs is not there."""
+
+
+class InconsistentShards(SourceError):
+    """Shards that cannot belong to one checkpoint."""
+
+
+class CorruptFile(SourceError):
+    """Truncated, or not what its header says."""
+
+
+class UnsafePickle(SourceError):
+    """The pickle names something that is never imported."""
+
+
+class MissingArguments(SourceError):
+    """No `args` in the checkpoint, or an argument that decides the model is absent."""
+
+
+class UnsupportedModel(SourceError):
+    """An architecture, option or format without a place in the target."""
+
+
+class MissingTensor(SourceError):
+    """A table row without a stored tensor."""
+
+
+class UnknownTensor(SourceError):
+    """A stored tensor without a table row."""
+
+
+class WrongShape(SourceError):
+    """A stored tensor of another shape or dtype than the arguments imply."""
+
+
+class ValueOverflow(SourceError):
+    """Finite values become infinite in the target dtype."""
+
+
+class PlanError(ConversionError):
+    """A plan that does not cover its target exactly, or that differs between ranks."""
+
+
+class TargetError(ConversionError):
+    """The target cannot be written."""
+
+
+class TargetExists(TargetError):
+    """The target is not empty, and overwriting was not asked for."""
+
+
+class NotEnoughSpace(TargetError):
+    """The target's file system is too small."""
+
+
+class BudgetTooSmall(ConversionError):
+    """The memory budget does not hold one step."""
+
+
+class Problems(ConversionError):
+    """Several errors, found together before the first byte moved."""
+
+    SHOWN = 20
+
+    def __init__(self, problems: Sequence[ConversionError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{len(self.problems)} problems found; nothing was written")
+
+    def __str__(self) -> str:
+        hidden = len(self.problems) - self.SHOWN
+        lines = [self.what, *(str(problem) for problem in self.problems[: self.SHOWN])]
+        return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
+
+
+def raise_together(problems: Sequence[ConversionError]) -> None:
+    """Raise one problem as itself and several as `Problems`; return when there is none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise Problems(problems)

@@ -1,0 +1,43 @@
+"""What the user asked for, checked and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+#: `--target-params-dtype` in safetensors names; `keep` leaves every tensor as it is stored.
+TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
+SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mixtral")
+DEVICES = ("auto", "cpu", "cuda", "hpu")
+PLACEMENTS = ("auto", "gather", "direct")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Megatron to Hugging Face conversion. Field names are the flags' names; see `--help` for each.
+
+    Sizes are in bytes. Paths are as this rank sees them (`{rank}` and its like already filled in).
+    """
+
+    load_path: Path
+    save_path: Path
+    ckpt_dir_name: str | None = None
+    target_params_dtype: str = "bf16"
+    source_model_type: str | None = None
+    instruct: bool = False
+    save_capacity_bins: bool = False
+    max_shard_size_bytes: int = 5_000_000_000
+    true_vocab_size: int | None = None
+    tokenizer: Path | None = None
+    habana_imported_experts: bool = False
+    allow_overflow: bool = False
+    device: str = "auto"
+    placement: str = "auto"
+    max_memory_per_rank_bytes: int = 1_000_000_000
+    dry_run: bool = False
+    overwrite: bool = False
+
+    @property
+    def partial_path(self) -> Path:
+        """Where the target is made before it gets its name."""
+        return self.save_path.with_name(self.save_path.name + ".partial")

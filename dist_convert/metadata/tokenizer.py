@@ -1,0 +1,98 @@
+"""The tokenizer of a checkpoint: where its files are, how many tokens it has, and which ids begin and end a text.
+
+Files of a Hugging Face tokenizer are copied as they are; nothing is loaded (docs/formats.md, "Tokenizer files").
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_BARE_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as far as a conversion needs it.
+
+    Attributes:
+        directory: of Hugging Face tokenizer files; None where there are none to copy.
+        size: tokens, added ones included; None where it cannot be told without loading it.
+        bos, eos: ids of begin and end of text, where the files name them.
+        note: one sentence for the user where nothing is copied.
+    """
+
+    directory: Path | None
+    size: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    note: str = ""
+
+
+def find_tokenizer(flag: Path | None, args: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `--tokenizer` or the checkpoint's args name, if its files are here."""
+    named = flag or _path_in(args)
+    if named is None:
+        return Tokenizer(None, note="the checkpoint's args name no tokenizer; add one with --tokenizer PATH")
+    directory = named if named.is_dir() else named.parent
+    if (directory / "tokenizer.json").is_file() or (directory / "tokenizer_config.json").is_file():
+        return _from_directory(directory)
+    if named.is_file() or any((directory / name).is_file() for name in _BARE_FILES if named.is_dir()):
+        return Tokenizer(
+            None,
+            note=f"{named} is a bare tokenizer file; building a Hugging Face tokenizer from one is not supported yet: "
+            "give the directory of a Hugging Face tokenizer with --tokenizer",
+        )
+    return Tokenizer(None, note=f"the tokenizer {named} is not on this machine; give its path here with --tokenizer")
+
+
+def _path_in(args: Mapping[str, Any]) -> Path | None:
+    path = args.get("tokenizer_model") or args.get("tokenizer_name_or_path")
+    return Path(path) if isinstance(path, str) and path else None
+
+
+def _from_directory(directory: Path) -> Tokenizer:
+    config = _json(directory / "tokenizer_config.json")
+    tokenizer = _json(directory / "tokenizer.json")
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
+    if isinstance(vocab, dict):
+        ids.update(vocab)
+    elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
+        ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
+    ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
+    for number, token in config.get("added_tokens_decoder", {}).items():
+        ids[token["content"]] = int(number)
+    size = max(ids.values()) + 1 if ids and tokenizer else None
+    return Tokenizer(directory, size, _id(config.get("bos_token"), ids), _id(config.get("eos_token"), ids))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data if isinstance(data, dict) else {}
+
+
+def _id(token: Any, ids: Mapping[str, int]) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return ids.get(content) if isinstance(content, str) else None
+
+
+def copy_tokenizer(tokenizer: Tokenizer, target: Path) -> tuple[str, ...]:
+    """Copy the tokenizer's files byte for byte; returns their names."""
+    if tokenizer.directory is None:
+        return ()
+    present = tuple(name for name in _FILES if (tokenizer.directory / name).is_file())
+    for name in present:
+        shutil.copyfile(tokenizer.directory / name, target / name)
+    return present

@@ -1,0 +1,62 @@
+"""Writes everything in the target that is not a weight."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dist_convert.job import Job
+from dist_convert.metadata.capacity_bins import Bin, write_bins
+from dist_convert.metadata.hf_config import config_json, generation_config_json, special_token_ids
+from dist_convert.metadata.tokenizer import Tokenizer, copy_tokenizer
+from dist_convert.plan.plan import Content
+from dist_convert.write.safetensors_files import INDEX_FILE, index_json
+
+ARGS_FILE = "source_megatron_args.json"
+
+
+def write_metadata(
+    job: Job, content: Content, args: Mapping[str, object], tokenizer: Tokenizer, bins: Sequence[Bin]
+) -> None:
+    """Write configs, index, tokenizer, the training arguments and capacity bins into the partial directory.
+
+    Args:
+        job: what was asked for.
+        content: what was converted.
+        args: the checkpoint's training arguments.
+        tokenizer: whose files are copied.
+        bins: of all ranks; written only where the job asks for them.
+    """
+    partial = job.partial_path
+    architecture = content.side.architecture
+    bos, eos = special_token_ids(architecture, instruct=job.instruct)
+    if tokenizer.bos is not None:
+        bos = tokenizer.bos
+    if tokenizer.eos is not None and not isinstance(eos, list):
+        eos = tokenizer.eos
+    sampling = job.instruct and content.side.family.name == "llama"
+    _write_json(
+        partial / "config.json", config_json(architecture, content.side.family.hf_class, _main_dtype(content), bos, eos)
+    )
+    _write_json(partial / "generation_config.json", generation_config_json(bos, eos, sampling=sampling))
+    _write_json(partial / ARGS_FILE, dict(args))
+    index = index_json(content.files)
+    if index is not None:
+        (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+    copy_tokenizer(tokenizer, partial)
+    if job.save_capacity_bins:
+        write_bins(partial, content.side, bins)
+
+
+def _main_dtype(content: Content) -> str:
+    sizes: Counter[str] = Counter()
+    for file in content.files:
+        for tensor in file.tensors:
+            sizes[tensor.dtype] += tensor.size_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _write_json(path: Path, data: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""Everything that ranks say to each other: the only file with collectives.
+
+Without torchrun there is one rank, no process group, and every function answers for that rank alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_convert.device import BACKENDS, choose_device
+from dist_convert.errors import ConversionError, PlanError
+
+#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
+WIRE_DTYPE = torch.int32
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all ranks, and the device that its collectives use."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: int
+    host: str
+    device: torch.device
+
+
+def join_world(device: str, timeout_seconds: float) -> World:
+    """Join the ranks that torchrun started; alone without it.
+
+    Args:
+        device: as in `device.choose_device`.
+        timeout_seconds: after which a collective with a silent rank fails.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    if size > 1:
+        dist.init_process_group(BACKENDS[chosen.type], timeout=timedelta(seconds=timeout_seconds))
+    return World(
+        rank=int(os.environ.get("RANK", "0")),
+        size=size,
+        local_rank=local_rank,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        node=int(os.environ.get("GROUP_RANK", "0")),
+        host=socket.gethostname(),
+        device=chosen,
+    )
+
+
+def leave_world(world: World) -> None:
+    """Leave the process group, so that no backend warns at exit."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def gather_objects(world: World, mine: Any) -> list[Any]:
+    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device."""
+    if world.size == 1:
+        return [mine]
+    texts: list[Any] = [None] * world.size
+    with _named_loss():
+        dist.all_gather_object(texts, json.dumps(mine, separators=(",", ":")))
+    return [json.loads(text) for text in texts]
+
+
+@contextmanager
+def _named_loss() -> Iterator[None]:
+    """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise ConversionError(
+            "lost contact with another rank",
+            found=str(error).splitlines()[0],
+            remedy="look for the rank that ended first, or for a network that was cut, and start again",
+        ) from error
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    gather_objects(world, None)
+
+
+def agree(world: World, digest: str) -> None:
+    """Check that all ranks made the same plan.
+
+    Raises:
+        PlanError: naming the first rank that differs.
+    """
+    digests = gather_objects(world, digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise PlanError(
+                "ranks made different plans",
+                expected=f"{digests[0][:16]} as on rank 0",
+                found=f"{other[:16]} on rank {rank}",
+                remedy="all ranks must run the same version with the same flags",
+            )
+
+
+def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """The process group of this rank's team; only its members take part. None for a team of one."""
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == world.size:
+        return dist.group.WORLD
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+@dataclass(frozen=True)
+class Gatherer:
+    """All-gathers of raw bytes within one team, staged through the device's memory where there is one.
+
+    `staging` holds one buffer to send and one to receive on an accelerator, None on the CPU.
+    """
+
+    group: dist.ProcessGroup
+    members: int
+    staging: tuple[torch.Tensor, torch.Tensor] | None
+
+
+def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
+    """Prepare the gathers of a team, or None for a team of one.
+
+    Args:
+        world: this rank's world.
+        ranks: of the team.
+        send_bytes: the most that a member contributes to one gather.
+    """
+    group = make_team_group(world, ranks)
+    if group is None:
+        return None
+    staging = None
+    if world.device.type != "cpu":
+        words = send_bytes // WIRE_DTYPE.itemsize
+        staging = (
+            torch.empty(words, dtype=WIRE_DTYPE, device=world.device),
+            torch.empty(words * len(ranks), dtype=WIRE_DTYPE, device=world.device),
+        )
+    return Gatherer(group, len(ranks), staging)
+
+
+def all_gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor) -> None:
+    """Gather every member's bytes, in the order of members.
+
+    Args:
+        gatherer: of the team.
+        send: uint8, a multiple of 4 bytes, the same size on every member.
+        received: uint8, `members` times as long.
+    """
+    source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
+    with _named_loss():
+        if gatherer.staging is None:
+            _gather_into(target, source, gatherer.group)
+            return
+        device_source = gatherer.staging[0][: source.numel()]
+        device_target = gatherer.staging[1][: target.numel()]
+        device_source.copy_(source)
+        _gather_into(device_target, device_source, gatherer.group)
+        target.copy_(device_target)
+
+
+def _gather_into(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> None:
+    # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(target, source, group=group)

@@ -1,0 +1,149 @@
+"""Which ranks work together, and which bytes each team of ranks converts.
+
+A team gathers among its members; teams are disjoint, so a rank is in one gather group besides the world. In `direct`
+placement every team is a single rank and nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_convert.errors import MissingShard, UsageError
+from dist_convert.plan.moves import Move
+
+Homes = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The blocks of one move that start at bytes `first_byte` up to (not including) `end_byte` of the move."""
+
+    move: int
+    first_byte: int
+    end_byte: int
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that convert their shares together, in ascending order."""
+
+    ranks: tuple[int, ...]
+    shares: tuple[Share, ...]
+
+
+def form_teams(moves: Sequence[Move], visible: Sequence[frozenset[str]], placement: str) -> tuple[Team, ...]:
+    """Divide the ranks into teams, and the moves' bytes over the teams.
+
+    Args:
+        moves: all moves of the plan.
+        visible: for each rank, the shard files that it can read.
+        placement: "gather" or "direct".
+
+    Raises:
+        MissingShard: a shard that no rank sees.
+        UsageError: direct placement where some shard set is not seen whole by any single rank.
+    """
+    if placement == "direct":
+        groups: list[tuple[int, ...]] = [(rank,) for rank in range(len(visible))]
+    else:
+        groups = _gather_groups(moves, visible)
+    shares = _deal(moves, groups, visible)
+    return tuple(Team(ranks, tuple(listed)) for ranks, listed in zip(groups, shares, strict=True))
+
+
+def _sees_all(homes: Homes, seen: frozenset[str]) -> bool:
+    return all(any(file in seen for file in files) for files in homes)
+
+
+def _union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
+    return frozenset[str]().union(*(visible[rank] for rank in ranks))
+
+
+def _shard_sets(moves: Sequence[Move]) -> tuple[Homes, ...]:
+    """The distinct tensor parallel sets: of the experts where there are any, else of the layers."""
+    with_experts = [move for move in moves if move.parameter.expert is not None]
+    most = max(len(move.homes) for move in with_experts or moves)
+    return tuple(dict.fromkeys(move.homes for move in with_experts or moves if len(move.homes) == most))
+
+
+def _gather_groups(moves: Sequence[Move], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """Ranks that see the same files, merged where only several of them together see a whole set of shards.
+
+    Ranks that see whole sets are split again: one team for each set, as far as there are ranks.
+    """
+    classes: dict[frozenset[str], tuple[int, ...]] = {}
+    for rank, seen in enumerate(visible):
+        classes[seen] = (*classes.get(seen, ()), rank)
+    whole = list(classes.values())
+    merged: list[tuple[int, ...]] = []
+    for homes in dict.fromkeys(move.homes for move in moves):
+        candidates = whole + merged
+        if any(_sees_all(homes, _union(ranks, visible)) for ranks in candidates):
+            continue
+        chosen = _cover(homes, candidates, visible)
+        whole = [ranks for ranks in whole if ranks not in chosen]
+        merged = [ranks for ranks in merged if ranks not in chosen]
+        merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
+    sets = _shard_sets(moves)
+    split = [team for ranks in whole for team in _split(ranks, sets, visible)]
+    return sorted(split + merged)
+
+
+def _cover(homes: Homes, candidates: list[tuple[int, ...]], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    chosen: list[tuple[int, ...]] = []
+    for files in homes:
+        if any(file in _union(ranks, visible) for ranks in chosen for file in files):
+            continue
+        seeing = [ranks for ranks in candidates if any(file in _union(ranks, visible) for file in files)]
+        if not seeing:
+            raise MissingShard("no rank sees a shard", expected=" or ".join(files), found="nothing")
+        chosen.append(seeing[0])
+    return chosen
+
+
+def _split(ranks: tuple[int, ...], sets: tuple[Homes, ...], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    served = sum(_sees_all(homes, visible[ranks[0]]) for homes in sets)
+    teams = min(len(ranks), max(1, served))
+    borders = [team * len(ranks) // teams for team in range(teams + 1)]
+    return [ranks[first:end] for first, end in zip(borders, borders[1:], strict=False)]
+
+
+def _deal(
+    moves: Sequence[Move], groups: Sequence[tuple[int, ...]], visible: Sequence[frozenset[str]]
+) -> list[list[Share]]:
+    """Cut the moves' bytes into contiguous stretches, in proportion to the teams' ranks."""
+    seen = [_union(ranks, visible) for ranks in groups]
+    able: dict[Homes, tuple[int, ...]] = {}
+    moves_of: dict[tuple[int, ...], list[int]] = {}
+    for number, move in enumerate(moves):
+        if move.homes not in able:
+            able[move.homes] = tuple(t for t, files in enumerate(seen) if _sees_all(move.homes, files))
+        if not able[move.homes]:
+            raise UsageError(
+                f"no rank alone sees all shards of {move.parameter.name}",
+                expected="every rank sees every file, for --placement direct",
+                found="shards on different machines",
+                remedy="use --placement gather",
+            )
+        moves_of.setdefault(able[move.homes], []).append(number)
+    shares: list[list[Share]] = [[] for _ in groups]
+    for teams, numbers in moves_of.items():
+        ends = _ends({team: len(groups[team]) for team in teams}, sum(moves[n].size_bytes for n in numbers))
+        start = 0
+        for number in numbers:
+            end = start + moves[number].size_bytes
+            for team, (first_byte, end_byte) in ends.items():
+                first, last = max(first_byte, start), min(end_byte, end)
+                if first < last:
+                    shares[team].append(Share(number, first - start, last - start))
+            start = end
+    return shares
+
+
+def _ends(weights: Mapping[int, int], total_bytes: int) -> dict[int, tuple[int, int]]:
+    whole, passed, ends = sum(weights.values()), 0, {}
+    for team, weight in weights.items():
+        ends[team] = (total_bytes * passed // whole, total_bytes * (passed + weight) // whole)
+        passed += weight
+    return ends

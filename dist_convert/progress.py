@@ -1,0 +1,30 @@
+"""One bar on rank 0 over the bytes of all ranks; nothing where the output is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from dist_convert.channel import Channel
+from dist_convert.move.exchange import World
+
+
+@contextmanager
+def show_progress(world: World, channel: Channel, total_bytes: int) -> Iterator[None]:
+    """Show what all ranks together have written until the block ends.
+
+    Args:
+        world: this rank.
+        channel: that carries the ranks' counts.
+        total_bytes: to be written by all ranks.
+    """
+    if world.rank != 0 or not sys.stderr.isatty():
+        yield
+        return
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", dynamic_ncols=True) as bar:
+        channel.show_progress(lambda all_bytes: bar.update(all_bytes - bar.n) and None)
+        yield
+        channel.show_progress(lambda _: None)

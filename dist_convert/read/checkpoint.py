@@ -1,0 +1,88 @@
+"""Finds a Megatron checkpoint on disk: the iteration's directory and the rank files in it that this machine sees.
+
+Facts: docs/formats.md, "Rank directories" and "The tracker file".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_convert.errors import CheckpointNotFound, UnsupportedModel
+from dist_convert.layout import SHARD_FILE, is_rank_directory
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+
+def iteration_directory(root: Path, name: str | None) -> Path:
+    """The directory of one iteration.
+
+    Args:
+        root: the checkpoint's root, or the iteration's directory itself.
+        name: such as "iter_0000004" or "release"; None asks the tracker file.
+
+    Raises:
+        CheckpointNotFound: no such directory, or no tracker that names one.
+        UnsupportedModel: a distributed checkpoint (`torch_dist` and its relatives).
+    """
+    if not root.is_dir():
+        raise CheckpointNotFound(
+            "the checkpoint directory does not exist", file=str(root), remedy="check --load-path on every node"
+        )
+    directory = root / (name or _tracked(root))
+    if not directory.is_dir():
+        raise CheckpointNotFound(
+            "the iteration does not exist",
+            file=str(directory),
+            expected="one of: " + (", ".join(_iterations(root)) or "no iteration is here at all"),
+            found="nothing",
+            remedy="name an existing iteration with --ckpt-dir-name",
+        )
+    if not rank_files(directory) and ((directory / "metadata.json").exists() or (directory / ".metadata").exists()):
+        raise UnsupportedModel(
+            "a distributed checkpoint (torch_dist, torch_dcp or a relative)",
+            file=str(directory),
+            expected=f"Megatron's `torch` format, mp_rank_*/{SHARD_FILE}",
+            found="metadata.json or .metadata",
+            remedy="load it with Megatron-LM and save it with --ckpt-format torch (--ckpt-convert-format torch)",
+        )
+    return directory
+
+
+def _tracked(root: Path) -> str:
+    if rank_files(root):
+        return "."
+    tracker = root / TRACKER_FILE
+    if not tracker.is_file():
+        raise CheckpointNotFound(
+            f"no {TRACKER_FILE}",
+            file=str(root),
+            expected="a Megatron checkpoint's root directory",
+            found=", ".join(_iterations(root)) or "no iteration",
+            remedy="name the iteration with --ckpt-dir-name",
+        )
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return text
+    if not text.isdecimal():
+        raise CheckpointNotFound(
+            "the tracker file names no iteration",
+            file=str(tracker),
+            expected="a number, or the word release",
+            found=repr(text[:40]),
+            remedy="name the iteration with --ckpt-dir-name",
+        )
+    return f"iter_{int(text):07d}"
+
+
+def _iterations(root: Path) -> list[str]:
+    names = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted(name for name in names if name == "release" or name.startswith("iter_"))
+
+
+def rank_files(directory: Path) -> dict[str, int]:
+    """The rank files of an iteration that this machine sees, with their sizes in bytes."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if is_rank_directory(path.name) and (path / SHARD_FILE).is_file():
+            found[f"{path.name}/{SHARD_FILE}"] = (path / SHARD_FILE).stat().st_size
+    return found

@@ -1,0 +1,154 @@
+"""Positioned reads of exactly the bytes that a view names, packed as target values."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dist_convert.boxes import Box, runs
+from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.move.buffers import Buffer
+from dist_convert.records import DTYPE_BYTES, View
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_OPEN_FILES = 64
+
+
+@dataclass
+class Counts:
+    """What a rank has read, and the values that its casts changed beyond rounding.
+
+    Attributes:
+        read_bytes: from source files.
+        overflowed: finite values that became infinite, by tensor.
+        rounded_norms: norm weights that adding 1 could not represent exactly, by tensor.
+    """
+
+    read_bytes: int = 0
+    overflowed: Counter[str] = field(default_factory=Counter)
+    rounded_norms: Counter[str] = field(default_factory=Counter)
+
+
+class FileReader:
+    """Reads views of the files below one directory; keeps a limited number of them open.
+
+    Not for use by two threads at once.
+    """
+
+    def __init__(self, root: Path, scratch: Buffer) -> None:
+        self.counts = Counts()
+        self._root = root
+        self._scratch = scratch
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def read(self, view: View, target_dtype: str, add: int, target: Buffer, offset_bytes: int) -> None:
+        """Read a view, add a constant, cast, and pack the values row by row into a buffer.
+
+        Args:
+            view: what to read.
+            target_dtype: safetensors name of the packed values.
+            add: added to each value before the cast.
+            target: the buffer.
+            offset_bytes: where in the buffer, a multiple of the item size.
+
+        Raises:
+            CorruptFile: the file ends before the view does.
+            SourceError: the file cannot be read.
+        """
+        size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
+        self.counts.read_bytes += view.size_bytes
+        if view.is_dense and view.dtype == target_dtype and not add:
+            self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
+            return
+        packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
+        matrix = packed.view(view.rows, view.columns)
+        for box, values in self._fetch(view):
+            part = matrix[box.row : box.row_end, box.column : box.column_end]
+            self._place(values, part, add, view.tensor)
+
+    def _fetch(self, view: View) -> Iterator[tuple[Box, torch.Tensor]]:
+        """The view's values as strided tensors over the scratch buffer, in as few parts as fit it."""
+        fetched = runs(view.rows, view.columns, view.row_stride, view.column_stride)
+        item_bytes = DTYPE_BYTES[view.dtype]
+        run_bytes = fetched.run_elements * item_bytes
+        runs_per_part = len(self._scratch.memory) // run_bytes
+        if not runs_per_part:
+            raise UnsupportedModel(
+                "a tensor's elements lie too far apart",
+                tensor=view.tensor,
+                file=view.file,
+                expected=f"at most {len(self._scratch.memory)} bytes from the first to the last of a block's row",
+                found=f"{run_bytes} bytes",
+                remedy="save the checkpoint with contiguous parameters",
+            )
+        values = self._scratch.tensor.view(TORCH_DTYPES[view.dtype])
+        for first in range(0, len(fetched.starts), runs_per_part):
+            starts = fetched.starts[first : first + runs_per_part]
+            for number, start in enumerate(starts):
+                window = self._scratch.memory[number * run_bytes : (number + 1) * run_bytes]
+                self._read_into(window, view, view.offset_bytes + start * item_bytes)
+            box = Box(0, 0, view.rows, view.columns)
+            if len(fetched.starts) > 1:
+                lines = (
+                    (0, first, view.rows, len(starts)) if view.is_transposed else (first, 0, len(starts), view.columns)
+                )
+                box = Box(*lines)
+            yield box, values.as_strided((box.rows, box.columns), (fetched.row_stride, fetched.column_stride))
+
+    def _place(self, values: torch.Tensor, target: torch.Tensor, add: int, tensor: str) -> None:
+        """Cast contiguous values, so that every element takes the same path whatever the strides."""
+        if values.dtype == target.dtype and not add:
+            target.copy_(values)
+            return
+        exact = values.contiguous()
+        if add:
+            exact = exact.to(torch.float64) + add
+        cast = exact.to(target.dtype)
+        overflowed = int((torch.isinf(cast) & torch.isfinite(exact)).sum()) if cast.isinf().any() else 0
+        if overflowed:
+            self.counts.overflowed[tensor] += overflowed
+        if add:
+            rounded = int((cast.to(torch.float64) != exact).sum())
+            if rounded:
+                self.counts.rounded_norms[tensor] += rounded
+        target.copy_(cast)
+
+    def _read_into(self, window: memoryview, view: View, offset_bytes: int) -> None:
+        done = 0
+        while done < len(window):
+            try:
+                count = os.preadv(self._descriptor(view.file), [window[done:]], offset_bytes + done)
+            except OSError as error:
+                raise SourceError(
+                    "cannot read the source", tensor=view.tensor, file=view.file, found=error.strerror or str(error)
+                ) from error
+            if count == 0:
+                raise CorruptFile(
+                    "the file ends inside a tensor",
+                    tensor=view.tensor,
+                    file=view.file,
+                    expected=f"{len(window)} bytes at offset {offset_bytes}",
+                    found=f"{done} bytes",
+                    remedy="the file is cut short or was replaced while it was read; copy it again",
+                )
+            done += count
+
+    def _descriptor(self, file: str) -> int:
+        descriptor = self._open.pop(file, None)
+        if descriptor is None:
+            descriptor = os.open(self._root / file, os.O_RDONLY)
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open[file] = descriptor
+        return descriptor

@@ -1,0 +1,232 @@
+"""One `model_optim_rng.pt` of Megatron's `torch` format: its args, and where each of its tensors lies.
+
+Only headers are read: the pickle and the zip's directory. The optimizer's bytes are counted, not touched.
+Keys of the file: docs/formats.md, "Keys of the file".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
+from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
+from dist_convert.read.zip_container import Container, data_offsets_bytes, open_container, read_small_record
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+
+#: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
+_ENUM_MEMBERS = {
+    ("ModelType", 1): "encoder_or_decoder",
+    ("AttnBackend", 1): "flash", ("AttnBackend", 2): "fused", ("AttnBackend", 3): "unfused",
+    ("AttnBackend", 4): "local", ("AttnBackend", 5): "auto",
+}  # fmt: skip
+_MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one rank's file.
+
+    Attributes:
+        file: relative to the iteration's directory, `mp_rank_00/model_optim_rng.pt`.
+        size_bytes: of the whole file.
+        weights_bytes: of the model's tensors.
+        iteration: training step, or None.
+        args: the training arguments as JSON values.
+        chunks: per virtual pipeline stage, the stored tensors by their name in its model.
+        opaque: per virtual pipeline stage, the entries that are no tensors: name -> what they are.
+    """
+
+    file: str
+    size_bytes: int
+    weights_bytes: int
+    iteration: int | None
+    args: dict[str, Any]
+    chunks: tuple[dict[str, StoredTensor], ...]
+    opaque: tuple[dict[str, str], ...]
+
+
+def read_shard(path: Path, file: str) -> Shard:
+    """Read the header of one rank's file.
+
+    Args:
+        path: the file on this machine.
+        file: its name relative to the iteration's directory.
+
+    Raises:
+        CorruptFile, UnsafePickle: see `zip_container` and `restricted_pickle`.
+        MissingArguments: it holds no `args`.
+        UnsupportedModel: it is of a format or version that is not read.
+    """
+    container = open_container(path, file)
+    _refuse_big_endian(container)
+    saved = load(read_small_record(container, "data.pkl"), file)
+    if not isinstance(saved, Mapping):
+        raise CorruptFile("not a Megatron checkpoint file", file=file, expected="a dict", found=type(saved).__name__)
+    args = saved.get("args")
+    if not isinstance(args, Inert) or not isinstance(args.state, Mapping):
+        raise MissingArguments(
+            "the checkpoint has no args",
+            file=file,
+            expected="an argparse.Namespace under the key 'args'",
+            found=", ".join(map(str, saved)) or "an empty dict",
+            remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
+        )
+    _refuse_old_version(saved.get("checkpoint_version"), file)
+    models = _models(saved, file)
+    chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
+    iteration = saved.get("iteration")
+    return Shard(
+        file=file,
+        size_bytes=container.size_bytes,
+        weights_bytes=sum(tensor.size_bytes for chunk in chunks for tensor in chunk.values()),
+        iteration=iteration if isinstance(iteration, int) else None,
+        args={str(name): _plain(value) for name, value in args.state.items()},
+        chunks=chunks,
+        opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
+    )
+
+
+def _refuse_big_endian(container: Container) -> None:
+    if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
+        raise UnsupportedModel("saved on a big-endian machine", file=container.label, expected="little endian")
+
+
+def _refuse_old_version(version: object, file: str) -> None:
+    number = version if isinstance(version, int | float) else 0
+    if number < 2:
+        raise UnsupportedModel(
+            "a checkpoint older than version 2 orders the rows of QKV differently",
+            file=file,
+            expected="checkpoint_version 2.0 or newer",
+            found=version,
+            remedy="load and save it once with a Megatron-LM of 2021 or later",
+        )
+
+
+def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
+    keys = ["model"] if "model" in saved else []
+    while not keys[:1] == ["model"] and f"model{len(keys)}" in saved:
+        keys.append(f"model{len(keys)}")
+    models = [saved[key] for key in keys]
+    if not models or not all(isinstance(model, Mapping) for model in models):
+        raise CorruptFile(
+            "the file holds no model",
+            file=file,
+            expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
+            found=", ".join(map(str, saved)),
+        )
+    if any("language_model" in model for model in models):
+        raise UnsupportedModel(
+            "a checkpoint of Megatron's legacy model classes",
+            file=file,
+            expected="names of Megatron-Core such as decoder.layers.0.self_attention.linear_qkv.weight",
+            found="language_model",
+            remedy="convert it to Megatron-Core first (tools/checkpoint/convert.py of Megatron-LM)",
+        )
+    return tuple({str(name): value for name, value in model.items()} for model in models)
+
+
+def _label(name: str, virtual: int, chunks: int) -> str:
+    """A name that is unique in its file: virtual stages repeat each other's names."""
+    return name if chunks == 1 else f"model{virtual}.{name}"
+
+
+def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container: Container) -> dict[str, StoredTensor]:
+    tensors = {name: value for name, value in models[virtual].items() if isinstance(value, Tensor)}
+    keys = sorted({f"data/{tensor.storage.key}" for tensor in tensors.values()})
+    offsets = data_offsets_bytes(container, keys)
+    stored = {}
+    for name, tensor in tensors.items():
+        record = f"data/{tensor.storage.key}"
+        item_bytes = DTYPE_BYTES[tensor.storage.dtype]
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+        end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
+        if end_bytes > container.records[record].size_bytes:
+            raise CorruptFile(
+                "a tensor reaches past its storage",
+                tensor=name,
+                file=container.label,
+                expected=f"at least {end_bytes} bytes in {record}",
+                found=f"{container.records[record].size_bytes} bytes",
+                remedy="copy the file again from the machine that saved it",
+            )
+        offset_bytes = offsets[record] + tensor.offset * item_bytes
+        label = _label(name, virtual, len(models))
+        stored[name] = StoredTensor(
+            label, container.label, tensor.storage.dtype, tensor.shape, tensor.strides, offset_bytes
+        )
+    return stored
+
+
+def _kind(value: object) -> str:
+    return value.class_name if isinstance(value, Inert) else type(value).__name__
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A JSON value for anything that `args` may hold; what has no JSON form becomes text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Dtype):
+        return value.torch_name
+    if depth > _MAX_DEPTH:
+        return "..."
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, Inert):
+        return _plain_inert(value, depth)
+    return str(value)
+
+
+def _plain_inert(value: Inert, depth: int) -> Any:
+    short_name = value.class_name.rpartition(".")[2]
+    if short_name in ("Namespace", "SimpleNamespace") and isinstance(value.state, Mapping):
+        return _plain(value.state, depth + 1)
+    if "Path" in short_name:
+        return "/".join(str(part) for part in value.arguments).replace("//", "/")
+    if short_name in ("set", "frozenset", "list", "tuple") and value.arguments:
+        return _plain(value.arguments[0], depth + 1)
+    if value.class_name == "builtins.getattr" and len(value.arguments) == 2:
+        owner, member = value.arguments
+        return f"{getattr(owner, '__name__', owner)}.{member}"
+    if len(value.arguments) == 1 and isinstance(value.arguments[0], int | str):
+        argument = value.arguments[0]
+        return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), argument)}"
+    return f"<{value.class_name}>"
+
+
+def shard_to_json(shard: Shard) -> dict[str, Any]:
+    """A compact JSON form, for sending headers between ranks."""
+    return {
+        "file": shard.file,
+        "size_bytes": shard.size_bytes,
+        "weights_bytes": shard.weights_bytes,
+        "iteration": shard.iteration,
+        "args": shard.args,
+        "chunks": [
+            [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in chunk.items()] for chunk in shard.chunks
+        ],
+        "opaque": shard.opaque,
+    }
+
+
+def shard_from_json(data: dict[str, Any]) -> Shard:
+    """The inverse of `shard_to_json`."""
+    count = len(data["chunks"])
+    chunks = tuple(
+        {
+            name: StoredTensor(
+                _label(name, virtual, count), data["file"], dtype, tuple(shape), tuple(strides), offset_bytes
+            )
+            for name, dtype, shape, strides, offset_bytes in chunk
+        }
+        for virtual, chunk in enumerate(data["chunks"])
+    )
+    return Shard(
+        data["file"], data["size_bytes"], data["weights_bytes"], data["iteration"], data["args"], chunks,
+        tuple(data["opaque"]),
+    )  # fmt: skip

@@ -1,0 +1,228 @@
+"""Reads a checkpoint's pickle without importing or calling anything that it names.
+
+Every global becomes an inert record that remembers its name and arguments. What is not on the short lists below
+is refused, so that a checkpoint which tries to run code is reported instead of half read. The pure Python
+unpickler is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
+
+Which classes appear: docs/formats.md, "Pickled classes".
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dist_convert.errors import CorruptFile, UnsafePickle
+
+#: torch's storage classes and scalar types, by safetensors name.
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+    "UInt16Storage": "U16", "UInt32Storage": "U32", "UInt64Storage": "U64", "UntypedStorage": "U8",
+}  # fmt: skip
+_DTYPES = {
+    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
+    "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64",
+}  # fmt: skip
+
+#: Everything below these packages may be named; it is neither imported nor called.
+_INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
+_INERT_GLOBALS = {
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "argparse": {"Namespace"},
+    "builtins": {"bool", "bytearray", "bytes", "complex", "float", "frozenset", "getattr", "int", "list", "object",
+                 "range", "set", "slice", "str", "tuple", "dict"},
+    "__builtin__": {"getattr", "set", "object"},
+    "collections": {"Counter", "defaultdict", "deque"},
+    "copyreg": {"_reconstructor"},
+    "copy_reg": {"_reconstructor"},
+    "datetime": {"datetime", "timedelta", "timezone"},
+    "fp16.loss_scaler": {"DynamicLossScaler", "LossScaler"},
+    "io": {"BytesIO"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy.dtypes": {"Float32DType", "Float64DType", "Int64DType", "UInt32DType", "UInt64DType"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "signal": {"Signals"},
+    "torch": {"Generator", "Size", "Tensor", "device"},
+    "torch._C": {"Generator"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
+    "torch._utils": {"_rebuild_device_tensor_from_numpy", "_rebuild_parameter_with_state", "_rebuild_wrapper_subclass"},
+    "torch.nn.parameter": {"Parameter"},
+    "torch.optim.adam": {"Adam"},
+    "torch.optim.adamw": {"AdamW"},
+    "torch.serialization": {"_get_layout"},
+    "types": {"SimpleNamespace"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A `torch.dtype` in the pickle, by safetensors name and by torch's."""
+
+    name: str
+    torch_name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage that the pickle refers to: record `data/{key}` of the container."""
+
+    key: str
+    dtype: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor over a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Inert:
+    """Stands for an object of a class that is not imported; keeps what it was made from."""
+
+    def __init__(self, class_name: str, arguments: tuple[Any, ...]) -> None:
+        self.class_name = class_name
+        self.arguments = arguments
+        self.state: Any = None
+        self.items: dict[Any, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, value: Any) -> None:
+        """Accept the list items that some classes are filled with."""
+
+    def extend(self, values: Any) -> None:
+        """Accept the list items that some classes are filled with."""
+
+    def __call__(self, *arguments: Any) -> Inert:
+        return Inert(self.class_name, arguments)
+
+    def __repr__(self) -> str:
+        return f"<{self.class_name}>"
+
+
+def _inert_class(class_name: str) -> type[Inert]:
+    """A class of its own for each global, because the pickle's NEWOBJ and REDUCE opcodes instantiate classes."""
+
+    def new(cls: type[Inert], *arguments: Any) -> Inert:
+        instance = object.__new__(cls)
+        Inert.__init__(instance, class_name, arguments)
+        return instance
+
+    def init(self: Inert, *arguments: Any) -> None:
+        """All was kept by `new`; unpickling by NEWOBJ never comes here."""
+
+    return type("Inert", (Inert,), {"__new__": new, "__init__": init})
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    whole = isinstance(offset, int) and all(isinstance(n, int) and n >= 0 for n in (*shape, *strides))
+    if not isinstance(storage, Storage) or not whole or len(shape) != len(strides) or offset < 0:
+        raise pickle.UnpicklingError("a tensor with impossible sizes")
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_typed_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    if not isinstance(storage, Storage) or not isinstance(dtype, Dtype):
+        raise pickle.UnpicklingError("a tensor without a storage or dtype")
+    return _rebuild_tensor(Storage(storage.key, dtype.name, storage.elements), offset, shape, strides)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_tensor_v3": _rebuild_typed_tensor,
+    "_rebuild_parameter": _rebuild_parameter,
+}
+
+
+# The pure Python unpickler is private by name only; typeshed does not know it.
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    def __init__(self, data: bytes, label: str) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._label = label
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Answer every global with something of ours, or refuse it."""
+        if module == "collections" and name == "OrderedDict":
+            return OrderedDict
+        if module == "torch._utils" and name in _REBUILD:
+            return _REBUILD[name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return Dtype(_STORAGES[name], name)
+        if module == "torch" and name in _DTYPES:
+            return Dtype(_DTYPES[name], f"torch.{name}")
+        if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_GLOBALS.get(module, ()):
+            return _inert_class(f"{module}.{name}")
+        raise UnsafePickle(
+            f"the pickle names {module}.{name}, which no Megatron checkpoint needs; nothing was run",
+            file=self._label,
+            expected="tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy",
+            found=f"{module}.{name}",
+            remedy="do not load this file with torch.load; find out where it comes from",
+        )
+
+    def persistent_load(self, saved_id: Any) -> Storage:
+        """A storage reference: ("storage", class, key, location, elements)."""
+        if not (isinstance(saved_id, tuple) and len(saved_id) == 5 and saved_id[0] == "storage"):
+            raise pickle.UnpicklingError("an unknown persistent id")
+        _, kind, key, _location, elements = saved_id
+        if not (isinstance(kind, Dtype) and isinstance(key, str) and isinstance(elements, int)):
+            raise pickle.UnpicklingError("a damaged storage reference")
+        return Storage(key, kind.name, elements)
+
+
+def load(data: bytes, label: str) -> Any:
+    """The pickled object, with inert records in place of every class.
+
+    Args:
+        data: the pickle.
+        label: how messages name the file.
+
+    Raises:
+        UnsafePickle: it names a global that is not on the lists above.
+        CorruptFile: it is not a pickle that torch.save writes.
+    """
+    try:
+        return _Unpickler(data, label).load()
+    except UnsafePickle:
+        raise
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+        OverflowError, RecursionError, AssertionError,
+    ) as error:  # fmt: skip
+        raise CorruptFile(
+            "damaged pickle",
+            file=label,
+            found=f"{type(error).__name__}: {error}",
+            remedy="copy the file again from the machine that saved it",
+        ) from error

@@ -1,0 +1,150 @@
+"""What a conversion says of itself: notes before it, a dry run's plan, and one line at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_convert.job import Job
+from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
+from dist_convert.metadata.tokenizer import Tokenizer
+from dist_convert.plan.plan import Content, Plan, content_digest
+from dist_convert.plan.steps import bytes_of
+from dist_convert.read.megatron_shard import Shard
+from dist_convert.units import human_bytes
+
+_LISTED = 8
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks together did. Bytes are sums over ranks, but for the peak memory, which is the worst rank's."""
+
+    read_bytes: int
+    gathered_bytes: int
+    written_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    overflowed: Mapping[str, int]
+    rounded_norms: Mapping[str, int]
+
+    @staticmethod
+    def of_ranks(outcomes: Sequence[Mapping[str, Any]], seconds: float) -> Outcome:
+        """Add the ranks' own outcomes up."""
+        overflowed: Counter[str] = Counter()
+        rounded: Counter[str] = Counter()
+        for outcome in outcomes:
+            overflowed.update(outcome["overflowed"])
+            rounded.update(outcome["rounded_norms"])
+        return Outcome(
+            sum(outcome["read_bytes"] for outcome in outcomes),
+            sum(outcome["gathered_bytes"] for outcome in outcomes),
+            sum(outcome["written_bytes"] for outcome in outcomes),
+            max(outcome["peak_memory_bytes"] for outcome in outcomes),
+            seconds,
+            dict(overflowed),
+            dict(rounded),
+        )
+
+
+def outcome_line(job: Job, outcome: Outcome) -> str:
+    """The last line of a conversion."""
+    rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
+    line = (
+        f"{job.save_path}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
+        f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
+        f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
+    )
+    if outcome.overflowed:
+        line += f"; {sum(outcome.overflowed.values())} values became infinite in {_names(outcome.overflowed)}"
+    if outcome.rounded_norms:
+        line += (
+            f"; adding 1 was rounded in {sum(outcome.rounded_norms.values())} values of norms "
+            "(exact with --target-params-dtype fp32)"
+        )
+    return line
+
+
+def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer: Tokenizer) -> list[str]:
+    """What the user should know before the conversion starts, a line each."""
+    args = shards[min(shards)].args
+    architecture = content.side.architecture
+    notes = []
+    decided = model_type_from_args(args)
+    if job.source_model_type and _contradicts(job.source_model_type, decided):
+        notes.append(
+            f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
+            f"{decided or 'llama without rope scaling'}; the args are followed"
+        )
+    size, who = true_vocab(
+        flag=job.true_vocab_size,
+        args=args,
+        tokenizer=tokenizer.size,
+        padded=architecture.padded_vocab,
+        file=min(shards),
+    )
+    if size != architecture.padded_vocab or who == "padded size":
+        notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
+    if tokenizer.size is not None and tokenizer.size != size:
+        notes.append(f"warning: the tokenizer has {tokenizer.size} tokens, the model {size}")
+    if content.target_dtype and content.kept_dtypes:
+        notes.append(
+            f"{len(content.kept_dtypes)} parameters are not stored in {content.survey.params_dtype} and keep their "
+            f"dtype: {_names(content.kept_dtypes)}"
+        )
+    for reason, count, size_bytes in content.survey.left_behind:
+        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
+    if content.zero_tensors:
+        notes.append(f"all zeros, because Megatron has no such parameter: {_names(content.zero_tensors)}")
+    if tokenizer.note:
+        notes.append(f"no tokenizer files are written: {tokenizer.note}")
+    return notes
+
+
+def _contradicts(said: str, decided: str | None) -> bool:
+    if decided is None:
+        return said in ("mixtral", "llama3.1")
+    return said != decided
+
+
+def describe_plan(job: Job, plan: Plan, free_bytes: int) -> str:
+    """A dry run's answer: files, and what each rank would read, gather and write."""
+    content = plan.content
+    lines = [
+        f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, "
+        f"{len(plan.visible)} ranks in {len(plan.teams)} groups, plan {content_digest(content)[:16]}",
+        "",
+        f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10}",
+    ]
+    for rank in range(len(plan.visible)):
+        number, member = plan.place_of(rank)
+        totals = [0, 0, 0]
+        for step in plan.steps(rank):
+            totals = [total + size for total, size in zip(totals, bytes_of(step, member), strict=True)]
+        totals[1] *= len(plan.teams[number].ranks)
+        cells = [*totals, plan.limits[number].total_bytes]
+        lines.append(f"{rank:5} {number:6} " + " ".join(f"{human_bytes(cell):>10}" for cell in cells))
+    lines += ["", f"{'size':>10}  file"]
+    lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
+    lines += [
+        "",
+        f"{human_bytes(content.target_bytes)} to be written below {job.save_path}, {human_bytes(free_bytes)} free",
+        "dry run: the conversion would start; nothing was written",
+    ]
+    return "\n".join(lines)
+
+
+def _names(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more

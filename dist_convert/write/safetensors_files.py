@@ -1,0 +1,90 @@
+"""The Hugging Face weights files before any data: names, headers, sizes and every tensor's place.
+
+File format: https://huggingface.co/docs/safetensors ("Format"); names and index: docs/formats.md, "Shards and index".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile
+
+INDEX_FILE = "model.safetensors.index.json"
+_HEADER_ALIGNMENT_BYTES = 8
+
+#: A tensor to be written: name, dtype, shape.
+TensorSpec = tuple[str, str, tuple[int, ...]]
+
+
+def _size_bytes(spec: TensorSpec) -> int:
+    size = DTYPE_BYTES[spec[1]]
+    for length in spec[2]:
+        size *= length
+    return size
+
+
+def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tuple[TargetFile, ...]:
+    """Fill files in the given order of tensors, a new one where the next tensor would exceed the size.
+
+    As `save_pretrained` does, sizes count tensor bytes and a tensor larger than the limit has a file of its own.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + _size_bytes(spec) > max_shard_size_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += _size_bytes(spec)
+    if len(groups) == 1:
+        return (_target_file("model.safetensors", groups[0]),)
+    total = len(groups)
+    return tuple(
+        _target_file(f"model-{number:05d}-of-{total:05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
+    # Readers view the data in place, so wider elements come first and every tensor is aligned to its own.
+    ordered = sorted(specs, key=lambda spec: -DTYPE_BYTES[spec[1]])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, offset = [], 0
+    for spec in ordered:
+        tensor, dtype, shape = spec
+        end = offset + _size_bytes(spec)
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        places.append((spec, offset))
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT_BYTES)
+    prefix = len(text).to_bytes(8, "little") + text
+    tensors = tuple(
+        StoredTensor(tensor, name, dtype, shape, _row_major(shape), len(prefix) + offset)
+        for (tensor, dtype, shape), offset in places
+    )
+    return TargetFile(name, prefix, len(prefix) + offset, tensors)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
+
+
+def index_json(files: Sequence[TargetFile]) -> str | None:
+    """The text of the index file, or None where there is a single file."""
+    if len(files) == 1:
+        return None
+    tensors = [tensor for file in files for tensor in file.tensors]
+    index = {
+        "metadata": {
+            "total_size": sum(tensor.size_bytes for tensor in tensors),
+            "total_parameters": sum(tensor.elements for tensor in tensors),
+        },
+        "weight_map": {tensor.name: tensor.file for tensor in tensors},
+    }
+    return json.dumps(index, indent=2) + "\n"

@@ -1,0 +1,33 @@
+"""Lets megatron-core 0.16 run without CUDA, Transformer Engine and compiled kernels."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch._dynamo
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
+
+
+class CpuGroupedGemm:
+    """Stands in for the CUDA kernel package `grouped_gemm`, which the legacy GroupedMLP calls."""
+
+    @staticmethod
+    def gmm(
+        rows: torch.Tensor, weights: torch.Tensor, rows_per_weight: torch.Tensor, trans_b: bool = False
+    ) -> torch.Tensor:
+        """Multiply consecutive blocks of rows with one weight matrix each."""
+        assert not trans_b
+        blocks = rows.split(rows_per_weight.tolist())
+        return torch.cat([block @ weight for block, weight in zip(blocks, weights, strict=True)])
+
+
+def make_megatron_run_on_cpu() -> None:
+    """Replace what megatron-core takes from CUDA whatever its configuration says."""
+    torch._dynamo.config.disable = True
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
+    CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()  # type: ignore[method-assign]
+    moe_utils.te_general_gemm = None  # 0.16.1 leaves the name undefined without Transformer Engine
+    grouped_gemm_util.grouped_gemm = grouped_gemm_util.ops = CpuGroupedGemm

@@ -1,0 +1,55 @@
+"""A converted checkpoint gives, in transformers, the logits that Megatron-Core's own forward gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dist_convert.__main__ import main
+from tests.oracle.cases import CASES, LOSSY_CASES, OracleCase
+
+_LLAMA_AND_MIXTRAL = [case for case in CASES if not case.qk_layernorm]
+_WITH_QK_LAYERNORM = [case for case in CASES if case.qk_layernorm]
+
+
+def _convert(case: OracleCase, oracle: Path, target: Path, *flags: str) -> int:
+    command = ["megatron-to-hf", "--load-path", str(oracle / case.name), "--save-path", str(target)]
+    return main([*command, "--target-params-dtype", "keep", "--device", "cpu", *flags])
+
+
+@pytest.mark.parametrize("case", _LLAMA_AND_MIXTRAL, ids=lambda case: case.name)
+def test_transformers_gives_the_logits_of_megatron(case: OracleCase, oracle: Path, tmp_path: Path) -> None:
+    assert _convert(case, oracle, tmp_path / "hf") == 0
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    expected = torch.load(oracle / case.name / "oracle.pt")
+    with torch.no_grad():
+        logits = model(expected["input_ids"]).logits
+    megatron = expected["logits"][..., : case.vocab]
+    assert logits.shape == megatron.shape
+    torch.testing.assert_close(logits, megatron, rtol=0, atol=1e-5)
+    assert torch.equal(logits.argmax(-1), megatron.argmax(-1))
+
+
+@pytest.mark.parametrize("case", _WITH_QK_LAYERNORM, ids=lambda case: case.name)
+def test_a_family_without_query_norms_refuses_them_by_name(
+    case: OracleCase, oracle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _convert(case, oracle, tmp_path / "hf") == 1
+    assert "qk-layernorm" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("case", LOSSY_CASES, ids=lambda case: case.name)
+def test_shards_that_training_never_wrote_are_named(
+    case: OracleCase, oracle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _convert(case, oracle, tmp_path / "hf") == 1
+    message = capsys.readouterr().err
+    assert "mp_rank_02_000" in message
+    assert "never wrote" in message
