@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 10.0
@@ -39,8 +39,8 @@ class Channel:
         if self._store is not None:
             self._watcher.start()
 
-    def show_progress(self, on_progress: Callable[[int], None]) -> None:
-        """Call back with the bytes of all ranks, now and then, on this rank."""
+    def show_progress(self, on_progress: Callable[[int], None] | None) -> None:
+        """Call back with the bytes of all ranks, now and then, on this rank; None ends that."""
         self._on_progress = on_progress
 
     def add_progress(self, size_bytes: int) -> None:
@@ -85,7 +85,7 @@ class Channel:
                         self._print_failure()
                     self._leave()
                 self._exchange_progress()
-            except dist.DistError:
+            except DistError:
                 return  # the store is gone: torchrun is ending this run already
 
     def _leave(self) -> None:
@@ -122,13 +122,13 @@ class Channel:
             self._on_progress(all_bytes)
 
 
-def _connect() -> dist.Store:
+def _connect() -> Store:
     """A connection of our own to the store that torchrun (or rank 0) serves; each restart has its own keys."""
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=60),
     )
-    return dist.PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

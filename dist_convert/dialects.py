@@ -150,7 +150,11 @@ def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> 
         Spelling("habana-dynamic", (Piece(f"{dynamic}_weight"),)),
         Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
     ]
-    for storage, dialect in (("plain", "habana-dynamic"), ("transposed", "habana-dynamic-transposed")):
+    storages: tuple[tuple[Storage, str], ...] = (
+        ("plain", "habana-dynamic"),
+        ("transposed", "habana-dynamic-transposed"),
+    )
+    for storage, dialect in storages:
         if megatron == _FC1:
             halves = (
                 Piece(f"{dynamic}1_weight", storage, part=0, parts=2),

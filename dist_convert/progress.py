@@ -25,6 +25,10 @@ def show_progress(world: World, channel: Channel, total_bytes: int) -> Iterator[
         yield
         return
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", dynamic_ncols=True) as bar:
-        channel.show_progress(lambda all_bytes: bar.update(all_bytes - bar.n) and None)
+
+        def update(all_bytes: int) -> None:
+            bar.update(all_bytes - bar.n)
+
+        channel.show_progress(update)
         yield
-        channel.show_progress(lambda _: None)
+        channel.show_progress(None)

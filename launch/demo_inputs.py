@@ -169,8 +169,45 @@ def training_args(hf: dict[str, Any], work_dir: Path) -> argparse.Namespace:
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend, CudaGraphScope
 
-    off = ["multi_latent_attention", "qk_layernorm", "apply_layernorm_1p", "squared_relu", "openai_gelu", "fp16", "finetune", "add_bias_linear", "add_qkv_bias", "rotary_interleaved", "use_rope_scaling", "use_rotary_position_embeddings", "moe_grouped_gemm", "moe_router_pre_softmax", "use_legacy_models", "sequence_parallel", "use_distributed_optimizer", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "use_dist_ckpt"]
-    unset = ["rotary_seq_len_interpolation_factor", "mtp_num_layers", "num_experts", "load", "fp8", "no_save_rng", "vocab_file", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "decoder_num_layers", "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"]
+    off = [
+        "multi_latent_attention",
+        "qk_layernorm",
+        "apply_layernorm_1p",
+        "squared_relu",
+        "openai_gelu",
+        "fp16",
+        "finetune",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "rotary_interleaved",
+        "use_rope_scaling",
+        "use_rotary_position_embeddings",
+        "moe_grouped_gemm",
+        "moe_router_pre_softmax",
+        "use_legacy_models",
+        "sequence_parallel",
+        "use_distributed_optimizer",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "use_dist_ckpt",
+    ]
+    unset = [
+        "rotary_seq_len_interpolation_factor",
+        "mtp_num_layers",
+        "num_experts",
+        "load",
+        "fp8",
+        "no_save_rng",
+        "vocab_file",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_per_virtual_pipeline_stage",
+        "decoder_num_layers",
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    ]
     return argparse.Namespace(
         **dict.fromkeys(off, False), **dict.fromkeys(unset),
         num_layers=hf["num_hidden_layers"], encoder_num_layers=hf["num_hidden_layers"],

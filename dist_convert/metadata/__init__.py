@@ -1,0 +1,1 @@
+"""Translates what is not a tensor: args, configs, tokenizers, capacity bins."""

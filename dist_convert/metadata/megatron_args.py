@@ -108,7 +108,7 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
                 file=file,
                 expected="aux_loss or none",
                 found="sinkhorn",
-                remedy="a sinkhorn router does not normalise the weights of the chosen experts; MixtralForCausalLM does",
+                remedy="sinkhorn does not normalise the weights of the chosen experts, MixtralForCausalLM does",
             )
         )
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size")
@@ -189,11 +189,13 @@ def true_vocab(
     Raises:
         UnsupportedModel: a true size above the padded one.
     """
-    claims = ((flag, "--true-vocab-size"), (args.get("vocab_size"), "args"), (tokenizer, "tokenizer"))
-    for size, who in (*claims, (padded, "padded size")):
-        if size:
-            break
-    if not size or size > padded:
+    claims: tuple[tuple[int | None, str], ...] = (
+        (flag, "--true-vocab-size"),
+        (args.get("vocab_size"), "args"),
+        (tokenizer, "tokenizer"),
+    )
+    size, who = next((size, who) for size, who in (*claims, (padded, "padded size")) if size)
+    if size > padded:
         raise UnsupportedModel(
             f"the vocabulary size of {who} does not fit the embedding",
             file=file,

@@ -117,7 +117,8 @@ def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | N
         return None
     if len(ranks) == world.size:
         return dist.group.WORLD
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group
 
 
 @dataclass(frozen=True)

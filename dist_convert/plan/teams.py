@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.plan.moves import Move
@@ -106,7 +107,7 @@ def _split(ranks: tuple[int, ...], sets: tuple[Homes, ...], visible: Sequence[fr
     served = sum(_sees_all(homes, visible[ranks[0]]) for homes in sets)
     teams = min(len(ranks), max(1, served))
     borders = [team * len(ranks) // teams for team in range(teams + 1)]
-    return [ranks[first:end] for first, end in zip(borders, borders[1:], strict=False)]
+    return [ranks[first:end] for first, end in pairwise(borders)]
 
 
 def _deal(

@@ -1,0 +1,1 @@
+"""Reads checkpoints: directories, headers without running code, and bytes at offsets."""

@@ -17,7 +17,7 @@ from dist_convert.read.zip_container import Container, data_offsets_bytes, open_
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 #: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
-_ENUM_MEMBERS = {
+_ENUM_MEMBERS: dict[tuple[str, object], str] = {
     ("ModelType", 1): "encoder_or_decoder",
     ("AttnBackend", 1): "flash", ("AttnBackend", 2): "fused", ("AttnBackend", 3): "unfused",
     ("AttnBackend", 4): "local", ("AttnBackend", 5): "auto",
@@ -108,7 +108,7 @@ def _refuse_old_version(version: object, file: str) -> None:
 
 def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
     keys = ["model"] if "model" in saved else []
-    while not keys[:1] == ["model"] and f"model{len(keys)}" in saved:
+    while keys[:1] != ["model"] and f"model{len(keys)}" in saved:
         keys.append(f"model{len(keys)}")
     models = [saved[key] for key in keys]
     if not models or not all(isinstance(model, Mapping) for model in models):
@@ -195,7 +195,7 @@ def _plain_inert(value: Inert, depth: int) -> Any:
         return f"{getattr(owner, '__name__', owner)}.{member}"
     if len(value.arguments) == 1 and isinstance(value.arguments[0], int | str):
         argument = value.arguments[0]
-        return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), argument)}"
+        return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), str(argument))}"
     return f"<{value.class_name}>"
 
 

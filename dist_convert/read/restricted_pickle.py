@@ -166,7 +166,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 
 
 # The pure Python unpickler is private by name only; typeshed does not know it.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Unpickler(pickle._Unpickler):
     def __init__(self, data: bytes, label: str) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._label = label

@@ -1,0 +1,1 @@
+"""Makes targets: file headers, bytes at offsets, and the commit."""
