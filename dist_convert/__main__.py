@@ -183,6 +183,7 @@ def _inspect(flags: argparse.Namespace) -> int:
 def _convert(job: Job) -> int:
     # torch takes seconds to import, which flags and inspect do not need.
     from dist_convert.channel import Channel
+    from dist_convert.device import limit_threads
     from dist_convert.move.exchange import join_world, leave_world
     from dist_convert.run import convert
 
@@ -190,6 +191,7 @@ def _convert(job: Job) -> int:
     channel = Channel(rank, size)
     try:
         world = join_world(job.device, _TIMEOUT_SECONDS)
+        limit_threads(world.local_size)
         convert(job, world, channel)
         channel.close()
         leave_world(world)

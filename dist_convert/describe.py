@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.dialects import describe_dialect, holds_no_weights, normalise
-from dist_convert.errors import CheckpointNotFound, ConversionError, CorruptFile
+from dist_convert.errors import CheckpointNotFound, ConversionError
 from dist_convert.layout import SHARD_FILE, Grid, grid_from_args, grid_ranks, missing_directories, rank_directory
 from dist_convert.metadata.megatron_args import architecture_from_args
 from dist_convert.models import FAMILIES
@@ -18,6 +17,7 @@ from dist_convert.models.schema import Row
 from dist_convert.plan.geometry import part_shape
 from dist_convert.plan.source import count_layers, entries
 from dist_convert.read.checkpoint import iteration_directory, rank_files
+from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import Shard, read_shard
 from dist_convert.read.safetensors_header import read_safetensors_header
 from dist_convert.units import human_bytes
@@ -123,21 +123,6 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
         "missing_shards": [name for name in named if name not in present],
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CorruptFile: it holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
-    if not isinstance(data, dict):
-        raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)
-    return data
 
 
 def as_screen(description: Mapping[str, Any]) -> str:

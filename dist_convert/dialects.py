@@ -101,6 +101,17 @@ def normalise(name: str) -> str:
     return ".".join(components)
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer, within its file, that a normalised name belongs to."""
+    stem, layers, number = (*name.split(".", 3), "", "", "")[:3]
+    return int(number) if (stem, layers) == ("decoder", "layers") and number.isdecimal() else None
+
+
+def is_tied_copy(name: str) -> bool:
+    """Whether a tensor of a model with tied embeddings is the last stage's copy of the embedding."""
+    return name == "output_layer.weight"
+
+
 def holds_no_weights(name: str) -> bool:
     """Whether an entry is state that a converted model does not need (FP8 state, counters, capacity bins)."""
     return f".{name}".endswith(_NO_WEIGHTS) or any(inside in name for inside in _NO_WEIGHTS_INSIDE)

@@ -86,6 +86,11 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
             f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
             f"{decided or 'llama without rope scaling'}; the args are followed"
         )
+    if architecture.rope_theta == 10000 and decided in ("mixtral", "llama3.1"):
+        notes.append(
+            "warning: rope_theta is 10000 according to the args; Habana's importer leaves that value whatever the "
+            "model has. If the checkpoint was imported and not trained since, correct rope_theta in config.json"
+        )
     size, who = true_vocab(
         flag=job.true_vocab_size,
         args=args,
@@ -117,14 +122,20 @@ def _contradicts(said: str, decided: str | None) -> bool:
     return said != decided
 
 
-def describe_plan(job: Job, plan: Plan, free_bytes: int) -> str:
-    """A dry run's answer: files, and what each rank would read, gather and write."""
+def describe_plan(job: Job, plan: Plan, bases_bytes: Sequence[int], free_bytes: int) -> str:
+    """A dry run's answer: files, and what each rank would read, gather and write.
+
+    Args:
+        job, plan: of the conversion.
+        bases_bytes: for each rank, the memory that it has used up to the plan.
+        free_bytes: where the target would be.
+    """
     content = plan.content
     lines = [
         f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, "
         f"{len(plan.visible)} ranks in {len(plan.teams)} groups, plan {content_digest(content)[:16]}",
         "",
-        f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10}",
+        f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]
     for rank in range(len(plan.visible)):
         number, member = plan.place_of(rank)
@@ -132,8 +143,9 @@ def describe_plan(job: Job, plan: Plan, free_bytes: int) -> str:
         for step in plan.steps(rank):
             totals = [total + size for total, size in zip(totals, bytes_of(step, member), strict=True)]
         totals[1] *= len(plan.teams[number].ranks)
-        cells = [*totals, plan.limits[number].total_bytes]
-        lines.append(f"{rank:5} {number:6} " + " ".join(f"{human_bytes(cell):>10}" for cell in cells))
+        buffers_bytes = plan.limits[number].total_bytes
+        cells = " ".join(f"{human_bytes(cell):>10}" for cell in (*totals, buffers_bytes))
+        lines.append(f"{rank:5} {number:6} {cells} {human_bytes(bases_bytes[rank] + buffers_bytes):>12}")
     lines += ["", f"{'size':>10}  file"]
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [

@@ -54,12 +54,14 @@ def convert(job: Job, world: World, channel: Channel) -> Outcome | None:
 
     free_bytes = 0
     if world.rank == 0:
-        free_bytes = check_target(job.save_path, overwrite=job.overwrite, needed_bytes=plan.content.target_bytes)
+        needed_bytes = plan.content.target_bytes
+        free_bytes = check_target(job.save_path, directory, overwrite=job.overwrite, needed_bytes=needed_bytes)
         for note in notes_on(job, plan.content, source.shards, tokenizer):
             print(note, file=sys.stderr)
     if job.dry_run:
+        bases_bytes: list[int] = gather_objects(world, peak_memory_bytes())
         if world.rank == 0:
-            print(describe_plan(job, plan, free_bytes))
+            print(describe_plan(job, plan, bases_bytes, free_bytes))
         barrier(world)
         return None
 
@@ -74,7 +76,8 @@ def convert(job: Job, world: World, channel: Channel) -> Outcome | None:
 
     mine = [source.shards[file] for file in source.headers_of[world.rank]]
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
-    sync_files(job.partial_path, [file.name for file in plan.content.files])
+    if world.local_rank == 0:
+        sync_files(job.partial_path, [file.name for file in plan.content.files])
     barrier(world)
     if world.rank == 0:
         write_metadata(job, plan.content, source.args, tokenizer, [bin for of_rank in bins for bin in of_rank])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_convert.dialects import CAPACITY_BINS, normalise
+from dist_convert.dialects import CAPACITY_BINS, layer_of, normalise
 from dist_convert.layout import Rank, rank_directory
 from dist_convert.plan.source import MegatronSide
 from dist_convert.read.megatron_shard import Shard
@@ -31,10 +31,10 @@ def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
     for shard in shards:
         for virtual, chunk in enumerate(shard.chunks):
             for stored_name, tensor in chunk.items():
-                prefix, inside, name = normalise(stored_name).partition(CAPACITY_BINS)
-                if inside:
-                    values = _read(directory, tensor)
-                    found.append((shard.file, virtual, int(prefix.split(".")[2]), name, tensor.dtype, values))
+                prefix, _, name = normalise(stored_name).partition(CAPACITY_BINS)
+                layer = layer_of(prefix)
+                if name and layer is not None:
+                    found.append((shard.file, virtual, layer, name, tensor.dtype, _read(directory, tensor)))
     return found
 
 

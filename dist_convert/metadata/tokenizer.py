@@ -5,12 +5,13 @@ Files of a Hugging Face tokenizer are copied as they are; nothing is loaded (doc
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dist_convert.read.json_file import read_json
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -60,8 +61,10 @@ def _path_in(args: Mapping[str, Any]) -> Path | None:
 
 
 def _from_directory(directory: Path) -> Tokenizer:
-    config = _json(directory / "tokenizer_config.json")
-    tokenizer = _json(directory / "tokenizer.json")
+    config, tokenizer = (
+        read_json(directory / name) if (directory / name).is_file() else {}
+        for name in ("tokenizer_config.json", "tokenizer.json")
+    )
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
@@ -74,13 +77,6 @@ def _from_directory(directory: Path) -> Tokenizer:
         ids[token["content"]] = int(number)
     size = max(ids.values()) + 1 if ids and tokenizer else None
     return Tokenizer(directory, size, _id(config.get("bos_token"), ids), _id(config.get("eos_token"), ids))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return data if isinstance(data, dict) else {}
 
 
 def _id(token: Any, ids: Mapping[str, int]) -> int | None:

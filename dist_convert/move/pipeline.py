@@ -13,9 +13,10 @@ from pathlib import Path
 
 from dist_convert.move.buffers import Buffer, Slot, make_buffer, make_slot
 from dist_convert.move.exchange import Gatherer, World, all_gather, make_gatherer
+from dist_convert.plan.limits import SLOTS
 from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import SLOTS, PlacedBlock, Step
+from dist_convert.plan.steps import PlacedBlock, Step
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.records import View
 from dist_convert.write.file_writer import FileWriter

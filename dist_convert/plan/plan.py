@@ -18,9 +18,10 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture
 from dist_convert.models.schema import Family, Row
 from dist_convert.plan.geometry import part_shape
+from dist_convert.plan.limits import Limits, largest_send_bytes, limits
 from dist_convert.plan.moves import Move, check_cover, plan_moves
 from dist_convert.plan.source import MegatronSide, entries, megatron_side
-from dist_convert.plan.steps import Limits, Step, limits, steps_of_rank
+from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.survey import Survey, survey
 from dist_convert.plan.teams import Team, form_teams
 from dist_convert.read.megatron_shard import Shard
@@ -210,7 +211,9 @@ def divide(content: Content, visible: Sequence[frozenset[str]], *, placement: st
         BudgetTooSmall, UsageError, MissingShard: see `teams` and `steps`.
     """
     teams = form_teams(content.moves, visible, placement)
-    sizes = tuple(limits(budget_bytes, len(team.ranks)) for team in teams)
+    sizes = tuple(
+        limits(budget_bytes, len(team.ranks), largest_send_bytes(content.moves, team, visible)) for team in teams
+    )
     return Plan(content, placement, tuple(visible), teams, sizes)
 
 

@@ -104,8 +104,7 @@ def megatron_side(
 
 def count_layers(names: Iterable[str]) -> int:
     """Layers in one chunk, from the normalised names of its tensors."""
-    numbers = {int(name.split(".")[2]) for name in names if name.startswith("decoder.layers.")}
-    return max(numbers) + 1 if numbers else 0
+    return max((layer + 1 for name in names if (layer := dialects.layer_of(name)) is not None), default=0)
 
 
 def _experts_are_permuted(side: MegatronSide, flag: bool) -> bool:

@@ -11,19 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.plan.moves import BLOCK_BYTES, Move, blocks
+from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, readers_of
+from dist_convert.plan.moves import Move, blocks
 from dist_convert.plan.source import MegatronSide
 from dist_convert.plan.teams import Share, Team
 from dist_convert.records import DTYPE_BYTES, Block, Copy, View
-
-#: Small steps keep reading, gathering and writing close together; 8 MiB is where larger ones stop paying.
-STEP_BYTES = 8 << 20
-
-#: A rank reads ahead one step, gathers one and writes one.
-SLOTS = 3
-
-#: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
-ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -54,52 +46,6 @@ class Step:
 
     blocks: tuple[PlacedBlock, ...]
     send_bytes: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes of one rank's buffers, in bytes."""
-
-    step_bytes: int
-    send_bytes: int
-    members: int
-
-    @property
-    def received_bytes(self) -> int:
-        return self.send_bytes * self.members if self.members > 1 else 0
-
-    @property
-    def total_bytes(self) -> int:
-        """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and the
-        staging buffer that a gather over gloo allocates for itself."""
-        slots = SLOTS * (self.step_bytes + self.received_bytes)
-        return slots + 5 * BLOCK_BYTES + self.received_bytes
-
-
-def limits(budget_bytes: int, members: int) -> Limits:
-    """The largest useful buffers within a rank's budget.
-
-    Raises:
-        BudgetTooSmall: it does not even hold steps of one block.
-    """
-    for step_bytes in (STEP_BYTES, BLOCK_BYTES):
-        left_bytes = budget_bytes - Limits(step_bytes, 0, members).total_bytes
-        if members == 1 and left_bytes >= 0:
-            return Limits(step_bytes, 0, 1)
-        send_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        if members > 1 and send_bytes >= BLOCK_BYTES // members:
-            return Limits(step_bytes, min(send_bytes, step_bytes), members)
-    least = Limits(BLOCK_BYTES, BLOCK_BYTES // members if members > 1 else 0, members)
-    raise _too_small(least.total_bytes, budget_bytes)
-
-
-def _too_small(needed_bytes: int, budget_bytes: int) -> BudgetTooSmall:
-    return BudgetTooSmall(
-        "the memory budget does not hold one step",
-        expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
-        found=f"{budget_bytes // 1_000_000}MB",
-        remedy="raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
-    )
 
 
 def steps_of_rank(
@@ -153,7 +99,7 @@ def _assigned_blocks(
     turn = 0
     for share in team.shares:
         move = moves[share.move]
-        readers = _readers(move, team, visible)
+        readers = readers_of(move, team, visible)
         for block in _blocks_of_share(side, move, share, add_to_norms=add_to_norms):
             assigned = []
             for copy in block:
@@ -173,22 +119,6 @@ def _blocks_of_share(side: MegatronSide, move: Move, share: Share, *, add_to_nor
         if start >= share.first_byte:
             yield block
         start += sum(copy.targets[0].size_bytes for copy in block)
-
-
-def _readers(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each shard of a move, the members that read it in turn: each member owns as few shards as possible."""
-    eligible = [
-        tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
-        for files in move.homes
-    ]
-    readers = []
-    for shard, members in enumerate(eligible):
-        alike = [other for other, others in enumerate(eligible) if others == members]
-        position, count = alike.index(shard), len(alike)
-        first = position * len(members) // count
-        end = max(first + 1, (position + 1) * len(members) // count)
-        readers.append(members[first:end])
-    return readers
 
 
 class _Packer:

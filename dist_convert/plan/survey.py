@@ -136,7 +136,7 @@ def _reason_to_drop(side: MegatronSide, name: str) -> str | None:
         return "capacity bins (statistics of training)"
     if dialects.holds_no_weights(name):
         return "extra state (no weights)"
-    if name == "output_layer.weight" and side.architecture.tied:
+    if dialects.is_tied_copy(name) and side.architecture.tied:
         return "output layer (equal to the embedding that it is tied to)"
     return None
 

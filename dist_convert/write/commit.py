@@ -12,11 +12,12 @@ from dist_convert.records import TargetFile
 from dist_convert.write.file_writer import target_error
 
 
-def check_target(target: Path, *, overwrite: bool, needed_bytes: int) -> int:
+def check_target(target: Path, source: Path, *, overwrite: bool, needed_bytes: int) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
     Args:
         target: final path.
+        source: the checkpoint, which must not lie inside the target.
         overwrite: whether an existing target may be replaced.
         needed_bytes: of all files together; an existing target's space is not free before the end.
 
@@ -32,6 +33,21 @@ def check_target(target: Path, *, overwrite: bool, needed_bytes: int) -> int:
             expected="a new or empty directory",
             found=f"{sum(1 for _ in target.iterdir())} entries",
             remedy="choose another --save-path, or replace it with --overwrite",
+        )
+    if overwrite and target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise TargetExists(
+            "the target directory does not look like a model, so it is not replaced",
+            file=str(target),
+            expected="a directory with a config.json",
+            found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
+            remedy="choose another --save-path, or remove the directory yourself",
+        )
+    if source.resolve().is_relative_to(target.resolve()):
+        raise TargetError(
+            "the checkpoint lies inside the target",
+            file=str(target),
+            found=str(source),
+            remedy="choose a --save-path that does not hold the checkpoint",
         )
     parent = target.absolute().parent
     while not parent.exists():

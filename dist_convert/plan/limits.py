@@ -1,0 +1,99 @@
+"""How large each rank's buffers are, and who reads what within a team: both follow from the budget and the shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_convert.errors import BudgetTooSmall
+from dist_convert.plan.moves import BLOCK_BYTES, Move
+from dist_convert.plan.teams import Team
+
+#: Small steps keep reading, gathering and writing close together; 8 MiB is where larger ones stop paying.
+STEP_BYTES = 8 << 20
+
+#: The least that holds any one block: its bytes, and room to align the pieces of a thousand shards.
+LEAST_STEP_BYTES = BLOCK_BYTES + (64 << 10)
+
+#: A rank reads ahead one step, gathers one and writes one.
+SLOTS = 3
+
+#: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of one rank's buffers, in bytes."""
+
+    step_bytes: int
+    send_bytes: int
+    members: int
+
+    @property
+    def received_bytes(self) -> int:
+        return self.send_bytes * self.members if self.members > 1 else 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and the
+        staging buffer that a gather over gloo allocates for itself."""
+        slots = SLOTS * (self.step_bytes + self.received_bytes)
+        return slots + 5 * BLOCK_BYTES + self.received_bytes
+
+
+def limits(budget_bytes: int, members: int, least_send_bytes: int) -> Limits:
+    """The largest useful buffers within a rank's budget.
+
+    Args:
+        budget_bytes: of memory for each rank.
+        members: of the team.
+        least_send_bytes: what one block needs, see `largest_send_bytes`; 0 where nothing crosses.
+
+    Raises:
+        BudgetTooSmall: it does not even hold steps of one block.
+    """
+    for step_bytes in (STEP_BYTES, LEAST_STEP_BYTES):
+        left_bytes = budget_bytes - Limits(step_bytes, 0, members).total_bytes
+        affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        send_bytes = min(affordable_bytes, step_bytes) if least_send_bytes else 0
+        if left_bytes >= 0 and send_bytes >= least_send_bytes:
+            return Limits(step_bytes, send_bytes, members)
+    needed_bytes = Limits(LEAST_STEP_BYTES, least_send_bytes, members).total_bytes
+    raise BudgetTooSmall(
+        "the memory budget does not hold one step",
+        expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
+        found=f"{budget_bytes // 1_000_000}MB",
+        remedy="raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
+    )
+
+
+def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]) -> int:
+    """The most that one member contributes to the gather of a single block; 0 where no block crosses members."""
+    largest = 0
+    crossing = {moves[share.move].homes: moves[share.move] for share in team.shares if len(moves[share.move].homes) > 1}
+    for move in crossing.values():
+        readers = readers_of(move, team, visible)
+        for turn in range(len(team.ranks)):
+            pieces = Counter(members[turn % len(members)] for members in readers)
+            if len(pieces) > 1:
+                share = max(pieces.values())
+                largest = max(largest, BLOCK_BYTES * share // len(readers) + share * ALIGNMENT_BYTES)
+    return largest
+
+
+def readers_of(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """For each shard of a move, the members that read it in turn: each member owns as few shards as possible."""
+    eligible = [
+        tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
+        for files in move.homes
+    ]
+    readers = []
+    for shard, members in enumerate(eligible):
+        alike = [other for other, others in enumerate(eligible) if others == members]
+        position, count = alike.index(shard), len(alike)
+        first = position * len(members) // count
+        end = max(first + 1, (position + 1) * len(members) // count)
+        readers.append(members[first:end])
+    return readers
