@@ -10,8 +10,8 @@ import torch
 
 from dist_convert.errors import UsageError
 
-#: Collectives on the accelerator for data, on gloo for what the ranks tell each other.
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "cpu:gloo,hpu:hccl"}
+#: The backend that gathers data, by device. What the ranks tell each other goes over gloo on every device.
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

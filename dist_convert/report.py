@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.job import Job
+from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
 from dist_convert.metadata.tokenizer import Tokenizer
 from dist_convert.plan.plan import Content, Plan, content_digest
@@ -102,6 +103,10 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
         notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
     if tokenizer.size is not None and tokenizer.size != size:
         notes.append(f"warning: the tokenizer has {tokenizer.size} tokens, the model {size}")
+    trained = str(args.get("params_dtype")).removeprefix("torch.")
+    stored = TORCH_NAMES[content.survey.params_dtype]
+    if trained in TORCH_NAMES.values() and trained != stored:
+        notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
     if content.target_dtype and content.kept_dtypes:
         notes.append(
             f"{len(content.kept_dtypes)} parameters are not stored in {content.survey.params_dtype} and keep their "

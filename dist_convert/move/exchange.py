@@ -48,7 +48,7 @@ def join_world(device: str, timeout_seconds: float) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
     if size > 1:
-        dist.init_process_group(BACKENDS[chosen.type], timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
     return World(
         rank=int(os.environ.get("RANK", "0")),
         size=size,
@@ -115,9 +115,10 @@ def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | N
     """The process group of this rank's team; only its members take part. None for a team of one."""
     if len(ranks) == 1:
         return None
-    if len(ranks) == world.size:
+    backend = BACKENDS[world.device.type]
+    if len(ranks) == world.size and backend == "gloo":
         return dist.group.WORLD
-    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     return group
 
 
