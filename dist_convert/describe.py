@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dist_convert.metadata.megatron_args import architecture_from_args
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row
 from dist_convert.plan.geometry import part_shape
-from dist_convert.plan.source import count_layers, entries
+from dist_convert.plan.megatron import count_layers, entries
 from dist_convert.read.checkpoint import iteration_directory, rank_files
 from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import Shard, read_shard
@@ -63,7 +64,7 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         **_model(first),
         "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
         "iteration": first.iteration,
-        "grid": str(grid),
+        "grid": asdict(grid),
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,

@@ -93,6 +93,11 @@ _HOMELESS = (
 )
 
 
+def capacity_bin(layer: int, name: str) -> str:
+    """The full name of a capacity bin tensor, by the layer's number in its file."""
+    return f"decoder.layers.{layer}{CAPACITY_BINS}{name}"
+
+
 def normalise(name: str) -> str:
     """A stored name without the `module` and `_orig_mod` components that wrappers and torch.compile put in."""
     components = [component for component in name.split(".") if component != "_orig_mod"]
@@ -107,9 +112,13 @@ def layer_of(name: str) -> int | None:
     return int(number) if (stem, layers) == ("decoder", "layers") and number.isdecimal() else None
 
 
+#: The embedding, and what its copy on the last of several pipeline stages is called where both are tied.
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
 def is_tied_copy(name: str) -> bool:
     """Whether a tensor of a model with tied embeddings is the last stage's copy of the embedding."""
-    return name == "output_layer.weight"
+    return name == TIED[1]
 
 
 def holds_no_weights(name: str) -> bool:
@@ -173,6 +182,33 @@ def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> 
             )  # gate, up
             found.append(Spelling(f"{dialect}-unfused", halves))
     return tuple(found)
+
+
+def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str, has_experts: bool) -> Spelling:
+    """The spelling that a target wants.
+
+    Args:
+        found: all spellings of one parameter.
+        norms: "local", "transformer_engine" or "habana"; the last two differ in dense layers' names only.
+        experts: "sequential", "te-grouped", "grouped" or "habana-dynamic".
+        has_experts: whether the model has experts; their norm is not fused by Transformer Engine.
+    """
+    listed = tuple(found)
+    fuses_nothing = has_experts and any("pre_mlp_layernorm" in piece.name for s in listed for piece in s.pieces)
+    wanted = (experts, "canonical" if fuses_nothing else norms, "canonical")
+    return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
+
+
+def stored_shape(piece: Piece, rows: int, columns: int, *, is_vector: bool) -> tuple[int, ...]:
+    """The shape of the stored tensor that holds a piece of `rows` x `columns`: the inverse of `view`."""
+    if piece.storage == "grouped":
+        first = piece.name.endswith("weight1")
+        return (columns, piece.count * rows) if first else (piece.count * columns, rows)
+    if piece.storage == "stacked":
+        return (piece.count, rows, columns)
+    if piece.storage == "transposed":
+        return (columns, rows)
+    return (rows,) if is_vector else (rows, columns)
 
 
 def choose(found: Iterable[Spelling], *, permuted: bool) -> Spelling | None:

@@ -1,4 +1,4 @@
-"""What the user asked for, checked and frozen."""
+"""What the user asked for, frozen: one record for each direction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,37 @@ class Job:
     dry_run: bool = False
     overwrite: bool = False
 
-    @property
-    def partial_path(self) -> Path:
-        """Where the target is made before it gets its name."""
-        return self.save_path.with_name(self.save_path.name + ".partial")
+
+@dataclass(frozen=True)
+class ToMegatronJob:
+    """One Hugging Face to Megatron conversion. Field names are the flags' names; see `--help` for each."""
+
+    load_dir: str
+    save_dir: Path
+    target_tensor_parallel_size: int = 1
+    target_pipeline_parallel_size: int = 1
+    target_virtual_pipeline_parallel_size: int = 1
+    target_expert_parallel_size: int = 1
+    target_expert_tensor_parallel_size: int | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    pipeline_model_parallel_layout: str | None = None
+    make_vocab_size_divisible_by: int = 128
+    vocab_padding: str = "last-row"
+    target_params_dtype: str = "keep"
+    saver_transformer_impl: str = "transformer_engine"
+    expert_layout: str = "sequential"
+    source_margs_file: Path | None = None
+    tokenizer_model: str | None = None
+    tokenizer_type: str | None = None
+    model_size: str | None = None
+    iteration: int = 1
+    release: bool = False
+    load_capacity_bins: bool = False
+    allow_overflow: bool = False
+    device: str = "auto"
+    placement: str = "auto"
+    max_memory_per_rank_bytes: int = 1_000_000_000
+    dry_run: bool = False
+    overwrite: bool = False
+    verbose: bool = False

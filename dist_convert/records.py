@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_convert.boxes import Box
 
@@ -60,12 +60,31 @@ class View:
     row_stride: int
     column_stride: int
 
+    @staticmethod
+    def of(tensor: StoredTensor) -> View:
+        """A whole matrix or vector, as it is stored."""
+        columns, column_stride = (tensor.shape[1], tensor.strides[1]) if len(tensor.shape) == 2 else (1, 1)
+        rows, row_stride = tensor.shape[0], tensor.strides[0]
+        return View(
+            tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes, rows, columns, row_stride, column_stride
+        )
+
     def window(self, box: Box) -> View:
         """The part of this view inside `box`."""
         shift = box.row * self.row_stride + box.column * self.column_stride
         offset_bytes = self.offset_bytes + shift * DTYPE_BYTES[self.dtype]
         return View(
             self.file, self.tensor, self.dtype, offset_bytes, box.rows, box.columns, self.row_stride, self.column_stride
+        )
+
+    def transposed(self) -> View:
+        """The same elements with rows and columns exchanged."""
+        return replace(
+            self,
+            rows=self.columns,
+            columns=self.rows,
+            row_stride=self.column_stride,
+            column_stride=self.row_stride,
         )
 
     @property
@@ -109,6 +128,9 @@ class Copy:
             tuple(view.window(box) for view in self.sources), tuple(view.window(box) for view in self.targets), self.add
         )
 
+
+#: A tensor to be written: name, dtype, shape.
+TensorSpec = tuple[str, str, tuple[int, ...]]
 
 #: Copies that are moved together because they share a row range of a Hugging Face tensor.
 Block = tuple[Copy, ...]

@@ -7,13 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
 from dist_convert.metadata.tokenizer import Tokenizer
-from dist_convert.plan.plan import Content, Plan, content_digest
+from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.units import human_bytes
@@ -58,11 +60,11 @@ class Outcome:
         )
 
 
-def outcome_line(job: Job, outcome: Outcome) -> str:
+def outcome_line(target: Path, outcome: Outcome) -> str:
     """The last line of a conversion."""
     rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
     line = (
-        f"{job.save_path}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
+        f"{target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
         f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
         f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
     )
@@ -104,20 +106,27 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
     if tokenizer.size is not None and tokenizer.size != size:
         notes.append(f"warning: the tokenizer has {tokenizer.size} tokens, the model {size}")
     trained = str(args.get("params_dtype")).removeprefix("torch.")
-    stored = TORCH_NAMES[content.survey.params_dtype]
+    stored = TORCH_NAMES[content.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
         notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
-    if content.target_dtype and content.kept_dtypes:
-        notes.append(
-            f"{len(content.kept_dtypes)} parameters are not stored in {content.survey.params_dtype} and keep their "
-            f"dtype: {_names(content.kept_dtypes)}"
-        )
-    for reason, count, size_bytes in content.survey.left_behind:
-        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
+    notes += human_notes(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {_names(content.zero_tensors)}")
     if tokenizer.note:
         notes.append(f"no tokenizer files are written: {tokenizer.note}")
+    return notes
+
+
+def human_notes(content: Content) -> list[str]:
+    """What is kept as it is and what is left behind, a line each, in either direction."""
+    notes = []
+    if content.target_dtype and content.kept_dtypes:
+        notes.append(
+            f"{len(content.kept_dtypes)} parameters are not stored in {content.params_dtype} and keep their "
+            f"dtype: {_names(content.kept_dtypes)}"
+        )
+    for reason, count, size_bytes in content.left_behind:
+        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
     return notes
 
 
@@ -127,11 +136,12 @@ def _contradicts(said: str, decided: str | None) -> bool:
     return said != decided
 
 
-def describe_plan(job: Job, plan: Plan, bases_bytes: Sequence[int], free_bytes: int) -> str:
+def describe_plan(target: Path, plan: Plan, bases_bytes: Sequence[int], free_bytes: int) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
     Args:
-        job, plan: of the conversion.
+        target: of the conversion.
+        plan: of the conversion.
         bases_bytes: for each rank, the memory that it has used up to the plan.
         free_bytes: where the target would be.
     """
@@ -155,7 +165,7 @@ def describe_plan(job: Job, plan: Plan, bases_bytes: Sequence[int], free_bytes: 
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [
         "",
-        f"{human_bytes(content.target_bytes)} to be written below {job.save_path}, {human_bytes(free_bytes)} free",
+        f"{human_bytes(content.target_bytes)} to be written below {target}, {human_bytes(free_bytes)} free",
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(lines)

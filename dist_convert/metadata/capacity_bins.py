@@ -6,20 +6,23 @@ They are written as `capacity_bins.pt` in the nesting that Habana's converter us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_convert.dialects import CAPACITY_BINS, layer_of, normalise
-from dist_convert.layout import Rank, rank_directory
-from dist_convert.plan.source import MegatronSide
+from dist_convert.dialects import CAPACITY_BINS, capacity_bin, layer_of, normalise
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UsageError
+from dist_convert.layout import Chunk, Rank, rank_directory
+from dist_convert.plan.megatron import MegatronSide
+from dist_convert.read.file_reader import TORCH_DTYPES
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 FILE = "capacity_bins.pt"
-_DTYPES = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64}
+_DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
 
 #: (file, virtual stage, local layer, name, dtype, values): one bin tensor, as it travels between ranks.
 Bin = tuple[str, int, int, str, str, list[float]]
@@ -73,3 +76,75 @@ def _empty_slots(side: MegatronSide) -> dict[int, Mapping[int, dict[int, Any]]]:
         pipeline: {expert: {tensor: {} for tensor in range(grid.tensor)} for expert in range(grid.expert)}
         for pipeline in range(grid.pipeline)
     }
+
+
+def load_bins(path: Path) -> dict[tuple[int, int, int, int, str], tuple[str, list[float]]]:
+    """The bins of a `capacity_bins.pt`: (layer, pipeline, expert, tensor, name) -> dtype and values.
+
+    Raises:
+        CheckpointNotFound: there is no such file.
+        CorruptFile: it is not of the nesting that `write_bins` writes.
+    """
+    if not path.is_file():
+        raise CheckpointNotFound(f"no {FILE}", file=str(path), remedy="leave --load-capacity-bins out")
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    try:
+        return {
+            (layer, pipeline, expert, tensor, name): (names[values.dtype], values.tolist())
+            for name, layers in torch.load(path, weights_only=True).items()
+            for layer, pipelines in layers.items()
+            for pipeline, experts in pipelines.items()
+            for expert, tensors in experts.items()
+            for tensor, values in tensors.items()
+            if isinstance(values, torch.Tensor)
+        }
+    except (AttributeError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CorruptFile("damaged capacity bins", file=str(path), found=f"{type(error).__name__}: {error}") from error
+
+
+def bins_of_rank(
+    bins: Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]], rank: Rank, chunks: Sequence[Chunk]
+) -> dict[int, dict[str, tuple[str, list[float]]]]:
+    """The bins that one rank's file holds: virtual stage -> name in the file -> dtype and values.
+
+    Args:
+        bins: of `load_bins`.
+        rank: of the file.
+        chunks: all chunks of the target.
+
+    Raises:
+        UsageError: the bins are of another grid; each rank has its own, so they fit no other.
+    """
+    found: dict[int, dict[str, tuple[str, list[float]]]] = {}
+    wanted = {layer: chunk for chunk in chunks if chunk.pipeline == rank.pipeline for layer in _layers(chunk)}
+    for (layer, pipeline, expert, tensor, name), values in bins.items():
+        if layer in wanted and pipeline != rank.pipeline:
+            raise UsageError(
+                "the capacity bins are of another parallel grid",
+                file=FILE,
+                expected=f"layer {layer} on pipeline rank {rank.pipeline}",
+                found=f"pipeline rank {pipeline}",
+                remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
+            )
+        if layer in wanted and (expert, tensor) == (rank.expert, rank.tensor):
+            chunk = wanted[layer]
+            found.setdefault(chunk.virtual, {})[capacity_bin(layer - chunk.first_layer, name)] = values
+    if bins and not found and wanted:
+        raise UsageError(
+            "the capacity bins are of another parallel grid",
+            file=FILE,
+            expected=f"bins of pipeline rank {rank.pipeline}, tensor rank {rank.tensor}, expert rank {rank.expert}",
+            found="none",
+            remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
+        )
+    return found
+
+
+def _layers(chunk: Chunk) -> range:
+    return range(chunk.first_layer, chunk.first_layer + chunk.layers)
+
+
+def packed(dtype: str, values: Sequence[float]) -> bytes:
+    """The bytes of a bin tensor."""
+    data: bytes = torch.tensor(values, dtype=_DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+    return data

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_convert.errors import CorruptFile
 from dist_convert.read.json_file import read_json
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 _BARE_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,7 +45,7 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any]) -> Tokenizer:
     named = flag or _path_in(args)
     if named is None:
         return Tokenizer(None, note="the checkpoint's args name no tokenizer; add one with --tokenizer PATH")
-    directory = named if named.is_dir() else named.parent
+    directory = named.parent if named.is_file() else named
     if (directory / "tokenizer.json").is_file() or (directory / "tokenizer_config.json").is_file():
         return _from_directory(directory)
     if named.is_file() or any((directory / name).is_file() for name in _BARE_FILES if named.is_dir()):
@@ -61,6 +63,19 @@ def _path_in(args: Mapping[str, Any]) -> Path | None:
 
 
 def _from_directory(directory: Path) -> Tokenizer:
+    try:
+        return _read_ids(directory)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptFile(
+            "the tokenizer's files are damaged",
+            file=str(directory),
+            expected="tokenizer.json and tokenizer_config.json of a Hugging Face tokenizer",
+            found=f"{type(error).__name__}: {error}",
+            remedy="copy them again, or give another directory with --tokenizer",
+        ) from error
+
+
+def _read_ids(directory: Path) -> Tokenizer:
     config, tokenizer = (
         read_json(directory / name) if (directory / name).is_file() else {}
         for name in ("tokenizer_config.json", "tokenizer.json")
@@ -88,7 +103,11 @@ def copy_tokenizer(tokenizer: Tokenizer, target: Path) -> tuple[str, ...]:
     """Copy the tokenizer's files byte for byte; returns their names."""
     if tokenizer.directory is None:
         return ()
-    present = tuple(name for name in _FILES if (tokenizer.directory / name).is_file())
+    templates = sorted((tokenizer.directory / _TEMPLATES).glob("*.jinja"))
+    names = (*_FILES, *(f"{_TEMPLATES}/{path.name}" for path in templates))
+    present = tuple(name for name in names if (tokenizer.directory / name).is_file())
+    if templates:
+        (target / _TEMPLATES).mkdir()
     for name in present:
         shutil.copyfile(tokenizer.directory / name, target / name)
     return present

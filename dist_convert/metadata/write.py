@@ -11,25 +11,25 @@ from dist_convert.job import Job
 from dist_convert.metadata.capacity_bins import Bin, write_bins
 from dist_convert.metadata.hf_config import config_json, generation_config_json, special_token_ids
 from dist_convert.metadata.tokenizer import Tokenizer, copy_tokenizer
-from dist_convert.plan.plan import Content
+from dist_convert.plan.content import Content
 from dist_convert.write.safetensors_files import INDEX_FILE, index_json
 
 ARGS_FILE = "source_megatron_args.json"
 
 
 def write_metadata(
-    job: Job, content: Content, args: Mapping[str, object], tokenizer: Tokenizer, bins: Sequence[Bin]
+    partial: Path, job: Job, content: Content, args: Mapping[str, object], tokenizer: Tokenizer, bins: Sequence[Bin]
 ) -> None:
     """Write configs, index, tokenizer, the training arguments and capacity bins into the partial directory.
 
     Args:
+        partial: the directory.
         job: what was asked for.
         content: what was converted.
         args: the checkpoint's training arguments.
         tokenizer: whose files are copied.
         bins: of all ranks; written only where the job asks for them.
     """
-    partial = job.partial_path
     architecture = content.side.architecture
     bos, eos = special_token_ids(architecture, instruct=job.instruct)
     if tokenizer.bos is not None:

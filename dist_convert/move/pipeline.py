@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from dist_convert.move.exchange import Gatherer, World, all_gather, make_gathere
 from dist_convert.plan.limits import SLOTS
 from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import PlacedBlock, Step
+from dist_convert.plan.steps import Step, Write
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
-from dist_convert.records import View
 from dist_convert.write.file_writer import FileWriter
 
 
@@ -28,6 +28,7 @@ class Moved:
 
     written_bytes: int = 0
     gathered_bytes: int = 0
+    checksums: list[tuple[str, int, int, int]] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
 
@@ -49,27 +50,25 @@ def move(plan: Plan, world: World, source: Path, target: Path, on_written: Calla
     gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
     slots = [make_slot(limit.step_bytes, limit.received_bytes) for _ in range(SLOTS)]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES))
-    writer = FileWriter(target)
+    writer = FileWriter(target, keep_checksums=plan.content.sides.to_megatron)
     rows = make_buffer(BLOCK_BYTES)
-    moved = Moved(counts=reader.counts)
+    moved = Moved(counts=reader.counts, checksums=writer.checksums)
 
     def read(step: Step, slot: Slot) -> tuple[Step, Slot]:
-        for block in step.blocks:
-            for piece in block.pieces:
-                if piece.reader == member:
-                    dtype = piece.copy.targets[0].dtype
-                    reader.read(piece.source, dtype, piece.copy.add, slot.data, piece.offset_bytes)
+        for wanted in step.reads:
+            if wanted.reader == member:
+                reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
         return step, slot
 
     def write(step: Step, slot: Slot) -> Slot:
         before = writer.written_bytes
-        for block in step.blocks:
-            if block.writer == member:
-                _write_block(writer, block, slot, step.send_bytes, rows)
+        for wanted in step.writes:
+            if wanted.writer == member:
+                _write(writer, wanted, step, slot, rows)
         on_written(writer.written_bytes - before)
         return slot
 
-    with ThreadPoolExecutor(1, "reader") as reads, ThreadPoolExecutor(1, "writer") as writes:
+    with closing(reader), closing(writer), ThreadPoolExecutor(1) as reads, ThreadPoolExecutor(1) as writes:
         free, reading, writing = list(slots), list[Future[tuple[Step, Slot]]](), list[Future[Slot]]()
         steps = plan.steps(world.rank)
         upcoming = next(steps, None)
@@ -87,8 +86,6 @@ def move(plan: Plan, world: World, source: Path, target: Path, on_written: Calla
             writing.append(writes.submit(write, step, slot))
         for future in writing:
             future.result()
-    reader.close()
-    writer.close()
     moved.written_bytes = writer.written_bytes
     return moved
 
@@ -98,21 +95,22 @@ def _gather(gatherer: Gatherer, step: Step, slot: Slot) -> None:
     all_gather(gatherer, slot.data.tensor[: step.send_bytes], slot.received.tensor[:received_bytes])
 
 
-def _write_block(writer: FileWriter, block: PlacedBlock, slot: Slot, send_bytes: int, rows: Buffer) -> None:
-    """Write one block: as it is where it has one piece, else with its pieces put side by side first."""
-    buffer = slot.received if send_bytes else slot.data
-    starts = [piece.reader * send_bytes + piece.offset_bytes for piece in block.pieces]
-    first = block.pieces[0].copy.targets[0]
-    if len(block.pieces) == 1:
-        writer.write(first, buffer.memory[starts[0] : starts[0] + first.size_bytes])
+def _write(writer: FileWriter, wanted: Write, step: Step, slot: Slot, rows: Buffer) -> None:
+    """Write one window: straight from the buffer where it is one whole read, else with its parts put side by side."""
+    buffer = slot.received if step.send_bytes else slot.data
+    target = wanted.target
+    reads = [step.reads[part.read] for part in wanted.parts]
+    starts = [read.reader * step.send_bytes + read.offset_bytes for read in reads]
+    if len(reads) == 1 and reads[0].source.columns == target.columns and not target.is_transposed:
+        writer.write(target, buffer.memory[starts[0] : starts[0] + target.size_bytes])
         return
-    columns = sum(piece.copy.columns for piece in block.pieces)
-    dtype = TORCH_DTYPES[first.dtype]
-    whole = View(first.file, first.tensor, first.dtype, first.offset_bytes, first.rows, columns, first.row_stride, 1)
-    matrix = rows.tensor[: whole.size_bytes].view(dtype).view(first.rows, columns)
+    dtype = TORCH_DTYPES[target.dtype]
+    values = rows.tensor[: target.size_bytes].view(dtype)
+    # A transposed window is written along its columns, which are contiguous in the file.
+    matrix = values.view(target.columns, target.rows).T if target.is_transposed else values.view(target.rows, -1)
     column = 0
-    for piece, start in zip(block.pieces, starts, strict=True):
-        packed = buffer.tensor[start : start + piece.size_bytes].view(dtype)
-        matrix[:, column : column + piece.copy.columns].copy_(packed.view(first.rows, piece.copy.columns))
-        column += piece.copy.columns
-    writer.write(whole, rows.memory[: whole.size_bytes])
+    for part, read, start in zip(wanted.parts, reads, starts, strict=True):
+        packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows, -1)
+        matrix[:, column : column + part.columns].copy_(packed[:, part.column : part.column + part.columns])
+        column += part.columns
+    writer.write(target.transposed() if target.is_transposed else target, rows.memory[: target.size_bytes])

@@ -71,14 +71,17 @@ def limits(budget_bytes: int, members: int, least_send_bytes: int) -> Limits:
 
 def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]) -> int:
     """The most that one member contributes to the gather of a single block; 0 where no block crosses members."""
+    reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
     largest = 0
-    crossing = {moves[share.move].homes: moves[share.move] for share in team.shares if len(moves[share.move].homes) > 1}
-    for move in crossing.values():
-        readers = readers_of(move, team, visible)
-        for turn in range(len(team.ranks)):
-            pieces = Counter(members[turn % len(members)] for members in readers)
-            if len(pieces) > 1:
-                share = max(pieces.values())
+    distinct = {(moves[share.move].needs, moves[share.move].parameter.row.split): share.move for share in team.shares}
+    for move in (moves[number] for number in distinct.values()):
+        if not reached_by_all.issuperset(move.targets):
+            return BLOCK_BYTES + len(move.homes) * ALIGNMENT_BYTES
+        if move.parameter.row.split == "columns" and len(move.homes) > 1:
+            readers = readers_of(move, team, visible)
+            for turn in range(len(team.ranks)):
+                pieces = Counter(members[turn % len(members)] for members in readers)
+                share = max(pieces.values()) if len(pieces) > 1 else 0
                 largest = max(largest, BLOCK_BYTES * share // len(readers) + share * ALIGNMENT_BYTES)
     return largest
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_convert.boxes import Box, cover_fault, intersect, tiles
 from dist_convert.errors import ConversionError, InconsistentShards, PlanError, raise_together
-from dist_convert.plan.geometry import Segment, part_size, segments, shard_size
-from dist_convert.plan.source import MegatronSide, Parameter, Replica, parameters, replicas
-from dist_convert.records import DTYPE_BYTES, Block, Copy, StoredTensor, View
+from dist_convert.plan.geometry import part_size, segments, shard_size
+from dist_convert.plan.megatron import MegatronSide, Parameter, Replica, parameters, replicas, tied_replicas
+from dist_convert.records import DTYPE_BYTES, Block, Copy, View
 
 #: Bytes of one block, the smallest piece of work. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -19,83 +19,143 @@ _TILE_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
+class Sides:
+    """What lies at the two ends of every copy, and which end is the source.
+
+    Attributes:
+        megatron: the Megatron checkpoint, read or to be written.
+        to_megatron: whether it is the target.
+        add_to_norms: 1 where norms are stored as gamma - 1 and read, else 0.
+        repeat_last_row: fill the padding rows of a target's vocabulary with the last real row, not with zeros.
+    """
+
+    megatron: MegatronSide
+    to_megatron: bool = False
+    add_to_norms: int = 0
+    repeat_last_row: bool = False
+
+
+@dataclass(frozen=True)
 class Move:
     """All copies of one parameter.
 
     Attributes:
-        parameter: the Megatron side.
-        hf: the Hugging Face tensors that it is stacked from, in the order of the row's parts.
-        size_bytes: of the Hugging Face tensors.
-        homes: for each shard, the files that hold it (equal copies).
+        parameter: the Megatron end.
+        hf: the Hugging Face tensors that it is stacked from, in the order of the row's parts, as rows x columns.
+        size_bytes: of the copies, in the target's dtype, counting equal targets once.
+        written_bytes: the same, counting every equal target.
+        homes: for each piece of the source, the files that hold it (equal copies).
+        targets: the files that the parameter is written to.
+        needs: sets of files; ranks can do the move together if they reach one file of each.
     """
 
     parameter: Parameter
-    hf: tuple[StoredTensor, ...]
+    hf: tuple[View, ...]
     size_bytes: int
+    written_bytes: int
     homes: tuple[tuple[str, ...], ...]
+    targets: tuple[str, ...]
+    needs: tuple[tuple[str, ...], ...]
 
 
-def plan_moves(side: MegatronSide, hf: Mapping[str, StoredTensor]) -> tuple[Move, ...]:
+def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
     """One move for each parameter, in table order.
 
     Args:
-        side: the Megatron checkpoint.
+        sides: both ends.
         hf: every Hugging Face tensor by name.
+
+    Raises:
+        PlanError: two parameters are stacked from the same Hugging Face tensor.
     """
     moves = []
-    for parameter in parameters(side):
-        tensors = tuple(
-            hf[part.name.format(layer=parameter.layer, expert=parameter.expert)] for part in parameter.row.parts
-        )
-        homes = tuple(
-            tuple(replica[0][1].file for replica in replicas(side, parameter, shard))
-            for shard in range(parameter.shards)
-        )
-        moves.append(Move(parameter, tensors, sum(tensor.size_bytes for tensor in tensors), homes))
+    taken: set[str] = set()
+    for parameter in parameters(sides.megatron):
+        names = [part.name.format(layer=parameter.layer, expert=parameter.expert) for part in parameter.row.parts]
+        for name in names:
+            if name in taken:
+                raise PlanError("two rows of the table name one tensor", tensor=name, found=parameter.name)
+            taken.add(name)
+        views = tuple(hf[name] for name in names)
+        stored = equal_copies(sides, parameter)
+        shard_files = tuple(tuple(replica[0][1].file for replica in shard) for shard in stored)
+        hf_files = tuple(dict.fromkeys(view.file for view in views))
+        elements = sum(view.rows * view.columns for view in views)
+        if sides.to_megatron:
+            elements += sum(box.elements for _, box in _padding(sides.megatron, parameter)) * sides.repeat_last_row
+            item_bytes = DTYPE_BYTES[stored[0][0][0][1].dtype]
+            written_bytes = sum(v.size_bytes for shard in stored for replica in shard for _, v in replica)
+            if not sides.repeat_last_row:
+                padding = [(shard, box) for shard, box in _padding(sides.megatron, parameter)]
+                written_bytes -= sum(box.elements * len(stored[shard]) for shard, box in padding) * item_bytes
+            targets = tuple(dict.fromkeys(file for files in shard_files for file in files))
+            homes = tuple((file,) for file in hf_files)
+            needs = (*homes, *((file,) for file in targets))
+            moves.append(Move(parameter, views, elements * item_bytes, written_bytes, homes, targets, needs))
+        else:
+            # Hugging Face files lie on a file system that every rank shares.
+            size_bytes = elements * DTYPE_BYTES[views[0].dtype]
+            moves.append(Move(parameter, views, size_bytes, size_bytes, shard_files, hf_files, shard_files))
     return tuple(moves)
 
 
-def _hf_view(tensor: StoredTensor) -> View:
-    rows, columns = (tensor.shape[0], tensor.shape[1]) if len(tensor.shape) == 2 else (tensor.shape[0], 1)
-    return View(tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes, rows, columns, columns, 1)
-
-
-def copies(side: MegatronSide, move: Move, *, add_to_norms: int) -> Iterator[Copy]:
-    """All copies of a move, from Megatron to Hugging Face, ordered by shard and row.
+def copies(sides: Sides, move: Move) -> Iterator[Copy]:
+    """All copies of a move, ordered by shard and row.
 
     Args:
-        side: the Megatron checkpoint.
-        move: one of `plan_moves(side, ...)`.
-        add_to_norms: 1 where norms are stored as gamma - 1, else 0.
+        sides: both ends.
+        move: one of `plan_moves(sides, ...)`.
 
     Raises:
         InconsistentShards: equal copies of a shard are stored in different pieces.
     """
     parameter = move.parameter
-    stored = [replicas(side, parameter, shard) for shard in range(parameter.shards)]
-    add = add_to_norms if parameter.row.is_norm else 0
-    for segment in segments(parameter.row, side.architecture.sizes(), parameter.shards):
-        hf = _hf_view(move.hf[segment.part]).window(segment.hf)
-        for box, views in _megatron_views(parameter, segment, stored[segment.shard]):
-            yield Copy(views, (hf.window(box),), add)
+    stored = equal_copies(sides, parameter)
+    add = sides.add_to_norms if parameter.row.is_norm else 0
+    for segment in segments(parameter.row, sides.megatron.architecture.sizes(), parameter.shards):
+        hf = move.hf[segment.part].window(segment.hf)
+        for box, views in _megatron_views(parameter, segment.megatron, stored[segment.shard]):
+            yield Copy((hf.window(box),), views, add) if sides.to_megatron else Copy(views, (hf.window(box),), add)
+    if sides.to_megatron and sides.repeat_last_row:
+        last = move.hf[0].window(Box(move.hf[0].rows - 1, 0, 1, move.hf[0].columns))
+        for shard, padding in _padding(sides.megatron, parameter):
+            for box, views in _megatron_views(parameter, padding, stored[shard]):
+                yield Copy((replace(last, rows=box.rows, row_stride=0),), views)
+
+
+def equal_copies(sides: Sides, parameter: Parameter) -> list[tuple[Replica, ...]]:
+    """Every shard's equal copies; a target's tied embedding has some on the last stage as well."""
+    side, shards = sides.megatron, range(parameter.shards)
+    more = [tied_replicas(side, parameter, shard) if sides.to_megatron else () for shard in shards]
+    return [replicas(side, parameter, shard) + more[shard] for shard in shards]
+
+
+def _padding(side: MegatronSide, parameter: Parameter) -> Iterator[tuple[int, Box]]:
+    """The rows of each shard that no row of the Hugging Face tensor fills."""
+    if parameter.row.padded_rows is None:
+        return
+    sizes = side.architecture.sizes()
+    rows, columns = shard_size(parameter.row, sizes, parameter.shards)
+    real_rows = part_size(parameter.row.parts[0], sizes)[0]
+    for shard in range(parameter.shards):
+        first = min(rows, max(0, real_rows - shard * rows))
+        if first < rows:
+            yield shard, Box(first, 0, rows - first, columns)
 
 
 def _megatron_views(
-    parameter: Parameter, segment: Segment, stored: tuple[Replica, ...]
+    parameter: Parameter, wanted: Box, stored: tuple[Replica, ...]
 ) -> Iterator[tuple[Box, tuple[View, ...]]]:
-    """The parts of a segment that lie in one stored piece each, with that piece's views in all replicas."""
+    """The parts of a shard's box that lie in one stored piece each (counted from the box), with all replicas' views."""
     for number, (first_row, view) in enumerate(stored[0]):
-        inside = intersect(segment.megatron, Box(first_row, 0, view.rows, view.columns))
+        inside = intersect(wanted, Box(first_row, 0, view.rows, view.columns))
         if inside is None:
             continue
         if any(len(replica) != len(stored[0]) for replica in stored):
             raise InconsistentShards("equal copies are stored in different layouts", tensor=parameter.name)
         window = Box(inside.row - first_row, inside.column, inside.rows, inside.columns)
         views = tuple(replica[number][1].window(window) for replica in stored)
-        box = Box(
-            inside.row - segment.megatron.row, inside.column - segment.megatron.column, inside.rows, inside.columns
-        )
-        yield box, views
+        yield Box(inside.row - wanted.row, inside.column - wanted.column, inside.rows, inside.columns), views
 
 
 def check_cover(side: MegatronSide, moves: tuple[Move, ...]) -> None:
@@ -127,20 +187,18 @@ def _cover_faults(side: MegatronSide, move: Move) -> Iterator[str | None]:
     for number, part in enumerate(parameter.row.parts):
         yield cover_fault((s.hf for s in listed if s.part == number), *part_size(part, sizes))
     rows, columns = shard_size(parameter.row, sizes, parameter.shards)
+    padding = dict(_padding(side, parameter))
     for shard in range(parameter.shards):
         boxes = [s.megatron for s in listed if s.shard == shard]
-        if parameter.row.padded_rows:
-            kept = max((box.row_end for box in boxes), default=0)
-            boxes.append(Box(kept, 0, rows - kept, columns))
-        yield cover_fault([box for box in boxes if box.rows], rows, columns)
+        yield cover_fault(boxes + ([padding[shard]] if shard in padding else []), rows, columns)
 
 
-def blocks(side: MegatronSide, move: Move, *, add_to_norms: int) -> Iterator[Block]:
+def blocks(sides: Sides, move: Move) -> Iterator[Block]:
     """A move cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows together stay together."""
-    listed = tuple(copies(side, move, add_to_norms=add_to_norms))
+    listed = tuple(copies(sides, move))
     bands = (listed,) if move.parameter.row.split == "columns" else tuple((copy,) for copy in listed)
     for band in bands:
-        if any(view.is_transposed for copy in band for view in copy.sources):
+        if any(view.is_transposed for copy in band for view in (*copy.sources, *copy.targets)):
             yield from ((copy.window(tile),) for copy in band for tile in _square_tiles(copy))
         else:
             yield from _row_blocks(band)

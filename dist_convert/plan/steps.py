@@ -1,124 +1,185 @@
-"""What each rank does, step by step: which pieces it reads, what crosses to other ranks, and what it writes.
+"""What each rank does, step by step: what it reads, what crosses to other ranks, and what it writes.
 
-A block whose pieces all lie with one rank is read and written there. A block whose pieces lie with several ranks (a
-weight cut along its columns) crosses in a gather step, in which every member of the team takes part. All members
+A block that one rank both reads and writes stays there. A block whose pieces lie with several ranks (a weight cut along
+its columns), or whose targets do, crosses in a gather step, in which every member of the team takes part. All members
 derive the same gather steps in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, readers_of
-from dist_convert.plan.moves import Move, blocks
-from dist_convert.plan.source import MegatronSide
+from dist_convert.plan.moves import Move, Sides, blocks
 from dist_convert.plan.teams import Share, Team
-from dist_convert.records import DTYPE_BYTES, Block, Copy, View
+from dist_convert.records import DTYPE_BYTES, Block, View
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One copy of a block: read by a rank of the team, to an offset of its buffer, as packed target values."""
+class Read:
+    """A window of a source file that one member reads, casts and packs row by row into its buffer.
 
-    copy: Copy
+    Attributes:
+        source: what is read.
+        dtype: safetensors name of the packed values.
+        add: added to each value before the cast.
+        reader: position in the team.
+        offset_bytes: in the reader's buffer.
+    """
+
     source: View
+    dtype: str
+    add: int
     reader: int
-    offset_bytes: int
+    offset_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
-        return self.copy.targets[0].size_bytes
+        return self.source.rows * self.source.columns * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
-class PlacedBlock:
-    """The pieces of one block, side by side in the target's rows, and the rank that writes them."""
+class Part:
+    """Some columns of a packed read: number of the read in its step, first column, columns."""
 
-    pieces: tuple[Piece, ...]
+    read: int
+    column: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """A window of a target file that one member writes: the parts side by side."""
+
+    target: View
+    parts: tuple[Part, ...]
     writer: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """Blocks done together. `send_bytes` is what each member contributes to the gather; 0 where nothing crosses."""
+    """Reads and writes done together. `send_bytes` is what each member sends to the gather; 0 where nothing crosses."""
 
-    blocks: tuple[PlacedBlock, ...]
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
     send_bytes: int
 
 
 def steps_of_rank(
-    side: MegatronSide,
-    moves: Sequence[Move],
-    team: Team,
-    member: int,
-    visible: Sequence[frozenset[str]],
-    limit: Limits,
-    *,
-    add_to_norms: int,
+    sides: Sides, moves: Sequence[Move], team: Team, member: int, visible: Sequence[frozenset[str]], limit: Limits
 ) -> Iterator[Step]:
     """The steps of one member of a team, in order.
 
     Args:
-        side, moves: the plan.
+        sides, moves: the plan.
         team: its ranks and shares.
         member: position in `team.ranks`.
-        visible: for each rank of the world, the files that it can read.
+        visible: for each rank of the world, the files that it can read or write.
         limit: buffer sizes, the same for all members.
-        add_to_norms: see `moves.copies`.
 
     Raises:
         BudgetTooSmall: a single block does not fit.
     """
     local = _Packer(limit.step_bytes, crosses=False)
     crossing = _Packer(limit.send_bytes, crosses=True)
-    for pieces in _assigned_blocks(side, moves, team, visible, add_to_norms=add_to_norms):
-        readers = {reader for _, _, reader in pieces}
-        if len(readers) == 1:
+    for block in _assigned_blocks(sides, moves, team, visible):
+        readers = {read.reader for read in block.reads}
+        if readers == {write.writer for write in block.writes} and len(readers) == 1:
             if readers == {member}:
-                yield from local.add(pieces)
+                yield from local.add(block)
         else:
-            yield from crossing.add(pieces)
+            yield from crossing.add(block)
     yield from crossing.flush()
     yield from local.flush()
 
 
-_Assigned = tuple[tuple[Copy, View, int], ...]
+@dataclass(frozen=True)
+class _Assigned:
+    """The reads and writes of one block; offsets are given when it is packed."""
+
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
 
 
 def _assigned_blocks(
-    side: MegatronSide,
-    moves: Sequence[Move],
-    team: Team,
-    visible: Sequence[frozenset[str]],
-    *,
-    add_to_norms: int,
+    sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]
 ) -> Iterator[_Assigned]:
-    """The team's blocks, each copy with the replica that is read and the member that reads it."""
+    """The team's blocks with the replica that is read, and the members that read and write."""
+    seen = [visible[rank] for rank in team.ranks]
     turn = 0
     for share in team.shares:
         move = moves[share.move]
-        readers = readers_of(move, team, visible)
-        for block in _blocks_of_share(side, move, share, add_to_norms=add_to_norms):
-            assigned = []
-            for copy in block:
-                candidates = readers[move.homes.index(tuple(view.file for view in copy.sources))]
-                reader = candidates[turn % len(candidates)]
-                seen = visible[team.ranks[reader]]
-                assigned.append((copy, next(view for view in copy.sources if view.file in seen), reader))
-            yield tuple(assigned)
+        readers = dict(zip(move.homes, readers_of(move, team, visible), strict=True))
+        for block in _blocks_of_share(sides, move, share):
+            yield _assign(block, readers, seen, turn)
             turn += 1
 
 
-def _blocks_of_share(side: MegatronSide, move: Move, share: Share, *, add_to_norms: int) -> Iterator[Block]:
+def _blocks_of_share(sides: Sides, move: Move, share: Share) -> Iterator[Block]:
     start = 0
-    for block in blocks(side, move, add_to_norms=add_to_norms):
+    for block in blocks(sides, move):
         if start >= share.end_byte:
             return
         if start >= share.first_byte:
             yield block
         start += sum(copy.targets[0].size_bytes for copy in block)
+
+
+def _assign(
+    block: Block,
+    readers: dict[tuple[str, ...], tuple[int, ...]],
+    seen: Sequence[frozenset[str]],
+    turn: int,
+) -> _Assigned:
+    """Join what lies side by side, in the source into one read and in a target into one write."""
+    reads: list[Read] = []
+    writes: list[Write] = []
+    open_writes: list[int] = []
+    for copy in block:
+        candidates = readers[tuple(view.file for view in copy.sources)]
+        reader = candidates[turn % len(candidates)]
+        source = next(view for view in copy.sources if view.file in seen[reader])
+        joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
+        column = reads[-1].source.columns if joined else 0
+        if joined:
+            reads[-1] = replace(reads[-1], source=joined)
+        else:
+            reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
+        part = Part(len(reads) - 1, column, copy.columns)
+        for number, target in enumerate(copy.targets):
+            previous = writes[open_writes[number]] if number < len(open_writes) else None
+            longer = _side_by_side(previous.target, target) if previous else None
+            if previous and longer:
+                writes[open_writes[number]] = replace(previous, target=longer, parts=(*previous.parts, part))
+            else:
+                open_writes[number : number + 1] = [len(writes)]
+                writes.append(Write(target, (part,), writer=-1))
+    preferred = reads[turn % len(reads)].reader
+    return _Assigned(
+        tuple(reads), tuple(replace(write, writer=_writer(write.target, preferred, seen, turn)) for write in writes)
+    )
+
+
+def _side_by_side(left: View, right: View) -> View | None:
+    """Both views as one, where the right one continues the rows of the left one."""
+    end_bytes = left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
+    joins = (
+        (left.file, left.tensor, left.rows, left.row_stride) == (right.file, right.tensor, right.rows, right.row_stride)
+        and left.column_stride == right.column_stride == 1
+        and right.offset_bytes == end_bytes
+        and left.row_stride >= left.columns + right.columns
+    )
+    return replace(left, columns=left.columns + right.columns) if joins else None
+
+
+def _writer(target: View, preferred: int, seen: Sequence[frozenset[str]], turn: int) -> int:
+    """The reader itself where it can reach the target's file, else the members that can, in turn."""
+    if target.file in seen[preferred]:
+        return preferred
+    able = [member for member, files in enumerate(seen) if target.file in files]
+    return able[turn % len(able)]
 
 
 class _Packer:
@@ -127,38 +188,40 @@ class _Packer:
     def __init__(self, limit_bytes: int, *, crosses: bool) -> None:
         self._limit_bytes = limit_bytes
         self._crosses = crosses
-        self._blocks: list[PlacedBlock] = []
+        self._reads: list[Read] = []
+        self._writes: list[Write] = []
         self._filled: dict[int, int] = {}
-        self._turn = 0
 
-    def add(self, pieces: _Assigned) -> Iterator[Step]:
-        """Take one block in; yield the step before it where the block no longer fits. Readers write in turn."""
+    def add(self, block: _Assigned) -> Iterator[Step]:
+        """Take one block in; yield the step before it where the block no longer fits."""
         needed: dict[int, int] = {}
-        for copy, _, reader in pieces:
-            needed[reader] = needed.get(reader, 0) + _aligned(copy.targets[0].size_bytes)
+        for read in block.reads:
+            needed[read.reader] = needed.get(read.reader, 0) + _aligned(read.size_bytes)
         if max(needed.values()) > self._limit_bytes:
             raise BudgetTooSmall(
                 "one block does not fit the buffers that the memory budget leaves",
-                tensor=pieces[0][0].targets[0].tensor,
+                tensor=block.reads[0].source.tensor,
                 expected=f"{max(needed.values())} bytes for each member of the group",
                 found=f"{self._limit_bytes} bytes",
                 remedy="raise --max-memory-per-rank",
             )
         if any(self._filled.get(reader, 0) + size > self._limit_bytes for reader, size in needed.items()):
             yield from self.flush()
-        placed = []
-        for copy, source, reader in pieces:
-            offset_bytes = self._filled.get(reader, 0)
-            placed.append(Piece(copy, source, reader, offset_bytes))
-            self._filled[reader] = offset_bytes + _aligned(copy.targets[0].size_bytes)
-        self._blocks.append(PlacedBlock(tuple(placed), placed[self._turn % len(placed)].reader))
-        self._turn += 1
+        first = len(self._reads)
+        for read in block.reads:
+            offset_bytes = self._filled.get(read.reader, 0)
+            self._reads.append(replace(read, offset_bytes=offset_bytes))
+            self._filled[read.reader] = offset_bytes + _aligned(read.size_bytes)
+        for write in block.writes:
+            parts = tuple(replace(part, read=first + part.read) for part in write.parts)
+            self._writes.append(replace(write, parts=parts))
 
     def flush(self) -> Iterator[Step]:
         """Yield what has been packed since the last step, if anything."""
-        if self._blocks:
-            yield Step(tuple(self._blocks), max(self._filled.values()) if self._crosses else 0)
-        self._blocks, self._filled = [], {}
+        if self._reads:
+            send_bytes = max(self._filled.values()) if self._crosses else 0
+            yield Step(tuple(self._reads), tuple(self._writes), send_bytes)
+        self._reads, self._writes, self._filled = [], [], {}
 
 
 def _aligned(size_bytes: int) -> int:
@@ -166,8 +229,7 @@ def _aligned(size_bytes: int) -> int:
 
 
 def bytes_of(step: Step, member: int) -> tuple[int, int, int]:
-    """What one member reads from files, receives from others, and writes to files in a step."""
-    pieces = [piece for block in step.blocks for piece in block.pieces]
-    read = sum(p.source.rows * p.source.columns * DTYPE_BYTES[p.source.dtype] for p in pieces if p.reader == member)
-    written = sum(p.size_bytes for block in step.blocks if block.writer == member for p in block.pieces)
+    """What one member reads from files, sends to the gather, and writes to files in a step."""
+    read = sum(read.source.size_bytes for read in step.reads if read.reader == member)
+    written = sum(write.target.size_bytes for write in step.writes if write.writer == member)
     return read, step.send_bytes, written

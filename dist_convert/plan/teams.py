@@ -13,6 +13,7 @@ from itertools import pairwise
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.plan.moves import Move
 
+#: Sets of files of which a team must see one each.
 Homes = tuple[tuple[str, ...], ...]
 
 
@@ -64,8 +65,8 @@ def _union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset
 def _shard_sets(moves: Sequence[Move]) -> tuple[Homes, ...]:
     """The distinct tensor parallel sets: of the experts where there are any, else of the layers."""
     with_experts = [move for move in moves if move.parameter.expert is not None]
-    most = max(len(move.homes) for move in with_experts or moves)
-    return tuple(dict.fromkeys(move.homes for move in with_experts or moves if len(move.homes) == most))
+    most = max(len(move.needs) for move in with_experts or moves)
+    return tuple(dict.fromkeys(move.needs for move in with_experts or moves if len(move.needs) == most))
 
 
 def _gather_groups(moves: Sequence[Move], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
@@ -78,7 +79,7 @@ def _gather_groups(moves: Sequence[Move], visible: Sequence[frozenset[str]]) -> 
         classes[seen] = (*classes.get(seen, ()), rank)
     whole = list(classes.values())
     merged: list[tuple[int, ...]] = []
-    for homes in dict.fromkeys(move.homes for move in moves):
+    for homes in dict.fromkeys(move.needs for move in moves):
         candidates = whole + merged
         if any(_sees_all(homes, _union(ranks, visible)) for ranks in candidates):
             continue
@@ -118,16 +119,16 @@ def _deal(
     able: dict[Homes, tuple[int, ...]] = {}
     moves_of: dict[tuple[int, ...], list[int]] = {}
     for number, move in enumerate(moves):
-        if move.homes not in able:
-            able[move.homes] = tuple(t for t, files in enumerate(seen) if _sees_all(move.homes, files))
-        if not able[move.homes]:
+        if move.needs not in able:
+            able[move.needs] = tuple(t for t, files in enumerate(seen) if _sees_all(move.needs, files))
+        if not able[move.needs]:
             raise UsageError(
                 f"no rank alone sees all shards of {move.parameter.name}",
                 expected="every rank sees every file, for --placement direct",
                 found="shards on different machines",
                 remedy="use --placement gather",
             )
-        moves_of.setdefault(able[move.homes], []).append(number)
+        moves_of.setdefault(able[move.needs], []).append(number)
     shares: list[list[Share]] = [[] for _ in groups]
     for teams, numbers in moves_of.items():
         ends = _ends({team: len(groups[team]) for team in teams}, sum(moves[n].size_bytes for n in numbers))

@@ -11,6 +11,7 @@ from dist_convert.errors import CheckpointNotFound, UnsupportedModel
 from dist_convert.layout import SHARD_FILE, is_rank_directory
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_MAX_DIGITS = 18
 
 
 def iteration_directory(root: Path, name: str | None) -> Path:
@@ -63,7 +64,7 @@ def _tracked(root: Path) -> str:
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == "release":
         return text
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise CheckpointNotFound(
             "the tracker file names no iteration",
             file=str(tracker),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_convert.errors import CorruptFile
+from dist_convert.errors import CorruptFile, SourceError
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
 MAX_PICKLE_BYTES = 256 << 20
@@ -53,12 +53,14 @@ def open_container(path: Path, label: str) -> Container:
         size_bytes = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    except OSError as error:
+        raise SourceError("cannot read the source", file=label, found=error.strerror or str(error)) from error
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
         raise CorruptFile(
             "not a complete torch checkpoint file",
             file=label,
             expected="the zip container of torch.save (torch 1.6 or newer)",
-            found=str(error),
+            found=f"{error}, in {size_bytes} bytes",
             remedy="copy the file again; if it was saved in the old format, load and save it with a current torch",
         ) from error
     records: dict[str, Record] = {}

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
-from dist_convert.records import TargetFile
 from dist_convert.write.file_writer import target_error
 
 
-def check_target(target: Path, source: Path, *, overwrite: bool, needed_bytes: int) -> int:
+def partial_of(target: Path) -> Path:
+    """Where a target is made before it gets its name."""
+    return target.with_name(target.name + ".partial")
+
+
+def _aside_of(target: Path) -> Path:
+    """Where a target that is replaced waits until its successor is complete."""
+    return target.with_name(target.name + ".replaced")
+
+
+def check_target(
+    target: Path, source: Path, *, is_replaceable: Callable[[Path], bool], overwrite: bool, needed_bytes: int
+) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
     Args:
         target: final path.
         source: the checkpoint, which must not lie inside the target.
+        is_replaceable: whether a directory looks like what an earlier conversion wrote.
         overwrite: whether an existing target may be replaced.
         needed_bytes: of all files together; an existing target's space is not free before the end.
 
@@ -34,27 +46,36 @@ def check_target(target: Path, source: Path, *, overwrite: bool, needed_bytes: i
             found=f"{sum(1 for _ in target.iterdir())} entries",
             remedy="choose another --save-path, or replace it with --overwrite",
         )
-    if overwrite and target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+    if overwrite and target.is_dir() and any(target.iterdir()) and not is_replaceable(target):
         raise TargetExists(
-            "the target directory does not look like a model, so it is not replaced",
+            "the target directory does not look like a converted model, so it is not replaced",
             file=str(target),
-            expected="a directory with a config.json",
+            expected="what an earlier conversion wrote",
             found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
             remedy="choose another --save-path, or remove the directory yourself",
         )
-    if source.resolve().is_relative_to(target.resolve()):
-        raise TargetError(
-            "the checkpoint lies inside the target",
-            file=str(target),
-            found=str(source),
-            remedy="choose a --save-path that does not hold the checkpoint",
+    for used in (target, partial_of(target), _aside_of(target)):
+        if source.resolve().is_relative_to(used.resolve()):
+            raise TargetError(
+                "the source lies where the target is made",
+                file=str(used),
+                found=str(source),
+                remedy="choose another target; its name, and its name with .partial and .replaced, are written to",
+            )
+    if _aside_of(target).exists():
+        raise TargetExists(
+            "what an interrupted replacement moved aside is still there",
+            file=str(_aside_of(target)),
+            remedy="rename or remove it; it may be the only copy of a model",
         )
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError(
-            "the target cannot be made here", file=str(target), found=f"no permission to write in {parent}"
+            "the target cannot be made here",
+            file=str(target),
+            found=f"{parent} is no directory or is write-protected",
         )
     space = os.statvfs(parent)
     free_bytes = space.f_bavail * space.f_frsize
@@ -69,27 +90,27 @@ def check_target(target: Path, source: Path, *, overwrite: bool, needed_bytes: i
     return free_bytes
 
 
-def prepare(partial: Path, files: Sequence[TargetFile]) -> None:
-    """Make the partial directory with every weights file: its header, then zeros to its final size.
-
-    A partial directory that an earlier run left behind is replaced.
-    """
+def new_partial(partial: Path) -> None:
+    """Make an empty partial directory; one that an earlier run left behind is replaced."""
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        for file in files:
-            with (partial / file.name).open("wb") as output:
-                output.write(file.header)
-                output.truncate(file.size_bytes)
     except OSError as error:
         raise target_error(error, str(partial)) from error
 
 
 def sync_files(directory: Path, names: Sequence[str]) -> None:
-    """Force what this machine wrote of the named files to the disk."""
+    """Force what this machine wrote of the named files to the disk.
+
+    Raises:
+        TargetError, NotEnoughSpace: the file system refuses.
+    """
     for name in names:
-        _sync(directory / name)
+        try:
+            _sync(directory / name)
+        except OSError as error:
+            raise target_error(error, name) from error
 
 
 def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
@@ -98,20 +119,21 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
     Raises:
         TargetExists: a target appeared while the conversion ran, and `overwrite` is false.
     """
-    aside = target.with_name(target.name + ".replaced")
+    aside = _aside_of(target)
+    replaced = False
     try:
-        sync_files(partial, [path.name for path in partial.iterdir()])
-        _sync(partial)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in (*files, *{path.parent for path in files}, partial):
+            _sync(path)
         if target.exists() and any(target.iterdir()):
             if not overwrite:
                 raise TargetExists("the target appeared during the conversion", file=str(target))
-            if aside.exists():
-                shutil.rmtree(aside)
             target.rename(aside)
+            replaced = True
         partial.rename(target)
         _sync(target.absolute().parent)
-        if aside.exists():
-            shutil.rmtree(aside)
+        if replaced:
+            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
     except OSError as error:
         raise target_error(error, str(target)) from error
 

@@ -7,6 +7,8 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+from isal import isal_zlib
+
 from dist_convert.errors import NotEnoughSpace, TargetError
 from dist_convert.records import DTYPE_BYTES, View
 
@@ -16,11 +18,14 @@ _MAX_OPEN_FILES = 64
 class FileWriter:
     """Writes views of the files below one directory; keeps a limited number of them open.
 
-    Not for use by two threads at once.
+    Not for use by two threads at once. `checksums` holds (file, offset, length, CRC-32) of contiguous writes where
+    they are kept.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, keep_checksums: bool) -> None:
         self.written_bytes = 0
+        self.checksums: list[tuple[str, int, int, int]] = []
+        self._keep_checksums = keep_checksums
         self._root = root
         self._open: OrderedDict[str, int] = OrderedDict()
 
@@ -39,6 +44,8 @@ class FileWriter:
         row_bytes = view.columns * DTYPE_BYTES[view.dtype]
         if view.is_dense:
             self._write_at(view, packed, view.offset_bytes)
+            if self._keep_checksums:
+                self.checksums.append((view.file, view.offset_bytes, len(packed), isal_zlib.crc32(packed)))
         else:
             step_bytes = view.row_stride * DTYPE_BYTES[view.dtype]
             for row in range(view.rows):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile
+from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec
+from dist_convert.write.file_writer import target_error
 
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_ALIGNMENT_BYTES = 8
-
-#: A tensor to be written: name, dtype, shape.
-TensorSpec = tuple[str, str, tuple[int, ...]]
 
 
 def _size_bytes(spec: TensorSpec) -> int:
@@ -27,16 +26,23 @@ def _size_bytes(spec: TensorSpec) -> int:
 def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tuple[TargetFile, ...]:
     """Fill files in the given order of tensors, a new one where the next tensor would exceed the size.
 
-    As `save_pretrained` does, sizes count tensor bytes and a tensor larger than the limit has a file of its own.
+    As `save_pretrained` does, sizes count tensor bytes and a tensor larger than the limit has a file of its own, while
+    the file before it stays open.
     """
-    groups: list[list[TensorSpec]] = [[]]
+    groups: list[list[TensorSpec]] = []
+    current: list[TensorSpec] = []
     filled = 0
     for spec in specs:
-        if groups[-1] and filled + _size_bytes(spec) > max_shard_size_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(spec)
-        filled += _size_bytes(spec)
+        size_bytes = _size_bytes(spec)
+        if size_bytes > max_shard_size_bytes:
+            groups.append([spec])
+            continue
+        if filled + size_bytes > max_shard_size_bytes:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(spec)
+        filled += size_bytes
+    groups += [current] if current else []
     if len(groups) == 1:
         return (_target_file("model.safetensors", groups[0]),)
     total = len(groups)
@@ -73,6 +79,21 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= length
     return tuple(reversed(strides))
+
+
+def make_files(directory: Path, files: Sequence[TargetFile]) -> None:
+    """Make every file in its final size: its header, then zeros.
+
+    Raises:
+        TargetError, NotEnoughSpace: the file system refuses.
+    """
+    for file in files:
+        try:
+            with (directory / file.name).open("wb") as output:
+                output.write(file.header)
+                output.truncate(file.size_bytes)
+        except OSError as error:
+            raise target_error(error, file.name) from error
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

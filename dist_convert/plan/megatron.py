@@ -1,4 +1,4 @@
-"""The Megatron side of a plan: where each shard of each parameter of the tables is stored."""
+"""The Megatron side of a plan, source or target: where each shard of each parameter of the tables is stored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dist_convert import dialects
-from dist_convert.dialects import ExpertNumber, Spelling
+from dist_convert.dialects import ExpertNumber, Piece, Spelling
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnsupportedModel, WrongShape
 from dist_convert.layout import Chunk, Grid, ShardFiles, place_chunks
 from dist_convert.models.architecture import Architecture
@@ -183,6 +183,21 @@ def replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Repl
         if views is None:
             raise _not_found(side, parameter, file)
         found.append(views)
+    return tuple(found)
+
+
+def tied_replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
+    """The copies of the embedding's shard that the last pipeline stage holds where both are tied and apart."""
+    original, copy = dialects.TIED
+    last = side.chunks[-1]
+    if parameter.name != original or not side.architecture.tied or last == side.chunks[0]:
+        return ()
+    rows, columns = shard_size(parameter.row, side.architecture.sizes(), parameter.shards)
+    found = []
+    for file in side.files.dense[last.pipeline, shard]:
+        seen = dialects.view(Piece(copy), side.tensors[file, last.virtual][copy], rows, columns)
+        if seen is not None:
+            found.append(((0, seen),))
     return tuple(found)
 
 

@@ -1,0 +1,184 @@
+"""The flags of every command, on the command line and in YAML files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dist_convert.errors import UsageError
+from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, Job
+from dist_convert.units import parse_bytes
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises its errors instead of exiting, so that one rank prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
+
+
+def size(text: str) -> int:
+    """A size with a unit, in bytes."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}: {text!r} (expected {error.expected})") from error
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a positive whole number: {text!r}")
+    return int(text)
+
+
+def positive_or_zero(text: str) -> int:
+    """A whole number of 0 or more."""
+    return 0 if text == "0" else positive(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    from dist_convert.flags_to_megatron import add_hf_to_megatron  # it uses the types above
+
+    _add_megatron_to_hf(commands)
+    add_hf_to_megatron(commands)
+    inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
+    inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
+    inspect.add_argument("--ckpt-dir-name", help="iteration directory (default: what the tracker file says)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_megatron_to_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "megatron-to-hf",
+        help="convert a Megatron checkpoint to a Hugging Face directory",
+        description="Convert a Megatron checkpoint to a Hugging Face directory. Start it with torchrun to share the "
+        "work among ranks; alone it is one rank.",
+        epilog="{rank}, {local_rank} and {node} in --load-path are replaced by this rank's numbers.",
+    )
+    source = command.add_argument_group("source")
+    source.add_argument("--load-path", required=True, help="root of the Megatron checkpoint")
+    source.add_argument("--ckpt-dir-name", help="iteration directory, such as iter_0000004 (default: the tracker file)")
+    source.add_argument(
+        "--source-model-type", choices=SOURCE_MODEL_TYPES, help="checked against the checkpoint's args, which win"
+    )
+    source.add_argument(
+        "--true-vocab-size", type=positive, help="tokens without padding (default: args, then tokenizer)"
+    )
+    source.add_argument(
+        "--tokenizer", type=Path, help="directory of the tokenizer, where the path in the args is not on this machine"
+    )
+    source.add_argument(
+        "--habana-imported-experts",
+        action="store_true",
+        help="read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
+        "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
+        "that was trained since",
+    )
+    target = command.add_argument_group("target")
+    target.add_argument("--save-path", required=True, type=Path, help="Hugging Face directory to be made")
+    target.add_argument(
+        "--target-params-dtype",
+        choices=tuple(TARGET_DTYPES),
+        default="bf16",
+        help="dtype of the weights stored in the checkpoint's params dtype; others keep theirs (default: bf16)",
+    )
+    target.add_argument("--allow-overflow", action="store_true", help="accept values that become infinite in fp16")
+    target.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
+    target.add_argument(
+        "--instruct",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write the end-of-turn tokens and sampling defaults of an instruct model",
+    )
+    target.add_argument("--save-capacity-bins", action="store_true", help="write Habana's capacity_bins.pt")
+    target.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    add_run_flags(command)
+
+
+def add_run_flags(command: argparse.ArgumentParser) -> None:
+    """Flags that both directions have."""
+    run = command.add_argument_group("run")
+    run.add_argument("--device", choices=DEVICES, default="auto", help="that collectives use (default: what is there)")
+    run.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="auto",
+        help="gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes "
+        "(default: direct on the CPU where every rank sees every file, else gather)",
+    )
+    run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
+    run.add_argument("--dry-run", action="store_true", help="show what each rank would do; exit 0 if it would start")
+    run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of the command line, with those of a `--config` file behind them.
+
+    Raises:
+        UsageError: an unknown flag or a wrong value, on the command line or in the file.
+    """
+    finder = Parser(add_help=False)
+    finder.add_argument("--config", type=Path)
+    config = finder.parse_known_args([*argv[1:]])[0].config
+    from_file = _flags_of_file(config) if argv[:1] in (["megatron-to-hf"], ["hf-to-megatron"]) and config else []
+    return build_parser().parse_args([*argv[:1], *from_file, *argv[1:]])
+
+
+def _flags_of_file(path: Path) -> list[str]:
+    import yaml  # only here: most runs have no job file
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError("cannot read the job file", file=str(path), found=str(error)) from error
+    if not isinstance(data, dict):
+        raise UsageError(
+            "not a job file", file=str(path), expected="flag: value, a line each", found=type(data).__name__
+        )
+    flags: list[str] = []
+    for key, value in data.items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag == "--config":
+            raise UsageError("a job file cannot name another one", file=str(path), found=f"config: {value}")
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, list | dict):
+            raise UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path))
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def job_from_flags(flags: argparse.Namespace) -> Job:
+    """The job of `megatron-to-hf`."""
+    numbers = {"rank": "RANK", "local_rank": "LOCAL_RANK", "node": "GROUP_RANK"}
+    load_path = flags.load_path
+    for name, variable in numbers.items():
+        load_path = load_path.replace("{" + name + "}", os.environ.get(variable, "0"))
+    return Job(
+        load_path=Path(load_path),
+        save_path=flags.save_path.resolve(),
+        ckpt_dir_name=flags.ckpt_dir_name,
+        target_params_dtype=flags.target_params_dtype,
+        source_model_type=flags.source_model_type,
+        instruct=flags.instruct,
+        save_capacity_bins=flags.save_capacity_bins,
+        max_shard_size_bytes=flags.max_shard_size,
+        true_vocab_size=flags.true_vocab_size,
+        tokenizer=flags.tokenizer,
+        habana_imported_experts=flags.habana_imported_experts,
+        allow_overflow=flags.allow_overflow,
+        device=flags.device,
+        placement=flags.placement,
+        max_memory_per_rank_bytes=flags.max_memory_per_rank,
+        dry_run=flags.dry_run,
+        overwrite=flags.overwrite,
+    )

@@ -1,0 +1,89 @@
+"""The flags of `hf-to-megatron`, those of Habana's `convert.py` included."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import UsageError
+from dist_convert.flags import add_run_flags, positive, positive_or_zero
+from dist_convert.job import TARGET_DTYPES, ToMegatronJob
+from dist_convert.metadata.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
+from dist_convert.old_flags import add_old_flags
+
+VOCAB_PADDINGS = ("last-row", "zeros")
+
+
+def add_hf_to_megatron(commands: Any) -> None:
+    """Add the command to a parser's subcommands."""
+    command = commands.add_parser(
+        "hf-to-megatron",
+        help="convert a Hugging Face model to a Megatron checkpoint",
+        description="Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. Start it with "
+        "torchrun to share the work among ranks; alone it is one rank.",
+    )
+    source = command.add_argument_group("source")
+    source.add_argument("--load-dir", required=True, help="Hugging Face directory, or a hub id (org/name[@revision])")
+    source.add_argument("--source-margs-file", type=Path, help="source_megatron_args.json of an earlier conversion")
+    source.add_argument("--load-capacity-bins", action="store_true", help="take over capacity_bins.pt (same grid only)")
+    source.add_argument("--tokenizer-model", help="path of the tokenizer, for the args")
+    source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
+    target = command.add_argument_group("target")
+    target.add_argument("--save-dir", required=True, type=Path, help="root of the Megatron checkpoint")
+    when = target.add_mutually_exclusive_group()
+    when.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
+    when.add_argument("--release", action="store_true", help="write a release instead of an iteration")
+    target.add_argument("--target-tensor-parallel-size", type=positive, default=1)
+    target.add_argument("--target-pipeline-parallel-size", type=positive, default=1)
+    target.add_argument("--target-virtual-pipeline-parallel-size", type=positive, default=1)
+    target.add_argument("--target-expert-parallel-size", "--target-expert-paralell-size", type=positive, default=1)
+    target.add_argument("--target-expert-tensor-parallel-size", type=positive, help="(default: the tensor size)")
+    target.add_argument("--decoder-first-pipeline-num-layers", type=positive)
+    target.add_argument("--decoder-last-pipeline-num-layers", type=positive)
+    target.add_argument("--pipeline-model-parallel-layout", help="such as Ettt|(tttt|)*2ttL")
+    target.add_argument("--make-vocab-size-divisible-by", type=positive, default=128)
+    target.add_argument("--true-vocab-size", type=positive, help="checked against the config")
+    target.add_argument(
+        "--vocab-padding", choices=VOCAB_PADDINGS, default="last-row", help="what padding rows hold (default: last-row)"
+    )
+    dtype = target.add_mutually_exclusive_group()
+    dtype.add_argument(
+        "--target-params-dtype",
+        choices=tuple(TARGET_DTYPES),
+        default="keep",
+        help="dtype of the weights stored in the model's main dtype; others keep theirs (default: keep)",
+    )
+    dtype.add_argument("--bf16", action="store_const", const="bf16", dest="target_params_dtype")
+    dtype.add_argument("--fp16", action="store_const", const="fp16", dest="target_params_dtype")
+    target.add_argument("--allow-overflow", action="store_true", help="accept values that become infinite in fp16")
+    target.add_argument(
+        "--saver-transformer-impl",
+        choices=TRANSFORMER_IMPLS,
+        default="transformer_engine",
+        help="spelling of the norms (default: transformer_engine)",
+    )
+    target.add_argument("--expert-layout", choices=EXPERT_LAYOUTS, default="sequential", help="spelling of the experts")
+    target.add_argument("--overwrite", action="store_true", help="replace this iteration if it exists")
+    add_run_flags(command)
+    command.add_argument("--verbose", action="store_true", help="say where each of the target's args comes from")
+    add_old_flags(command)
+
+
+def to_megatron_job_from_flags(flags: argparse.Namespace) -> ToMegatronJob:
+    """The job of `hf-to-megatron`.
+
+    Raises:
+        UsageError: flags that exclude each other.
+    """
+    names = ToMegatronJob.__dataclass_fields__.keys() - {"max_memory_per_rank_bytes", "save_dir"}
+    values = {name: getattr(flags, name) for name in names}
+    if flags.pipeline_model_parallel_layout and flags.target_virtual_pipeline_parallel_size != 1:
+        raise UsageError(
+            "a layout says how many virtual stages there are",
+            found="--pipeline-model-parallel-layout and --target-virtual-pipeline-parallel-size",
+            remedy="leave --target-virtual-pipeline-parallel-size out",
+        )
+    return ToMegatronJob(
+        save_dir=flags.save_dir.resolve(), max_memory_per_rank_bytes=flags.max_memory_per_rank, **values
+    )

@@ -1,0 +1,75 @@
+"""Megatron to Hugging Face: what is read, what is written, and what is said about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_convert.job import TARGET_DTYPES, Job
+from dist_convert.metadata.capacity_bins import Bin, read_bins
+from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
+from dist_convert.metadata.tokenizer import Tokenizer, find_tokenizer
+from dist_convert.metadata.write import write_metadata
+from dist_convert.move.exchange import World, gather_objects
+from dist_convert.move.pipeline import Moved
+from dist_convert.plan.survey import check_same_run
+from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.read.checkpoint import iteration_directory, rank_files
+from dist_convert.read.discover import discover
+from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
+from dist_convert.report import notes_on
+from dist_convert.task import Task
+from dist_convert.write.safetensors_files import make_files
+
+
+def megatron_to_hf(job: Job, world: World) -> Task:
+    """Read the shards' headers and work out the Hugging Face directory that they become.
+
+    Raises:
+        SourceError: all that the headers show to be wrong.
+    """
+    directory = iteration_directory(job.load_path, job.ckpt_dir_name)
+    found = discover(
+        world,
+        rank_files(directory),
+        lambda file: shard_to_json(read_shard(directory / file, file)),
+        expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
+    )
+    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
+    check_same_run(shards.values())
+    file = min(shards)
+    args = shards[file].args
+    tokenizer = _share_tokenizer(job, world, shards[file])
+    padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
+    vocab, _ = true_vocab(flag=job.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
+    content = plan_to_huggingface(
+        shards,
+        architecture_from_args(args, vocab=vocab, file=file),
+        target_dtype=TARGET_DTYPES[job.target_params_dtype],
+        max_shard_size_bytes=job.max_shard_size_bytes,
+        imported_experts=job.habana_imported_experts,
+    )
+
+    def finish(partial: Path, moved: Moved) -> None:
+        mine = [shards[name] for name in found.headers_of[world.rank]]
+        bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
+        if world.rank == 0:
+            write_metadata(partial, job, content, args, tokenizer, [bin for of_rank in bins for bin in of_rank])
+
+    return Task(
+        content=content,
+        source=directory,
+        visible=found.visible,
+        target=job.save_path,
+        is_replaceable=lambda path: (path / "config.json").is_file(),
+        notes=notes_on(job, content, shards, tokenizer),
+        make_files=lambda partial: make_files(partial, content.files),
+        finish=finish,
+        publish=lambda: None,
+    )
+
+
+def _share_tokenizer(job: Job, world: World, shard: Shard) -> Tokenizer:
+    """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
+    found = find_tokenizer(job.tokenizer, shard.args) if world.rank == 0 else Tokenizer(None)
+    size, bos, eos, note = gather_objects(world, [found.size, found.bos, found.eos, found.note])[0]
+    return Tokenizer(found.directory, size, bos, eos, note)

@@ -1,0 +1,131 @@
+"""A model by name: a directory that is here, or one of the Hugging Face Hub, fetched into its cache.
+
+The only module that uses huggingface_hub, whose own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT
+(https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables).
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace
+from dist_convert.read.huggingface import CONFIG_FILE, WEIGHTS_KINDS, find_weights
+from dist_convert.read.weights_index import read_index_file
+
+#: Beside the weights: config, tokenizer, and what a conversion from Megatron has left for the way back.
+_SMALL_FILES = (
+    CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "source_megatron_args.json", "capacity_bins.pt",
+)  # fmt: skip
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def local_directory(name: str) -> Path:
+    """The directory of a model.
+
+    Args:
+        name: an existing directory, which is returned as it is, or `org/name` or `org/name@revision` on the hub. Only
+            config, tokenizer and one kind of weights are fetched, safetensors where there are any. Several ranks may
+            ask at once: the cache has locks, and what it holds already is not fetched again.
+
+    Raises:
+        CheckpointNotFound: neither a directory nor a model on the hub that is open to this user; or it cannot be
+            reached and the cache does not hold it.
+        NotEnoughSpace: for the cache.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = name.partition("@")
+    organisation, _, model = repository.partition("/")
+    if organisation in ("", ".", "..", "~") or not model or "/" in model or Path(name).exists():
+        raise CheckpointNotFound(
+            "the Hugging Face directory does not exist",
+            file=name,
+            expected="a directory, or org/name[@revision] on the Hugging Face Hub",
+            found="a file" if Path(name).exists() else "nothing",
+            remedy="check --load-dir on every node",
+        )
+    return _fetch(repository, revision or None)
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    directory = _snapshot(repository, revision, [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)])
+    for index, single in WEIGHTS_KINDS:
+        named = set(read_index_file(directory, index).values()) if (directory / index).is_file() else set()
+        # The same commit: a branch may move on between the calls.
+        directory = _snapshot(repository, directory.name, sorted({*named, single}))
+        if named or (directory / single).is_file():
+            break
+    missing = [file for file in find_weights(directory) if not (directory / file).is_file()]
+    if missing:
+        raise CheckpointNotFound(
+            "the cache holds only a part of the model",
+            file=str(directory),
+            expected=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
+            found="not in the cache, and not on the hub or no way to it",
+            remedy="unset HF_HUB_OFFLINE, or fetch the model on a machine with a connection and copy its HF_HOME here",
+        )
+    return directory
+
+
+def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
+    """The cache's directory of one revision, after fetching those of the files that the hub has."""
+    # Half a second to import, which runs from a local directory do not need.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    # Its error class derives from what the HTTP library below it (requests, httpx) raises itself, and from OSError.
+    network_errors = (c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
+    expected: tuple[type[Exception], ...] = (HFValidationError, *network_errors)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(f) for f in files]))
+    except expected as error:
+        raise _explain(error, repository, revision) from error
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> ConversionError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = f"{repository}@{revision}" if revision else repository
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return NotEnoughSpace(
+            "no space for the hub's cache",
+            file=str(constants.HF_HUB_CACHE),
+            found=str(error),
+            remedy="set HF_HOME to a larger file system",
+        )
+    if isinstance(error, GatedRepoError):
+        what = "no access to the model"
+        remedy = f"accept its terms at {constants.ENDPOINT}/{repository}, then set HF_TOKEN to a token of that account"
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+        what = "neither a directory here nor a model on the Hugging Face Hub"
+        remedy = "check the spelling; a private model needs HF_TOKEN, a directory its full path"
+    elif isinstance(error, RevisionNotFoundError):
+        what, remedy = "the model has no such revision", "name a branch, a tag or a whole commit hash after the @"
+    elif isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        what, remedy = "the hub's cache cannot be written", "set HF_HOME to a directory that this user may write"
+    elif constants.HF_HUB_OFFLINE:
+        what = "the model is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        remedy = "unset HF_HUB_OFFLINE, or fetch the model on a machine with a connection and copy its HF_HOME here"
+    else:
+        what = "the model cannot be fetched, and the cache does not hold all of it"
+        remedy = f"check the connection to {constants.ENDPOINT}; what has been fetched is kept"
+    cause = error.__cause__ or error
+    return CheckpointNotFound(
+        what,
+        file=name,
+        expected=f"in {constants.HF_HUB_CACHE} or on {constants.ENDPOINT}",
+        found=f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}",
+        remedy=remedy,
+    )

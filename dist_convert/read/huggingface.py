@@ -1,0 +1,230 @@
+"""A Hugging Face directory: its config, its weights files, and where each of their tensors lies.
+
+Only headers are read. Names of files and the index: docs/formats.md, "Shards and index".
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import (
+    CheckpointNotFound,
+    ConversionError,
+    InconsistentShards,
+    MissingShard,
+    MissingTensor,
+    UnknownTensor,
+    raise_together,
+)
+from dist_convert.read.json_file import read_json
+from dist_convert.read.pickled_weights import read_pickled_weights
+from dist_convert.read.safetensors_header import read_safetensors_header
+from dist_convert.read.weights_index import SAFETENSORS, check_weights_name, read_index_file
+from dist_convert.records import StoredTensor
+
+CONFIG_FILE = "config.json"
+
+#: Ways to store weights, the preferred one first: the index of several files, and the name of a single one.
+WEIGHTS_KINDS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+_AGAIN = "copy or download the file again"
+
+
+@dataclass(frozen=True)
+class HuggingFaceFiles:
+    """A Hugging Face directory as one rank sees it.
+
+    Attributes:
+        config: the content of config.json.
+        sizes_bytes: of the weights files that are here, by name.
+    """
+
+    config: dict[str, Any]
+    sizes_bytes: dict[str, int]
+
+
+def read_directory(directory: Path) -> HuggingFaceFiles:
+    """Read the config, and list the weights files that this machine sees.
+
+    Raises:
+        CheckpointNotFound: no such directory, no config.json or no weights.
+        CorruptFile: see `find_weights`; or a config that is no JSON object.
+    """
+    names = find_weights(directory)
+    config = directory / CONFIG_FILE
+    if not config.is_file():
+        raise CheckpointNotFound(
+            f"no {CONFIG_FILE} beside the weights",
+            file=str(config),
+            expected="the directory that save_pretrained made",
+            found=_listing(directory),
+            remedy="copy the model's config.json there",
+        )
+    paths = {name: directory / name for name in names}
+    return HuggingFaceFiles(
+        read_json(config), {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    )
+
+
+def find_weights(directory: Path) -> tuple[str, ...]:
+    """The names of the weights files, sorted; those that an index names may lie on other machines only.
+
+    Raises:
+        CheckpointNotFound: no such directory, or no weights in it.
+        CorruptFile: the index is damaged, or names a file outside the directory.
+        InconsistentShards: an index and a single file that it does not name.
+    """
+    index_file, single = _kind(directory)
+    if index_file is None:
+        return (single,)
+    return tuple(sorted(set(read_index_file(directory, index_file).values())))
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """The file of each tensor, as the index says; None where all are in a single file without one.
+
+    Raises:
+        CheckpointNotFound, CorruptFile, InconsistentShards: as `find_weights`.
+    """
+    index_file, _ = _kind(directory)
+    return None if index_file is None else read_index_file(directory, index_file)
+
+
+def _kind(directory: Path) -> tuple[str | None, str]:
+    """Which of `WEIGHTS_KINDS` is here: (its index, or None without one; its single file)."""
+    if not directory.is_dir():
+        raise CheckpointNotFound(
+            "the Hugging Face directory does not exist", file=str(directory), remedy="check --load-dir on every node"
+        )
+    for index_file, single in WEIGHTS_KINDS:
+        if (directory / index_file).is_file():
+            _refuse_second_model(directory, index_file, single)
+            return index_file, single
+        if os.path.lexists(directory / single):
+            check_weights_name(directory, single, single)
+            if (directory / single).is_file():
+                return None, single
+    raise CheckpointNotFound(
+        "no weights in the Hugging Face directory",
+        file=str(directory),
+        expected="one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
+        found=_listing(directory),
+        remedy="give the directory that save_pretrained made, or a hub id, with --load-dir",
+    )
+
+
+def _refuse_second_model(directory: Path, index_file: str, single: str) -> None:
+    # transformers would load the single file, and the index is what a sharded save left: no guess is safe.
+    if (directory / single).is_file() and single not in read_index_file(directory, index_file).values():
+        raise InconsistentShards(
+            f"two sets of weights: {single}, and the files that {index_file} names",
+            file=str(directory),
+            expected=f"{index_file} names {single}, or only one of them is here",
+            found="both, of different saves",
+            remedy="remove the one that is out of date",
+        )
+
+
+def _listing(directory: Path, shown: int = 8) -> str:
+    names = sorted(path.name for path in directory.iterdir())
+    return (", ".join(names[:shown]) or "nothing") + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def read_weights_header(path: Path, file: str) -> dict[str, StoredTensor]:
+    """Every tensor of a weights file, by name.
+
+    Args:
+        path: the file on this machine.
+        file: its name relative to the directory.
+
+    Raises:
+        CorruptFile, UnsafePickle, UnsupportedModel: see `safetensors_header` and `pickled_weights`.
+    """
+    if file.endswith(SAFETENSORS):
+        return read_safetensors_header(path, file)
+    return read_pickled_weights(path, file)
+
+
+def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    """Compare an index with the files that it names.
+
+    Args:
+        index: tensor -> file.
+        headers: file -> its tensors, of the files that some rank sees.
+
+    Raises:
+        Problems, or the one problem there is: MissingShard, MissingTensor, InconsistentShards, UnknownTensor.
+    """
+    problems: list[ConversionError] = []
+    problems += [
+        MissingShard(
+            "a weights file is missing",
+            file=file,
+            expected=f"{count} tensors in it, by the index",
+            found="no such file on any rank",
+            remedy="download the model again, or copy the file beside the others",
+        )
+        for file, count in sorted(Counter(index.values()).items())
+        if file not in headers
+    ]
+    holders: dict[str, list[str]] = {}
+    for file in sorted(headers):
+        for name in headers[file]:
+            holders.setdefault(name, []).append(file)
+    for name, file in index.items():
+        if file in headers and holders.get(name) != [file]:
+            problems.append(_misplaced(name, file, holders.get(name, [])))
+    problems += [
+        UnknownTensor(
+            "a tensor that the index does not name",
+            tensor=name,
+            file=files[0],
+            expected="only tensors in the index's weight_map",
+            found=f"shape {list(headers[files[0]][name].shape)}",
+            remedy="the file is of another save than the index; copy both again",
+        )
+        for name, files in holders.items()
+        if name not in index
+    ]
+    raise_together(problems)
+
+
+def _misplaced(name: str, file: str, found: list[str]) -> ConversionError:
+    if not found:
+        return MissingTensor(
+            "the index names a tensor that no file holds", tensor=name, file=file, found="nothing", remedy=_AGAIN
+        )
+    return InconsistentShards(
+        "a tensor lies elsewhere than the index says" if len(found) == 1 else "a tensor is stored twice",
+        tensor=name,
+        file=file,
+        expected=f"in {file} only",
+        found=f"in {', '.join(found)}",
+        remedy="the files are of different saves; copy all of them again",
+    )
+
+
+def headers_to_json(headers: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, list[list[Any]]]:
+    """A compact JSON form of file -> tensors, for sending headers between ranks."""
+    return {
+        file: [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in tensors.items()]
+        for file, tensors in headers.items()
+    }
+
+
+def headers_from_json(data: Mapping[str, list[list[Any]]]) -> dict[str, dict[str, StoredTensor]]:
+    """The inverse of `headers_to_json`."""
+    return {
+        file: {
+            name: StoredTensor(name, file, dtype, tuple(shape), tuple(strides), offset_bytes)
+            for name, dtype, shape, strides, offset_bytes in tensors
+        }
+        for file, tensors in data.items()
+    }

@@ -1,0 +1,63 @@
+"""What a direction contributes to a conversion; `run` does the rest, alike for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dist_convert.move.pipeline import Moved
+from dist_convert.plan.content import Content
+from dist_convert.write.commit import partial_of
+
+
+class RunOptions(Protocol):
+    """The part of a job that does not depend on the direction; sizes in bytes."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def placement(self) -> str: ...
+    @property
+    def max_memory_per_rank_bytes(self) -> int: ...
+    @property
+    def dry_run(self) -> bool: ...
+    @property
+    def overwrite(self) -> bool: ...
+    @property
+    def allow_overflow(self) -> bool: ...
+    @property
+    def target_params_dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One conversion, ready to be divided over ranks.
+
+    Attributes:
+        content: every byte that is read and written.
+        source: directory of the source files, as this rank sees it.
+        visible: for each rank, the source files that it can read.
+        target: the directory that gets its name when it is complete.
+        is_replaceable: whether `--overwrite` may replace a directory.
+        notes: for the user, before anything is written.
+        make_files: makes the weights files in their final size below a directory.
+        finish: adds all that is no weight to a directory; every rank calls it.
+        publish: what follows the renaming, on rank 0.
+    """
+
+    content: Content
+    source: Path
+    visible: tuple[frozenset[str], ...]
+    target: Path
+    is_replaceable: Callable[[Path], bool]
+    notes: Sequence[str]
+    make_files: Callable[[Path], None]
+    finish: Callable[[Path, Moved], None]
+    publish: Callable[[], None]
+
+    @property
+    def partial(self) -> Path:
+        """Where the target is made."""
+        return partial_of(self.target)
