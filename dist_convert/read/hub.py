@@ -80,7 +80,7 @@ def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Pa
     # Half a second to import, which runs from a local directory do not need.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
     if not isinstance(data, dict):
         raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)

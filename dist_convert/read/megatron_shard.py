@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
-from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
-from dist_convert.read.zip_container import Container, data_offsets_bytes, open_container, read_small_record
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor
+from dist_convert.read.saved_tensors import open_saved, place_tensors
+from dist_convert.read.zip_container import Container
+from dist_convert.records import StoredTensor
 
 #: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
 _ENUM_MEMBERS: dict[tuple[str, object], str] = {
@@ -60,11 +61,7 @@ def read_shard(path: Path, file: str) -> Shard:
         MissingArguments: it holds no `args`.
         UnsupportedModel: it is of a format or version that is not read.
     """
-    container = open_container(path, file)
-    _refuse_big_endian(container)
-    saved = load(read_small_record(container, "data.pkl"), file)
-    if not isinstance(saved, Mapping):
-        raise CorruptFile("not a Megatron checkpoint file", file=file, expected="a dict", found=type(saved).__name__)
+    container, saved = open_saved(path, file)
     args = saved.get("args")
     if not isinstance(args, Inert) or not isinstance(args.state, Mapping):
         raise MissingArguments(
@@ -87,11 +84,6 @@ def read_shard(path: Path, file: str) -> Shard:
         chunks=chunks,
         opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
     )
-
-
-def _refuse_big_endian(container: Container) -> None:
-    if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
-        raise UnsupportedModel("saved on a big-endian machine", file=container.label, expected="little endian")
 
 
 def _refuse_old_version(version: object, file: str) -> None:
@@ -136,29 +128,9 @@ def _label(name: str, virtual: int, chunks: int) -> str:
 
 def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container: Container) -> dict[str, StoredTensor]:
     tensors = {name: value for name, value in models[virtual].items() if isinstance(value, Tensor)}
-    keys = sorted({f"data/{tensor.storage.key}" for tensor in tensors.values()})
-    offsets = data_offsets_bytes(container, keys)
-    stored = {}
-    for name, tensor in tensors.items():
-        record = f"data/{tensor.storage.key}"
-        item_bytes = DTYPE_BYTES[tensor.storage.dtype]
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-        end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
-        if end_bytes > container.records[record].size_bytes:
-            raise CorruptFile(
-                "a tensor reaches past its storage",
-                tensor=name,
-                file=container.label,
-                expected=f"at least {end_bytes} bytes in {record}",
-                found=f"{container.records[record].size_bytes} bytes",
-                remedy="copy the file again from the machine that saved it",
-            )
-        offset_bytes = offsets[record] + tensor.offset * item_bytes
-        label = _label(name, virtual, len(models))
-        stored[name] = StoredTensor(
-            label, container.label, tensor.storage.dtype, tensor.shape, tensor.strides, offset_bytes
-        )
-    return stored
+    labels = {name: _label(name, virtual, len(models)) for name in tensors}
+    placed = place_tensors({labels[name]: tensor for name, tensor in tensors.items()}, container)
+    return {name: placed[label] for name, label in labels.items()}
 
 
 def _kind(value: object) -> str:

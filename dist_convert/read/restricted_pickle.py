@@ -184,7 +184,7 @@ class _Unpickler(pickle._Unpickler):
         if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_GLOBALS.get(module, ()):
             return _inert_class(f"{module}.{name}")
         raise UnsafePickle(
-            f"the pickle names {module}.{name}, which no Megatron checkpoint needs; nothing was run",
+            f"the pickle names {module}.{name}, which no checkpoint needs; nothing was run",
             file=self._label,
             expected="tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy",
             found=f"{module}.{name}",
