@@ -80,13 +80,14 @@ class Runs:
     """How a strided window is fetched: equal runs of stored elements, packed one after the other.
 
     `starts` are element offsets from the window's first element; in the packed buffer the window has the strides
-    `row_stride` and `column_stride`.
+    `row_stride` and `column_stride`. Several runs hold a row each, or a column each if not `by_row`.
     """
 
     starts: range
     run_elements: int
     row_stride: int
     column_stride: int
+    by_row: bool = True
 
     @property
     def elements(self) -> int:
@@ -102,4 +103,4 @@ def runs(rows: int, columns: int, row_stride: int, column_stride: int) -> Runs:
         line = 1 + (columns - 1) * column_stride
         return Runs(range(0, rows * row_stride, row_stride), line, line, column_stride)
     line = 1 + (rows - 1) * row_stride
-    return Runs(range(0, columns * column_stride, column_stride), line, row_stride, line)
+    return Runs(range(0, columns * column_stride, column_stride), line, row_stride, line, by_row=False)

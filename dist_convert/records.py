@@ -98,8 +98,8 @@ class View:
 
     @property
     def is_transposed(self) -> bool:
-        """Whether walking along a row makes the larger jumps."""
-        return self.columns > 1 and self.rows > 1 and self.column_stride > self.row_stride
+        """Whether neighbours in a row are apart in the file, as in a transposed matrix."""
+        return self.columns > 1 and self.column_stride != 1
 
 
 @dataclass(frozen=True)

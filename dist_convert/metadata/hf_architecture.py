@@ -95,7 +95,8 @@ def architecture_from_config(
         config: the file's content.
         padded_vocab: rows of the embedding in Megatron, see `target_args.padded_vocab`.
         file: where the config came from, for messages.
-        zero_output_bias: every `o_proj.bias` is known to hold zeros only, so that it needs no place in Megatron.
+        zero_output_bias: the biases of the output projections are known to be zeros, so that they need no place in
+            Megatron.
 
     Raises:
         UnsupportedModel: what Megatron cannot express. All reasons are reported together.

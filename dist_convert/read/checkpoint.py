@@ -38,7 +38,7 @@ def iteration_directory(root: Path, name: str | None) -> Path:
             found="nothing",
             remedy="name an existing iteration with --ckpt-dir-name",
         )
-    if not rank_files(directory) and ((directory / "metadata.json").exists() or (directory / ".metadata").exists()):
+    if not rank_files(directory) and _is_distributed(directory):
         raise UnsupportedModel(
             "a distributed checkpoint (torch_dist, torch_dcp or a relative)",
             file=str(directory),
@@ -49,8 +49,12 @@ def iteration_directory(root: Path, name: str | None) -> Path:
     return directory
 
 
+def _is_distributed(directory: Path) -> bool:
+    return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
+
+
 def _tracked(root: Path) -> str:
-    if rank_files(root):
+    if rank_files(root) or _is_distributed(root):
         return "."
     tracker = root / TRACKER_FILE
     if not tracker.is_file():

@@ -101,7 +101,7 @@ class FileReader:
             box = Box(0, 0, view.rows, view.columns)
             if len(fetched.starts) > 1:
                 lines = (
-                    (0, first, view.rows, len(starts)) if view.is_transposed else (first, 0, len(starts), view.columns)
+                    (0, first, view.rows, len(starts)) if not fetched.by_row else (first, 0, len(starts), view.columns)
                 )
                 box = Box(*lines)
             yield box, values.as_strided((box.rows, box.columns), (fetched.row_stride, fetched.column_stride))

@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
-from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor
+from dist_convert.read.plain_values import plain_dict
+from dist_convert.read.restricted_pickle import Inert, Tensor
 from dist_convert.read.saved_tensors import open_saved, place_tensors
 from dist_convert.read.zip_container import Container
 from dist_convert.records import StoredTensor
-
-#: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
-_ENUM_MEMBERS: dict[tuple[str, object], str] = {
-    ("ModelType", 1): "encoder_or_decoder",
-    ("AttnBackend", 1): "flash", ("AttnBackend", 2): "fused", ("AttnBackend", 3): "unfused",
-    ("AttnBackend", 4): "local", ("AttnBackend", 5): "auto",
-}  # fmt: skip
-_MAX_DEPTH = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def read_shard(path: Path, file: str) -> Shard:
         size_bytes=container.size_bytes,
         weights_bytes=sum(tensor.size_bytes for chunk in chunks for tensor in chunk.values()),
         iteration=iteration if isinstance(iteration, int) else None,
-        args={str(name): _plain(value) for name, value in args.state.items()},
+        args=plain_dict(args.state),
         chunks=chunks,
         opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
     )
@@ -135,40 +128,6 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
 
 def _kind(value: object) -> str:
     return value.class_name if isinstance(value, Inert) else type(value).__name__
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """A JSON value for anything that `args` may hold; what has no JSON form becomes text."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Dtype):
-        return value.torch_name
-    if depth > _MAX_DEPTH:
-        return "..."
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item, depth + 1) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, Inert):
-        return _plain_inert(value, depth)
-    return str(value)
-
-
-def _plain_inert(value: Inert, depth: int) -> Any:
-    short_name = value.class_name.rpartition(".")[2]
-    if short_name in ("Namespace", "SimpleNamespace") and isinstance(value.state, Mapping):
-        return _plain(value.state, depth + 1)
-    if "Path" in short_name:
-        return "/".join(str(part) for part in value.arguments).replace("//", "/")
-    if short_name in ("set", "frozenset", "list", "tuple") and value.arguments:
-        return _plain(value.arguments[0], depth + 1)
-    if value.class_name == "builtins.getattr" and len(value.arguments) == 2:
-        owner, member = value.arguments
-        return f"{getattr(owner, '__name__', owner)}.{member}"
-    if len(value.arguments) == 1 and isinstance(value.arguments[0], int | str):
-        argument = value.arguments[0]
-        return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), str(argument))}"
-    return f"<{value.class_name}>"
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:

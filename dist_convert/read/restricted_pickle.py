@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dist_convert.errors import CorruptFile, UnsafePickle
 
@@ -35,13 +36,16 @@ _DTYPES = {
 
 #: Everything below these packages may be named; it is neither imported nor called.
 _INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
+_BUILTINS = {
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "long", "object",
+    "range", "set", "slice", "str", "tuple", "unicode", "xrange",
+}  # fmt: skip
 _INERT_GLOBALS = {
     "_codecs": {"encode"},
     "_io": {"BytesIO"},
     "argparse": {"Namespace"},
-    "builtins": {"bool", "bytearray", "bytes", "complex", "float", "frozenset", "getattr", "int", "list", "object",
-                 "range", "set", "slice", "str", "tuple", "dict"},
-    "__builtin__": {"getattr", "set", "object"},
+    "__builtin__": _BUILTINS,
+    "builtins": _BUILTINS,
     "collections": {"Counter", "defaultdict", "deque"},
     "copyreg": {"_reconstructor"},
     "copy_reg": {"_reconstructor"},
@@ -67,6 +71,10 @@ _INERT_GLOBALS = {
     "torch.serialization": {"_get_layout"},
     "types": {"SimpleNamespace"},
 }  # fmt: skip
+
+
+#: Items in a dict key. Keys of checkpoints are names and numbers, and the nodes of nested tuples at most.
+_MAX_KEY_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -99,17 +107,19 @@ class Tensor:
 class Inert:
     """Stands for an object of a class that is not imported; keeps what it was made from."""
 
+    __slots__ = ("arguments", "class_name", "state")
+
     def __init__(self, class_name: str, arguments: tuple[Any, ...]) -> None:
         self.class_name = class_name
         self.arguments = arguments
         self.state: Any = None
-        self.items: dict[Any, Any] = {}
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def __call__(self, *arguments: Any) -> Inert:
+        """Stay inert where a pickle calls what it got from a call."""
+        return Inert(self.class_name, arguments)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
+        """Accept the items that some classes are filled with."""
 
     def append(self, value: Any) -> None:
         """Accept the list items that some classes are filled with."""
@@ -117,25 +127,18 @@ class Inert:
     def extend(self, values: Any) -> None:
         """Accept the list items that some classes are filled with."""
 
-    def __call__(self, *arguments: Any) -> Inert:
-        return Inert(self.class_name, arguments)
-
     def __repr__(self) -> str:
         return f"<{self.class_name}>"
 
 
-def _inert_class(class_name: str) -> type[Inert]:
-    """A class of its own for each global, because the pickle's NEWOBJ and REDUCE opcodes instantiate classes."""
+@dataclass(frozen=True)
+class Global:
+    """A class or function that the pickle names; calling it makes a record of the call."""
 
-    def new(cls: type[Inert], *arguments: Any) -> Inert:
-        instance = object.__new__(cls)
-        Inert.__init__(instance, class_name, arguments)
-        return instance
+    name: str
 
-    def init(self: Inert, *arguments: Any) -> None:
-        """All was kept by `new`; unpickling by NEWOBJ never comes here."""
-
-    return type("Inert", (Inert,), {"__new__": new, "__init__": init})
+    def __call__(self, *arguments: Any) -> Inert:
+        return Inert(self.name, arguments)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -167,12 +170,78 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 
 # The pure Python unpickler is private by name only; typeshed does not know it.
 class _Unpickler(pickle._Unpickler):
+    """Opcodes that would hash, allocate or overwrite what the pickle says are replaced by careful ones."""
+
+    # What typeshed leaves out of the base class.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
+
     def __init__(self, data: bytes, label: str) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._label = label
+        self._size_bytes = len(data)
+
+    def _load_build(self) -> None:
+        state, instance = self.stack.pop(), self.stack[-1]
+        if isinstance(instance, Inert):
+            instance.state = state
+        elif not isinstance(instance, OrderedDict):  # whose state is metadata of modules
+            raise pickle.UnpicklingError("state for an object that has none")
+
+    def _load_newobj(self) -> None:
+        arguments, named = self.stack.pop(), self.stack.pop()
+        self.append(named(*arguments))
+
+    def _load_newobj_ex(self) -> None:
+        self.stack.pop()  # keyword arguments; nothing is made from them
+        self._load_newobj()
+
+    def _load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        if length > self._size_bytes:
+            raise pickle.UnpicklingError("a byte array longer than the pickle")
+        self.append(bytearray(self.read(length)))
+
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_checked_key(key)] = value
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_checked_key(key)] = value
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({_checked_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+    def _load_additems(self) -> None:
+        items = [_checked_key(item) for item in self.pop_mark()]
+        self.stack[-1].update(items)
+
+    def _load_frozenset(self) -> None:
+        items = [_checked_key(item) for item in self.pop_mark()]
+        self.append(frozenset(items))
+
+    dispatch |= {
+        pickle.BUILD[0]: _load_build,
+        pickle.NEWOBJ[0]: _load_newobj,
+        pickle.NEWOBJ_EX[0]: _load_newobj_ex,
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.DICT[0]: _load_dict,
+        pickle.ADDITEMS[0]: _load_additems,
+        pickle.FROZENSET[0]: _load_frozenset,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Answer every global with something of ours, or refuse it."""
+        if not module or not name:
+            raise pickle.UnpicklingError("a global without a name")
         if module == "collections" and name == "OrderedDict":
             return OrderedDict
         if module == "torch._utils" and name in _REBUILD:
@@ -182,7 +251,7 @@ class _Unpickler(pickle._Unpickler):
         if module == "torch" and name in _DTYPES:
             return Dtype(_DTYPES[name], f"torch.{name}")
         if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_GLOBALS.get(module, ()):
-            return _inert_class(f"{module}.{name}")
+            return Global(f"{module}.{name}")
         raise UnsafePickle(
             f"the pickle names {module}.{name}, which no checkpoint needs; nothing was run",
             file=self._label,
@@ -201,6 +270,19 @@ class _Unpickler(pickle._Unpickler):
         return Storage(key, kind.name, elements)
 
 
+def _checked_key(key: Any) -> Any:
+    """A dict key that is cheap to hash: hashing a tuple hashes all that it holds, however deep and however often."""
+    waiting, seen = [key], 0
+    while waiting:
+        item = waiting.pop()
+        seen += 1
+        if seen > _MAX_KEY_ITEMS:
+            raise pickle.UnpicklingError("a dict key that holds too much")
+        if isinstance(item, tuple):
+            waiting += item
+    return key
+
+
 def load(data: bytes, label: str) -> Any:
     """The pickled object, with inert records in place of every class.
 
@@ -213,12 +295,14 @@ def load(data: bytes, label: str) -> Any:
         CorruptFile: it is not a pickle that torch.save writes.
     """
     try:
+        if data[-1:] != pickle.STOP:
+            raise EOFError("the pickle has no end")
         return _Unpickler(data, label).load()
     except UnsafePickle:
         raise
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-        OverflowError, RecursionError, AssertionError,
+        OverflowError, RecursionError, AssertionError, struct.error,
     ) as error:  # fmt: skip
         raise CorruptFile(
             "damaged pickle",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from dist_convert.errors import NotEnoughSpace, TargetError
+from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import DTYPE_BYTES, View
 
 _MAX_OPEN_FILES = 64
@@ -39,8 +39,11 @@ class FileWriter:
         """Write values that lie row after row in memory to where the view says.
 
         Raises:
+            PlanError: the columns of a row are apart in the file.
             NotEnoughSpace, TargetError: the file system refuses.
         """
+        if view.is_transposed:
+            raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
         row_bytes = view.columns * DTYPE_BYTES[view.dtype]
         if view.is_dense:
             self._write_at(view, packed, view.offset_bytes)
