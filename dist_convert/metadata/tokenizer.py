@@ -6,7 +6,8 @@ Files of a Hugging Face tokenizer are copied as they are; nothing is loaded (doc
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,36 +63,38 @@ def _path_in(args: Mapping[str, Any]) -> Path | None:
     return Path(path) if isinstance(path, str) and path else None
 
 
-def _from_directory(directory: Path) -> Tokenizer:
+@contextmanager
+def _parsing(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a file, or nothing where there is none; what cannot be understood in it names the file."""
     try:
-        return _read_ids(directory)
+        yield read_json(path) if path.is_file() else {}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptFile(
-            "the tokenizer's files are damaged",
-            file=str(directory),
-            expected="tokenizer.json and tokenizer_config.json of a Hugging Face tokenizer",
+            "a file of the tokenizer is damaged",
+            file=str(path),
+            expected="what Hugging Face's tokenizers write",
             found=f"{type(error).__name__}: {error}",
-            remedy="copy them again, or give another directory with --tokenizer",
+            remedy="copy it again, or give another directory with --tokenizer",
         ) from error
 
 
-def _read_ids(directory: Path) -> Tokenizer:
-    config, tokenizer = (
-        read_json(directory / name) if (directory / name).is_file() else {}
-        for name in ("tokenizer_config.json", "tokenizer.json")
-    )
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
+def _from_directory(directory: Path) -> Tokenizer:
     ids: dict[str, int] = {}
-    if isinstance(vocab, dict):
-        ids.update(vocab)
-    elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
-        ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
-    ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
-    for number, token in config.get("added_tokens_decoder", {}).items():
-        ids[token["content"]] = int(number)
-    size = max(ids.values()) + 1 if ids and tokenizer else None
-    return Tokenizer(directory, size, _id(config.get("bos_token"), ids), _id(config.get("eos_token"), ids))
+    with _parsing(directory / "tokenizer.json") as tokenizer:
+        model = tokenizer.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, dict):
+            ids.update(vocab)
+        elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
+            ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
+        ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
+        size = max(ids.values()) + 1 if ids else None
+    with _parsing(directory / "tokenizer_config.json") as config:
+        added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
+        ids.update(added)
+        if size is not None and added:
+            size = max(size, max(added.values()) + 1)
+        return Tokenizer(directory, size, _id(config.get("bos_token"), ids), _id(config.get("eos_token"), ids))
 
 
 def _id(token: Any, ids: Mapping[str, int]) -> int | None:

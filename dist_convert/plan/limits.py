@@ -43,47 +43,57 @@ class Limits:
         return slots + 5 * BLOCK_BYTES + self.received_bytes
 
 
-def limits(budget_bytes: int, members: int, least_send_bytes: int) -> Limits:
-    """The largest useful buffers within a rank's budget.
+def least_bytes(members: int, least_send_bytes: int) -> int:
+    """The smallest budget that holds steps of one block.
 
     Args:
-        budget_bytes: of memory for each rank.
         members: of the team.
-        least_send_bytes: what one block needs, see `largest_send_bytes`; 0 where nothing crosses.
-
-    Raises:
-        BudgetTooSmall: it does not even hold steps of one block.
+        least_send_bytes: what one block needs, see `largest_send_bytes`.
     """
+    return Limits(LEAST_STEP_BYTES, least_send_bytes, members).total_bytes
+
+
+def limits(budget_bytes: int, members: int, least_send_bytes: int) -> Limits:
+    """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
     for step_bytes in (STEP_BYTES, LEAST_STEP_BYTES):
         left_bytes = budget_bytes - Limits(step_bytes, 0, members).total_bytes
         affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         send_bytes = min(affordable_bytes, step_bytes) if least_send_bytes else 0
         if left_bytes >= 0 and send_bytes >= least_send_bytes:
-            return Limits(step_bytes, send_bytes, members)
-    needed_bytes = Limits(LEAST_STEP_BYTES, least_send_bytes, members).total_bytes
-    raise BudgetTooSmall(
-        "the memory budget does not hold one step",
-        expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
-        found=f"{budget_bytes // 1_000_000}MB",
-        remedy="raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
-    )
+            break
+    return Limits(step_bytes, send_bytes, members)
+
+
+def check_budget(budget_bytes: int, needed_bytes: int) -> None:
+    """Refuse a budget that some team cannot work with.
+
+    Raises:
+        BudgetTooSmall: naming the least that all teams can work with.
+    """
+    if budget_bytes < needed_bytes:
+        raise BudgetTooSmall(
+            "the memory budget does not hold one step",
+            expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
+            found=f"{budget_bytes // 1_000_000}MB",
+            remedy="raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
+        )
 
 
 def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]) -> int:
-    """The most that one member contributes to the gather of a single block; 0 where no block crosses members."""
+    """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
+    if len(team.ranks) == 1:
+        return 0
     reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
-    largest = 0
+    largest_bytes = 0
     distinct = {(moves[share.move].needs, moves[share.move].parameter.row.split): share.move for share in team.shares}
     for move in (moves[number] for number in distinct.values()):
+        readers = readers_of(move, team, visible)
+        pieces = max(Counter(member for members in readers for member in members).values())
         if not reached_by_all.issuperset(move.targets):
-            return BLOCK_BYTES + len(move.homes) * ALIGNMENT_BYTES
-        if move.parameter.row.split == "columns" and len(move.homes) > 1:
-            readers = readers_of(move, team, visible)
-            for turn in range(len(team.ranks)):
-                pieces = Counter(members[turn % len(members)] for members in readers)
-                share = max(pieces.values()) if len(pieces) > 1 else 0
-                largest = max(largest, BLOCK_BYTES * share // len(readers) + share * ALIGNMENT_BYTES)
-    return largest
+            largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
+        elif move.parameter.row.split == "columns" and len(readers) > 1:
+            largest_bytes = max(largest_bytes, BLOCK_BYTES * pieces // len(readers) + pieces * ALIGNMENT_BYTES)
+    return -(-largest_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def readers_of(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:

@@ -186,6 +186,18 @@ def replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Repl
     return tuple(found)
 
 
+def stored_as(side: MegatronSide, parameter: Parameter, shard: int) -> set[tuple[str, str]]:
+    """(file, tensor) of everything that any spelling of a shard names, whether it fits or not."""
+    virtual = _chunk(side, parameter).virtual
+    names = [piece.name for spelling in _spellings(side, parameter) for piece in spelling.pieces]
+    return {
+        (file, side.tensors[file, virtual][name].name)
+        for file in _files(side, parameter, shard)
+        for name in names
+        if name in side.tensors[file, virtual]
+    }
+
+
 def tied_replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
     """The copies of the embedding's shard that the last pipeline stage holds where both are tied and apart."""
     original, copy = dialects.TIED

@@ -184,6 +184,8 @@ def check_cover(side: MegatronSide, moves: tuple[Move, ...]) -> None:
 def _cover_faults(side: MegatronSide, move: Move) -> Iterator[str | None]:
     parameter, sizes = move.parameter, side.architecture.sizes()
     listed = list(segments(parameter.row, sizes, parameter.shards))
+    if any(segment.shard >= parameter.shards for segment in listed):
+        yield "rows lie beyond the last shard"
     for number, part in enumerate(parameter.row.parts):
         yield cover_fault((s.hf for s in listed if s.part == number), *part_size(part, sizes))
     rows, columns = shard_size(parameter.row, sizes, parameter.shards)

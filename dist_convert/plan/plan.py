@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from dist_convert.plan.content import Content, content_digest, digest
-from dist_convert.plan.limits import Limits, largest_send_bytes, limits
+from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.teams import Team, form_teams
 
@@ -73,9 +73,10 @@ def divide(
     every_file = frozenset(file.name for file in content.files)
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
     teams = form_teams(content.moves, visible, placement)
-    sizes = tuple(
-        limits(budget_bytes, len(team.ranks), largest_send_bytes(content.moves, team, visible)) for team in teams
-    )
+    least_send_bytes = [largest_send_bytes(content.moves, team, visible) for team in teams]
+    needs = list(zip(teams, least_send_bytes, strict=True))
+    check_budget(budget_bytes, max(least_bytes(len(team.ranks), send_bytes) for team, send_bytes in needs))
+    sizes = tuple(limits(budget_bytes, len(team.ranks), send_bytes) for team, send_bytes in needs)
     return Plan(content, placement, tuple(visible), teams, sizes)
 
 

@@ -108,13 +108,17 @@ def _assigned_blocks(
 ) -> Iterator[_Assigned]:
     """The team's blocks with the replica that is read, and the members that read and write."""
     seen = [visible[rank] for rank in team.ranks]
-    turn = 0
+    read_bytes, written_bytes = [0] * len(seen), [0] * len(seen)
     for share in team.shares:
         move = moves[share.move]
         readers = dict(zip(move.homes, readers_of(move, team, visible), strict=True))
         for block in _blocks_of_share(sides, move, share):
-            yield _assign(block, readers, seen, turn)
-            turn += 1
+            assigned = _assign(block, readers, seen, read_bytes, written_bytes)
+            for read in assigned.reads:
+                read_bytes[read.reader] += read.source.size_bytes
+            for write in assigned.writes:
+                written_bytes[write.writer] += write.target.size_bytes
+            yield assigned
 
 
 def _blocks_of_share(sides: Sides, move: Move, share: Share) -> Iterator[Block]:
@@ -131,15 +135,16 @@ def _assign(
     block: Block,
     readers: dict[tuple[str, ...], tuple[int, ...]],
     seen: Sequence[frozenset[str]],
-    turn: int,
+    read_bytes: Sequence[int],
+    written_bytes: Sequence[int],
 ) -> _Assigned:
-    """Join what lies side by side, in the source into one read and in a target into one write."""
+    """Give each copy to the member that has done least; join what lies side by side into one read or write."""
     reads: list[Read] = []
     writes: list[Write] = []
     open_writes: list[int] = []
     for copy in block:
         candidates = readers[tuple(view.file for view in copy.sources)]
-        reader = candidates[turn % len(candidates)]
+        reader = min(candidates, key=lambda member: read_bytes[member])
         source = next(view for view in copy.sources if view.file in seen[reader])
         joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0
@@ -156,9 +161,10 @@ def _assign(
             else:
                 open_writes[number : number + 1] = [len(writes)]
                 writes.append(Write(target, (part,), writer=-1))
-    preferred = reads[turn % len(reads)].reader
+    alone = reads[0].reader if len({read.reader for read in reads}) == 1 else None
     return _Assigned(
-        tuple(reads), tuple(replace(write, writer=_writer(write.target, preferred, seen, turn)) for write in writes)
+        tuple(reads),
+        tuple(replace(write, writer=_writer(write.target, alone, seen, written_bytes)) for write in writes),
     )
 
 
@@ -174,12 +180,12 @@ def _side_by_side(left: View, right: View) -> View | None:
     return replace(left, columns=left.columns + right.columns) if joins else None
 
 
-def _writer(target: View, preferred: int, seen: Sequence[frozenset[str]], turn: int) -> int:
-    """The reader itself where it can reach the target's file, else the members that can, in turn."""
-    if target.file in seen[preferred]:
-        return preferred
+def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:
+    """The only reader where it can reach the target's file, else the member that can and has written least."""
+    if alone is not None and target.file in seen[alone]:
+        return alone
     able = [member for member, files in enumerate(seen) if target.file in files]
-    return able[turn % len(able)]
+    return min(able, key=lambda member: written_bytes[member])
 
 
 class _Packer:

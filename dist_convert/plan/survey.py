@@ -19,7 +19,7 @@ from dist_convert.errors import (
     WrongShape,
     raise_together,
 )
-from dist_convert.plan.megatron import MegatronSide, parameters, replicas
+from dist_convert.plan.megatron import MegatronSide, parameters, replicas, stored_as
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import FLOAT_DTYPES, View
 
@@ -86,7 +86,7 @@ def survey(side: MegatronSide, shards: Mapping[str, Shard]) -> Survey:
                 found = replicas(side, parameter, shard)
             except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
                 problems.append(problem)
-                used.add((problem.file, problem.tensor))
+                used |= stored_as(side, parameter, shard)
                 continue
             for view in (view for replica in found for _, view in replica):
                 used.add((view.file, view.tensor))

@@ -1,0 +1,70 @@
+"""Full-size models are planned for a thousand ranks in one process, in seconds, without torch, and exactly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: Of the processor, far beyond the one or two that it takes: only a planner that has become slower by orders fails.
+PATIENCE_SECONDS = 30
+
+LLAMA_405B, LLAMA_70B = "Llama-3.1-405B TP8 PP16", "Llama-3.1-70B TP8 PP4"
+MIXTRAL_8X22B, MIXTRAL_8X7B = "Mixtral-8x22B TP2 PP4 EP8", "Mixtral-8x7B TP4 EP2"
+
+#: Parameters as the models' publishers count them, in bf16.
+TARGET_BYTES = {
+    LLAMA_405B: 405_853_388_800 * 2,
+    LLAMA_70B: 70_553_706_496 * 2,
+    MIXTRAL_8X22B: 140_630_071_296 * 2,
+    MIXTRAL_8X7B: 46_702_792_704 * 2,
+}
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    """What `scale` says; `pytest -rP` shows its seconds."""
+    command = [sys.executable, "-m", "tests.plan.scale", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    print(arguments, {key: value for key, value in found.items() if key != "written_bytes"})
+    assert found["heavy_imports"] == []
+    assert found["plan_seconds"] + found["steps_seconds"] < PATIENCE_SECONDS
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "world"), [(LLAMA_405B, 1024), (MIXTRAL_8X22B, 1024), (LLAMA_70B, 64), (MIXTRAL_8X7B, 64)]
+)
+def test_ranks_that_see_all_write_every_byte_once_and_about_equally_many(model: str, world: int) -> None:
+    found = planned(model, "direct", world)
+    assert found["target_bytes"] == sum(found["written_bytes"]) == TARGET_BYTES[model]
+    assert found["overlaps"] == 0
+    assert found["faults"] == []
+    assert len(found["written_bytes"]) == world
+    assert max(found["written_bytes"]) <= 1.1 * TARGET_BYTES[model] / world
+
+
+@pytest.mark.parametrize(("model", "shards"), [(MIXTRAL_8X22B, 64), (MIXTRAL_8X7B, 8)])
+def test_ranks_with_one_shard_each_write_every_byte_once_and_gather_like_their_teams(model: str, shards: int) -> None:
+    found = planned(model, "gather", shards)
+    assert sum(found["written_bytes"]) == TARGET_BYTES[model]
+    assert found["overlaps"] == 0
+    assert found["faults"] == []
+    assert found["different_gathers"] == found["teams"] == found["teams_seen"]
+
+
+@pytest.mark.parametrize(("model", "teams"), [(LLAMA_405B, 16), (MIXTRAL_8X22B, 32)])
+def test_a_thousand_ranks_with_one_shard_each_form_one_team_for_each_tensor_parallel_set(
+    model: str, teams: int
+) -> None:
+    found = planned(model, "gather", 1024, 3)
+    assert found["teams"] == teams
+    assert found["different_gathers"] == found["teams_seen"] == 1
+    assert found["overlaps"] == 0

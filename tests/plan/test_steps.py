@@ -1,0 +1,192 @@
+"""Steps: every member of a team derives the same gathers, and no buffer is ever too small for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_convert.errors import BudgetTooSmall
+from dist_convert.layout import Grid
+from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
+from dist_convert.plan.moves import BLOCK_BYTES
+from dist_convert.plan.plan import Plan, schedule_digest
+from dist_convert.plan.steps import Step
+from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.read.megatron_shard import Shard
+from dist_convert.records import DTYPE_BYTES
+from tests.plan.headers import architecture, content, everyone, files_of, plan, shards, steps_by_rank, written_intervals
+
+MB = 1_000_000
+MODEL = architecture(
+    layers=2, hidden=1024, ffn=4096, heads=16, query_groups=8, head_dim=64, vocab=32000, padded_vocab=32256
+)
+TP4 = content(MODEL, Grid(tensor=4, expert_tensor=4))
+TP2_PP2 = content(MODEL, Grid(tensor=2, pipeline=2, expert_tensor=2))
+TO_FP32 = content(MODEL, Grid(tensor=4, expert_tensor=4), target_dtype="F32")
+CONTENTS = {"TP4": TP4, "TP2 PP2": TP2_PP2, "TP4 to fp32": TO_FP32}
+contents = pytest.mark.parametrize("name", CONTENTS)
+budgets = pytest.mark.parametrize("budget_bytes", [100 * MB, 200 * MB, 1000 * MB])
+
+
+def own(made: Content, world: int) -> list[frozenset[str]]:
+    files = files_of(made)
+    return [frozenset([files[rank % len(files)]]) for rank in range(world)]
+
+
+def divisions(made: Content, budget_bytes: int) -> list[Plan]:
+    return [
+        plan(made, visible, "gather", budget_bytes)
+        for visible in (everyone(made, 3), everyone(made, 8), own(made, 4), own(made, 8))
+    ]
+
+
+def crossing(steps: list[Step]) -> list[Step]:
+    return [step for step in steps if step.send_bytes]
+
+
+@contents
+@budgets
+def test_all_members_of_a_team_derive_the_same_gathers_in_the_same_order(name: str, budget_bytes: int) -> None:
+    for divided in divisions(CONTENTS[name], budget_bytes):
+        by_team: dict[int, list[Step]] = {}
+        for rank, _, steps in steps_by_rank(divided):
+            team = divided.place_of(rank)[0]
+            assert by_team.setdefault(team, crossing(steps)) == crossing(steps)
+        assert any(by_team.values())
+
+
+def assert_buffers_suffice(divided: Plan, budget_bytes: int) -> None:
+    """Every piece lies in its reader's buffer, at an aligned place of its own, and the buffers in the budget."""
+    for rank, member, steps in steps_by_rank(divided):
+        limit = divided.limits[divided.place_of(rank)[0]]
+        assert limit.total_bytes <= budget_bytes
+        for step in steps:
+            ends = dict.fromkeys(range(limit.members), 0)
+            for read in step.reads:
+                assert read.offset_bytes % 64 == 0
+                assert read.offset_bytes >= ends[read.reader]
+                ends[read.reader] = read.offset_bytes + read.size_bytes
+            if step.send_bytes:
+                assert max(ends.values()) <= step.send_bytes <= min(limit.send_bytes, limit.step_bytes)
+                assert step.send_bytes % 4 == 0  # it is sent as int32
+            else:
+                assert max(ends.values()) == ends[member] <= limit.step_bytes
+
+
+@contents
+@budgets
+def test_every_piece_fits_its_reader_s_buffer_and_none_overlap(name: str, budget_bytes: int) -> None:
+    for divided in divisions(CONTENTS[name], budget_bytes):
+        assert_buffers_suffice(divided, budget_bytes)
+
+
+@contents
+def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) -> None:
+    for divided in divisions(CONTENTS[name], 1000 * MB):
+        for _, member, steps in steps_by_rank(divided):
+            alone = [step for step in steps if not step.send_bytes]
+            assert {write.writer for step in alone for write in step.writes} <= {member}
+            assert {read.reader for step in alone for read in step.reads} <= {member}
+
+
+def test_members_take_turns_in_writing_what_they_gather() -> None:
+    ((_, _, steps), *_) = steps_by_rank(plan(TP4, own(TP4, 4), "gather"))
+    writers = [write.writer for step in crossing(steps) for write in step.writes]
+    assert sorted(Counter(writers).values()) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("world", [4, 8, 16])
+def test_members_read_and_write_about_equally_much_however_many_see_each_shard(world: int) -> None:
+    made = content(replace(MODEL, layers=16), Grid(tensor=4, expert_tensor=4))
+    read, written = [0] * world, [0] * world
+    for rank, member, steps in steps_by_rank(plan(made, own(made, world), "gather")):
+        read[rank] = sum(read.size_bytes for step in steps for read in step.reads if read.reader == member)
+        written[rank] = sum(end - start for _, start, end in written_intervals(steps, member))
+    assert sum(written) == made.moved_bytes
+    assert max(read) <= 1.1 * made.moved_bytes / world
+    assert max(written) <= 1.1 * made.moved_bytes / world
+
+
+def test_a_member_reads_only_its_own_columns_of_what_it_gathers() -> None:
+    ((_, _, steps), *_) = steps_by_rank(plan(TP4, own(TP4, 4), "gather"))
+    for step in crossing(steps):
+        for write in step.writes:
+            reads = [step.reads[part.read] for part in write.parts]
+            assert [read.source.file for read in reads] == [f"mp_rank_0{n}/model_optim_rng.pt" for n in range(4)]
+            assert [read.reader for read in reads] == [0, 1, 2, 3]
+            assert [read.source.columns * 4 for read in reads] == [write.target.columns] * 4
+
+
+def test_direct_placement_sends_nothing() -> None:
+    for _, _, steps in steps_by_rank(plan(TP4, everyone(TP4, 5), "direct")):
+        assert crossing(steps) == []
+
+
+def least_budget_mb(made: Content, visible: Sequence[frozenset[str]]) -> int:
+    """What the refusal of a budget of 1 MB asks for."""
+    with pytest.raises(BudgetTooSmall) as error:
+        plan(made, visible, "gather", MB)
+    return int(error.value.expected.removeprefix("--max-memory-per-rank of at least ").removesuffix("MB"))
+
+
+@contents
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_the_least_budget_that_a_refusal_names_holds_every_step_whatever_ranks_see(
+    name: str, data: st.DataObject
+) -> None:
+    made = CONTENTS[name]
+    files = files_of(made)
+    visible = data.draw(st.lists(st.frozensets(st.sampled_from(files), min_size=1), min_size=1, max_size=8))
+    visible.append(frozenset(files).difference(*visible))
+    least = least_budget_mb(made, visible)
+    with pytest.raises(BudgetTooSmall):
+        plan(made, visible, "gather", (least - 1) * MB)
+    assert_buffers_suffice(plan(made, visible, "gather", least * MB), least * MB)
+
+
+@pytest.mark.parametrize("members", [2, 3, 7, 64, 1000])
+@pytest.mark.parametrize("shards_of_block", [2, 3, 8, 48])
+def test_the_least_budget_of_any_team_is_accepted(members: int, shards_of_block: int) -> None:
+    least_send_bytes = BLOCK_BYTES // shards_of_block // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    least = least_bytes(members, least_send_bytes)
+    limit = limits(least, members, least_send_bytes)
+    assert limit.send_bytes >= least_send_bytes
+    assert limit.total_bytes <= least
+
+
+def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_the_schedule_digest_is_not() -> None:
+    plans = [
+        plan(content(MODEL, TP4.side.grid), everyone(TP4, world), placement, budget_bytes)
+        for world, placement, budget_bytes in (
+            (1, "direct", 1000 * MB), (4, "direct", 1000 * MB), (5, "direct", 1000 * MB),
+            (4, "gather", 1000 * MB), (5, "gather", 1000 * MB), (4, "gather", 100 * MB),
+        )
+    ]  # fmt: skip
+    assert len({content_digest(made.content) for made in plans}) == 1
+    assert len({schedule_digest(made) for made in plans}) == len(plans)
+
+
+def test_two_ranks_that_plan_for_themselves_agree() -> None:
+    first, second = (plan(content(MODEL, TP4.side.grid), everyone(TP4, 4), "gather") for _ in range(2))
+    assert schedule_digest(first) == schedule_digest(second)
+
+
+def test_the_content_digest_tells_another_offset_dtype_or_file_size() -> None:
+    made = shards(MODEL, TP4.side.grid)
+    file, name = "mp_rank_02/model_optim_rng.pt", "decoder.layers.1.mlp.linear_fc2.weight"
+    tensor = made[file].chunks[0][name]
+    moved = replace(tensor, offset_bytes=tensor.offset_bytes + DTYPE_BYTES[tensor.dtype])
+    elsewhere = {**made, file: replace(made[file], chunks=({**made[file].chunks[0], name: moved},))}
+
+    def digest(headers: Mapping[str, Shard], dtype: str | None = None, size: int = 5_000 * MB) -> str:
+        return content_digest(plan_to_huggingface(headers, MODEL, target_dtype=dtype, max_shard_size_bytes=size))
+
+    digests = [digest(made), digest(elsewhere), digest(made, "F16"), digest(made, None, 100 * MB)]
+    assert digests[0] == content_digest(TP4)
+    assert len(set(digests)) == 4

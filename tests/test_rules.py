@@ -1,0 +1,161 @@
+"""Rules of the design that the sources themselves can break: what may be said where, and what may import what."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dist_convert
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Row
+
+PACKAGE = Path(dist_convert.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+every_file = pytest.mark.parametrize("file", FILES)
+
+EXCHANGE, CHANNEL = "move/exchange.py", "channel.py"
+STORES = {"DistError", "PrefixStore", "Store", "TCPStore"}
+MOST_LINES = 250
+#: The tables, and the spellings of the names in them.
+NAMES = [file for file in FILES if file.startswith("models/") or file.endswith("dialects.py")]
+
+#: What planning and reading headers consist of; all of it must run where there is no torch.
+PLANNING = ("boxes.py", "records.py", "layout.py", "dialects.py", "errors.py", "units.py", "models/", "plan/")
+HEADERS = ("read/megatron_shard.py", "read/restricted_pickle.py", "read/zip_container.py", "read/checkpoint.py")
+PURE = [f for f in FILES if f.startswith(PLANNING) or f in (*HEADERS, "write/safetensors_files.py", "describe.py")]
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text())
+
+
+def dotted(node: ast.AST) -> str:
+    """`torch.distributed.barrier` of an expression of names and attributes, "" of any other."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def uses_of_distributed(tree: ast.Module) -> Iterator[str]:
+    """Every way to reach torch.distributed: imports, attributes of torch, and names to be imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("torch.distributed"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            yield from (alias.name for alias in node.names if alias.name == "distributed")
+        elif isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed":
+            yield "torch.distributed"
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("torch.distributed"):
+            yield str(node.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed import all_gather",
+        "from torch.distributed.nn import functional",
+        "import torch\ntorch.distributed.barrier()",
+        "import importlib\nimportlib.import_module('torch.distributed')",
+    ],
+)
+def test_a_use_of_torch_distributed_is_found_however_it_is_written(source: str) -> None:
+    assert list(uses_of_distributed(ast.parse(source)))
+
+
+@every_file
+def test_collectives_are_in_exchange_alone_and_the_channel_knows_the_store_only(file: str) -> None:
+    allowed = STORES if file == CHANNEL else set()
+    used = set(uses_of_distributed(tree_of(file)))
+    assert file == EXCHANGE or used <= allowed
+
+
+def test_exchange_is_where_the_collectives_are() -> None:
+    called = {dotted(node.func) for node in ast.walk(tree_of(EXCHANGE)) if isinstance(node, ast.Call)}
+    assert {"dist.all_gather_object", "dist.new_group", "dist.init_process_group"} <= called
+
+
+def strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string constant that is not a docstring."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def tensor_words() -> set[str]:
+    """Components of tensor names, of all tables and spellings, that no other kind of string has."""
+    rows = [row for f in FAMILIES.values() for row in (*f.before, *f.layer, *f.after) if isinstance(row, Row)]
+    names = [row.megatron for row in rows] + [part.name for row in rows for part in row.parts]
+    names += [text for _, text in strings(tree_of("dialects.py")) if "." in text and " " not in text]
+    components = {component for name in names for component in re.split(r"[.{}]+", name)}
+    words = {component for component in components if "_" in component.strip("_")} | {"decoder.layers", "model.layers"}
+    return words - {"capacity_bins"}  # also a flag, and a file of the target
+
+
+def test_the_words_of_tensor_names_come_from_the_tables() -> None:
+    some = {"word_embeddings", "linear_qkv", "self_attn", "block_sparse_moe", "input_layernorm", "layer_norm_weight"}
+    assert some <= tensor_words()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in NAMES])
+def test_tensor_names_are_in_models_and_dialects_alone(file: str) -> None:
+    words = "|".join(re.escape(word) for word in sorted(tensor_words()))
+    found = [
+        f"{file}:{line}: {text}"
+        for line, text in strings(tree_of(file))
+        if re.search(rf"(?<![A-Za-z0-9_])({words})(?![A-Za-z0-9_])", text)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_names_are_generated_and_looked_up_and_never_matched_by_patterns(file: str) -> None:
+    imported = {alias.name for node in ast.walk(tree_of(file)) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported.isdisjoint({"re", "regex", "fnmatch"})
+
+
+def imported_by(*modules: str) -> set[str]:
+    """The heavy packages that importing modules brings in, in a process of its own."""
+    code = f"import sys, {', '.join(modules)}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    heavy = {"torch", "numpy", "transformers", "megatron", "habana_frameworks", "safetensors", "yaml", "tqdm"}
+    return heavy & set(done.stdout.split())
+
+
+def module_of(file: str) -> str:
+    return "dist_convert." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def test_planning_and_reading_headers_import_no_torch() -> None:
+    assert "plan/plan.py" in PURE
+    assert imported_by(*map(module_of, PURE)) == set()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert imported_by("dist_convert") == set()
+
+
+def test_everything_can_be_imported_without_transformers_and_megatron() -> None:
+    found = imported_by(*(module_of(file) for file in FILES if file != "__main__.py"))
+    assert "torch" in found
+    assert found.isdisjoint({"transformers", "megatron", "habana_frameworks"})
+
+
+@every_file
+def test_files_are_short_enough_to_be_read(file: str) -> None:
+    assert len((PACKAGE / file).read_text().splitlines()) <= MOST_LINES
+
+
+@every_file
+def test_every_file_says_what_it_is_for(file: str) -> None:
+    assert ast.get_docstring(tree_of(file))
