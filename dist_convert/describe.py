@@ -9,12 +9,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.dialects import describe_dialect, holds_no_weights, normalise
+from dist_convert.dialects import holds_no_weights, normalise
 from dist_convert.errors import CheckpointNotFound, ConversionError
 from dist_convert.layout import SHARD_FILE, Grid, grid_from_args, grid_ranks, missing_directories, rank_directory
 from dist_convert.metadata.megatron_args import architecture_from_args
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row
+from dist_convert.other_dialects import describe_dialect
 from dist_convert.plan.geometry import part_shape
 from dist_convert.plan.megatron import count_layers, entries
 from dist_convert.read.checkpoint import iteration_directory, rank_files

@@ -77,21 +77,6 @@ _NO_WEIGHTS = ("._extra_state", ".rotary_pos_emb.inv_freq", ".local_tokens_per_e
 CAPACITY_BINS = ".mlp.router.capacity_bins."
 _NO_WEIGHTS_INSIDE = (CAPACITY_BINS,)
 
-#: Parameters that exist in Megatron and have no place in any family here: part of the name -> what it is.
-_HOMELESS = (
-    (".q_layernorm.", "query layernorm (--qk-layernorm)"),
-    (".k_layernorm.", "key layernorm (--qk-layernorm)"),
-    (".shared_experts.", "shared experts (--moe-shared-expert-intermediate-size)"),
-    (".router.expert_bias", "the router's expert bias (--moe-router-enable-expert-bias)"),
-    (".router.bias", "the router's bias"),
-    ("mtp.", "multi-token prediction (--mtp-num-layers)"),
-    ("embedding.position_embeddings.", "learned position embeddings"),
-    (".experts.dynamic_mlp.", "FP8 dynamic experts (IntelFP8DynamicMLP)"),
-    ("layernorm.bias", "a LayerNorm bias"),
-    ("layer_norm_bias", "a LayerNorm bias"),
-    (".bias", "a bias"),
-)
-
 
 def capacity_bin(layer: int, name: str) -> str:
     """The full name of a capacity bin tensor, by the layer's number in its file."""
@@ -126,24 +111,9 @@ def holds_no_weights(name: str) -> bool:
     return f".{name}".endswith(_NO_WEIGHTS) or any(inside in name for inside in _NO_WEIGHTS_INSIDE)
 
 
-def describe_homeless(name: str) -> str:
-    """What a parameter is for which no table has a row."""
-    return next((what for part, what in _HOMELESS if part in f"{name}"), "a parameter that no table names")
-
-
-def describe_dialect(names: Iterable[str]) -> str:
-    """How a file spells its norms and experts, for people."""
-    listed = list(names)
-    fused = any(name.endswith(".layer_norm_weight") for name in listed)
-    marks = (
-        (".experts.local_experts.", "sequential"),
-        (".experts.local_expert_", "habana-dynamic"),
-        (".experts.weight1", "grouped"),
-        (".experts.linear_fc1.weight", "te-grouped"),
-    )
-    experts = [what for mark, what in marks if any(mark in name for name in listed)]
-    norms = "transformer_engine norms" if fused else "local norms"
-    return ", ".join([norms, *(f"{what} experts" for what in experts)])
+def has_fused_norm(name: str) -> bool:
+    """Whether a tensor is a norm that Transformer Engine fused into the linear layer behind it."""
+    return name.endswith(".layer_norm_weight")
 
 
 def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:

@@ -19,6 +19,7 @@ from dist_convert.errors import (
     WrongShape,
     raise_together,
 )
+from dist_convert.other_dialects import describe_homeless
 from dist_convert.plan.megatron import MegatronSide, parameters, replicas, stored_as
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import FLOAT_DTYPES, View
@@ -143,7 +144,7 @@ def _reason_to_drop(side: MegatronSide, name: str) -> str | None:
 
 
 def _unknown(side: MegatronSide, file: str, name: str, kind: str | None) -> ConversionError:
-    what = f"an entry of class {kind}" if kind else dialects.describe_homeless(dialects.normalise(name))
+    what = f"an entry of class {kind}" if kind else describe_homeless(dialects.normalise(name))
     return UnknownTensor(
         f"{name} has no place in a {side.family.name} model",
         tensor=name,

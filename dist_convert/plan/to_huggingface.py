@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dist_convert.dialects import has_fused_norm
 from dist_convert.errors import UnsupportedModel
 from dist_convert.layout import Grid, ShardFiles, find_shards, grid_from_args
 from dist_convert.models import FAMILIES
@@ -113,7 +114,7 @@ def _added_to_norms(shards: Mapping[str, Shard]) -> int:
     args = shards[min(shards)].args
     if not args.get("apply_layernorm_1p"):
         return 0
-    fused = any(name.endswith("layer_norm_weight") for s in shards.values() for chunk in s.chunks for name in chunk)
+    fused = any(has_fused_norm(name) for s in shards.values() for chunk in s.chunks for name in chunk)
     is_habana = "use_fused_rmsnorm" in args
     if fused != is_habana:
         return int(fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
+from dist_convert.read.pickle_records import Inert, Tensor
 from dist_convert.read.plain_values import plain_dict
-from dist_convert.read.restricted_pickle import Inert, Tensor
 from dist_convert.read.saved_tensors import open_saved, place_tensors
 from dist_convert.read.zip_container import Container
 from dist_convert.records import StoredTensor
@@ -107,7 +107,7 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
         raise UnsupportedModel(
             "a checkpoint of Megatron's legacy model classes",
             file=file,
-            expected="names of Megatron-Core such as decoder.layers.0.self_attention.linear_qkv.weight",
+            expected='a flat dict of Megatron-Core\'s names (docs/formats.md, "Parameter names")',
             found="language_model",
             remedy="convert it to Megatron-Core first (tools/checkpoint/convert.py of Megatron-LM)",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_convert.errors import UnsupportedModel
-from dist_convert.read.restricted_pickle import Tensor
+from dist_convert.read.pickle_records import Tensor
 from dist_convert.read.saved_tensors import open_saved, place_tensors
 from dist_convert.records import StoredTensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_convert.read.restricted_pickle import Dtype, Global, Inert
+from dist_convert.read.pickle_records import Dtype, Global, Inert
 
 #: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
 _ENUM_MEMBERS: dict[tuple[str, object], str] = {

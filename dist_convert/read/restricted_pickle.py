@@ -1,10 +1,8 @@
 """Reads a checkpoint's pickle without importing or calling anything that it names.
 
-Every global becomes an inert record that remembers its name and arguments. What is not on the short lists below
-is refused, so that a checkpoint which tries to run code is reported instead of half read. The pure Python
-unpickler is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
-
-Which classes appear: docs/formats.md, "Pickled classes".
+Every global becomes an inert record that remembers its name and arguments. What is not on the lists of
+`pickle_globals` is refused: a checkpoint that tries to run code is reported, not half read. The pure Python unpickler
+is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
 """
 
 from __future__ import annotations
@@ -14,131 +12,14 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dist_convert.errors import CorruptFile, UnsafePickle
-
-#: torch's storage classes and scalar types, by safetensors name.
-_STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
-    "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
-    "UInt16Storage": "U16", "UInt32Storage": "U32", "UInt64Storage": "U64", "UntypedStorage": "U8",
-}  # fmt: skip
-_DTYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
-    "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64",
-}  # fmt: skip
-
-#: Everything below these packages may be named; it is neither imported nor called.
-_INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
-_BUILTINS = {
-    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "long", "object",
-    "range", "set", "slice", "str", "tuple", "unicode", "xrange",
-}  # fmt: skip
-_INERT_GLOBALS = {
-    "_codecs": {"encode"},
-    "_io": {"BytesIO"},
-    "argparse": {"Namespace"},
-    "__builtin__": _BUILTINS,
-    "builtins": _BUILTINS,
-    "collections": {"Counter", "defaultdict", "deque"},
-    "copyreg": {"_reconstructor"},
-    "copy_reg": {"_reconstructor"},
-    "datetime": {"datetime", "timedelta", "timezone"},
-    "fp16.loss_scaler": {"DynamicLossScaler", "LossScaler"},
-    "io": {"BytesIO"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy.dtypes": {"Float32DType", "Float64DType", "Int64DType", "UInt32DType", "UInt64DType"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-    "signal": {"Signals"},
-    "torch": {"Generator", "Size", "Tensor", "device"},
-    "torch._C": {"Generator"},
-    "torch._tensor": {"_rebuild_from_type_v2"},
-    "torch._utils": {"_rebuild_device_tensor_from_numpy", "_rebuild_parameter_with_state", "_rebuild_wrapper_subclass"},
-    "torch.nn.parameter": {"Parameter"},
-    "torch.optim.adam": {"Adam"},
-    "torch.optim.adamw": {"AdamW"},
-    "torch.serialization": {"_get_layout"},
-    "types": {"SimpleNamespace"},
-}  # fmt: skip
-
+from dist_convert.read.pickle_globals import DTYPES, INERT_GLOBALS, INERT_PACKAGES, STORAGES
+from dist_convert.read.pickle_records import Dtype, Global, Inert, Storage, Tensor
 
 #: Items in a dict key. Keys of checkpoints are names and numbers, and the nodes of nested tuples at most.
 _MAX_KEY_ITEMS = 64
-
-
-@dataclass(frozen=True)
-class Dtype:
-    """A `torch.dtype` in the pickle, by safetensors name and by torch's."""
-
-    name: str
-    torch_name: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A storage that the pickle refers to: record `data/{key}` of the container."""
-
-    key: str
-    dtype: str
-    elements: int
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor over a storage; offset and strides count elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class Inert:
-    """Stands for an object of a class that is not imported; keeps what it was made from."""
-
-    __slots__ = ("arguments", "class_name", "state")
-
-    def __init__(self, class_name: str, arguments: tuple[Any, ...]) -> None:
-        self.class_name = class_name
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __call__(self, *arguments: Any) -> Inert:
-        """Stay inert where a pickle calls what it got from a call."""
-        return Inert(self.class_name, arguments)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Accept the items that some classes are filled with."""
-
-    def append(self, value: Any) -> None:
-        """Accept the list items that some classes are filled with."""
-
-    def extend(self, values: Any) -> None:
-        """Accept the list items that some classes are filled with."""
-
-    def __repr__(self) -> str:
-        return f"<{self.class_name}>"
-
-
-@dataclass(frozen=True)
-class Global:
-    """A class or function that the pickle names; calling it makes a record of the call."""
-
-    name: str
-
-    def __call__(self, *arguments: Any) -> Inert:
-        return Inert(self.name, arguments)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -246,11 +127,11 @@ class _Unpickler(pickle._Unpickler):
             return OrderedDict
         if module == "torch._utils" and name in _REBUILD:
             return _REBUILD[name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return Dtype(_STORAGES[name], name)
-        if module == "torch" and name in _DTYPES:
-            return Dtype(_DTYPES[name], f"torch.{name}")
-        if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_GLOBALS.get(module, ()):
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return Dtype(STORAGES[name], name)
+        if module == "torch" and name in DTYPES:
+            return Dtype(DTYPES[name], f"torch.{name}")
+        if module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, ()):
             return Global(f"{module}.{name}")
         raise UnsafePickle(
             f"the pickle names {module}.{name}, which no checkpoint needs; nothing was run",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
-from dist_convert.read.restricted_pickle import Tensor, load
+from dist_convert.read.pickle_records import Tensor
+from dist_convert.read.restricted_pickle import load
 from dist_convert.read.zip_container import Container, data_offsets_bytes, open_container, read_small_record
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 

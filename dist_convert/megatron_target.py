@@ -1,0 +1,140 @@
+"""A Megatron checkpoint to be made: its model, grid, args, and the tensors of each file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_convert.job import ToMegatronJob
+from dist_convert.layout import SHARD_FILE, Chunk, Grid, place_chunks, rank_directory
+from dist_convert.metadata.capacity_bins import FILE as BINS_FILE
+from dist_convert.metadata.capacity_bins import bins_of_rank, load_bins, packed
+from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
+from dist_convert.metadata.target_args import (
+    TargetArgs,
+    padded_vocab,
+    read_margs,
+    target_args,
+)
+from dist_convert.models import FAMILIES
+from dist_convert.models.architecture import Architecture
+from dist_convert.old_flags import check_model_size
+from dist_convert.plan.stages import check_target, layout_stages, stage_layers
+from dist_convert.plan.target_shards import TargetDialect, lay_out_shards, written_ranks
+from dist_convert.read.huggingface import HuggingFaceFiles
+from dist_convert.read.megatron_shard import Shard
+from dist_convert.records import TensorSpec
+from dist_convert.write.megatron_files import lay_out_skeleton
+
+_CONFIG = "config.json"
+
+#: Values that are in the target beside the weights: (file, name) -> bytes.
+Extras = Mapping[tuple[str, str], bytes]
+
+
+@dataclass(frozen=True)
+class MegatronTarget:
+    """A Megatron checkpoint to be made: its model, grid, layers by chunk, args, and the tensors of each file."""
+
+    architecture: Architecture
+    grid: Grid
+    chunks: tuple[Chunk, ...]
+    args: TargetArgs
+    files: Mapping[str, tuple[tuple[TensorSpec, ...], ...]]
+    extras: Extras
+
+
+def model_and_grid(
+    job: ToMegatronJob, seen: HuggingFaceFiles
+) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
+    """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
+
+    Raises:
+        UsageError, UnsupportedModel: a target that cannot exist, or a model that Megatron cannot express.
+    """
+    tensor, pipeline = job.target_tensor_parallel_size, job.target_pipeline_parallel_size
+    vocab = config_vocab(seen.config, file=_CONFIG)
+    padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
+    architecture = architecture_from_config(seen.config, padded_vocab=padded, file=_CONFIG)
+    check_model_size(job.model_size, architecture)
+    layout = job.pipeline_model_parallel_layout
+    virtual = layout_stages(layout) // pipeline if layout else job.target_virtual_pipeline_parallel_size
+    grid = Grid(
+        tensor,
+        pipeline,
+        virtual,
+        job.target_expert_parallel_size if architecture.experts else 1,
+        (job.target_expert_tensor_parallel_size or tensor) if architecture.experts else tensor,
+    )
+    first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
+    check_target(architecture, grid, first=first, last=last, layout=layout)
+    stages = stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
+    return architecture, grid, stages
+
+
+def lay_out_target(
+    job: ToMegatronJob,
+    directory: Path,
+    architecture: Architecture,
+    grid: Grid,
+    stages: tuple[tuple[int, ...], ...],
+    params_dtype: str,
+    dtypes: Mapping[str, str],
+) -> MegatronTarget:
+    """The args of the target and the tensors of each of its files.
+
+    Args:
+        job: what was asked for.
+        directory: of the source, for its capacity bins.
+        architecture, grid, stages: of `model_and_grid`.
+        params_dtype: safetensors name of most weights.
+        dtypes: of each parameter, by canonical name.
+    """
+    args = target_args(
+        architecture,
+        grid=grid,
+        stages=stages,
+        params_dtype=params_dtype,
+        iteration=None if job.release else job.iteration,
+        vocab=architecture.vocab,
+        make_vocab_size_divisible_by=job.make_vocab_size_divisible_by,
+        margs=read_margs(job.source_margs_file) if job.source_margs_file else None,
+        tokenizer_model=job.tokenizer_model and os.path.abspath(job.tokenizer_model),
+        tokenizer_type=job.tokenizer_type,
+        transformer_impl=job.saver_transformer_impl,
+        expert_layout=job.expert_layout,
+        first=job.decoder_first_pipeline_num_layers,
+        last=job.decoder_last_pipeline_num_layers,
+        layout=job.pipeline_model_parallel_layout,
+    )
+    layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
+    chunks = place_chunks(grid, layers_of)
+    dialect = TargetDialect(job.saver_transformer_impl, job.expert_layout)
+    files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
+    if not job.load_capacity_bins:
+        return MegatronTarget(architecture, grid, chunks, args, files, {})
+    bins = load_bins(directory / BINS_FILE)
+    extras: dict[tuple[str, str], bytes] = {}
+    for rank in written_ranks(grid):
+        file = f"{rank_directory(grid, rank)}/{SHARD_FILE}"
+        for virtual, tensors in bins_of_rank(bins, rank, chunks).items():
+            specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
+            models = files[file]
+            files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
+            label = "" if len(models) == 1 else f"model{virtual}."
+            extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
+    return MegatronTarget(architecture, grid, chunks, args, files, extras)
+
+
+def header_of(target: MegatronTarget, job: ToMegatronJob, file: str) -> Shard:
+    """What `read_shard` will find in a file of the target."""
+    iteration = 0 if job.release else job.iteration
+    skeleton = lay_out_skeleton(target.args.values, iteration, target.files[file], file)
+    weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
+    nothing: dict[str, str] = {}
+    return Shard(
+        file, skeleton.size_bytes, weights_bytes, iteration, dict(target.args.values), skeleton.chunks,
+        (nothing,) * len(skeleton.chunks),
+    )  # fmt: skip
