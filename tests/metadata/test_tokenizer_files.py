@@ -1,0 +1,205 @@
+"""Tokenizer files of a Hugging Face directory are copied byte for byte; where there are none, a note says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel
+from transformers import AutoTokenizer, GenerationConfig
+
+from tests.checkpoints import Model, make
+from tests.converting import convert
+
+LAYER = Model(layers=1)
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
+#: What transformers may find beside a model and read as a part of its tokenizer.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/rag.jinja",
+)  # fmt: skip
+
+
+def make_tokenizer(directory: Path, model: Any = None, **config: Any) -> Path:
+    """A tokenizer of 29 tokens: 27 words, then <s> and </s>."""
+    directory.mkdir(parents=True)
+    tokenizer = Tokenizer(model or WordLevel({f"w{number}": number for number in range(27)}, unk_token="w0"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    assert tokenizer.get_vocab_size() == 29
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
+def ids_of(target: Path, file: str = "config.json") -> tuple[Any, Any]:
+    config = json.loads((target / file).read_text())
+    return config["bos_token_id"], config["eos_token_id"]
+
+
+def assert_copied(source: Path, target: Path) -> None:
+    copied = files_of(target)
+    for name, content in files_of(source).items():
+        assert copied.get(name) == content, name
+
+
+def test_every_kind_of_tokenizer_file_is_copied_byte_for_byte(tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER)
+    source = make_tokenizer(tmp_path / "tokenizer")
+    for name in FILES:
+        if not (source / name).exists():
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_bytes(b"{}" if name.endswith(".json") else b"bytes \x00\xff\r\n of " + name.encode())
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert_copied(source, tmp_path / "out")
+
+
+def test_nothing_but_the_tokenizer_is_copied(tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER)
+    source = make_tokenizer(tmp_path / "tokenizer")
+    for name in ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "README.md"):
+        (source / name).write_text("of another model")
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert [name for name, content in files_of(tmp_path / "out").items() if content == b"of another model"] == []
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_copied_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER)
+    source = make_tokenizer(tmp_path / "tokenizer")
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(loaded) == 29
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (27, 28)
+
+
+@pytest.mark.parametrize("named", ["", "tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("argument", ["tokenizer_model", "tokenizer_name_or_path"])
+def test_the_tokenizer_that_the_args_name_is_found_by_directory_or_file(
+    argument: str, named: str, tmp_path: Path
+) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    make(tmp_path / "in", LAYER, **{argument: str(source / named)})
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert_copied(source, tmp_path / "out")
+
+
+def test_the_flag_wins_over_the_args(tmp_path: Path) -> None:
+    other = make_tokenizer(tmp_path / "other", extra="other")
+    source = make_tokenizer(tmp_path / "tokenizer", extra="right")
+    make(tmp_path / "in", LAYER, tokenizer_model=str(other))
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert_copied(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        WordLevel({f"w{number}": number for number in range(27)}, unk_token="w0"),
+        BPE({chr(97 + number): number for number in range(26)} | {"ab": 26}, [("a", "b")]),
+        Unigram([(f"w{number}", -float(number)) for number in range(27)]),
+    ],
+    ids=["WordLevel", "BPE", "Unigram"],
+)
+def test_its_size_and_its_ids_of_begin_and_end_are_read_from_its_files(model: Any, tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER, vocab_size=None)
+    source = make_tokenizer(tmp_path / "tokenizer", model)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 29
+    assert ids_of(tmp_path / "out") == (27, 28)
+    assert ids_of(tmp_path / "out", "generation_config.json") == (27, 28)
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.bos_token_id, generation.eos_token_id) == (27, 28)
+
+
+def test_special_tokens_may_be_written_as_objects_or_be_absent(tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER)
+    source = make_tokenizer(tmp_path / "tokenizer", bos_token=None, eos_token={"content": "</s>", "special": True})
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert ids_of(tmp_path / "out") == (1, 28)
+
+
+def test_a_bare_tokenizer_file_is_named_and_the_conversion_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.model").write_bytes(b"pieces")
+    make(tmp_path / "in", LAYER, tokenizer_model=str(tmp_path / "bare" / "tokenizer.model"))
+    for number, flags in enumerate([(), ("--tokenizer", str(tmp_path / "bare"))]):
+        assert convert(tmp_path / "in", tmp_path / f"out{number}", *flags) == 0
+        err = capsys.readouterr().err
+        assert "no tokenizer files are written: " in err
+        assert f"{tmp_path}/bare" in err
+        assert "bare tokenizer file" in err
+        assert "--tokenizer" in err
+        assert [name for name in files_of(tmp_path / f"out{number}") if "tokenizer" in name] == []
+
+
+@pytest.mark.parametrize("flags", [(), ("--tokenizer", "/of/the/machine/that/trained")])
+def test_a_tokenizer_that_is_not_on_this_machine_is_named_and_the_conversion_goes_on(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER, tokenizer_model="/of/the/machine/that/trained")
+    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert "the tokenizer /of/the/machine/that/trained is not on this machine" in capsys.readouterr().err
+
+
+def test_args_without_a_tokenizer_are_reported_and_the_conversion_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER, tokenizer_model=None)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert "the checkpoint's args name no tokenizer; add one with --tokenizer PATH" in capsys.readouterr().err
+
+
+def test_a_name_on_the_hub_is_not_taken_for_files_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(make_tokenizer(tmp_path / "elsewhere"))
+    make(tmp_path / "in", LAYER, tokenizer_model="gpt2")
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert "gpt2 is not on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("content", ['{"model": ', '{"added_tokens": [{}]}', "[]"])
+def test_a_damaged_tokenizer_is_an_error_that_names_the_file(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER)
+    source = make_tokenizer(tmp_path / "tokenizer")
+    (source / "tokenizer.json").write_text(content)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 1
+    err = capsys.readouterr().err
+    assert f"{source}/tokenizer.json" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "ids"), [("habana_llama3.1_tp2pp1", (504, 505)), ("habana_mixtral_tp1pp1ep4", (1, 2))]
+)
+def test_tokenizers_that_transformers_4_saved_are_copied_and_read(
+    folder: str, ids: tuple[int, int], tmp_path: Path
+) -> None:
+    source = FIXTURES / folder / "hf"
+    if not source.is_dir():
+        pytest.skip(f"{folder} is absent")
+    make(tmp_path / "in", Model(layers=1, vocab=512, padded_vocab=512))
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    copied = [name for name in files_of(source) if "token" in name]
+    assert len(copied) >= 3
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert ids_of(tmp_path / "out") == ids
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 512

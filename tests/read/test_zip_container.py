@@ -1,0 +1,229 @@
+"""The container of `torch.save`: where its records' bytes are, and that no damaged or foreign zip passes for one."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.read import zip_container
+from dist_convert.read.megatron_shard import read_shard
+from dist_convert.read.zip_container import data_offsets_bytes, open_container, read_small_record
+
+LABEL = "mp_rank_00/model_optim_rng.pt"
+#: Where fields lie in a central directory header, and in a local one (APPNOTE.TXT, 4.3.12 and 4.3.7).
+FLAGS, SIZE, HEADER_OFFSET, NAME = 8, 24, 42, 46
+LOCAL_NAME_LENGTH, LOCAL_EXTRA_LENGTH = 26, 28
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A file of `torch.save` with storages of 400 and 12 bytes."""
+    path = tmp_path / "model_optim_rng.pt"
+    torch.save({"a": torch.arange(100, dtype=torch.float32), "b": torch.tensor([7, 8, 9], dtype=torch.int32)}, path)
+    return path
+
+
+def entry(path: Path, record: str) -> zipfile.ZipInfo:
+    with zipfile.ZipFile(path) as archive:
+        return next(entry for entry in archive.infolist() if entry.filename.endswith("/" + record))
+
+
+def patch(path: Path, at: int, value: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+
+
+def patch_directory(path: Path, record: str, field: int, value: bytes) -> None:
+    """Change a field of a record's header in the central directory."""
+    data = path.read_bytes()
+    directory = zipfile.ZipFile(io.BytesIO(data)).start_dir
+    header = data.index(entry(path, record).filename.encode(), directory) - NAME
+    patch(path, header + field, value)
+
+
+def write_zip(path: Path, *names: str, compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name in names:
+            archive.writestr(name, b"some bytes" * 10)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/1"])
+def test_the_bytes_of_a_storage_are_at_the_offset_given(saved: Path, record: str) -> None:
+    container = open_container(saved, LABEL)
+    offset = data_offsets_bytes(container, [record])[record]
+    found = saved.read_bytes()[offset : offset + container.records[record].size_bytes]
+    with zipfile.ZipFile(saved) as archive:
+        assert found == archive.read(entry(saved, record))
+    assert offset % 64 == 0  # so the padding in front of the data was not taken for data
+
+
+def test_records_are_named_without_the_archive_folder(saved: Path) -> None:
+    assert {"data.pkl", "data/0", "data/1", "byteorder"} <= set(open_container(saved, LABEL).records)
+
+
+def test_a_small_record_is_read_whole(saved: Path) -> None:
+    assert read_small_record(open_container(saved, LABEL), "byteorder") == b"little"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 29, 30, 63, 64, 400, 600, 1000, -300, -64, -23, -22, -21, -1])
+def test_a_truncated_file_is_named_with_what_to_do(saved: Path, kept: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(CorruptFile) as caught:
+        open_container(saved, LABEL)
+    assert caught.value.file == LABEL
+    assert "copy the file again" in caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 4096, b"PK\x03\x04" * 100, b"PK\x05\x06" + b"\xff" * 18])
+def test_what_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFile, match="not a complete torch checkpoint"):
+        open_container(path, LABEL)
+
+
+def test_the_format_before_torch_1_6_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CorruptFile) as caught:
+        open_container(path, LABEL)
+    assert "old format" in caught.value.remedy
+
+
+def test_compressed_entries_are_refused_by_name(tmp_path: Path) -> None:
+    write_zip(tmp_path / "file.pt", "archive/data.pkl", compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CorruptFile, match=r"'archive/data\.pkl' is not one that torch writes") as caught:
+        open_container(tmp_path / "file.pt", LABEL)
+    assert caught.value.file == LABEL
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["archive/data.pkl", "other/data.pkl"])
+def test_two_records_of_one_name_are_refused(tmp_path: Path, second: str) -> None:
+    write_zip(tmp_path / "file.pt", "archive/data.pkl", second)
+    with pytest.raises(CorruptFile, match="is not one that torch writes"):
+        open_container(tmp_path / "file.pt", LABEL)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param(FLAGS, b"\x01\x00", id="encrypted"),
+        pytest.param(SIZE, struct.pack("<I", 2000), id="larger than the room up to the next entry"),
+        pytest.param(SIZE, struct.pack("<I", 0xFFFFFFF0), id="larger than the file"),
+        pytest.param(HEADER_OFFSET, struct.pack("<I", 1200), id="inside another entry"),
+        pytest.param(HEADER_OFFSET, struct.pack("<I", 0xFFFFFFF0), id="past the end of the file"),
+    ],
+)
+def test_a_directory_entry_that_torch_never_writes_is_refused(saved: Path, field: int, value: bytes) -> None:
+    patch_directory(saved, "data/0", field, value)
+    with pytest.raises(CorruptFile) as caught:
+        data_offsets_bytes(open_container(saved, LABEL), ["data/0", "data/1"])
+    assert caught.value.file == LABEL
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/1"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param(0, b"XX", id="signature"),
+        pytest.param(LOCAL_EXTRA_LENGTH, b"\xff\xff", id="padding that ends past the file"),
+        pytest.param(LOCAL_EXTRA_LENGTH, b"\x80\x00", id="padding that ends in the next record"),
+        pytest.param(LOCAL_EXTRA_LENGTH, b"\x01\x00", id="padding that is too short"),
+        pytest.param(LOCAL_NAME_LENGTH, b"\x01\x00", id="name that is too short"),
+    ],
+)
+def test_a_damaged_local_header_cannot_shift_a_storage(saved: Path, record: str, field: int, value: bytes) -> None:
+    patch(saved, entry(saved, record).header_offset + field, value)
+    with pytest.raises(CorruptFile) as caught:
+        data_offsets_bytes(open_container(saved, LABEL), [record])
+    assert caught.value.file == LABEL
+
+
+def test_a_storage_without_a_record_is_named(saved: Path) -> None:
+    with pytest.raises(CorruptFile, match="'data/2' is absent") as caught:
+        data_offsets_bytes(open_container(saved, LABEL), ["data/2"])
+    assert caught.value.file == LABEL
+
+
+def test_a_zip_without_a_pickle_is_refused_with_what_is_expected(tmp_path: Path) -> None:
+    write_zip(tmp_path / "file.pt", "archive/other")
+    with pytest.raises(CorruptFile, match=r"no usable record 'data\.pkl'") as caught:
+        read_small_record(open_container(tmp_path / "file.pt", LABEL), "data.pkl")
+    assert "model_optim_rng.pt" in caught.value.remedy
+
+
+def test_an_oversized_pickle_is_refused_before_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zip_container, "MAX_PICKLE_BYTES", 100)
+    with pytest.raises(CorruptFile) as caught:
+        read_small_record(open_container(saved, LABEL), "data.pkl")
+    assert caught.value.expected == "a record of at most 100 bytes"
+
+
+def test_a_flipped_bit_in_the_pickle_fails_its_checksum(saved: Path) -> None:
+    data = saved.read_bytes()
+    patch(saved, data.index(b"FloatStorage"), b"f")
+    with pytest.raises(CorruptFile, match="cannot be read") as caught:
+        read_small_record(open_container(saved, LABEL), "data.pkl")
+    assert caught.value.file == LABEL
+
+
+@pytest.mark.parametrize("flags", [0x0020, 0x0040], ids=["patch data", "strong encryption"])
+def test_a_pickle_stored_in_a_way_that_torch_never_does_is_refused(saved: Path, flags: int) -> None:
+    patch_directory(saved, "data.pkl", FLAGS, struct.pack("<H", flags))
+    with pytest.raises(CorruptFile) as caught:
+        read_small_record(open_container(saved, LABEL), "data.pkl")
+    assert caught.value.file == LABEL
+
+
+def test_big_endian_files_are_refused_by_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+        archive.writestr("archive/byteorder", b"big")
+    with pytest.raises(UnsupportedModel, match="big-endian"):
+        read_shard(tmp_path / "file.pt", LABEL)
+
+
+def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_container(tmp_path, LABEL)
+    assert caught.value.file == LABEL
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_container(tmp_path / "gone.pt", LABEL)
+    assert caught.value.file == LABEL
+
+
+@pytest.fixture
+def unreadable(saved: Path) -> Iterator[Path]:
+    """A file that this user may not read; root, who may read all, becomes somebody else meanwhile."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        path = Path(shutil.copy(saved, directory))
+        path.chmod(0)
+        was = os.geteuid()
+        if was == 0:
+            os.seteuid(65534)
+        try:
+            yield path
+        finally:
+            os.seteuid(was)
+
+
+def test_a_file_that_may_not_be_read_is_named(unreadable: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_container(unreadable, LABEL)
+    assert caught.value.file == LABEL
+    assert "denied" in str(caught.value)

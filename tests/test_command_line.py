@@ -1,0 +1,260 @@
+"""The command line: flags and their defaults, job files behind them, and one message with code 2 for wrong use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_convert.__main__ import job_from_flags, main, parse
+from dist_convert.job import Job
+from tests.checkpoints import Model, make
+from tests.converting import assert_same, read_tensors
+
+ROOT = Path(__file__).parents[1]
+PATHS = ("--load-path", "/in", "--save-path", "/out")
+
+
+def job(*flags: str) -> Job:
+    return job_from_flags(parse(["megatron-to-hf", *flags]))
+
+
+def job_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() -> None:
+    assert job(*PATHS) == Job(
+        load_path=Path("/in"),
+        save_path=Path("/out"),
+        ckpt_dir_name=None,
+        target_params_dtype="bf16",
+        source_model_type=None,
+        instruct=False,
+        save_capacity_bins=False,
+        max_shard_size_bytes=5_000_000_000,
+        true_vocab_size=None,
+        tokenizer=None,
+        habana_imported_experts=False,
+        allow_overflow=False,
+        device="auto",
+        placement="auto",
+        max_memory_per_rank_bytes=1_000_000_000,
+        dry_run=False,
+        overwrite=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        ("--ckpt-dir-name iter_0000004", "ckpt_dir_name", "iter_0000004"),
+        *((f"--target-params-dtype {name}", "target_params_dtype", name) for name in ("fp16", "bf16", "fp32", "keep")),
+        *((f"--source-model-type {name}", "source_model_type", name) for name in ("llama2", "llama3", "llama3.1")),
+        ("--source-model-type mixtral", "source_model_type", "mixtral"),
+        ("--instruct", "instruct", True),
+        ("--no-instruct", "instruct", False),
+        ("--save-capacity-bins", "save_capacity_bins", True),
+        ("--max-shard-size 2GB", "max_shard_size_bytes", 2_000_000_000),
+        ("--max-shard-size 2GiB", "max_shard_size_bytes", 2_147_483_648),
+        ("--max-shard-size 1.5MB", "max_shard_size_bytes", 1_500_000),
+        ("--max-shard-size 4096", "max_shard_size_bytes", 4096),
+        ("--true-vocab-size 128256", "true_vocab_size", 128256),
+        ("--tokenizer /tokenizer", "tokenizer", Path("/tokenizer")),
+        ("--habana-imported-experts", "habana_imported_experts", True),
+        ("--allow-overflow", "allow_overflow", True),
+        *((f"--device {name}", "device", name) for name in ("auto", "cpu", "cuda", "hpu")),
+        *((f"--placement {name}", "placement", name) for name in ("auto", "gather", "direct")),
+        ("--max-memory-per-rank 512MiB", "max_memory_per_rank_bytes", 536_870_912),
+        ("--dry-run", "dry_run", True),
+        ("--overwrite", "overwrite", True),
+    ],
+)
+def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) -> None:
+    assert getattr(job(*PATHS, *flags.split()), field) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "COMMAND"),
+        (["hf-to-nowhere"], "hf-to-nowhere"),
+        (["megatron-to-hf", "--save-path", "/out"], "--load-path"),
+        (["megatron-to-hf", "--load-path", "/in"], "--save-path"),
+        (["megatron-to-hf", *PATHS, "--target-dtype", "bf16"], "--target-dtype"),
+        (["megatron-to-hf", *PATHS, "--target-params-dtype", "int4"], "int4"),
+        (["megatron-to-hf", *PATHS, "--source-model-type", "gpt2"], "gpt2"),
+        (["megatron-to-hf", *PATHS, "--device", "tpu"], "tpu"),
+        (["megatron-to-hf", *PATHS, "--placement", "random"], "random"),
+        (["megatron-to-hf", *PATHS, "--max-shard-size", "5 potatoes"], "5 potatoes"),
+        (["megatron-to-hf", *PATHS, "--max-shard-size", "0"], "'0'"),
+        (["megatron-to-hf", *PATHS, "--max-memory-per-rank=-1GB"], "-1GB"),
+        (["megatron-to-hf", *PATHS, "--true-vocab-size", "many"], "many"),
+        (["megatron-to-hf", *PATHS, "--ckpt-dir-name"], "--ckpt-dir-name"),
+        (["inspect"], "path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_wrong_flags_end_with_code_2_and_one_message_that_names_them(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("flag", ["--max-shard-size", "--max-memory-per-rank"])
+def test_a_wrong_size_is_reported_with_the_flag_that_has_it(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["megatron-to-hf", *PATHS, flag, "5XB"]) == 2
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-5"])
+def test_a_vocabulary_without_tokens_is_a_wrong_flag(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    paths = ("--load-path", str(tmp_path / "in"), "--save-path", str(tmp_path / "out"))
+    assert main(["megatron-to-hf", *paths, "--device", "cpu", "--true-vocab-size", size]) == 2
+    assert "--true-vocab-size" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_ranks_leave_the_message_about_wrong_flags_to_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["megatron-to-hf"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_help_says_when_imported_experts_are_to_be_read_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["megatron-to-hf", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--habana-imported-experts" in text
+    assert "never on one that was trained since" in text
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_a_job_file_may_hold_any_flag_with_dashes_or_underscores(dash: str, tmp_path: Path) -> None:
+    text = """
+        load-path: /in
+        save-path: /out
+        ckpt-dir-name: release
+        target-params-dtype: fp32
+        source-model-type: llama3.1
+        instruct: true
+        save-capacity-bins: true
+        max-shard-size: 2GB
+        true-vocab-size: 32000
+        tokenizer: /tokenizer
+        habana-imported-experts: true
+        allow-overflow: true
+        device: cpu
+        placement: gather
+        max-memory-per-rank: 512MB
+        dry-run: true
+        overwrite: true
+    """
+    lines = [line.strip() for line in text.strip().splitlines()]
+    text = "\n".join(f"{line.partition(':')[0].replace('-', dash)}:{line.partition(':')[2]}" for line in lines)
+    assert job("--config", job_file(tmp_path, text)) == Job(
+        Path("/in"), Path("/out"), "release", "fp32", "llama3.1", True, True, 2_000_000_000, 32000, Path("/tokenizer"),
+        True, True, "cpu", "gather", 512_000_000, True, True,
+    )  # fmt: skip
+
+
+def test_a_flag_on_the_command_line_wins_over_the_job_file(tmp_path: Path) -> None:
+    file = job_file(tmp_path, "load-path: /in\nsave-path: /out\nmax-shard-size: 1GB\ninstruct: true\n")
+    wanted = job("--config", file, "--save-path", "/elsewhere", "--max-shard-size", "3GB", "--no-instruct")
+    assert wanted == Job(Path("/in"), Path("/elsewhere"), max_shard_size_bytes=3_000_000_000, instruct=False)
+
+
+def test_an_empty_or_false_entry_of_a_job_file_is_as_if_absent(tmp_path: Path) -> None:
+    file = job_file(tmp_path, "tokenizer:\ntrue-vocab-size: null\noverwrite: false\ninstruct: false\n")
+    assert job(*PATHS, "--config", file) == job(*PATHS)
+
+
+def test_a_value_of_a_job_file_may_begin_with_a_dash(tmp_path: Path) -> None:
+    file = job_file(tmp_path, "load-path: -odd-name\nsave-path: /out\n")
+    assert job("--config", file).load_path == Path("-odd-name")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("load-paht: /in\n", "load-paht"),
+        ("max-shard-size: 5XB\n", "5XB"),
+        ("target-params-dtype: [bf16, fp16]\n", "target-params-dtype"),
+        ("tokenizer: {path: /here}\n", "tokenizer"),
+        ("- load-path\n", "list"),
+        ("just words\n", "str"),
+        ("", "NoneType"),
+        ("load-path: [unclosed\n", "job.yaml"),
+        ("config: other.yaml\n", "config"),
+    ],
+)
+def test_a_wrong_job_file_ends_with_code_2_and_one_message(
+    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["megatron-to-hf", *PATHS, "--config", job_file(tmp_path, text), "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_a_job_file_that_is_no_text_ends_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00load-path")
+    assert main(["megatron-to-hf", *PATHS, "--config", str(tmp_path / "job.yaml")]) == 2
+    assert "job.yaml" in capsys.readouterr().err
+
+
+def test_a_job_file_that_is_not_there_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["megatron-to-hf", *PATHS, "--config", "/nowhere/job.yaml"]) == 2
+    assert "/nowhere/job.yaml" in capsys.readouterr().err
+
+
+def test_rank_local_rank_and_node_are_filled_into_the_load_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in {"RANK": "13", "LOCAL_RANK": "5", "GROUP_RANK": "1"}.items():
+        monkeypatch.setenv(name, number)
+    wanted = job("--load-path", "/node{node}/disk{local_rank}/of{rank}", "--save-path", "/out")
+    assert wanted.load_path == Path("/node1/disk5/of13")
+
+
+def test_rank_local_rank_and_node_are_0_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert job("--load-path", "/{node}/{local_rank}/{rank}", "--save-path", "/out").load_path == Path("/0/0/0")
+
+
+def test_the_module_converts_as_one_rank_without_torchrun(tmp_path: Path) -> None:
+    expected = make(tmp_path / "in" / "node0", Model(layers=1))
+    command = [sys.executable, "-m", "dist_convert", "megatron-to-hf", "--load-path", f"{tmp_path}/in/node{{node}}"]
+    done = subprocess.run(
+        [*command, "--save-path", tmp_path / "out", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert_same(read_tensors(tmp_path / "out"), expected)
+
+
+def test_the_module_ends_with_code_2_on_wrong_flags() -> None:
+    done = subprocess.run([sys.executable, "-m", "dist_convert", "--wrong"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_the_console_script_is_the_same_program() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib (Python 3.11) is absent")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert EntryPoint("dist-convert", scripts["dist-convert"], "console_scripts").load() is main

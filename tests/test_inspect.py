@@ -1,0 +1,233 @@
+"""`inspect` describes a checkpoint of either kind from headers: a line each for people, --json for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_convert.__main__ import main
+from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
+from tests.converting import convert
+
+ROOT = Path(__file__).parents[1]
+SHARD = "model_optim_rng.pt"
+
+
+def described(capsys: pytest.CaptureFixture[str], path: Path, *flags: str) -> dict[str, Any]:
+    assert main(["inspect", str(path), "--json", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_a_llama_is_described_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(), Grid(tp=2, pp=2), tokenizer_model="/tokenizers/llama")
+    files = list((tmp_path / "in").rglob(SHARD))
+    # Parameters: 2 x 29 x 16 in embedding and head, 1952 in each of 4 layers, 16 in the last norm. In the files, the
+    # vocabulary has 32 rows, and both tensor ranks have a copy of the norms: 2 x 32 x 16 + 4 x 1920 + 2 x 9 x 16.
+    weights_bytes = 2 * (1024 + 7680 + 288)
+    assert described(capsys, tmp_path / "in") == {
+        "path": f"{tmp_path}/in/iter_0000004",
+        "kind": "megatron",
+        "format": "torch",
+        "family": "llama",
+        "parameters": 8752,
+        "dialect": "local norms",
+        "iteration": 4,
+        "grid": {"TP": 2, "PP": 2, "VPP": 1, "EP": 1, "ETP": 2},
+        "layers_per_stage": {"0": 2, "1": 2},
+        "dtypes": {"BF16": 54},
+        "weights_bytes": weights_bytes,
+        "skipped_bytes": sum(file.stat().st_size for file in files) - weights_bytes,
+        "files": 4,
+        "tokenizer": "/tokenizers/llama",
+        "missing_shards": [],
+    }
+
+
+def test_a_mixtral_shows_all_five_parallel_sizes_and_its_dialect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, grid = Model(experts=4, layers=8), Grid(tp=2, pp=2, vpp=2, ep=4, etp=1)
+    hf = hf_tensors(model)
+    shards = megatron_shards(model, hf, grid, norms="te", experts="dynamic")
+    save(tmp_path / "in", shards, training_args(model, grid))
+    found = described(capsys, tmp_path / "in")
+    stored = [t for chunks in shards.values() for chunk in chunks for t in chunk.values() if t is not None]
+    assert found["family"] == "mixtral"
+    assert found["grid"] == {"TP": 2, "PP": 2, "VPP": 2, "EP": 4, "ETP": 1}
+    assert found["dialect"] == "transformer_engine norms, habana-dynamic experts"
+    assert found["layers_per_stage"] == {"0.0": 2, "0.1": 2, "1.0": 2, "1.1": 2}
+    assert found["parameters"] == sum(tensor.numel() for tensor in hf.values())
+    assert found["weights_bytes"] == sum(tensor.numel() * 2 for tensor in stored)
+    assert found["dtypes"] == {"BF16": len(stored)}
+    assert found["files"] == 8
+
+
+@pytest.mark.parametrize(
+    ("experts", "said"),
+    [
+        ("sequential", "sequential"),
+        ("te-grouped", "te-grouped"),
+        ("te-single", "te-grouped"),
+        ("grouped", "grouped"),
+        ("dynamic", "habana-dynamic"),
+        ("dynamic-unfused", "habana-dynamic"),
+    ],
+)
+def test_the_layout_of_experts_is_named(
+    experts: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1, experts=2), experts=experts)
+    assert described(capsys, tmp_path / "in")["dialect"] == f"local norms, {said} experts"
+
+
+def test_uneven_stages_are_counted_in_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(layers=4)
+    whole = megatron_shards(model, hf_tensors(model))["mp_rank_00"][0]
+    late = {name: value for name, value in whole.items() if name.startswith(("decoder.layers.3", "decoder.final"))}
+    first = {name: value for name, value in whole.items() if name not in late}
+    second = {name.replace("layers.3", "layers.0"): value for name, value in late.items()}
+    save(tmp_path / "in", {"mp_rank_00_000": [first], "mp_rank_00_001": [second]}, training_args(model, Grid(pp=2)))
+    assert described(capsys, tmp_path / "in")["layers_per_stage"] == {"0": 3, "1": 1}
+
+
+def test_the_optimizer_is_skipped_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(layers=1)
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(250_000)}}}
+    save(tmp_path / "in", megatron_shards(model, hf_tensors(model)), training_args(model), optimizer=optimizer)
+    found = described(capsys, tmp_path / "in")
+    assert found["weights_bytes"] == 2 * (2 * 32 * 16 + 1952 + 16)
+    assert found["skipped_bytes"] > 1_000_000
+    assert found["dtypes"] == {"BF16": 9}
+
+
+def test_mixed_dtypes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(layers=2, experts=2)
+    router = "model.layers.{}.block_sparse_moe.gate.weight"
+    hf = hf_tensors(model) | {router.format(layer): torch.zeros(2, 16) for layer in range(2)}
+    save(tmp_path / "in", megatron_shards(model, hf), training_args(model))
+    assert described(capsys, tmp_path / "in")["dtypes"] == {"BF16": 19, "F32": 2}
+
+
+def test_missing_shards_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(), Grid(tp=2, pp=2))
+    for name in ("mp_rank_00_000", "mp_rank_01_001"):
+        (tmp_path / "in" / "iter_0000004" / name / SHARD).unlink()
+    found = described(capsys, tmp_path / "in")
+    assert found["missing_shards"] == ["mp_rank_00_000", "mp_rank_01_001"]
+    assert found["files"] == 2
+
+
+def test_the_iteration_may_be_named_or_be_the_path_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(layers=1)
+    shards = megatron_shards(model, hf_tensors(model))
+    for iteration in (4, 8):
+        save(tmp_path / "in", shards, training_args(model), iteration=iteration)
+    assert described(capsys, tmp_path / "in")["iteration"] == 8
+    assert described(capsys, tmp_path / "in", "--ckpt-dir-name", "iter_0000004")["iteration"] == 4
+    assert described(capsys, tmp_path / "in" / "iter_0000004")["iteration"] == 4
+
+
+def test_a_model_that_cannot_be_converted_is_described_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1), Grid(tp=2), normalization="LayerNorm")
+    found = described(capsys, tmp_path / "in")
+    assert found["family"] is None
+    assert "--normalization" in found["not_convertible"]
+    assert found["grid"] == {"TP": 2, "PP": 1, "VPP": 1, "EP": 1, "ETP": 2}
+
+
+@pytest.mark.parametrize("size", ["5GB", "4KB"])
+def test_a_hugging_face_directory_is_described(size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model())
+    assert convert(tmp_path / "in", tmp_path / "out", "--max-shard-size", size) == 0
+    capsys.readouterr()
+    assert described(capsys, tmp_path / "out") == {
+        "path": f"{tmp_path}/out",
+        "kind": "huggingface",
+        "format": "safetensors",
+        "family": "llama",
+        "parameters": 8752,
+        "layers": 4,
+        "rope_theta": 500000.0,
+        "dtypes": {"BF16": 39},
+        "weights_bytes": 2 * 8752,
+        "skipped_bytes": 0,
+        "files": len(list((tmp_path / "out").glob("*.safetensors"))),
+        "tokenizer": None,
+        "missing_shards": [],
+    }
+
+
+def test_missing_files_of_a_hugging_face_directory_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    assert convert(tmp_path / "in", tmp_path / "out", "--max-shard-size", "4KB") == 0
+    capsys.readouterr()
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    files[0].unlink()
+    found = described(capsys, tmp_path / "out")
+    assert found["missing_shards"] == [files[0].name]
+    assert found["files"] == len(files) - 1
+
+
+def test_people_get_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(), Grid(tp=2, pp=2))
+    assert main(["inspect", str(tmp_path / "in")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 25
+    found = {line[:18].strip(): line[18:].strip() for line in lines}
+    assert found["family"] == "llama"
+    assert found["grid"] == "TP2 PP2 VPP1 EP1 ETP2"
+    assert found["parameters"] == "8,752"
+    assert found["layers per stage"] == "0: 2, 1: 2"
+    assert found["weights"] == "18 kB"
+    assert found["missing shards"] == "none"
+
+
+def test_nothing_is_imported_that_takes_seconds(tmp_path: Path) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    code = (
+        "import sys; from dist_convert.__main__ import main\n"
+        "assert [main(['inspect', path]) for path in sys.argv[1:]] == [0, 0]\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'megatron'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("what", ["absent", "empty", "cut short", "cut short HF"])
+def test_what_cannot_be_described_is_one_message_and_code_1(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    (tmp_path / "empty").mkdir()
+    os.truncate(tmp_path / "in" / "iter_0000004" / "mp_rank_00" / SHARD, 500)
+    os.truncate(tmp_path / "out" / "model.safetensors", 500)
+    capsys.readouterr()
+    path, named = {
+        "absent": (tmp_path / "absent", f"{tmp_path}/absent"),
+        "empty": (tmp_path / "empty", f"{tmp_path}/empty"),
+        "cut short": (tmp_path / "in", f"mp_rank_00/{SHARD}"),
+        "cut short HF": (tmp_path / "out", "model.safetensors"),
+    }[what]
+    assert main(["inspect", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err
+    assert "Traceback" not in err

@@ -1,0 +1,122 @@
+"""The true vocabulary: --true-vocab-size, then the args, then the tokenizer; the rows beyond it are cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from tests.checkpoints import Grid, Model, make
+from tests.converting import convert, read_tensors
+
+LAYER = Model(layers=1)  # 29 tokens in 32 rows; the rows of padding hold 7.0
+
+
+def tokenizer_of(directory: Path, tokens: int) -> Path:
+    directory.mkdir()
+    words = {f"word{number}": number for number in range(tokens - 2)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    assert tokenizer.get_vocab_size() == tokens
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def rows_of(target: Path) -> tuple[int, int, int]:
+    """Rows of the embedding, rows of the head, and vocab_size of the config."""
+    tensors = read_tensors(target)
+    config = json.loads((target / "config.json").read_text())
+    return len(tensors["model.embed_tokens.weight"]), len(tensors["lm_head.weight"]), config["vocab_size"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "in_args", "in_tokenizer", "size", "who"),
+    [
+        (26, 27, 28, 26, "--true-vocab-size"),
+        (26, None, None, 26, "--true-vocab-size"),
+        (None, 27, 28, 27, "args"),
+        (None, 27, None, 27, "args"),
+        (None, None, 28, 28, "tokenizer"),
+        (None, None, None, 32, "padded size"),
+    ],
+)
+def test_the_first_that_knows_the_size_decides(
+    flag: int | None,
+    in_args: int | None,
+    in_tokenizer: int | None,
+    size: int,
+    who: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(tmp_path / "in", LAYER, vocab_size=in_args)
+    flags = ["--true-vocab-size", str(flag)] if flag else []
+    if in_tokenizer:
+        flags += ["--tokenizer", str(tokenizer_of(tmp_path / "tokenizer", in_tokenizer))]
+    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert rows_of(tmp_path / "out") == (size, size, size)
+    assert f"vocabulary: {size} tokens according to {who}, 32 rows in the embedding\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 8, 20, 24, 25, 31, 32])
+def test_rows_beyond_the_size_are_cut_whichever_rank_holds_them(size: int, tp: int, tmp_path: Path) -> None:
+    model = Model(layers=1, vocab=32, groups=4)
+    expected = make(tmp_path / "in", model, Grid(tp=tp), vocab_size=size)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    found = read_tensors(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[name], expected[name][:size])
+
+
+def test_without_any_authority_the_rows_of_padding_are_kept(tmp_path: Path) -> None:
+    expected = make(tmp_path / "in", LAYER, Grid(tp=2), vocab_size=None)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    found = read_tensors(tmp_path / "out")["lm_head.weight"]
+    assert torch.equal(found[:29], expected["lm_head.weight"])
+    assert set(found[29:].flatten().tolist()) == {7.0}
+
+
+def test_a_tied_embedding_is_cut_like_any_other(tmp_path: Path) -> None:
+    expected = make(tmp_path / "in", Model(layers=2, tied=True), Grid(tp=2, pp=2))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    found = read_tensors(tmp_path / "out")
+    assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in found
+
+
+def test_a_vocabulary_without_padding_needs_no_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(layers=1, vocab=32))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert "vocabulary:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_args", "who"),
+    [(("--true-vocab-size", "33"), 29, "--true-vocab-size"), ((), 33, "args")],
+)
+def test_a_size_beyond_the_padded_one_is_refused_with_who_said_it(
+    flags: tuple[str, ...], in_args: int, who: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER, vocab_size=in_args)
+    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 1
+    err = capsys.readouterr().err
+    assert f"the vocabulary size of {who} does not fit the embedding\n" in err
+    assert "expected: at most 32 (padded_vocab_size)\n" in err
+    assert "found:    33\n" in err
+    assert "--true-vocab-size" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_size_than_the_model_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER)
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", 30)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(tokenizer)) == 0
+    assert "warning: the tokenizer has 30 tokens, the model 29\n" in capsys.readouterr().err
+    assert rows_of(tmp_path / "out") == (29, 29, 29)

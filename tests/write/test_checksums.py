@@ -1,0 +1,185 @@
+"""Checksums of files that were filled in place, as zip tools and torch itself compute them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_convert.errors import CorruptFile, PlanError
+from dist_convert.write.checksums import combine, patch_checksums, record_ranges
+from dist_convert.write.megatron_files import write_skeleton
+
+STATE = {
+    "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),
+    "n": torch.tensor(2.5),
+}  # fmt: skip
+DATA = {f"data/{key}": tensor.reshape(-1).numpy().tobytes() for key, tensor in enumerate(STATE.values())}
+CHECKSUMS = {name: zlib.crc32(data) for name, data in DATA.items()}
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A file of torch that skipped the data, with the data written into it afterwards."""
+    path = tmp_path / "filled.pt"
+    with torch.serialization.skip_data(), path.open("wb") as file:
+        torch.save(STATE, file)
+    with path.open("r+b") as file:
+        for name, (offset, size) in record_ranges(path, "filled.pt").items():
+            assert size == len(DATA[name])
+            os.pwrite(file.fileno(), DATA[name], offset)
+    return path
+
+
+def without_serialization_id(path: Path) -> bytes:
+    """All bytes but those of torch's digest of the records, and that digest's checksums."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("archive/.data/serialization_id")
+        digest, checksum = archive.read(entry), entry.CRC.to_bytes(4, "little")
+        start_dir = archive.start_dir
+    at = data.index(digest, entry.header_offset)
+    data[at : at + 40 + 4 + 4] = bytes(48)  # the digest; its descriptor's signature and checksum
+    at = data.index(checksum, data.index(entry.filename.encode(), start_dir) - 46)
+    data[at : at + 4] = bytes(4)
+    return bytes(data)
+
+
+def test_ranges_are_where_the_storages_lie(tmp_path: Path) -> None:
+    path = tmp_path / "saved.pt"
+    torch.save(STATE, path)
+    data = path.read_bytes()
+    ranges = record_ranges(path, "saved.pt")
+    assert {name: data[offset : offset + size] for name, (offset, size) in ranges.items()} == DATA
+
+
+def test_a_truncated_file_has_no_ranges(filled: Path) -> None:
+    os.truncate(filled, filled.stat().st_size - 30)
+    with pytest.raises(CorruptFile) as caught:
+        record_ranges(filled, "mp_rank_00/model_optim_rng.pt")
+    assert caught.value.file == "mp_rank_00/model_optim_rng.pt"
+
+
+def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pt"
+    with whole.open("wb") as file:
+        torch.save(STATE, file)
+    assert without_serialization_id(filled) != without_serialization_id(whole)
+    patch_checksums(filled, CHECKSUMS)
+    assert without_serialization_id(filled) == without_serialization_id(whole)
+
+
+def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path) -> None:
+    with zipfile.ZipFile(filled) as archive:
+        assert archive.testzip() == "archive/data/0"
+    patch_checksums(filled, CHECKSUMS)
+    with zipfile.ZipFile(filled) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    write_skeleton(path, {"num_layers": 1}, 7, [[("w", "F32", (100,)), ("empty", "F32", (0,)), ("b", "I8", (3,))]])
+    checksums = {}
+    with path.open("r+b") as file:
+        for name, (offset, size) in record_ranges(path, "").items():
+            halves = DATA[name][: size // 2], DATA[name][size // 2 :]
+            os.pwrite(file.fileno(), halves[1], offset + len(halves[0]))
+            os.pwrite(file.fileno(), halves[0], offset)
+            checksums[name] = combine((zlib.crc32(half), len(half)) for half in halves)
+    patch_checksums(path, checksums)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert {name: archive.read(f"archive/{name}") for name in checksums} == {
+            name: DATA[name] for name in ("data/0", "data/1", "data/2")
+        }
+
+
+@pytest.mark.skipif(shutil.which("unzip") is None, reason="unzip is not installed")
+def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) -> None:
+    patch_checksums(filled, CHECKSUMS)
+    assert subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True).returncode == 0
+    offset, _ = record_ranges(filled, "filled.pt")["data/2"]
+    with filled.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x00")
+    result = subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "archive/data/2" in result.stdout
+
+
+def test_records_that_are_not_named_keep_their_checksums(filled: Path) -> None:
+    patch_checksums(filled, {"data/0": CHECKSUMS["data/0"]})
+    with zipfile.ZipFile(filled) as archive:
+        assert archive.testzip() == "archive/data/2"
+        assert [archive.getinfo(f"archive/data/{key}").CRC for key in range(4)] == [CHECKSUMS["data/0"], 0, 0, 0]
+
+
+def test_patching_twice_gives_the_same_bytes(filled: Path) -> None:
+    patch_checksums(filled, CHECKSUMS)
+    once = filled.read_bytes()
+    patch_checksums(filled, CHECKSUMS)
+    assert filled.read_bytes() == once
+
+
+def test_a_record_that_the_file_lacks_is_named_and_nothing_is_written(filled: Path) -> None:
+    before = filled.read_bytes()
+    with pytest.raises(PlanError) as caught:
+        patch_checksums(filled, CHECKSUMS | {"data/99": 1})
+    assert caught.value.found == "data/99"
+    assert filled.read_bytes() == before
+
+
+def test_a_record_without_its_descriptor_is_refused(filled: Path) -> None:
+    offset, size = record_ranges(filled, "filled.pt")["data/2"]
+    with filled.open("r+b") as file:
+        file.seek(offset + size)
+        file.write(b"xx")
+    with pytest.raises(CorruptFile) as caught:
+        patch_checksums(filled, CHECKSUMS)
+    assert caught.value.file == f"{filled}: data/2"
+
+
+def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    write_skeleton(path, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]])
+    offset, size = record_ranges(path, "")["data/1"]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(DATA["data/2"])
+    patch_checksums(path, {"data/0": 423114947, "data/1": CHECKSUMS["data/2"]})
+    with zipfile.ZipFile(path) as archive:
+        assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
+        assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum
+        assert archive.read("archive/version") == b"3\n"
+    data = path.open("rb")
+    data.seek(offset + size)
+    assert data.read(8) == b"PK\x07\x08" + CHECKSUMS["data/2"].to_bytes(4, "little")
+    data.close()
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [7], [1, 1], [5, 0, 11], [64, 1, 4096, 3, 100_000]])
+def test_combined_parts_have_the_checksum_of_the_whole(sizes: list[int]) -> None:
+    source = random.Random(len(sizes))
+    parts = [source.randbytes(size) for size in sizes]
+    assert combine((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(b"".join(parts))
+
+
+def test_the_order_of_the_parts_counts() -> None:
+    parts = [(zlib.crc32(b"gate"), 4), (zlib.crc32(b"up"), 2)]
+    assert combine(parts) == zlib.crc32(b"gateup")
+    assert combine(reversed(parts)) == zlib.crc32(b"upgate")
+
+
+def test_parts_of_more_than_four_gibibytes_combine() -> None:
+    # With 5 GiB of zeros, zlib.crc32(zeros) is 423114947 and zlib.crc32(zeros, 0x12345678) is 243993493.
+    zeros = (423114947, 5 << 30)
+    assert combine([(0x12345678, 4), zeros]) == 243993493
+    assert combine([(zlib.crc32(bytes(1 << 20)), 1 << 20)] * (5 << 10)) == 423114947
