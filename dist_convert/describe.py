@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         **_model(first),
         "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
         "iteration": first.iteration,
-        "grid": asdict(grid),
+        "grid": grid_sizes(grid),
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
@@ -90,6 +89,14 @@ def _model(shard: Shard) -> dict[str, Any]:
         for part in entry.parts
     )
     return {"family": architecture.family, "parameters": parameters}
+
+
+def grid_sizes(grid: Grid) -> dict[str, int]:
+    """The parallel sizes by their usual abbreviations."""
+    return {
+        "TP": grid.tensor, "PP": grid.pipeline, "VPP": grid.virtual_pipeline, "EP": grid.expert,
+        "ETP": grid.expert_tensor,
+    }  # fmt: skip
 
 
 def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
@@ -127,6 +134,10 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
     }
 
 
+def _pairs(value: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {item}" for key, item in value.items())
+
+
 def as_screen(description: Mapping[str, Any]) -> str:
     """The description for people: a line each, sizes in decimal units."""
     lines = []
@@ -134,7 +145,7 @@ def as_screen(description: Mapping[str, Any]) -> str:
         if name.endswith("_bytes"):
             value = human_bytes(value)
         elif isinstance(value, dict):
-            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+            value = " ".join(f"{k}{n}" for k, n in value.items()) if name == "grid" else _pairs(value)
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         elif isinstance(value, int):

@@ -31,9 +31,10 @@ def add_hf_to_megatron(commands: Any) -> None:
     source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
     target.add_argument("--save-dir", required=True, type=Path, help="root of the Megatron checkpoint")
-    when = target.add_mutually_exclusive_group()
-    when.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
-    when.add_argument("--release", action="store_true", help="write a release instead of an iteration")
+    target.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
+    target.add_argument(
+        "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"
+    )
     target.add_argument("--target-tensor-parallel-size", type=positive, default=1)
     target.add_argument("--target-pipeline-parallel-size", type=positive, default=1)
     target.add_argument("--target-virtual-pipeline-parallel-size", type=positive, default=1)
@@ -47,15 +48,14 @@ def add_hf_to_megatron(commands: Any) -> None:
     target.add_argument(
         "--vocab-padding", choices=VOCAB_PADDINGS, default="last-row", help="what padding rows hold (default: last-row)"
     )
-    dtype = target.add_mutually_exclusive_group()
-    dtype.add_argument(
+    target.add_argument(
         "--target-params-dtype",
         choices=tuple(TARGET_DTYPES),
         default="keep",
         help="dtype of the weights stored in the model's main dtype; others keep theirs (default: keep)",
     )
-    dtype.add_argument("--bf16", action="store_const", const="bf16", dest="target_params_dtype")
-    dtype.add_argument("--fp16", action="store_const", const="fp16", dest="target_params_dtype")
+    target.add_argument("--bf16", action="store_const", const="bf16", dest="target_params_dtype")
+    target.add_argument("--fp16", action="store_const", const="fp16", dest="target_params_dtype")
     target.add_argument("--allow-overflow", action="store_true", help="accept values that become infinite in fp16")
     target.add_argument(
         "--saver-transformer-impl",

@@ -61,7 +61,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
     target, content = _plan(job, directory, seen, stored)
-    iteration = None if job.release else job.iteration
+    iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
 
     def make_files(partial: Path) -> None:

@@ -40,7 +40,10 @@ class Job:
 
 @dataclass(frozen=True)
 class ToMegatronJob:
-    """One Hugging Face to Megatron conversion. Field names are the flags' names; see `--help` for each."""
+    """One Hugging Face to Megatron conversion. Field names are the flags' names; see `--help` for each.
+
+    `iteration` is None for a release.
+    """
 
     load_dir: str
     save_dir: Path
@@ -61,8 +64,8 @@ class ToMegatronJob:
     tokenizer_model: str | None = None
     tokenizer_type: str | None = None
     model_size: str | None = None
-    iteration: int = 1
-    release: bool = False
+    iteration: int | None = 1
+    true_vocab_size: int | None = None
     load_capacity_bins: bool = False
     allow_overflow: bool = False
     device: str = "auto"

@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_convert.job import ToMegatronJob
 from dist_convert.layout import SHARD_FILE, Chunk, Grid, place_chunks, rank_directory
 from dist_convert.metadata.capacity_bins import FILE as BINS_FILE
-from dist_convert.metadata.capacity_bins import bins_of_rank, load_bins, packed
+from dist_convert.metadata.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
 from dist_convert.metadata.target_args import (
     TargetArgs,
@@ -56,6 +56,14 @@ def model_and_grid(
     """
     tensor, pipeline = job.target_tensor_parallel_size, job.target_pipeline_parallel_size
     vocab = config_vocab(seen.config, file=_CONFIG)
+    if job.true_vocab_size not in (None, vocab):
+        raise UsageError(
+            "--true-vocab-size is not the model's",
+            file=_CONFIG,
+            expected=f"vocab_size {vocab}",
+            found=job.true_vocab_size,
+            remedy="leave --true-vocab-size out",
+        )
     padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
     architecture = architecture_from_config(seen.config, padded_vocab=padded, file=_CONFIG)
     check_model_size(job.model_size, architecture)
@@ -97,11 +105,11 @@ def lay_out_target(
         grid=grid,
         stages=stages,
         params_dtype=params_dtype,
-        iteration=None if job.release else job.iteration,
+        iteration=job.iteration,
         vocab=architecture.vocab,
         make_vocab_size_divisible_by=job.make_vocab_size_divisible_by,
         margs=read_margs(job.source_margs_file) if job.source_margs_file else None,
-        tokenizer_model=job.tokenizer_model and os.path.abspath(job.tokenizer_model),
+        tokenizer_model=_absolute(job.tokenizer_model),
         tokenizer_type=job.tokenizer_type,
         transformer_impl=job.saver_transformer_impl,
         expert_layout=job.expert_layout,
@@ -117,6 +125,7 @@ def lay_out_target(
         return MegatronTarget(architecture, grid, chunks, args, files, {})
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
+    taken = 0
     for rank in written_ranks(grid):
         file = f"{rank_directory(grid, rank)}/{SHARD_FILE}"
         for virtual, tensors in bins_of_rank(bins, rank, chunks).items():
@@ -124,13 +133,21 @@ def lay_out_target(
             models = files[file]
             files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
             label = "" if len(models) == 1 else f"model{virtual}."
+            taken += len(tensors)
             extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
+    if taken != len(bins):
+        raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
     return MegatronTarget(architecture, grid, chunks, args, files, extras)
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path that training finds from anywhere; a name on the hub stays as it is."""
+    return os.path.abspath(path) if path is not None and os.path.exists(path) else path
 
 
 def header_of(target: MegatronTarget, job: ToMegatronJob, file: str) -> Shard:
     """What `read_shard` will find in a file of the target."""
-    iteration = 0 if job.release else job.iteration
+    iteration = job.iteration or 0
     skeleton = lay_out_skeleton(target.args.values, iteration, target.files[file], file)
     weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
     nothing: dict[str, str] = {}

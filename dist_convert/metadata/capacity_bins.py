@@ -119,25 +119,25 @@ def bins_of_rank(
     wanted = {layer: chunk for chunk in chunks if chunk.pipeline == rank.pipeline for layer in _layers(chunk)}
     for (layer, pipeline, expert, tensor, name), values in bins.items():
         if layer in wanted and pipeline != rank.pipeline:
-            raise UsageError(
-                "the capacity bins are of another parallel grid",
-                file=FILE,
-                expected=f"layer {layer} on pipeline rank {rank.pipeline}",
-                found=f"pipeline rank {pipeline}",
-                remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
-            )
+            raise other_grid(f"layer {layer} on pipeline rank {rank.pipeline}", f"pipeline rank {pipeline}")
         if layer in wanted and (expert, tensor) == (rank.expert, rank.tensor):
             chunk = wanted[layer]
             found.setdefault(chunk.virtual, {})[capacity_bin(layer - chunk.first_layer, name)] = values
     if bins and not found and wanted:
-        raise UsageError(
-            "the capacity bins are of another parallel grid",
-            file=FILE,
-            expected=f"bins of pipeline rank {rank.pipeline}, tensor rank {rank.tensor}, expert rank {rank.expert}",
-            found="none",
-            remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
-        )
+        place = f"pipeline rank {rank.pipeline}, tensor rank {rank.tensor}, expert rank {rank.expert}"
+        raise other_grid(f"bins of {place}", "none")
     return found
+
+
+def other_grid(expected: str, found: str) -> UsageError:
+    """The error for bins that were saved from another grid than the target's."""
+    return UsageError(
+        "the capacity bins are of another parallel grid",
+        file=FILE,
+        expected=expected,
+        found=found,
+        remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
+    )
 
 
 def _layers(chunk: Chunk) -> range:

@@ -1,7 +1,6 @@
 """From a Hugging Face `config.json`, of transformers 4 or 5, to an `Architecture`.
 
-A key that is absent has the value that transformers gives it. What Megatron's model cannot compute is refused. The two
-styles: docs/formats.md, "config.json"; Megatron's side: "Arguments that decide the model".
+Absent keys have transformers' values; what Megatron cannot compute is refused (docs/formats.md, "config.json").
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ def architecture_from_config(
         config: the file's content.
         padded_vocab: rows of the embedding in Megatron, see `target_args.padded_vocab`.
         file: where the config came from, for messages.
-        zero_output_bias: the biases of the output projections are known to be zeros, so that they need no place in
-            Megatron.
+        zero_output_bias: the output projections' biases are known to be zeros, and need no place in Megatron.
 
     Raises:
         UnsupportedModel: what Megatron cannot express. All reasons are reported together.

@@ -1,69 +1,85 @@
-"""Builds megatron-core models on CPU ranks and runs their forward over the pipeline."""
+"""Builds, on CPU ranks, the megatron-core model that `args` describe, and runs its forward over the pipeline."""
 
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from cases import OracleCase
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import GroupedMLP
-from megatron_args import MAX_POSITIONS, NORM_EPSILON
 
 
-def initialise_grid(case: OracleCase) -> None:
-    """Make the process groups of the case's grid; data parallelism takes the rest of the world."""
+def grid(args: Namespace) -> tuple[int, int, int, int, int]:
+    """What decides the process groups: TP, PP, VP, EP, ETP."""
+    return (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size or 1,
+        args.expert_model_parallel_size,
+        args.expert_tensor_parallel_size,
+    )
+
+
+def initialise_grid(args: Namespace) -> None:
+    """Make the process groups of the arguments' grid; data parallelism takes the rest of the world."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=case.tensor_parallel,
-        pipeline_model_parallel_size=case.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=_virtual_stages(case),
-        expert_model_parallel_size=case.expert_parallel,
-        expert_tensor_parallel_size=case.expert_tensor_parallel,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
 
 
-def _virtual_stages(case: OracleCase) -> int | None:
-    """The number of chunks per rank, as megatron-core takes it: None without virtual stages."""
-    return case.virtual_pipeline_parallel if case.virtual_pipeline_parallel > 1 else None
+def rank_directory() -> str:
+    """The name of this rank's directory, as Megatron-LM's get_checkpoint_name makes it."""
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    return name
 
 
-def transformer_config(case: OracleCase) -> TransformerConfig:
-    """The configuration that Megatron-LM derives from the case's arguments, with every fusion off."""
+def transformer_config(args: Namespace) -> TransformerConfig:
+    """The configuration that Megatron-LM derives from the arguments, in fp32 with every fusion off."""
     return TransformerConfig(
-        num_layers=case.num_layers,
-        hidden_size=case.hidden,
-        ffn_hidden_size=case.ffn,
-        num_attention_heads=case.heads,
-        num_query_groups=case.query_groups,
-        kv_channels=case.kv_channels,
-        tensor_model_parallel_size=case.tensor_parallel,
-        pipeline_model_parallel_size=case.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=_virtual_stages(case),
-        num_layers_in_first_pipeline_stage=case.first_stage_layers,
-        num_layers_in_last_pipeline_stage=case.last_stage_layers,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
+        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
         pipeline_dtype=torch.float32,
-        expert_model_parallel_size=case.expert_parallel,
-        expert_tensor_parallel_size=case.etp,
-        num_moe_experts=case.experts,
-        moe_router_topk=case.top_k,
-        moe_ffn_hidden_size=case.ffn if case.experts else None,
-        moe_grouped_gemm=case.grouped_gemm,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        num_moe_experts=args.num_experts,
+        moe_router_topk=getattr(args, "moe_router_topk", 2),
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size,
+        moe_grouped_gemm=getattr(args, "moe_grouped_gemm", False),
         moe_token_dispatcher_type="allgather",
         moe_router_dtype="fp32",
         moe_aux_loss_coeff=0.0,
-        normalization="RMSNorm",
-        layernorm_epsilon=NORM_EPSILON,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
         activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=case.linear_bias,
-        add_qkv_bias=case.qkv_bias,
-        qk_layernorm=case.qk_layernorm,
+        gated_linear_unit=args.swiglu,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
@@ -76,32 +92,34 @@ def transformer_config(case: OracleCase) -> TransformerConfig:
     )
 
 
-def build_model(case: OracleCase) -> list[GPTModel]:
+def build_model(args: Namespace) -> list[GPTModel]:
     """This rank's model chunks, one for every virtual pipeline stage."""
-    config = transformer_config(case)
-    return [_build_chunk(case, config, stage) for stage in range(case.virtual_pipeline_parallel)]
+    config = transformer_config(args)
+    return [_build_chunk(args, config, stage) for stage in range(args.virtual_pipeline_model_parallel_size or 1)]
 
 
-def _build_chunk(case: OracleCase, config: TransformerConfig, stage: int) -> GPTModel:
+def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTModel:
     """The model chunk of one virtual pipeline stage of this rank."""
     chunk = GPTModel(
         config,
         get_gpt_layer_local_spec(
-            num_experts=case.experts,
-            moe_grouped_gemm=case.grouped_gemm,
-            qk_layernorm=case.qk_layernorm,
-            normalization="RMSNorm",
+            num_experts=args.num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=args.qk_layernorm,
+            normalization=args.normalization,
         ),
-        vocab_size=case.padded_vocab,
-        max_sequence_length=MAX_POSITIONS,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=False,
-        share_embeddings_and_output_weights=case.tied,
-        position_embedding_type="rope",
-        rotary_base=case.rotary_base,
-        rope_scaling=case.use_rope_scaling,
-        vp_stage=stage if case.virtual_pipeline_parallel > 1 else None,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        vp_stage=stage if args.virtual_pipeline_model_parallel_size else None,
     ).eval()
     for module in chunk.modules():
         if isinstance(module, GroupedMLP):  # insists on the flag, not on the dtype
@@ -111,16 +129,16 @@ def _build_chunk(case: OracleCase, config: TransformerConfig, stage: int) -> GPT
 
 
 @torch.no_grad()
-def forward(chunks: list[GPTModel], case: OracleCase, input_ids: torch.Tensor) -> torch.Tensor | None:
+def forward(chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | None:
     """The logits [batch, sequence, padded vocabulary] on the last stage's ranks, None on the others."""
     batch, length = input_ids.shape
     positions = torch.arange(length).expand(batch, length)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None].expand(batch, 1, length, length)
     group = parallel_state.get_pipeline_model_parallel_group()
-    hidden = torch.empty(length, batch, case.hidden)
+    hidden = torch.empty(length, batch, chunks[0].config.hidden_size)
     output = None
     for chunk in chunks:
-        for stage in range(case.pipeline_parallel):
+        for stage in range(parallel_state.get_pipeline_model_parallel_world_size()):
             if stage == parallel_state.get_pipeline_model_parallel_rank():
                 chunk.set_input_tensor(None if chunk.pre_process else hidden.clone())
                 output = chunk(input_ids, positions, future)

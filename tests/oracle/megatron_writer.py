@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy
@@ -20,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import RerunDiagnostic, RerunMode, RerunState
 from megatron_args import ITERATION, training_args
-from megatron_model import build_model, forward, initialise_grid
+from megatron_model import build_model, forward, grid, initialise_grid, rank_directory
 from megatron_on_cpu import make_megatron_run_on_cpu
 from megatron_weights import fill_weights
 
@@ -33,20 +34,21 @@ def main(out_dir: Path, names: list[str]) -> None:
     make_megatron_run_on_cpu()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    grid = None
+    initialised = None
     for case in sorted((known[name] for name in names or known), key=lambda case: case.grid):
-        if case.grid != grid:
-            grid = case.grid
-            initialise_grid(case)
-        write_case(case, out_dir / case.name)
+        args = training_args(case, dist.get_rank(), dist.get_world_size())
+        if grid(args) != initialised:
+            initialised = grid(args)
+            initialise_grid(args)
+        write_case(case, args, out_dir / case.name)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def write_case(case: OracleCase, directory: Path) -> None:
+def write_case(case: OracleCase, args: Namespace, directory: Path) -> None:
     """Write one case's checkpoint and logits."""
     torch.manual_seed(1234)
-    chunks = build_model(case)
+    chunks = build_model(args)
     for chunk in chunks:
         fill_weights(chunk, case)
         if case.bf16:
@@ -54,7 +56,7 @@ def write_case(case: OracleCase, directory: Path) -> None:
     if case.flat_storage:
         for chunk in chunks:
             wrap_in_ddp(chunk)
-    save_checkpoint(case, chunks, directory)
+    save_checkpoint(args, chunks, directory)
     for chunk in chunks:
         chunk.float()
     save_logits(case, chunks, directory)
@@ -66,34 +68,24 @@ def wrap_in_ddp(chunk: GPTModel) -> None:
     DistributedDataParallel(chunk.config, settings, chunk)
 
 
-def save_checkpoint(case: OracleCase, chunks: list[GPTModel], directory: Path) -> None:
+def save_checkpoint(args: Namespace, chunks: list[GPTModel], directory: Path) -> None:
     """Save what Megatron-LM saves, on the ranks where megatron-core 0.10 to 0.17 saves it."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     if parallel_state.get_expert_data_parallel_rank() != 0:
         return
-    path = directory / f"iter_{ITERATION:07d}" / rank_directory(case) / "model_optim_rng.pt"
+    path = directory / f"iter_{ITERATION:07d}" / rank_directory() / "model_optim_rng.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint(case, chunks), path)
+    torch.save(checkpoint(args, chunks), path)
 
 
-def rank_directory(case: OracleCase) -> str:
-    """The name of this rank's directory, as Megatron-LM's get_checkpoint_name makes it."""
-    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
-    if case.pipeline_parallel > 1:
-        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
-    if case.expert_parallel > 1:
-        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
-    return name
-
-
-def checkpoint(case: OracleCase, chunks: list[GPTModel]) -> dict[str, object]:
+def checkpoint(args: Namespace, chunks: list[GPTModel]) -> dict[str, object]:
     """The dictionary in model_optim_rng.pt."""
     models = [chunk.state_dict_for_save_checkpoint() for chunk in chunks]
     keys = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
     return {
-        "args": training_args(case, dist.get_rank(), dist.get_world_size()),
+        "args": args,
         "checkpoint_version": 3.0,
         "iteration": ITERATION,
         "num_floating_point_operations_so_far": 123456789012345,
@@ -144,7 +136,7 @@ def save_logits(case: OracleCase, chunks: list[GPTModel], directory: Path) -> No
     """Save fixed token ids and the model's logits for them."""
     generator = torch.Generator().manual_seed(case.sequence_length)
     input_ids = torch.randint(case.vocab, (BATCH, case.sequence_length), generator=generator)
-    logits = forward(chunks, case, input_ids)
+    logits = forward(chunks, input_ids)
     first_in_stage = dist.get_rank(parallel_state.get_tensor_model_parallel_group()) == 0
     if logits is not None and first_in_stage and parallel_state.get_data_parallel_rank() == 0:
         torch.save({"input_ids": input_ids, "logits": logits.float()}, directory / "oracle.pt")

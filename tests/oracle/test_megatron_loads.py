@@ -1,0 +1,246 @@
+"""Megatron-Core loads what hf-to-megatron writes, strictly on every rank, and computes what transformers computes.
+
+The models are those of `cases.py`, as Hugging Face directories that were made of Megatron's own checkpoints; so the
+checkpoint that Megatron itself wrote at a target's grid says what every one of its tensors must be.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dist_convert.__main__ import main
+from tests.oracle.cases import CASES, LOSSY_CASES, OracleCase
+from tests.oracle.conftest import Torchrun
+
+KNOWN = {case.name: case for case in CASES + LOSSY_CASES}
+SMOLLM2 = Path(__file__).parents[2] / ".cache/demo/smollm2-hf"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to be written: at a case's grid, of the model in `source`, with more flags."""
+
+    name: str
+    case: OracleCase
+    source: str
+    flags: tuple[str, ...] = ()
+    pipeline: tuple[str, ...] | None = None  # instead of the case's own virtual and uneven stages
+
+    def command(self, directory: Path) -> list[str]:
+        """The command line that writes it."""
+        case, pipeline = self.case, self.pipeline
+        if pipeline is None:
+            pipeline = ("--target-virtual-pipeline-parallel-size", str(case.virtual_pipeline_parallel))
+            if case.first_stage_layers:
+                pipeline += ("--decoder-first-pipeline-num-layers", str(case.first_stage_layers))
+                pipeline += ("--decoder-last-pipeline-num-layers", str(case.last_stage_layers))
+        return [
+            *("hf-to-megatron", "--device", "cpu", "--saver-transformer-impl", "local"),
+            *(
+                "--load-dir",
+                str(directory / f"{self.source}-hf"),
+                "--save-dir",
+                str(directory / self.name / "megatron"),
+            ),
+            *("--target-tensor-parallel-size", str(case.tensor_parallel)),
+            *("--target-pipeline-parallel-size", str(case.pipeline_parallel)),
+            *("--target-expert-parallel-size", str(case.expert_parallel)),
+            *("--target-expert-tensor-parallel-size", str(case.etp)),
+            *("--make-vocab-size-divisible-by", str(case.make_vocab_size_divisible_by)),
+            *("--expert-layout", "grouped" if case.grouped_gemm else "sequential"),
+            *pipeline,
+            *self.flags,
+        ]
+
+
+#: Llama in Hugging Face has biases of Q, K and V only together with one of the output projection.
+REFUSED = [case for case in CASES if case.qkv_bias]
+SAME_GRID = [Target(case.name, case, case.name) for case in CASES if not (case.qkv_bias or case.qk_layernorm)]
+LAYOUT = "--pipeline-model-parallel-layout"
+OTHERS = [
+    Target("llama-release", KNOWN["llama-mha"], "llama-mha", ("--release",)),
+    Target("llama-pp4-layout", KNOWN["llama-pp4-uneven"], "llama-pp4-uneven", pipeline=(LAYOUT, "Et|tt|tt|tttL")),
+    # Tensor ranks that Megatron-Core 0.16 itself would not have saved, but loads. The model is that of all Mixtrals.
+    *(Target(case.name, case, "mixtral-tp1") for case in LOSSY_CASES),
+]
+#: No checkpoint of Megatron's own has these stages.
+OTHER_STAGES = [
+    Target("llama-vpp2-layout", KNOWN["llama-pp2-vpp2"], "llama-pp2-vpp2", pipeline=(LAYOUT, "Et|(tt|)*2t*3L")),
+    Target("llama-lone-ends", KNOWN["llama-pp4-uneven"], "llama-pp4-uneven", pipeline=(LAYOUT, "E|t*6|t*2|L")),
+]
+TARGETS = [*SAME_GRID, *OTHERS, *OTHER_STAGES]
+
+#: What decides which model Megatron-LM builds and what it computes (docs/formats.md). The biases of Q, K and V need no
+#: --add-qkv-bias beside --add-bias-linear; whether the model has them, loading shows.
+# fmt: off
+DECIDING_ARGS = [
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention", "kv_channels",
+    "max_position_embeddings", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "normalization", "norm_epsilon",
+    "apply_layernorm_1p", "qk_layernorm", "swiglu", "squared_relu", "add_bias_linear", "window_size", "vocab_size",
+    "padded_vocab_size", "make_vocab_size_divisible_by", "untie_embeddings_and_output_weights", "num_experts",
+    "moe_ffn_hidden_size", "multi_latent_attention", "mtp_num_layers", "params_dtype", "bf16", "fp16",
+    "transformer_impl", "ckpt_format", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
+]
+DECIDING_EXPERT_ARGS = [
+    "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
+    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size",
+    "moe_grouped_gemm",
+]
+DECIDING_STAGE_ARGS = [
+    "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout",
+    "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with SOURCE-hf for every source and NAME/megatron for every target."""
+    directory = tmp_path_factory.mktemp("written")
+    for source in {target.source for target in TARGETS} | {case.name for case in REFUSED}:
+        paths = ["--load-path", str(oracle / source), "--save-path", str(directory / f"{source}-hf")]
+        assert main(["megatron-to-hf", *paths, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
+    for target in TARGETS:
+        assert main(target.command(directory)) == 0, target
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(oracle: Path, written: Path, torchrun: Torchrun) -> Path:
+    """The directory of `written`, with NAME/output.pt by megatron-core for every target."""
+    for target in TARGETS:
+        input_ids = torch.load(oracle / target.case.name / "oracle.pt")["input_ids"]
+        torch.save({"input_ids": input_ids, "new_tokens": 0}, written / target.name / "input.pt")
+    torchrun("megatron_reader.py", 8, written, *(target.name for target in TARGETS))
+    return written
+
+
+def _files(root: Path) -> list[Path]:
+    found = sorted(root.glob("*/mp_rank_*/model_optim_rng.pt"))
+    assert found
+    return found
+
+
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A file's content by a torch.load that makes nothing but tensors, plain Python values and one Namespace."""
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True, mmap=mmap)
+
+
+def _weights(content: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key in sorted(key for key in content if key.startswith("model")):
+        yield from ((f"{key}.{name}", tensor) for name, tensor in content[key].items() if "_extra_state" not in name)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_megatron_loads_every_rank_strictly_and_gives_the_logits_of_transformers(target: Target, loaded: Path) -> None:
+    found = torch.load(loaded / target.name / "output.pt")
+    assert found["problems"] == []
+    model = AutoModelForCausalLM.from_pretrained(
+        loaded / f"{target.source}-hf", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = model(found["input_ids"]).logits
+    megatron = found["logits"][..., : target.case.vocab]
+    assert megatron.shape == expected.shape == (2, target.case.sequence_length, target.case.vocab)
+    torch.testing.assert_close(megatron, expected, rtol=0, atol=1e-5)
+    assert torch.equal(megatron.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("target", SAME_GRID + OTHERS, ids=lambda target: target.name)
+def test_every_tensor_is_bit_for_bit_the_one_that_megatron_wrote_itself(
+    target: Target, oracle: Path, written: Path
+) -> None:
+    case = target.case
+    (hf,) = [load_file(path) for path in (written / f"{target.source}-hf").glob("*.safetensors")]
+    last_row = {"embedding.word_embeddings.weight": hf["model.embed_tokens.weight"][-1]}
+    last_row["output_layer.weight"] = hf.get("lm_head.weight", hf["model.embed_tokens.weight"])[-1]
+    (directory,) = {path.parents[1] for path in _files(written / target.name / "megatron")}
+    originals = _files(oracle / case.name)
+    if case not in LOSSY_CASES:
+        assert {path.parent.name for path in originals} == {path.name for path in directory.iterdir()}
+    for original in originals:
+        tensor_rank = int(original.parent.name.split("_")[2])
+        expected = dict(_weights(torch.load(original, weights_only=False)))
+        found = dict(_weights(_load(directory / original.parent.name / original.name)))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            padding = last_row.get(name.partition(".")[2])
+            if padding is not None:
+                real_rows = max(0, case.vocab - tensor_rank * len(tensor))
+                tensor[real_rows:] = padding
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("target", SAME_GRID + OTHERS, ids=lambda target: target.name)
+def test_the_args_describe_the_model_and_the_grid_as_megatron_did(target: Target, oracle: Path, written: Path) -> None:
+    original = vars(torch.load(_files(oracle / target.case.name)[0], weights_only=False)["args"])
+    names = [*DECIDING_ARGS, *(DECIDING_EXPERT_ARGS if target.case.experts else ())]
+    names += ["num_query_groups"] if original["group_query_attention"] else []
+    names += DECIDING_STAGE_ARGS if target.pipeline is None else []
+    expected = {name: original[name] for name in names}
+    for path in _files(written / target.name / "megatron"):
+        found = vars(_load(path)["args"])
+        assert {name: found[name] for name in names} == expected
+
+
+def test_the_args_hold_the_layout_and_how_many_virtual_stages_it_has(written: Path) -> None:
+    args = _load(_files(written / "llama-vpp2-layout/megatron")[0])["args"]
+    assert args.pipeline_model_parallel_layout == "Et|(tt|)*2t*3L"
+    assert args.virtual_pipeline_model_parallel_size == 2
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_every_file_is_a_sound_container_that_torch_reads_with_weights_only_and_mapped(
+    target: Target, written: Path
+) -> None:
+    for path in _files(written / target.name / "megatron"):
+        with zipfile.ZipFile(path) as container:
+            assert container.testzip() is None
+        read, mapped = _load(path), _load(path, mmap=True)
+        assert dict(_weights(read)).keys() == dict(_weights(mapped)).keys()
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(_weights(read), _weights(mapped), strict=True))
+        assert read["checkpoint_version"] == 3.0
+        assert read["iteration"] == mapped["iteration"] == (0 if target.name == "llama-release" else 1)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_biases_that_only_hugging_face_has_are_refused(
+    case: OracleCase, written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Target(f"refused-{case.name}", case, case.name)
+    assert main(target.command(written)) == 1
+    assert "attention_bias=True, mlp_bias=False" in capsys.readouterr().err
+    assert not (written / target.name).exists()
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} does not exist (launch/demo.sh makes it)")
+def test_a_real_model_written_at_tp3_pp2_answers_in_megatron_that_the_capital_of_france_is_paris(
+    tmp_path: Path, torchrun: Torchrun
+) -> None:
+    grid = ["--target-tensor-parallel-size", "3", "--target-pipeline-parallel-size", "2"]
+    paths = ["--load-dir", str(SMOLLM2), "--save-dir", str(tmp_path / "smollm2/megatron")]
+    assert main(["hf-to-megatron", *paths, *grid, "--saver-transformer-impl", "local", "--device", "cpu"]) == 0
+    tokenizer: Any = AutoTokenizer.from_pretrained(SMOLLM2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    torch.save({"input_ids": torch.tensor([prompt]), "new_tokens": 7}, tmp_path / "smollm2/input.pt")
+    torchrun("megatron_reader.py", 6, tmp_path, "smollm2")
+    output = torch.load(tmp_path / "smollm2/output.pt")
+    assert output["problems"] == []
+    answer = tokenizer.decode(output["input_ids"][0, len(prompt) :], skip_special_tokens=True)
+    assert answer.startswith("The capital of France is Paris")
