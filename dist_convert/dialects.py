@@ -159,13 +159,14 @@ def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str, has_exp
 
     Args:
         found: all spellings of one parameter.
-        norms: "local", "transformer_engine" or "habana"; the last two differ in dense layers' names only.
+        norms: "local", "transformer_engine" or "habana", which has the names of "local".
         experts: "sequential", "te-grouped", "grouped" or "habana-dynamic".
         has_experts: whether the model has experts; their norm is not fused by Transformer Engine.
     """
     listed = tuple(found)
     fuses_nothing = has_experts and any("pre_mlp_layernorm" in piece.name for s in listed for piece in s.pieces)
-    wanted = (experts, "canonical" if fuses_nothing else norms, "canonical")
+    fused = "transformer_engine" if norms == "transformer_engine" and not fuses_nothing else "canonical"
+    wanted = (experts, fused, "canonical")
     return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
 
 

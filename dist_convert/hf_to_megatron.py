@@ -15,6 +15,7 @@ from dist_convert.metadata.target_args import (
     target_margs_json,
 )
 from dist_convert.models import FAMILIES
+from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
@@ -84,6 +85,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
         source=directory,
         visible=found.visible,
         target=job.save_dir / name,
+        target_flag="--save-dir",
         is_replaceable=lambda path: any(is_rank_directory(inside.name) for inside in path.iterdir()),
         notes=_notes(job, target, content),
         make_files=make_files,
@@ -107,8 +109,9 @@ def _fetch(job: ToMegatronJob, world: World) -> Path:
 def _plan(
     job: ToMegatronJob, directory: Path, seen: HuggingFaceFiles, stored: Mapping[str, StoredTensor]
 ) -> tuple[MegatronTarget, Content]:
-    architecture, grid, stages = model_and_grid(job, seen)
-    parts = find_parts(
+    zeros = _zero_output_biases(directory, seen, stored)
+    architecture, grid, stages = model_and_grid(job, seen, zero_output_bias=bool(zeros))
+    parts, missing = find_parts(
         architecture,
         lambda name, layer, expert, rows, columns: hf_view(
             name, layer, expert, stored, rows, columns, experts=architecture.experts
@@ -116,11 +119,11 @@ def _plan(
     )
     left_behind, unknown = leftovers(
         stored,
-        {view.tensor for view in parts.values()},
+        {view.tensor for view in parts.values()} | {problem.tensor for problem in missing} | zeros,
         hf_class=FAMILIES[architecture.family].hf_class,
         tied=architecture.tied,
     )
-    raise_together(unknown)
+    raise_together([*missing, *unknown])
     wanted = TARGET_DTYPES[job.target_params_dtype]
     params_dtype, dtypes = target_dtypes(architecture, parts, wanted)
     target = lay_out_target(job, directory, architecture, grid, stages, wanted or params_dtype, dtypes)
@@ -136,6 +139,21 @@ def _plan(
         left_behind=left_behind,
     )
     return target, content
+
+
+def _zero_output_biases(directory: Path, seen: HuggingFaceFiles, stored: Mapping[str, StoredTensor]) -> set[str]:
+    """The output projections' biases of a model without other output biases, if they are there and all zeros."""
+    if not seen.config.get("attention_bias") or seen.config.get("mlp_bias"):
+        return set()
+    names = {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=n) for n in range(seen.config.get("num_hidden_layers", 0))}
+    for name in names:
+        if name not in stored:
+            return set()
+        with (directory / stored[name].file).open("rb") as file:
+            file.seek(stored[name].offset_bytes)
+            if any(file.read(stored[name].size_bytes)):
+                return set()
+    return names
 
 
 def _write_extras(partial: Path, file: str, content: Content, extras: Extras) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_convert.errors import UsageError
 from dist_convert.job import ToMegatronJob
 from dist_convert.layout import SHARD_FILE, Chunk, Grid, place_chunks, rank_directory
 from dist_convert.metadata.capacity_bins import FILE as BINS_FILE
@@ -47,9 +48,14 @@ class MegatronTarget:
 
 
 def model_and_grid(
-    job: ToMegatronJob, seen: HuggingFaceFiles
+    job: ToMegatronJob, seen: HuggingFaceFiles, *, zero_output_bias: bool
 ) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
     """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
+
+    Args:
+        job: the flags.
+        seen: the config.
+        zero_output_bias: the output projections' biases are zeros, and need no place in Megatron.
 
     Raises:
         UsageError, UnsupportedModel: a target that cannot exist, or a model that Megatron cannot express.
@@ -65,7 +71,9 @@ def model_and_grid(
             remedy="leave --true-vocab-size out",
         )
     padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
-    architecture = architecture_from_config(seen.config, padded_vocab=padded, file=_CONFIG)
+    architecture = architecture_from_config(
+        seen.config, padded_vocab=padded, file=_CONFIG, zero_output_bias=zero_output_bias
+    )
     check_model_size(job.model_size, architecture)
     layout = job.pipeline_model_parallel_layout
     virtual = layout_stages(layout) // pipeline if layout else job.target_virtual_pipeline_parallel_size

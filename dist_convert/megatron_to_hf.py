@@ -60,6 +60,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         source=directory,
         visible=found.visible,
         target=job.save_path,
+        target_flag="--save-path",
         is_replaceable=lambda path: (path / "config.json").is_file(),
         notes=notes_on(job, content, shards, tokenizer),
         make_files=lambda partial: make_files(partial, content.files),

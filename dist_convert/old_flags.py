@@ -19,10 +19,12 @@ _WITHOUT_MEANING = {
     "vocab_file": "the config has the vocabulary's size",
 }
 
-#: --model-size -> layers and hidden size.
+#: --model-size -> layers, hidden size, width of the MLP, vocabulary.
 _SIZES = {
-    "llama2-7B": (32, 4096), "llama2-13B": (40, 5120), "llama2-70B": (80, 8192),
-    "llama3-8B": (32, 4096), "llama3-70B": (80, 8192), "mistral-7B": (32, 4096), "yi-34B": (60, 7168),
+    "llama2-7B": (32, 4096, 11008, 32000), "llama2-13B": (40, 5120, 13824, 32000),
+    "llama2-70B": (80, 8192, 28672, 32000), "llama3-8B": (32, 4096, 14336, 128256),
+    "llama3-70B": (80, 8192, 28672, 128256), "mistral-7B": (32, 4096, 14336, 32000),
+    "yi-34B": (60, 7168, 20480, 64000),
 }  # fmt: skip
 
 
@@ -68,10 +70,11 @@ def check_model_size(model_size: str | None, architecture: Architecture) -> None
     expected = _SIZES.get(model_size.removesuffix("f"))
     if expected is None:
         raise UsageError("unknown --model-size", expected=", ".join(_SIZES), found=model_size)
-    if expected != (architecture.layers, architecture.hidden):
+    found = (architecture.layers, architecture.hidden, architecture.ffn, architecture.vocab)
+    if expected != found:
         raise UsageError(
             "--model-size is not the model in --load-dir",
-            expected=f"{model_size}: {expected[0]} layers, hidden size {expected[1]}",
-            found=f"{architecture.layers} layers, hidden size {architecture.hidden}",
+            expected=f"{model_size}: layers, hidden size, MLP width and vocabulary {expected}",
+            found=f"{found}",
             remedy="give the right --load-dir, or leave --model-size out",
         )

@@ -57,6 +57,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
             is_replaceable=task.is_replaceable,
             overwrite=job.overwrite,
             needed_bytes=content.target_bytes,
+            flag=task.target_flag,
         )
         for note in task.notes:
             print(note, file=sys.stderr)

@@ -40,6 +40,7 @@ class Task:
         source: directory of the source files, as this rank sees it.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
+        target_flag: that named it, for messages.
         is_replaceable: whether `--overwrite` may replace a directory.
         notes: for the user, before anything is written.
         make_files: makes the weights files in their final size below a directory.
@@ -51,6 +52,7 @@ class Task:
     source: Path
     visible: tuple[frozenset[str], ...]
     target: Path
+    target_flag: str
     is_replaceable: Callable[[Path], bool]
     notes: Sequence[str]
     make_files: Callable[[Path], None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTION = "What is the capital of France?"
@@ -18,10 +19,12 @@ ANSWER_TOKENS = 16
 
 
 def main() -> None:
+    """Ask and judge."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     tokenizer: Any = AutoTokenizer.from_pretrained(sys.argv[1])
-    model: Any = AutoModelForCausalLM.from_pretrained(sys.argv[1]).float()
+    model: Any = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    model.to(torch.float32)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True,

@@ -122,7 +122,7 @@ def _chunk(
     norms: str,
     experts: str,
 ) -> State:
-    tp, pp, vpp, ep, etp = rank
+    tp, pp, vpp, *_ = rank
     state: State = {}
     is_first, is_last = (pp, vpp) == (0, 0), (pp, vpp) == (grid.pp - 1, grid.vpp - 1)
     if is_first:

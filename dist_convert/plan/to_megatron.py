@@ -21,12 +21,8 @@ from dist_convert.records import FLOAT_DTYPES, TargetFile, View
 FindPart = Callable[[str, int | None, int | None, int, int], View]
 
 
-def find_parts(architecture: Architecture, find: FindPart) -> dict[str, View]:
-    """Every Hugging Face tensor that the tables name, by its canonical name.
-
-    Raises:
-        Problems, or the one problem there is: missing and misshapen tensors.
-    """
+def find_parts(architecture: Architecture, find: FindPart) -> tuple[dict[str, View], list[ConversionError]]:
+    """Every Hugging Face tensor that the tables name, by its canonical name, and what is missing or misshapen."""
     sizes = architecture.sizes()
     problems: list[ConversionError] = []
     found: dict[str, View] = {}
@@ -37,8 +33,7 @@ def find_parts(architecture: Architecture, find: FindPart) -> dict[str, View]:
                 found[part.name.format(layer=layer, expert=expert)] = find(part.name, layer, expert, rows, columns)
             except ConversionError as problem:
                 problems.append(problem)
-    raise_together(problems)
-    return found
+    return found, problems
 
 
 def target_dtypes(

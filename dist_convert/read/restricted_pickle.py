@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -41,11 +42,17 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _rebuild_with_attributes(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
+    """A tensor with Python attributes, or of a subclass, which may bring a function of its own."""
+    return function(*arguments)
+
+
 _REBUILD: dict[str, Callable[..., Any]] = {
     "_rebuild_tensor": _rebuild_tensor,
     "_rebuild_tensor_v2": _rebuild_tensor,
     "_rebuild_tensor_v3": _rebuild_typed_tensor,
     "_rebuild_parameter": _rebuild_parameter,
+    "_rebuild_parameter_with_state": _rebuild_parameter,
 }
 
 
@@ -125,12 +132,16 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("a global without a name")
         if module == "collections" and name == "OrderedDict":
             return OrderedDict
+        if module == "torch._tensor" and name == "_rebuild_from_type_v2":
+            return _rebuild_with_attributes
         if module == "torch._utils" and name in _REBUILD:
             return _REBUILD[name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return Dtype(STORAGES[name], name)
         if module == "torch" and name in DTYPES:
             return Dtype(DTYPES[name], f"torch.{name}")
+        if module == "signal" and name in signal.Signals.__members__:  # as some Python versions pickle its members
+            return Inert("signal.Signals", (signal.Signals[name].value,))
         if module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, ()):
             return Global(f"{module}.{name}")
         raise UnsafePickle(

@@ -12,21 +12,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from dist_convert.errors import CorruptFile, SourceError
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
 MAX_PICKLE_BYTES = 256 << 20
+#: Encrypted, patch data, strong encryption (APPNOTE.TXT, 4.4.4).
+_FOREIGN_FLAGS = 0x61
+_UTF8_NAME = 0x800
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One stored record: its name without the archive's folder, and where its local header and data begin."""
+    """One stored record.
+
+    Attributes:
+        name: without the archive's folder.
+        header_offset_bytes: of its local header.
+        size_bytes: of its data.
+        limit_bytes: where the next local header or the directory begins; its data ends before.
+        path: its name in the local header.
+    """
 
     name: str
     header_offset_bytes: int
     size_bytes: int
+    limit_bytes: int
+    path: bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ def open_container(path: Path, label: str) -> Container:
         size_bytes = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            directory_bytes = archive.start_dir
     except OSError as error:
         raise SourceError("cannot read the source", file=label, found=error.strerror or str(error)) from error
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
@@ -66,9 +81,15 @@ def open_container(path: Path, label: str) -> Container:
     records: dict[str, Record] = {}
     for entry, following in zip(entries, [*entries[1:], None], strict=True):
         end = entry.header_offset + _LOCAL_HEADER.size + entry.file_size
-        limit = following.header_offset if following else size_bytes
+        limit = following.header_offset if following else directory_bytes
         name = entry.filename.partition("/")[2]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or end > limit or name in records:
+        if (
+            entry.compress_type != zipfile.ZIP_STORED
+            or entry.flag_bits & _FOREIGN_FLAGS
+            or end > limit
+            or entry.header_offset < 0
+            or name in records
+        ):
             raise CorruptFile(
                 f"zip entry {entry.filename!r} is not one that torch writes",
                 file=label,
@@ -76,8 +97,12 @@ def open_container(path: Path, label: str) -> Container:
                 found=f"compression {entry.compress_type}, flags {entry.flag_bits:#x}, {entry.file_size} bytes",
                 remedy="copy the file again from the machine that saved it",
             )
-        records[name] = Record(name, entry.header_offset, entry.file_size)
+        records[name] = Record(name, entry.header_offset, entry.file_size, limit, _stored_name(entry))
     return Container(path, label, size_bytes, records)
+
+
+def _stored_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
 
 
 @contextmanager
@@ -85,7 +110,7 @@ def _opened(container: Container) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(container.path) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
         raise CorruptFile("a record cannot be read", file=container.label, found=str(error)) from error
 
 
@@ -117,25 +142,38 @@ def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]
     Raises:
         CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
     """
-    offsets: dict[str, int] = {}
-    with container.path.open("rb") as file:
-        for name in names:
-            record = container.records.get(name)
-            if record is None:
-                raise CorruptFile(f"storage {name!r} is absent", file=container.label, remedy="copy the file again")
-            file.seek(record.header_offset_bytes)
-            header = file.read(_LOCAL_HEADER.size)
-            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-                raise CorruptFile(f"damaged local header of {name!r}", file=container.label)
-            fields = _LOCAL_HEADER.unpack(header)
-            name_bytes, extra_bytes = fields[9], fields[10]
-            offsets[name] = record.header_offset_bytes + _LOCAL_HEADER.size + name_bytes + extra_bytes
-            if offsets[name] + record.size_bytes > container.size_bytes:
-                raise CorruptFile(
-                    f"storage {name!r} runs past the end of the file",
-                    file=container.label,
-                    expected=f"at least {offsets[name] + record.size_bytes} bytes",
-                    found=f"{container.size_bytes} bytes",
-                    remedy="copy the file again; this one is cut short",
-                )
-    return offsets
+    try:
+        with container.path.open("rb") as file:
+            return {name: _data_offset_bytes(container, name, file) for name in names}
+    except OSError as error:
+        raise SourceError("cannot read the file", file=container.label, found=error.strerror or str(error)) from error
+
+
+def _data_offset_bytes(container: Container, name: str, file: BinaryIO) -> int:
+    record = container.records.get(name)
+    if record is None:
+        raise CorruptFile(f"storage {name!r} is absent", file=container.label, remedy="copy the file again")
+    file.seek(record.header_offset_bytes)
+    header = file.read(_LOCAL_HEADER.size)
+    whole = len(header) == _LOCAL_HEADER.size and header[:4] == b"PK\x03\x04"
+    path_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)[9:] if whole else (0, 0)
+    if file.read(path_bytes) != record.path or not _is_well_formed(file.read(extra_bytes)):
+        raise CorruptFile(f"damaged local header of {name!r}", file=container.label, remedy="copy the file again")
+    offset_bytes = file.tell()
+    if offset_bytes + record.size_bytes > record.limit_bytes:
+        raise CorruptFile(
+            f"storage {name!r} runs into the next record",
+            file=container.label,
+            expected=f"data up to byte {record.limit_bytes} at most",
+            found=f"{offset_bytes}..{offset_bytes + record.size_bytes}",
+            remedy="copy the file again; this one is damaged",
+        )
+    return offset_bytes
+
+
+def _is_well_formed(extra: bytes) -> bool:
+    """Whether extra fields, each an id, a length and data, fill their space exactly."""
+    at = 0
+    while at < len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)

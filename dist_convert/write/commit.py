@@ -22,7 +22,13 @@ def _aside_of(target: Path) -> Path:
 
 
 def check_target(
-    target: Path, source: Path, *, is_replaceable: Callable[[Path], bool], overwrite: bool, needed_bytes: int
+    target: Path,
+    source: Path,
+    *,
+    is_replaceable: Callable[[Path], bool],
+    overwrite: bool,
+    needed_bytes: int,
+    flag: str = "--save-path",
 ) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
@@ -32,19 +38,20 @@ def check_target(
         is_replaceable: whether a directory looks like what an earlier conversion wrote.
         overwrite: whether an existing target may be replaced.
         needed_bytes: of all files together; an existing target's space is not free before the end.
+        flag: that named the target, for messages.
 
     Raises:
         TargetExists, TargetError, NotEnoughSpace
     """
     if target.exists() and not target.is_dir():
-        raise TargetExists("the target is a file", file=str(target), remedy="choose another --save-path")
+        raise TargetExists("the target is a file", file=str(target), remedy=f"choose another {flag}")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise TargetExists(
             "the target directory is not empty",
             file=str(target),
             expected="a new or empty directory",
             found=f"{sum(1 for _ in target.iterdir())} entries",
-            remedy="choose another --save-path, or replace it with --overwrite",
+            remedy=f"choose another {flag}, or replace it with --overwrite",
         )
     if overwrite and target.is_dir() and any(target.iterdir()) and not is_replaceable(target):
         raise TargetExists(
@@ -52,7 +59,7 @@ def check_target(
             file=str(target),
             expected="what an earlier conversion wrote",
             found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
-            remedy="choose another --save-path, or remove the directory yourself",
+            remedy=f"choose another {flag}, or remove the directory yourself",
         )
     for used in (target, partial_of(target), _aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
@@ -60,7 +67,7 @@ def check_target(
                 "the source lies where the target is made",
                 file=str(used),
                 found=str(source),
-                remedy="choose another target; its name, and its name with .partial and .replaced, are written to",
+                remedy=f"choose another {flag}; its name, and its name with .partial and .replaced, are written to",
             )
     if _aside_of(target).exists():
         raise TargetExists(
@@ -85,7 +92,7 @@ def check_target(
             file=str(target),
             expected=f"{needed_bytes} bytes",
             found=f"{free_bytes} bytes free",
-            remedy="free space, or choose another --save-path",
+            remedy=f"free space, or choose another {flag}",
         )
     return free_bytes
 

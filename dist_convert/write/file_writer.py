@@ -81,5 +81,5 @@ def target_error(error: OSError, file: str) -> TargetError:
         "cannot write the target",
         file=file,
         found=error.strerror or str(error),
-        remedy="free space or choose another --save-path; nothing is left under the final name",
+        remedy="free space or choose another target; nothing is left under the final name",
     )

@@ -1,0 +1,144 @@
+"""Measures that the memory of a conversion follows its budget and not the model: `python tests/benchmarks/memory.py`.
+
+A Llama checkpoint at TP4 x PP2 is made at a quarter of the size, at half of it and whole. Each is converted by ranks
+that all see it (direct), and by ranks that see the files of some tensor ranks each and gather (gather). The worst
+rank's peak resident memory is compared with its base, which is the peak of the same command with `--dry-run` (Python,
+torch, the headers and the plan): peak <= base + budget, or the exit code is 1. Where this is root on Linux with memory
+control groups (version 1), one more conversion runs in a group whose limit holds torchrun, all ranks and their page
+cache together, and is far smaller than the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dist_convert.units import human_bytes, parse_bytes
+from tests.benchmarks.llama_checkpoint import GRID, layers_of, make, weights_bytes
+from tests.distributed.launching import environment
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a conversion and the worst rank's memory, in bytes."""
+
+    layers: int
+    placement: str
+    base_bytes: int
+    peak_bytes: int
+
+    def text(self, budget_bytes: int) -> str:
+        """The line."""
+        cells = [weights_bytes(self.layers), self.base_bytes, self.peak_bytes, self.peak_bytes - self.base_bytes]
+        within = "yes" if self.is_within(budget_bytes) else "NO"
+        return f"{self.layers:6} {self.placement:9} " + " ".join(f"{human_bytes(c):>10}" for c in cells) + f"  {within}"
+
+    def is_within(self, budget_bytes: int) -> bool:
+        """Whether the budget held."""
+        return self.peak_bytes - self.base_bytes <= budget_bytes
+
+
+def launch(ranks: int, report: Path, job: Sequence[str], group: Path | None = None) -> None:
+    """Run a job under torchrun, in a control group if one is given. Its ranks write their peaks below `report`."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    rank = [str(Path(__file__).with_name("peak_memory.py")), str(report)]
+
+    def enter() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    done = subprocess.run(
+        [*torchrun, *rank, "megatron-to-hf", *job],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=enter,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"the conversion failed\n{done.stderr}")
+
+
+def measure(ranks: int, job: Sequence[str], scratch: Path) -> int:
+    """The peak resident memory of a job's worst rank."""
+    report = Path(tempfile.mkdtemp(dir=scratch))
+    launch(ranks, report, job)
+    return max(int(file.read_text()) for file in report.iterdir())
+
+
+def hand_out(source: Path, ranks: int) -> Path:
+    """Directories with the files of each rank's tensor ranks; what to give as load path."""
+    (iteration,) = source.glob("iter_*")
+    for shard in iteration.iterdir():
+        place = source / f"rank{int(shard.name.split('_')[2]) % ranks}"
+        place.mkdir(exist_ok=True)
+        (place / shard.name).symlink_to(shard)
+    return source / "rank{rank}"
+
+
+def convert_in_group(ranks: int, job: Sequence[str], limit_bytes: int, scratch: Path) -> str:
+    """Run a conversion whose processes may hold `limit_bytes` together, page cache included; what came of it."""
+    if not os.access(GROUPS / "cgroup.procs", os.W_OK):
+        return "no writable memory control groups (version 1) here: conversion within a limit skipped"
+    group = GROUPS / f"dist-convert-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
+        launch(ranks, Path(tempfile.mkdtemp(dir=scratch)), job, group)
+        most = int((group / "memory.max_usage_in_bytes").read_text())
+        killed = next(line for line in (group / "memory.oom_control").read_text().splitlines() if "oom_kill " in line)
+    finally:
+        group.rmdir()
+    return (
+        f"finished in a control group of {human_bytes(limit_bytes)} for torchrun, {ranks} ranks and their page cache "
+        f"(most used: {human_bytes(most)}, {killed.split()[1]} processes killed)"
+    )
+
+
+def main() -> int:
+    """Measure, print the table; 1 if a peak exceeds base + budget."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size-gb", type=float, default=4.0, help="of the largest model, in bf16 (default: 4)")
+    parser.add_argument("--budget", type=parse_bytes, default="128MB", help="--max-memory-per-rank (default: 128MB)")
+    parser.add_argument("--ranks", type=int, default=2, choices=range(1, GRID.tp + 1), help="(default: 2)")
+    parser.add_argument("--limit", type=parse_bytes, default="1GB", help="of the control group (default: 1GB)")
+    parser.add_argument("--with-optimizer", action="store_true", help="make files of seven times the weights")
+    parser.add_argument("--directory", type=Path, help="for the checkpoints and targets (default: a temporary one)")
+    given = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(dir=given.directory) as made:
+        scratch = Path(made)
+        print(f"Llama TP4 x PP2 in bf16, {given.ranks} ranks, --max-memory-per-rank {human_bytes(given.budget)}\n")
+        print(f"layers placement {'weights':>10} {'base':>10} {'peak':>10} {'above base':>10}  within budget")
+        rows = []
+        for part in (4, 2, 1):
+            layers = layers_of(int(given.size_gb * 1e9 / part))
+            source, target = scratch / f"megatron-{layers}", scratch / "hf"
+            make(source, layers, with_optimizer=given.with_optimizer)
+            how = ["--save-path", str(target), "--overwrite", "--device", "cpu"]
+            how += ["--max-memory-per-rank", str(given.budget)]
+            for placement, load_path in (("direct", source), ("gather", hand_out(source, given.ranks))):
+                job = ["--load-path", str(load_path), "--placement", placement, *how]
+                base_bytes = measure(given.ranks, [*job, "--dry-run"], scratch)
+                rows.append(Row(layers, placement, base_bytes, measure(given.ranks, job, scratch)))
+                print(rows[-1].text(given.budget), flush=True)
+            if part == 1:
+                print("\n" + convert_in_group(given.ranks, job, given.limit, scratch))
+            shutil.rmtree(source)
+            shutil.rmtree(target)
+    return 0 if all(row.is_within(given.budget) for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Every rank's program where one rank meets a fault: `faulty_rank RANK FAULT FLAGS...`.
+
+The fault happens after that rank's first bytes have been written, when the others are busy or wait in a collective:
+`kill` ends the rank without a word, `cut:FILE` cuts a source file short, `fill:FILE` takes the space that a file system
+has left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import dist_convert.channel
+from dist_convert.__main__ import main
+
+
+def commit(fault: str) -> None:
+    """Make the fault happen."""
+    kind, _, file = fault.partition(":")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "cut":
+        os.truncate(file, 100)
+    elif kind == "fill":
+        fill(Path(file))
+    else:
+        raise ValueError(fault)
+
+
+def fill(file: Path) -> None:
+    """Write zeros to a file until nothing more fits."""
+    with file.open("wb", buffering=0) as output, suppress(OSError):
+        while True:
+            output.write(bytes(4096))
+
+
+class FaultyChannel(dist_convert.channel.Channel):
+    """A channel in which the first report of progress brings the fault."""
+
+    fault = ""
+
+    def add_progress(self, size_bytes: int) -> None:
+        """Report, after the fault."""
+        if size_bytes and self.fault:
+            commit(self.fault)
+            self.fault = ""
+        super().add_progress(size_bytes)
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == sys.argv[1]:
+        FaultyChannel.fault = sys.argv[2]
+    dist_convert.channel.Channel = FaultyChannel  # type: ignore[misc]
+    sys.exit(main(sys.argv[3:]))

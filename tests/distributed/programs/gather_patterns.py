@@ -1,0 +1,51 @@
+"""Every rank's program for three ranks: `gather_patterns DIRECTORY` gathers byte patterns in two teams, then in one.
+
+Each rank writes what it received to `DIRECTORY/TEAM-RANK`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dist_convert.move.exchange import World, all_gather, gather_objects, join_world, leave_world, make_gatherer
+
+#: Bytes that each member sends: words of every kind, a single word, and more than one network packet.
+SIZES_BYTES = (256, 4, 1 << 18)
+TEAMS = {"two-of-three": (0, 2), "all": (0, 1, 2)}
+
+
+def pattern(rank: int, size_bytes: int) -> torch.Tensor:
+    """All byte values, from another one on each rank: NaNs of every dtype with payloads, infinities, negative zeros."""
+    return torch.arange(size_bytes, dtype=torch.int64).add(rank * 85).remainder(256).to(torch.uint8)
+
+
+def gather(world: World, team: Sequence[int]) -> bytes:
+    """This rank's part in the gathers of a team: all that it received."""
+    gatherer = make_gatherer(world, team, max(SIZES_BYTES))
+    assert gatherer is not None
+    found = b""
+    for size_bytes in SIZES_BYTES:
+        received = torch.zeros(size_bytes * len(team), dtype=torch.uint8)
+        all_gather(gatherer, pattern(world.rank, size_bytes), received)
+        found += bytes(received.numpy())
+    return found
+
+
+def main(directory: Path) -> None:
+    """Take part in the teams that have this rank."""
+    world = join_world("cpu", 60.0)
+    assert make_gatherer(world, (world.rank,), 4) is None
+    for name, team in TEAMS.items():
+        if world.rank in team:
+            (directory / f"{name}-{world.rank}").write_bytes(gather(world, team))
+    values = gather_objects(world, {"rank": world.rank, "text": "ü" * world.rank})
+    (directory / f"objects-{world.rank}").write_text(repr(values))
+    leave_world(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

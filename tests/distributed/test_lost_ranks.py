@@ -1,0 +1,88 @@
+"""A rank that fails while others move data or wait for it in a collective: under torchrun all end, and say why once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import Grid, Model, make
+from tests.distributed.launching import REPOSITORY, Run, flags, torchrun
+
+#: About 25 MB in blocks of 4 MiB, so that most of it is still to be read after the first step was written.
+MODEL = Model(hidden=512, ffn=4096, heads=8, groups=4, head_dim=64, layers=2)
+ITERATION = "iter_0000004"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """TP2, and the directories `rank0` and `rank1` with one shard each."""
+    make(tmp_path / "both", MODEL, Grid(tp=2))
+    for rank in (0, 1):
+        (tmp_path / f"rank{rank}").mkdir()
+        (tmp_path / "both" / ITERATION / f"mp_rank_0{rank}").rename(tmp_path / f"rank{rank}" / f"mp_rank_0{rank}")
+    return tmp_path
+
+
+def convert(root: Path, target: Path, *faulty: str) -> Run:
+    """Gather on two ranks, one of which meets a fault, if one is given."""
+    job = flags(f"{root}/rank{{rank}}", target, "--placement", "gather", "--max-memory-per-rank", "72MB")
+    run = torchrun(2, *faulty, *job, module="tests.distributed.programs.faulty_rank" if faulty else "dist_convert")
+    assert run.returncode != 0
+    assert not target.exists()
+    assert f'File "{REPOSITORY}/dist_convert' not in run.stderr  # a traceback of ours
+    assert "terminate called" not in run.stderr
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_whose_file_is_cut_short_meanwhile_says_so_and_all_leave(rank: int, checkpoint: Path) -> None:
+    file = checkpoint / f"rank{rank}" / f"mp_rank_0{rank}" / "model_optim_rng.pt"
+    run = convert(checkpoint, checkpoint / "hf", str(rank), f"cut:{file}")
+    assert run.stderr.count("the file ends inside a tensor") == 1
+    assert run.stderr.count(f"mp_rank_0{rank}/model_optim_rng.pt") == 1
+    assert "lost contact" not in run.stderr
+
+
+def test_a_rank_that_is_killed_takes_the_others_with_it(checkpoint: Path) -> None:
+    run = convert(checkpoint, checkpoint / "hf", "1", "kill")
+    assert run.stderr.count("lost contact with another rank") <= 1  # torchrun may end rank 0 first
+    assert "exitcode  : -9" in run.stderr
+
+
+def test_the_others_end_where_the_rank_that_prints_is_killed(checkpoint: Path) -> None:
+    run = convert(checkpoint, checkpoint / "hf", "0", "kill")
+    assert "exitcode  : -9" in run.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "none", str(disk)]).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named_once(checkpoint: Path, small_disk: Path) -> None:
+    run = convert(checkpoint, small_disk / "hf", "1", f"fill:{small_disk}/other")
+    assert run.stderr.count("No space left on device") == 1
+    assert run.stderr.count("cannot write the target") == 1
+
+
+def test_an_error_in_the_header_of_one_ranks_file_ends_torchrun(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "rank1" / "mp_rank_01" / "model_optim_rng.pt", 5000)
+    run = convert(checkpoint, checkpoint / "hf")
+    assert run.stderr.count("not a complete torch checkpoint file") == 1
+
+
+def test_wrong_usage_is_named_once_by_torchruns_ranks(tmp_path: Path) -> None:
+    run = torchrun(2, *flags(tmp_path, tmp_path / "hf", "--fast"))
+    assert run.returncode != 0
+    assert run.stderr.count("unrecognized arguments: --fast") == 1
+    assert run.stderr.count("exitcode  : 2") >= 1

@@ -1,0 +1,92 @@
+"""Habana's capacity bins go back to the parallel grid that they came from, and to no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import Grid
+from tests.converting import convert
+from tests.metadata.test_capacity_bins import MOE, NAMES, save_with_bins
+from tests.to_megatron import assert_same_shards, read_shards, to_megatron
+
+LOAD = ("--load-capacity-bins", "--iteration", "4", "--saver-transformer-impl", "local")
+
+
+def save_and_convert(tmp_path: Path, grid: Grid, dtype: torch.dtype = torch.int64) -> None:
+    """A checkpoint with bins, and its Hugging Face form with them."""
+    save_with_bins(tmp_path / "trained", grid, dtype)
+    assert convert(tmp_path / "trained", tmp_path / "hf", "--save-capacity-bins") == 0
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(), Grid(tp=2), Grid(ep=4), Grid(tp=2, pp=2, ep=2), Grid(pp=2, vpp=2, ep=2), Grid(tp=2, ep=4, etp=1)],
+    ids=str,
+)
+def test_every_bin_returns_to_its_rank_stage_and_layer(grid: Grid, tmp_path: Path) -> None:
+    save_and_convert(tmp_path, grid)
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD, grid=grid) == 0
+    back, trained = (
+        {
+            directory: [{name: value for name, value in chunk.items() if ".capacity_bins." in name} for chunk in chunks]
+            for directory, chunks in read_shards(root, "iter_0000004").items()
+        }
+        for root in (tmp_path / "back", tmp_path / "trained")
+    )
+    assert sum(len(chunk) for chunks in trained.values() for chunk in chunks) == (
+        len(trained) * len(NAMES) * MOE.layers // grid.pp
+    )
+    assert_same_shards(back, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16], ids=str)
+def test_bins_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_and_convert(tmp_path, Grid(), dtype)
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD, "--target-params-dtype", "fp32") == 0
+    name = "decoder.layers.7.mlp.router.capacity_bins.capacity_bins"
+    back, trained = (
+        read_shards(tmp_path / root, "iter_0000004")["mp_rank_00"][0][name] for root in ("back", "trained")
+    )
+    assert back.dtype == trained.dtype == dtype
+    assert torch.equal(back, trained)
+
+
+@pytest.mark.parametrize(
+    ("trained", "grid"),
+    [
+        (Grid(), Grid(tp=2)), (Grid(), Grid(ep=2)), (Grid(), Grid(pp=2)), (Grid(tp=2), Grid()), (Grid(ep=2), Grid()),
+        (Grid(pp=2), Grid()), (Grid(tp=2), Grid(ep=2)), (Grid(tp=2, ep=2), Grid(tp=2)),
+        (Grid(tp=2, ep=4, etp=1), Grid(tp=2, ep=4)), (Grid(tp=2, ep=4), Grid(tp=2, ep=4, etp=1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bins_of_another_grid_are_refused(
+    trained: Grid, grid: Grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_and_convert(tmp_path, trained)
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD, grid=grid) == 2
+    assert "the capacity bins are of another parallel grid" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_bins_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
+    save_and_convert(tmp_path, Grid())
+    assert to_megatron(tmp_path / "hf", tmp_path / "back") == 0
+    assert [name for name in read_shards(tmp_path / "back")["mp_rank_00"][0] if "capacity_bins" in name] == []
+
+
+def test_bins_that_are_not_there_or_damaged_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_and_convert(tmp_path, Grid())
+    file = tmp_path / "hf" / "capacity_bins.pt"
+    for content in (b"no bins", None):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+        message = capsys.readouterr().err
+        assert "capacity_bins.pt" in message
+        assert "internal error" not in message
+        assert not (tmp_path / "back").exists()
