@@ -76,12 +76,12 @@ def model_and_grid(
     )
     check_model_size(job.model_size, architecture)
     layout = job.pipeline_model_parallel_layout
-    virtual = layout_stages(layout) // pipeline if layout else job.target_virtual_pipeline_parallel_size
+    virtual = max(1, layout_stages(layout) // pipeline) if layout else job.target_virtual_pipeline_parallel_size
     grid = Grid(
         tensor,
         pipeline,
         virtual,
-        job.target_expert_parallel_size if architecture.experts else 1,
+        job.target_expert_parallel_size,
         (job.target_expert_tensor_parallel_size or tensor) if architecture.experts else tensor,
     )
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
-from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture, RopeScaling
 
@@ -64,25 +63,6 @@ def config_vocab(config: Mapping[str, Any], *, file: str) -> int:
     vocab = read.size("vocab_size")
     raise_together(read.problems)
     return vocab
-
-
-def config_dtype(config: Mapping[str, Any], *, file: str) -> str | None:
-    """safetensors name of the dtype that the config names; None where it names none.
-
-    Raises:
-        UnsupportedModel: a dtype that no weights have, or `dtype` and `torch_dtype` that differ.
-    """
-    named = {key: str(config[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if config.get(key)}
-    known = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-    if len(set(named.values())) > 1 or not set(named.values()) <= set(known):
-        raise UnsupportedModel(
-            "the dtype is unknown, or transformers 4 (torch_dtype) and 5 (dtype) read different ones",
-            file=file,
-            expected="one of " + ", ".join(known),
-            found=", ".join(f"{key}={name}" for key, name in named.items()),
-            remedy="remove the wrong one from config.json",
-        )
-    return known[next(iter(named.values()))] if named else None
 
 
 def architecture_from_config(

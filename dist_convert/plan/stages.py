@@ -43,6 +43,9 @@ def check_target(
         raise UsageError("parallel sizes are at least 1", found=str(grid))
     divided = [("the attention heads", a.heads, "tensor", grid.tensor)]
     divided += [("the rows of the padded vocabulary", a.padded_vocab, "tensor", grid.tensor)]
+    divided += [
+        ("the rows of queries, keys and values", (a.heads + 2 * a.query_groups) * a.head_dim, "tensor", grid.tensor)
+    ]
     if grid.tensor % a.query_groups:  # fewer groups than ranks may divide them instead
         divided += [("the query groups", a.query_groups, "tensor", grid.tensor)]
     if a.experts:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_convert.errors import Problems, UnsupportedModel
-from dist_convert.metadata.hf_architecture import architecture_from_config, config_dtype, config_vocab
+from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
 from dist_convert.metadata.hf_config import config_json
 from dist_convert.models.architecture import Architecture, RopeScaling
 
@@ -276,24 +276,3 @@ def test_all_reasons_are_reported_together() -> None:
 def test_the_vocabulary_can_be_read_before_its_padding_is_known() -> None:
     assert config_vocab(LLAMA, file="config.json") == 128256
     assert config_vocab({"model_type": "mixtral"}, file="config.json") == 32000
-
-
-@pytest.mark.parametrize(
-    ("keys", "dtype"),
-    [
-        ({"torch_dtype": "bfloat16"}, "BF16"),
-        ({"dtype": "float16"}, "F16"),
-        ({"dtype": "torch.float32", "torch_dtype": "float32"}, "F32"),
-        ({"torch_dtype": None}, None),
-        ({}, None),
-    ],
-)
-def test_the_dtype_has_a_key_of_each_version(keys: dict[str, Any], dtype: str | None) -> None:
-    assert config_dtype(keys, file="config.json") == dtype
-
-
-@pytest.mark.parametrize("keys", [{"dtype": "float16", "torch_dtype": "bfloat16"}, {"torch_dtype": "auto"}])
-def test_dtypes_that_disagree_or_are_unknown_are_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModel) as error:
-        config_dtype(keys, file="config.json")
-    assert error.value.found == ", ".join(f"{key}={keys[key]}" for key in ("torch_dtype", "dtype") if key in keys)

@@ -63,9 +63,7 @@ class Target:
         ]
 
 
-#: Llama in Hugging Face has biases of Q, K and V only together with one of the output projection.
-REFUSED = [case for case in CASES if case.qkv_bias]
-SAME_GRID = [Target(case.name, case, case.name) for case in CASES if not (case.qkv_bias or case.qk_layernorm)]
+SAME_GRID = [Target(case.name, case, case.name) for case in CASES if not case.qk_layernorm]
 LAYOUT = "--pipeline-model-parallel-layout"
 OTHERS = [
     Target("llama-release", KNOWN["llama-mha"], "llama-mha", ("--release",)),
@@ -110,7 +108,7 @@ DECIDING_STAGE_ARGS = [
 def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with SOURCE-hf for every source and NAME/megatron for every target."""
     directory = tmp_path_factory.mktemp("written")
-    for source in {target.source for target in TARGETS} | {case.name for case in REFUSED}:
+    for source in {target.source for target in TARGETS}:
         paths = ["--load-path", str(oracle / source), "--save-path", str(directory / f"{source}-hf")]
         assert main(["megatron-to-hf", *paths, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
     for target in TARGETS:
@@ -216,16 +214,6 @@ def test_every_file_is_a_sound_container_that_torch_reads_with_weights_only_and_
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(_weights(read), _weights(mapped), strict=True))
         assert read["checkpoint_version"] == 3.0
         assert read["iteration"] == mapped["iteration"] == (0 if target.name == "llama-release" else 1)
-
-
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
-def test_biases_that_only_hugging_face_has_are_refused(
-    case: OracleCase, written: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = Target(f"refused-{case.name}", case, case.name)
-    assert main(target.command(written)) == 1
-    assert "attention_bias=True, mlp_bias=False" in capsys.readouterr().err
-    assert not (written / target.name).exists()
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} does not exist (launch/demo.sh makes it)")
