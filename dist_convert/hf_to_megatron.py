@@ -96,7 +96,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
 
 def _fetch(job: ToMegatronJob, world: World) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
-    if Path(job.load_dir).is_dir():
+    if all(gather_objects(world, Path(job.load_dir).is_dir())):
         return Path(job.load_dir)
     repository = job.load_dir.partition("@")[0]
     commit = gather_objects(world, local_directory(job.load_dir).name if world.rank == 0 else None)[0]

@@ -67,7 +67,7 @@ class FileReader:
             SourceError: the file cannot be read.
         """
         size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
-        self.counts.read_bytes += view.size_bytes
+        self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
         if view.is_dense and view.dtype == target_dtype and not add:
             self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
             return
