@@ -43,11 +43,11 @@ def check_target(
         raise UsageError("parallel sizes are at least 1", found=str(grid))
     divided = [("the attention heads", a.heads, "tensor", grid.tensor)]
     divided += [("the rows of the padded vocabulary", a.padded_vocab, "tensor", grid.tensor)]
-    divided += [
-        ("the rows of queries, keys and values", (a.heads + 2 * a.query_groups) * a.head_dim, "tensor", grid.tensor)
-    ]
-    if grid.tensor % a.query_groups:  # fewer groups than ranks may divide them instead
+    if grid.tensor % a.query_groups:
         divided += [("the query groups", a.query_groups, "tensor", grid.tensor)]
+    else:  # fewer groups than ranks divide them instead, and ranks share the rows of a group
+        qkv_rows = (a.heads + 2 * a.query_groups) * a.head_dim
+        divided += [("the rows of queries, keys and values", qkv_rows, "tensor", grid.tensor)]
     if a.experts:
         divided += [("the experts", a.experts, "expert", grid.expert)]
         divided += [("the columns of an expert", a.ffn, "expert-tensor", grid.expert_tensor)]
