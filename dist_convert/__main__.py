@@ -8,12 +8,16 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dist_convert.errors import ConversionError
 from dist_convert.flags import job_from_flags, parse
 from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.old_flags import notes_on_old_flags
+
+if TYPE_CHECKING:
+    from dist_convert.channel import Channel
 
 #: After so long without an answer from another rank a collective fails.
 _TIMEOUT_SECONDS = 600.0
@@ -49,26 +53,34 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 def _convert(job: Job | ToMegatronJob) -> int:
     # torch takes seconds to import, which flags and inspect do not need.
-    from dist_convert.channel import Channel
+    from dist_convert.channel import Channel, is_served_by_launcher
     from dist_convert.device import limit_threads
     from dist_convert.move.exchange import join_world, leave_world
     from dist_convert.run import convert
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    channel = Channel(rank, size)
+    channel = Channel(rank, size) if size == 1 or is_served_by_launcher() else None
     try:
         world = join_world(job.device, _TIMEOUT_SECONDS)
+        channel = channel or Channel(rank, size)  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
         convert(job, world, channel)
         channel.close()
         leave_world(world)
     except ConversionError as error:
-        return channel.fail(str(error), error.exit_code)
+        return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130
     except BaseException:
-        return channel.fail(f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}", 1)
+        return _fail(channel, f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}", 1)
     return 0
+
+
+def _fail(channel: Channel | None, message: str, exit_code: int) -> int:
+    if channel is not None:
+        return channel.fail(message, exit_code)
+    print(message, file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ class Channel:
         if self._store is None:
             print(message, file=sys.stderr, flush=True)
             return exit_code
+        try:
+            return self._report(message, exit_code)
+        except DistError:
+            return exit_code  # rank 0, which served the store and has printed the failure, is gone
+
+    def _report(self, message: str, exit_code: int) -> int:
+        assert self._store is not None
         with self._lock:
             first = self._store.add("failures", 1) == 1
             if first:
@@ -75,6 +82,8 @@ class Channel:
             if self._rank == 0 and self._is_set("failure"):
                 self._print_failure()
             time.sleep(_POLL_SECONDS / 3)
+        if self._rank == 0 and not is_served_by_launcher():
+            time.sleep(3 * _POLL_SECONDS)  # until the others have read it from the store that this process serves
         return exit_code if first else self._failure_exit_code()
 
     def _watch(self) -> None:
@@ -120,6 +129,11 @@ class Channel:
                 all_bytes = self._store.add("written", new_bytes)
         if self._on_progress is not None:
             self._on_progress(all_bytes)
+
+
+def is_served_by_launcher() -> bool:
+    """Whether torchrun itself serves the store, so that it outlives any rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _connect() -> Store:
