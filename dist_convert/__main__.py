@@ -54,7 +54,7 @@ def _inspect(flags: argparse.Namespace) -> int:
 def _convert(job: Job | ToMegatronJob) -> int:
     # torch takes seconds to import, which flags and inspect do not need.
     from dist_convert.channel import Channel, is_served_by_launcher
-    from dist_convert.device import limit_threads
+    from dist_convert.device import limit_threads, return_freed_memory
     from dist_convert.move.exchange import join_world, leave_world
     from dist_convert.run import convert
 
@@ -64,6 +64,7 @@ def _convert(job: Job | ToMegatronJob) -> int:
         world = join_world(job.device, _TIMEOUT_SECONDS)
         channel = channel or Channel(rank, size)  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
+        return_freed_memory()
         convert(job, world, channel)
         channel.close()
         leave_world(world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -12,6 +13,11 @@ from dist_convert.errors import UsageError
 
 #: The backend that gathers data, by device. What the ranks tell each other goes over gloo on every device.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}
+
+
+#: A parameter of glibc's mallopt(3), and the size from which blocks are mapped one by one.
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK_BYTES = 1 << 20
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -54,6 +60,17 @@ def _hpu_is_there() -> bool:
     # Intel's plugin picks the card of LOCAL_RANK (HLS_MODULE_ID) by itself and honours PT_HPU_* settings.
     importlib.import_module("habana_frameworks.torch")
     return bool(torch.get_device_module("hpu").is_available())
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed.
+
+    By default it raises its threshold to the largest block that was freed, and then keeps several of the staging
+    buffers that gloo allocates for each gather.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def limit_threads(local_world_size: int) -> None:

@@ -40,6 +40,11 @@ def positive_or_zero(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def add_switch(group: Any, flag: str, help_text: str) -> None:
+    """A flag that is off, and that the command line can switch off again where a job file has it on."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help_text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
@@ -75,10 +80,10 @@ def _add_megatron_to_hf(commands: Any) -> None:
     source.add_argument(
         "--tokenizer", type=Path, help="directory of the tokenizer, where the path in the args is not on this machine"
     )
-    source.add_argument(
+    add_switch(
+        source,
         "--habana-imported-experts",
-        action="store_true",
-        help="read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
+        "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
         "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
         "that was trained since",
     )
@@ -90,16 +95,11 @@ def _add_megatron_to_hf(commands: Any) -> None:
         default="bf16",
         help="dtype of the weights stored in the checkpoint's params dtype; others keep theirs (default: bf16)",
     )
-    target.add_argument("--allow-overflow", action="store_true", help="accept values that become infinite in fp16")
+    add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
     target.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
-    target.add_argument(
-        "--instruct",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="write the end-of-turn tokens and sampling defaults of an instruct model",
-    )
-    target.add_argument("--save-capacity-bins", action="store_true", help="write Habana's capacity_bins.pt")
-    target.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    add_switch(target, "--instruct", "write the end-of-turn tokens and sampling defaults of an instruct model")
+    add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
+    add_switch(target, "--overwrite", "replace an existing target")
     add_run_flags(command)
 
 
@@ -115,7 +115,7 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         "(default: direct on the CPU where every rank sees every file, else gather)",
     )
     run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
-    run.add_argument("--dry-run", action="store_true", help="show what each rank would do; exit 0 if it would start")
+    add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
 
 

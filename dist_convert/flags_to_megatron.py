@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
-from dist_convert.flags import add_run_flags, positive, positive_or_zero
+from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.metadata.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
 from dist_convert.old_flags import add_old_flags
@@ -26,7 +26,7 @@ def add_hf_to_megatron(commands: Any) -> None:
     source = command.add_argument_group("source")
     source.add_argument("--load-dir", required=True, help="Hugging Face directory, or a hub id (org/name[@revision])")
     source.add_argument("--source-margs-file", type=Path, help="source_megatron_args.json of an earlier conversion")
-    source.add_argument("--load-capacity-bins", action="store_true", help="take over capacity_bins.pt (same grid only)")
+    add_switch(source, "--load-capacity-bins", "take over capacity_bins.pt (same grid only)")
     source.add_argument("--tokenizer-model", help="path of the tokenizer, for the args")
     source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
@@ -56,7 +56,7 @@ def add_hf_to_megatron(commands: Any) -> None:
     )
     target.add_argument("--bf16", action="store_const", const="bf16", dest="target_params_dtype")
     target.add_argument("--fp16", action="store_const", const="fp16", dest="target_params_dtype")
-    target.add_argument("--allow-overflow", action="store_true", help="accept values that become infinite in fp16")
+    add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
     target.add_argument(
         "--saver-transformer-impl",
         choices=TRANSFORMER_IMPLS,
@@ -64,7 +64,7 @@ def add_hf_to_megatron(commands: Any) -> None:
         help="spelling of the norms (default: transformer_engine)",
     )
     target.add_argument("--expert-layout", choices=EXPERT_LAYOUTS, default="sequential", help="spelling of the experts")
-    target.add_argument("--overwrite", action="store_true", help="replace this iteration if it exists")
+    add_switch(target, "--overwrite", "replace this iteration if it exists")
     add_run_flags(command)
     command.add_argument("--verbose", action="store_true", help="say where each of the target's args comes from")
     add_old_flags(command)

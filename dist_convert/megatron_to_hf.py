@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dist_convert.errors import InconsistentShards
 from dist_convert.job import TARGET_DTYPES, Job
 from dist_convert.metadata.capacity_bins import Bin, read_bins
 from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
@@ -13,7 +14,7 @@ from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.survey import check_same_run
 from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.checkpoint import iteration_directory, rank_files
+from dist_convert.read.checkpoint import TRACKER_FILE, iteration_directory, rank_files, tracked_name
 from dist_convert.read.discover import discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
@@ -27,10 +28,10 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     Raises:
         SourceError: all that the headers show to be wrong.
     """
-    directory = iteration_directory(job.load_path, job.ckpt_dir_name)
+    directory = _shared_iteration(job, world)
     found = discover(
         world,
-        rank_files(directory),
+        rank_files(directory) if directory.is_dir() else {},
         lambda file: shard_to_json(read_shard(directory / file, file)),
         expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
     )
@@ -67,6 +68,31 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         finish=finish,
         publish=lambda: None,
     )
+
+
+def _shared_iteration(job: Job, world: World) -> Path:
+    """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
+
+    Raises:
+        InconsistentShards: trackers name different iterations.
+        CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
+    """
+    name = job.ckpt_dir_name
+    if name is None:
+        tracked = [named for named in gather_objects(world, tracked_name(job.load_path)) if named is not None]
+        if len(set(tracked)) > 1:
+            raise InconsistentShards(
+                "tracker files of different nodes name different iterations",
+                file=TRACKER_FILE,
+                found=", ".join(sorted(set(tracked))),
+                remedy="name the iteration with --ckpt-dir-name",
+            )
+        name = tracked[0] if tracked else None
+    is_here = name is not None and (job.load_path / name).is_dir()
+    anywhere = any(gather_objects(world, is_here))
+    if is_here or not anywhere:
+        return iteration_directory(job.load_path, name)
+    return job.load_path / name if name else job.load_path
 
 
 def _share_tokenizer(job: Job, world: World, shard: Shard) -> Tokenizer:

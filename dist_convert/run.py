@@ -75,7 +75,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     barrier(world)
     with show_progress(world, channel, content.moved_bytes):
         moved = move(plan, world, task.source, task.partial, channel.add_progress)
-    outcomes = gather_objects(world, _my_outcome(moved))
+        outcomes = gather_objects(world, _my_outcome(moved))
     _check_outcomes(job, content, outcomes)
 
     try:

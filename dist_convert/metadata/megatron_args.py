@@ -38,6 +38,7 @@ _DEMANDS = (
     _Demand("qk_layernorm", (False, None), "neither family has query and key norms"),
     _Demand("qk_l2_norm", (False, None), "neither family normalises queries and keys"),
     _Demand("no_rope_freq", (None, 0), "neither family has layers without rotary positions"),
+    _Demand("softmax_scale", (None,), "transformers scales attention by the root of head_dim"),
     _Demand("attention_output_gate", (False, None), "neither family gates its attention output"),
     _Demand("softmax_type", ("vanilla", None), "neither family has attention sinks"),
     _Demand("apply_residual_connection_post_layernorm", (False, None), "both families are pre-norm"),
@@ -95,7 +96,7 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
             remedy=demand.why,
         )
         for demand in demands
-        if demand.name in args and args[demand.name] not in demand.allowed
+        if demand.name in args and _one_for_all(args[demand.name]) not in demand.allowed
     ]
     if experts and args.get("add_bias_linear"):
         problems.append(
@@ -144,6 +145,11 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
         router_aux_loss=_first_number(args.get("moe_aux_loss_coeff")) if experts else 0.0,
         sliding_window=_sliding_window(args, experts, file),
     )
+
+
+def _one_for_all(value: Any) -> Any:
+    """The value that a list repeats for every layer, as `moe_layer_freq` may; anything else as it is."""
+    return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
 
 
 def _ffn(args: Mapping[str, Any], experts: int) -> int:

@@ -28,7 +28,9 @@ from dist_convert.records import FLOAT_DTYPES, View
 _SAME_IN_ALL = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "padded_vocab_size", "num_experts", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "expert_model_parallel_size", "expert_tensor_parallel_size", "rotary_base", "params_dtype",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "rotary_base", "params_dtype", "vocab_size",
+    "untie_embeddings_and_output_weights", "norm_epsilon", "use_rope_scaling", "moe_router_topk", "apply_layernorm_1p",
+    "group_query_attention", "max_position_embeddings", "add_bias_linear", "add_qkv_bias", "moe_ffn_hidden_size",
 )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def _reason_to_drop(side: MegatronSide, name: str) -> str | None:
         return "capacity bins (statistics of training)"
     if dialects.holds_no_weights(name):
         return "extra state (no weights)"
-    if dialects.is_tied_copy(name) and side.architecture.tied:
+    if dialects.is_tied_copy(name) and side.architecture.tied and side.chunks[-1] != side.chunks[0]:
         return "output layer (equal to the embedding that it is tied to)"
     return None
 

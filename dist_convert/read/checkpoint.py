@@ -49,6 +49,12 @@ def iteration_directory(root: Path, name: str | None) -> Path:
     return directory
 
 
+def tracked_name(root: Path) -> str | None:
+    """The iteration that a tracker file here names; None where there is none, as on all nodes but the first."""
+    has_tracker = root.is_dir() and ((root / TRACKER_FILE).is_file() or rank_files(root))
+    return _tracked(root) if has_tracker else None
+
+
 def _is_distributed(directory: Path) -> bool:
     return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
 

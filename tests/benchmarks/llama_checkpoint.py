@@ -21,8 +21,8 @@ def model(layers: int) -> Model:
 
 
 def layers_of(size_bytes: int) -> int:
-    """The even number of layers that comes nearest to a size in bf16, at least two."""
-    return max(2, round((size_bytes - weights_bytes(0)) / (weights_bytes(1) - weights_bytes(0)) / 2) * 2)
+    """The number of layers, a multiple of eight, that comes nearest to a size in bf16."""
+    return 8 * max(1, round((size_bytes - weights_bytes(0)) / (weights_bytes(1) - weights_bytes(0)) / 8))
 
 
 def weights_bytes(layers: int) -> int:

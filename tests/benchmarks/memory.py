@@ -1,7 +1,7 @@
 """Measures that the memory of a conversion follows its budget and not the model: `python tests/benchmarks/memory.py`.
 
-A Llama checkpoint at TP4 x PP2 is made at a quarter of the size, at half of it and whole. Each is converted by ranks
-that all see it (direct), and by ranks that see the files of some tensor ranks each and gather (gather). The worst
+A Llama checkpoint at TP4 x PP2 is made with a quarter of the layers, with half of them and whole. Each is converted by
+ranks that all see it (direct), and by ranks that see the files of some tensor ranks each (gather). The worst
 rank's peak resident memory is compared with its base, which is the peak of the same command with `--dry-run` (Python,
 torch, the headers and the plan): peak <= base + budget, or the exit code is 1. Where this is root on Linux with memory
 control groups (version 1), one more conversion runs in a group whose limit holds torchrun, all ranks and their page
@@ -123,7 +123,7 @@ def main() -> int:
         print(f"layers placement {'weights':>10} {'base':>10} {'peak':>10} {'above base':>10}  within budget")
         rows = []
         for part in (4, 2, 1):
-            layers = layers_of(int(given.size_gb * 1e9 / part))
+            layers = layers_of(int(given.size_gb * 1e9)) // part
             source, target = scratch / f"megatron-{layers}", scratch / "hf"
             make(source, layers, with_optimizer=given.with_optimizer)
             how = ["--save-path", str(target), "--overwrite", "--device", "cpu"]

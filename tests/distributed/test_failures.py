@@ -89,7 +89,7 @@ CASES = {
     ),
     "too small a budget": Case("the memory budget does not hold one step", more=("--max-memory-per-rank", "1MB")),
     "direct placement of scattered shards": Case(
-        "no rank alone sees all shards of", load_path="rank{rank}", more=("--placement", "direct"), exit_code=2
+        "use --placement gather", load_path="rank{rank}", more=("--placement", "direct"), exit_code=2
     ),
     "different files under one name": Case(
         "two ranks see different files under one name",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
-from tests.distributed.launching import flags, run_jobs, torchrun
+from tests.distributed.launching import flags, run_jobs
 
 ITERATION = "iter_0000004"
 MIXTRAL = Model(experts=4, groups=4)
@@ -50,7 +50,18 @@ CASES: dict[str, Case] = {
     "experts, two shards a rank that share nothing": (MIXTRAL, Grid(tp=2, ep=2), [[1, 2], [0, 3]]),
     "experts that are not cut": (MIXTRAL, Grid(tp=2, ep=2, etp=1), [[1], [0]]),
     "experts of stages": (MIXTRAL, Grid(tp=2, pp=2, ep=2), [[0, 5], [1, 4], [2, 7], [3, 6]]),
+    "auto placement": (Model(), Grid(tp=2), [[1], [0]]),
+    "auto placement, straight at the shards": (Model(), Grid(tp=2), [[1], [0]]),
+    "direct placement of whole stages": (Model(), Grid(tp=2, pp=2), [[1, 3], [0, 2]]),
 }  # fmt: skip
+
+#: Of cases that differ from the others: the load path in a rank's directory, and flags.
+HOW = {
+    "auto placement": ("", ("--ckpt-dir-name", ITERATION)),
+    "auto placement, straight at the shards": (f"/{ITERATION}", ()),
+    "direct placement of whole stages": ("", ("--ckpt-dir-name", ITERATION, "--placement", "direct")),
+}
+BY_GATHER = ("", ("--ckpt-dir-name", ITERATION, "--placement", "gather", "--max-memory-per-rank", "72MB"))
 
 
 def hand_out(checkpoint: Path, places: Sequence[Sequence[int]], root: Path) -> None:
@@ -74,8 +85,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             if len(places) == ranks:
                 expected[case] = make(root / case / "whole", model, grid)
                 hand_out(root / case / "whole", places, root / case / "rank")
-                how = ["--ckpt-dir-name", ITERATION, "--placement", "gather", "--max-memory-per-rank", "72MB"]
-                jobs[case] = flags(f"{root / case}/rank/{{rank}}", root / case / "hf", *how)
+                below, how = HOW.get(case, BY_GATHER)
+                jobs[case] = flags(f"{root / case}/rank/{{rank}}{below}", root / case / "hf", *how)
         answers = run_jobs(ranks, jobs, root)
         found |= {case: (answers[case], expected[case], root / case / "hf") for case in jobs}
     return found
@@ -89,7 +100,10 @@ def test_ranks_with_nothing_but_their_own_shards_convert_the_whole(case: str, ou
 
 
 #: Every tensor parallel set of these lies whole on one rank.
-WHOLE_SETS = ("a stage a rank", "shards on several ranks", "all on the last rank", "experts, an expert rank a rank")
+WHOLE_SETS = (
+    "a stage a rank", "shards on several ranks", "all on the last rank", "experts, an expert rank a rank",
+    "direct placement of whole stages",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,32 +118,6 @@ def test_bytes_are_gathered_where_a_tensor_parallel_set_lies_on_several_ranks(
 def test_every_weight_is_read_once_whatever_lies_on_several_ranks(case: str, outcomes: dict[str, Any]) -> None:
     answer, expected, _ = outcomes[case]
     assert answer.outcome["read_bytes"] == sum(tensor.nbytes for tensor in expected.values())
-
-
-def test_auto_placement_gathers_where_ranks_see_different_shards(tmp_path: Path) -> None:
-    expected = make(tmp_path / "whole", Model(), Grid(tp=2))
-    hand_out(tmp_path / "whole", [[1], [0]], tmp_path / "rank")
-    job = flags(f"{tmp_path}/rank/{{rank}}/{ITERATION}", tmp_path / "hf")  # straight at the shards, no tracker file
-    assert run_jobs(2, {"auto": job}, tmp_path)["auto"].outcome["gathered_bytes"] > 0
-    assert_same(read_tensors(tmp_path / "hf"), expected)
-
-
-def test_direct_placement_is_refused_where_a_rank_sees_its_own_shards_only(tmp_path: Path) -> None:
-    make(tmp_path / "whole", Model(), Grid(tp=2))
-    hand_out(tmp_path / "whole", [[0], [1]], tmp_path / "rank")
-    job = flags(f"{tmp_path}/rank/{{rank}}", tmp_path / "hf", "--ckpt-dir-name", ITERATION, "--placement", "direct")
-    run = torchrun(2, *job)
-    assert run.returncode != 0
-    assert run.stderr.count("use --placement gather") == 1
-    assert not (tmp_path / "hf").exists()
-
-
-def test_direct_placement_converts_stages_that_each_lie_whole_on_a_rank(tmp_path: Path) -> None:
-    expected = make(tmp_path / "whole", Model(), Grid(pp=2))
-    hand_out(tmp_path / "whole", [[1], [0]], tmp_path / "rank")
-    job = flags(f"{tmp_path}/rank/{{rank}}", tmp_path / "hf", "--ckpt-dir-name", ITERATION, "--placement", "direct")
-    assert run_jobs(2, {"direct": job}, tmp_path)["direct"].outcome["gathered_bytes"] == 0
-    assert_same(read_tensors(tmp_path / "hf"), expected)
 
 
 def test_rank_in_the_load_path_is_zero_without_torchrun(tmp_path: Path) -> None:

@@ -47,11 +47,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["direct", "gather"])
-def shown(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module")
+def shown(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What a terminal shows while two ranks convert."""
     target = tmp_path_factory.mktemp("hf")
-    return run_on_terminal(command(2, *flags(checkpoint, target, "--placement", request.param)))
+    return run_on_terminal(command(2, *flags(checkpoint, target, "--placement", "gather")))
 
 
 def bars(shown: str) -> list[str]:
