@@ -32,3 +32,4 @@ def show_progress(world: World, channel: Channel, total_bytes: int) -> Iterator[
         channel.show_progress(update)
         yield
         channel.show_progress(None)
+        update(total_bytes)  # the last counts of other ranks may still be on their way
