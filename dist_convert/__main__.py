@@ -37,10 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             job = job_from_flags(flags)
     except ConversionError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks have the same flags and files of jobs
-            print(error, file=sys.stderr)
-        return error.exit_code
+        return _fail_early(error)
     return _convert(job)
+
+
+def _fail_early(error: ConversionError) -> int:
+    """Report an error of flags or job files, which all ranks usually have, but sometimes one of them alone."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        from dist_convert.channel import Channel, is_served_by_launcher
+
+        if is_served_by_launcher():
+            return Channel(rank, size).fail(str(error), error.exit_code)
+    print(error, file=sys.stderr)
+    return error.exit_code
 
 
 def _inspect(flags: argparse.Namespace) -> int:

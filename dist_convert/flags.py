@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from dist_convert.errors import UsageError
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, Job
 from dist_convert.units import parse_bytes
+from dist_convert.version import __version__
+
+#: Flags without which no command that has them can start.
+_REQUIRED = ("--load-path", "--save-path", "--load-dir", "--save-dir")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +52,7 @@ def add_switch(group: Any, flag: str, help_text: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
+    parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     from dist_convert.flags_to_megatron import add_hf_to_megatron  # it uses the types above
 
@@ -69,7 +74,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         epilog="{rank}, {local_rank} and {node} in --load-path are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
-    source.add_argument("--load-path", required=True, help="root of the Megatron checkpoint")
+    source.add_argument("--load-path", help="(required) root of the Megatron checkpoint")
     source.add_argument("--ckpt-dir-name", help="iteration directory, such as iter_0000004 (default: the tracker file)")
     source.add_argument(
         "--source-model-type", choices=SOURCE_MODEL_TYPES, help="checked against the checkpoint's args, which win"
@@ -88,7 +93,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         "that was trained since",
     )
     target = command.add_argument_group("target")
-    target.add_argument("--save-path", required=True, type=Path, help="Hugging Face directory to be made")
+    target.add_argument("--save-path", type=Path, help="(required) Hugging Face directory to be made")
     target.add_argument(
         "--target-params-dtype",
         choices=tuple(TARGET_DTYPES),
@@ -123,13 +128,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of the command line, with those of a `--config` file behind them.
 
     Raises:
-        UsageError: an unknown flag or a wrong value, on the command line or in the file.
+        UsageError: an unknown flag or a wrong value, on the command line or in the file, or no source or target.
     """
     finder = Parser(add_help=False)
     finder.add_argument("--config", type=Path)
     config = finder.parse_known_args([*argv[1:]])[0].config
     from_file = _flags_of_file(config) if argv[:1] in (["megatron-to-hf"], ["hf-to-megatron"]) and config else []
-    return build_parser().parse_args([*argv[:1], *from_file, *argv[1:]])
+    flags, unknown = build_parser().parse_known_args([*argv[:1], *from_file, *argv[1:]])
+    program = f"dist-convert {flags.command}"
+    if unknown:
+        raise UsageError(
+            f"{program}: unrecognized arguments: {' '.join(unknown)}",
+            file=str(config) if set(unknown) & set(from_file) else "",
+            remedy=f"see {program} --help",
+        )
+    missing = [flag for flag in _REQUIRED if getattr(flags, flag[2:].replace("-", "_"), "") is None]
+    if missing:  # checked here: argparse would name these first, and hide a misspelt one
+        raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
+    return flags
 
 
 def _flags_of_file(path: Path) -> list[str]:
@@ -138,7 +154,10 @@ def _flags_of_file(path: Path) -> list[str]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError("cannot read the job file", file=str(path), found=str(error)) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
+        ) from error
     if not isinstance(data, dict):
         raise UsageError(
             "not a job file", file=str(path), expected="flag: value, a line each", found=type(data).__name__

@@ -24,13 +24,13 @@ def add_hf_to_megatron(commands: Any) -> None:
         "torchrun to share the work among ranks; alone it is one rank.",
     )
     source = command.add_argument_group("source")
-    source.add_argument("--load-dir", required=True, help="Hugging Face directory, or a hub id (org/name[@revision])")
+    source.add_argument("--load-dir", help="(required) Hugging Face directory, or a hub id (org/name[@revision])")
     source.add_argument("--source-margs-file", type=Path, help="source_megatron_args.json of an earlier conversion")
     add_switch(source, "--load-capacity-bins", "take over capacity_bins.pt (same grid only)")
     source.add_argument("--tokenizer-model", help="path of the tokenizer, for the args")
     source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
-    target.add_argument("--save-dir", required=True, type=Path, help="root of the Megatron checkpoint")
+    target.add_argument("--save-dir", type=Path, help="(required) root of the Megatron checkpoint")
     target.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
     target.add_argument(
         "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"

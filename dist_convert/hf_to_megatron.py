@@ -52,6 +52,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
     seen = read_directory(directory)
     found = discover(
         world,
+        directory,
         seen.sizes_bytes,
         lambda file: headers_to_json({file: read_weights_header(directory / file, file)}),
         expected=f"safetensors or pytorch_model files in {directory}",

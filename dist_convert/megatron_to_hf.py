@@ -31,7 +31,8 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     directory = _shared_iteration(job, world)
     found = discover(
         world,
-        rank_files(directory) if directory.is_dir() else {},
+        directory,
+        rank_files(directory) if directory.is_dir() else (),
         lambda file: shard_to_json(read_shard(directory / file, file)),
         expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
     )

@@ -129,12 +129,25 @@ def test_a_vocabulary_without_tokens_is_a_wrong_flag(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_ranks_leave_the_message_about_wrong_flags_to_rank_0(
+def test_a_rank_that_no_torchrun_started_says_itself_what_is_wrong_with_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(["megatron-to-hf"]) == 2
-    assert capsys.readouterr().err == ""
+    assert "--load-path and --save-path must be given" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_is_named_even_where_a_path_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["megatron-to-hf", "--lod-path", "x"]) == 2
+    assert "unrecognized arguments: --lod-path x" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_of_a_job_file_is_named_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text("lod-path: x\n")
+    assert main(["megatron-to-hf", "--config", str(tmp_path / "job.yaml")]) == 2
+    assert f"--lod-path=x\n  file:     {tmp_path}/job.yaml" in capsys.readouterr().err
 
 
 def test_the_help_says_when_imported_experts_are_to_be_read_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.move.exchange import World, gather_objects
+from dist_convert.read.same_file import identity, sample_digest
+
+#: For each file that a rank sees: its size in bytes, inode and time of the last change.
+Listing = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -25,40 +32,71 @@ class Discovery:
     headers_of: tuple[tuple[str, ...], ...]
 
 
-def discover(world: World, listing: Mapping[str, int], read_header: Callable[[str], Any], expected: str) -> Discovery:
+def discover(
+    world: World, directory: Path, files: Iterable[str], read_header: Callable[[str], Any], expected: str
+) -> Discovery:
     """Read each header on one rank that sees the file, and give all of them to all ranks.
 
     Args:
         world: this rank.
-        listing: the files that this rank sees, with their sizes in bytes.
+        directory: of the source, as this rank sees it.
+        files: in it that this rank sees.
         read_header: a file's header in JSON values.
         expected: what kind of file was looked for, for messages.
 
     Raises:
         CheckpointNotFound: no rank sees any file.
-        InconsistentShards: two ranks see files of different sizes under one name.
+        InconsistentShards: two ranks see different files under one name.
     """
-    listings: list[dict[str, int]] = gather_objects(world, dict(listing))
-    sizes_bytes: dict[str, int] = {}
-    for rank, seen in enumerate(listings):
-        for file, size_bytes in seen.items():
-            if sizes_bytes.setdefault(file, size_bytes) != size_bytes:
-                raise InconsistentShards(
-                    "two ranks see different files under one name",
-                    file=file,
-                    expected=f"{sizes_bytes[file]} bytes",
-                    found=f"{size_bytes} bytes on rank {rank}",
-                    remedy="nodes hold shards of different runs; remove the wrong ones",
-                )
-    if not sizes_bytes:
+    listings = _gather_listings(world, {file: identity(directory / file) for file in files})
+    names = sorted(frozenset[str]().union(*listings))
+    if not names:
         raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
-    headers_of = deal_headers(sorted(sizes_bytes), listings)
+    _check_same_files(world, directory, names, listings)
+    headers_of = deal_headers(names, listings)
     mine = {file: read_header(file) for file in headers_of[world.rank]}
     headers = {file: header for of_rank in gather_objects(world, mine) for file, header in of_rank.items()}
     return Discovery(headers, tuple(frozenset(seen) for seen in listings), headers_of)
 
 
-def deal_headers(files: Sequence[str], listings: Sequence[Mapping[str, int]]) -> tuple[tuple[str, ...], ...]:
+def _gather_listings(world: World, mine: Listing) -> list[Listing]:
+    """Every rank's listing; where all see the same, as on a shared file system, only its digest travels."""
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    if len(set(gather_objects(world, digest))) == 1:
+        return [mine] * world.size
+    return gather_objects(world, mine)
+
+
+def _check_same_files(world: World, directory: Path, files: Sequence[str], listings: Sequence[Listing]) -> None:
+    """Refuse different files of one name; copies on several machines are told from them by a sample of their bytes."""
+    sampled_by: dict[str, list[int]] = {}
+    for file in files:
+        first_of: dict[tuple[int, ...], int] = {}
+        for rank, listing in enumerate(listings):
+            if file in listing:
+                first_of.setdefault(tuple(listing[file]), rank)
+        if len(first_of) > 1:
+            sampled_by[file] = list(first_of.values())
+    if not sampled_by:
+        return
+    mine = {file: sample_digest(directory / file, file) for file, ranks in sampled_by.items() if world.rank in ranks}
+    samples: list[dict[str, str]] = gather_objects(world, mine)
+    for file, ranks in sampled_by.items():
+        for rank in ranks[1:]:
+            sizes_bytes = listings[ranks[0]][file][0], listings[rank][file][0]
+            if sizes_bytes[0] != sizes_bytes[1] or samples[ranks[0]][file] != samples[rank][file]:
+                raise InconsistentShards(
+                    "two ranks see different files under one name",
+                    file=file,
+                    expected=f"{sizes_bytes[0]} bytes as on rank {ranks[0]}",
+                    found=f"{sizes_bytes[1]} bytes"
+                    + (" of other content" if sizes_bytes[0] == sizes_bytes[1] else "")
+                    + f" on rank {rank}",
+                    remedy="nodes hold shards of different runs; remove the wrong ones",
+                )
+
+
+def deal_headers(files: Sequence[str], listings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:
     """Give each file to the rank, of those that see it, that has the fewest so far."""
     dealt: list[list[str]] = [[] for _ in listings]
     for file in files:

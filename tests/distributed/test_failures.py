@@ -85,7 +85,9 @@ CASES = {
     ),
     "no checkpoint for any rank": Case("the checkpoint directory does not exist", load_path="nowhere"),
     "no checkpoint for one rank": Case(
-        "the checkpoint directory does not exist", lambda root: shutil.rmtree(root / "rank1"), load_path="rank{rank}"
+        "1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing",
+        lambda root: shutil.rmtree(root / "rank1"),
+        load_path="rank{rank}",
     ),
     "too small a budget": Case("the memory budget does not hold one step", more=("--max-memory-per-rank", "1MB")),
     "direct placement of scattered shards": Case(
@@ -97,7 +99,9 @@ CASES = {
         load_path="other{rank}",
     ),
     "different files of one size under one name": Case("two ranks see different", make_other, load_path="other{rank}"),
-    "different iterations of one size": Case("two ranks see different", make_iterations, load_path="other{rank}"),
+    "different iterations of one size": Case(
+        "tracker files of different nodes name different iterations", make_iterations, load_path="other{rank}"
+    ),
     "different flags that change the plan": Case(
         "ranks made different plans", more=("--max-shard-size", "1{RANK}KB", "--placement", "gather")
     ),
