@@ -106,7 +106,7 @@ CASES = {
         "ranks made different plans", more=("--max-shard-size", "1{RANK}KB", "--placement", "gather")
     ),
     "different targets": Case("cannot write the target", save_path="hf{RANK}"),
-    "an unknown flag": Case("dist-convert: unrecognized arguments: --fast", more=("--fast",), exit_code=2),
+    "an unknown flag": Case("dist-convert megatron-to-hf: unrecognized arguments: --fast", more=("--fast",), exit_code=2),
     "a wrong value": Case("not a size", more=("--max-memory-per-rank", "plenty"), exit_code=2),
     "a job file that one rank lacks": Case(
         "cannot read the job file",
