@@ -176,14 +176,17 @@ def _flags_of_file(path: Path) -> list[str]:
     return flags
 
 
+def with_numbers(path: str) -> str:
+    """A path with this rank's numbers in place of {rank}, {local_rank} and {node}."""
+    for name, variable in (("rank", "RANK"), ("local_rank", "LOCAL_RANK"), ("node", "GROUP_RANK")):
+        path = path.replace("{" + name + "}", os.environ.get(variable, "0"))
+    return path
+
+
 def job_from_flags(flags: argparse.Namespace) -> Job:
     """The job of `megatron-to-hf`."""
-    numbers = {"rank": "RANK", "local_rank": "LOCAL_RANK", "node": "GROUP_RANK"}
-    load_path = flags.load_path
-    for name, variable in numbers.items():
-        load_path = load_path.replace("{" + name + "}", os.environ.get(variable, "0"))
     return Job(
-        load_path=Path(load_path),
+        load_path=Path(with_numbers(flags.load_path)),
         save_path=flags.save_path.resolve(),
         ckpt_dir_name=flags.ckpt_dir_name,
         target_params_dtype=flags.target_params_dtype,

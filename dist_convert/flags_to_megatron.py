@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
-from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero
+from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero, with_numbers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.metadata.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
 from dist_convert.old_flags import add_old_flags
@@ -22,6 +22,7 @@ def add_hf_to_megatron(commands: Any) -> None:
         help="convert a Hugging Face model to a Megatron checkpoint",
         description="Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. Start it with "
         "torchrun to share the work among ranks; alone it is one rank.",
+        epilog="{rank}, {local_rank} and {node} in --save-dir are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
     source.add_argument("--load-dir", help="(required) Hugging Face directory, or a hub id (org/name[@revision])")
@@ -30,7 +31,7 @@ def add_hf_to_megatron(commands: Any) -> None:
     source.add_argument("--tokenizer-model", help="path of the tokenizer, for the args")
     source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
-    target.add_argument("--save-dir", type=Path, help="(required) root of the Megatron checkpoint")
+    target.add_argument("--save-dir", help="(required) root of the Megatron checkpoint")
     target.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
     target.add_argument(
         "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"
@@ -43,6 +44,13 @@ def add_hf_to_megatron(commands: Any) -> None:
     target.add_argument("--decoder-first-pipeline-num-layers", type=positive)
     target.add_argument("--decoder-last-pipeline-num-layers", type=positive)
     target.add_argument("--pipeline-model-parallel-layout", help="such as Ettt|(tttt|)*2ttL")
+    target.add_argument(
+        "--target-ranks-per-node",
+        type=positive,
+        metavar="N",
+        help="--save-dir lies on each node's own disk, and training will run N processes on each of these nodes: a "
+        "node gets the rank directories that its processes load (default: --save-dir is shared)",
+    )
     target.add_argument("--make-vocab-size-divisible-by", type=positive, default=128)
     target.add_argument("--true-vocab-size", type=positive, help="checked against the config")
     target.add_argument(
@@ -85,5 +93,7 @@ def to_megatron_job_from_flags(flags: argparse.Namespace) -> ToMegatronJob:
             remedy="leave --target-virtual-pipeline-parallel-size out",
         )
     return ToMegatronJob(
-        save_dir=flags.save_dir.resolve(), max_memory_per_rank_bytes=flags.max_memory_per_rank, **values
+        save_dir=Path(with_numbers(flags.save_dir)).resolve(),
+        max_memory_per_rank_bytes=flags.max_memory_per_rank,
+        **values,
     )

@@ -19,6 +19,7 @@ from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
+from dist_convert.plan.node_local import files_of_places, local_name, name_at
 from dist_convert.plan.stages import notes_on_target
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
 from dist_convert.read.discover import discover
@@ -36,6 +37,7 @@ from dist_convert.records import StoredTensor
 from dist_convert.report import human_notes
 from dist_convert.task import Task
 from dist_convert.write.megatron_files import write_skeleton
+from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.seal import seal
 from dist_convert.write.tracker import replace_text, write_tracker
 
@@ -62,20 +64,22 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
     if index is not None:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
-    target, content = _plan(job, directory, seen, stored)
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
+    places = _places(job, world, job.save_dir / name)
+    target, content, writable = _plan(job, directory, seen, stored, places, gather_objects(world, world.node))
+    at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
 
     def make_files(partial: Path) -> None:
-        for file, specs in target.files.items():
-            write_skeleton(partial / file, target.args.values, iteration or 0, specs)
+        for file in sorted(map(local_name, writable[world.rank])):
+            write_skeleton(partial / file, target.args.values, iteration or 0, target.files[file])
 
     def finish(partial: Path, moved: Moved) -> None:
         ranges = [tuple(r) for of_rank in gather_objects(world, moved.checksums) for r in of_rank]
-        for number, file in enumerate(sorted(target.files)):
-            if number % world.size == world.rank:
+        for number, file in enumerate(sorted(writable[world.rank])):
+            if at_my_place[number % len(at_my_place)] == world.rank:
                 _write_extras(partial, file, content, target.extras)
-                seal(partial, file, [(f, offset, size, crc) for f, offset, size, crc in ranges if f == file])
+                seal(partial, local_name(file), [(offset, size, crc) for f, offset, size, crc in ranges if f == file])
 
     def publish() -> None:
         replace_text(job.save_dir / ARGS_FILE, target_margs_json(target.args))
@@ -86,9 +90,11 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
         source=directory,
         visible=found.visible,
         target=job.save_dir / name,
+        places=places,
+        writable=writable,
         target_flag="--save-dir",
         is_replaceable=lambda path: any(is_rank_directory(inside.name) for inside in path.iterdir()),
-        notes=_notes(job, target, content),
+        notes=[*_notes(job, target, content), *_notes_on_places(job, places, writable)],
         make_files=make_files,
         finish=finish,
         publish=publish,
@@ -107,9 +113,29 @@ def _fetch(job: ToMegatronJob, world: World) -> Path:
     return local_directory(f"{repository}@{commit}")
 
 
+def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:
+    """For each rank, the number of the place where its target lies.
+
+    Raises:
+        TargetError: nodes see different targets, and no flag says that this is meant.
+    """
+    places = find_places(world, target, "--save-dir")
+    if job.target_ranks_per_node is None:
+        refuse_several_places(
+            places, target, "--save-dir", ", or give --target-ranks-per-node if each node is to keep its own shards"
+        )
+    return places
+
+
 def _plan(
-    job: ToMegatronJob, directory: Path, seen: HuggingFaceFiles, stored: Mapping[str, StoredTensor]
-) -> tuple[MegatronTarget, Content]:
+    job: ToMegatronJob,
+    directory: Path,
+    seen: HuggingFaceFiles,
+    stored: Mapping[str, StoredTensor],
+    places: Sequence[int],
+    nodes: Sequence[int],
+) -> tuple[MegatronTarget, Content, tuple[frozenset[str], ...]]:
+    """The target, all that is copied, and for each rank the target files that it can write."""
     zeros = _zero_output_biases(directory, seen, stored)
     architecture, grid, stages = model_and_grid(job, seen, zero_output_bias=bool(zeros))
     parts, missing = find_parts(
@@ -128,18 +154,23 @@ def _plan(
     wanted = TARGET_DTYPES[job.target_params_dtype]
     params_dtype, dtypes = target_dtypes(architecture, parts, wanted)
     target = lay_out_target(job, directory, architecture, grid, stages, wanted or params_dtype, dtypes)
+    of_places: tuple[frozenset[str], ...] = (frozenset(target.files),)
+    if max(places) and job.target_ranks_per_node:
+        held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
+        of_places = tuple(frozenset(name_at(place, file) for file in files) for place, files in enumerate(held))
+    planned = sorted(frozenset[str]().union(*of_places))
     content = plan_to_megatron(
         parts,
-        {file: header_of(target, job, file) for file in target.files},
+        {file: header_of(target, job, file) for file in planned},
         architecture,
         grid,
         params_dtype=params_dtype,
         target_dtype=wanted,
         repeat_last_row=job.vocab_padding == "last-row",
-        extras=frozenset(target.extras),
+        extras=frozenset((file, name) for file in planned for of, name in target.extras if of == local_name(file)),
         left_behind=left_behind,
     )
-    return target, content
+    return target, content, tuple(of_places[place] for place in places)
 
 
 def _zero_output_biases(directory: Path, seen: HuggingFaceFiles, stored: Mapping[str, StoredTensor]) -> set[str]:
@@ -159,11 +190,24 @@ def _zero_output_biases(directory: Path, seen: HuggingFaceFiles, stored: Mapping
 
 def _write_extras(partial: Path, file: str, content: Content, extras: Extras) -> None:
     tensors = {tensor.name: tensor for target in content.files if target.name == file for tensor in target.tensors}
-    wanted = {name: data for (of_file, name), data in extras.items() if of_file == file}
-    with (partial / file).open("r+b") as output:
+    wanted = {name: data for (of_file, name), data in extras.items() if of_file == local_name(file)}
+    with (partial / local_name(file)).open("r+b") as output:
         for name, data in wanted.items():
             output.seek(tensors[name].offset_bytes)
             output.write(data)
+
+
+def _notes_on_places(job: ToMegatronJob, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
+    if job.target_ranks_per_node is None:
+        return []
+    if not max(places):
+        return ["--target-ranks-per-node has no effect: all ranks see one and the same --save-dir"]
+    return [
+        f"own disk of {'rank' if places.count(place) == 1 else 'ranks'} "
+        f"{', '.join(str(rank) for rank, of_rank in enumerate(places) if of_rank == place)}: "
+        + ", ".join(sorted(local_name(file).partition("/")[0] for file in writable[places.index(place)]))
+        for place in range(max(places) + 1)
+    ]
 
 
 def _notes(job: ToMegatronJob, target: MegatronTarget, content: Content) -> Sequence[str]:

@@ -55,6 +55,7 @@ class ToMegatronJob:
     decoder_first_pipeline_num_layers: int | None = None
     decoder_last_pipeline_num_layers: int | None = None
     pipeline_model_parallel_layout: str | None = None
+    target_ranks_per_node: int | None = None
     make_vocab_size_divisible_by: int = 128
     vocab_padding: str = "last-row"
     target_params_dtype: str = "keep"

@@ -22,6 +22,7 @@ from dist_convert.metadata.target_args import (
 from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture
 from dist_convert.old_flags import check_model_size
+from dist_convert.plan.node_local import local_name
 from dist_convert.plan.stages import check_target, layout_stages, stage_layers
 from dist_convert.plan.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.read.huggingface import HuggingFaceFiles
@@ -154,9 +155,9 @@ def _absolute(path: str | None) -> str | None:
 
 
 def header_of(target: MegatronTarget, job: ToMegatronJob, file: str) -> Shard:
-    """What `read_shard` will find in a file of the target."""
+    """What `read_shard` will find in a planned file of the target (see `node_local.name_at`)."""
     iteration = job.iteration or 0
-    skeleton = lay_out_skeleton(target.args.values, iteration, target.files[file], file)
+    skeleton = lay_out_skeleton(target.args.values, iteration, target.files[local_name(file)], file)
     weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
     nothing: dict[str, str] = {}
     return Shard(

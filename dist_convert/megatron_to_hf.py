@@ -19,6 +19,7 @@ from dist_convert.read.discover import discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
 from dist_convert.task import Task
+from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
 
 
@@ -57,11 +58,15 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         if world.rank == 0:
             write_metadata(partial, job, content, args, tokenizer, [bin for of_rank in bins for bin in of_rank])
 
+    places = find_places(world, job.save_path, "--save-path")
+    refuse_several_places(places, job.save_path, "--save-path", "")
     return Task(
         content=content,
         source=directory,
         visible=found.visible,
         target=job.save_path,
+        places=places,
+        writable=(frozenset(file.name for file in content.files),) * world.size,
         target_flag="--save-path",
         is_replaceable=lambda path: (path / "config.json").is_file(),
         notes=notes_on(job, content, shards, tokenizer),

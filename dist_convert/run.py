@@ -21,6 +21,7 @@ from dist_convert.megatron_to_hf import megatron_to_hf
 from dist_convert.move.exchange import World, agree, barrier, gather_objects
 from dist_convert.move.pipeline import Moved, move
 from dist_convert.plan.content import Content
+from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.report import Outcome, describe_plan, outcome_line, peak_memory_bytes
@@ -45,20 +46,28 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     """
     task = hf_to_megatron(job, world) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
     content = task.content
-    placement = choose_placement(job.placement, world, task.visible)
-    plan = divide(content, task.visible, placement=placement, budget_bytes=job.max_memory_per_rank_bytes)
+    placement = choose_placement(job.placement, world, task.visible, task.places)
+    plan = divide(
+        content,
+        task.visible,
+        placement=placement,
+        budget_bytes=job.max_memory_per_rank_bytes,
+        writable=task.writable,
+    )
     agree(world, schedule_digest(plan))
 
+    is_first = task.is_first_of_place(world.rank)
     free_bytes = 0
-    if world.rank == 0:
+    if is_first:
         free_bytes = check_target(
             task.target,
             task.source,
             is_replaceable=task.is_replaceable,
             overwrite=job.overwrite,
-            needed_bytes=content.target_bytes,
+            needed_bytes=sum(file.size_bytes for file in task.files_of(world.rank)),
             flag=task.target_flag,
         )
+    if world.rank == 0:
         for note in task.notes:
             print(note, file=sys.stderr)
     if job.dry_run:
@@ -69,7 +78,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         return None
 
     started = time.monotonic()
-    if world.rank == 0:
+    if is_first:
         new_partial(task.partial)
         task.make_files(task.partial)
     barrier(world)
@@ -83,9 +92,9 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     except OSError as error:
         raise target_error(error, str(error.filename or task.partial)) from error
     if world.local_rank == 0:
-        sync_files(task.partial, [file.name for file in content.files])
+        sync_files(task.partial, [local_name(file.name) for file in task.files_of(world.rank)])
     barrier(world)
-    if world.rank == 0:
+    if is_first:
         commit(task.partial, task.target, overwrite=job.overwrite)
         task.publish()
     barrier(world)
@@ -95,11 +104,12 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     return outcome
 
 
-def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]]) -> str:
-    """`auto` gathers on accelerators and where some rank cannot see every file; otherwise ranks work alone."""
+def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]], places: Sequence[int] = (0,)) -> str:
+    """`auto` gathers on accelerators and where some rank cannot reach every file; otherwise ranks work alone."""
     if wanted != "auto":
         return wanted
-    return "direct" if world.device.type == "cpu" and len(set(visible)) == 1 else "gather"
+    reach_all = len(set(visible)) == len(set(places)) == 1
+    return "direct" if world.device.type == "cpu" and reach_all else "gather"
 
 
 def _my_outcome(moved: Moved) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
+from dist_convert.records import TargetFile
 from dist_convert.write.commit import partial_of
 
 
@@ -40,18 +41,22 @@ class Task:
         source: directory of the source files, as this rank sees it.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
+        places: for each rank, the number of the place where its target lies; 0 where all share one directory.
+        writable: for each rank, the target files that it can write.
         target_flag: that named it, for messages.
         is_replaceable: whether `--overwrite` may replace a directory.
         notes: for the user, before anything is written.
-        make_files: makes the weights files in their final size below a directory.
+        make_files: makes the weights files in their final size below a directory, on the first rank of each place.
         finish: adds all that is no weight to a directory; every rank calls it.
-        publish: what follows the renaming, on rank 0.
+        publish: what follows the renaming, on the first rank of each place.
     """
 
     content: Content
     source: Path
     visible: tuple[frozenset[str], ...]
     target: Path
+    places: tuple[int, ...]
+    writable: tuple[frozenset[str], ...]
     target_flag: str
     is_replaceable: Callable[[Path], bool]
     notes: Sequence[str]
@@ -63,3 +68,11 @@ class Task:
     def partial(self) -> Path:
         """Where the target is made."""
         return partial_of(self.target)
+
+    def is_first_of_place(self, rank: int) -> bool:
+        """Whether a rank makes and renames the target where it lies."""
+        return self.places.index(self.places[rank]) == rank
+
+    def files_of(self, rank: int) -> tuple[TargetFile, ...]:
+        """The target files where a rank's target lies."""
+        return tuple(file for file in self.content.files if file.name in self.writable[rank])

@@ -45,16 +45,17 @@ def join_world(device: str, timeout_seconds: float) -> World:
         timeout_seconds: after which a collective with a silent rank fails.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank)
     if size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
     return World(
-        rank=int(os.environ.get("RANK", "0")),
+        rank=rank,
         size=size,
         local_rank=local_rank,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        node=int(os.environ.get("GROUP_RANK", "0")),
+        local_size=local_size,
+        node=int(os.environ.get("GROUP_RANK", rank // local_size)),
         host=socket.gethostname(),
         device=chosen,
     )

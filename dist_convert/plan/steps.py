@@ -144,7 +144,8 @@ def _assign(
     open_writes: list[int] = []
     for copy in block:
         candidates = readers[tuple(view.file for view in copy.sources)]
-        reader = min(candidates, key=lambda member: read_bytes[member])
+        strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
+        reader = min(candidates, key=lambda member: (strangers[member], read_bytes[member]))
         source = next(view for view in copy.sources if view.file in seen[reader])
         joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from dist_convert.errors import ConversionError, PlanError, UnsupportedModel, raise_together
-from dist_convert.layout import Grid, find_shards
+from dist_convert.layout import Grid, ShardFiles, find_shards
 from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture
 from dist_convert.models.schema import Row
@@ -14,6 +14,7 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.geometry import part_size
 from dist_convert.plan.megatron import entries, megatron_side, parameters
 from dist_convert.plan.moves import Sides, check_cover, equal_copies, plan_moves
+from dist_convert.plan.node_local import local_name
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import FLOAT_DTYPES, TargetFile, View
 
@@ -88,14 +89,15 @@ def plan_to_megatron(
 
     Args:
         parts: the source, from `find_parts`.
-        shards: the target's own headers, by file: its skeletons as `read_shard` sees them.
+        shards: the target's own headers, by file: its skeletons as `read_shard` sees them. On the nodes' own disks a
+            file may be at several places, under `name_at` each of them.
         architecture, grid: the target.
         params_dtype, target_dtype: from `target_dtypes`, and as asked for.
         repeat_last_row: fill padding rows of the vocabulary with the last real one, not with zeros.
         extras: (file, tensor) of the target that are filled with something else than weights.
         left_behind: (reason, tensors, bytes) of the source that are not converted on purpose.
     """
-    files = find_shards(grid, [file.partition("/")[0] for file in shards])
+    files = _find_shards_at_places(grid, shards)
     side = megatron_side(shards, architecture, FAMILIES[architecture.family], grid, files)
     sides = Sides(side, to_megatron=True, repeat_last_row=repeat_last_row)
     targets = tuple(
@@ -107,6 +109,18 @@ def plan_to_megatron(
     _check_all_filled(sides, targets, extras)
     kept = {name: view.dtype for name, view in parts.items() if view.dtype != params_dtype}
     return Content(sides, targets, moves, params_dtype, target_dtype, kept, left_behind)
+
+
+def _find_shards_at_places(grid: Grid, planned: Iterable[str]) -> ShardFiles:
+    """The planned files of each shard: copies at several places are equal copies."""
+    at: dict[str, list[str]] = {}
+    for file in sorted(planned):
+        at.setdefault(local_name(file), []).append(file)
+    found = find_shards(grid, [file.partition("/")[0] for file in at])
+    return ShardFiles(
+        {shard: tuple(name for file in files for name in at[file]) for shard, files in found.dense.items()},
+        {shard: tuple(name for file in files for name in at[file]) for shard, files in found.experts.items()},
+    )
 
 
 def _check_all_filled(sides: Sides, targets: tuple[TargetFile, ...], extras: frozenset[tuple[str, str]]) -> None:

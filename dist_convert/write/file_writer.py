@@ -10,6 +10,7 @@ from pathlib import Path
 from isal import isal_zlib
 
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
+from dist_convert.plan.node_local import local_name
 from dist_convert.records import DTYPE_BYTES, View
 
 _MAX_OPEN_FILES = 64
@@ -67,7 +68,7 @@ class FileWriter:
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            descriptor = os.open(self._root / file, os.O_WRONLY)
+            descriptor = os.open(self._root / local_name(file), os.O_WRONLY)
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open[file] = descriptor

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dist_convert.write.checksums import combine, patch_checksums, record_ranges
 
-#: (file, offset, length, CRC-32) of one contiguous write.
-WrittenRange = tuple[str, int, int, int]
+#: (offset, length, CRC-32) of one contiguous write.
+WrittenRange = tuple[int, int, int]
 _READ_BYTES = 8 << 20
 
 
@@ -22,13 +22,13 @@ def seal(directory: Path, file: str, written: Iterable[WrittenRange]) -> None:
     Args:
         directory: that holds it.
         file: its name in the directory.
-        written: ranges of this file, in any order. A storage that they do not cover without gaps is read once.
+        written: ranges of the file, in any order. A storage that they do not cover without gaps is read once.
 
     Raises:
         CorruptFile, TargetError: see `checksums`.
     """
     path = directory / file
-    ranges = sorted((offset, length, checksum) for _, offset, length, checksum in written)
+    ranges = sorted(written)
     checksums = {}
     position = 0
     for name, (start, size) in sorted(record_ranges(path, file).items(), key=lambda item: item[1]):

@@ -105,8 +105,10 @@ CASES = {
     "different flags that change the plan": Case(
         "ranks made different plans", more=("--max-shard-size", "1{RANK}KB", "--placement", "gather")
     ),
-    "different targets": Case("cannot write the target", save_path="hf{RANK}"),
-    "an unknown flag": Case("dist-convert megatron-to-hf: unrecognized arguments: --fast", more=("--fast",), exit_code=2),
+    "different targets": Case("ranks of one node have different targets", save_path="hf{RANK}", exit_code=2),
+    "an unknown flag": Case(
+        "dist-convert megatron-to-hf: unrecognized arguments: --fast", more=("--fast",), exit_code=2
+    ),
     "a wrong value": Case("not a size", more=("--max-memory-per-rank", "plenty"), exit_code=2),
     "a job file that one rank lacks": Case(
         "cannot read the job file",

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, read_tensors
-from tests.distributed.launching import TIMEOUT_SECONDS, Run, command, environment, flags
+from tests.distributed.launching import environment, flags, free_port, on_two_nodes, run_together
 
 ITERATION = "iter_0000004"
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
-def run_together(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> list[Run]:
-    """Run commands at the same time; stops all of them where one hangs."""
-    running = [
-        subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line, env in zip(commands, environments, strict=True)
-    ]
-    try:
-        printed = [process.communicate(timeout=TIMEOUT_SECONDS) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [Run(process.returncode, *texts) for process, texts in zip(running, printed, strict=True)]
-
-
-def on_two_nodes(ranks_each: int, *job: str) -> list[Run]:
-    """The two torchruns of a run on two machines, both of them this one."""
-    meeting = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port())
-    commands = [command(ranks_each, *job, nodes=(*meeting, "--node-rank", node)) for node in "01"]
-    return run_together(commands, [environment()] * 2)
 
 
 def node_directories(root: Path) -> None:

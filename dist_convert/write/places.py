@@ -1,0 +1,81 @@
+"""Finds out which ranks see the target as one directory: a shared file system, or each node's own disk."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from dist_convert.errors import TargetError, UsageError
+from dist_convert.move.exchange import World, gather_objects
+from dist_convert.write.file_writer import target_error
+
+
+def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
+    """For each rank, the number of the place where its target lies; 0 for all on a shared file system.
+
+    One rank of each node puts an empty file beside the target, and every rank looks which of them it sees. The files
+    are removed again.
+
+    Args:
+        world: this rank.
+        target: the directory that is to be made.
+        flag: that named it, for messages.
+
+    Raises:
+        TargetError: no file can be made beside the target.
+        UsageError: ranks of one node have different targets.
+    """
+    if world.size == 1:
+        return (0,)
+    parent = _existing_parent(target)
+    probe = None
+    if world.local_rank == 0:
+        probe = f".dist_convert-{secrets.token_hex(8)}"
+        try:
+            (parent / probe).touch(exist_ok=False)
+        except OSError as error:
+            raise target_error(error, str(target)) from error
+    try:
+        probes: list[str | None] = gather_objects(world, probe)
+        # Looked for by name: a listing may be minutes old on a network file system.
+        seen = [name for name in probes if name is not None and os.path.lexists(parent / name)]
+        views: list[list[str]] = gather_objects(world, [str(target), *seen])
+    finally:
+        if probe is not None:
+            (parent / probe).unlink(missing_ok=True)
+    numbers: list[list[int]] = gather_objects(world, [world.node, world.local_rank])
+    for rank, (node, _) in enumerate(numbers):
+        if views[rank] != views[numbers.index([node, 0])]:
+            raise UsageError(
+                "ranks of one node have different targets",
+                expected=f"{views[numbers.index([node, 0])][0]} as on the first rank of node {node}",
+                found=f"{views[rank][0]} on rank {rank}",
+                remedy=f"give all ranks of a node the same {flag}",
+            )
+    kinds = list(dict.fromkeys(tuple(view) for view in views))
+    return tuple(kinds.index(tuple(view)) for view in views)
+
+
+def refuse_several_places(places: tuple[int, ...], target: Path, flag: str, remedy: str) -> None:
+    """Refuse a target that is not one directory for all ranks.
+
+    Raises:
+        TargetError: naming a rank that sees another one.
+    """
+    for rank, place in enumerate(places):
+        if place:
+            raise TargetError(
+                "the target is not the same directory on all nodes",
+                file=str(target),
+                expected="one directory on a file system that all nodes share",
+                found=f"rank {rank} sees another one than rank 0",
+                remedy=f"check that the file system of {flag} is mounted on every node{remedy}",
+            )
+
+
+def _existing_parent(target: Path) -> Path:
+    parent = target.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent
