@@ -145,6 +145,8 @@ class Problems(ConversionError):
 
     def __init__(self, problems: Sequence[ConversionError]) -> None:
         self.problems = tuple(problems)
+        if all(problem.exit_code == UsageError.exit_code for problem in problems):
+            self.exit_code = UsageError.exit_code
         super().__init__(f"{len(self.problems)} problems found; nothing was written")
 
     def __str__(self) -> str:

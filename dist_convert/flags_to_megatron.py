@@ -28,7 +28,7 @@ def add_hf_to_megatron(commands: Any) -> None:
     source.add_argument("--load-dir", help="(required) Hugging Face directory, or a hub id (org/name[@revision])")
     source.add_argument("--source-margs-file", type=Path, help="source_megatron_args.json of an earlier conversion")
     add_switch(source, "--load-capacity-bins", "take over capacity_bins.pt (same grid only)")
-    source.add_argument("--tokenizer-model", help="path of the tokenizer, for the args")
+    source.add_argument("--tokenizer-model", help="path or hub id, for the args (default: the model's own)")
     source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
     target.add_argument("--save-dir", help="(required) root of the Megatron checkpoint")
@@ -36,14 +36,30 @@ def add_hf_to_megatron(commands: Any) -> None:
     target.add_argument(
         "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"
     )
-    target.add_argument("--target-tensor-parallel-size", type=positive, default=1)
-    target.add_argument("--target-pipeline-parallel-size", type=positive, default=1)
-    target.add_argument("--target-virtual-pipeline-parallel-size", type=positive, default=1)
-    target.add_argument("--target-expert-parallel-size", "--target-expert-paralell-size", type=positive, default=1)
-    target.add_argument("--target-expert-tensor-parallel-size", type=positive, help="(default: the tensor size)")
-    target.add_argument("--decoder-first-pipeline-num-layers", type=positive)
-    target.add_argument("--decoder-last-pipeline-num-layers", type=positive)
-    target.add_argument("--pipeline-model-parallel-layout", help="such as Ettt|(tttt|)*2ttL")
+    for axis in ("tensor", "pipeline", "expert"):
+        spellings = [f"--target-{axis}-parallel-size"] + ["--target-expert-paralell-size"] * (axis == "expert")
+        target.add_argument(*spellings, type=positive, metavar="N", help="(default: the margs file's, else 1)")
+    target.add_argument(
+        "--target-expert-tensor-parallel-size",
+        type=positive,
+        metavar="N",
+        help="(default: the margs file's, else the tensor size)",
+    )
+    target.add_argument(
+        "--target-virtual-pipeline-parallel-size", type=positive, metavar="N", help="virtual stages (default: 1)"
+    )
+    target.add_argument(
+        "--num-layers-per-virtual-pipeline-stage", type=positive, metavar="N", help="the same, by layers of a stage"
+    )
+    target.add_argument(
+        "--decoder-first-pipeline-num-layers", type=positive, metavar="N", help="layers of the first stage, if uneven"
+    )
+    target.add_argument(
+        "--decoder-last-pipeline-num-layers", type=positive, metavar="N", help="layers of the last stage, if uneven"
+    )
+    target.add_argument(
+        "--pipeline-model-parallel-layout", metavar="LAYOUT", help="stages one by one, such as Ettt|(tttt|)*2ttL"
+    )
     target.add_argument(
         "--target-ranks-per-node",
         type=positive,
@@ -51,7 +67,13 @@ def add_hf_to_megatron(commands: Any) -> None:
         help="--save-dir lies on each node's own disk, and training will run N processes on each of these nodes: a "
         "node gets the rank directories that its processes load (default: --save-dir is shared)",
     )
-    target.add_argument("--make-vocab-size-divisible-by", type=positive, default=128)
+    target.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="the vocabulary is padded to a multiple of it on every tensor parallel rank (default: 128)",
+    )
     target.add_argument("--true-vocab-size", type=positive, help="checked against the config")
     target.add_argument(
         "--vocab-padding", choices=VOCAB_PADDINGS, default="last-row", help="what padding rows hold (default: last-row)"
@@ -62,8 +84,20 @@ def add_hf_to_megatron(commands: Any) -> None:
         default="keep",
         help="dtype of the weights stored in the model's main dtype; others keep theirs (default: keep)",
     )
-    target.add_argument("--bf16", action="store_const", const="bf16", dest="target_params_dtype")
-    target.add_argument("--fp16", action="store_const", const="fp16", dest="target_params_dtype")
+    target.add_argument(
+        "--bf16",
+        action="store_const",
+        const="bf16",
+        dest="target_params_dtype",
+        help="the same as --target-params-dtype bf16",
+    )
+    target.add_argument(
+        "--fp16",
+        action="store_const",
+        const="fp16",
+        dest="target_params_dtype",
+        help="the same as --target-params-dtype fp16",
+    )
     add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
     target.add_argument(
         "--saver-transformer-impl",
@@ -71,7 +105,12 @@ def add_hf_to_megatron(commands: Any) -> None:
         default="transformer_engine",
         help="spelling of the norms (default: transformer_engine)",
     )
-    target.add_argument("--expert-layout", choices=EXPERT_LAYOUTS, default="sequential", help="spelling of the experts")
+    target.add_argument(
+        "--expert-layout",
+        choices=EXPERT_LAYOUTS,
+        default="sequential",
+        help="spelling of the experts (default: sequential)",
+    )
     add_switch(target, "--overwrite", "replace this iteration if it exists")
     add_run_flags(command)
     command.add_argument("--verbose", action="store_true", help="say where each of the target's args comes from")
@@ -86,11 +125,12 @@ def to_megatron_job_from_flags(flags: argparse.Namespace) -> ToMegatronJob:
     """
     names = ToMegatronJob.__dataclass_fields__.keys() - {"max_memory_per_rank_bytes", "save_dir"}
     values = {name: getattr(flags, name) for name in names}
-    if flags.pipeline_model_parallel_layout and flags.target_virtual_pipeline_parallel_size != 1:
+    sayings = ("pipeline_model_parallel_layout", "target_virtual_pipeline_parallel_size",
+               "num_layers_per_virtual_pipeline_stage")  # fmt: skip
+    given = [f"--{name.replace('_', '-')}" for name in sayings if values[name] is not None]
+    if len(given) > 1:
         raise UsageError(
-            "a layout says how many virtual stages there are",
-            found="--pipeline-model-parallel-layout and --target-virtual-pipeline-parallel-size",
-            remedy="leave --target-virtual-pipeline-parallel-size out",
+            "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
         )
     return ToMegatronJob(
         save_dir=Path(with_numbers(flags.save_dir)).resolve(),

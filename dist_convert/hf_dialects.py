@@ -30,7 +30,7 @@ _LAYER = llama.HF
 _MOE = f"{_LAYER}.block_sparse_moe"
 _EXPERT = f"{_MOE}.experts.{{expert}}"
 _FUSED = f"{_LAYER}.mlp"
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
 
 
@@ -146,7 +146,7 @@ def _view(
 def _missing(spellings: tuple[_Spelling, ...], rows: int, columns: int) -> MissingTensor:
     name = spellings[0].name
     remedy = f"the model is incomplete, or {_CONFIG} is of another one; download or save it again"
-    if name == _HEAD:
+    if name == HEAD:
         remedy = (
             "a base model was saved without its head: save the ...ForCausalLM model; "
             f"if it shares the embedding, set tie_word_embeddings in {_CONFIG}"
@@ -169,8 +169,8 @@ def leftovers(
         stored: all tensors of the model by name.
         used: names of the tensors that views name.
         hf_class: of the family, for messages.
-        tied: whether config.json says that the head is the embedding. transformers 5.23 warns, and takes a stored
-            head after all, if its values differ from the embedding's; headers cannot tell.
+        tied: whether config.json says that the head is the embedding; a stored head is then compared with it by
+            `read.tied_head`.
 
     Returns:
         (reason, tensors, bytes) of what is dropped, and an `UnknownTensor` for each tensor that nothing explains.
@@ -193,8 +193,8 @@ def leftovers(
 def _reason_to_drop(name: str, *, tied: bool) -> str | None:
     if f".{name}".endswith(_ROTARY):
         return "rotary_emb.inv_freq (computed from the config)"
-    if name == _HEAD and tied:
-        return f"{_HEAD} (tied to the embedding by {_CONFIG})"
+    if name == HEAD and tied:
+        return f"{HEAD} (tied to the embedding by {_CONFIG})"
     return None
 
 

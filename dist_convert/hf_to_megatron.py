@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_convert.errors import raise_together
-from dist_convert.hf_dialects import hf_view, leftovers
+from dist_convert.hf_dialects import HEAD, hf_view, leftovers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.layout import is_rank_directory
 from dist_convert.megatron_target import Extras, MegatronTarget, header_of, lay_out_target, model_and_grid
 from dist_convert.metadata.target_args import (
-    describe_origins,
+    read_margs,
     target_margs_json,
 )
+from dist_convert.metadata.target_tokenizer import target_tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import files_of_places, local_name, name_at
-from dist_convert.plan.stages import notes_on_target
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
 from dist_convert.read.discover import discover
 from dist_convert.read.hub import local_directory
@@ -33,8 +34,9 @@ from dist_convert.read.huggingface import (
     read_index,
     read_weights_header,
 )
-from dist_convert.records import StoredTensor
-from dist_convert.report import human_notes
+from dist_convert.read.tied_head import check_tied_head
+from dist_convert.records import StoredTensor, View
+from dist_convert.target_notes import notes_to_megatron
 from dist_convert.task import Task
 from dist_convert.write.megatron_files import write_skeleton
 from dist_convert.write.places import find_places, refuse_several_places
@@ -67,7 +69,15 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
     places = _places(job, world, job.save_dir / name)
-    target, content, writable = _plan(job, directory, seen, stored, places, gather_objects(world, world.node))
+    margs = read_margs(job.source_margs_file) if job.source_margs_file else None
+    # Rank 0's answer for all: paths may exist there only, and all ranks must plan alike.
+    mine = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.load_dir, directory, margs)
+    tokenizer = gather_objects(world, mine)[0]
+    target, content, writable = _plan(
+        job, directory, seen, stored, margs, tokenizer, places, gather_objects(world, world.node)
+    )
+    if target.architecture.tied and HEAD in stored:  # the embedding comes first in every table
+        check_tied_head(world, directory, found.visible, content.moves[0].hf[0], View.of(stored[HEAD]))
     at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
 
     def make_files(partial: Path) -> None:
@@ -94,7 +104,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
         writable=writable,
         target_flag="--save-dir",
         is_replaceable=lambda path: any(is_rank_directory(inside.name) for inside in path.iterdir()),
-        notes=[*_notes(job, target, content), *_notes_on_places(job, places, writable)],
+        notes=notes_to_megatron(job, target, content, places, writable),
         make_files=make_files,
         finish=finish,
         publish=publish,
@@ -132,12 +142,14 @@ def _plan(
     directory: Path,
     seen: HuggingFaceFiles,
     stored: Mapping[str, StoredTensor],
+    margs: Mapping[str, Any] | None,
+    tokenizer: str | None,
     places: Sequence[int],
     nodes: Sequence[int],
 ) -> tuple[MegatronTarget, Content, tuple[frozenset[str], ...]]:
     """The target, all that is copied, and for each rank the target files that it can write."""
     zeros = _zero_output_biases(directory, seen, stored)
-    architecture, grid, stages = model_and_grid(job, seen, zero_output_bias=bool(zeros))
+    architecture, grid, stages = model_and_grid(job, seen, margs, zero_output_bias=bool(zeros))
     parts, missing = find_parts(
         architecture,
         lambda name, layer, expert, rows, columns: hf_view(
@@ -153,7 +165,9 @@ def _plan(
     raise_together([*missing, *unknown])
     wanted = TARGET_DTYPES[job.target_params_dtype]
     params_dtype, dtypes = target_dtypes(architecture, parts, wanted)
-    target = lay_out_target(job, directory, architecture, grid, stages, wanted or params_dtype, dtypes)
+    target = lay_out_target(
+        job, directory, margs, tokenizer, architecture, grid, stages, wanted or params_dtype, dtypes
+    )
     of_places: tuple[frozenset[str], ...] = (frozenset(target.files),)
     if max(places) and job.target_ranks_per_node:
         held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
@@ -195,23 +209,3 @@ def _write_extras(partial: Path, file: str, content: Content, extras: Extras) ->
         for name, data in wanted.items():
             output.seek(tensors[name].offset_bytes)
             output.write(data)
-
-
-def _notes_on_places(job: ToMegatronJob, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
-    if job.target_ranks_per_node is None:
-        return []
-    if not max(places):
-        return ["--target-ranks-per-node has no effect: all ranks see one and the same --save-dir"]
-    return [
-        f"own disk of {'rank' if places.count(place) == 1 else 'ranks'} "
-        f"{', '.join(str(rank) for rank, of_rank in enumerate(places) if of_rank == place)}: "
-        + ", ".join(sorted(local_name(file).partition("/")[0] for file in writable[places.index(place)]))
-        for place in range(max(places) + 1)
-    ]
-
-
-def _notes(job: ToMegatronJob, target: MegatronTarget, content: Content) -> Sequence[str]:
-    notes = [*notes_on_target(target.architecture, target.grid), *human_notes(content)]
-    if job.verbose:
-        notes.append(describe_origins(target.args))
-    return notes

@@ -47,10 +47,11 @@ class ToMegatronJob:
 
     load_dir: str
     save_dir: Path
-    target_tensor_parallel_size: int = 1
-    target_pipeline_parallel_size: int = 1
-    target_virtual_pipeline_parallel_size: int = 1
-    target_expert_parallel_size: int = 1
+    target_tensor_parallel_size: int | None = None
+    target_pipeline_parallel_size: int | None = None
+    target_virtual_pipeline_parallel_size: int | None = None
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    target_expert_parallel_size: int | None = None
     target_expert_tensor_parallel_size: int | None = None
     decoder_first_pipeline_num_layers: int | None = None
     decoder_last_pipeline_num_layers: int | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_convert.errors import UsageError
 from dist_convert.job import ToMegatronJob
@@ -16,14 +16,13 @@ from dist_convert.metadata.hf_architecture import architecture_from_config, conf
 from dist_convert.metadata.target_args import (
     TargetArgs,
     padded_vocab,
-    read_margs,
     target_args,
 )
 from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture
 from dist_convert.old_flags import check_model_size
 from dist_convert.plan.node_local import local_name
-from dist_convert.plan.stages import check_target, layout_stages, stage_layers
+from dist_convert.plan.stages import check_target, layout_stages, stage_layers, virtual_stages
 from dist_convert.plan.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.read.huggingface import HuggingFaceFiles
 from dist_convert.read.megatron_shard import Shard
@@ -49,19 +48,21 @@ class MegatronTarget:
 
 
 def model_and_grid(
-    job: ToMegatronJob, seen: HuggingFaceFiles, *, zero_output_bias: bool
+    job: ToMegatronJob, seen: HuggingFaceFiles, margs: Mapping[str, Any] | None, *, zero_output_bias: bool
 ) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
     """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
 
     Args:
         job: the flags.
         seen: the config.
+        margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
         zero_output_bias: the output projections' biases are zeros, and need no place in Megatron.
 
     Raises:
         UsageError, UnsupportedModel: a target that cannot exist, or a model that Megatron cannot express.
     """
-    tensor, pipeline = job.target_tensor_parallel_size, job.target_pipeline_parallel_size
+    tensor = _size(job.target_tensor_parallel_size, margs, "tensor_model_parallel_size") or 1
+    pipeline = _size(job.target_pipeline_parallel_size, margs, "pipeline_model_parallel_size") or 1
     vocab = config_vocab(seen.config, file=_CONFIG)
     if job.true_vocab_size not in (None, vocab):
         raise UsageError(
@@ -77,23 +78,33 @@ def model_and_grid(
     )
     check_model_size(job.model_size, architecture)
     layout = job.pipeline_model_parallel_layout
-    virtual = max(1, layout_stages(layout) // pipeline) if layout else job.target_virtual_pipeline_parallel_size
-    grid = Grid(
-        tensor,
-        pipeline,
-        virtual,
-        job.target_expert_parallel_size,
-        (job.target_expert_tensor_parallel_size or tensor) if architecture.experts else tensor,
-    )
+    virtual = job.target_virtual_pipeline_parallel_size or 1
+    if layout:
+        virtual = max(1, layout_stages(layout) // pipeline)
+    elif job.num_layers_per_virtual_pipeline_stage:
+        virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
+    expert, expert_tensor = job.target_expert_parallel_size or 1, job.target_expert_tensor_parallel_size or tensor
+    if architecture.experts:
+        expert = _size(job.target_expert_parallel_size, margs, "expert_model_parallel_size") or 1
+        expert_tensor = _size(job.target_expert_tensor_parallel_size, margs, "expert_tensor_parallel_size") or tensor
+    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
     check_target(architecture, grid, first=first, last=last, layout=layout)
     stages = stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
     return architecture, grid, stages
 
 
+def _size(flag: int | None, margs: Mapping[str, Any] | None, name: str) -> int | None:
+    """A parallel size: the flag's, else the one that the margs file's training had."""
+    theirs = (margs or {}).get(name)
+    return flag or (theirs if isinstance(theirs, int) and theirs > 0 else None)
+
+
 def lay_out_target(
     job: ToMegatronJob,
     directory: Path,
+    margs: Mapping[str, Any] | None,
+    tokenizer_model: str | None,
     architecture: Architecture,
     grid: Grid,
     stages: tuple[tuple[int, ...], ...],
@@ -105,6 +116,8 @@ def lay_out_target(
     Args:
         job: what was asked for.
         directory: of the source, for its capacity bins.
+        margs: content of the margs file, if one was given.
+        tokenizer_model: see `target_tokenizer`.
         architecture, grid, stages: of `model_and_grid`.
         params_dtype: safetensors name of most weights.
         dtypes: of each parameter, by canonical name.
@@ -117,8 +130,8 @@ def lay_out_target(
         iteration=job.iteration,
         vocab=architecture.vocab,
         make_vocab_size_divisible_by=job.make_vocab_size_divisible_by,
-        margs=read_margs(job.source_margs_file) if job.source_margs_file else None,
-        tokenizer_model=_absolute(job.tokenizer_model),
+        margs=margs,
+        tokenizer_model=tokenizer_model,
         tokenizer_type=job.tokenizer_type,
         transformer_impl=job.saver_transformer_impl,
         expert_layout=job.expert_layout,
@@ -144,14 +157,13 @@ def lay_out_target(
             label = "" if len(models) == 1 else f"model{virtual}."
             taken += len(tensors)
             extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
+    lengths = [len(values) for (*_, name), (_, values) in bins.items() if name == "capacity_bins"]
+    if lengths:  # without it training makes no buffers for the bins, and refuses the file
+        args.values["moe_capacity_bins_num"] = lengths[0]
+        args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
     if taken != len(bins):
         raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
     return MegatronTarget(architecture, grid, chunks, args, files, extras)
-
-
-def _absolute(path: str | None) -> str | None:
-    """A path that training finds from anywhere; a name on the hub stays as it is."""
-    return os.path.abspath(path) if path is not None and os.path.exists(path) else path
 
 
 def header_of(target: MegatronTarget, job: ToMegatronJob, file: str) -> Shard:

@@ -55,8 +55,11 @@ def notes_on_old_flags(flags: argparse.Namespace) -> list[str]:
             found="--checkpoint-type meta",
             remedy="convert them with transformers' convert_llama_weights_to_hf.py first",
         )
-    given = (name for name in _WITHOUT_MEANING if getattr(flags, name, None) is not None)
-    return [f"--{name.replace('_', '-')} has no effect: {_WITHOUT_MEANING[name]}" for name in given]
+    given = [name for name in _WITHOUT_MEANING if getattr(flags, name, None) is not None]
+    notes = [f"--{name.replace('_', '-')} has no effect: {_WITHOUT_MEANING[name]}" for name in given]
+    if given and flags.saver_transformer_impl == "transformer_engine":
+        notes.append("norms get the names of NVIDIA's Transformer Engine; Gaudi needs --saver-transformer-impl habana")
+    return notes
 
 
 def check_model_size(model_size: str | None, architecture: Architecture) -> None:

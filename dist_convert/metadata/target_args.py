@@ -113,7 +113,8 @@ def target_args(
         vocab: true size, without padding.
         make_vocab_size_divisible_by: what the padded size is a multiple of, on each tensor parallel rank.
         margs: content of the margs file, if one was given. It never overrules the model or the target.
-        tokenizer_model, tokenizer_type: as given by flags.
+        tokenizer_model: see `target_tokenizer`.
+        tokenizer_type: as given by the flag.
         transformer_impl: one of `TRANSFORMER_IMPLS`.
         expert_layout: one of `EXPERT_LAYOUTS`; matters for experts only.
         first, last, layout: the uneven pipeline that was asked for.
@@ -138,9 +139,10 @@ def target_args(
     fixed |= parallel_values(architecture, grid, stages, first, last, layout) | run_values(iteration, transformer_impl)
     if architecture.experts:
         fixed |= expert_values(expert_layout)
-    for name, given in (("tokenizer_model", tokenizer_model), ("tokenizer_type", tokenizer_type)):
-        if given is not None:
-            fixed[name] = given, f"flag --{name.replace('_', '-')}"
+    if tokenizer_model is not None:
+        fixed["tokenizer_model"] = tokenizer_model, "flag --tokenizer-model, or the model's own"
+    if tokenizer_type is not None:
+        fixed["tokenizer_type"] = tokenizer_type, "flag --tokenizer-type"
     for name, (value, origin) in fixed.items():
         theirs = found.get(name, (value, DEFAULT))
         differs = theirs[1] == MARGS and _plain(theirs[0]) != _plain(value)

@@ -145,6 +145,22 @@ def layout_stages(layout: str) -> int:
     return len(stages)
 
 
+def virtual_stages(layers: int, pipeline: int, layers_each: int) -> int:
+    """How many virtual stages of so many layers each pipeline rank has.
+
+    Raises:
+        UsageError: they do not come out even.
+    """
+    if layers % (pipeline * layers_each):
+        raise UsageError(
+            f"{layers} layers cannot be divided over {pipeline} pipeline ranks in virtual stages of {layers_each}",
+            expected=f"a multiple of {pipeline * layers_each} layers",
+            found=layers,
+            remedy="choose another --num-layers-per-virtual-pipeline-stage",
+        )
+    return layers // (pipeline * layers_each)
+
+
 def _ranks(
     layers: int, pipeline: int, virtual: int, first: int | None, last: int | None, reasons: list[str]
 ) -> list[int]:

@@ -115,7 +115,7 @@ def sync_files(directory: Path, names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            _sync(directory / name)
+            sync_path(directory / name)
         except OSError as error:
             raise target_error(error, name) from error
 
@@ -131,21 +131,22 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
     try:
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in (*files, *{path.parent for path in files}, partial):
-            _sync(path)
+            sync_path(path)
         if target.exists() and any(target.iterdir()):
             if not overwrite:
                 raise TargetExists("the target appeared during the conversion", file=str(target))
             target.rename(aside)
             replaced = True
         partial.rename(target)
-        _sync(target.absolute().parent)
+        sync_path(target.absolute().parent)
         if replaced:
             aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
     except OSError as error:
         raise target_error(error, str(target)) from error
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Force a file or a directory's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -45,7 +45,7 @@ def test_a_margs_file_says_how_training_went() -> None:
         ("bf16", True, f"flag --target-params-dtype (not False{AS_MARGS}"),
         ("iteration", 7, f"flag --iteration (not 5000{AS_MARGS}"),
         ("ckpt_format", "torch", f"default (not torch_dist{AS_MARGS}"),
-        ("tokenizer_model", "/hf/model", "flag --tokenizer-model"),
+        ("tokenizer_model", "/hf/model", "flag --tokenizer-model, or the model's own"),
         ("attention_dropout", 0.0, "default"),
         ("main_grads_dtype", TorchDtype("float32"), "--source-margs-file"),
         ("sequence_parallel", False, "flag --target-tensor-parallel-size"),

@@ -10,7 +10,7 @@ import torch
 from tests.checkpoints import Grid
 from tests.converting import convert
 from tests.metadata.test_capacity_bins import MOE, NAMES, save_with_bins
-from tests.to_megatron import assert_same_shards, read_shards, to_megatron
+from tests.to_megatron import FILE, assert_same_shards, load, read_shards, to_megatron
 
 LOAD = ("--load-capacity-bins", "--iteration", "4", "--saver-transformer-impl", "local")
 
@@ -40,6 +40,14 @@ def test_every_bin_returns_to_its_rank_stage_and_layer(grid: Grid, tmp_path: Pat
         len(trained) * len(NAMES) * MOE.layers // grid.pp
     )
     assert_same_shards(back, trained)
+
+
+def test_the_args_say_how_many_bins_there_are(tmp_path: Path) -> None:
+    save_and_convert(tmp_path, Grid())
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 0
+    saved = load(tmp_path / "back" / "iter_0000004" / "mp_rank_00" / FILE)
+    bins = saved["model"]["decoder.layers.0.mlp.router.capacity_bins.capacity_bins"]
+    assert saved["args"].moe_capacity_bins_num == len(bins)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16], ids=str)

@@ -189,6 +189,36 @@ def test_the_tokenizer_may_be_a_name_of_the_hub(tmp_path: Path) -> None:
     assert (args.tokenizer_model, args.tokenizer_type) == ("org/model", "HuggingFaceTokenizer")
 
 
+@pytest.mark.parametrize(
+    ("files", "flags", "tokenizer"),
+    [
+        (["tokenizer.json"], [], "hf"),
+        (["tokenizer.model"], ["--tokenizer-type", "Llama2Tokenizer"], "hf/tokenizer.model"),
+        ([], [], None),
+    ],
+)
+def test_without_a_flag_the_args_name_the_models_own_tokenizer(
+    files: list[str], flags: list[str], tokenizer: str | None, tmp_path: Path
+) -> None:
+    make_hf(tmp_path / "hf", Model(layers=1))
+    for name in files:
+        (tmp_path / "hf" / name).write_text("{}")
+    assert (
+        main(["hf-to-megatron", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), *flags]) == 0
+    )
+    args = load(tmp_path / "out" / "iter_0000001" / "mp_rank_00" / FILE)["args"]
+    assert args.tokenizer_model == (tokenizer and str(tmp_path / tokenizer))
+
+
+def test_a_command_line_of_the_old_tool_is_told_which_names_gaudi_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", Model(layers=1))
+    old = ["--loader", "llama_mistral", "--saver", "mcore", "--saver-transformer-impl", "transformer_engine"]
+    assert main(["hf-to-megatron", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), *old]) == 0
+    assert "Gaudi needs --saver-transformer-impl habana" in capsys.readouterr().err
+
+
 def test_a_job_file_holds_any_flag_and_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("bf16: true\ntarget_expert_paralell_size: 2\niteration: 7\nno-checking: true\n")

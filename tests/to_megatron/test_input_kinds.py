@@ -127,6 +127,21 @@ def test_a_head_beside_a_tied_embedding_is_left_behind(tmp_path: Path, capsys: p
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(model, tensors, Grid(pp=2)))
 
 
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(tied=True)
+    tensors = hf_tensors(model)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[17, 3] += 1
+    make_hf(tmp_path / "hf", model, tensors | {"lm_head.weight": head})
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 1
+    message = capsys.readouterr().err
+    assert "also stores a head that is not its embedding" in message
+    assert "other values from row 17 on" in message
+    assert not (tmp_path / "megatron").exists()
+
+
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("flag", "target"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]

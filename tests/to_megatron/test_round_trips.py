@@ -151,7 +151,8 @@ def test_the_arguments_of_training_come_back_through_their_file(tmp_path: Path) 
     assert to_megatron(tmp_path / "hf", tmp_path / "back", *margs, grid=Grid(pp=2)) == 0
     args = vars(load(tmp_path / "back" / "iter_0000001" / "mp_rank_00_001" / FILE)["args"])
     assert {name: args[name] for name in trained} == trained
-    assert (args["tensor_model_parallel_size"], args["pipeline_model_parallel_size"]) == (1, 2)
+    # What no flag says is as the training was.
+    assert (args["tensor_model_parallel_size"], args["pipeline_model_parallel_size"]) == (2, 2)
 
 
 @pytest.mark.parametrize("way", ["to hf", "to megatron"])

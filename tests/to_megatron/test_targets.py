@@ -5,6 +5,7 @@ The reference shares nothing with the package; `tests/oracle` shows that Megatro
 
 from __future__ import annotations
 
+import json
 import pickle
 from argparse import Namespace
 from dataclasses import replace
@@ -175,6 +176,47 @@ def test_a_layout_says_how_many_virtual_stages_there_are(tmp_path: Path) -> None
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(LLAMA, hf, Grid(pp=2, vpp=2)))
 
 
+def test_virtual_stages_may_be_given_by_their_layers(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", LLAMA)
+    each = ("--num-layers-per-virtual-pipeline-stage", "2")
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *each, grid=Grid(pp=2)) == 0
+    assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(LLAMA, hf, Grid(pp=2, vpp=2)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [((), Grid(tp=2, pp=2, ep=2, etp=1)), (("--target-tensor-parallel-size", "1"), Grid(tp=1, pp=2, ep=2, etp=1))],
+)
+def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file(
+    flags: tuple[str, ...], size: Grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_hf(tmp_path / "hf", MIXTRAL)
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    (tmp_path / "margs.json").write_text(json.dumps(sizes | {"expert_tensor_parallel_size": 1}))
+    margs = ("--source-margs-file", str(tmp_path / "margs.json"))
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *margs, *flags) == 0
+    assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(MIXTRAL, hf, size))
+    assert f"those of margs.json: TP{size.tp} PP2 VPP1 EP2 ETP1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "note"),
+    [
+        (Model(), "--expert-layout grouped", "--expert-layout has no effect: the model has no experts"),
+        (Model(), "--target-expert-tensor-parallel-size 2", "tensor-parallel-size has no effect: the model has no"),
+        (MIXTRAL, "--expert-layout te-grouped --saver-transformer-impl local", "has te-grouped experts beside the"),
+        (MIXTRAL, "--expert-layout habana-dynamic", "has habana-dynamic experts beside the norms of transformer"),
+        (Model(), "--iteration 0", "iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it"),
+    ],
+)
+def test_what_has_no_effect_or_no_reader_is_said(
+    model: Model, flags: str, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", model)
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *flags.split()) == 0
+    assert capsys.readouterr().err.count(note) == 1
+
+
 REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     "heads": (
         Model(hidden=24, heads=6, groups=6), "--target-tensor-parallel-size 4", ["the attention heads", "found:    6"]
@@ -202,6 +244,14 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     ),
     "expert ranks of a dense model": (
         Model(), "--target-expert-parallel-size 2", ["a model without experts has no expert parallel ranks"]
+    ),
+    "layers of virtual stages": (
+        Model(), "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+        ["4 layers cannot be divided over 2 pipeline ranks in virtual stages of 3", "a multiple of 6 layers"],
+    ),
+    "virtual stages said twice": (
+        Model(), "--target-virtual-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        ["two flags say how many virtual stages there are"],
     ),
     "too few stages in the layout": (
         Model(), "--target-pipeline-parallel-size 4 --pipeline-model-parallel-layout Ett|ttL",

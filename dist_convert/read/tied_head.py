@@ -1,0 +1,73 @@
+"""Compares a stored language model head with the embedding that the config ties it to.
+
+transformers 4 drops such a head on loading; transformers 5 warns, and keeps it where its values differ. So a head that
+differs leaves open which model is meant (docs/formats.md, "Shards and index").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from dist_convert.boxes import tiles
+from dist_convert.errors import InconsistentShards
+from dist_convert.move.buffers import make_buffer
+from dist_convert.move.exchange import World, gather_objects
+from dist_convert.read.file_reader import FileReader
+from dist_convert.records import DTYPE_BYTES, View
+
+_BLOCK_BYTES = 4 << 20
+
+
+def check_tied_head(
+    world: World, directory: Path, visible: Sequence[frozenset[str]], embedding: View, head: View
+) -> None:
+    """Refuse a head that is not the embedding; one rank reads both, a block at a time.
+
+    Args:
+        world: this rank.
+        directory: of the model.
+        visible: for each rank, the weights files that it can read.
+        embedding, head: both as rows x columns.
+
+    Raises:
+        InconsistentShards: they differ, or no rank can compare them.
+    """
+    if replace(head, tensor=embedding.tensor) == embedding:
+        return  # one storage, as torch saves tied parameters
+    able = [rank for rank, files in enumerate(visible) if {embedding.file, head.file} <= files]
+    shapes = [(view.dtype, view.rows, view.columns) for view in (embedding, head)]
+    found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
+    if shapes[0] == shapes[1] and able:
+        mine = _first_different_row(directory, embedding, head) if world.rank == able[0] else None
+        row = gather_objects(world, mine)[able[0]]
+        if row is None:
+            return
+        found = f"other values from row {row} on"
+    raise InconsistentShards(
+        "the model is tied by config.json, but it also stores a head that is not its embedding",
+        tensor=head.tensor,
+        file=head.file,
+        expected=f"the same values as {embedding.tensor} in {embedding.file}",
+        found=found,
+        remedy="if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
+        "save the model again without it",
+    )
+
+
+def _first_different_row(directory: Path, first: View, second: View) -> int | None:
+    rows = max(1, _BLOCK_BYTES // (first.columns * DTYPE_BYTES[first.dtype]))
+    block_bytes = min(first.rows, rows) * first.columns * DTYPE_BYTES[first.dtype]
+    buffers = make_buffer(block_bytes), make_buffer(block_bytes)
+    with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
+        for box in tiles(first.rows, first.columns, rows, first.columns):
+            for view, buffer in zip((first, second), buffers, strict=True):
+                reader.read(view.window(box), first.dtype, 0, buffer, 0)
+            row_bytes = box.columns * DTYPE_BYTES[first.dtype]
+            for row in range(box.rows):
+                line = slice(row * row_bytes, (row + 1) * row_bytes)
+                if buffers[0].memory[line] != buffers[1].memory[line]:
+                    return box.row + row
+    return None

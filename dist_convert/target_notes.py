@@ -1,0 +1,66 @@
+"""What the user should know of a Megatron target before it is written, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_convert.job import ToMegatronJob
+from dist_convert.megatron_target import MegatronTarget
+from dist_convert.metadata.target_args import describe_origins
+from dist_convert.plan.content import Content
+from dist_convert.plan.node_local import local_name
+from dist_convert.plan.stages import notes_on_target
+from dist_convert.report import human_notes
+
+
+def notes_to_megatron(
+    job: ToMegatronJob,
+    target: MegatronTarget,
+    content: Content,
+    places: Sequence[int],
+    writable: Sequence[frozenset[str]],
+) -> list[str]:
+    """All notes on a target.
+
+    Args:
+        job: what was asked for.
+        target, content: what will be written.
+        places, writable: for each rank, where its target lies, and the files that it can write.
+    """
+    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
+    sizes = (job.target_tensor_parallel_size, job.target_pipeline_parallel_size, job.target_expert_parallel_size)
+    if job.source_margs_file and None in sizes[: 3 if target.architecture.experts else 2]:
+        notes.append(f"parallel sizes that no flag gives are those of {job.source_margs_file.name}: {target.grid}")
+    if job.iteration == 0:
+        notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
+    notes += human_notes(content)
+    if job.verbose:
+        notes.append(describe_origins(target.args))
+    return notes + _on_places(job, places, writable)
+
+
+def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:
+    if not target.architecture.experts:
+        given = {"--expert-layout": job.expert_layout != "sequential"}
+        given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
+        return [f"{flag} has no effect: the model has no experts" for flag, is_given in given.items() if is_given]
+    experts, norms = job.expert_layout, job.saver_transformer_impl
+    if (experts, norms) in (("te-grouped", "local"), ("habana-dynamic", "transformer_engine")):
+        return [
+            f"warning: no version of Megatron has {experts} experts beside the norms of {norms}; te-grouped goes with "
+            "--saver-transformer-impl transformer_engine, habana-dynamic with habana"
+        ]
+    return []
+
+
+def _on_places(job: ToMegatronJob, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
+    if job.target_ranks_per_node is None:
+        return []
+    if not max(places):
+        return ["--target-ranks-per-node has no effect: all ranks see one and the same --save-dir"]
+    notes = []
+    for place in range(max(places) + 1):
+        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+        files = sorted(local_name(file).partition("/")[0] for file in writable[places.index(place)])
+        notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {', '.join(files)}")
+    return notes
