@@ -1,6 +1,4 @@
-"""What Megatron-LM's command line would have put into the demo checkpoint's `args`, as far as it tells something."""
-# megatron-core has no type hints:
-# mypy: disable-error-code="import-untyped"
+"""What Megatron-LM's command line would have put into a real model's `args`, as far as it tells something."""
 
 from __future__ import annotations
 

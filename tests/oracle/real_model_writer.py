@@ -1,13 +1,10 @@
-"""Put the demo's Hugging Face model into megatron-core on a TP3 x PP2 grid, let it answer, save a checkpoint.
+"""Put a real Llama into megatron-core on a TP3 x PP2 grid, let it answer, save a checkpoint.
 
-    torchrun --nproc-per-node 6 launch/demo_megatron.py WORK_DIR
+    torchrun --nproc-per-node 6 real_model_writer.py HF_DIR TARGET
 
-reads WORK_DIR/smollm2-hf and writes WORK_DIR/smollm2-megatron as Megatron-LM's `torch` format. This is the demo's
-outside witness: the weights are cut for Megatron's own load_state_dict(strict=True), by code that knows nothing
-of the converter. It runs on the CPU.
+writes TARGET in Megatron-LM's `torch` format. The weights are cut for Megatron's own load_state_dict(strict=True), by
+code that knows nothing of the converter. It runs on the CPU.
 """
-# megatron-core has no type hints:
-# mypy: disable-error-code="import-untyped, no-untyped-call"
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo_check import QUESTION
-from demo_megatron_args import training_args
+from real_model_args import training_args
 
+QUESTION = "What is the capital of France?"
 TP, PP = 3, 2
 ITERATION = 1
 ANSWER_TOKENS = 10
@@ -33,10 +30,7 @@ ANSWER_TOKENS = 10
 
 def main() -> None:
     """This rank's part of it all."""
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    work_dir = Path(sys.argv[1]).resolve()
-    hf_dir, target = work_dir / "smollm2-hf", work_dir / "smollm2-megatron"
+    hf_dir, target = (Path(argument).resolve() for argument in sys.argv[1:])
     hf = json.loads((hf_dir / "config.json").read_text())
     start_megatron_on_cpu()
     tp_rank, pp_rank = dist.get_rank() % TP, dist.get_rank() // TP
