@@ -1,11 +1,12 @@
 """Measures that the memory of a conversion follows its budget and not the model: `python tests/benchmarks/memory.py`.
 
-A Llama checkpoint at TP4 x PP2 is made with a quarter of the layers, with half of them and whole. Each is converted by
-ranks that all see it (direct), and by ranks that see the files of some tensor ranks each (gather). The worst
-rank's peak resident memory is compared with its base, which is the peak of the same command with `--dry-run` (Python,
-torch, the headers and the plan): peak <= base + budget, or the exit code is 1. Where this is root on Linux with memory
-control groups (version 1), one more conversion runs in a group whose limit holds torchrun, all ranks and their page
-cache together, and is far smaller than the model.
+A Llama checkpoint at TP4 x PP2 is made with a quarter of the layers, with half of them and whole. Each is converted to
+Hugging Face by ranks that all see it (direct), and by ranks that see the files of some tensor ranks each (gather); the
+result is converted back to the same grid in both placements. The worst rank's peak resident memory is compared with its
+base, which is the peak of the same command with `--dry-run` (Python, torch, the headers and the plan): peak <= base +
+budget, or the exit code is 1. Where this is root on Linux with memory control groups (version 1), one more conversion in
+each direction runs in a group whose limit holds torchrun, all ranks and their page cache together, and is far smaller
+than the model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Row:
     """One line of the table: a conversion and the worst rank's memory, in bytes."""
 
     layers: int
+    direction: str
     placement: str
     base_bytes: int
     peak_bytes: int
@@ -42,7 +44,11 @@ class Row:
         """The line."""
         cells = [weights_bytes(self.layers), self.base_bytes, self.peak_bytes, self.peak_bytes - self.base_bytes]
         within = "yes" if self.is_within(budget_bytes) else "NO"
-        return f"{self.layers:6} {self.placement:9} " + " ".join(f"{human_bytes(c):>10}" for c in cells) + f"  {within}"
+        return (
+            f"{self.layers:6} {self.direction:14} {self.placement:9} "
+            + " ".join(f"{human_bytes(c):>10}" for c in cells)
+            + f"  {within}"
+        )
 
     def is_within(self, budget_bytes: int) -> bool:
         """Whether the budget held."""
@@ -59,7 +65,7 @@ def launch(ranks: int, report: Path, job: Sequence[str], group: Path | None = No
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
     done = subprocess.run(
-        [*torchrun, *rank, "megatron-to-hf", *job],
+        [*torchrun, *rank, *job],
         env=environment(),
         capture_output=True,
         text=True,
@@ -106,6 +112,20 @@ def convert_in_group(ranks: int, job: Sequence[str], limit_bytes: int, scratch: 
     )
 
 
+def jobs(source: Path, scratch: Path, ranks: int, budget_bytes: int) -> list[tuple[str, str, list[str]]]:
+    """Direction, placement and flags of each conversion; the way back needs what the way there has made."""
+    how = ["--overwrite", "--device", "cpu", "--max-memory-per-rank", str(budget_bytes), "--placement"]
+    there = ["megatron-to-hf", "--save-path", str(scratch / "hf"), "--load-path"]
+    back = ["hf-to-megatron", "--load-dir", str(scratch / "hf"), "--save-dir", str(scratch / "back")]
+    back += ["--target-tensor-parallel-size", str(GRID.tp), "--target-pipeline-parallel-size", str(GRID.pp)]
+    return [
+        ("megatron-to-hf", "direct", [*there, str(source), *how, "direct"]),
+        ("megatron-to-hf", "gather", [*there, str(hand_out(source, ranks)), *how, "gather"]),
+        ("hf-to-megatron", "direct", [*back, *how, "direct"]),
+        ("hf-to-megatron", "gather", [*back, *how, "gather"]),
+    ]
+
+
 def main() -> int:
     """Measure, print the table; 1 if a peak exceeds base + budget."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,23 +140,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=given.directory) as made:
         scratch = Path(made)
         print(f"Llama TP4 x PP2 in bf16, {given.ranks} ranks, --max-memory-per-rank {human_bytes(given.budget)}\n")
-        print(f"layers placement {'weights':>10} {'base':>10} {'peak':>10} {'above base':>10}  within budget")
-        rows = []
+        columns = " ".join(f"{name:>10}" for name in ("weights", "base", "peak", "above base"))
+        print(f"layers direction      placement {columns}  within budget")
+        rows, within = [], []
         for part in (4, 2, 1):
             layers = layers_of(int(given.size_gb * 1e9)) // part
-            source, target = scratch / f"megatron-{layers}", scratch / "hf"
+            source = scratch / f"megatron-{layers}"
             make(source, layers, with_optimizer=given.with_optimizer)
-            how = ["--save-path", str(target), "--overwrite", "--device", "cpu"]
-            how += ["--max-memory-per-rank", str(given.budget)]
-            for placement, load_path in (("direct", source), ("gather", hand_out(source, given.ranks))):
-                job = ["--load-path", str(load_path), "--placement", placement, *how]
+            for direction, placement, job in jobs(source, scratch, given.ranks, given.budget):
                 base_bytes = measure(given.ranks, [*job, "--dry-run"], scratch)
-                rows.append(Row(layers, placement, base_bytes, measure(given.ranks, job, scratch)))
+                rows.append(Row(layers, direction, placement, base_bytes, measure(given.ranks, job, scratch)))
                 print(rows[-1].text(given.budget), flush=True)
-            if part == 1:
-                print("\n" + convert_in_group(given.ranks, job, given.limit, scratch))
+                if part == 1 and placement == "gather":
+                    within.append(f"{direction} " + convert_in_group(given.ranks, job, given.limit, scratch))
             shutil.rmtree(source)
-            shutil.rmtree(target)
+            shutil.rmtree(scratch / "hf")
+            shutil.rmtree(scratch / "back")
+        print("\n" + "\n".join(within))
     return 0 if all(row.is_within(given.budget) for row in rows) else 1
 
 
