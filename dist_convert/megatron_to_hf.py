@@ -52,9 +52,10 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         imported_experts=job.habana_imported_experts,
     )
 
+    mine = [shards[name] for name in found.headers_of[world.rank]]
+    bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
+
     def finish(partial: Path, moved: Moved) -> None:
-        mine = [shards[name] for name in found.headers_of[world.rank]]
-        bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
         if world.rank == 0:
             write_metadata(partial, job, content, args, tokenizer, [bin for of_rank in bins for bin in of_rank])
 

@@ -122,8 +122,13 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
 
 
 def human_notes(content: Content) -> list[str]:
-    """What is kept as it is and what is left behind, a line each, in either direction."""
+    """What is rounded, kept as it is and left behind, a line each, in either direction."""
     notes = []
+    if content.target_dtype and content.target_dtype != content.params_dtype:
+        notes.append(
+            f"weights are stored in {content.params_dtype} and become {content.target_dtype} "
+            "(--target-params-dtype keep leaves them as they are)"
+        )
     if content.target_dtype and content.kept_dtypes:
         notes.append(
             f"{len(content.kept_dtypes)} parameters are not stored in {content.params_dtype} and keep their "

@@ -42,11 +42,12 @@ def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
 
 
 def _read(directory: Path, tensor: StoredTensor) -> list[float]:
-    size_bytes = tensor.elements * DTYPE_BYTES[tensor.dtype]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     with (directory / tensor.file).open("rb") as file:
         file.seek(tensor.offset_bytes)
-        data = bytearray(file.read(size_bytes))
-    values: list[float] = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype]).tolist()
+        data = bytearray(file.read(span * DTYPE_BYTES[tensor.dtype]))
+    stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])
+    values: list[float] = stored.as_strided(tensor.shape, tensor.strides).flatten().tolist()
     return values
 
 
