@@ -17,12 +17,20 @@ from dist_convert.models.schema import Row
 from dist_convert.other_dialects import describe_dialect
 from dist_convert.plan.geometry import part_shape
 from dist_convert.plan.megatron import count_layers, entries
-from dist_convert.read.checkpoint import iteration_directory, rank_files
+from dist_convert.read.checkpoint import (
+    TRACKER_FILE,
+    is_checkpoint,
+    iteration_directory,
+    rank_directory_bytes,
+    rank_files,
+)
+from dist_convert.read.huggingface import CONFIG_FILE, find_weights, read_weights_header
 from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import Shard, read_shard
-from dist_convert.read.safetensors_header import read_safetensors_header
+from dist_convert.read.weights_index import SAFETENSORS
 from dist_convert.units import human_bytes
-from dist_convert.write.safetensors_files import INDEX_FILE
+
+_LISTED = 8
 
 
 def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
@@ -37,8 +45,16 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     """
     if not path.is_dir():
         raise CheckpointNotFound("the directory does not exist", file=str(path))
-    if (path / "config.json").is_file():
+    if (path / CONFIG_FILE).is_file():
         return _describe_huggingface(path)
+    if not is_checkpoint(path) and ckpt_dir_name is None:
+        raise CheckpointNotFound(
+            "neither a Megatron checkpoint nor a Hugging Face directory",
+            file=str(path),
+            expected=f"{TRACKER_FILE}, mp_rank_* directories, or {CONFIG_FILE}",
+            found=", ".join(sorted(inside.name for inside in path.iterdir())[:_LISTED]) or "nothing",
+            remedy="give a checkpoint's root, one of its iterations, or what save_pretrained made",
+        )
     return _describe_megatron(iteration_directory(path, ckpt_dir_name))
 
 
@@ -57,6 +73,7 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
     ]
     weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
     names = {file.partition("/")[0] for file in files}
+    foreign = sorted(names - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
     return {
         "path": str(directory),
         "kind": "megatron",
@@ -68,11 +85,11 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
-        "skipped_bytes": sum(shard.size_bytes for shard in shards.values()) - weights_bytes,
+        "skipped_bytes": sum(rank_directory_bytes(directory, file) for file in files) - weights_bytes,
         "files": len(shards),
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
         "missing_shards": missing_directories(grid, names),
-    }
+    } | ({"foreign_directories": foreign} if foreign else {})
 
 
 def _model(shard: Shard) -> dict[str, Any]:
@@ -111,16 +128,15 @@ def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]
 
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else {}
-    named = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    config = read_json(path / CONFIG_FILE)
+    named = find_weights(path)
     present = [name for name in named if (path / name).is_file()]
-    tensors = [tensor for name in present for tensor in read_safetensors_header(path / name, name).values()]
+    tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
     rope = config.get("rope_parameters") or {}
     return {
         "path": str(path),
         "kind": "huggingface",
-        "format": "safetensors",
+        "format": "safetensors" if named[0].endswith(SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
         "parameters": sum(tensor.elements for tensor in tensors),
         "layers": config.get("num_hidden_layers"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
@@ -108,6 +109,53 @@ def test_the_optimizer_is_skipped_bytes(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["weights_bytes"] == 2 * (2 * 32 * 16 + 1952 + 16)
     assert found["skipped_bytes"] > 1_000_000
     assert found["dtypes"] == {"BF16": 9}
+
+
+def test_a_distributed_optimizers_own_file_is_skipped_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    before = described(capsys, tmp_path / "in")["skipped_bytes"]
+    (tmp_path / "in" / "iter_0000004" / "mp_rank_00" / "distrib_optim.pt").write_bytes(bytes(12_345))
+    assert described(capsys, tmp_path / "in")["skipped_bytes"] == before + 12_345
+
+
+def test_directories_that_the_args_do_not_name_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(), Grid(tp=2))
+    assert "foreign_directories" not in described(capsys, tmp_path / "in")
+    (tmp_path / "in" / "iter_0000004" / "mp_rank_01").rename(tmp_path / "in" / "iter_0000004" / "mp_rank_07")
+    found = described(capsys, tmp_path / "in")
+    assert (found["missing_shards"], found["foreign_directories"]) == (["mp_rank_01"], ["mp_rank_07"])
+
+
+def test_a_directory_of_pickled_weights_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    torch.save(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "pytorch_model.bin")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    capsys.readouterr()
+    found = described(capsys, tmp_path / "out")
+    assert (found["format"], found["weights_bytes"]) == ("pytorch", 2 * (2 * 29 * 16 + 1952 + 16))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["megatron-to-hf", "--load-path", "out", "--save-path", "x"], "a Hugging Face directory, not a Megatron"),
+        (["hf-to-megatron", "--load-dir", "in", "--save-dir", "x"], "a Megatron checkpoint, not a Hugging Face"),
+    ],
+)
+def test_the_wrong_direction_is_named(
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main([*command, "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_mixed_dtypes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,16 @@ def tracked_name(root: Path) -> str | None:
     return _tracked(root) if has_tracker else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory looks like a Megatron checkpoint's root or like one of its iterations, of any format."""
+    return (path / TRACKER_FILE).is_file() or bool(rank_files(path)) or _is_distributed(path)
+
+
+def rank_directory_bytes(directory: Path, file: str) -> int:
+    """Bytes of all files in a rank file's directory, a distributed optimizer's own file among them."""
+    return sum(path.stat().st_size for path in (directory / file).parent.iterdir() if path.is_file())
+
+
 def _is_distributed(directory: Path) -> bool:
     return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
 
@@ -63,6 +73,14 @@ def _tracked(root: Path) -> str:
     if rank_files(root) or _is_distributed(root):
         return "."
     tracker = root / TRACKER_FILE
+    if not tracker.is_file() and (root / "config.json").is_file():
+        raise CheckpointNotFound(
+            "a Hugging Face directory, not a Megatron checkpoint",
+            file=str(root),
+            expected=f"{TRACKER_FILE} or mp_rank_* directories",
+            found="config.json",
+            remedy="give the Megatron checkpoint's root, or convert the other way with hf-to-megatron",
+        )
     if not tracker.is_file():
         raise CheckpointNotFound(
             f"no {TRACKER_FILE}",

@@ -21,6 +21,7 @@ from dist_convert.errors import (
     UnknownTensor,
     raise_together,
 )
+from dist_convert.read.checkpoint import is_checkpoint
 from dist_convert.read.json_file import read_json
 from dist_convert.read.pickled_weights import read_pickled_weights
 from dist_convert.read.safetensors_header import read_safetensors_header
@@ -111,6 +112,14 @@ def _kind(directory: Path) -> tuple[str | None, str]:
             check_weights_name(directory, single, single)
             if (directory / single).is_file():
                 return None, single
+    if is_checkpoint(directory):
+        raise CheckpointNotFound(
+            "a Megatron checkpoint, not a Hugging Face directory",
+            file=str(directory),
+            expected=CONFIG_FILE,
+            found=_listing(directory),
+            remedy="give the directory that save_pretrained made, or convert the other way with megatron-to-hf",
+        )
     raise CheckpointNotFound(
         "no weights in the Hugging Face directory",
         file=str(directory),
