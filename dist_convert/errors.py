@@ -20,6 +20,7 @@
     ├── TargetError                 the target cannot be written
     │   ├── TargetExists            not empty, and `--overwrite` was not given
     │   └── NotEnoughSpace          the file system is too small
+    ├── UploadError                 the hub cannot take the model; what was converted is complete
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
     └── Problems                    several of the above, found together before the first byte moved
 """
@@ -132,6 +133,10 @@ class TargetExists(TargetError):
 
 class NotEnoughSpace(TargetError):
     """The target's file system is too small."""
+
+
+class UploadError(ConversionError):
+    """The hub cannot take the model; what was converted is complete."""
 
 
 class BudgetTooSmall(ConversionError):

@@ -16,6 +16,9 @@ from dist_convert.version import __version__
 #: Flags without which no command that has them can start.
 _REQUIRED = ("--load-path", "--save-path", "--load-dir", "--save-dir")
 
+#: Of `--timeout`; what is far larger does not fit into the libraries' counters.
+MOST_SECONDS = 1_000_000
+
 
 class Parser(argparse.ArgumentParser):
     """Raises its errors instead of exiting, so that one rank prints them."""
@@ -44,6 +47,23 @@ def positive_or_zero(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def seconds(text: str) -> int:
+    """Whole seconds, from 1 to about eleven days."""
+    if positive(text) > MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"more than {MOST_SECONDS} seconds: {text!r}")
+    return int(text)
+
+
+def repository(text: str) -> str:
+    """The name of a repository on a hub."""
+    from dist_convert.write.hub import check_repository_name  # half a second, where it is needed
+
+    try:
+        return check_repository_name(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
+
+
 def add_switch(group: Any, flag: str, help_text: str) -> None:
     """A flag that is off, and that the command line can switch off again where a job file has it on."""
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help_text)
@@ -58,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_megatron_to_hf(commands)
     add_hf_to_megatron(commands)
+    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
+    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
+    push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
+    add_switch(push, "--private", "for members only; a public repository is refused")
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
     inspect.add_argument("--ckpt-dir-name", help="iteration directory (default: what the tracker file says)")
@@ -105,6 +129,13 @@ def _add_megatron_to_hf(commands: Any) -> None:
     add_switch(target, "--instruct", "write the end-of-turn tokens and sampling defaults of an instruct model")
     add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
     add_switch(target, "--overwrite", "replace an existing target")
+    target.add_argument(
+        "--push-to-hub",
+        metavar="org/name",
+        type=repository,
+        help="upload the finished directory to this repository, which is made if it is not there",
+    )
+    add_switch(target, "--private", "with --push-to-hub: for members only; a public repository is refused")
     add_run_flags(command)
 
 
@@ -120,6 +151,14 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         "(default: direct on the CPU where every rank sees every file, else gather)",
     )
     run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
+    run.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        dest="timeout_seconds",
+        type=seconds,
+        default=600,
+        help="that ranks wait for one of them that is silent (default: 600)",
+    )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
 
@@ -184,7 +223,13 @@ def with_numbers(path: str) -> str:
 
 
 def job_from_flags(flags: argparse.Namespace) -> Job:
-    """The job of `megatron-to-hf`."""
+    """The job of `megatron-to-hf`.
+
+    Raises:
+        UsageError: a flag that has no meaning without another.
+    """
+    if flags.private and not flags.push_to_hub:
+        raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
     return Job(
         load_path=Path(with_numbers(flags.load_path)),
         save_path=flags.save_path.resolve(),
@@ -203,4 +248,7 @@ def job_from_flags(flags: argparse.Namespace) -> Job:
         max_memory_per_rank_bytes=flags.max_memory_per_rank,
         dry_run=flags.dry_run,
         overwrite=flags.overwrite,
+        push_to_hub=flags.push_to_hub,
+        private=flags.private,
+        timeout_seconds=flags.timeout_seconds,
     )

@@ -1,6 +1,6 @@
 """A model by name: a directory that is here, or one of the Hugging Face Hub, fetched into its cache.
 
-The only module that uses huggingface_hub, whose own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT
+huggingface_hub does the work, and its own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT
 (https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables).
 """
 
@@ -79,18 +79,24 @@ def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Pa
     """The cache's directory of one revision, after fetching those of the files that the hub has."""
     # Half a second to import, which runs from a local directory do not need.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # Its error class derives from what the HTTP library below it (requests, httpx) raises itself, and from OSError.
-    network_errors = (c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
-    expected: tuple[type[Exception], ...] = (HFValidationError, *network_errors)
+    expected: tuple[type[Exception], ...] = (HFValidationError, *hub_errors())
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(f) for f in files]))
     except expected as error:
         raise _explain(error, repository, revision) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where a hub refuses or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its error class derives from what the HTTP library below it (requests, httpx) raises itself, and from OSError.
+    return tuple(c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> ConversionError:

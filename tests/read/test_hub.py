@@ -17,7 +17,7 @@ import pytest
 
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.read.hub import local_directory
-from tests.read.hub_stand_in import Hub, Repository, serving
+from tests.hub_stand_in import Hub, Repository, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _PROGRAM = """
@@ -69,14 +69,12 @@ class Client:
     hub: Hub
 
     def ask(self, name: str, *, python: str = sys.executable, **more: str) -> subprocess.CompletedProcess[str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        ours = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         return subprocess.run(
             [python, "-c", _PROGRAM, name],
             capture_output=True,
             text=True,
             timeout=60,
-            env=kept | ours | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)} | more,
+            env=self.hub.environment(self.home, PYTHONPATH=str(REPOSITORY), **more),
             check=False,
         )
 
