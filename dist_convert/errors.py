@@ -160,6 +160,15 @@ class Problems(ConversionError):
         return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
 
 
+def lost_contact(found: str) -> ConversionError:
+    """Another rank is gone, or silent for too long."""
+    return ConversionError(
+        "lost contact with another rank",
+        found=found,
+        remedy="look for the rank that ended first, or for a network that was cut, and start again",
+    )
+
+
 def raise_together(problems: Sequence[ConversionError]) -> None:
     """Raise one problem as itself and several as `Problems`; return when there is none."""
     if len(problems) == 1:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class Hub:
         users: by token, what `whoami` answers its bearer: `{"name": ..., "orgs": [{"name": ...}]}`.
         objects: contents of large files by their SHA-256; they are there before a commit names them.
         faults: (method, path) -> the status that is answered instead.
-        delays_seconds: file of a repository -> how long its content is waited for.
+        delays_seconds: last part of a path -> how long its content is waited for.
         requests: (method, path, status) in the order of the answers.
         url: where it listens.
     """
@@ -83,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body, path = self._body(), self.path.partition("?")[0]
         fault = self.hub.faults.get((self.command, path))
+        if self.command != "HEAD":
+            time.sleep(self.hub.delays_seconds.get(path.rpartition("/")[2], 0))
         if fault is not None:
             return self._send(fault, b'{"error": "as the test wants it"}')
         if self.command in ("POST", "PUT"):
@@ -113,8 +116,6 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.files.get("/".join(rest))
         if what != "resolve" or content is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        if self.command == "GET":
-            time.sleep(self.hub.delays_seconds.get("/".join(rest), 0))
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": repository.commit}
         return self._send(200, content, headers)
 
@@ -215,6 +216,12 @@ def _describe(name: str, what: str, repository: Repository) -> object:
     files = [{"rfilename": path} for path in repository.files]
     return {"_id": "x", "id": name, "modelId": name, "private": repository.private, "sha": repository.commit,
             "siblings": files, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+
+
+def pythons() -> list[str]:
+    """This Python; and, where it is set up, one with transformers 4 and the huggingface_hub that belongs to it."""
+    older = os.environ.get("DIST_CONVERT_TRANSFORMERS_4_PYTHON")
+    return [sys.executable, *([older] if older else [])]
 
 
 @contextmanager

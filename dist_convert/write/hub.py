@@ -7,6 +7,8 @@ sends on a second call only what the hub has not got (https://huggingface.co/doc
 
 from __future__ import annotations
 
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -101,12 +103,15 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
     """
     size_bytes = _check_directory(directory)
     again = upload_command(directory, repository, private=private)
-    _check_settings(remedy := f"then upload what is missing of {directory}, which is complete, with: {again}")
+    _check_settings(remedy := f"then go on with: {again}")
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+        if "HF_HUB_VERBOSITY" not in os.environ:
+            hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
     where = f"{constants.ENDPOINT}/{repository}"
     print(f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}", file=sys.stderr)
     api = HfApi()
@@ -214,7 +219,9 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
     except expected as error:
         from huggingface_hub import constants
 
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        chain = [error, *_causes(error)]
+        found = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+        status = next((code for code in found if code), None)
         first = f"check the connection to {constants.ENDPOINT}"
         if status == 401:
             what, first = "the hub does not accept the token", "set HF_TOKEN to a valid token"
@@ -224,9 +231,17 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
             what = "the upload broke off"
         else:
             what = "the hub cannot be asked" if status else "the hub cannot be reached"
+        if directory is not None:
+            what += f"; the model in {directory} is complete"
         raise UploadError(
             what,
             file=f"{constants.ENDPOINT}/{repository}",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            found="; ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in chain[:2]),
             remedy=f"{first}, {remedy}",
         ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while error.__cause__ is not None:
+        error = error.__cause__
+        yield error

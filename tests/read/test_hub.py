@@ -6,7 +6,6 @@ Every fetch runs in a process of its own, because huggingface_hub reads its envi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.read.hub import local_directory
-from tests.hub_stand_in import Hub, Repository, serving
+from tests.hub_stand_in import Hub, Repository, pythons, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _PROGRAM = """
@@ -53,12 +52,6 @@ FILES = {
 NOT_FETCHED = ("README.md", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth")
 FETCHED = {name: content for name, content in FILES.items() if name not in NOT_FETCHED}
 SINGLE = {"config.json": b"{}", "model.safetensors": b"all weights"}
-
-
-def pythons() -> list[str]:
-    """This Python; and, where it is set up, one with transformers 4 and the huggingface_hub that belongs to it."""
-    older = os.environ.get("DIST_CONVERT_TRANSFORMERS_4_PYTHON")
-    return [sys.executable, *([older] if older else [])]
 
 
 @dataclass(frozen=True)

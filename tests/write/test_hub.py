@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
-from tests.hub_stand_in import Hub, Repository, serving
-from tests.read.test_hub import pythons
+from tests.hub_stand_in import Hub, Repository, pythons, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "hf_of_alice"
@@ -26,6 +26,17 @@ ALICE = {"name": "alice", "type": "user", "orgs": [{"name": "org"}, {"name": "re
 READ_ONLY = ALICE | {"auth": {"accessToken": {"displayName": "laptop", "role": "read"}}}
 #: The checkpoint `in` as five files of weights.
 CONVERT = ("megatron-to-hf", "--load-path", "in", "--save-path", "out", "--device", "cpu", "--max-shard-size", "3KB")
+_CHECK = """
+import sys
+from pathlib import Path
+from dist_convert.errors import ConversionError
+from dist_convert.write.hub import check_upload
+
+try:
+    check_upload(Path("out"), sys.argv[1], private=True)
+except ConversionError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,21 @@ class Client:
             env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
             check=False,
         )
+
+    def check(self, name: str, *, token: str, **more: str) -> str:
+        """The message of a check that finds why a private upload of `out` would not start."""
+        given = {"HF_TOKEN": token} if token else {}
+        done = subprocess.run(
+            [sys.executable, "-c", _CHECK, name],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("UploadError: "), done.stderr
+        return done.stderr
 
     def push(self, *arguments: str, **how: str) -> str:
         """What an upload that works prints."""
@@ -177,29 +203,35 @@ EARLY = {
 
 
 @pytest.mark.parametrize("case", EARLY)
-def test_what_can_be_known_of_a_failing_upload_is_said_before_anything_is_converted(case: str, client: Client) -> None:
+def test_what_would_keep_an_upload_from_starting_is_named_with_what_to_do(case: str, client: Client) -> None:
     name, token, environment, said = EARLY[case]
     client.hub.repositories["org/public"] = Repository({})
-    message = client.refuse(*CONVERT, "--push-to-hub", name, "--private", token=token, **environment)
-    for part in (
-        *said,
-        f"or convert without --push-to-hub, and upload later with: dist-convert push {client.place}/out",
-    ):
+    message = client.check(name, token=token, **environment)
+    for part in (*said, "or convert without --push-to-hub, and upload later with: dist-convert push out"):
         assert part.format(url=client.hub.url) in message
+    assert {method for method, _, _ in client.hub.requests} <= {"GET"}
+
+
+def test_it_is_named_before_anything_is_converted(client: Client) -> None:
+    message = client.refuse(*CONVERT, "--push-to-hub", "other/name", "--private")
+    assert "no permission to write to other" in message
     assert not list(client.place.glob("out*"))
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "/name", "org/", "org/na me", "org/na--me", "https://hub/org/name"])
-def test_an_impossible_name_is_wrong_usage(name: str, client: Client) -> None:
-    for arguments in ((*CONVERT, "--push-to-hub", name), ("push", "model", name)):
-        message = client.refuse(*arguments, exit_code=2)
-        assert "not the name of a repository" in message
-        assert "expected org/name" in message
-    assert client.hub.requests == []
+@pytest.mark.parametrize("arguments", [(*CONVERT, "--push-to-hub"), ("push", "model")], ids=["flag", "command"])
+def test_an_impossible_name_is_wrong_usage(
+    name: str, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, name]) == 2
+    message = capsys.readouterr().err
+    assert "not the name of a repository" in message
+    assert "expected org/name" in message
 
 
-def test_private_without_an_upload_is_wrong_usage(client: Client) -> None:
-    assert "add --push-to-hub org/name" in client.refuse(*CONVERT, "--private", exit_code=2)
+def test_private_without_an_upload_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CONVERT, "--private"]) == 2
+    assert "add --push-to-hub org/name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -216,8 +248,8 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     client.hub.faults[fault] = 403
     message = client.refuse(*CONVERT, "--push-to-hub", "org/name", "--private")
     command = f"dist-convert push {client.place}/out org/name --private"
-    assert said in message
-    assert f"then upload what is missing of {client.place}/out, which is complete, with: {command}" in message
+    assert f"{said}; the model in {client.place}/out is complete" in message
+    assert f"then go on with: {command}" in message
 
     client.hub.faults.clear()
     done = client.run(*command.split()[1:])
@@ -225,12 +257,21 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     assert client.hub.repositories["org/name"].files == contents(client.place / "out")
 
 
-def test_what_is_no_finished_model_is_not_uploaded(client: Client) -> None:
-    (client.place / "model" / "model-00002-of-00004.safetensors").rename(client.place / "kept")
-    shutil.copytree(client.place / "model", client.place / "model.partial")
-    assert "without model-00002-of-00004.safetensors" in client.refuse("push", "model", "org/name")
-    (client.place / "kept").rename(client.place / "model.partial" / "model-00002-of-00004.safetensors")
-    assert "a conversion left that did not finish" in client.refuse("push", "model.partial", "org/name")
-    assert "no weights" in client.refuse("push", "in", "org/name")
-    assert "does not exist" in client.refuse("push", "nowhere", "org/name")
-    assert client.hub.requests == []
+@pytest.mark.parametrize(
+    ("directory", "said"),
+    [
+        ("short", "without model-00002-of-00004.safetensors"),
+        ("model.partial", "a conversion left that did not finish"),
+        ("in", "no weights"),
+        ("nowhere", "does not exist"),
+    ],
+)
+def test_what_is_no_finished_model_is_not_uploaded(
+    directory: str, said: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    for copy in ("short", "model.partial"):
+        shutil.copytree(tmp_path / "model", tmp_path / copy)
+    (tmp_path / "short" / "model-00002-of-00004.safetensors").unlink()
+    assert main(["push", str(tmp_path / directory), "org/name"]) == 1
+    assert said in capsys.readouterr().err
