@@ -49,7 +49,7 @@ def upload(hub: Hub, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_rank_fetches_for_longer_than_the_timeout_while_the_other_waits(hub: Hub, tmp_path: Path) -> None:
-    hub.delays_seconds[WEIGHTS] = 7
+    hub.delays_seconds[WEIGHTS] = 4
     done = fetch(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(Model(), make_hf(tmp_path / "again")))
@@ -65,7 +65,7 @@ def test_a_fetch_that_fails_ends_the_ranks_that_wait_for_it(hub: Hub, tmp_path: 
 
 
 def test_rank_0_uploads_for_longer_than_the_timeout_when_the_other_has_left(hub: Hub, tmp_path: Path) -> None:
-    hub.delays_seconds["batch"] = 7
+    hub.delays_seconds["batch"] = 4
     done = upload(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert hub.repositories["org/new"].files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
