@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_convert.errors import UsageError
+from dist_convert.flag_values import repository, seconds
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, Job
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
 
 #: Flags without which no command that has them can start.
 _REQUIRED = ("--load-path", "--save-path", "--load-dir", "--save-dir")
-
-#: Of `--timeout`; what is far larger does not fit into the libraries' counters.
-MOST_SECONDS = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,23 +43,6 @@ def positive(text: str) -> int:
 def positive_or_zero(text: str) -> int:
     """A whole number of 0 or more."""
     return 0 if text == "0" else positive(text)
-
-
-def seconds(text: str) -> int:
-    """Whole seconds, from 1 to about eleven days."""
-    if positive(text) > MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"more than {MOST_SECONDS} seconds: {text!r}")
-    return int(text)
-
-
-def repository(text: str) -> str:
-    """The name of a repository on a hub."""
-    from dist_convert.write.hub import check_repository_name  # half a second, where it is needed
-
-    try:
-        return check_repository_name(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
 
 
 def add_switch(group: Any, flag: str, help_text: str) -> None:
