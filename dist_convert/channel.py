@@ -110,6 +110,8 @@ class Channel:
         if self._store is None:
             print(message, file=sys.stderr, flush=True)
             return exit_code
+        self._closed.set()
+        self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             return self._report(message, exit_code)
         except DistError:
