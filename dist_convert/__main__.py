@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_convert.errors import ConversionError
@@ -19,9 +20,6 @@ from dist_convert.old_flags import notes_on_old_flags
 if TYPE_CHECKING:
     from dist_convert.channel import Channel
 
-#: After so long without an answer from another rank a collective fails.
-_TIMEOUT_SECONDS = 600.0
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -29,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse(sys.argv[1:] if argv is None else argv)
         if flags.command == "inspect":
             return _inspect(flags)
+        if flags.command == "push":
+            return _upload(flags.directory, flags.push_to_hub, flags.private)
         job: Job | ToMegatronJob
         if flags.command == "hf-to-megatron":
             job = to_megatron_job_from_flags(flags)
@@ -61,6 +61,15 @@ def _inspect(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _upload(directory: Path, repository: str, private: bool) -> int:
+    from dist_convert.write.hub import upload
+
+    if os.environ.get("RANK", "0") == "0":
+        address = upload(directory, repository, private=private)
+        print(f"{directory}: uploaded as {address}", file=sys.stderr)
+    return 0
+
+
 def _convert(job: Job | ToMegatronJob) -> int:
     # torch takes seconds to import, which flags and inspect do not need.
     from dist_convert.channel import Channel, is_served_by_launcher
@@ -71,13 +80,16 @@ def _convert(job: Job | ToMegatronJob) -> int:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     channel = Channel(rank, size) if size == 1 or is_served_by_launcher() else None
     try:
-        world = join_world(job.device, _TIMEOUT_SECONDS)
+        world = join_world(job.device, job.timeout_seconds)
         channel = channel or Channel(rank, size)  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
         return_freed_memory()
         convert(job, world, channel)
         channel.close()
         leave_world(world)
+        channel = None  # an upload may take hours, for which no other rank waits
+        if isinstance(job, Job) and job.push_to_hub and not job.dry_run:
+            _upload(job.save_path, job.push_to_hub, job.private)
     except ConversionError as error:
         return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:

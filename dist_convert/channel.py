@@ -11,10 +11,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from dist_convert.errors import lost_contact
 
 _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 10.0
@@ -33,6 +35,7 @@ class Channel:
         self._unsent_bytes = 0
         self._written_alone_bytes = 0
         self._on_progress: Callable[[int], None] | None = None
+        self._long_work: str | None = None
         self._closed = threading.Event()
         self._store = _connect() if size > 1 else None
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -50,6 +53,47 @@ class Channel:
         if self._store is None:
             self._exchange_progress()
 
+    def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
+        """Do something on some ranks, however long it takes; all return when it is done on each of them.
+
+        Args:
+            ranks: that do it. The others wait, outside of any collective.
+            name: of the work, once in a run.
+            work: what these ranks do. Where it fails, all leave as with any failure.
+            timeout_seconds: how long such a rank may show no sign of life.
+
+        Raises:
+            ConversionError: a rank is silent for longer.
+        """
+        if self._rank in ranks:
+            self._long_work = name
+            work()
+        if self._store is None:
+            return  # alone
+        try:
+            if self._rank in ranks:
+                self._add(f"{name}/{self._rank}/done", 1)
+            self._wait_for(ranks, name, timeout_seconds)
+        except DistError as error:
+            raise lost_contact(str(error).splitlines()[0]) from error
+        self._long_work = None
+
+    def _wait_for(self, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
+        started = time.monotonic()
+        signs = dict.fromkeys(ranks, (0, started))
+        asked = started
+        while not self._is_set(*(f"{name}/{rank}/done" for rank in ranks)):
+            time.sleep(_POLL_SECONDS)
+            now = time.monotonic()
+            if now - asked < timeout_seconds / 4:
+                continue
+            asked = now
+            for rank, (count, heard) in signs.items():
+                latest = self._add(f"{name}/{rank}/alive", 0)
+                signs[rank] = (latest, now if latest > count else heard)
+                if now - signs[rank][1] > timeout_seconds and not self._is_set(f"{name}/{rank}/done"):
+                    raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
+
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
         self._closed.set()
@@ -66,6 +110,8 @@ class Channel:
         if self._store is None:
             print(message, file=sys.stderr, flush=True)
             return exit_code
+        self._closed.set()
+        self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             return self._report(message, exit_code)
         except DistError:
@@ -94,6 +140,8 @@ class Channel:
                         self._print_failure()
                     self._leave()
                 self._exchange_progress()
+                if self._long_work is not None:
+                    self._add(f"{self._long_work}/{self._rank}/alive", 1)
             except DistError:
                 return  # the store is gone: torchrun is ending this run already
 
@@ -115,10 +163,15 @@ class Channel:
             assert self._store is not None
             return int(json.loads(self._store.get("failure"))["exit_code"])
 
-    def _is_set(self, key: str) -> bool:
+    def _is_set(self, *keys: str) -> bool:
         with self._lock:
             assert self._store is not None
-            return bool(self._store.check([key]))
+            return bool(self._store.check(list(keys)))
+
+    def _add(self, key: str, count: int) -> int:
+        with self._lock:
+            assert self._store is not None
+            return int(self._store.add(key, count))
 
     def _exchange_progress(self) -> None:
         with self._lock:

@@ -20,6 +20,7 @@
     ├── TargetError                 the target cannot be written
     │   ├── TargetExists            not empty, and `--overwrite` was not given
     │   └── NotEnoughSpace          the file system is too small
+    ├── UploadError                 the hub cannot take the model; what was converted is complete
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
     └── Problems                    several of the above, found together before the first byte moved
 """
@@ -134,6 +135,10 @@ class NotEnoughSpace(TargetError):
     """The target's file system is too small."""
 
 
+class UploadError(ConversionError):
+    """The hub cannot take the model; what was converted is complete."""
+
+
 class BudgetTooSmall(ConversionError):
     """The memory budget does not hold one step."""
 
@@ -153,6 +158,15 @@ class Problems(ConversionError):
         hidden = len(self.problems) - self.SHOWN
         lines = [self.what, *(str(problem) for problem in self.problems[: self.SHOWN])]
         return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
+
+
+def lost_contact(found: str) -> ConversionError:
+    """Another rank is gone, or silent for too long."""
+    return ConversionError(
+        "lost contact with another rank",
+        found=found,
+        remedy="look for the rank that ended first, or for a network that was cut, and start again",
+    )
 
 
 def raise_together(problems: Sequence[ConversionError]) -> None:

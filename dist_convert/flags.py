@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_convert.errors import UsageError
+from dist_convert.flag_values import repository, seconds
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, Job
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
@@ -58,6 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_megatron_to_hf(commands)
     add_hf_to_megatron(commands)
+    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
+    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
+    push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
+    add_switch(push, "--private", "for members only; a public repository is refused")
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
     inspect.add_argument("--ckpt-dir-name", help="iteration directory (default: what the tracker file says)")
@@ -105,6 +110,13 @@ def _add_megatron_to_hf(commands: Any) -> None:
     add_switch(target, "--instruct", "write the end-of-turn tokens and sampling defaults of an instruct model")
     add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
     add_switch(target, "--overwrite", "replace an existing target")
+    target.add_argument(
+        "--push-to-hub",
+        metavar="org/name",
+        type=repository,
+        help="upload the finished directory to this repository, which is made if it is not there",
+    )
+    add_switch(target, "--private", "with --push-to-hub: for members only; a public repository is refused")
     add_run_flags(command)
 
 
@@ -120,6 +132,14 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         "(default: direct on the CPU where every rank sees every file, else gather)",
     )
     run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
+    run.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        dest="timeout_seconds",
+        type=seconds,
+        default=600,
+        help="that ranks wait for one of them that is silent (default: 600)",
+    )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
 
@@ -184,7 +204,13 @@ def with_numbers(path: str) -> str:
 
 
 def job_from_flags(flags: argparse.Namespace) -> Job:
-    """The job of `megatron-to-hf`."""
+    """The job of `megatron-to-hf`.
+
+    Raises:
+        UsageError: a flag that has no meaning without another.
+    """
+    if flags.private and not flags.push_to_hub:
+        raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
     return Job(
         load_path=Path(with_numbers(flags.load_path)),
         save_path=flags.save_path.resolve(),
@@ -203,4 +229,7 @@ def job_from_flags(flags: argparse.Namespace) -> Job:
         max_memory_per_rank_bytes=flags.max_memory_per_rank,
         dry_run=flags.dry_run,
         overwrite=flags.overwrite,
+        push_to_hub=flags.push_to_hub,
+        private=flags.private,
+        timeout_seconds=flags.timeout_seconds,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_convert.channel import Channel
 from dist_convert.errors import raise_together
 from dist_convert.hf_dialects import HEAD, hf_view, leftovers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
@@ -24,7 +25,7 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import files_of_places, local_name, name_at
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
 from dist_convert.read.discover import discover
-from dist_convert.read.hub import local_directory
+from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.read.huggingface import (
     HuggingFaceFiles,
     check_index,
@@ -46,13 +47,13 @@ from dist_convert.write.tracker import replace_text, write_tracker
 ARGS_FILE = "target_megatron_args.json"
 
 
-def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
+def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     """Read the model's headers and work out the Megatron checkpoint that it becomes.
 
     Raises:
         SourceError, UsageError: all that the headers and flags show to be wrong.
     """
-    directory = _fetch(job, world)
+    directory = _fetch(job, world, channel)
     seen = read_directory(directory)
     found = discover(
         world,
@@ -111,16 +112,15 @@ def hf_to_megatron(job: ToMegatronJob, world: World) -> Task:
     )
 
 
-def _fetch(job: ToMegatronJob, world: World) -> Path:
+def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
     if all(gather_objects(world, Path(job.load_dir).is_dir())):
         return Path(job.load_dir)
-    repository = job.load_dir.partition("@")[0]
-    commit = gather_objects(world, local_directory(job.load_dir).name if world.rank == 0 else None)[0]
-    if world.local_rank == 0:
-        local_directory(f"{repository}@{commit}")
-    gather_objects(world, None)
-    return local_directory(f"{repository}@{commit}")
+    name: str = gather_objects(world, revision_on_hub(job.load_dir) if world.rank == 0 else "")[0]
+    is_first: list[bool] = gather_objects(world, world.local_rank == 0)
+    first = [rank for rank in range(world.size) if is_first[rank]]
+    channel.run_on(first, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
+    return fetched_directory(name)
 
 
 def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:

@@ -36,6 +36,9 @@ class Job:
     max_memory_per_rank_bytes: int = 1_000_000_000
     dry_run: bool = False
     overwrite: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
+    timeout_seconds: int = 600
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,4 @@ class ToMegatronJob:
     dry_run: bool = False
     overwrite: bool = False
     verbose: bool = False
+    timeout_seconds: int = 600

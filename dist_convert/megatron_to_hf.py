@@ -19,6 +19,7 @@ from dist_convert.read.discover import discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
 from dist_convert.task import Task
+from dist_convert.write.hub import check_upload
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
 
@@ -28,7 +29,11 @@ def megatron_to_hf(job: Job, world: World) -> Task:
 
     Raises:
         SourceError: all that the headers show to be wrong.
+        UploadError: what can be known now of an upload that would not start.
     """
+    notes = []
+    if job.push_to_hub and world.rank == 0:
+        notes.append(check_upload(job.save_path, job.push_to_hub, private=job.private))
     directory = _shared_iteration(job, world)
     found = discover(
         world,
@@ -57,7 +62,8 @@ def megatron_to_hf(job: Job, world: World) -> Task:
 
     def finish(partial: Path, moved: Moved) -> None:
         if world.rank == 0:
-            write_metadata(partial, job, content, args, tokenizer, [bin for of_rank in bins for bin in of_rank])
+            together = [bin for of_rank in bins for bin in of_rank]
+            write_metadata(partial, job, content, directory, args, tokenizer, together)
 
     places = find_places(world, job.save_path, "--save-path")
     refuse_several_places(places, job.save_path, "--save-path", "")
@@ -70,7 +76,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         writable=(frozenset(file.name for file in content.files),) * world.size,
         target_flag="--save-path",
         is_replaceable=lambda path: (path / "config.json").is_file(),
-        notes=notes_on(job, content, shards, tokenizer),
+        notes=notes + notes_on(job, content, shards, tokenizer),
         make_files=lambda partial: make_files(partial, content.files),
         finish=finish,
         publish=lambda: None,

@@ -36,7 +36,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     Args:
         job: what to convert, and in which direction.
         world: this rank among the others.
-        channel: for progress.
+        channel: for progress, and for what takes longer than a collective waits.
 
     Returns:
         What was done, on every rank; None after a dry run.
@@ -44,7 +44,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     Raises:
         ConversionError: see `errors`; nothing is left under the target's name.
     """
-    task = hf_to_megatron(job, world) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
+    task = hf_to_megatron(job, world, channel) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
     content = task.content
     placement = choose_placement(job.placement, world, task.visible, task.places)
     plan = divide(

@@ -48,6 +48,9 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         max_memory_per_rank_bytes=1_000_000_000,
         dry_run=False,
         overwrite=False,
+        push_to_hub=None,
+        private=False,
+        timeout_seconds=600,
     )
 
 
@@ -74,6 +77,9 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         ("--max-memory-per-rank 512MiB", "max_memory_per_rank_bytes", 536_870_912),
         ("--dry-run", "dry_run", True),
         ("--overwrite", "overwrite", True),
+        ("--push-to-hub org/name", "push_to_hub", "org/name"),
+        ("--push-to-hub org/name --private", "private", True),
+        ("--timeout 3600", "timeout_seconds", 3600),
     ],
 )
 def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) -> None:
@@ -97,6 +103,12 @@ def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) ->
         (["megatron-to-hf", *PATHS, "--max-memory-per-rank=-1GB"], "-1GB"),
         (["megatron-to-hf", *PATHS, "--true-vocab-size", "many"], "many"),
         (["megatron-to-hf", *PATHS, "--ckpt-dir-name"], "--ckpt-dir-name"),
+        (["megatron-to-hf", *PATHS, "--push-to-hub", "name"], "--push-to-hub"),
+        (["megatron-to-hf", *PATHS, "--private"], "--private"),
+        (["megatron-to-hf", *PATHS, "--timeout", "0"], "--timeout"),
+        (["megatron-to-hf", *PATHS, "--timeout", "99999999999999"], "--timeout"),
+        (["hf-to-megatron", "--load-dir", "/in", "--save-dir", "/out", "--timeout=-1"], "--timeout"),
+        (["push", "/out"], "org/name"),
         (["inspect"], "path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
@@ -178,12 +190,15 @@ def test_a_job_file_may_hold_any_flag_with_dashes_or_underscores(dash: str, tmp_
         max-memory-per-rank: 512MB
         dry-run: true
         overwrite: true
+        push-to-hub: org/name
+        private: true
+        timeout: 3600
     """
     lines = [line.strip() for line in text.strip().splitlines()]
     text = "\n".join(f"{line.partition(':')[0].replace('-', dash)}:{line.partition(':')[2]}" for line in lines)
     assert job("--config", job_file(tmp_path, text)) == Job(
         Path("/in"), Path("/out"), "release", "fp32", "llama3.1", True, True, 2_000_000_000, 32000, Path("/tokenizer"),
-        True, True, "cpu", "gather", 512_000_000, True, True,
+        True, True, "cpu", "gather", 512_000_000, True, True, "org/name", True, 3600,
     )  # fmt: skip
 
 

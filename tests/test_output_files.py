@@ -16,7 +16,7 @@ from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, sa
 from tests.converting import assert_same, convert, read_tensors
 
 SMALL = Model(layers=2)
-ALWAYS = ["config.json", "generation_config.json", "model.safetensors", "source_megatron_args.json"]
+ALWAYS = ["README.md", "config.json", "generation_config.json", "model.safetensors", "source_megatron_args.json"]
 
 
 def listing(directory: Path) -> list[str]:

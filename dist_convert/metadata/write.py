@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_convert.job import Job
 from dist_convert.metadata.capacity_bins import Bin, write_bins
 from dist_convert.metadata.hf_config import config_json, generation_config_json, special_token_ids
+from dist_convert.metadata.model_card import CARD_FILE, model_card
 from dist_convert.metadata.tokenizer import Tokenizer, copy_tokenizer
 from dist_convert.plan.content import Content
 from dist_convert.write.safetensors_files import INDEX_FILE, index_json
@@ -18,14 +19,21 @@ ARGS_FILE = "source_megatron_args.json"
 
 
 def write_metadata(
-    partial: Path, job: Job, content: Content, args: Mapping[str, object], tokenizer: Tokenizer, bins: Sequence[Bin]
+    partial: Path,
+    job: Job,
+    content: Content,
+    checkpoint: Path,
+    args: Mapping[str, object],
+    tokenizer: Tokenizer,
+    bins: Sequence[Bin],
 ) -> None:
-    """Write configs, index, tokenizer, the training arguments and capacity bins into the partial directory.
+    """Write configs, index, tokenizer, model card, training arguments and capacity bins into the partial directory.
 
     Args:
         partial: the directory.
         job: what was asked for.
         content: what was converted.
+        checkpoint: directory of the iteration that it was read from.
         args: the checkpoint's training arguments.
         tokenizer: whose files are copied.
         bins: of all ranks; written only where the job asks for them.
@@ -46,6 +54,7 @@ def write_metadata(
     if index is not None:
         (partial / INDEX_FILE).write_text(index, encoding="utf-8")
     copy_tokenizer(tokenizer, partial)
+    (partial / CARD_FILE).write_text(model_card(content, checkpoint), encoding="utf-8")
     if job.save_capacity_bins:
         write_bins(partial, content.side, bins)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_convert.device import BACKENDS, choose_device
-from dist_convert.errors import ConversionError, PlanError
+from dist_convert.errors import PlanError, lost_contact
 
 #: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
 WIRE_DTYPE = torch.int32
@@ -83,11 +83,7 @@ def _named_loss() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        raise ConversionError(
-            "lost contact with another rank",
-            found=str(error).splitlines()[0],
-            remedy="look for the rank that ended first, or for a network that was cut, and start again",
-        ) from error
+        raise lost_contact(str(error).splitlines()[0]) from error
 
 
 def barrier(world: World) -> None:

@@ -1,6 +1,6 @@
 """A model by name: a directory that is here, or one of the Hugging Face Hub, fetched into its cache.
 
-The only module that uses huggingface_hub, whose own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT
+huggingface_hub does the work, and its own settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT
 (https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables).
 """
 
@@ -42,25 +42,46 @@ def local_directory(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    return _fetch(*_repository_and_revision(name))
+
+
+def revision_on_hub(name: str) -> str:
+    """`org/name@commit` of `org/name` or `org/name@revision`, so that all fetch the same; only its config is fetched.
+
+    Raises:
+        CheckpointNotFound, NotEnoughSpace: as `local_directory`; also where there is a directory of that name.
+    """
+    repository, revision = _repository_and_revision(name)
+    return f"{repository}@{_snapshot(repository, revision, [CONFIG_FILE]).name}"
+
+
+def fetched_directory(name: str) -> Path:
+    """As `local_directory`, from the cache alone: many ranks may ask at once, and the hub hears nothing of it."""
+    return _fetch(*_repository_and_revision(name), cache_only=True)
+
+
+def _repository_and_revision(name: str) -> tuple[str, str | None]:
     repository, _, revision = name.partition("@")
     organisation, _, model = repository.partition("/")
-    if organisation in ("", ".", "..", "~") or not model or "/" in model or Path(name).exists():
+    path = Path(name)
+    if organisation in ("", ".", "..", "~") or not model or "/" in model or path.exists():
         raise CheckpointNotFound(
             "the Hugging Face directory does not exist",
             file=name,
             expected="a directory, or org/name[@revision] on the Hugging Face Hub",
-            found="a file" if Path(name).exists() else "nothing",
+            found="a directory, but not on every node" if path.is_dir() else "a file" if path.exists() else "nothing",
             remedy="check --load-dir on every node",
         )
-    return _fetch(repository, revision or None)
+    return repository, revision or None
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
-    directory = _snapshot(repository, revision, [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)])
+def _fetch(repository: str, revision: str | None, *, cache_only: bool = False) -> Path:
+    files = [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)]
+    directory = _snapshot(repository, revision, files, cache_only=cache_only)
     for index, single in WEIGHTS_KINDS:
         named = set(read_index_file(directory, index).values()) if (directory / index).is_file() else set()
         # The same commit: a branch may move on between the calls.
-        directory = _snapshot(repository, directory.name, sorted({*named, single}))
+        directory = _snapshot(repository, directory.name, sorted({*named, single}), cache_only=cache_only)
         if named or (directory / single).is_file():
             break
     missing = [file for file in find_weights(directory) if not (directory / file).is_file()]
@@ -75,22 +96,31 @@ def _fetch(repository: str, revision: str | None) -> Path:
     return directory
 
 
-def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
+def _snapshot(repository: str, revision: str | None, files: Sequence[str], *, cache_only: bool = False) -> Path:
     """The cache's directory of one revision, after fetching those of the files that the hub has."""
     # Half a second to import, which runs from a local directory do not need.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # Its error class derives from what the HTTP library below it (requests, httpx) raises itself, and from OSError.
-    network_errors = (c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
-    expected: tuple[type[Exception], ...] = (HFValidationError, *network_errors)
+    expected: tuple[type[Exception], ...] = (HFValidationError, *hub_errors())
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(f) for f in files]))
+        patterns = [glob.escape(file) for file in files]
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cache_only)
+        )
     except expected as error:
         raise _explain(error, repository, revision) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where a hub refuses or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its error class derives from what the HTTP library below it (requests, httpx) raises itself, and from OSError.
+    return tuple(c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> ConversionError:

@@ -10,10 +10,13 @@ from pathlib import Path
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
 from dist_convert.write.file_writer import target_error
 
+#: Of the directory in which a target is made before it gets its name.
+PARTIAL_SUFFIX = ".partial"
+
 
 def partial_of(target: Path) -> Path:
     """Where a target is made before it gets its name."""
-    return target.with_name(target.name + ".partial")
+    return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
 def _aside_of(target: Path) -> Path:

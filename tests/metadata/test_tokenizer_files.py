@@ -70,7 +70,6 @@ def test_nothing_but_the_tokenizer_is_copied(tmp_path: Path) -> None:
         (source / name).write_text("of another model")
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
     assert [name for name, content in files_of(tmp_path / "out").items() if content == b"of another model"] == []
-    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_the_copied_tokenizer_loads_in_transformers(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Every fetch runs in a process of its own, because huggingface_hub reads its envi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.read.hub import local_directory
-from tests.read.hub_stand_in import Hub, Repository, serving
+from tests.hub_stand_in import Hub, Repository, pythons, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _PROGRAM = """
@@ -55,12 +54,6 @@ FETCHED = {name: content for name, content in FILES.items() if name not in NOT_F
 SINGLE = {"config.json": b"{}", "model.safetensors": b"all weights"}
 
 
-def pythons() -> list[str]:
-    """This Python; and, where it is set up, one with transformers 4 and the huggingface_hub that belongs to it."""
-    older = os.environ.get("DIST_CONVERT_TRANSFORMERS_4_PYTHON")
-    return [sys.executable, *([older] if older else [])]
-
-
 @dataclass(frozen=True)
 class Client:
     """Asks for models with a cache of its own."""
@@ -69,14 +62,12 @@ class Client:
     hub: Hub
 
     def ask(self, name: str, *, python: str = sys.executable, **more: str) -> subprocess.CompletedProcess[str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        ours = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         return subprocess.run(
             [python, "-c", _PROGRAM, name],
             capture_output=True,
             text=True,
             timeout=60,
-            env=kept | ours | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)} | more,
+            env=self.hub.environment(self.home, PYTHONPATH=str(REPOSITORY), **more),
             check=False,
         )
 

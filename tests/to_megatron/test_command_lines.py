@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dist_convert.__main__ import main
+from dist_convert.channel import Channel
 from dist_convert.errors import UsageError
 from dist_convert.flags import parse
 from dist_convert.flags_to_megatron import to_megatron_job_from_flags
@@ -83,7 +84,7 @@ def test_the_old_llama_command_plans_a_model_of_70_billion(tmp_path: Path) -> No
     make_sparse(tmp_path / "hf", LLAMA3_70B, files=30)
     (tmp_path / "hf" / "source_megatron_args.json").write_text(json.dumps(MARGS))
     asked = to_megatron_job_from_flags(parse(words(LLAMA_COMMAND, tmp_path / "hf", TP=8, PP=4)))
-    task = hf_to_megatron(asked, ALONE)
+    task = hf_to_megatron(asked, ALONE, Channel(0, 1))
     assert len(task.content.files) == 32
     # As published; the rows of padding to 128 x 8 (768 in the embedding, 768 in the head); 161 norms on 7 more ranks.
     assert task.content.moved_bytes == 2 * (70_553_706_496 + 2 * 768 * 8192 + 161 * 7 * 8192)
@@ -168,10 +169,10 @@ def test_a_model_size_is_compared_with_the_config(size: str, fits: bool, tmp_pat
     flags = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), "--model-size", size]
     asked = to_megatron_job_from_flags(parse(["hf-to-megatron", *flags]))
     if fits:
-        assert len(hf_to_megatron(asked, ALONE).content.files) == 1
+        assert len(hf_to_megatron(asked, ALONE, Channel(0, 1)).content.files) == 1
     else:
         with pytest.raises(UsageError, match="--model-size is not the model in --load-dir"):
-            hf_to_megatron(asked, ALONE)
+            hf_to_megatron(asked, ALONE, Channel(0, 1))
 
 
 @pytest.mark.parametrize(("size", "code"), [("29", 0), ("30", 2)])

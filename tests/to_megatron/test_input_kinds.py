@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from tests.checkpoints import Grid, Model, hf_tensors
-from tests.read.hub_stand_in import Hub, Repository, serving
+from tests.hub_stand_in import Hub, Repository, serving
 from tests.to_megatron import (
     DIVISIBLE_BY,
     assert_same_shards,

@@ -1,0 +1,89 @@
+"""The model card of the target, `README.md`: what was converted from what, by which versions.
+
+Its front matter is what the Hugging Face Hub reads (https://huggingface.co/docs/hub/model-cards). It holds no date and
+no path, so that the same checkpoint gives the same card on every machine; a license is not known, so none is named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dist_convert.metadata.hf_config import TORCH_NAMES
+from dist_convert.models.architecture import Architecture
+from dist_convert.plan.content import Content, content_digest
+from dist_convert.version import __version__
+
+CARD_FILE = "README.md"
+
+
+def model_card(content: Content, checkpoint: Path) -> str:
+    """The text of the card.
+
+    Args:
+        content: what was converted.
+        checkpoint: directory of the iteration that was read; only its name and its parent's are told.
+    """
+    hf_class = content.side.family.hf_class
+    checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
+    elements: Counter[str] = Counter()
+    for file in content.files:
+        for tensor in file.tensors:
+            elements[tensor.dtype] += tensor.elements
+    stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
+    conversion = [
+        ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
+        ("Format", f"Megatron-LM `torch`, {content.side.grid}, {TORCH_NAMES[content.params_dtype]}"),
+        ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
+        ("Loads with", "transformers 4.49 and later"),
+        ("Digest of the plan", f"`{content_digest(content)}`"),
+    ]
+    model = [*_sizes(content.side.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {content.side.family.name}
+- megatron-lm
+- dist_convert
+---
+
+# {hf_class} of {elements.total():,} parameters
+
+Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's own training arguments.
+
+{_table("Model", model)}
+
+{_table("Conversion", conversion)}
+
+The digest is a SHA-256 of the model's sizes, of the place of every tensor in the checkpoint, and of its place here. The
+license is that of the checkpoint; this card does not know it.
+"""
+
+
+def _sizes(architecture: Architecture) -> list[tuple[str, str]]:
+    a = architecture
+    rows = [
+        ("Layers", f"{a.layers:,}"),
+        ("Hidden size", f"{a.hidden:,}"),
+        ("Feed-forward size", f"{a.ffn:,}" + (" of each expert" if a.experts else "")),
+        ("Attention heads", f"{a.heads:,} of {a.head_dim:,}"),
+        ("Key and value heads", f"{a.query_groups:,}"),
+        ("Vocabulary", f"{a.vocab:,}" + (", tied embeddings" if a.tied else "")),
+        ("Positions", f"{a.max_positions:,}"),
+    ]
+    return rows + ([("Experts", f"{a.experts:,}, {a.experts_per_token:,} for each token")] if a.experts else [])
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _code(name: str) -> str:
+    """A file's name as Markdown shows it unchanged in a table."""
+    plain = "".join(letter if letter.isprintable() and letter not in "`|" else "_" for letter in name)
+    return f"`{plain}`"

@@ -1,0 +1,247 @@
+"""A finished directory, uploaded to the Hugging Face Hub.
+
+The only module that writes to a hub; huggingface_hub's own settings hold: HF_TOKEN, HF_ENDPOINT, HF_HOME,
+HF_HUB_OFFLINE. `HfApi.upload_folder` does the work, because every version from 0.26 on has it, shows its progress and
+sends on a second call only what the hub has not got (https://huggingface.co/docs/huggingface_hub/guides/upload).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_convert.errors import UploadError, UsageError
+from dist_convert.read.hub import hub_errors
+from dist_convert.read.huggingface import CONFIG_FILE, find_weights
+from dist_convert.units import human_bytes
+from dist_convert.write.commit import PARTIAL_SUFFIX
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+#: Weights of an earlier upload, which transformers would load instead of the new ones where those have other names.
+_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+
+def check_repository_name(text: str) -> str:
+    """The name of a repository, if it is one.
+
+    Raises:
+        UsageError: not `organisation/name`, in the letters that a hub allows.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+        found = repr(text)
+    except HFValidationError as error:
+        found = str(error)
+    else:
+        if text.count("/") == 1:
+            return text
+    raise UsageError("not the name of a repository", expected="org/name or user/name", found=found)
+
+
+def upload_command(directory: Path, repository: str, *, private: bool) -> str:
+    """The command line that uploads a finished directory, or what is missing of it."""
+    return shlex.join(["dist-convert", "push", str(directory), repository, *(["--private"] if private else [])])
+
+
+def check_upload(directory: Path, repository: str, *, private: bool) -> str:
+    """Find out, without a trace on the hub, what would keep an upload from starting.
+
+    Args:
+        directory: to be uploaded later.
+        repository: `org/name`.
+        private: whether the repository must be private.
+
+    Returns:
+        Where the upload would go, in a sentence.
+
+    Raises:
+        UploadError: HF_HUB_OFFLINE is set, there is no token, it is not valid or may not write there, a repository of
+            that name is public although it should be private, or the hub cannot be reached.
+    """
+    later = upload_command(directory, repository, private=private)
+    _check_settings(remedy := f"or convert without --push-to-hub, and upload later with: {later}")
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi()
+    with _explained(repository, remedy):
+        _check_permission(api.whoami(), repository, remedy)
+        is_there = _check_privacy(api, repository, private, remedy)
+    kind = "private repository" if private else "repository"
+    return (
+        f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
+        + (f"a {kind} that is there already" if is_there else f"a new {kind}")
+        + "; source_megatron_args.json goes with it, paths of the training included"
+    )
+
+
+def upload(directory: Path, repository: str, *, private: bool) -> str:
+    """Upload a finished directory; what the hub has of it already is not sent again.
+
+    Files of the same names are replaced, and weights that the directory does not have are removed; other files stay.
+
+    Args:
+        directory: what a conversion to Hugging Face has made.
+        repository: `org/name`, made if it is not there.
+        private: whether it must be private.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
+    """
+    size_bytes = _check_directory(directory)
+    again = upload_command(directory, repository, private=private)
+    _check_settings(remedy := f"then go on with: {again}")
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        if "HF_HUB_VERBOSITY" not in os.environ:
+            hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
+    where = f"{constants.ENDPOINT}/{repository}"
+    print(f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}", file=sys.stderr)
+    api = HfApi()
+    with _explained(repository, remedy, directory):
+        if private:
+            api.create_repo(repository, private=True, exist_ok=True)
+        else:
+            api.create_repo(repository, exist_ok=True)  # public, or what is usual in the organisation
+        _check_privacy(api, repository, private, remedy)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=directory,
+            commit_message="Upload what dist_convert has converted",
+            delete_patterns=list(_REPLACED_FILES),
+        )
+    return str(commit.commit_url)
+
+
+def _check_settings(remedy: str) -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UploadError("HF_HUB_OFFLINE forbids to upload", remedy=f"unset it, {remedy}")
+    if get_token() is None:
+        raise UploadError(
+            "no token for the hub",
+            expected="HF_TOKEN, or what `hf auth login` leaves below HF_HOME",
+            found="neither",
+            remedy=f"set HF_TOKEN to a token of {constants.ENDPOINT}/settings/tokens that may write, {remedy}",
+        )
+
+
+def _check_permission(who: Mapping[str, Any], repository: str, remedy: str) -> None:
+    """Refuse where the hub says outright that this token cannot write; what it leaves open is seen at the upload."""
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise UploadError(
+            "the token may read and not write",
+            expected="a token with the role write, or a fine-grained one",
+            found=f"the token {token.get('displayName', '')!r} of {who.get('name')}",
+            remedy=f"set HF_TOKEN to a token that may write, {remedy}",
+        )
+    namespace = repository.partition("/")[0]
+    organisations = [org for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"]
+    names = [str(member.get("name")) for member in (who, *organisations)]
+    if namespace.lower() not in (name.lower() for name in names):
+        raise UploadError(
+            f"no permission to write to {namespace}",
+            expected=f"one of {', '.join(names)}",
+            found=repository,
+            remedy=f"name another repository, or set HF_TOKEN to the token of a member, {remedy}",
+        )
+
+
+def _check_privacy(api: HfApi, repository: str, private: bool, remedy: str) -> bool:
+    """Whether the repository is there; one that is public cannot take what should be private."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        is_private = bool(api.model_info(repository).private)
+    except RepositoryNotFoundError:
+        return False
+    if private and not is_private:
+        raise UploadError(
+            "the repository is there, and it is public",
+            expected="a private repository, because of --private",
+            found=f"{repository}, public",
+            remedy=f"make it private in its settings, or name another one, {remedy}",
+        )
+    return True
+
+
+def _check_directory(directory: Path) -> int:
+    """The size of a complete directory in bytes.
+
+    Raises:
+        UploadError, CheckpointNotFound, CorruptFile, InconsistentShards: see `find_weights`.
+    """
+    if not directory.is_dir():
+        raise UploadError("the directory to be uploaded does not exist", file=str(directory))
+    missing = [name for name in (CONFIG_FILE, *find_weights(directory)) if not (directory / name).is_file()]
+    if missing or directory.resolve().name.endswith(PARTIAL_SUFFIX):
+        raise UploadError(
+            "the directory to be uploaded is not complete",
+            file=str(directory),
+            found=f"without {', '.join(missing[:6])}" if missing else "what a conversion left that did not finish",
+            remedy="convert again",
+        )
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _explained(repository: str, remedy: str, directory: Path | None = None) -> Iterator[None]:
+    """Say plainly what the hub's, the network's or the file system's error means.
+
+    Args:
+        repository: `org/name`.
+        remedy: how to go on, the second half of a sentence.
+        directory: that is being uploaded, if that has begun.
+    """
+    # The last two: the card's front matter, and hf_xet.
+    expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError)
+    try:
+        yield
+    except expected as error:
+        from huggingface_hub import constants
+
+        chain = [error, *_causes(error)]
+        found = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+        status = next((code for code in found if code), None)
+        first = f"check the connection to {constants.ENDPOINT}"
+        if status == 401:
+            what, first = "the hub does not accept the token", "set HF_TOKEN to a valid token"
+        elif status == 403:
+            what, first = f"no permission to write to {repository}", "set HF_TOKEN to a token that may write there"
+        elif directory is not None:
+            what = "the upload broke off"
+        else:
+            what = "the hub cannot be asked" if status else "the hub cannot be reached"
+        if directory is not None:
+            what += f"; the model in {directory} is complete"
+        raise UploadError(
+            what,
+            file=f"{constants.ENDPOINT}/{repository}",
+            found="; ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in chain[:2]),
+            remedy=f"{first}, {remedy}",
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while error.__cause__ is not None:
+        error = error.__cause__
+        yield error

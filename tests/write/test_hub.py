@@ -1,0 +1,277 @@
+"""Uploads to a stand-in for the Hugging Face Hub on loopback, by the real huggingface_hub.
+
+Every upload runs in a process of its own, because huggingface_hub reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dist_convert.__main__ import main
+from tests.checkpoints import Grid, Model, make
+from tests.converting import convert
+from tests.hub_stand_in import Hub, Repository, pythons, serving
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKEN = "hf_of_alice"
+ALICE = {"name": "alice", "type": "user", "orgs": [{"name": "org"}, {"name": "readers", "roleInOrg": "read"}]}
+READ_ONLY = ALICE | {"auth": {"accessToken": {"displayName": "laptop", "role": "read"}}}
+#: The checkpoint `in` as five files of weights.
+CONVERT = ("megatron-to-hf", "--load-path", "in", "--save-path", "out", "--device", "cpu", "--max-shard-size", "3KB")
+_CHECK = """
+import sys
+from pathlib import Path
+from dist_convert.errors import ConversionError
+from dist_convert.write.hub import check_upload
+
+try:
+    check_upload(Path("out"), sys.argv[1], private=True)
+except ConversionError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Runs `dist_convert` in a directory that holds the checkpoint `in` and the converted model `model`."""
+
+    place: Path
+    hub: Hub
+
+    def run(
+        self, *arguments: str, python: str = sys.executable, token: str = TOKEN, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        given = {"HF_TOKEN": token} if token else {}
+        return subprocess.run(
+            [python, "-m", "dist_convert", *arguments],
+            cwd=self.place,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
+            check=False,
+        )
+
+    def check(self, name: str, *, token: str, **more: str) -> str:
+        """The message of a check that finds why a private upload of `out` would not start."""
+        given = {"HF_TOKEN": token} if token else {}
+        done = subprocess.run(
+            [sys.executable, "-c", _CHECK, name],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("UploadError: "), done.stderr
+        return done.stderr
+
+    def push(self, *arguments: str, **how: str) -> str:
+        """What an upload that works prints."""
+        done = self.run("push", "model", *arguments, **how)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        return done.stderr
+
+    def refuse(self, *arguments: str, exit_code: int = 1, **how: str) -> str:
+        """The message of a command that fails as it should, without a traceback."""
+        done = self.run(*arguments, **how)
+        assert (done.returncode, done.stdout) == (exit_code, ""), done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("converted")
+    make(place / "in", Model(layers=2), Grid(tp=2))
+    assert convert(place / "in", place / "model", "--max-shard-size", "3KB") == 0
+    return place
+
+
+@pytest.fixture
+def client(converted: Path, tmp_path: Path) -> Iterator[Client]:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    with serving(Hub(users={TOKEN: ALICE, "hf_read": READ_ONLY})) as hub:
+        yield Client(tmp_path, hub)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_the_repository_holds_the_directory_byte_for_byte(client: Client, python: str) -> None:
+    before = contents(client.place / "model")
+    printed = client.push("org/name", python=python)
+    assert client.hub.repositories["org/name"].files == before
+    assert contents(client.place / "model") == before
+    assert f"model: uploaded as {client.hub.url}/org/name/commit/" in printed
+
+
+def test_a_name_of_ones_own_needs_no_organisation(client: Client) -> None:
+    client.push("alice/name")
+    assert "config.json" in client.hub.repositories["alice/name"].files
+
+
+@pytest.mark.parametrize("python", pythons())
+@pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+def test_the_repository_is_private_if_that_is_asked_for(client: Client, private: bool, python: str) -> None:
+    client.push("org/name", *(["--private"] if private else []), python=python)
+    assert client.hub.repositories["org/name"].private is private
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_an_upload_that_broke_off_sends_only_what_is_missing(client: Client, python: str) -> None:
+    weights = {sha256(path) for path in (client.place / "model").glob("*.safetensors")}
+    refused = sha256(client.place / "model" / "model-00002-of-00004.safetensors")
+    client.hub.faults[("PUT", f"/lfs/{refused}")] = 403
+    message = client.refuse("push", "model", "org/name", python=python)
+    assert "dist-convert push model org/name" in message
+    assert client.hub.repositories["org/name"].files == {}
+    first = set(client.hub.received())
+    assert first
+    assert refused not in first
+
+    client.hub.faults.clear()
+    client.hub.requests.clear()
+    client.push("org/name", python=python)
+    assert set(client.hub.received()) == weights - first
+    assert client.hub.repositories["org/name"].files == contents(client.place / "model")
+
+
+def test_weights_of_an_earlier_model_go_and_other_files_stay(client: Client) -> None:
+    old = {"model.safetensors": b"old", "model-00009-of-00009.safetensors": b"old", "README.md": b"old"}
+    client.hub.repositories["org/name"] = Repository(old | {"notes.txt": b"kept", "adapter_model.safetensors": b"kept"})
+    client.push("org/name")
+    kept = {"notes.txt": b"kept", "adapter_model.safetensors": b"kept"}
+    assert client.hub.repositories["org/name"].files == contents(client.place / "model") | kept
+
+
+def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> None:
+    done = client.run(*CONVERT, "--push-to-hub", "org/name", "--private")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    repository = client.hub.repositories["org/name"]
+    assert repository.private
+    assert repository.files == contents(client.place / "out")
+    assert f"the finished directory goes to {client.hub.url}/org/name, a new private repository" in done.stderr
+
+
+def test_a_job_file_may_ask_for_the_upload(client: Client) -> None:
+    (client.place / "job.yaml").write_text("push-to-hub: org/name\nprivate: true\n")
+    done = client.run(*CONVERT, "--config", "job.yaml")
+    assert done.returncode == 0, done.stderr
+    assert client.hub.repositories["org/name"].private
+
+
+def test_a_dry_run_says_where_the_upload_would_go_and_leaves_no_trace(client: Client) -> None:
+    done = client.run(*CONVERT, "--push-to-hub", "org/name", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"the finished directory goes to {client.hub.url}/org/name, a new repository" in done.stderr
+    assert client.hub.repositories == {}
+    assert {method for method, _, _ in client.hub.requests} == {"GET"}
+
+
+#: What can be known before: name, token, environment, and what the message says.
+EARLY = {
+    "offline": ("org/name", TOKEN, {"HF_HUB_OFFLINE": "1"}, ("HF_HUB_OFFLINE forbids to upload", "unset it")),
+    "no token": ("org/name", "", {}, ("no token for the hub", "set HF_TOKEN to a token of {url}/settings/tokens")),
+    "wrong token": ("org/name", "hf_wrong", {}, ("does not accept the token", "set HF_TOKEN to a valid token")),
+    "token that only reads": ("org/name", "hf_read", {}, ("may read and not write", "'laptop' of alice")),
+    "not a member": ("other/name", TOKEN, {}, ("no permission to write to other", "one of alice, org\n")),
+    "a member who only reads": ("readers/name", TOKEN, {}, ("no permission to write to readers", "another repository")),
+    "public": ("org/public", TOKEN, {}, ("is there, and it is public", "make it private in its settings")),
+    "unreachable": (
+        "org/name",
+        TOKEN,
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        ("the hub cannot be reached", "check the connection to http://127.0.0.1:9"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_would_keep_an_upload_from_starting_is_named_with_what_to_do(case: str, client: Client) -> None:
+    name, token, environment, said = EARLY[case]
+    client.hub.repositories["org/public"] = Repository({})
+    message = client.check(name, token=token, **environment)
+    for part in (*said, "or convert without --push-to-hub, and upload later with: dist-convert push out"):
+        assert part.format(url=client.hub.url) in message
+    assert {method for method, _, _ in client.hub.requests} <= {"GET"}
+
+
+def test_it_is_named_before_anything_is_converted(client: Client) -> None:
+    message = client.refuse(*CONVERT, "--push-to-hub", "other/name", "--private")
+    assert "no permission to write to other" in message
+    assert not list(client.place.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "/name", "org/", "org/na me", "org/na--me", "https://hub/org/name"])
+@pytest.mark.parametrize("arguments", [(*CONVERT, "--push-to-hub"), ("push", "model")], ids=["flag", "command"])
+def test_an_impossible_name_is_wrong_usage(
+    name: str, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, name]) == 2
+    message = capsys.readouterr().err
+    assert "not the name of a repository" in message
+    assert "expected org/name" in message
+
+
+def test_private_without_an_upload_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CONVERT, "--private"]) == 2
+    assert "add --push-to-hub org/name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (("POST", "/api/repos/create"), "no permission to write to org/name"),
+        (("POST", "/api/models/org/name/commit/main"), "no permission to write to org/name"),
+    ],
+    ids=["making the repository", "committing"],
+)
+def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_it(
+    fault: tuple[str, str], said: str, client: Client
+) -> None:
+    client.hub.faults[fault] = 403
+    message = client.refuse(*CONVERT, "--push-to-hub", "org/name", "--private")
+    command = f"dist-convert push {client.place}/out org/name --private"
+    assert f"{said}; the model in {client.place}/out is complete" in message
+    assert f"then go on with: {command}" in message
+
+    client.hub.faults.clear()
+    done = client.run(*command.split()[1:])
+    assert done.returncode == 0, done.stderr
+    assert client.hub.repositories["org/name"].files == contents(client.place / "out")
+
+
+@pytest.mark.parametrize(
+    ("directory", "said"),
+    [
+        ("short", "without model-00002-of-00004.safetensors"),
+        ("model.partial", "a conversion left that did not finish"),
+        ("in", "no weights"),
+        ("nowhere", "does not exist"),
+    ],
+)
+def test_what_is_no_finished_model_is_not_uploaded(
+    directory: str, said: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    for copy in ("short", "model.partial"):
+        shutil.copytree(tmp_path / "model", tmp_path / copy)
+    (tmp_path / "short" / "model-00002-of-00004.safetensors").unlink()
+    assert main(["push", str(tmp_path / directory), "org/name"]) == 1
+    assert said in capsys.readouterr().err
