@@ -20,6 +20,7 @@
     ├── TargetError                 the target cannot be written
     │   ├── TargetExists            not empty, and `--overwrite` was not given
     │   └── NotEnoughSpace          the file system is too small
+    ├── DifferentModel              `--verify` found that the target is not the model of the source
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
     └── Problems                    several of the above, found together before the first byte moved
 """
@@ -132,6 +133,10 @@ class TargetExists(TargetError):
 
 class NotEnoughSpace(TargetError):
     """The target's file system is too small."""
+
+
+class DifferentModel(ConversionError):
+    """What was written is not the model that was read."""
 
 
 class BudgetTooSmall(ConversionError):
