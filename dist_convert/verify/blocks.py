@@ -1,18 +1,13 @@
-"""What is compared and by whom: tensors that both checkpoints have, cut into blocks, sampled and dealt to ranks.
-
-Every rank works all of it out alike, from the same headers.
-"""
+"""What is compared: the tensors that both checkpoints have, cut into blocks, all of them or a sample."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 
 from dist_convert.boxes import Box, intersect, tiles
-from dist_convert.errors import UsageError
 from dist_convert.records import DTYPE_BYTES
 from dist_convert.verify.catalog import Checkpoint, Region
 
@@ -24,13 +19,42 @@ _TRANSPOSED_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
+class Amount:
+    """What a comparison counts.
+
+    Attributes:
+        elements: of the model.
+        bytes_a, bytes_b: that are stored for them, all copies.
+        copies_a_bytes, copies_b_bytes: of these, what is in copies beyond the first.
+    """
+
+    elements: int = 0
+    bytes_a: int = 0
+    bytes_b: int = 0
+    copies_a_bytes: int = 0
+    copies_b_bytes: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(*(first + second for first, second in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
 class Block:
-    """A box of a tensor, with the regions of both checkpoints that lie in it, cut to it (counted from the tensor)."""
+    """A box of a tensor that one rank compares.
+
+    Attributes:
+        tensor, box: its name, and the box in it.
+        a, b: the regions of both checkpoints that lie in the box, cut to it (counted from the tensor).
+        amount: what is compared here for the first time.
+        between: "A and B", or which other copies of them.
+    """
 
     tensor: str
     box: Box
     a: tuple[Region, ...]
     b: tuple[Region, ...]
+    amount: Amount
+    between: str = "A and B"
 
     @property
     def size_bytes(self) -> int:
@@ -63,7 +87,14 @@ def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
         boxes = list(tiles(tensor.rows, tensor.columns, max(1, BLOCK_BYTES // (columns * item_bytes)), columns))
         for number, box in enumerate(boxes):
             if number in (0, len(boxes) - 1) or is_sampled(name, number, sample):
-                yield Block(name, box, _cut(regions_a, box), _cut(regions_b, box))
+                yield whole_block(name, box, cut(regions_a, box), cut(regions_b, box))
+
+
+def whole_block(tensor: str, box: Box, a: tuple[Region, ...], b: tuple[Region, ...]) -> Block:
+    """A block with every copy of what it compares."""
+    every = [sum(view.size_bytes for region in regions for view in region.copies) for regions in (a, b)]
+    further = [sum(view.size_bytes for region in regions for view in region.copies[1:]) for regions in (a, b)]
+    return Block(tensor, box, a, b, Amount(box.elements, *every, *further))
 
 
 def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
@@ -72,7 +103,8 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
     return drawn < share * (1 << 64)
 
 
-def _cut(regions: tuple[Region, ...], box: Box) -> tuple[Region, ...]:
+def cut(regions: tuple[Region, ...], box: Box) -> tuple[Region, ...]:
+    """The regions that lie in a box, and of each what lies in it."""
     found = []
     for region in regions:
         inside = intersect(region.box, box)
@@ -80,39 +112,3 @@ def _cut(regions: tuple[Region, ...], box: Box) -> tuple[Region, ...]:
             window = Box(inside.row - region.box.row, inside.column - region.box.column, inside.rows, inside.columns)
             found.append(Region(inside, tuple(view.window(window) for view in region.copies)))
     return tuple(found)
-
-
-def deal(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[tuple[int, Block]]:
-    """Every block with the rank that compares it: the least loaded of those that see all files with a copy of it.
-
-    Raises:
-        UsageError: no rank sees all files that a block needs.
-    """
-    everyone = tuple(range(len(a.visible)))
-    is_shared = len(set(a.visible)) == len(set(b.visible)) == 1
-    loads: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for block in blocks(a, b, sample):
-        ranks = everyone if is_shared else _seeing(a, b, block)
-        if ranks not in loads:
-            loads[ranks] = [(0, rank) for rank in ranks]
-        load_bytes, rank = loads[ranks][0]
-        heapq.heapreplace(loads[ranks], (load_bytes + block.size_bytes, rank))
-        yield rank, block
-
-
-def _seeing(a: Checkpoint, b: Checkpoint, block: Block) -> tuple[int, ...]:
-    files_a, files_b = ({view.file for region in regions for view in region.copies} for regions in (block.a, block.b))
-    ranks = tuple(
-        rank
-        for rank, (seen_a, seen_b) in enumerate(zip(a.visible, b.visible, strict=True))
-        if files_a <= seen_a and files_b <= seen_b
-    )
-    if not ranks:
-        raise UsageError(
-            "no rank sees all files that hold a tensor, so its copies cannot be compared",
-            tensor=block.tensor,
-            expected="one rank that can read " + ", ".join(sorted(files_a | files_b)[:8]),
-            found="these files are spread over the disks of several nodes",
-            remedy="verify where all nodes share the files, or leave the verification out",
-        )
-    return ranks

@@ -14,7 +14,7 @@ from dist_convert.errors import BudgetTooSmall
 from dist_convert.move.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.records import DTYPE_BYTES, View
-from dist_convert.verify.blocks import BLOCK_BYTES, Block
+from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block
 from dist_convert.verify.catalog import Checkpoint, Region, Whole
 
 #: Integers as wide as each item, in which bits are compared.
@@ -47,19 +47,9 @@ class Difference:
 
 @dataclass
 class Compared:
-    """What one rank has compared, and the differences that it found by (tensor, between).
+    """What one rank has compared, and the differences that it found by (tensor, between)."""
 
-    Attributes:
-        elements: of the model.
-        bytes_a, bytes_b: stored for them, all copies.
-        copies_a_bytes, copies_b_bytes: of these, what is in copies beyond the first.
-    """
-
-    elements: int = 0
-    bytes_a: int = 0
-    bytes_b: int = 0
-    copies_a_bytes: int = 0
-    copies_b_bytes: int = 0
+    amount: Amount = field(default_factory=Amount)
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
     def add(self, found: Difference | None) -> None:
@@ -126,21 +116,9 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
             values_a, found_a = reading.result()
             for found in (*found_a, *found_b, _cross(a, b, block, values_a, values_b)):
                 compared.add(found)
-            compared.elements += block.box.elements
-            compared.bytes_a += _stored_bytes(block.a)
-            compared.bytes_b += _stored_bytes(block.b)
-            compared.copies_a_bytes += _copies_bytes(block.a)
-            compared.copies_b_bytes += _copies_bytes(block.b)
+            compared.amount += block.amount
             on_compared(block.size_bytes)
     return compared
-
-
-def _stored_bytes(regions: tuple[Region, ...]) -> int:
-    return sum(view.size_bytes for region in regions for view in region.copies)
-
-
-def _copies_bytes(regions: tuple[Region, ...]) -> int:
-    return sum(view.size_bytes for region in regions for view in region.copies[1:])
 
 
 def _load(
@@ -188,7 +166,7 @@ def _compare_copies(side: _Side, region: Region, tensor: Whole) -> list[Differen
 def _cross(a: Checkpoint, b: Checkpoint, block: Block, first: torch.Tensor, second: torch.Tensor) -> Difference | None:
     of_a, of_b = a.tensors[block.tensor], b.tensors[block.tensor]
     rounds = of_a.dtype != of_b.dtype or of_a.add != of_b.add
-    found = _difference(block.tensor, block.box, first, second, "A and B", ("", ""), any_nan=rounds)
+    found = _difference(block.tensor, block.box, first, second, block.between, ("", ""), any_nan=rounds)
     if found is not None:
         found.files = (_file_at(block.a, found.index), _file_at(block.b, found.index))
     return found

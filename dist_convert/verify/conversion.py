@@ -10,7 +10,6 @@ from dist_convert.errors import DifferentModel
 from dist_convert.job import SAMPLE, Job, ToMegatronJob
 from dist_convert.move.exchange import World
 from dist_convert.task import Task
-from dist_convert.verify.blocks import deal
 from dist_convert.verify.catalog import Which
 from dist_convert.verify.compare import check_budget
 from dist_convert.verify.outcome import Outcome, differences
@@ -25,7 +24,7 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
     Nothing of the conversion's plan is used: both sides are described anew from the headers of their files.
 
     Raises:
-        BudgetTooSmall, UsageError: the comparison could not be made. The result raises `DifferentModel`.
+        BudgetTooSmall: the comparison could not be made. The result raises `DifferentModel`.
     """
     if job.verify is None:
         return lambda: None
@@ -40,9 +39,6 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
             tokenizer=job.tokenizer,
         )
     source = open_named("source", which, world)
-    alone = source.catalog(source.vocab)
-    for _ in deal(alone, alone, sample):
-        pass  # it raises where shards lie on disks of several nodes that no rank sees together
 
     def check() -> None:
         a, b = catalogs(source, open_named("target", Which(task.partial), world))
@@ -71,6 +67,6 @@ def _different(task: Task, outcome: Outcome) -> DifferentModel:
 def _line(task: Task, outcome: Outcome) -> str:
     share = "" if outcome.sample == 1 else f" (a sample of {outcome.sample} of the blocks)"
     return (
-        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.counted['elements']:,} "
+        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
         f"elements and {outcome.fields} config fields are the source's{share}"
     )

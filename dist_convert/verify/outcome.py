@@ -12,6 +12,7 @@ from typing import Any
 from dist_convert.models.architecture import Architecture
 from dist_convert.records import DTYPE_BYTES
 from dist_convert.units import human_bytes
+from dist_convert.verify.blocks import Amount
 from dist_convert.verify.catalog import Checkpoint
 from dist_convert.verify.compare import Compared, Difference
 
@@ -34,7 +35,7 @@ class Outcome:
         shapes: tensors of different shapes, with both.
         values: tensors, or copies of a tensor, whose values differ.
         tensors: that were compared, by the dtypes on both sides.
-        counted: elements and bytes of them.
+        amount: elements and bytes of them.
         padding_rows: of the vocabulary, of A and of B.
         sample: share of the blocks that were compared.
         notes: what the user should know beside it.
@@ -49,7 +50,7 @@ class Outcome:
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     values: tuple[Difference, ...]
     tensors: Mapping[tuple[str, str], int]
-    counted: Mapping[str, int]
+    amount: Amount
     padding_rows: tuple[int, int]
     sample: Fraction
     notes: tuple[str, ...]
@@ -96,10 +97,7 @@ def outcome_of(
         shapes={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
         values=tuple(sorted(values, key=lambda found: (order[found.tensor], found.between))),
         tensors=Counter((a.tensors[name].dtype, b.tensors[name].dtype) for name in tensors),
-        counted={
-            name: sum(getattr(of_rank, name) for of_rank in compared)
-            for name in ("elements", "bytes_a", "bytes_b", "copies_a_bytes", "copies_b_bytes")
-        },
+        amount=sum((of_rank.amount for of_rank in compared), Amount()),
         padding_rows=(a.padding_rows, b.padding_rows),
         sample=sample,
         notes=tuple(_notes(a, b, {found.tensor for found in values})),
@@ -143,7 +141,7 @@ def _of_values(found: Difference, outcome: Outcome) -> str:
 
 def as_text(outcome: Outcome) -> str:
     """The report for people."""
-    counted = outcome.counted
+    amount = outcome.amount
     lines = [f"{letter}  {path}  {kind}" for letter, (path, kind) in (("A", outcome.a), ("B", outcome.b))]
     if outcome.sample < 1:
         lines.append(f"sample   {outcome.sample} of the blocks, and the first and last block of every tensor")
@@ -152,9 +150,9 @@ def as_text(outcome: Outcome) -> str:
         how = f"bit for bit in {second}" if first == second else f"A in {first} rounded to B's {second}"
         lines.append(f"tensors  {count} compared, {how}")
     lines += [
-        f"values   {counted['elements']:,} elements, {human_bytes(counted['bytes_a'])} of A, "
-        f"{human_bytes(counted['bytes_b'])} of B",
-        f"copies   {human_bytes(counted['copies_a_bytes'])} of A and {human_bytes(counted['copies_b_bytes'])} of B are "
+        f"values   {amount.elements:,} elements, {human_bytes(amount.bytes_a)} of A, "
+        f"{human_bytes(amount.bytes_b)} of B",
+        f"copies   {human_bytes(amount.copies_a_bytes)} of A and {human_bytes(amount.copies_b_bytes)} of B are "
         "further copies of the same tensors, compared with the first",
         f"padding  {outcome.padding_rows[0]} rows of A and {outcome.padding_rows[1]} rows of B, no part of the model",
         *(f"note     {note}" for note in outcome.notes),
@@ -177,7 +175,7 @@ def as_json(outcome: Outcome) -> str:
             "config_fields": outcome.fields,
             "tensors": sum(outcome.tensors.values()),
             "tensors_by_dtype": {" to ".join(pair): count for pair, count in outcome.tensors.items()},
-            **outcome.counted,
+            **asdict(outcome.amount),
         },
         "padding_rows": dict(zip("ab", outcome.padding_rows, strict=True)),
         "config": {name: dict(zip("ab", pair, strict=True)) for name, pair in outcome.config.items()},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -17,9 +17,10 @@ from dist_convert.job import VerifyJob
 from dist_convert.move.exchange import World, agree, gather_objects
 from dist_convert.progress import show_progress
 from dist_convert.read.huggingface import CONFIG_FILE
-from dist_convert.verify.blocks import deal
+from dist_convert.verify.blocks import Amount
 from dist_convert.verify.catalog import Checkpoint, Opened, Which
 from dist_convert.verify.compare import Compared, Difference, check_budget, compare
+from dist_convert.verify.deal import deal
 from dist_convert.verify.open_huggingface import open_huggingface
 from dist_convert.verify.open_megatron import open_megatron
 from dist_convert.verify.outcome import Outcome, as_json, as_text, outcome_of
@@ -89,13 +90,14 @@ class Work:
     Attributes:
         sample: share of the blocks.
         tensors: names of those that have blocks.
-        elements, size_bytes: of all blocks, with every copy.
+        amount: of all blocks.
+        size_bytes: that are read for it.
         digest: of who compares what.
     """
 
     sample: Fraction
     tensors: tuple[str, ...]
-    elements: int
+    amount: Amount
     size_bytes: int
     digest: str
 
@@ -107,13 +109,13 @@ def work_of(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Work:
         UsageError: no rank sees all files that a block needs.
     """
     tensors: dict[str, None] = {}
-    elements, size_bytes, digest = 0, 0, hashlib.sha256()
+    amount, size_bytes, digest = Amount(), 0, hashlib.sha256()
     for rank, block in deal(a, b, sample):
         tensors[block.tensor] = None
-        elements += block.box.elements
+        amount += block.amount
         size_bytes += block.size_bytes
         digest.update(f"{rank} {block.tensor} {block.box} {block.size_bytes}\n".encode())
-    return Work(sample, tuple(tensors), elements, size_bytes, digest.hexdigest())
+    return Work(sample, tuple(tensors), amount, size_bytes, digest.hexdigest())
 
 
 def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compared: Callable[[int], None]) -> Outcome:
@@ -126,20 +128,21 @@ def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compa
     agree(world, work.digest)
     mine = (block for rank, block in deal(a, b, work.sample) if rank == world.rank)
     compared = [_from_json(data) for data in gather_objects(world, _to_json(compare(a, b, mine, on_compared)))]
-    elements = sum(of_rank.elements for of_rank in compared)
-    if elements != work.elements:
-        raise PlanError("not every element was compared", expected=work.elements, found=elements)
+    done = sum((of_rank.amount for of_rank in compared), Amount())
+    if done != work.amount:
+        raise PlanError("not everything was compared", expected=work.amount, found=done)
     return outcome_of(a, b, compared, work.tensors, work.sample)
 
 
 def _to_json(compared: Compared) -> dict[str, Any]:
-    return asdict(replace(compared, differences={})) | {
-        "differences": [asdict(found) for found in compared.differences.values()]
+    return {
+        "amount": asdict(compared.amount),
+        "differences": [asdict(found) for found in compared.differences.values()],
     }
 
 
 def _from_json(data: dict[str, Any]) -> Compared:
-    compared = Compared(**{**data, "differences": {}})
+    compared = Compared(Amount(**data["amount"]))
     for found in data["differences"]:
         row, column = found["index"]
         pairs = {name: tuple(found[name]) for name in ("values", "files")}

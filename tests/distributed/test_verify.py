@@ -32,13 +32,17 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     make(root / "wrong copy", MODEL, Grid(tp=2, pp=2))
     edit_shard(root / "wrong copy", "mp_rank_01_001", flip("decoder.final_layernorm.weight", (500,)))
     shards = root / "megatron" / "iter_0000004"
-    for nodes, last in (("stages", "_00{}"), ("tensor ranks", "")):
-        for rank in (0, 1):
-            wanted = f"mp_rank_*{last.format(rank)}" if last else f"mp_rank_0{rank}_*"
-            for directory in shards.glob(wanted):
-                shutil.copytree(directory, root / nodes / f"{rank}" / "iter_0000004" / directory.name)
-    (root / "stages" / "0" / "latest_checkpointed_iteration.txt").write_text("4")
-    (root / "tensor ranks" / "0" / "latest_checkpointed_iteration.txt").write_text("4")
+    nodes = {
+        "stages": (shards, "mp_rank_*_000", "mp_rank_*_001"),
+        "tensor ranks": (shards, "mp_rank_00_*", "mp_rank_01_*"),
+        "other nodes": (shards, "mp_rank_01_*", "mp_rank_00_*"),
+        "wrong tensor ranks": (root / "wrong copy" / "iter_0000004", "mp_rank_00_*", "mp_rank_01_*"),
+    }
+    for name, (source, *wanted) in nodes.items():
+        for rank, pattern in enumerate(wanted):
+            for directory in source.glob(pattern):
+                shutil.copytree(directory, root / name / f"{rank}" / "iter_0000004" / directory.name)
+        (root / name / "0" / "latest_checkpointed_iteration.txt").write_text("4")
     pairs = {
         "same": ("megatron", "hf"),
         "grids": ("other grid", "megatron"),
@@ -47,6 +51,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
         "sample": ("megatron", "wrong", "--sample", "1/64"),
         "stages": ("stages/{RANK}", "wrong"),
         "tensor ranks": ("tensor ranks/{RANK}", "hf"),
+        "wrong tensor ranks": ("hf", "wrong tensor ranks/{RANK}"),
+        "apart": ("tensor ranks/{RANK}", "other nodes/{RANK}"),
     }
     jobs = {
         name: ["verify", str(root / a), str(root / b), "--json", "--max-memory-per-rank", "30MB", *more]
@@ -54,7 +60,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     }
     jobs["conversion"] = flags(root / "megatron", root / "converted", "--verify", "--placement", "gather")
     jobs["conversion of tensor ranks"] = flags(
-        root / "tensor ranks" / "{RANK}", root / "not converted", "--verify", "--placement", "gather"
+        root / "tensor ranks" / "{RANK}", root / "from tensor ranks", "--verify", "--placement", "gather"
     )
     jobs["conversion of stages"] = flags(root / "stages" / "{RANK}", root / "from stages", "--verify")
     yield root, run_jobs(2, jobs, root)
@@ -104,21 +110,39 @@ def test_a_sample_always_has_the_last_block_of_a_tensor(answers: tuple[Path, dic
 def test_ranks_that_see_whole_stages_compare_their_own(answers: tuple[Path, dict[str, Answer]]) -> None:
     _, found = answers
     reports = [json.loads(found[name].stdout[0]) for name in ("stages", "different")]
-    assert [report["values"] for report in reports][0] == reports[1]["values"]
+    assert reports[0]["values"] == reports[1]["values"]
     assert reports[0]["compared"] == reports[1]["compared"]
 
 
-@pytest.mark.parametrize("name", ["tensor ranks", "conversion of tensor ranks"])
-def test_shards_that_no_rank_sees_together_are_refused_once_before_anything_is_done(
-    name: str, answers: tuple[Path, dict[str, Answer]]
-) -> None:
-    root, found = answers
-    assert found[name].exit_codes == [2, 2]
-    assert sum("no rank sees all files that hold a tensor" in text for text in found[name].stderr) == 1
-    assert not (root / "not converted.partial").exists()
+def test_ranks_that_see_some_shards_of_each_tensor_compare_those(answers: tuple[Path, dict[str, Answer]]) -> None:
+    _, found = answers
+    assert found["tensor ranks"].exit_codes == [0, 0]
+    reports = [json.loads(found[name].stdout[0]) for name in ("tensor ranks", "same")]
+    assert reports[0]["compared"] == reports[1]["compared"]
 
 
-@pytest.mark.parametrize(("name", "target"), [("conversion", "converted"), ("conversion of stages", "from stages")])
+def test_a_copy_that_only_another_node_has_is_compared_there(answers: tuple[Path, dict[str, Answer]]) -> None:
+    _, found = answers
+    [value] = json.loads(found["wrong tensor ranks"].stdout[0])["values"]
+    assert (value["tensor"], value["index"]) == ("model.norm.weight", [500])
+    assert value["between"] == "copies of A and B on another node"
+    assert value["files"] == ["model.safetensors", "mp_rank_01_001/model_optim_rng.pt"]
+
+
+def test_shards_whose_counterparts_no_rank_sees_are_refused_once(answers: tuple[Path, dict[str, Answer]]) -> None:
+    _, found = answers
+    assert found["apart"].exit_codes == [2, 2]
+    assert sum("no rank sees both this file" in text for text in found["apart"].stderr) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("conversion", "converted"),
+        ("conversion of stages", "from stages"),
+        ("conversion of tensor ranks", "from tensor ranks"),
+    ],
+)
 def test_a_conversion_is_verified_by_all_ranks_and_says_so_once(
     name: str, target: str, answers: tuple[Path, dict[str, Answer]]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from dist_convert.boxes import Box, cover_fault
 from dist_convert.errors import UsageError
 from dist_convert.models.architecture import Architecture
 from dist_convert.records import View
-from dist_convert.verify.blocks import BLOCK_BYTES, Block, blocks, deal, is_sampled
+from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block, blocks, is_sampled
 from dist_convert.verify.catalog import Checkpoint, Region, Whole
+from dist_convert.verify.deal import deal
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, flip, verify
@@ -43,7 +45,7 @@ def checkpoint(
 
 
 def alone(tensors: dict[str, tuple[int, int]], dtype: str = "BF16", ranks: int = 1) -> Checkpoint:
-    return checkpoint(tensors, {name: ("file",) for name in tensors}, [{"file"}] * ranks, dtype)
+    return checkpoint(tensors, dict.fromkeys(tensors, ("file",)), [{"file"}] * ranks, dtype)
 
 
 def cut(a: Checkpoint, b: Checkpoint, sample: Fraction = ALL) -> list[Block]:
@@ -104,12 +106,38 @@ def test_a_block_goes_to_a_rank_that_sees_all_of_its_files() -> None:
     assert [(rank, block.tensor) for rank, block in deal(a, b, ALL)] == [(0, "one"), (1, "two")]
 
 
-def test_files_that_no_rank_sees_together_are_refused() -> None:
+def test_a_block_that_no_rank_sees_as_a_whole_is_cut_at_the_borders_of_its_files() -> None:
     a = checkpoint({"t": (4, 4)}, {"t": ("shard 0", "shard 1")}, [{"shard 0"}, {"shard 1"}])
-    with pytest.raises(UsageError, match="no rank sees all files") as caught:
-        list(deal(a, alone({"t": (4, 4)}, ranks=2), ALL))
-    assert caught.value.tensor == "t"
-    assert caught.value.expected == "one rank that can read file, shard 0, shard 1"
+    dealt = list(deal(a, alone({"t": (4, 4)}, ranks=2), ALL))
+    assert [(rank, block.box) for rank, block in dealt] == [(0, Box(0, 0, 2, 4)), (1, Box(2, 0, 2, 4))]
+    assert sum((block.amount for _, block in dealt), Amount()) == Amount(16, 32, 32)
+
+
+def test_copies_on_several_nodes_are_each_compared_there_and_counted_once() -> None:
+    one = alone({"t": (4, 4)}, ranks=3)
+    view = one.regions("t")[0].copies[0]
+    copies = tuple(replace(view, file=f"shard {n}") for n in range(3))
+    a = replace(
+        one,
+        regions=lambda _: (Region(Box(0, 0, 4, 4), copies),),
+        visible=(frozenset({"shard 0", "shard 1"}), frozenset({"shard 2"}), frozenset({"shard 2"})),
+    )
+    dealt = list(deal(a, one, ALL))
+    assert [(rank, [v.file for v in block.a[0].copies]) for rank, block in dealt] == [
+        (0, ["shard 0", "shard 1"]),
+        (1, ["shard 2"]),
+    ]
+    assert [block.between for _, block in dealt] == ["A and B", "copies of A and B on another node"]
+    assert sum((block.amount for _, block in dealt), Amount()) == Amount(16, 96, 32, 64, 0)
+
+
+def test_a_file_and_its_counterpart_that_no_rank_sees_together_are_refused() -> None:
+    files = {"t": ("shard 0", "shard 1")}
+    a = checkpoint({"t": (4, 4)}, files, [{"shard 0"}, {"shard 1"}])
+    b = checkpoint({"t": (4, 4)}, files, [{"shard 1"}, {"shard 0"}])
+    with pytest.raises(UsageError, match="no rank sees both") as caught:
+        list(deal(a, b, ALL))
+    assert (caught.value.tensor, caught.value.file) == ("t", "shard 0")
 
 
 def test_a_bit_outside_the_sample_is_not_looked_at_and_one_inside_is(
