@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.flags import add_switch, with_numbers, positive, size
+from dist_convert.flags import add_switch, positive, size, with_numbers
 from dist_convert.job import SAMPLE, VerifyJob
 
 

@@ -48,6 +48,7 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         max_memory_per_rank_bytes=1_000_000_000,
         dry_run=False,
         overwrite=False,
+        verify=None,
     )
 
 
@@ -74,6 +75,8 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         ("--max-memory-per-rank 512MiB", "max_memory_per_rank_bytes", 536_870_912),
         ("--dry-run", "dry_run", True),
         ("--overwrite", "overwrite", True),
+        ("--verify", "verify", "full"),
+        ("--verify sample", "verify", "sample"),
     ],
 )
 def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -175,3 +177,22 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.
     make_hf(tmp_path / "hf")
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "gone")]) == 1
     assert capsys.readouterr().err.startswith(f"B ({tmp_path / 'gone'}): the checkpoint directory does not exist")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    budget_bytes = 32_000_000
+    for layers in (1, 8):  # 23 MB and 182 MB of weights
+        make_hf(tmp_path / f"{layers}", Model(512, 7000, 8, 4, 64, layers, 99, 99))
+    assert (tmp_path / "8" / "model.safetensors").stat().st_size > 5 * budget_bytes
+    code = """
+import sys
+from dist_convert.__main__ import main
+from dist_convert.report import peak_memory_bytes
+for path in sys.argv[1:]:
+    assert main(["verify", path, path, "--max-memory-per-rank", "32MB"]) == 0
+    print(peak_memory_bytes(), file=sys.stderr)
+"""
+    models = [str(tmp_path / name) for name in ("1", "8")]
+    done = subprocess.run([sys.executable, "-c", code, *models], capture_output=True, text=True, check=True)
+    small_bytes, large_bytes = map(int, done.stderr.split())
+    assert large_bytes - small_bytes < budget_bytes / 4
