@@ -21,6 +21,7 @@ class Which:
         habana_imported_experts: its experts are those of Habana's importer, not interleaved over ranks.
         true_vocab_size: tokens without padding; None asks the args, then the tokenizer.
         tokenizer: its directory, where the args' own path is not here.
+        is_shared: whether all ranks are known to see the same files.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class Which:
     habana_imported_experts: bool = False
     true_vocab_size: int | None = None
     tokenizer: Path | None = None
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Checkpoint:
         regions: gives the regions of a named tensor, which cover it once.
         padding_rows: of all tensors with a vocabulary; no part of the model.
         visible: for each rank, the files that it can read.
+        is_at_places: whether files are named by `plan.node_local.name_at`, as different nodes have one of a name.
     """
 
     path: Path
@@ -86,6 +89,7 @@ class Checkpoint:
     regions: Callable[[str], tuple[Region, ...]]
     padding_rows: int
     visible: tuple[frozenset[str], ...]
+    is_at_places: bool = False
 
 
 @dataclass(frozen=True)

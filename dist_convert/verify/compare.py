@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from dist_convert.boxes import Box
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.move.buffers import Buffer, make_buffer
+from dist_convert.plan.node_local import local_name
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.records import DTYPE_BYTES, View
 from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block
@@ -132,18 +133,23 @@ def _load(
         row, column = region.box.row - box.row, region.box.column - box.column
         if region.copies and region.box.columns == box.columns:
             offset_bytes = row * box.columns * item_bytes
-            side.reader.read(region.copies[0], dtype, tensor.add, side.whole, offset_bytes)
+            side.reader.read(_here(side, region.copies[0]), dtype, tensor.add, side.whole, offset_bytes)
             continue
         window = matrix[row : row + region.box.rows, column : column + region.box.columns]
         if region.copies:
-            window.copy_(_read(side.reader, region.copies[0], dtype, tensor.add, side.first))
+            window.copy_(_read(side, region.copies[0], dtype, tensor.add, side.first))
         else:
             window.zero_()
     return matrix, found
 
 
-def _read(reader: FileReader, view: View, dtype: str, add: int, buffer: Buffer) -> torch.Tensor:
-    reader.read(view, dtype, add, buffer, 0)
+def _here(side: _Side, view: View) -> View:
+    """A view with the name that its file has on this node."""
+    return replace(view, file=local_name(view.file)) if side.checkpoint.is_at_places else view
+
+
+def _read(side: _Side, view: View, dtype: str, add: int, buffer: Buffer) -> torch.Tensor:
+    side.reader.read(_here(side, view), dtype, add, buffer, 0)
     size_bytes = view.rows * view.columns * DTYPE_BYTES[dtype]
     return buffer.tensor[:size_bytes].view(TORCH_DTYPES[dtype]).view(view.rows, view.columns)
 
@@ -153,9 +159,9 @@ def _compare_copies(side: _Side, region: Region, tensor: Whole) -> list[Differen
     found = []
     if len(region.copies) > 1:
         one = region.copies[0]
-        first = _read(side.reader, one, one.dtype, 0, side.first)
+        first = _read(side, one, one.dtype, 0, side.first)
         for view in region.copies[1:]:
-            other = _read(side.reader, view, one.dtype, 0, side.other)
+            other = _read(side, view, one.dtype, 0, side.other)
             difference = _difference(
                 tensor.name, region.box, first, other, f"two copies in {side.letter}", (one.file, view.file)
             )

@@ -41,7 +41,7 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
     source = open_named("source", which, world)
 
     def check() -> None:
-        a, b = catalogs(source, open_named("target", Which(task.partial), world))
+        a, b = catalogs(source, open_named("target", Which(task.partial, is_shared=not any(task.places)), world))
         outcome = compare_all(a, b, work_of(a, b, sample), world, lambda _: None)
         if not outcome.is_same:
             raise _different(task, outcome)

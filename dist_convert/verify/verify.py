@@ -21,6 +21,7 @@ from dist_convert.verify.blocks import Amount
 from dist_convert.verify.catalog import Checkpoint, Opened, Which
 from dist_convert.verify.compare import Compared, Difference, check_budget, compare
 from dist_convert.verify.deal import deal
+from dist_convert.verify.nodes import with_every_copy
 from dist_convert.verify.open_huggingface import open_huggingface
 from dist_convert.verify.open_megatron import open_megatron
 from dist_convert.verify.outcome import Outcome, as_json, as_text, outcome_of
@@ -58,13 +59,17 @@ def open_named(letter: str, which: Which, world: World) -> Opened:
     """
     try:
         if any(gather_objects(world, (which.path / CONFIG_FILE).is_file())):
-            return open_huggingface(which.path, world)
-        if not any(gather_objects(world, which.path.is_dir())):
+            opened = open_huggingface(which.path, world)
+        elif any(gather_objects(world, which.path.is_dir())):
+            opened = open_megatron(which, world)
+        else:
             raise CheckpointNotFound("the checkpoint directory does not exist", file=str(which.path))
-        return open_megatron(which, world)
     except ConversionError as error:
         error.what = f"{letter} ({which.path}): {error.what}"
         raise
+    if which.is_shared:
+        return opened
+    return Opened(opened.vocab, lambda vocab: with_every_copy(opened.catalog(vocab), world))
 
 
 def catalogs(first: Opened, second: Opened) -> tuple[Checkpoint, Checkpoint]:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import Answer, flags, run_jobs, torchrun
+from tests.distributed.launching import Answer, flags, on_two_nodes, run_jobs, torchrun
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, edit_shard, flip
 
@@ -157,3 +158,26 @@ def test_torchrun_sees_the_difference_in_the_exit_code(answers: tuple[Path, dict
     assert run.returncode == 1
     assert run.stdout.count("DIFFERENT: 2 differences") == 1
     assert "Traceback (most recent call last)" not in run.stdout
+
+
+def test_every_copy_of_a_file_on_the_nodes_own_disks_is_compared_and_counted(tmp_path: Path) -> None:
+    tensors = make_hf(tmp_path / "hf", MODEL)
+    grid = ["--target-tensor-parallel-size", "2", "--target-ranks-per-node", "2"]
+    job = ["--load-dir", f"{tmp_path}/hf", "--save-dir", f"{tmp_path}/node{{node}}", *grid, "--device", "cpu"]
+    runs = on_two_nodes(1, "hf-to-megatron", *job, "--verify")
+    assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
+    assert f"{tmp_path}/node0/iter_0000001: verified, 21 tensors" in runs[0].stderr
+    shard = tmp_path / "node1" / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
+    content = bytearray(shard.read_bytes())
+    row = tensors["model.layers.1.mlp.down_proj.weight"][300, 2304:].view(torch.uint8).numpy().tobytes()
+    content[content.index(row) + 2 * 2] ^= 1  # the third element
+    shard.write_bytes(content)
+    runs = on_two_nodes(1, "verify", f"{tmp_path}/hf", f"{tmp_path}/node{{node}}", "--json")
+    assert runs[0].returncode != 0
+    report = json.loads(runs[0].stdout)
+    [value] = report["values"]
+    assert (value["tensor"], value["index"]) == ("model.layers.1.mlp.down_proj.weight", [300, 2306])
+    assert value["files"] == ["model.safetensors", "1:mp_rank_01/model_optim_rng.pt"]
+    weights_bytes = report["compared"]["bytes_a"]
+    norms_bytes = 5 * 512 * 2
+    assert report["compared"]["bytes_b"] == 2 * (weights_bytes + norms_bytes)
