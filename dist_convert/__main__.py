@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from dist_convert.errors import ConversionError
 from dist_convert.flags import job_from_flags, parse
 from dist_convert.flags_to_megatron import to_megatron_job_from_flags
-from dist_convert.job import Job, ToMegatronJob
+from dist_convert.flags_verify import verify_job_from_flags
+from dist_convert.job import Job, ToMegatronJob, VerifyJob
 from dist_convert.old_flags import notes_on_old_flags
 
 if TYPE_CHECKING:
@@ -29,16 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _inspect(flags)
         if flags.command == "push":
             return _upload(flags.directory, flags.push_to_hub, flags.private)
-        job: Job | ToMegatronJob
+        job: Job | ToMegatronJob | VerifyJob
         if flags.command == "hf-to-megatron":
             job = to_megatron_job_from_flags(flags)
             if os.environ.get("RANK", "0") == "0":
                 print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
+        elif flags.command == "verify":
+            job = verify_job_from_flags(flags)
         else:
             job = job_from_flags(flags)
     except ConversionError as error:
         return _fail_early(error)
-    return _convert(job)
+    return _run(job)
 
 
 def _fail_early(error: ConversionError) -> int:
@@ -70,21 +73,27 @@ def _upload(directory: Path, repository: str, private: bool) -> int:
     return 0
 
 
-def _convert(job: Job | ToMegatronJob) -> int:
+def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
     # torch takes seconds to import, which flags and inspect do not need.
     from dist_convert.channel import Channel, is_served_by_launcher
     from dist_convert.device import limit_threads, return_freed_memory
     from dist_convert.move.exchange import join_world, leave_world
     from dist_convert.run import convert
+    from dist_convert.verify.verify import verify
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     channel = Channel(rank, size) if size == 1 or is_served_by_launcher() else None
     try:
-        world = join_world(job.device, job.timeout_seconds)
+        # Comparing gathers nothing but reports, which need no accelerator.
+        world = join_world("cpu" if isinstance(job, VerifyJob) else job.device, job.timeout_seconds)
         channel = channel or Channel(rank, size)  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
         return_freed_memory()
-        convert(job, world, channel)
+        exit_code = 0
+        if isinstance(job, VerifyJob):
+            exit_code = verify(job, world, channel)
+        else:
+            convert(job, world, channel)
         channel.close()
         leave_world(world)
         channel = None  # an upload may take hours, for which no other rank waits
@@ -96,7 +105,7 @@ def _convert(job: Job | ToMegatronJob) -> int:
         return 130
     except BaseException:
         return _fail(channel, f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}", 1)
-    return 0
+    return exit_code
 
 
 def _fail(channel: Channel | None, message: str, exit_code: int) -> int:

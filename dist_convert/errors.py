@@ -21,6 +21,7 @@
     │   ├── TargetExists            not empty, and `--overwrite` was not given
     │   └── NotEnoughSpace          the file system is too small
     ├── UploadError                 the hub cannot take the model; what was converted is complete
+    ├── DifferentModel              `--verify` found that the target is not the model of the source
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
     └── Problems                    several of the above, found together before the first byte moved
 """
@@ -137,6 +138,10 @@ class NotEnoughSpace(TargetError):
 
 class UploadError(ConversionError):
     """The hub cannot take the model; what was converted is complete."""
+
+
+class DifferentModel(ConversionError):
+    """What was written is not the model that was read."""
 
 
 class BudgetTooSmall(ConversionError):

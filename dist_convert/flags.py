@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from dist_convert.errors import UsageError
 from dist_convert.flag_values import repository, seconds
-from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, Job
+from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
 
@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from dist_convert.flags_to_megatron import add_hf_to_megatron  # it uses the types above
+    from dist_convert.flags_to_megatron import add_hf_to_megatron  # they use the types above
+    from dist_convert.flags_verify import add_verify
 
     _add_megatron_to_hf(commands)
     add_hf_to_megatron(commands)
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
     push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
     add_switch(push, "--private", "for members only; a public repository is refused")
+    add_verify(commands)
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
     inspect.add_argument("--ckpt-dir-name", help="iteration directory (default: what the tracker file says)")
@@ -139,6 +141,13 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         type=seconds,
         default=600,
         help="that ranks wait for one of them that is silent (default: 600)",
+    )
+    run.add_argument(
+        "--verify",
+        nargs="?",
+        choices=VERIFICATIONS,
+        const="full",
+        help="compare what was written with the source before it gets its name: all of it, or a sample",
     )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
@@ -232,4 +241,5 @@ def job_from_flags(flags: argparse.Namespace) -> Job:
         push_to_hub=flags.push_to_hub,
         private=flags.private,
         timeout_seconds=flags.timeout_seconds,
+        verify=flags.verify,
     )

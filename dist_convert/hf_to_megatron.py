@@ -24,7 +24,7 @@ from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import files_of_places, local_name, name_at
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
-from dist_convert.read.discover import discover
+from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.read.huggingface import (
     HuggingFaceFiles,
@@ -55,18 +55,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     """
     directory = _fetch(job, world, channel)
     seen = read_directory(directory)
-    found = discover(
-        world,
-        directory,
-        seen.sizes_bytes,
-        lambda file: headers_to_json({file: read_weights_header(directory / file, file)}),
-        expected=f"safetensors or pytorch_model files in {directory}",
-    )
-    headers = {file: headers_from_json(header)[file] for file, header in found.headers.items()}
-    index = read_index(directory)
-    if index is not None:
-        check_index(index, headers)
-    stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
+    found, stored = discover_tensors(directory, seen, world)
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
     places = _places(job, world, job.save_dir / name)
@@ -110,6 +99,28 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         finish=finish,
         publish=publish,
     )
+
+
+def discover_tensors(
+    directory: Path, seen: HuggingFaceFiles, world: World
+) -> tuple[Discovery, dict[str, StoredTensor]]:
+    """Every stored tensor by its name, whichever rank sees it.
+
+    Raises:
+        SourceError: a damaged file, or files that are not those of the index.
+    """
+    found = discover(
+        world,
+        directory,
+        seen.sizes_bytes,
+        lambda file: headers_to_json({file: read_weights_header(directory / file, file)}),
+        expected=f"safetensors or pytorch_model files in {directory}",
+    )
+    headers = {file: headers_from_json(header)[file] for file, header in found.headers.items()}
+    index = read_index(directory)
+    if index is not None:
+        check_index(index, headers)
+    return found, {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
 
 
 def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 #: `--target-params-dtype` in safetensors names; `keep` leaves every tensor as it is stored.
@@ -10,6 +11,9 @@ TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
 SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mixtral")
 DEVICES = ("auto", "cpu", "cuda", "hpu")
 PLACEMENTS = ("auto", "gather", "direct")
+#: What `--verify` compares: every block, or a share.
+VERIFICATIONS = ("full", "sample")
+SAMPLE = Fraction(1, 16)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Job:
     push_to_hub: str | None = None
     private: bool = False
     timeout_seconds: int = 600
+    verify: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,5 +83,26 @@ class ToMegatronJob:
     max_memory_per_rank_bytes: int = 1_000_000_000
     dry_run: bool = False
     overwrite: bool = False
+    verify: str | None = None
     verbose: bool = False
+    timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """A comparison of two checkpoints. Field names are the flags' names; see `--help` for each.
+
+    Sizes are in bytes. Paths are as this rank sees them (`{rank}` and its like already filled in).
+    """
+
+    a: Path
+    b: Path
+    ckpt_dir_name_a: str | None = None
+    ckpt_dir_name_b: str | None = None
+    habana_imported_experts_a: bool = False
+    habana_imported_experts_b: bool = False
+    true_vocab_size: int | None = None
+    sample: Fraction = Fraction(1)
+    max_memory_per_rank_bytes: int = 1_000_000_000
+    json: bool = False
     timeout_seconds: int = 600

@@ -15,7 +15,7 @@ from dist_convert.move.pipeline import Moved
 from dist_convert.plan.survey import check_same_run
 from dist_convert.plan.to_huggingface import plan_to_huggingface
 from dist_convert.read.checkpoint import TRACKER_FILE, iteration_directory, rank_files, tracked_name
-from dist_convert.read.discover import discover
+from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
 from dist_convert.task import Task
@@ -34,16 +34,8 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(job.save_path, job.push_to_hub, private=job.private))
-    directory = _shared_iteration(job, world)
-    found = discover(
-        world,
-        directory,
-        rank_files(directory) if directory.is_dir() else (),
-        lambda file: shard_to_json(read_shard(directory / file, file)),
-        expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
-    )
-    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
-    check_same_run(shards.values())
+    directory = shared_iteration(job.load_path, job.ckpt_dir_name, world)
+    found, shards = discover_shards(directory, world)
     file = min(shards)
     args = shards[file].args
     tokenizer = _share_tokenizer(job, world, shards[file])
@@ -83,16 +75,33 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     )
 
 
-def _shared_iteration(job: Job, world: World) -> Path:
+def discover_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
+    """Every shard's header, by file, whichever rank sees it.
+
+    Raises:
+        SourceError: no shard is here, or they are not of one run.
+    """
+    found = discover(
+        world,
+        directory,
+        rank_files(directory) if directory.is_dir() else (),
+        lambda file: shard_to_json(read_shard(directory / file, file)),
+        expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
+    )
+    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
+    check_same_run(shards.values())
+    return found, shards
+
+
+def shared_iteration(root: Path, name: str | None, world: World) -> Path:
     """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
 
     Raises:
         InconsistentShards: trackers name different iterations.
         CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
     """
-    name = job.ckpt_dir_name
     if name is None:
-        tracked = [named for named in gather_objects(world, tracked_name(job.load_path)) if named is not None]
+        tracked = [named for named in gather_objects(world, tracked_name(root)) if named is not None]
         if len(set(tracked)) > 1:
             raise InconsistentShards(
                 "tracker files of different nodes name different iterations",
@@ -101,11 +110,11 @@ def _shared_iteration(job: Job, world: World) -> Path:
                 remedy="name the iteration with --ckpt-dir-name",
             )
         name = tracked[0] if tracked else None
-    is_here = name is not None and (job.load_path / name).is_dir()
+    is_here = name is not None and (root / name).is_dir()
     anywhere = any(gather_objects(world, is_here))
     if is_here or not anywhere:
-        return iteration_directory(job.load_path, name)
-    return job.load_path / name if name else job.load_path
+        return iteration_directory(root, name)
+    return root / name if name else root
 
 
 def _share_tokenizer(job: Job, world: World, shard: Shard) -> Tokenizer:

@@ -13,18 +13,19 @@ from dist_convert.move.exchange import World
 
 
 @contextmanager
-def show_progress(world: World, channel: Channel, total_bytes: int) -> Iterator[None]:
+def show_progress(world: World, channel: Channel, total_bytes: int, what: str = "converting") -> Iterator[None]:
     """Show what all ranks together have written until the block ends.
 
     Args:
         world: this rank.
         channel: that carries the ranks' counts.
-        total_bytes: to be written by all ranks.
+        total_bytes: of the work of all ranks.
+        what: is done, before the bar.
     """
     if world.rank != 0 or not sys.stderr.isatty():
         yield
         return
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", dynamic_ncols=True) as bar:
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
 
         def update(all_bytes: int) -> None:
             bar.update(all_bytes - bar.n)

@@ -26,6 +26,7 @@ from dist_convert.plan.plan import divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.report import Outcome, describe_plan, outcome_line, peak_memory_bytes
 from dist_convert.task import RunOptions
+from dist_convert.verify.conversion import prepare_check
 from dist_convert.write.commit import check_target, commit, new_partial, sync_files
 from dist_convert.write.file_writer import target_error
 
@@ -56,6 +57,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     )
     agree(world, schedule_digest(plan))
 
+    check = prepare_check(job, task, world)
     is_first = task.is_first_of_place(world.rank)
     free_bytes = 0
     if is_first:
@@ -94,6 +96,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     if world.local_rank == 0:
         sync_files(task.partial, [local_name(file.name) for file in task.files_of(world.rank)])
     barrier(world)
+    check()
     if is_first:
         commit(task.partial, task.target, overwrite=job.overwrite)
         task.publish()

@@ -51,6 +51,7 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         push_to_hub=None,
         private=False,
         timeout_seconds=600,
+        verify=None,
     )
 
 
@@ -80,6 +81,8 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         ("--push-to-hub org/name", "push_to_hub", "org/name"),
         ("--push-to-hub org/name --private", "private", True),
         ("--timeout 3600", "timeout_seconds", 3600),
+        ("--verify", "verify", "full"),
+        ("--verify sample", "verify", "sample"),
     ],
 )
 def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) -> None:

@@ -28,7 +28,9 @@ NAMES = [file for file in FILES if file.startswith("models/") or file.endswith("
 #: What planning and reading headers consist of; all of it must run where there is no torch.
 PLANNING = ("boxes.py", "records.py", "layout.py", "dialects.py", "errors.py", "units.py", "models/", "plan/")
 HEADERS = ("read/megatron_shard.py", "read/restricted_pickle.py", "read/zip_container.py", "read/checkpoint.py")
-PURE = [f for f in FILES if f.startswith(PLANNING) or f in (*HEADERS, "write/safetensors_files.py", "describe.py")]
+VERIFYING = ("verify/places.py", "verify/blocks.py", "verify/deal.py")
+OTHERS = (*HEADERS, *VERIFYING, "write/safetensors_files.py", "describe.py")
+PURE = [f for f in FILES if f.startswith(PLANNING) or f in OTHERS]
 
 
 def tree_of(file: str) -> ast.Module:

@@ -207,7 +207,8 @@ def tied_replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple
     rows, columns = shard_size(parameter.row, side.architecture.sizes(), parameter.shards)
     found = []
     for file in side.files.dense[last.pipeline, shard]:
-        seen = dialects.view(Piece(copy), side.tensors[file, last.virtual][copy], rows, columns)
+        stored = side.tensors[file, last.virtual].get(copy)
+        seen = dialects.view(Piece(copy), stored, rows, columns) if stored else None
         if seen is not None:
             found.append(((0, seen),))
     return tuple(found)

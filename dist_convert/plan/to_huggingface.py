@@ -56,12 +56,12 @@ def plan_to_huggingface(
     grid, files = locate_shards(shards, imported_experts=imported_experts)
     family = FAMILIES[architecture.family]
     if imported_experts:
-        family = _without_expert_interleave(family)
+        family = without_expert_interleave(family)
     side = megatron_side(shards, architecture, family, grid, files)
     found = survey(side, shards)
     specs, zero_tensors = _target_tensors(side, found, target_dtype)
     targets = lay_out_files(specs, max_shard_size_bytes)
-    sides = Sides(side, to_megatron=False, add_to_norms=_added_to_norms(shards))
+    sides = Sides(side, to_megatron=False, add_to_norms=added_to_norms(shards))
     moves = plan_moves(sides, {tensor.name: View.of(tensor) for file in targets for tensor in file.tensors})
     check_cover(side, moves)
     return Content(
@@ -76,7 +76,8 @@ def plan_to_huggingface(
     )
 
 
-def _without_expert_interleave(family: Family) -> Family:
+def without_expert_interleave(family: Family) -> Family:
+    """A family whose experts' gate and up rows are not interleaved over tensor parallel ranks."""
     layer = tuple(
         replace(entry, interleave="none") if isinstance(entry, Row) and "{expert}" in entry.megatron else entry
         for entry in family.layer
@@ -105,7 +106,7 @@ def _target_tensors(
     return specs, tuple(zero_tensors)
 
 
-def _added_to_norms(shards: Mapping[str, Shard]) -> int:
+def added_to_norms(shards: Mapping[str, Shard]) -> int:
     """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
 
     Raises:

@@ -48,7 +48,7 @@ def discover(
         CheckpointNotFound: no rank sees any file.
         InconsistentShards: two ranks see different files under one name.
     """
-    listings = _gather_listings(world, {file: identity(directory / file) for file in files})
+    listings = gather_listings(world, {file: identity(directory / file) for file in files})
     names = sorted(frozenset[str]().union(*listings))
     if not names:
         raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
@@ -59,7 +59,7 @@ def discover(
     return Discovery(headers, tuple(frozenset(seen) for seen in listings), headers_of)
 
 
-def _gather_listings(world: World, mine: Listing) -> list[Listing]:
+def gather_listings(world: World, mine: Listing) -> list[Listing]:
     """Every rank's listing; where all see the same, as on a shared file system, only its digest travels."""
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(gather_objects(world, digest))) == 1:

@@ -1,0 +1,1 @@
+"""Compares two checkpoints tensor by tensor; it reads both by itself and uses nothing of a conversion's own plan."""

@@ -1,0 +1,72 @@
+"""`--verify` of a conversion: what was written is read back and compared with the source before it gets its name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+
+from dist_convert.errors import DifferentModel
+from dist_convert.job import SAMPLE, Job, ToMegatronJob
+from dist_convert.move.exchange import World
+from dist_convert.task import Task
+from dist_convert.verify.catalog import Which
+from dist_convert.verify.compare import check_budget
+from dist_convert.verify.outcome import Outcome, differences
+from dist_convert.verify.verify import catalogs, compare_all, open_named, work_of
+
+_SHOWN = 8
+
+
+def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callable[[], None]:
+    """Get ready to compare a conversion's target with its source; the result does so, on every rank.
+
+    Nothing of the conversion's plan is used: both sides are described anew from the headers of their files.
+
+    Raises:
+        BudgetTooSmall: the comparison could not be made. The result raises `DifferentModel`.
+    """
+    if job.verify is None:
+        return lambda: None
+    check_budget(job.max_memory_per_rank_bytes)
+    sample = SAMPLE if job.verify == "sample" else Fraction(1)
+    which = Which(task.source)
+    if isinstance(job, Job):
+        which = Which(
+            task.source,
+            habana_imported_experts=job.habana_imported_experts,
+            true_vocab_size=job.true_vocab_size,
+            tokenizer=job.tokenizer,
+        )
+    source = open_named("source", which, world)
+
+    def check() -> None:
+        a, b = catalogs(source, open_named("target", Which(task.partial, is_shared=not any(task.places)), world))
+        outcome = compare_all(a, b, work_of(a, b, sample), world, lambda _: None)
+        if not outcome.is_same:
+            raise _different(task, outcome)
+        if world.rank == 0:
+            print(_line(task, outcome), file=sys.stderr)
+
+    return check
+
+
+def _different(task: Task, outcome: Outcome) -> DifferentModel:
+    found = differences(outcome)
+    more = f"\n{'':12}and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return DifferentModel(
+        "what was written (B) is not the model that was read (A)",
+        file=str(task.partial),
+        expected="every tensor and config field alike",
+        found=f"\n{'':12}".join(found[:_SHOWN]) + more,
+        remedy=f"{task.partial.name} is kept for a look and never gets its name; the source or the target may lie on a "
+        "failing disk: convert again, and report it if it stays",
+    )
+
+
+def _line(task: Task, outcome: Outcome) -> str:
+    share = "" if outcome.sample == 1 else f" (a sample of {outcome.sample} of the blocks)"
+    return (
+        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
+        f"elements and {outcome.fields} config fields are the source's{share}"
+    )

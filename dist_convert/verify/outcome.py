@@ -1,0 +1,188 @@
+"""What a verification found, as data, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from typing import Any
+
+from dist_convert.models.architecture import Architecture
+from dist_convert.records import DTYPE_BYTES
+from dist_convert.units import human_bytes
+from dist_convert.verify.blocks import Amount
+from dist_convert.verify.catalog import Checkpoint
+from dist_convert.verify.compare import Compared, Difference
+
+#: Fields of `Architecture` that do not belong to the model: how a checkpoint is laid out, and how it was trained.
+_NOT_THE_MODEL = ("padded_vocab", "router_aux_loss")
+
+#: Differences that the text shows.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was compared, and what differs.
+
+    Attributes:
+        a, b: what the checkpoints are: their path and kind.
+        fields: of the config that were compared.
+        config: fields that differ, with both values.
+        only_a, only_b: tensors that one of them lacks.
+        shapes: tensors of different shapes, with both.
+        values: tensors, or copies of a tensor, whose values differ.
+        tensors: that were compared, by the dtypes on both sides.
+        amount: elements and bytes of them.
+        padding_rows: of the vocabulary, of A and of B.
+        sample: share of the blocks that were compared.
+        notes: what the user should know beside it.
+    """
+
+    a: tuple[str, str]
+    b: tuple[str, str]
+    fields: int
+    config: Mapping[str, tuple[Any, Any]]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    values: tuple[Difference, ...]
+    tensors: Mapping[tuple[str, str], int]
+    amount: Amount
+    padding_rows: tuple[int, int]
+    sample: Fraction
+    notes: tuple[str, ...]
+
+    @property
+    def is_same(self) -> bool:
+        return not (self.config or self.only_a or self.only_b or self.shapes or self.values)
+
+
+def outcome_of(
+    a: Checkpoint,
+    b: Checkpoint,
+    compared: Sequence[Compared],
+    tensors: Sequence[str],
+    sample: Fraction,
+) -> Outcome:
+    """Add up what all ranks found.
+
+    Args:
+        a, b: the checkpoints.
+        compared: of every rank.
+        tensors: names of those that were compared.
+        sample: share of the blocks that were compared.
+    """
+    total = Compared()
+    for of_rank in compared:
+        for difference in of_rank.differences.values():
+            total.add(difference)
+    names = [field.name for field in fields(Architecture) if field.name not in _NOT_THE_MODEL]
+    pairs = {name: (getattr(a.architecture, name), getattr(b.architecture, name)) for name in names}
+    both = [name for name in a.tensors if name in b.tensors]
+    shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in both}
+    order = {name: number for number, name in enumerate(a.tensors)}
+    values = [
+        replace(found, index=found.index[: len(a.tensors[found.tensor].shape)]) for found in total.differences.values()
+    ]
+    return Outcome(
+        a=(str(a.path), a.kind),
+        b=(str(b.path), b.kind),
+        fields=len(names),
+        config={name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        only_a=tuple(name for name in a.tensors if name not in b.tensors),
+        only_b=tuple(name for name in b.tensors if name not in a.tensors),
+        shapes={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
+        values=tuple(sorted(values, key=lambda found: (order[found.tensor], found.between))),
+        tensors=Counter((a.tensors[name].dtype, b.tensors[name].dtype) for name in tensors),
+        amount=sum((of_rank.amount for of_rank in compared), Amount()),
+        padding_rows=(a.padding_rows, b.padding_rows),
+        sample=sample,
+        notes=tuple(_notes(a, b, {found.tensor for found in values})),
+    )
+
+
+def _notes(a: Checkpoint, b: Checkpoint, differ: set[str]) -> list[str]:
+    notes = []
+    for side, letter, other in ((a, "A", b), (b, "B", a)):
+        if not side.says_vocab:
+            taken = "that of the other is taken" if other.says_vocab else "its padded size is taken"
+            notes.append(
+                f"{letter} does not say how many tokens its vocabulary has: {taken} (or give --true-vocab-size)"
+            )
+    if any(DTYPE_BYTES[a.tensors[name].dtype] < DTYPE_BYTES[b.tensors[name].dtype] for name in differ):
+        notes.append("A is of the narrower dtype: if A was made from B, give them in the other order")
+    return notes
+
+
+def differences(outcome: Outcome) -> list[str]:
+    """Every difference, a line each: config fields, then tensors."""
+    lines = [f"{name}: {first} in A, {second} in B" for name, (first, second) in outcome.config.items()]
+    lines += [f"{name}: only in A" for name in outcome.only_a]
+    lines += [f"{name}: only in B" for name in outcome.only_b]
+    lines += [
+        f"{name}: shape {list(first)} in A, {list(second)} in B" for name, (first, second) in outcome.shapes.items()
+    ]
+    return lines + [_of_values(found, outcome) for found in outcome.values]
+
+
+def _of_values(found: Difference, outcome: Outcome) -> str:
+    places = [
+        f"{value}" + (f" in {file}" if file else "") for value, file in zip(found.values, found.files, strict=True)
+    ]
+    least = "at least " if outcome.sample < 1 else ""
+    return (
+        f"{found.tensor}: {found.between} differ in {least}{found.elements} elements, first at "
+        f"{list(found.index)}: {places[0]}, {places[1]}"
+    )
+
+
+def as_text(outcome: Outcome) -> str:
+    """The report for people."""
+    amount = outcome.amount
+    lines = [f"{letter}  {path}  {kind}" for letter, (path, kind) in (("A", outcome.a), ("B", outcome.b))]
+    if outcome.sample < 1:
+        lines.append(f"sample   {outcome.sample} of the blocks, and the first and last block of every tensor")
+    lines.append(f"config   {outcome.fields} fields compared")
+    for (first, second), count in outcome.tensors.items():
+        how = f"bit for bit in {second}" if first == second else f"A in {first} rounded to B's {second}"
+        lines.append(f"tensors  {count} compared, {how}")
+    lines += [
+        f"values   {amount.elements:,} elements, {human_bytes(amount.bytes_a)} of A, "
+        f"{human_bytes(amount.bytes_b)} of B",
+        f"copies   {human_bytes(amount.copies_a_bytes)} of A and {human_bytes(amount.copies_b_bytes)} of B are "
+        "further copies of the same tensors, compared with the first",
+        f"padding  {outcome.padding_rows[0]} rows of A and {outcome.padding_rows[1]} rows of B, no part of the model",
+        *(f"note     {note}" for note in outcome.notes),
+    ]
+    found = differences(outcome)
+    if not found:
+        return "\n".join([*lines, "the same model" + (", as far as the sample goes" if outcome.sample < 1 else "")])
+    more = [f"  ... and {len(found) - _SHOWN} more (--json shows all)"] if len(found) > _SHOWN else []
+    return "\n".join([*lines, f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN]), *more])
+
+
+def as_json(outcome: Outcome) -> str:
+    """The report for programs."""
+    report = {
+        "same": outcome.is_same,
+        "a": dict(zip(("path", "kind"), outcome.a, strict=True)),
+        "b": dict(zip(("path", "kind"), outcome.b, strict=True)),
+        "sample": float(outcome.sample),
+        "compared": {
+            "config_fields": outcome.fields,
+            "tensors": sum(outcome.tensors.values()),
+            "tensors_by_dtype": {" to ".join(pair): count for pair, count in outcome.tensors.items()},
+            **asdict(outcome.amount),
+        },
+        "padding_rows": dict(zip("ab", outcome.padding_rows, strict=True)),
+        "config": {name: dict(zip("ab", pair, strict=True)) for name, pair in outcome.config.items()},
+        "only_in_a": outcome.only_a,
+        "only_in_b": outcome.only_b,
+        "shapes": {name: dict(zip("ab", pair, strict=True)) for name, pair in outcome.shapes.items()},
+        "values": [asdict(found) for found in outcome.values],
+        "notes": outcome.notes,
+    }
+    return json.dumps(report, indent=2, default=asdict)

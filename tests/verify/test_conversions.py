@@ -1,0 +1,116 @@
+"""`--verify` of a conversion: a target that is not its source never gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_convert.__main__ import main
+from dist_convert.models.schema import Row
+from dist_convert.plan import geometry, moves
+from dist_convert.plan.geometry import Segment
+from dist_convert.records import View
+from dist_convert.write.file_writer import FileWriter
+from tests.checkpoints import Grid, Model, make
+from tests.converting import convert
+from tests.to_megatron import make_hf, to_megatron
+
+MIXTRAL = Model(experts=4, groups=4, layers=2)
+
+
+@pytest.mark.parametrize("how", ["--verify", "--verify=full", "--verify=sample"])
+def test_a_right_conversion_is_verified_and_gets_its_name(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", MIXTRAL, Grid(tp=2, ep=2))
+    assert convert(tmp_path / "megatron", tmp_path / "hf", how) == 0
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", how, grid=Grid(tp=4, pp=2)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if ": verified, " in line]
+    sample = " (a sample of 1/16 of the blocks)" if "sample" in how else ""
+    assert said == [
+        f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 18 config fields are the source's{sample}"
+        for name in ("hf", "back/iter_0000001")
+    ]
+
+
+def test_without_the_flag_nothing_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "megatron")
+    assert convert(tmp_path / "megatron", tmp_path / "hf") == 0
+    assert "verified" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "keep"])
+def test_rounded_values_are_right_in_both_directions(dtype: str, tmp_path: Path) -> None:
+    make(tmp_path / "megatron", Model(), Grid(tp=2))
+    flags = ("--target-params-dtype", dtype, "--verify")
+    assert convert(tmp_path / "megatron", tmp_path / "hf", *flags) == 0
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *flags, grid=Grid(pp=2)) == 0
+
+
+def test_a_job_file_has_the_flag_as_true_or_as_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "megatron")
+    for name, value in (("full", "true"), ("share", "sample"), ("none", "false")):
+        job = tmp_path / f"{name}.yaml"
+        job.write_text(f"load-path: {tmp_path}/megatron\nsave-path: {tmp_path}/{name}\nverify: {value}\n")
+        assert main(["megatron-to-hf", "--config", str(job), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert [f"{tmp_path}/{name}: verified" in said for name in ("full", "share", "none")] == [True, True, False]
+
+
+def gate_and_up_exchanged(row: Row, sizes: dict[str, int], shards: int) -> Iterator[Segment]:
+    """A mistake of planning: the parts of two-part rows change places."""
+    for segment in geometry.segments(row, sizes, shards):
+        part = 1 - segment.part if len(row.parts) == 2 else segment.part
+        yield Segment(part, segment.hf, segment.shard, segment.megatron)
+
+
+@pytest.mark.parametrize("direction", ["to hf", "to megatron"])
+def test_a_mistake_in_the_plan_is_found_and_the_target_stays_without_its_name(
+    direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = make(tmp_path / "megatron", Model(), Grid(tp=2))
+    make_hf(tmp_path / "hf", Model(), tensors)
+    monkeypatch.setattr(moves, "segments", gate_and_up_exchanged)
+    target = tmp_path / "out" if direction == "to hf" else tmp_path / "out" / "iter_0000001"
+    if direction == "to hf":
+        code = convert(tmp_path / "megatron", target, "--verify")
+    else:
+        code = to_megatron(tmp_path / "hf", tmp_path / "out", "--verify", grid=Grid(tp=2))
+    error = capsys.readouterr().err
+    assert code == 1
+    assert "what was written (B) is not the model that was read (A)" in error
+    assert "model.layers.0.mlp.gate_proj.weight: A and B differ in 384 elements, first at [0, 0]: " in error
+    assert "self_attn" not in error
+    assert not target.exists()
+    assert target.with_name(target.name + ".partial").is_dir()
+    assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize("direction", ["to hf", "to megatron"])
+def test_one_bit_that_was_written_wrong_is_found(
+    direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "megatron", Model(), Grid(tp=2))
+    make_hf(tmp_path / "hf", Model())
+    right = FileWriter.write
+
+    def wrong(self: FileWriter, view: View, data: memoryview) -> None:
+        if ("layers.2." in view.tensor) and ("o_proj" in view.tensor or "linear_proj" in view.tensor):
+            data[0] ^= 1
+        right(self, view, data)
+
+    monkeypatch.setattr(FileWriter, "write", wrong)
+    if direction == "to hf":
+        assert convert(tmp_path / "megatron", tmp_path / "out", "--verify") == 1
+    else:
+        assert to_megatron(tmp_path / "hf", tmp_path / "out", "--verify") == 1
+    error = capsys.readouterr().err
+    assert "model.layers.2.self_attn.o_proj.weight: A and B differ in 1 elements, first at [0, 0]: " in error
+
+
+def test_the_smallest_budget_of_a_conversion_is_enough_to_verify_it(tmp_path: Path) -> None:
+    make(tmp_path / "megatron")
+    assert convert(tmp_path / "megatron", tmp_path / "small", "--verify", "--max-memory-per-rank", "30MB") == 1
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--verify", "--max-memory-per-rank", "34MB") == 0
