@@ -122,6 +122,18 @@ def _add_megatron_to_hf(commands: Any) -> None:
     add_run_flags(command)
 
 
+def add_timeout(group: Any) -> None:
+    """How long ranks wait for each other."""
+    group.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        dest="timeout_seconds",
+        type=seconds,
+        default=600,
+        help="that ranks wait for one of them that is silent (default: 600)",
+    )
+
+
 def add_run_flags(command: argparse.ArgumentParser) -> None:
     """Flags that both directions have."""
     run = command.add_argument_group("run")
@@ -134,14 +146,7 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         "(default: direct on the CPU where every rank sees every file, else gather)",
     )
     run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
-    run.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        dest="timeout_seconds",
-        type=seconds,
-        default=600,
-        help="that ranks wait for one of them that is silent (default: 600)",
-    )
+    add_timeout(run)
     run.add_argument(
         "--verify",
         nargs="?",

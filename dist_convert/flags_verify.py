@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.flags import add_switch, positive, size, with_numbers
+from dist_convert.flags import add_switch, add_timeout, positive, size, with_numbers
 from dist_convert.job import SAMPLE, VerifyJob
 
 
@@ -59,6 +59,7 @@ def add_verify(commands: Any) -> None:
     command.add_argument(
         "--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)"
     )
+    add_timeout(command)
     command.add_argument("--json", action="store_true", help="print JSON, with every difference")
 
 
@@ -75,4 +76,5 @@ def verify_job_from_flags(flags: argparse.Namespace) -> VerifyJob:
         sample=flags.sample,
         max_memory_per_rank_bytes=flags.max_memory_per_rank,
         json=flags.json,
+        timeout_seconds=flags.timeout_seconds,
     )

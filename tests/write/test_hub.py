@@ -262,7 +262,7 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     [
         ("short", "without model-00002-of-00004.safetensors"),
         ("model.partial", "a conversion left that did not finish"),
-        ("in", "no weights"),
+        ("in", "a Megatron checkpoint, not a Hugging Face directory"),
         ("nowhere", "does not exist"),
     ],
 )
