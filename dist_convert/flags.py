@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from dist_convert.errors import UsageError
 from dist_convert.flag_values import repository, seconds
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
+from dist_convert.rank_numbers import with_numbers
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
 
@@ -208,13 +208,6 @@ def _flags_of_file(path: Path) -> list[str]:
         elif value is not None and value is not False:
             flags.append(f"{flag}={value}")
     return flags
-
-
-def with_numbers(path: str) -> str:
-    """A path with this rank's numbers in place of {rank}, {local_rank} and {node}."""
-    for name, variable in (("rank", "RANK"), ("local_rank", "LOCAL_RANK"), ("node", "GROUP_RANK")):
-        path = path.replace("{" + name + "}", os.environ.get(variable, "0"))
-    return path
 
 
 def job_from_flags(flags: argparse.Namespace) -> Job:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
-from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero, with_numbers
+from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.metadata.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
 from dist_convert.old_flags import add_old_flags
+from dist_convert.rank_numbers import with_numbers
 
 VOCAB_PADDINGS = ("last-row", "zeros")
 
@@ -36,14 +37,16 @@ def add_hf_to_megatron(commands: Any) -> None:
     target.add_argument(
         "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"
     )
-    for axis in ("tensor", "pipeline", "expert"):
-        spellings = [f"--target-{axis}-parallel-size"] + ["--target-expert-paralell-size"] * (axis == "expert")
-        target.add_argument(*spellings, type=positive, metavar="N", help="(default: the margs file's, else 1)")
+    for axis in ("tensor", "pipeline"):
+        flag = f"--target-{axis}-parallel-size"
+        target.add_argument(flag, type=positive, metavar="N", help="(default: the margs file's, else 1)")
+    experts = ("--target-expert-parallel-size", "--target-expert-paralell-size")
+    target.add_argument(*experts, type=positive, metavar="N", help="(default: 1)")
     target.add_argument(
         "--target-expert-tensor-parallel-size",
         type=positive,
         metavar="N",
-        help="(default: the margs file's, else the tensor size)",
+        help="(default: the tensor size)",
     )
     target.add_argument(
         "--target-virtual-pipeline-parallel-size", type=positive, metavar="N", help="virtual stages (default: 1)"

@@ -7,8 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.flags import add_switch, add_timeout, positive, size, with_numbers
+from dist_convert.flags import add_switch, add_timeout, positive, size
 from dist_convert.job import SAMPLE, VerifyJob
+from dist_convert.rank_numbers import with_numbers
 
 
 def share(text: str) -> Fraction:

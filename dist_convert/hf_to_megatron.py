@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.channel import Channel
-from dist_convert.errors import raise_together
+from dist_convert.errors import CheckpointNotFound, raise_together
 from dist_convert.hf_dialects import HEAD, hf_view, leftovers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.layout import is_rank_directory
-from dist_convert.megatron_target import Extras, MegatronTarget, header_of, lay_out_target, model_and_grid
+from dist_convert.megatron_target import Extras, Given, MegatronTarget, header_of, lay_out_target, model_and_grid
 from dist_convert.metadata.target_args import (
     read_margs,
     target_margs_json,
@@ -22,7 +22,7 @@ from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
-from dist_convert.plan.node_local import files_of_places, local_name, name_at
+from dist_convert.plan.node_local import check_rank_order, files_of_places, local_name, name_at
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
@@ -36,7 +36,8 @@ from dist_convert.read.huggingface import (
     read_weights_header,
 )
 from dist_convert.read.tied_head import check_tied_head
-from dist_convert.records import StoredTensor, View
+from dist_convert.read.zero_biases import all_are_zero
+from dist_convert.records import StoredTensor
 from dist_convert.target_notes import notes_to_megatron
 from dist_convert.task import Task
 from dist_convert.write.megatron_files import write_skeleton
@@ -59,15 +60,14 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
     places = _places(job, world, job.save_dir / name)
-    margs = read_margs(job.source_margs_file) if job.source_margs_file else None
-    # Rank 0's answer for all: paths may exist there only, and all ranks must plan alike.
-    mine = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.load_dir, directory, margs)
-    tokenizer = gather_objects(world, mine)[0]
+    given = _given(job, world, directory)
+    biases = _output_biases(seen.config)
+    zeros = biases if all_are_zero(world, directory, found.visible, stored, biases) else set()
     target, content, writable = _plan(
-        job, directory, seen, stored, margs, tokenizer, places, gather_objects(world, world.node)
+        job, directory, seen, stored, zeros, given, places, gather_objects(world, world.node)
     )
     if target.architecture.tied and HEAD in stored:  # the embedding comes first in every table
-        check_tied_head(world, directory, found.visible, content.moves[0].hf[0], View.of(stored[HEAD]))
+        check_tied_head(world, directory, found.visible, content.moves[0].hf[0], stored[HEAD])
     at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
 
     def make_files(partial: Path) -> None:
@@ -125,13 +125,35 @@ def discover_tensors(
 
 def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
-    if all(gather_objects(world, Path(job.load_dir).is_dir())):
+    is_here: list[bool] = gather_objects(world, Path(job.load_dir).is_dir())
+    if all(is_here):
         return Path(job.load_dir)
+    if any(is_here):
+        raise CheckpointNotFound(
+            "the Hugging Face directory is not on every node",
+            file=job.load_dir,
+            expected="a directory on every rank, with config.json and those of the weights files that are there",
+            found=f"nothing on rank {is_here.index(False)}",
+            remedy="copy it there, or give a hub id; check --load-dir on every node",
+        )
     name: str = gather_objects(world, revision_on_hub(job.load_dir) if world.rank == 0 else "")[0]
     is_first: list[bool] = gather_objects(world, world.local_rank == 0)
     first = [rank for rank in range(world.size) if is_first[rank]]
     channel.run_on(first, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
     return fetched_directory(name)
+
+
+def _given(job: ToMegatronJob, world: World, directory: Path) -> Given:
+    """Rank 0's answer for all: paths may lead elsewhere on other nodes, and all ranks must write the same args.
+
+    Raises:
+        UsageError, CorruptFile: see `read_margs`.
+    """
+    mine: list[Any] = []
+    if world.rank == 0:
+        margs = read_margs(job.source_margs_file) if job.source_margs_file else None
+        mine = [margs, *target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.load_dir, directory, margs)]
+    return Given(*gather_objects(world, mine)[0])
 
 
 def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:
@@ -153,14 +175,13 @@ def _plan(
     directory: Path,
     seen: HuggingFaceFiles,
     stored: Mapping[str, StoredTensor],
-    margs: Mapping[str, Any] | None,
-    tokenizer: str | None,
+    zeros: set[str],
+    given: Given,
     places: Sequence[int],
     nodes: Sequence[int],
 ) -> tuple[MegatronTarget, Content, tuple[frozenset[str], ...]]:
     """The target, all that is copied, and for each rank the target files that it can write."""
-    zeros = _zero_output_biases(directory, seen, stored)
-    architecture, grid, stages = model_and_grid(job, seen, margs, zero_output_bias=bool(zeros))
+    architecture, grid, stages = model_and_grid(job, seen, given.margs, zero_output_bias=bool(zeros))
     parts, missing = find_parts(
         architecture,
         lambda name, layer, expert, rows, columns: hf_view(
@@ -174,13 +195,15 @@ def _plan(
         tied=architecture.tied,
     )
     raise_together([*missing, *unknown])
+    if zeros:
+        size_bytes = sum(stored[name].size_bytes for name in zeros)
+        left_behind = (*left_behind, ("output bias of attention (all zeros)", len(zeros), size_bytes))
     wanted = TARGET_DTYPES[job.target_params_dtype]
     params_dtype, dtypes = target_dtypes(architecture, parts, wanted)
-    target = lay_out_target(
-        job, directory, margs, tokenizer, architecture, grid, stages, wanted or params_dtype, dtypes
-    )
+    target = lay_out_target(job, directory, given, architecture, grid, stages, wanted or params_dtype, dtypes)
     of_places: tuple[frozenset[str], ...] = (frozenset(target.files),)
     if max(places) and job.target_ranks_per_node:
+        check_rank_order(given.margs)
         held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
         of_places = tuple(frozenset(name_at(place, file) for file in files) for place, files in enumerate(held))
     planned = sorted(frozenset[str]().union(*of_places))
@@ -198,19 +221,12 @@ def _plan(
     return target, content, tuple(of_places[place] for place in places)
 
 
-def _zero_output_biases(directory: Path, seen: HuggingFaceFiles, stored: Mapping[str, StoredTensor]) -> set[str]:
-    """The output projections' biases of a model without other output biases, if they are there and all zeros."""
-    if not seen.config.get("attention_bias") or seen.config.get("mlp_bias"):
+def _output_biases(config: Mapping[str, Any]) -> set[str]:
+    """The names of the output projections' biases of a model that has no other output biases."""
+    layers = config.get("num_hidden_layers")
+    if not config.get("attention_bias") or config.get("mlp_bias") or not isinstance(layers, int):
         return set()
-    names = {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=n) for n in range(seen.config.get("num_hidden_layers", 0))}
-    for name in names:
-        if name not in stored:
-            return set()
-        with (directory / stored[name].file).open("rb") as file:
-            file.seek(stored[name].offset_bytes)
-            if any(file.read(stored[name].size_bytes)):
-                return set()
-    return names
+    return {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)}
 
 
 def _write_extras(partial: Path, file: str, content: Content, extras: Extras) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import ConversionError, Problems, UsageError, raise_together
 from dist_convert.job import ToMegatronJob
 from dist_convert.layout import SHARD_FILE, Chunk, Grid, place_chunks, rank_directory
 from dist_convert.metadata.capacity_bins import FILE as BINS_FILE
@@ -33,6 +34,15 @@ _CONFIG = "config.json"
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
 Extras = Mapping[tuple[str, str], bytes]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What files say of a target beside the flags: the margs file, if one was given, and the tokenizer's."""
+
+    margs: Mapping[str, Any] | None
+    tokenizer_model: str | None
+    tokenizer_type: str | None
 
 
 @dataclass(frozen=True)
@@ -64,47 +74,61 @@ def model_and_grid(
     tensor = _size(job.target_tensor_parallel_size, margs, "tensor_model_parallel_size") or 1
     pipeline = _size(job.target_pipeline_parallel_size, margs, "pipeline_model_parallel_size") or 1
     vocab = config_vocab(seen.config, file=_CONFIG)
-    if job.true_vocab_size not in (None, vocab):
-        raise UsageError(
-            "--true-vocab-size is not the model's",
-            file=_CONFIG,
-            expected=f"vocab_size {vocab}",
-            found=job.true_vocab_size,
-            remedy="leave --true-vocab-size out",
-        )
     padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
     architecture = architecture_from_config(
         seen.config, padded_vocab=padded, file=_CONFIG, zero_output_bias=zero_output_bias
     )
-    check_model_size(job.model_size, architecture)
-    layout = job.pipeline_model_parallel_layout
-    virtual = job.target_virtual_pipeline_parallel_size or 1
-    if layout:
-        virtual = max(1, layout_stages(layout) // pipeline)
-    elif job.num_layers_per_virtual_pipeline_stage:
-        virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
-    expert, expert_tensor = job.target_expert_parallel_size or 1, job.target_expert_tensor_parallel_size or tensor
-    if architecture.experts:
-        expert = _size(job.target_expert_parallel_size, margs, "expert_model_parallel_size") or 1
-        expert_tensor = _size(job.target_expert_tensor_parallel_size, margs, "expert_tensor_parallel_size") or tensor
-    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
+    problems: list[ConversionError] = []
+    if job.true_vocab_size not in (None, vocab):
+        problems.append(
+            UsageError(
+                "--true-vocab-size is not the model's",
+                file=_CONFIG,
+                expected=f"vocab_size {vocab}",
+                found=job.true_vocab_size,
+                remedy="leave --true-vocab-size out",
+            )
+        )
+    layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
+    with _collected(problems):
+        check_model_size(job.model_size, architecture)
+    with _collected(problems):
+        if layout:
+            virtual = max(1, layout_stages(layout) // pipeline)
+        elif job.num_layers_per_virtual_pipeline_stage:
+            virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
+    stages_are_known = not problems
+    expert_tensor = (job.target_expert_tensor_parallel_size or tensor) if architecture.experts else tensor
+    grid = Grid(tensor, pipeline, virtual, job.target_expert_parallel_size or 1, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
-    check_target(architecture, grid, first=first, last=last, layout=layout)
+    with _collected(problems):
+        check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None)
+    raise_together(problems)
     stages = stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
     return architecture, grid, stages
+
+
+@contextmanager
+def _collected(problems: list[ConversionError]) -> Iterator[None]:
+    """Keep what goes wrong inside, for it to be reported with the rest."""
+    try:
+        yield
+    except Problems as several:
+        problems += several.problems
+    except ConversionError as problem:
+        problems.append(problem)
 
 
 def _size(flag: int | None, margs: Mapping[str, Any] | None, name: str) -> int | None:
     """A parallel size: the flag's, else the one that the margs file's training had."""
     theirs = (margs or {}).get(name)
-    return flag or (theirs if isinstance(theirs, int) and theirs > 0 else None)
+    return flag or (theirs if type(theirs) is int and theirs > 0 else None)
 
 
 def lay_out_target(
     job: ToMegatronJob,
     directory: Path,
-    margs: Mapping[str, Any] | None,
-    tokenizer_model: str | None,
+    given: Given,
     architecture: Architecture,
     grid: Grid,
     stages: tuple[tuple[int, ...], ...],
@@ -116,8 +140,7 @@ def lay_out_target(
     Args:
         job: what was asked for.
         directory: of the source, for its capacity bins.
-        margs: content of the margs file, if one was given.
-        tokenizer_model: see `target_tokenizer`.
+        given: what files say beside the flags.
         architecture, grid, stages: of `model_and_grid`.
         params_dtype: safetensors name of most weights.
         dtypes: of each parameter, by canonical name.
@@ -130,9 +153,9 @@ def lay_out_target(
         iteration=job.iteration,
         vocab=architecture.vocab,
         make_vocab_size_divisible_by=job.make_vocab_size_divisible_by,
-        margs=margs,
-        tokenizer_model=tokenizer_model,
-        tokenizer_type=job.tokenizer_type,
+        margs=given.margs,
+        tokenizer_model=given.tokenizer_model,
+        tokenizer_type=given.tokenizer_type,
         transformer_impl=job.saver_transformer_impl,
         expert_layout=job.expert_layout,
         first=job.decoder_first_pipeline_num_layers,
@@ -145,6 +168,13 @@ def lay_out_target(
     files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
     if not job.load_capacity_bins:
         return MegatronTarget(architecture, grid, chunks, args, files, {})
+    if not architecture.experts or job.expert_layout == "habana-dynamic":
+        raise UsageError(
+            "the target has no place for capacity bins",
+            expected="experts, in another layout than habana-dynamic",
+            found=f"--expert-layout {job.expert_layout}" if architecture.experts else "a model without experts",
+            remedy="leave --load-capacity-bins out",
+        )
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
     taken = 0

@@ -28,9 +28,11 @@ def notes_to_megatron(
         places, writable: for each rank, where its target lies, and the files that it can write.
     """
     notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
-    sizes = (job.target_tensor_parallel_size, job.target_pipeline_parallel_size, job.target_expert_parallel_size)
-    if job.source_margs_file and None in sizes[: 3 if target.architecture.experts else 2]:
-        notes.append(f"parallel sizes that no flag gives are those of {job.source_margs_file.name}: {target.grid}")
+    sizes = {"tensor": (job.target_tensor_parallel_size, target.grid.tensor)}
+    sizes["pipeline"] = job.target_pipeline_parallel_size, target.grid.pipeline
+    taken = [f"{axis} {size}" for axis, (flag, size) in sizes.items() if flag is None and size > 1]
+    if job.source_margs_file and taken:
+        notes.append(f"parallel sizes of {job.source_margs_file.name}, as no flag gives them: {', '.join(taken)}")
     if job.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
     notes += human_notes(content)

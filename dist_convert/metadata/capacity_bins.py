@@ -90,17 +90,25 @@ def load_bins(path: Path) -> dict[tuple[int, int, int, int, str], tuple[str, lis
         raise CheckpointNotFound(f"no {FILE}", file=str(path), remedy="leave --load-capacity-bins out")
     names = {dtype: name for name, dtype in _DTYPES.items()}
     try:
-        return {
+        found = {
             (layer, pipeline, expert, tensor, name): (names[values.dtype], values.tolist())
             for name, layers in torch.load(path, weights_only=True).items()
             for layer, pipelines in layers.items()
             for pipeline, experts in pipelines.items()
             for expert, tensors in experts.items()
             for tensor, values in tensors.items()
-            if isinstance(values, torch.Tensor)
+            if isinstance(values, torch.Tensor) and values.dim() == 1
         }
-    except (AttributeError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise CorruptFile("damaged capacity bins", file=str(path), found=f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise CorruptFile(
+            "no capacity bins in the file",
+            file=str(path),
+            expected="vectors, by name, layer, pipeline, expert and tensor rank",
+            remedy="leave --load-capacity-bins out",
+        )
+    return found
 
 
 def bins_of_rank(

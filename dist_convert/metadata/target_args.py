@@ -37,6 +37,9 @@ from dist_convert.read.json_file import read_json
 EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
 TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
 
+#: Not an argument: in `target_megatron_args.json` it says where each of them is from.
+ORIGINS = "origins_of_arguments"
+
 _TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
 #: What JSON and the reader made of objects of Megatron and Python: enum members, functions, classes, anything else.
 _OBJECT = re.compile(
@@ -81,7 +84,7 @@ def read_margs(path: Path) -> dict[str, Any]:
             file=str(path),
             remedy="give its right path, or leave the flag out: then arguments follow from config.json",
         )
-    return read_json(path)
+    return {name: value for name, value in read_json(path).items() if name != ORIGINS}
 
 
 def target_args(
@@ -170,8 +173,11 @@ def _plain(value: object) -> object:
 
 
 def target_margs_json(args: TargetArgs) -> str:
-    """The content of `target_megatron_args.json`; what JSON cannot hold is text, `torch.bfloat16`."""
-    return json.dumps(args.values, indent=2, default=str) + "\n"
+    """The content of `target_megatron_args.json`: every argument, and below them where each is from.
+
+    What JSON cannot hold is text, `torch.bfloat16`.
+    """
+    return json.dumps({**args.values, ORIGINS: args.origins}, indent=2, default=str) + "\n"
 
 
 def describe_origins(args: TargetArgs) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_HUGGING_FACE = "HuggingFaceTokenizer"
 _OF_HUGGING_FACE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _SENTENCEPIECE = "tokenizer.model"
 #: Megatron's names of tokenizers that want a SentencePiece file.
@@ -14,22 +15,30 @@ _SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "GPTSentencePieceTokenizer", "Sentenc
 
 
 def target_tokenizer(
-    asked: str | None, tokenizer_type: str | None, load_dir: str, directory: Path, margs: Mapping[str, Any] | None
-) -> str | None:
-    """The `tokenizer_model` of the target, a path that training finds from anywhere or a name on the hub.
+    asked: str | None, asked_type: str | None, load_dir: str, directory: Path, margs: Mapping[str, Any] | None
+) -> tuple[str | None, str | None]:
+    """`tokenizer_model` and `tokenizer_type` of the target, which go together.
+
+    The model is a path that training finds from anywhere or a name on the hub; a type of None is left to the margs file
+    or to the family.
 
     Args:
         asked: by `--tokenizer-model`.
-        tokenizer_type: by `--tokenizer-type`; otherwise the margs file's, otherwise Hugging Face's.
+        asked_type: by `--tokenizer-type`.
         load_dir: of the model as the user gave it, a directory or a hub id.
         directory: where its files are.
         margs: content of the margs file, if one was given.
     """
+    kind = asked_type or (margs or {}).get("tokenizer_type") or _HUGGING_FACE
+    place = Path(asked) if asked is not None else directory
+    if asked is not None and not place.is_dir():
+        return os.path.abspath(asked) if place.exists() else asked, asked_type
+    if kind in _SENTENCEPIECE_TYPES and (place / _SENTENCEPIECE).is_file():
+        return os.path.abspath(place / _SENTENCEPIECE), asked_type
+    if kind in _SENTENCEPIECE_TYPES and asked_type is None:
+        asked_type = kind = _HUGGING_FACE  # the margs file's type would look for a file that is not there
     if asked is not None:
-        return os.path.abspath(asked) if os.path.exists(asked) else asked
-    kind = tokenizer_type or (margs or {}).get("tokenizer_type") or "HuggingFaceTokenizer"
-    if kind in _SENTENCEPIECE_TYPES and (directory / _SENTENCEPIECE).is_file():
-        return os.path.abspath(directory / _SENTENCEPIECE)
-    if kind == "HuggingFaceTokenizer" and any((directory / name).is_file() for name in _OF_HUGGING_FACE):
-        return os.path.abspath(load_dir) if os.path.isdir(load_dir) else load_dir.partition("@")[0]
-    return None
+        return os.path.abspath(asked), asked_type
+    if kind == _HUGGING_FACE and any((directory / name).is_file() for name in _OF_HUGGING_FACE):
+        return os.path.abspath(load_dir) if os.path.isdir(load_dir) else load_dir.partition("@")[0], asked_type
+    return None, asked_type

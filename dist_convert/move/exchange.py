@@ -46,19 +46,31 @@ def join_world(device: str, timeout_seconds: float) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = choose_device(device, local_rank)
     if size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    node, local_rank, local_size = _place_of_rank(rank, size)
     return World(
         rank=rank,
         size=size,
         local_rank=local_rank,
         local_size=local_size,
-        node=int(os.environ.get("GROUP_RANK", rank // local_size)),
+        node=node,
         host=socket.gethostname(),
-        device=chosen,
+        device=choose_device(device, local_rank),
     )
+
+
+def _place_of_rank(rank: int, size: int) -> tuple[int, int, int]:
+    """This rank's node, its number there, and how many ranks are there; by host names where no launcher says it."""
+    told = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if size == 1:
+        return 0, 0, 1
+    if told[0] is not None and told[1] is not None:
+        return int(os.environ.get("GROUP_RANK", rank // int(told[1]))), int(told[0]), int(told[1])
+    hosts: list[Any] = [None] * size
+    dist.all_gather_object(hosts, socket.gethostname())
+    mine = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+    return list(dict.fromkeys(hosts)).index(hosts[rank]), mine.index(rank), len(mine)
 
 
 def leave_world(world: World) -> None:

@@ -6,7 +6,8 @@ Pure: integers and strings. A place is a directory as some ranks see it; nodes t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dist_convert.errors import UsageError
 from dist_convert.layout import SHARD_FILE, Grid, Rank, rank_directory
@@ -48,6 +49,21 @@ def files_of_nodes(grid: Grid, nodes: int, ranks_per_node: int) -> tuple[frozens
         )
         for node in range(nodes)
     )
+
+
+def check_rank_order(args: Mapping[str, Any] | None) -> None:
+    """Refuse training arguments that number processes in another order than `files_of_nodes` does.
+
+    Raises:
+        UsageError: pipeline ranks are numbered before data parallel ones.
+    """
+    if args is not None and args.get("use_tp_pp_dp_mapping"):
+        raise UsageError(
+            "training with use_tp_pp_dp_mapping puts other rank directories on a node",
+            expected="Megatron's default order of ranks",
+            found="use_tp_pp_dp_mapping in the margs file",
+            remedy="set it to false there, or convert to a shared --save-dir and copy the directories to their nodes",
+        )
 
 
 def files_of_places(

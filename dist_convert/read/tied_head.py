@@ -16,13 +16,13 @@ from dist_convert.errors import InconsistentShards
 from dist_convert.move.buffers import make_buffer
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.read.file_reader import FileReader
-from dist_convert.records import DTYPE_BYTES, View
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View
 
 _BLOCK_BYTES = 4 << 20
 
 
 def check_tied_head(
-    world: World, directory: Path, visible: Sequence[frozenset[str]], embedding: View, head: View
+    world: World, directory: Path, visible: Sequence[frozenset[str]], embedding: View, head: StoredTensor
 ) -> None:
     """Refuse a head that is not the embedding; one rank reads both, a block at a time.
 
@@ -30,25 +30,26 @@ def check_tied_head(
         world: this rank.
         directory: of the model.
         visible: for each rank, the weights files that it can read.
-        embedding, head: both as rows x columns.
+        embedding: as rows x columns.
+        head: the stored tensor.
 
     Raises:
         InconsistentShards: they differ, or no rank can compare them.
     """
-    if replace(head, tensor=embedding.tensor) == embedding:
+    same_shape = (embedding.dtype, (embedding.rows, embedding.columns)) == (head.dtype, head.shape)
+    if same_shape and replace(View.of(head), tensor=embedding.tensor) == embedding:
         return  # one storage, as torch saves tied parameters
     able = [rank for rank, files in enumerate(visible) if {embedding.file, head.file} <= files]
-    shapes = [(view.dtype, view.rows, view.columns) for view in (embedding, head)]
     found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
-    if shapes[0] == shapes[1] and able:
-        mine = _first_different_row(directory, embedding, head) if world.rank == able[0] else None
+    if same_shape and able:
+        mine = _first_different_row(directory, embedding, View.of(head)) if world.rank == able[0] else None
         row = gather_objects(world, mine)[able[0]]
         if row is None:
             return
         found = f"other values from row {row} on"
     raise InconsistentShards(
         "the model is tied by config.json, but it also stores a head that is not its embedding",
-        tensor=head.tensor,
+        tensor=head.name,
         file=head.file,
         expected=f"the same values as {embedding.tensor} in {embedding.file}",
         found=found,

@@ -177,8 +177,10 @@ def lay_out_skeleton(
     Raises:
         PlanError: a value of another kind, or two tensors of one name.
     """
+    arguments = argparse.Namespace()
+    vars(arguments).update({name: _plain(args[name], name, file) for name in sorted(args)})  # one may be called `self`
     saved: dict[str, object] = {
-        "args": argparse.Namespace(**{name: _plain(args[name], name, file) for name in sorted(args)}),
+        "args": arguments,
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": iteration,
     }

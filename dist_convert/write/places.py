@@ -29,8 +29,9 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     if world.size == 1:
         return (0,)
     parent = _existing_parent(target)
+    nodes: list[int] = gather_objects(world, world.node)
     probe = None
-    if world.local_rank == 0:
+    if nodes.index(world.node) == world.rank:
         probe = f".dist_convert-{secrets.token_hex(8)}"
         try:
             (parent / probe).touch(exist_ok=False)
@@ -44,12 +45,11 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     finally:
         if probe is not None:
             (parent / probe).unlink(missing_ok=True)
-    numbers: list[list[int]] = gather_objects(world, [world.node, world.local_rank])
-    for rank, (node, _) in enumerate(numbers):
-        if views[rank] != views[numbers.index([node, 0])]:
+    for rank, node in enumerate(nodes):
+        if views[rank] != views[nodes.index(node)]:
             raise UsageError(
                 "ranks of one node have different targets",
-                expected=f"{views[numbers.index([node, 0])][0]} as on the first rank of node {node}",
+                expected=f"{views[nodes.index(node)][0]} as on the first rank of node {node}",
                 found=f"{views[rank][0]} on rank {rank}",
                 remedy=f"give all ranks of a node the same {flag}",
             )

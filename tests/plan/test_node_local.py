@@ -6,7 +6,7 @@ import pytest
 
 from dist_convert.errors import UsageError
 from dist_convert.layout import Grid
-from dist_convert.plan.node_local import files_of_nodes, files_of_places, local_name, name_at
+from dist_convert.plan.node_local import check_rank_order, files_of_nodes, files_of_places, local_name, name_at
 
 
 def directories(grid: Grid, nodes: int, ranks_per_node: int) -> list[list[str]]:
@@ -38,6 +38,13 @@ def test_processes_that_hold_no_whole_replica_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         files_of_nodes(Grid(tensor=4, pipeline=2, expert_tensor=4), nodes=3, ranks_per_node=4)
     assert (caught.value.expected, caught.value.found) == ("a multiple of 8 processes", "12 processes")
+
+
+def test_another_order_of_ranks_is_refused() -> None:
+    check_rank_order(None)
+    check_rank_order({"use_tp_pp_dp_mapping": False})
+    with pytest.raises(UsageError, match="use_tp_pp_dp_mapping puts other rank directories on a node"):
+        check_rank_order({"use_tp_pp_dp_mapping": True})
 
 
 def test_nodes_that_share_a_disk_put_their_directories_together() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import Grid
+from tests.checkpoints import Grid, Model
 from tests.converting import convert
 from tests.metadata.test_capacity_bins import MOE, NAMES, save_with_bins
-from tests.to_megatron import FILE, assert_same_shards, load, read_shards, to_megatron
+from tests.to_megatron import FILE, assert_same_shards, load, make_hf, read_shards, to_megatron
 
 LOAD = ("--load-capacity-bins", "--iteration", "4", "--saver-transformer-impl", "local")
 
@@ -89,7 +89,7 @@ def test_bins_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
 def test_bins_that_are_not_there_or_damaged_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_and_convert(tmp_path, Grid())
     file = tmp_path / "hf" / "capacity_bins.pt"
-    for content in (b"no bins", None):
+    for content in (b"no bins", b"", None):
         file.unlink()
         if content is not None:
             file.write_bytes(content)
@@ -98,3 +98,22 @@ def test_bins_that_are_not_there_or_damaged_are_named(tmp_path: Path, capsys: py
         assert "capacity_bins.pt" in message
         assert "internal error" not in message
         assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("bins", [{}, {"capacity_bins": {0: {0: {0: {0: torch.ones(2, 2)}}}}}], ids=["none", "matrix"])
+def test_a_file_without_vectors_of_bins_is_refused(
+    bins: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_and_convert(tmp_path, Grid())
+    torch.save(bins, tmp_path / "hf" / "capacity_bins.pt")
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+    assert "no capacity bins in the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [Model(), MOE], ids=["dense", "dynamic experts"])
+def test_bins_are_refused_where_training_has_no_place_for_them(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", model)
+    assert to_megatron(tmp_path / "hf", tmp_path / "out", LOAD[0], "--expert-layout", "habana-dynamic") == 2
+    assert "the target has no place for capacity bins" in capsys.readouterr().err

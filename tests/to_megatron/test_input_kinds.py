@@ -142,6 +142,40 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(
     assert not (tmp_path / "megatron").exists()
 
 
+def biased(model: Model, output_bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A Llama of transformers with attention_bias: queries, keys and values have biases, and so has the output."""
+    tensors = hf_tensors(model)
+    rows = {"q": model.heads * model.head_dim, "k": model.groups * model.head_dim, "v": model.groups * model.head_dim}
+    for layer in range(model.layers):
+        at = f"model.layers.{layer}.self_attn."
+        tensors |= {f"{at}{name}_proj.bias": torch.ones(size).bfloat16() for name, size in rows.items()}
+        tensors[f"{at}o_proj.bias"] = output_bias.clone()
+    return tensors
+
+
+def test_output_biases_of_zeros_are_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(layers=2)
+    make_hf(tmp_path / "hf", model, biased(model, torch.zeros(16).bfloat16()), attention_bias=True)
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 0
+    assert "left behind: 2 x output bias of attention (all zeros)" in capsys.readouterr().err
+
+
+def test_output_biases_that_are_not_zeros_are_not_taken_for_zeros_however_they_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(layers=2)
+    tensors = biased(model, torch.zeros(16).bfloat16())
+    make_hf(tmp_path / "hf", model, tensors, attention_bias=True)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    spread = torch.zeros(32).bfloat16()
+    spread[16:] = 1  # beyond as many bytes as the bias has elements
+    tensors["model.layers.1.self_attn.o_proj.bias"] = spread[::2]
+    torch.save(tensors, tmp_path / "hf" / "pytorch_model.bin")
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 1
+    assert "o_proj.bias" in capsys.readouterr().err
+    assert not (tmp_path / "megatron").exists()
+
+
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("flag", "target"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]

@@ -171,6 +171,10 @@ def test_target_megatron_args_json_is_the_arguments_as_text(tmp_path: Path) -> N
     assert to_megatron(tmp_path / "hf", tmp_path / "root", grid=Grid(tp=2)) == 0
     args = vars(load(tmp_path / "root" / "iter_0000001" / "mp_rank_00" / FILE)["args"])
     listed = json.loads((tmp_path / "root" / "target_megatron_args.json").read_text())
+    origins = listed.pop("origins_of_arguments")
+    assert (origins["hidden_size"], origins["tensor_model_parallel_size"]) == (
+        "config.json", "flag --target-tensor-parallel-size",
+    )  # fmt: skip
     assert listed == json.loads(json.dumps(args, default=str))
     assert (listed["params_dtype"], listed["tensor_model_parallel_size"]) == ("torch.bfloat16", 2)
 

@@ -184,19 +184,25 @@ def test_virtual_stages_may_be_given_by_their_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "size"),
-    [((), Grid(tp=2, pp=2, ep=2, etp=1)), (("--target-tensor-parallel-size", "1"), Grid(tp=1, pp=2, ep=2, etp=1))],
+    ("flags", "size", "taken"),
+    [
+        ((), Grid(tp=2, pp=2), "tensor 2, pipeline 2"),
+        (("--target-tensor-parallel-size", "1"), Grid(pp=2), "pipeline 2"),
+        (("--target-expert-parallel-size", "2"), Grid(tp=2, pp=2, ep=2), "tensor 2, pipeline 2"),
+    ],
 )
 def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file(
-    flags: tuple[str, ...], size: Grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], size: Grid, taken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf = make_hf(tmp_path / "hf", MIXTRAL)
-    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
-    (tmp_path / "margs.json").write_text(json.dumps(sizes | {"expert_tensor_parallel_size": 1}))
+    # Those of experts are of the run that saved the file, as in Habana's tool.
+    of_experts = {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, **of_experts}
+    (tmp_path / "margs.json").write_text(json.dumps(sizes))
     margs = ("--source-margs-file", str(tmp_path / "margs.json"))
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *margs, *flags) == 0
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(MIXTRAL, hf, size))
-    assert f"those of margs.json: TP{size.tp} PP2 VPP1 EP2 ETP1" in capsys.readouterr().err
+    assert f"parallel sizes of margs.json, as no flag gives them: {taken}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -252,6 +258,13 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     "virtual stages said twice": (
         Model(), "--target-virtual-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         ["two flags say how many virtual stages there are"],
+    ),
+    "flags that each are wrong for another reason": (
+        Model(hidden=24, heads=6, groups=6),
+        "--target-tensor-parallel-size 4 --true-vocab-size 30 --model-size llama2-7B "
+        "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+        ["--true-vocab-size is not the model's", "--model-size is not the model", "virtual stages of 3",
+         "the attention heads"],
     ),
     "too few stages in the layout": (
         Model(), "--target-pipeline-parallel-size 4 --pipeline-model-parallel-layout Ett|ttL",
