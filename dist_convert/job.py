@@ -1,4 +1,4 @@
-"""What the user asked for, frozen: one record for each direction."""
+"""What the user asked for, frozen: one record for each command."""
 
 from __future__ import annotations
 
@@ -106,3 +106,14 @@ class VerifyJob:
     max_memory_per_rank_bytes: int = 1_000_000_000
     json: bool = False
     timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """One tokenizer for a model that is converted already. Field names are the flags' names; see `--help` for each."""
+
+    source: Path
+    target: Path
+    source_model_type: str | None = None
+    instruct: bool = False
+    overwrite: bool = False
