@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.flags import add_switch
-from dist_convert.job import TokenizerJob
-from dist_convert.tokenizer.record import MODEL_TYPES
+from dist_convert.job import SOURCE_MODEL_TYPES, TokenizerJob
 
 
 def add_tokenizer_command(commands: Any) -> None:
@@ -29,7 +28,7 @@ def add_tokenizer_command(commands: Any) -> None:
     command.add_argument("target", type=Path, metavar="DST", help="directory of the converted model")
     command.add_argument(
         "--source-model-type",
-        choices=MODEL_TYPES,
+        choices=SOURCE_MODEL_TYPES,
         help="whose special tokens and chat format a tokenizer.model gets (default: what config.json suggests)",
     )
     add_switch(command, "--instruct", "add the chat template, end-of-turn tokens and sampling of an instruct model")

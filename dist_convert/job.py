@@ -8,7 +8,7 @@ from pathlib import Path
 
 #: `--target-params-dtype` in safetensors names; `keep` leaves every tensor as it is stored.
 TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
-SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mixtral")
+SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
 DEVICES = ("auto", "cpu", "cuda", "hpu")
 PLACEMENTS = ("auto", "gather", "direct")
 #: What `--verify` compares: every block, or a share.

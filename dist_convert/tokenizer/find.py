@@ -44,7 +44,7 @@ def named_tokenizer(named: Path, flag: str) -> Tokenizer:
     """
     found = _at(named) or _in_cache(str(named))
     if found is not None:
-        return replace(found, note=f"{found.path}, which {flag} names")
+        return replace(found, note=f"{found.path} (from {flag})")
     exists = os.path.lexists(named)
     raise UsageError(
         f"{flag} names no tokenizer",
@@ -82,11 +82,11 @@ def _search(named: str | None, checkpoint: Path, iteration: Path) -> Tokenizer:
     if named is not None:
         found = _at(Path(named)) or _in_cache(named)
         if found is not None:
-            return replace(found, note=f"{found.path}, which the checkpoint's args name")
+            return replace(found, note=f"{found.path} (from the checkpoint's args)")
     for place in _beside(named, checkpoint, iteration):
         found = _at(place)
         if found is not None:
-            return replace(found, note=f"{found.path}, found beside the checkpoint")
+            return replace(found, note=f"{found.path} (beside the checkpoint)")
     if named is None:
         return Tokenizer("none", note="the checkpoint's args name none, and none is beside the checkpoint")
     is_here = os.path.lexists(named)

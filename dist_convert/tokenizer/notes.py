@@ -21,16 +21,14 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     """
     if tokenizer.kind == "none":
         return [f"no tokenizer files are written: {tokenizer.note}"]
-    how = "copied"
-    if tokenizer.kind == "tiktoken":
-        how = f"built with the special tokens of {_NAMES[style.model_type]}"
-        if said != style.model_type:
-            how += f", which {style.max_positions} positions suggest; --source-model-type decides"
-    elif tokenizer.kind == "sentencepiece":
-        how = "built from pieces and scores"
-    if tokenizer.kind != "huggingface" and style.instruct:
-        how += f", with the chat format of {_NAMES[style.model_type]}"
-    return [f"tokenizer: {tokenizer.note}; {how}"]
+    if tokenizer.kind == "huggingface":
+        return [f"tokenizer: {tokenizer.note}, copied"]
+    details = ["special tokens"] if tokenizer.kind == "tiktoken" else []
+    details += ["chat format"] if style.instruct else []
+    if not details:
+        return [f"tokenizer: built from {tokenizer.note}"]
+    why = "" if said == style.model_type else ", as its config suggests; --source-model-type decides"
+    return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 
 def how_to_add_tokenizer(tokenizer: Tokenizer, target: Path, *, instruct: bool, model_type: str | None) -> str:

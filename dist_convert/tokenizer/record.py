@@ -11,8 +11,6 @@ from dist_convert.models.architecture import Architecture
 #: A directory that is copied; tiktoken's lines or a SentencePiece model, which a Hugging Face tokenizer is built from.
 Kind = Literal["none", "huggingface", "tiktoken", "sentencepiece"]
 
-#: Whose special tokens and chat format a tokenizer gets that is built from a bare file.
-MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
 
 #: Llama 3 was trained on 8192 positions, 3.1 and later on 131072.
 _LLAMA3_POSITIONS = 8192
@@ -44,7 +42,7 @@ class Style:
     """What a bare tokenizer file does not say of the tokenizer that is built from it.
 
     Attributes:
-        model_type: one of `MODEL_TYPES`.
+        model_type: one of the values of `--source-model-type`.
         instruct: whether it gets a chat template, and the token that ends a turn as end of text.
         max_positions: tokens that the model can attend to.
     """
