@@ -95,7 +95,7 @@ def _config_of(target: Path) -> dict[str, Any]:
 
 def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...]) -> None:
     source = tokenizer.path
-    if source is not None and tokenizer.kind == "huggingface" and source.resolve() == job.target.resolve():
+    if source is not None and tokenizer.kind in ("huggingface", "slow") and source.resolve() == job.target.resolve():
         raise UsageError("SRC and DST are the same directory", file=str(source))
     if old and not job.overwrite:
         raise TargetExists(

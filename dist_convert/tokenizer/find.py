@@ -19,8 +19,8 @@ from dist_convert.tokenizer.huggingface import FILES, is_huggingface, read_huggi
 from dist_convert.tokenizer.llama2 import is_sentencepiece, read_sentencepiece
 from dist_convert.tokenizer.llama3 import is_tiktoken, read_tiktoken
 from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.tokenizer.slow_directory import MODEL_FILE, is_slow, read_slow
 
-_MODEL_FILE = "tokenizer.model"
 #: Of an original Llama checkpoint; Llama 2's puts the tokenizer beside the folder.
 _ORIGINAL = "params.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -107,36 +107,41 @@ def _beside(named: str | None, checkpoint: Path, iteration: Path) -> Iterator[Pa
 
 def _at(path: Path) -> Tokenizer | None:
     """The tokenizer at a path: of a file's directory too, as args often name one file of several."""
+    try:
+        return _read(path)
+    except OSError as error:
+        file = str(error.filename or path)
+        raise SourceError("the tokenizer cannot be read", file=file, found=error.strerror or str(error)) from error
+
+
+def _read(path: Path) -> Tokenizer | None:
     is_file = os.path.isfile(path)
     if not is_file and not os.path.isdir(path):
         return None
     directory = path.parent if is_file else path
     # A bare file beside the files of another tokenizer is meant itself.
     if is_huggingface(directory) and (not is_file or path.name in FILES):
-        return read_huggingface(directory)
+        return read_slow(directory) if is_slow(directory) else read_huggingface(directory)
     file = path if is_file else _bare_file(directory)
     return None if file is None else _read_bare(file)
 
 
 def _bare_file(directory: Path) -> Path | None:
-    places = [directory / _MODEL_FILE, directory / "original" / _MODEL_FILE]
+    places = [directory / MODEL_FILE, directory / "original" / MODEL_FILE]
     if os.path.isfile(directory / _ORIGINAL):
-        places.append(directory.absolute().parent / _MODEL_FILE)
+        places.append(directory.absolute().parent / MODEL_FILE)
     found = next((place for place in places if os.path.isfile(place)), None)
-    versions = sorted(directory.glob(f"{_MODEL_FILE}.*")) if found is None else []
+    versions = sorted(directory.glob(f"{MODEL_FILE}.*")) if found is None else []
     return versions[0] if len(versions) == 1 else found
 
 
 def _read_bare(file: Path) -> Tokenizer | None:
     """By content: both kinds are called tokenizer.model."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(512)
-        if is_tiktoken(start):
-            return read_tiktoken(file)
-        return read_sentencepiece(file) if is_sentencepiece(start) else None
-    except OSError as error:
-        raise SourceError("the tokenizer file cannot be read", file=str(file), found=str(error)) from error
+    with file.open("rb") as opened:
+        start = opened.read(512)
+    if is_tiktoken(start):
+        return read_tiktoken(file)
+    return read_sentencepiece(file) if is_sentencepiece(start) else None
 
 
 def _in_cache(name: str) -> Tokenizer | None:

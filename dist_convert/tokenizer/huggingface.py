@@ -50,8 +50,6 @@ def _parsing(path: Path) -> Iterator[dict[str, Any]]:
             found=f"{type(error).__name__}: {error}",
             remedy="copy it again, or give another directory with --tokenizer",
         ) from error
-    except OSError as error:
-        raise SourceError("a file of the tokenizer cannot be read", file=str(path), found=str(error)) from error
 
 
 def read_huggingface(directory: Path) -> Tokenizer:
@@ -59,7 +57,7 @@ def read_huggingface(directory: Path) -> Tokenizer:
 
     Raises:
         CorruptFile: a file of it is damaged.
-        SourceError: a file of it cannot be read.
+        OSError: a file of it cannot be read.
     """
     ids: dict[str, int] = {}
     with _parsing(directory / "tokenizer.json") as tokenizer:
@@ -71,15 +69,25 @@ def read_huggingface(directory: Path) -> Tokenizer:
             ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
         ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
         size = max(ids.values()) + 1 if ids else None
-    with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
+    with _parsing(directory / CONFIG) as config:
         added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
         ids.update(added)
         if size is not None and added:
             size = max(size, max(added.values()) + 1)
-        bos, eos, pad = (
-            _id(config.get(role, tokens.get(role)), ids) for role in ("bos_token", "eos_token", "pad_token")
-        )
-    return Tokenizer("huggingface", directory, size, bos, eos, pad)
+    return Tokenizer("huggingface", directory, size, *special_ids(directory, ids))
+
+
+def special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
+    """Ids of the tokens that begin, end and pad a text, where the directory names them.
+
+    Args:
+        directory: of the tokenizer's files.
+        ids: of its tokens.
+    """
+    roles = ("bos_token", "eos_token", "pad_token")
+    with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
+        bos, eos, pad = (_id(config.get(role, tokens.get(role)), ids) for role in roles)
+    return bos, eos, pad
 
 
 def _id(token: Any, ids: Mapping[str, int]) -> int | None:

@@ -19,7 +19,7 @@ _SPACE = "▁"
 
 def is_sentencepiece(start: bytes) -> bool:
     """Whether a file that starts so may be a SentencePiece model: its first field is a piece, a message with text."""
-    return len(start) > 3 and start[0] == 0x0A and start[2] == 0x0A
+    return len(start) > 2 and start[0] == 0x0A and start[2] == 0x0A
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
@@ -27,28 +27,32 @@ def read_sentencepiece(path: Path) -> Tokenizer:
 
     Raises:
         CorruptFile: not a SentencePiece model.
-        UnsupportedModel: not of byte pair encoding.
+        UnsupportedModel: of another kind than Llama 2's.
         MissingPackage: protobuf is not installed.
     """
     proto = _read(path)
     trainer, size = proto.trainer_spec, len(proto.pieces)
-    if trainer.model_type != _BPE:
-        raise UnsupportedModel(
-            "only SentencePiece models of byte pair encoding can be converted",
-            file=str(path),
-            expected=f"model_type {_BPE}, as Llama 2, Mistral and Mixtral have",
-            found=f"model_type {trainer.model_type}",
-            remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
-        )
-    if any(piece.type == _UNUSED for piece in proto.pieces):
-        raise UnsupportedModel(
-            "SentencePiece cuts unused pieces up again, which Hugging Face's tokenizers do not",
-            file=str(path),
-            found="pieces of type UNUSED",
-            remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
-        )
+    _refuse_others(proto, path)
     bos, eos, pad = (number if 0 <= number < size else None for number in _roles(trainer))
     return Tokenizer("sentencepiece", path, size, bos, eos, pad)
+
+
+def _refuse_others(proto: Any, path: Path) -> None:
+    """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
+    types = {piece.type for piece in proto.pieces}
+    faults = (
+        (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
+        (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
+        (bool(types & {_USER_DEFINED, _UNUSED}), "user-defined or unused pieces"),
+    )
+    found = [what for is_there, what in faults if is_there]
+    if found:
+        raise UnsupportedModel(
+            "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted",
+            file=str(path),
+            found=", ".join(found),
+            remedy="give the directory of a Hugging Face tokenizer",
+        )
 
 
 def _roles(trainer: Any) -> tuple[int, int, int]:
@@ -91,12 +95,8 @@ def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
     tokenizer: Any = Tokenizer(model)
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
-    for piece in pieces:
-        added = AddedToken(piece.piece, normalized=False)
-        if piece.type in (_UNKNOWN, _CONTROL):
-            tokenizer.add_special_tokens([added])
-        elif piece.type == _USER_DEFINED:
-            tokenizer.add_tokens([added])
+    special = (piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, trainer.bos_id)]
@@ -123,15 +123,13 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 def _normalizer(spec: Any) -> Any:
     from tokenizers import Regex, normalizers
 
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    leading = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    trailing = [normalizers.Replace(Regex(f"{_SPACE}+\\z"), "")]
+    steps: list[Any] = leading if spec.remove_extra_whitespaces else []
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps + (trailing if spec.remove_extra_whitespaces else []))
 
 
 def _decoder(spec: Any) -> Any:

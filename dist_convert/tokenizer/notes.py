@@ -23,6 +23,8 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
         return [f"no tokenizer files are written: {tokenizer.note}"]
     if tokenizer.kind == "huggingface":
         return [f"tokenizer: {tokenizer.note}, copied"]
+    if tokenizer.kind == "slow":
+        return [f"tokenizer: {tokenizer.note}, copied, with a tokenizer.json built from its tokenizer.model"]
     details = ["special tokens"] if tokenizer.kind == "tiktoken" else []
     details += ["chat format"] if style.instruct else []
     if not details:

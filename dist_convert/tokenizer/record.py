@@ -8,9 +8,9 @@ from typing import Literal
 
 from dist_convert.models.architecture import Architecture
 
-#: A directory that is copied; tiktoken's lines or a SentencePiece model, which a Hugging Face tokenizer is built from.
-Kind = Literal["none", "huggingface", "tiktoken", "sentencepiece"]
-
+#: A directory that is copied; one that is copied and lacks tokenizer.json, which is built; tiktoken's lines or a
+#: SentencePiece model, which a Hugging Face tokenizer is built from.
+Kind = Literal["none", "huggingface", "slow", "tiktoken", "sentencepiece"]
 
 #: Llama 3 was trained on 8192 positions, 3.1 and later on 131072.
 _LLAMA3_POSITIONS = 8192

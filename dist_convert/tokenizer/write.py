@@ -12,7 +12,10 @@ from dist_convert.tokenizer.huggingface import CONFIG, INPUT_NAMES, SPECIAL_TOKE
 from dist_convert.tokenizer.llama2 import build_llama2
 from dist_convert.tokenizer.llama3 import build_llama3, roles
 from dist_convert.tokenizer.record import Style, Tokenizer
+from dist_convert.tokenizer.slow_directory import build_slow
 from dist_convert.write.file_writer import target_error
+
+_FAST_FILE = "tokenizer.json"
 
 
 def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
@@ -32,6 +35,11 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         return ()
     if tokenizer.kind == "huggingface":
         return copy_huggingface(tokenizer.path, target)
+    if tokenizer.kind == "slow":
+        names = copy_huggingface(tokenizer.path, target)
+        built, config = build_slow(tokenizer.path)
+        changed = {_FAST_FILE: _of(built), CONFIG: _json(config | _added_to(built))}
+        return tuple(sorted({*names, *_write_files(target, changed)}))
     if tokenizer.kind == "tiktoken":
         built = build_llama3(tokenizer.path, style.model_type)
         return _write_built(built, roles(style.model_type, instruct=style.instruct), style, target, {})
@@ -43,12 +51,11 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
 def _write_built(
     built: Any, special: Mapping[str, str], style: Style, target: Path, more: Mapping[str, bytes]
 ) -> tuple[str, ...]:
-    files = {
-        "tokenizer.json": built.to_str(pretty=True).encode(),
-        CONFIG: _json(_config(built, special, style)),
-        SPECIAL_TOKENS: _json(special),
-        **more,
-    }
+    files = {_FAST_FILE: _of(built), CONFIG: _json(_config(built, special, style)), SPECIAL_TOKENS: _json(special)}
+    return _write_files(target, files | dict(more))
+
+
+def _write_files(target: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
     try:
         for name, content in files.items():
             (target / name).write_bytes(content)
@@ -62,19 +69,8 @@ def _config(built: Any, special: Mapping[str, str], style: Style) -> dict[str, A
 
     With the class LlamaTokenizer, transformers 5 would replace the normalizer and cut leading spaces another way.
     """
-    added = {
-        str(number): {
-            "content": token.content,
-            "lstrip": token.lstrip,
-            "normalized": token.normalized,
-            "rstrip": token.rstrip,
-            "single_word": token.single_word,
-            "special": token.special,
-        }
-        for number, token in sorted(built.get_added_tokens_decoder().items())
-    }
-    config: dict[str, Any] = {
-        "added_tokens_decoder": added,
+    config = {
+        **_added_to(built),
         **special,
         "clean_up_tokenization_spaces": False,
         "model_input_names": INPUT_NAMES,
@@ -82,6 +78,17 @@ def _config(built: Any, special: Mapping[str, str], style: Style) -> dict[str, A
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return config | ({"chat_template": CHAT_TEMPLATES[style.model_type]} if style.instruct else {})
+
+
+def _of(built: Any) -> bytes:
+    text: str = built.to_str(pretty=True)
+    return text.encode()
+
+
+def _added_to(built: Any) -> dict[str, Any]:
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(built.get_added_tokens_decoder().items())
+    return {"added_tokens_decoder": {str(n): {flag: getattr(token, flag) for flag in flags} for n, token in added}}
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -128,49 +128,6 @@ def test_special_tokens_may_be_written_as_objects_or_be_absent(tmp_path: Path) -
     assert ids_of(tmp_path / "out") == (1, 28)
 
 
-def test_a_bare_tokenizer_file_is_named_and_the_conversion_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "tokenizer.model").write_bytes(b"pieces")
-    make(tmp_path / "in", LAYER, tokenizer_model=str(tmp_path / "bare" / "tokenizer.model"))
-    for number, flags in enumerate([(), ("--tokenizer", str(tmp_path / "bare"))]):
-        assert convert(tmp_path / "in", tmp_path / f"out{number}", *flags) == 0
-        err = capsys.readouterr().err
-        assert "no tokenizer files are written: " in err
-        assert f"{tmp_path}/bare" in err
-        assert "bare tokenizer file" in err
-        assert "--tokenizer" in err
-        assert [name for name in files_of(tmp_path / f"out{number}") if "tokenizer" in name] == []
-
-
-@pytest.mark.parametrize("flags", [(), ("--tokenizer", "/of/the/machine/that/trained")])
-def test_a_tokenizer_that_is_not_on_this_machine_is_named_and_the_conversion_goes_on(
-    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "in", LAYER, tokenizer_model="/of/the/machine/that/trained")
-    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
-    assert "the tokenizer /of/the/machine/that/trained is not on this machine" in capsys.readouterr().err
-
-
-def test_args_without_a_tokenizer_are_reported_and_the_conversion_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "in", LAYER, tokenizer_model=None)
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert "the checkpoint's args name no tokenizer; add one with --tokenizer PATH" in capsys.readouterr().err
-
-
-def test_a_name_on_the_hub_is_not_taken_for_files_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(make_tokenizer(tmp_path / "elsewhere"))
-    make(tmp_path / "in", LAYER, tokenizer_model="gpt2")
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert "gpt2 is not on this machine" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
-
-
 @pytest.mark.parametrize("content", ['{"model": ', '{"added_tokens": [{}]}', "[]"])
 def test_a_damaged_tokenizer_is_an_error_that_names_the_file(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

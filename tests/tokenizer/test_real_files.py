@@ -231,12 +231,16 @@ def test_instruct_models_get_the_chat_format_of_their_makers(
 @every_version
 @pytest.mark.parametrize("name", ["mistral instruct", "mixtral instruct"])
 def test_a_chat_of_mixtral_has_the_ids_that_mistral_common_gives(
-    name: str, version: str, loaded: dict[str, dict[str, Any]], pieces: sentencepiece.SentencePieceProcessor
+    name: str, version: str, loaded: dict[str, dict[str, Any]]
 ) -> None:
-    """mistral-common encodes each turn by itself (InstructTokenizerV1)."""
-    _, ids = found_in(loaded, version, name)["chats"][1]
-    first, answer, last = "[INST] Be brief.\n\nHi [/INST]", "Hello", "[INST] Bye [/INST]"
-    assert ids == [1, *pieces.encode(first), *pieces.encode(answer), 2, *pieces.encode(last)]
+    """The ids are what MistralTokenizer.v1().encode_chat_completion of mistral-common 1.13 returns for the chats."""
+    assert [ids for _, ids in found_in(loaded, version, name)["chats"]] == [
+        [1, 733, 16289, 28793, 28705, 15359, 736, 28705, 733, 28748, 16289, 28793],
+        [
+            1, 733, 16289, 28793, 1739, 6817, 28723, 13, 13, 23809, 733, 28748, 16289, 28793, 22557, 2,
+            733, 16289, 28793, 2463, 28706, 733, 28748, 16289, 28793,
+        ],
+    ]  # fmt: skip
 
 
 def test_the_sentencepiece_model_is_copied_along(converted: dict[str, Path]) -> None:
