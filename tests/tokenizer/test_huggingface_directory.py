@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from tests.checkpoints import Model, make
 from tests.converting import convert
+from tests.tokenizer.real import VERSIONS, load_and_encode
 
 LAYER = Model(layers=1)
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
@@ -159,3 +160,42 @@ def test_tokenizers_that_transformers_4_saved_are_copied_and_read(
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert ids_of(tmp_path / "out") == ids
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 512
+
+
+def directory_of_transformers_5(directory: Path) -> Path:
+    """What transformers 5 saves of a tokenizer with a chat template and two more special tokens."""
+    made = make_tokenizer(directory.with_name("made"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(made, extra_special_tokens=["<a>", "<b>"], pad_token="<a>")
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    assert config["extra_special_tokens"] == ["<a>", "<b>"]
+    assert (directory / "chat_template.jinja").is_file()
+    return directory
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_directory_that_transformers_5_saved_also_loads_in_4(version: str, tmp_path: Path) -> None:
+    source = directory_of_transformers_5(tmp_path / "tokenizer")
+    make(tmp_path / "in", Model(layers=1, vocab=31))
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    lines = ["w1", "w3<a>w4<b></s>", ""]
+    found = load_and_encode(version, {"it": tmp_path / "out"}, lines, chats=[[{"content": "x"}]])["it"]
+    original: Any = AutoTokenizer.from_pretrained(source)
+    assert found["ids"] == [original(line)["input_ids"] for line in lines]
+    assert found["special"] == [original.bos_token_id, original.eos_token_id, original.pad_token_id] == [27, 28, 29]
+    assert found["chats"][0][0] == "x!"
+    assert found["inputs"] == ["attention_mask", "input_ids"]
+    assert found["size"] == len(original) == 31
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_copied_tokenizer_gives_the_ids_of_its_source(version: str, tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    lines = ["w1", "<s>w3</s>", "unknown", ""]
+    found = load_and_encode(version, {"source": source, "copy": tmp_path / "out"}, lines)
+    assert found["copy"] == found["source"]
+    assert found["copy"]["ids"][:2] == [[1], [27, 3, 28]]
