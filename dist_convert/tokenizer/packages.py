@@ -24,5 +24,5 @@ def require(module: str, path: Path) -> None:
         raise MissingPackage(
             f"building a tokenizer from this file needs the package {package}",
             file=str(path),
-            remedy="pip install 'dist-convert[tokenizers]', or give the directory of a Hugging Face tokenizer",
+            remedy=f"pip install {package}, or give the directory of a Hugging Face tokenizer",
         )
