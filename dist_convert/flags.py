@@ -85,11 +85,8 @@ def _add_megatron_to_hf(commands: Any) -> None:
     source = command.add_argument_group("source")
     source.add_argument("--load-path", help="(required) root of the Megatron checkpoint")
     source.add_argument("--ckpt-dir-name", help="iteration directory, such as iter_0000004 (default: the tracker file)")
-    source.add_argument(
-        "--source-model-type",
-        choices=SOURCE_MODEL_TYPES,
-        help="decides the special tokens of a tokenizer.model; else checked against the checkpoint's args, which win",
-    )
+    said = "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win"
+    source.add_argument("--source-model-type", choices=SOURCE_MODEL_TYPES, help=said)
     source.add_argument(
         "--true-vocab-size", type=positive, help="tokens without padding (default: args, then tokenizer)"
     )
@@ -116,9 +113,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
     )
     add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
     target.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
-    add_switch(
-        target, "--instruct", "write the end-of-turn tokens, sampling defaults and chat template of an instruct model"
-    )
+    add_switch(target, "--instruct", "write end-of-turn tokens, sampling defaults, chat template of an instruct model")
     add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
     add_switch(target, "--overwrite", "replace an existing target")
     target.add_argument(

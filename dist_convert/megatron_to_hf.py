@@ -133,6 +133,6 @@ def shared_iteration(root: Path, name: str | None, world: World) -> Path:
 
 def _share_tokenizer(job: Job, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:
     """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
-    found = find_tokenizer(job.tokenizer, args, job.load_path, directory) if world.rank == 0 else None
+    found = find_tokenizer(job.tokenizer, args, directory) if world.rank == 0 else None
     shared: Tokenizer = gather_objects(world, found)[0]
     return shared

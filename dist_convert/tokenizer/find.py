@@ -55,13 +55,13 @@ def named_tokenizer(named: Path, flag: str) -> Tokenizer:
     )
 
 
-def find_tokenizer(flag: Path | None, args: Mapping[str, Any], checkpoint: Path, iteration: Path) -> Tokenizer:
+def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) -> Tokenizer:
     """The tokenizer of a checkpoint; of kind "none", with a note that says why, where there is none.
 
     Args:
         flag: `--tokenizer`.
         args: the checkpoint's training arguments.
-        checkpoint, iteration: its root, and the directory inside that is converted.
+        iteration: the directory that is converted; also its parent is searched.
 
     Raises:
         UsageError: `flag` names no tokenizer.
@@ -73,17 +73,17 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], checkpoint: Path,
     named = next((args[name] for name in ("tokenizer_model", "tokenizer_name_or_path") if args.get(name)), None)
     named = named if isinstance(named, str) else None
     try:
-        return _search(named, checkpoint, iteration)
+        return _search(named, iteration)
     except MissingPackage as error:
         return Tokenizer("none", note=f"{error.what}: {error.file} ({error.remedy.partition(',')[0]})")
 
 
-def _search(named: str | None, checkpoint: Path, iteration: Path) -> Tokenizer:
+def _search(named: str | None, iteration: Path) -> Tokenizer:
     if named is not None:
         found = _at(Path(named)) or _in_cache(named)
         if found is not None:
             return replace(found, note=f"{found.path} (from the checkpoint's args)")
-    for place in _beside(named, checkpoint, iteration):
+    for place in _beside(named, iteration):
         found = _at(place)
         if found is not None:
             return replace(found, note=f"{found.path} (beside the checkpoint)")
@@ -94,7 +94,10 @@ def _search(named: str | None, checkpoint: Path, iteration: Path) -> Tokenizer:
     return Tokenizer("none", note=f"{named}, which the checkpoint's args name, {why}")
 
 
-def _beside(named: str | None, checkpoint: Path, iteration: Path) -> Iterator[Path]:
+def _beside(named: str | None, iteration: Path) -> Iterator[Path]:
+    iteration = iteration.absolute()
+    is_inside = iteration.name == "release" or iteration.name.startswith("iter_")
+    checkpoint = iteration.parent if is_inside else iteration
     name = Path(named).name.replace("..", "") if named else ""
     for base in (iteration, checkpoint):
         if name:
@@ -102,7 +105,7 @@ def _beside(named: str | None, checkpoint: Path, iteration: Path) -> Iterator[Pa
         yield base / "tokenizer"
         yield base
     if name:
-        yield checkpoint.absolute().parent / name
+        yield checkpoint.parent / name
 
 
 def _at(path: Path) -> Tokenizer | None:

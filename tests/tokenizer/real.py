@@ -31,8 +31,8 @@ from transformers import AutoTokenizer
 wanted, found = json.load(sys.stdin), {"version": transformers.__version__, "tokenizers": {}}
 for name, directory in wanted["directories"].items():
     t = AutoTokenizer.from_pretrained(directory)
-    ids = [t(line)["input_ids"] for line in wanted["lines"]]
-    values = {"ids": ids, "decoded": [t.decode(line, skip_special_tokens=True) for line in ids], "size": len(t)}
+    ids = t(wanted["lines"])["input_ids"]
+    values = {"ids": ids, "decoded": t.batch_decode(ids, skip_special_tokens=True), "size": len(t)}
     values["pair"] = t("one", "two")["input_ids"]
     values["inputs"] = sorted(t("one").keys())
     values["special"] = [t.bos_token_id, t.eos_token_id, t.pad_token_id]
@@ -41,8 +41,7 @@ for name, directory in wanted["directories"].items():
     for chat in wanted["chats"] if t.chat_template else []:
         text = t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         values["chats"].append([text, t(text, add_special_tokens=False)["input_ids"]])
-    as_text = {"add_special_tokens": False, "split_special_tokens": True}
-    values["as text"] = [t(line, **as_text)["input_ids"] for line in wanted["lines"]]
+    values["as text"] = t(wanted["lines"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     found["tokenizers"][name] = values
 json.dump(found, sys.stdout)
 """
