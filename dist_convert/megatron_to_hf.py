@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,6 @@ def shared_iteration(root: Path, name: str | None, world: World) -> Path:
 
 def _share_tokenizer(job: Job, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:
     """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
-    found = find_tokenizer(job.tokenizer, args, directory) if world.rank == 0 else None
-    shared: Tokenizer = gather_objects(world, found)[0]
-    return shared
+    found = find_tokenizer(job.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
+    shared = gather_objects(world, asdict(replace(found, path=None)))[0]
+    return Tokenizer(**{**shared, "path": found.path})
