@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from tiktoken.load import load_tiktoken_bpe
 from tests.checkpoints import Model, make
 from tests.converting import convert
 from tests.tokenizer import corpus
-from tests.tokenizer.real import LLAMA3, MIXTRAL, VERSIONS, load_and_encode, require_real_files
+from tests.tokenizer.real import LLAMA3, MIXTRAL, ROOT, VERSIONS, load_and_encode, require_real_files
 
 LINES = corpus.lines()
 every_version = pytest.mark.parametrize("version", VERSIONS)
@@ -241,6 +244,22 @@ def test_a_chat_of_mixtral_has_the_ids_that_mistral_common_gives(
             733, 16289, 28793, 2463, 28706, 733, 28748, 16289, 28793,
         ],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama3.1 instruct", "mixtral instruct"])
+def test_a_converter_on_transformers_4_builds_the_same_bytes(
+    name: str, converted: dict[str, Path], tmp_path: Path
+) -> None:
+    python = VERSIONS["transformers 4"]
+    if not python:
+        pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
+    shutil.copy(converted[name] / "config.json", tmp_path)
+    command = [python, "-m", "dist_convert", "tokenizer", str(CASES[name][2]), str(tmp_path), "--instruct"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (converted[name] / file.name).read_bytes(), file.name
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 def test_the_sentencepiece_model_is_copied_along(converted: dict[str, Path]) -> None:
