@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    from dist_convert.flags_push import add_push
     from dist_convert.flags_to_megatron import add_hf_to_megatron  # they use the types above
     from dist_convert.flags_tokenizer import add_tokenizer_command
     from dist_convert.flags_verify import add_verify
@@ -62,10 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_megatron_to_hf(commands)
     add_hf_to_megatron(commands)
     add_tokenizer_command(commands)
-    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
-    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
-    push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
-    add_switch(push, "--private", "for members only; a public repository is refused")
+    add_push(commands)
     add_verify(commands)
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
@@ -90,12 +88,8 @@ def _add_megatron_to_hf(commands: Any) -> None:
     source.add_argument(
         "--true-vocab-size", type=positive, help="tokens without padding (default: args, then tokenizer)"
     )
-    source.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="of a Hugging Face tokenizer the directory, of Llama 2, Llama 3, Mistral or Mixtral also the "
-        "tokenizer.model (default: what the args name, here or beside the checkpoint)",
-    )
+    which = "directory or tokenizer.model (default: what the args name, here or beside the checkpoint)"
+    source.add_argument("--tokenizer", type=Path, help=which)
     add_switch(
         source,
         "--habana-imported-experts",
