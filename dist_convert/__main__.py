@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse(sys.argv[1:] if argv is None else argv)
         if flags.command == "inspect":
             return _inspect(flags)
+        if flags.command == "tokenizer":
+            return _add_tokenizer(flags)
         if flags.command == "push":
             return _upload(flags.directory, flags.push_to_hub, flags.private)
         job: Job | ToMegatronJob | VerifyJob
@@ -61,6 +63,15 @@ def _inspect(flags: argparse.Namespace) -> int:
 
     description = inspect_checkpoint(flags.path, flags.ckpt_dir_name)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
+    return 0
+
+
+def _add_tokenizer(flags: argparse.Namespace) -> int:
+    from dist_convert.add_tokenizer import add_tokenizer
+    from dist_convert.flags_tokenizer import tokenizer_job_from_flags
+
+    job = tokenizer_job_from_flags(flags)
+    print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
     return 0
 
 

@@ -16,6 +16,7 @@
     │   ├── UnknownTensor           a stored tensor without a table row
     │   ├── WrongShape              a stored tensor of another shape or dtype than the arguments imply
     │   └── ValueOverflow           finite values become infinite in the target dtype
+    ├── MissingPackage              a package that only some conversions need is not installed
     ├── PlanError                   a plan that does not cover its target exactly, or differs between ranks
     ├── TargetError                 the target cannot be written
     │   ├── TargetExists            not empty, and `--overwrite` was not given
@@ -118,6 +119,10 @@ class WrongShape(SourceError):
 
 class ValueOverflow(SourceError):
     """Finite values become infinite in the target dtype."""
+
+
+class MissingPackage(ConversionError):
+    """A package that only some conversions need is not installed."""
 
 
 class PlanError(ConversionError):

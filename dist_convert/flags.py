@@ -55,15 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    from dist_convert.flags_push import add_push
     from dist_convert.flags_to_megatron import add_hf_to_megatron  # they use the types above
+    from dist_convert.flags_tokenizer import add_tokenizer_command
     from dist_convert.flags_verify import add_verify
 
     _add_megatron_to_hf(commands)
     add_hf_to_megatron(commands)
-    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
-    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
-    push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
-    add_switch(push, "--private", "for members only; a public repository is refused")
+    add_tokenizer_command(commands)
+    add_push(commands)
     add_verify(commands)
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
@@ -83,15 +83,13 @@ def _add_megatron_to_hf(commands: Any) -> None:
     source = command.add_argument_group("source")
     source.add_argument("--load-path", help="(required) root of the Megatron checkpoint")
     source.add_argument("--ckpt-dir-name", help="iteration directory, such as iter_0000004 (default: the tracker file)")
-    source.add_argument(
-        "--source-model-type", choices=SOURCE_MODEL_TYPES, help="checked against the checkpoint's args, which win"
-    )
+    said = "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win"
+    source.add_argument("--source-model-type", choices=SOURCE_MODEL_TYPES, help=said)
     source.add_argument(
         "--true-vocab-size", type=positive, help="tokens without padding (default: args, then tokenizer)"
     )
-    source.add_argument(
-        "--tokenizer", type=Path, help="directory of the tokenizer, where the path in the args is not on this machine"
-    )
+    which = "directory or tokenizer.model (default: what the args name, here or beside the checkpoint)"
+    source.add_argument("--tokenizer", type=Path, help=which)
     add_switch(
         source,
         "--habana-imported-experts",
@@ -109,7 +107,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
     )
     add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
     target.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
-    add_switch(target, "--instruct", "write the end-of-turn tokens and sampling defaults of an instruct model")
+    add_switch(target, "--instruct", "write end-of-turn tokens, sampling defaults, chat template of an instruct model")
     add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
     add_switch(target, "--overwrite", "replace an existing target")
     target.add_argument(

@@ -1,4 +1,4 @@
-"""What the user asked for, frozen: one record for each direction."""
+"""What the user asked for, frozen: one record for each command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 #: `--target-params-dtype` in safetensors names; `keep` leaves every tensor as it is stored.
 TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
-SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mixtral")
+SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
 DEVICES = ("auto", "cpu", "cuda", "hpu")
 PLACEMENTS = ("auto", "gather", "direct")
 #: What `--verify` compares: every block, or a share.
@@ -106,3 +106,14 @@ class VerifyJob:
     max_memory_per_rank_bytes: int = 1_000_000_000
     json: bool = False
     timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """One tokenizer for a model that is converted already. Field names are the flags' names; see `--help` for each."""
+
+    source: Path
+    target: Path
+    source_model_type: str | None = None
+    instruct: bool = False
+    overwrite: bool = False

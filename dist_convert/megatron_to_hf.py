@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from dist_convert.errors import InconsistentShards
 from dist_convert.job import TARGET_DTYPES, Job
 from dist_convert.metadata.capacity_bins import Bin, read_bins
 from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
-from dist_convert.metadata.tokenizer import Tokenizer, find_tokenizer
 from dist_convert.metadata.write import write_metadata
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.move.pipeline import Moved
@@ -19,6 +21,10 @@ from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
 from dist_convert.task import Task
+from dist_convert.tokenizer.find import find_tokenizer
+from dist_convert.tokenizer.notes import how_to_add_tokenizer
+from dist_convert.tokenizer.record import Tokenizer, style_for
+from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.write.hub import check_upload
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
@@ -38,7 +44,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     found, shards = discover_shards(directory, world)
     file = min(shards)
     args = shards[file].args
-    tokenizer = _share_tokenizer(job, world, shards[file])
+    tokenizer = _share_tokenizer(job, world, args, directory)
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
     vocab, _ = true_vocab(flag=job.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
     content = plan_to_huggingface(
@@ -51,6 +57,12 @@ def megatron_to_hf(job: Job, world: World) -> Task:
 
     mine = [shards[name] for name in found.headers_of[world.rank]]
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
+    style = style_for(tokenizer, content.side.architecture, job.source_model_type, instruct=job.instruct)
+
+    def make_all_files(partial: Path) -> None:
+        if world.rank == 0:
+            write_tokenizer(tokenizer, style, partial)  # before the weights, so that what fails here fails early
+        make_files(partial, content.files)
 
     def finish(partial: Path, moved: Moved) -> None:
         if world.rank == 0:
@@ -68,10 +80,13 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         writable=(frozenset(file.name for file in content.files),) * world.size,
         target_flag="--save-path",
         is_replaceable=lambda path: (path / "config.json").is_file(),
-        notes=notes + notes_on(job, content, shards, tokenizer),
-        make_files=lambda partial: make_files(partial, content.files),
+        notes=notes + notes_on(job, content, shards, tokenizer, style),
+        make_files=make_all_files,
         finish=finish,
         publish=lambda: None,
+        last_words=how_to_add_tokenizer(
+            tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type
+        ),
     )
 
 
@@ -117,8 +132,8 @@ def shared_iteration(root: Path, name: str | None, world: World) -> Path:
     return root / name if name else root
 
 
-def _share_tokenizer(job: Job, world: World, shard: Shard) -> Tokenizer:
+def _share_tokenizer(job: Job, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:
     """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
-    found = find_tokenizer(job.tokenizer, shard.args) if world.rank == 0 else Tokenizer(None)
-    size, bos, eos, note = gather_objects(world, [found.size, found.bos, found.eos, found.note])[0]
-    return Tokenizer(found.directory, size, bos, eos, note)
+    found = find_tokenizer(job.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
+    shared = gather_objects(world, asdict(replace(found, path=None)))[0]
+    return Tokenizer(**{**shared, "path": found.path})

@@ -13,11 +13,12 @@ from typing import Any
 from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
-from dist_convert.metadata.tokenizer import Tokenizer
 from dist_convert.plan.content import Content, content_digest
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of
 from dist_convert.read.megatron_shard import Shard
+from dist_convert.tokenizer.notes import notes_on_tokenizer, vocabulary_warnings
+from dist_convert.tokenizer.record import Style, Tokenizer
 from dist_convert.units import human_bytes
 
 _LISTED = 8
@@ -82,7 +83,7 @@ def outcome_line(target: Path, outcome: Outcome) -> str:
     return line
 
 
-def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer: Tokenizer) -> list[str]:
+def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer: Tokenizer, style: Style) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
     args = shards[min(shards)].args
     architecture = content.side.architecture
@@ -107,8 +108,10 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
     )
     if size != architecture.padded_vocab or who == "padded size":
         notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
-    if tokenizer.size is not None and tokenizer.size != size:
-        notes.append(f"warning: the tokenizer has {tokenizer.size} tokens, the model {size}")
+    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size"), "--true-vocab-size": job.true_vocab_size}
+    if job.true_vocab_size is None:
+        del claims["--true-vocab-size"]
+    notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
     stored = TORCH_NAMES[content.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
@@ -116,9 +119,7 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
     notes += human_notes(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {_names(content.zero_tensors)}")
-    if tokenizer.note:
-        notes.append(f"no tokenizer files are written: {tokenizer.note}")
-    return notes
+    return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
 
 
 def human_notes(content: Content) -> list[str]:

@@ -104,6 +104,8 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     outcome = Outcome.of_ranks(outcomes, time.monotonic() - started)
     if world.rank == 0:
         print(outcome_line(task.target, outcome), file=sys.stderr)
+        if task.last_words:
+            print(task.last_words, file=sys.stderr)
     return outcome
 
 

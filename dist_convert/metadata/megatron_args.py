@@ -206,7 +206,7 @@ def true_vocab(
             f"the vocabulary size of {who} does not fit the embedding",
             file=file,
             expected=f"at most {padded} (padded_vocab_size)",
-            found=size,
+            found=", ".join(f"{name} {claim if claim else 'unknown'}" for claim, name in claims),
             remedy="give the right size with --true-vocab-size",
         )
     return size, who

@@ -1,4 +1,4 @@
-"""Writes everything in the target that is not a weight."""
+"""Writes what describes the weights and the model; the tokenizer's files are `tokenizer`'s."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dist_convert.job import Job
 from dist_convert.metadata.capacity_bins import Bin, write_bins
 from dist_convert.metadata.hf_config import config_json, generation_config_json, special_token_ids
 from dist_convert.metadata.model_card import CARD_FILE, model_card
-from dist_convert.metadata.tokenizer import Tokenizer, copy_tokenizer
 from dist_convert.plan.content import Content
+from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.write.safetensors_files import INDEX_FILE, index_json
 
 ARGS_FILE = "source_megatron_args.json"
@@ -27,7 +27,7 @@ def write_metadata(
     tokenizer: Tokenizer,
     bins: Sequence[Bin],
 ) -> None:
-    """Write configs, index, tokenizer, model card, training arguments and capacity bins into the partial directory.
+    """Write configs, index, model card, training arguments and capacity bins into the partial directory.
 
     Args:
         partial: the directory.
@@ -35,25 +35,21 @@ def write_metadata(
         content: what was converted.
         checkpoint: directory of the iteration that it was read from.
         args: the checkpoint's training arguments.
-        tokenizer: whose files are copied.
+        tokenizer: whose special ids the configs take over.
         bins: of all ranks; written only where the job asks for them.
     """
     architecture = content.side.architecture
-    bos, eos = special_token_ids(architecture, instruct=job.instruct)
-    if tokenizer.bos is not None:
-        bos = tokenizer.bos
-    if tokenizer.eos is not None and not isinstance(eos, list):
-        eos = tokenizer.eos
+    bos, eos = special_token_ids(architecture.vocab, tokenizer.bos, tokenizer.eos, instruct=job.instruct)
+    pad = tokenizer.pad if tokenizer.pad is not None and tokenizer.pad < architecture.vocab else None
     sampling = job.instruct and content.side.family.name == "llama"
     _write_json(
         partial / "config.json", config_json(architecture, content.side.family.hf_class, _main_dtype(content), bos, eos)
     )
-    _write_json(partial / "generation_config.json", generation_config_json(bos, eos, sampling=sampling))
+    _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
     _write_json(partial / ARGS_FILE, dict(args))
     index = index_json(content.files)
     if index is not None:
         (partial / INDEX_FILE).write_text(index, encoding="utf-8")
-    copy_tokenizer(tokenizer, partial)
     (partial / CARD_FILE).write_text(model_card(content, checkpoint), encoding="utf-8")
     if job.save_capacity_bins:
         write_bins(partial, content.side, bins)

@@ -75,6 +75,18 @@ def _repository_and_revision(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def cached_snapshot(name: str) -> Path | None:
+    """The cache's directory of `org/name` or `org/name@revision`, which may hold a part of it; nothing is fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _fetch(repository: str, revision: str | None, *, cache_only: bool = False) -> Path:
     files = [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)]
     directory = _snapshot(repository, revision, files, cache_only=cache_only)

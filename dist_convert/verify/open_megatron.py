@@ -10,7 +10,6 @@ from dist_convert.boxes import Box, intersect
 from dist_convert.errors import InconsistentShards
 from dist_convert.megatron_to_hf import discover_shards, shared_iteration
 from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
-from dist_convert.metadata.tokenizer import find_tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row
 from dist_convert.move.exchange import World, gather_objects
@@ -30,6 +29,7 @@ from dist_convert.plan.to_huggingface import added_to_norms, locate_shards, with
 from dist_convert.read.discover import Discovery
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import View
+from dist_convert.tokenizer.find import find_tokenizer
 from dist_convert.verify.catalog import Checkpoint, Opened, Region, Which, Whole
 from dist_convert.verify.places import places
 
@@ -54,7 +54,8 @@ def open_megatron(which: Which, world: World) -> Opened:
     file = min(shards)
     args = shards[file].args
     # The tokenizer's path may exist on rank 0 only.
-    tokenizer = gather_objects(world, find_tokenizer(which.tokenizer, args).size if world.rank == 0 else None)[0]
+    size = find_tokenizer(which.tokenizer, args, directory).size if world.rank == 0 else None
+    tokenizer = gather_objects(world, size)[0]
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
     vocab, who = true_vocab(flag=which.true_vocab_size, args=args, tokenizer=tokenizer, padded=padded, file=file)
     says = None if who == "padded size" else vocab

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from dist_convert.metadata.hf_config import special_token_ids
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
 
@@ -200,3 +201,22 @@ def test_generation_ends_where_the_family_ends_and_samples_for_instruct_models(
     assert bool(loaded.do_sample) is bool(expected[2])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "bos", "eos", "instruct", "expected"),
+    [
+        (128256, None, None, True, (128000, [128001, 128008, 128009])),
+        (128256, 128000, 128009, True, (128000, [128001, 128008, 128009])),
+        (128258, 128000, 128257, True, (128000, [128001, 128008, 128009, 128257])),
+        (128256, 128000, 128009, False, (128000, 128009)),
+        (151936, 151643, 151645, True, (151643, 151645)),
+        (32000, None, None, True, (1, 2)),
+        (32000, 1, 32000, True, (1, 32000)),
+        (2, None, None, False, (None, None)),
+    ],
+)
+def test_special_ids_are_the_tokenizers_then_the_familys(
+    vocab: int, bos: int | None, eos: int | None, instruct: bool, expected: tuple[Any, Any]
+) -> None:
+    assert special_token_ids(vocab, bos, eos, instruct=instruct) == expected

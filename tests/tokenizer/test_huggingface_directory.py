@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from tests.checkpoints import Model, make
 from tests.converting import convert
+from tests.tokenizer.real import VERSIONS, load_and_encode
 
 LAYER = Model(layers=1)
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
@@ -128,49 +129,6 @@ def test_special_tokens_may_be_written_as_objects_or_be_absent(tmp_path: Path) -
     assert ids_of(tmp_path / "out") == (1, 28)
 
 
-def test_a_bare_tokenizer_file_is_named_and_the_conversion_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "tokenizer.model").write_bytes(b"pieces")
-    make(tmp_path / "in", LAYER, tokenizer_model=str(tmp_path / "bare" / "tokenizer.model"))
-    for number, flags in enumerate([(), ("--tokenizer", str(tmp_path / "bare"))]):
-        assert convert(tmp_path / "in", tmp_path / f"out{number}", *flags) == 0
-        err = capsys.readouterr().err
-        assert "no tokenizer files are written: " in err
-        assert f"{tmp_path}/bare" in err
-        assert "bare tokenizer file" in err
-        assert "--tokenizer" in err
-        assert [name for name in files_of(tmp_path / f"out{number}") if "tokenizer" in name] == []
-
-
-@pytest.mark.parametrize("flags", [(), ("--tokenizer", "/of/the/machine/that/trained")])
-def test_a_tokenizer_that_is_not_on_this_machine_is_named_and_the_conversion_goes_on(
-    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "in", LAYER, tokenizer_model="/of/the/machine/that/trained")
-    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
-    assert "the tokenizer /of/the/machine/that/trained is not on this machine" in capsys.readouterr().err
-
-
-def test_args_without_a_tokenizer_are_reported_and_the_conversion_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "in", LAYER, tokenizer_model=None)
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert "the checkpoint's args name no tokenizer; add one with --tokenizer PATH" in capsys.readouterr().err
-
-
-def test_a_name_on_the_hub_is_not_taken_for_files_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(make_tokenizer(tmp_path / "elsewhere"))
-    make(tmp_path / "in", LAYER, tokenizer_model="gpt2")
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert "gpt2 is not on this machine" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
-
-
 @pytest.mark.parametrize("content", ['{"model": ', '{"added_tokens": [{}]}', "[]"])
 def test_a_damaged_tokenizer_is_an_error_that_names_the_file(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -202,3 +160,42 @@ def test_tokenizers_that_transformers_4_saved_are_copied_and_read(
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert ids_of(tmp_path / "out") == ids
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 512
+
+
+def directory_of_transformers_5(directory: Path) -> Path:
+    """What transformers 5 saves of a tokenizer with a chat template and two more special tokens."""
+    made = make_tokenizer(directory.with_name("made"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(made, extra_special_tokens=["<a>", "<b>"], pad_token="<a>")
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    assert config["extra_special_tokens"] == ["<a>", "<b>"]
+    assert (directory / "chat_template.jinja").is_file()
+    return directory
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_directory_that_transformers_5_saved_also_loads_in_4(version: str, tmp_path: Path) -> None:
+    source = directory_of_transformers_5(tmp_path / "tokenizer")
+    make(tmp_path / "in", Model(layers=1, vocab=31))
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    lines = ["w1", "w3<a>w4<b></s>", ""]
+    found = load_and_encode(version, {"it": tmp_path / "out"}, lines, chats=[[{"content": "x"}]])["it"]
+    original: Any = AutoTokenizer.from_pretrained(source)
+    assert found["ids"] == [original(line)["input_ids"] for line in lines]
+    assert found["special"] == [original.bos_token_id, original.eos_token_id, original.pad_token_id] == [27, 28, 29]
+    assert found["chats"][0][0] == "x!"
+    assert found["inputs"] == ["attention_mask", "input_ids"]
+    assert found["size"] == len(original) == 31
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_copied_tokenizer_gives_the_ids_of_its_source(version: str, tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    lines = ["w1", "<s>w3</s>", "unknown", ""]
+    found = load_and_encode(version, {"source": source, "copy": tmp_path / "out"}, lines)
+    assert found["copy"] == found["source"]
+    assert found["copy"]["ids"][:2] == [[1], [27, 3, 28]]

@@ -1,0 +1,158 @@
+"""Where the tokenizer of a checkpoint is.
+
+`--tokenizer` says it, or else the checkpoint's args do. They name a path on the machine that trained: what is not there
+is looked for beside the checkpoint, under the same name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import MissingPackage, SourceError, UsageError
+from dist_convert.read.hub import cached_snapshot
+from dist_convert.tokenizer.huggingface import FILES, is_huggingface, read_huggingface
+from dist_convert.tokenizer.llama2 import is_sentencepiece, read_sentencepiece
+from dist_convert.tokenizer.llama3 import is_tiktoken, read_tiktoken
+from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.tokenizer.slow_directory import MODEL_FILE, is_slow, read_slow
+
+#: Of an original Llama checkpoint; Llama 2's puts the tokenizer beside the folder.
+_ORIGINAL = "params.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_EXPECTED = (
+    "a directory of Hugging Face tokenizer files; or a tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
+    "directory"
+)
+
+
+def named_tokenizer(named: Path, flag: str) -> Tokenizer:
+    """The tokenizer that the user names.
+
+    Args:
+        named: a path here, or org/name[@revision] of a model in the hub's cache.
+        flag: that named it, for messages.
+
+    Raises:
+        UsageError: there is none.
+        SourceError: it is damaged, or of a kind that cannot be converted.
+        MissingPackage: building it needs one.
+    """
+    found = _at(named) or _in_cache(str(named))
+    if found is not None:
+        return replace(found, note=f"{found.path} (from {flag})")
+    exists = os.path.lexists(named)
+    raise UsageError(
+        f"{flag} names no tokenizer",
+        file=str(named),
+        expected=_EXPECTED,
+        found="nothing of the kind" if exists else "nothing at this path" + _cache_too(str(named)),
+        remedy=f"correct {flag}" + ("" if exists else "; leave it out to convert without the tokenizer"),
+    )
+
+
+def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint; of kind "none", with a note that says why, where there is none.
+
+    Args:
+        flag: `--tokenizer`.
+        args: the checkpoint's training arguments.
+        iteration: the directory that is converted; also its parent is searched.
+
+    Raises:
+        UsageError: `flag` names no tokenizer.
+        SourceError: it is damaged, or of a kind that cannot be converted.
+        MissingPackage: building the one that `flag` names needs a package.
+    """
+    if flag is not None:
+        return named_tokenizer(flag, "--tokenizer")
+    named = next((args[name] for name in ("tokenizer_model", "tokenizer_name_or_path") if args.get(name)), None)
+    named = named if isinstance(named, str) else None
+    try:
+        return _search(named, iteration)
+    except MissingPackage as error:
+        return Tokenizer("none", note=f"{error.what}: {error.file} ({error.remedy.partition(',')[0]})")
+
+
+def _search(named: str | None, iteration: Path) -> Tokenizer:
+    if named is not None:
+        found = _at(Path(named)) or _in_cache(named)
+        if found is not None:
+            return replace(found, note=f"{found.path} (from the checkpoint's args)")
+    for place in _beside(named, iteration):
+        found = _at(place)
+        if found is not None:
+            return replace(found, note=f"{found.path} (beside the checkpoint)")
+    if named is None:
+        return Tokenizer("none", note="the checkpoint's args name none, and none is beside the checkpoint")
+    is_here = os.path.lexists(named)
+    why = "is no tokenizer that can be converted" if is_here else "is not on this machine" + _cache_too(named)
+    return Tokenizer("none", note=f"{named}, which the checkpoint's args name, {why}")
+
+
+def _beside(named: str | None, iteration: Path) -> Iterator[Path]:
+    iteration = iteration.absolute()
+    is_inside = iteration.name == "release" or iteration.name.startswith("iter_")
+    checkpoint = iteration.parent if is_inside else iteration
+    name = Path(named).name.replace("..", "") if named else ""
+    for base in (iteration, checkpoint):
+        if name:
+            yield base / name
+        yield base / "tokenizer"
+        yield base
+    if name:
+        yield checkpoint.parent / name
+
+
+def _at(path: Path) -> Tokenizer | None:
+    """The tokenizer at a path: of a file's directory too, as args often name one file of several."""
+    try:
+        return _read(path)
+    except OSError as error:
+        file = str(error.filename or path)
+        raise SourceError("the tokenizer cannot be read", file=file, found=error.strerror or str(error)) from error
+
+
+def _read(path: Path) -> Tokenizer | None:
+    is_file = os.path.isfile(path)
+    if not is_file and not os.path.isdir(path):
+        return None
+    directory = path.parent if is_file else path
+    # A bare file beside the files of another tokenizer is meant itself.
+    if is_huggingface(directory) and (not is_file or path.name in FILES):
+        return read_slow(directory) if is_slow(directory) else read_huggingface(directory)
+    file = path if is_file else _bare_file(directory)
+    return None if file is None else _read_bare(file)
+
+
+def _bare_file(directory: Path) -> Path | None:
+    places = [directory / MODEL_FILE, directory / "original" / MODEL_FILE]
+    if os.path.isfile(directory / _ORIGINAL):
+        places.append(directory.absolute().parent / MODEL_FILE)
+    found = next((place for place in places if os.path.isfile(place)), None)
+    versions = sorted(directory.glob(f"{MODEL_FILE}.*")) if found is None else []
+    return versions[0] if len(versions) == 1 else found
+
+
+def _read_bare(file: Path) -> Tokenizer | None:
+    """By content: both kinds are called tokenizer.model."""
+    with file.open("rb") as opened:
+        start = opened.read(512)
+    if is_tiktoken(start):
+        return read_tiktoken(file)
+    return read_sentencepiece(file) if is_sentencepiece(start) else None
+
+
+def _in_cache(name: str) -> Tokenizer | None:
+    if not _HUB_ID.fullmatch(name):
+        return None
+    directory = cached_snapshot(name)
+    return None if directory is None else _at(directory)
+
+
+def _cache_too(name: str) -> str:
+    return ", nor in the cache of the Hugging Face Hub" if _HUB_ID.fullmatch(name) else ""

@@ -1,0 +1,84 @@
+"""What a conversion knows of a tokenizer before it writes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dist_convert.models.architecture import Architecture
+
+#: A directory that is copied; one that is copied and lacks tokenizer.json, which is built; tiktoken's lines or a
+#: SentencePiece model, which a Hugging Face tokenizer is built from.
+Kind = Literal["none", "huggingface", "slow", "tiktoken", "sentencepiece"]
+
+#: Llama 3 was trained on 8192 positions, 3.1 and later on 131072.
+_LLAMA3_POSITIONS = 8192
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as far as a conversion needs it.
+
+    Attributes:
+        kind: see `Kind`.
+        path: of the directory or file, on the machine of the rank that found it.
+        size: tokens, added ones included; None where it cannot be told without loading it.
+        bos, eos, pad: ids of begin and end of text and of padding, where the files name them.
+        note: where it was found or, where it was not, why: one sentence for the user.
+    """
+
+    kind: Kind
+    path: Path | None = None
+    size: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a bare tokenizer file does not say of the tokenizer that is built from it.
+
+    Attributes:
+        model_type: one of the values of `--source-model-type`.
+        instruct: whether it gets a chat template, and the token that ends a turn as end of text.
+        max_positions: tokens that the model can attend to.
+    """
+
+    model_type: str
+    instruct: bool
+    max_positions: int
+
+
+def style_of(
+    kind: Kind, said: str | None, *, is_mixtral: bool, scales_rope: bool, max_positions: int, instruct: bool
+) -> Style:
+    """The style that `--source-model-type` asks for, as far as it fits the kind of file, else that of the config.
+
+    Args:
+        kind: of the tokenizer.
+        said: `--source-model-type`.
+        is_mixtral, scales_rope, max_positions: of the model.
+        instruct: `--instruct`.
+    """
+    if kind == "tiktoken":
+        is_later = scales_rope or max_positions > _LLAMA3_POSITIONS
+        model_type = said if said in ("llama3", "llama3.1") else ("llama3.1" if is_later else "llama3")
+    else:
+        fits = said in ("llama2", "mistral", "mixtral")
+        model_type = said if said and fits else ("mixtral" if is_mixtral else "llama2")
+    return Style(model_type, instruct, max_positions)
+
+
+def style_for(tokenizer: Tokenizer, architecture: Architecture, said: str | None, *, instruct: bool) -> Style:
+    """The style for a model that is about to be written."""
+    return style_of(
+        tokenizer.kind,
+        said,
+        is_mixtral=bool(architecture.experts),
+        scales_rope=architecture.rope_scaling is not None,
+        max_positions=architecture.max_positions,
+        instruct=instruct,
+    )

@@ -1,0 +1,108 @@
+"""`dist-convert tokenizer SRC DST`: the same files as a conversion with the tokenizer, in a model that has none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_convert.__main__ import main
+from tests.checkpoints import Model, make
+from tests.converting import convert
+from tests.tokenizer.pieces import train
+from tests.tokenizer.test_finding import tiktoken_lines
+from tests.tokenizer.test_huggingface_directory import files_of, make_tokenizer
+
+LAYER = Model(layers=1)
+TINY_LLAMA3 = Model(layers=1, vocab=128256, padded_vocab=128256, hidden=4, ffn=4)
+TINY_MIXTRAL = Model(layers=1, vocab=400, padded_vocab=512, experts=2)
+
+
+def converted(directory: Path, model: Model = LAYER, *flags: str, **args: Any) -> Path:
+    make(directory / "in", model, **args)
+    assert convert(directory / "in", directory / "out", *flags) == 0
+    return directory / "out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "args", "flags"),
+    [
+        ("directory", LAYER, {}, ()),
+        ("directory", LAYER, {}, ("--instruct",)),
+        ("lines", TINY_LLAMA3, {"use_rope_scaling": True}, ("--instruct",)),
+        ("lines", TINY_LLAMA3, {}, ("--source-model-type", "llama3")),
+        ("pieces", TINY_MIXTRAL, {}, ("--instruct",)),
+    ],
+)
+def test_it_makes_what_a_conversion_with_the_tokenizer_makes(
+    kind: str, model: Model, args: dict[str, Any], flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    if kind == "directory":
+        make_tokenizer(source, pad_token="w3")
+    elif kind == "lines":
+        tiktoken_lines(source)
+    else:
+        train(source)
+    target = converted(tmp_path, model, **args)
+    assert convert(tmp_path / "in", tmp_path / "at once", "--tokenizer", str(source), *flags) == 0
+    assert main(["tokenizer", str(source), str(target), *flags]) == 0
+    assert files_of(target) == files_of(tmp_path / "at once")
+
+
+def test_settings_of_an_instruct_model_that_are_there_stay(tmp_path: Path) -> None:
+    source = tiktoken_lines(tmp_path / "source")
+    target = converted(tmp_path, TINY_LLAMA3, "--instruct")
+    before = json.loads((target / "generation_config.json").read_text())
+    assert main(["tokenizer", str(source), str(target)]) == 0
+    assert json.loads((target / "generation_config.json").read_text()) == before
+    assert before["eos_token_id"] == [128001, 128008, 128009]
+
+
+def test_a_tokenizer_that_is_there_is_replaced_only_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = make_tokenizer(tmp_path / "old"), make_tokenizer(tmp_path / "new", extra="new")
+    (old / "chat_template.jinja").write_text("of the old one")
+    target = converted(tmp_path, LAYER, "--tokenizer", str(old))
+    before = files_of(target)
+    assert main(["tokenizer", str(new), str(target)]) == 1
+    assert "the model has a tokenizer\n" in capsys.readouterr().err
+    assert files_of(target) == before
+    assert main(["tokenizer", str(new), str(target), "--overwrite"]) == 0
+    assert files_of(new).items() <= files_of(target).items()
+    assert not (target / "chat_template.jinja").exists()
+    assert files_of(target)["model.safetensors"] == before["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("tokenizer", "nowhere", "DST is not a converted model"),
+        ("tokenizer", "in", "DST is not a converted model"),
+        ("nowhere", "out", "SRC names no tokenizer"),
+        ("in", "out", "SRC names no tokenizer"),
+    ],
+)
+def test_wrong_paths_are_wrong_usage_and_change_nothing(
+    source: str, target: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    converted(tmp_path)
+    before = files_of(tmp_path)
+    assert main(["tokenizer", str(tmp_path / source), str(tmp_path / target)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    assert files_of(tmp_path) == before
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_a_warning_with_every_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path, Model(layers=1, vocab=20, padded_vocab=32))
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "tokenizer")), str(target)]) == 0
+    warning = "sizes disagree: tokenizer 29, args 20, embedding 20 rows; 20 are written. The tokenizer's ids from 20 on"
+    assert warning in capsys.readouterr().err
