@@ -14,52 +14,86 @@ from dist_convert.errors import UsageError
 #: The backend that gathers data, by device. What the ranks tell each other goes over gloo on every device.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}
 
-
 #: A parameter of glibc's mallopt(3), and the size from which blocks are mapped one by one.
 _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK_BYTES = 1 << 20
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank, ready for use.
+    """The device of this rank, ready for use; each rank has a card of its own.
+
+    Intel's plugin is imported only where it is asked for or found. It reads its own settings (`PT_HPU_LAZY_MODE` and
+    others), of which none is touched here. With `PT_HPU_GPU_MIGRATION=1` it answers for CUDA, so that "cuda" is a
+    Gaudi card there.
 
     Args:
         wanted: "auto", "cpu", "cuda" or "hpu". `auto` takes what is there: hpu, else cuda, else cpu.
-        local_rank: number of this rank on its machine; one process for each card.
+        local_rank: number of this rank on its machine.
 
     Raises:
         UsageError: the wanted device is not there, or there are more ranks than cards.
     """
-    has_habana = importlib.util.find_spec("habana_frameworks") is not None
+    if wanted == "cuda" and os.environ.get("PT_HPU_GPU_MIGRATION", "0") == "1" and _has_habana():
+        wanted = "hpu"
     if wanted == "auto":
-        wanted = "hpu" if has_habana and _hpu_is_there() else "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "hpu" if _hpu_cards() else "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     if wanted == "hpu":
-        if not has_habana or not _hpu_is_there():
-            raise UsageError(
-                "no Gaudi device is available",
-                expected="the package habana-torch-plugin of Intel's container, and a free card",
-                remedy="run inside Intel's Gaudi container, or use --device cpu",
-            )
-        importlib.import_module("habana_frameworks.torch.distributed.hccl")
-        return torch.device("hpu")
-    cards = torch.cuda.device_count()
-    if local_rank >= cards:
+        return _hpu(local_rank)
+    if not torch.cuda.is_available():
         raise UsageError(
-            "fewer GPUs than ranks on this machine",
-            expected=f"more than {local_rank} GPUs",
-            found=cards,
-            remedy="start one rank for each GPU (torchrun --nproc-per-node), or use --device cpu",
+            "no CUDA device is available",
+            expected="a GPU, its driver, and a torch that was built for it",
+            found=f"torch {torch.__version__}",
+            remedy="use --device cpu",
         )
+    _check_cards("GPUs", torch.cuda.device_count(), local_rank)
+    # A rank that falls silent is then an error of the gather, not the end of this process by NCCL's watchdog.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def _hpu_is_there() -> bool:
-    # Intel's plugin picks the card of LOCAL_RANK (HLS_MODULE_ID) by itself and honours PT_HPU_* settings.
-    importlib.import_module("habana_frameworks.torch")
-    return bool(torch.get_device_module("hpu").is_available())
+def _hpu(local_rank: int) -> torch.device:
+    cards = _hpu_cards()
+    if not cards:
+        raise UsageError(
+            "no Gaudi device is available",
+            expected="a free card, and the package habana-torch-plugin of Intel's container",
+            found="no card" if _has_habana() else "no package habana_frameworks",
+            remedy="run inside Intel's Gaudi container, or use --device cpu",
+        )
+    _check_cards("Gaudi cards", cards, local_rank)
+    # On import it takes the card of LOCAL_RANK (in HLS_MODULE_ID), before anything has opened one.
+    importlib.import_module("habana_frameworks.torch.distributed.hccl")
+    return torch.device("hpu")
+
+
+def _has_habana() -> bool:
+    return importlib.util.find_spec("habana_frameworks") is not None
+
+
+def _hpu_cards() -> int:
+    """Gaudi cards that this machine shows, counted without opening one."""
+    if not _has_habana():
+        return 0
+    try:
+        importlib.import_module("habana_frameworks.torch")
+    except ImportError:
+        return 0  # the package without the driver's libraries: Intel's container on a machine without cards
+    module = torch.get_device_module("hpu")
+    return int(module.device_count()) if module.is_available() else 0
+
+
+def _check_cards(kind: str, cards: int, local_rank: int) -> None:
+    if local_rank >= cards:
+        raise UsageError(
+            f"fewer {kind} than ranks on this machine",
+            expected=f"more than {local_rank}, one for each rank",
+            found=cards,
+            remedy="start one rank for each card (torchrun --nproc-per-node), or use --device cpu",
+        )
 
 
 def return_freed_memory() -> None:

@@ -54,6 +54,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         placement=placement,
         budget_bytes=job.max_memory_per_rank_bytes,
         writable=task.writable,
+        on_accelerator=world.device.type != "cpu",
     )
     agree(world, schedule_digest(plan))
 

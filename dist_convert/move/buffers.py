@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -16,8 +18,18 @@ class Buffer:
     tensor: torch.Tensor
 
 
-def make_buffer(size_bytes: int) -> Buffer:
-    """A page-aligned buffer of at least one byte; pages are taken when they are first used."""
+def make_buffer(size_bytes: int, device: torch.device = CPU) -> Buffer:
+    """A page-aligned buffer of at least one byte in the host's memory.
+
+    For the CPU pages are taken when they are first used. For an accelerator they are pinned, so that its copies need
+    no detour through memory of the driver's own.
+    """
+    if device.type != "cpu":
+        try:
+            pinned = torch.empty(max(1, size_bytes), dtype=torch.uint8, pin_memory=True)
+            return Buffer(pinned.numpy().data, pinned)
+        except RuntimeError:
+            pass  # pinning is limited (`ulimit -l`) or not offered: pageable memory is slower, no more
     memory = mmap.mmap(-1, max(1, size_bytes))
     return Buffer(memoryview(memory), torch.frombuffer(memory, dtype=torch.uint8))
 
@@ -30,6 +42,6 @@ class Slot:
     received: Buffer
 
 
-def make_slot(data_bytes: int, received_bytes: int) -> Slot:
-    """Both buffers of a slot."""
-    return Slot(make_buffer(data_bytes), make_buffer(received_bytes))
+def make_slot(data_bytes: int, received_bytes: int, device: torch.device = CPU) -> Slot:
+    """Both buffers of a slot, for a device that gathers from the one into the other."""
+    return Slot(make_buffer(data_bytes, device), make_buffer(received_bytes, device))

@@ -26,7 +26,7 @@ WIRE_DTYPE = torch.int32
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks, and the device that its collectives use."""
+    """This rank among all ranks, the device that its collectives use, and how long they wait for a silent rank."""
 
     rank: int
     size: int
@@ -35,6 +35,7 @@ class World:
     node: int
     host: str
     device: torch.device
+    timeout_seconds: float = 600.0
 
 
 def join_world(device: str, timeout_seconds: float) -> World:
@@ -57,6 +58,7 @@ def join_world(device: str, timeout_seconds: float) -> World:
         node=node,
         host=socket.gethostname(),
         device=choose_device(device, local_rank),
+        timeout_seconds=timeout_seconds,
     )
 
 
@@ -127,20 +129,31 @@ def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | N
     backend = BACKENDS[world.device.type]
     if len(ranks) == world.size and backend == "gloo":
         return dist.group.WORLD
-    group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks),
+        timeout=timedelta(seconds=world.timeout_seconds),  # not inherited from the world
+        backend=backend,
+        use_local_synchronization=True,
+    )
     return group
 
 
 @dataclass(frozen=True)
-class Gatherer:
-    """All-gathers of raw bytes within one team, staged through the device's memory where there is one.
+class Staging:
+    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
 
-    `staging` holds one buffer to send and one to receive on an accelerator, None on the CPU.
-    """
+    send: torch.Tensor
+    received: torch.Tensor
+    stream: Any
+
+
+@dataclass(frozen=True)
+class Gatherer:
+    """All-gathers of raw bytes within one team, staged through the accelerator's memory where there is one."""
 
     group: dist.ProcessGroup
     members: int
-    staging: tuple[torch.Tensor, torch.Tensor] | None
+    staging: Staging | None
 
 
 def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
@@ -157,31 +170,33 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
     staging = None
     if world.device.type != "cpu":
         words = send_bytes // WIRE_DTYPE.itemsize
-        staging = (
+        staging = Staging(
             torch.empty(words, dtype=WIRE_DTYPE, device=world.device),
             torch.empty(words * len(ranks), dtype=WIRE_DTYPE, device=world.device),
+            torch.get_device_module(world.device).Stream(),
         )
     return Gatherer(group, len(ranks), staging)
 
 
 def all_gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor) -> None:
-    """Gather every member's bytes, in the order of members.
+    """Gather every member's bytes, in the order of members. They have arrived when it returns.
 
     Args:
         gatherer: of the team.
         send: uint8, a multiple of 4 bytes, the same size on every member.
         received: uint8, `members` times as long.
     """
-    source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
+    source, target, staging = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE), gatherer.staging
     with _named_loss():
-        if gatherer.staging is None:
+        if staging is None:
             _gather_into(target, source, gatherer.group)
             return
-        device_source = gatherer.staging[0][: source.numel()]
-        device_target = gatherer.staging[1][: target.numel()]
-        device_source.copy_(source)
-        _gather_into(device_target, device_source, gatherer.group)
-        target.copy_(device_target)
+        device_source, device_target = staging.send[: source.numel()], staging.received[: target.numel()]
+        with torch.get_device_module(device_source.device).stream(staging.stream):
+            device_source.copy_(source, non_blocking=True)
+            _gather_into(device_target, device_source, gatherer.group)
+            # This copy blocks: it ends the wait for all three, and has Gaudi's lazy mode carry them out.
+            target.copy_(device_target)
 
 
 def _gather_into(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> None:

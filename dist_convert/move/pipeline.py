@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dist_convert.move.buffers import Buffer, Slot, make_buffer, make_slot
+from dist_convert.move.buffers import CPU, Buffer, Slot, make_buffer, make_slot
 from dist_convert.move.exchange import Gatherer, World, all_gather, make_gatherer
 from dist_convert.plan.limits import SLOTS
 from dist_convert.plan.moves import BLOCK_BYTES
@@ -48,7 +48,8 @@ def move(plan: Plan, world: World, source: Path, target: Path, on_written: Calla
     number, member = plan.place_of(world.rank)
     team, limit = plan.teams[number], plan.limits[number]
     gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
-    slots = [make_slot(limit.step_bytes, limit.received_bytes) for _ in range(SLOTS)]
+    gathers_on = world.device if gatherer is not None else CPU
+    slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(SLOTS)]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES))
     writer = FileWriter(target, keep_checksums=plan.content.sides.to_megatron)
     rows = make_buffer(BLOCK_BYTES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.moves import BLOCK_BYTES, Move
@@ -25,43 +25,72 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of one rank's buffers, in bytes."""
+    """Sizes of one rank's buffers, in bytes.
+
+    Attributes:
+        step_bytes: of what the rank reads in a step.
+        send_bytes: of what each member sends to a gather.
+        members: of the team.
+        on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
+    """
 
     step_bytes: int
     send_bytes: int
     members: int
+    on_accelerator: bool = False
 
     @property
     def received_bytes(self) -> int:
         return self.send_bytes * self.members if self.members > 1 else 0
 
     @property
+    def staging_bytes(self) -> int:
+        """What a gather passes through: the accelerator's memory, or the buffer that gloo allocates for itself."""
+        return self.received_bytes + self.send_bytes * self._is_staged
+
+    @property
     def total_bytes(self) -> int:
-        """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and the
-        staging buffer that a gather over gloo allocates for itself."""
-        slots = SLOTS * (self.step_bytes + self.received_bytes)
-        return slots + 5 * BLOCK_BYTES + self.received_bytes
+        """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and staging."""
+        slot_bytes = [self.step_bytes, self.received_bytes]
+        if self._is_staged:
+            slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
+        return SLOTS * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes
+
+    @property
+    def _is_staged(self) -> bool:
+        return self.on_accelerator and self.members > 1
 
 
-def least_bytes(members: int, least_send_bytes: int) -> int:
+def _pinned_bytes(size_bytes: int) -> int:
+    """What torch takes for a pinned buffer: the next power of two (c10's CachingHostAllocator)."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
+
+
+def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> int:
     """The smallest budget that holds steps of one block.
 
     Args:
         members: of the team.
         least_send_bytes: what one block needs, see `largest_send_bytes`.
+        on_accelerator: see `Limits`.
     """
-    return Limits(LEAST_STEP_BYTES, least_send_bytes, members).total_bytes
+    return Limits(LEAST_STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
 
 
-def limits(budget_bytes: int, members: int, least_send_bytes: int) -> Limits:
+def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
     """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
     for step_bytes in (STEP_BYTES, LEAST_STEP_BYTES):
-        left_bytes = budget_bytes - Limits(step_bytes, 0, members).total_bytes
+        left_bytes = budget_bytes - Limits(step_bytes, 0, members, on_accelerator).total_bytes
         affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         send_bytes = min(affordable_bytes, step_bytes) if least_send_bytes else 0
-        if left_bytes >= 0 and send_bytes >= least_send_bytes:
+        found = Limits(step_bytes, send_bytes, members, on_accelerator)
+        while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:
+            # An accelerator's staging takes more, and its pinned memory goes in steps of two.
+            send_bytes = max(least_send_bytes, found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
+            found = replace(found, send_bytes=send_bytes)
+        if found.total_bytes <= budget_bytes and found.send_bytes >= least_send_bytes:
             break
-    return Limits(step_bytes, send_bytes, members)
+    return found
 
 
 def check_budget(budget_bytes: int, needed_bytes: int) -> None:

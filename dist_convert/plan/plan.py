@@ -57,6 +57,7 @@ def divide(
     placement: str,
     budget_bytes: int,
     writable: Sequence[frozenset[str]] | None = None,
+    on_accelerator: bool = False,
 ) -> Plan:
     """Divide a content over ranks.
 
@@ -66,6 +67,7 @@ def divide(
         placement: "gather" or "direct".
         budget_bytes: of memory, for each rank.
         writable: for each rank, the target files that it can write; None where the target is shared.
+        on_accelerator: the ranks gather through an accelerator's memory, which the budget holds as well.
 
     Raises:
         BudgetTooSmall, UsageError, MissingShard: see `teams` and `steps`.
@@ -74,9 +76,9 @@ def divide(
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
     teams = form_teams(content.moves, visible, placement)
     least_send_bytes = [largest_send_bytes(content.moves, team, visible) for team in teams]
-    needs = list(zip(teams, least_send_bytes, strict=True))
-    check_budget(budget_bytes, max(least_bytes(len(team.ranks), send_bytes) for team, send_bytes in needs))
-    sizes = tuple(limits(budget_bytes, len(team.ranks), send_bytes) for team, send_bytes in needs)
+    needs = [(len(team.ranks), send_bytes) for team, send_bytes in zip(teams, least_send_bytes, strict=True)]
+    check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs))
+    sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)
     return Plan(content, placement, tuple(visible), teams, sizes)
 
 

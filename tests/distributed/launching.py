@@ -86,11 +86,11 @@ def run_together(commands: Sequence[Sequence[str]], environments: Sequence[dict[
     return [Run(process.returncode, *texts) for process, texts in zip(running, printed, strict=True)]
 
 
-def on_two_nodes(ranks_each: int, *job: str) -> list[Run]:
-    """The two torchruns of a run on two machines, both of them this one."""
+def on_two_nodes(ranks_each: int, *job: str, env: Sequence[Mapping[str, str]] = ({}, {})) -> list[Run]:
+    """The two torchruns of a run on two machines, both of them this one; `env` is what each of them sets."""
     meeting = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port())
     commands = [command(ranks_each, *job, nodes=(*meeting, "--node-rank", node)) for node in "01"]
-    return run_together(commands, [environment()] * 2)
+    return run_together(commands, [environment(**more) for more in env])
 
 
 def flags(source: Path | str, target: Path, *more: str) -> list[str]:
@@ -124,16 +124,21 @@ class Answer:
         return self.outcomes[0]
 
 
-def run_jobs(ranks: int, jobs: Mapping[str, Sequence[str]], scratch: Path) -> dict[str, Answer]:
+def run_jobs(
+    ranks: int, jobs: Mapping[str, Sequence[str]], scratch: Path, env: Mapping[str, str] | None = None
+) -> dict[str, Answer]:
     """Run several command lines one after the other within one torchrun, which is quicker than one for each.
 
     Args:
         ranks: of the torchrun.
         jobs: name -> arguments of `dist_convert`.
         scratch: directory for what is passed to and from the ranks.
+        env: what the ranks find in their environment besides.
     """
     (scratch / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    run = torchrun(ranks, str(scratch / "jobs.json"), str(scratch), module="tests.distributed.programs.many_jobs")
+    run = torchrun(
+        ranks, str(scratch / "jobs.json"), str(scratch), module="tests.distributed.programs.many_jobs", env=env
+    )
     assert run.returncode == 0, run.stderr
     return {name: _answer(scratch, number, ranks) for number, name in enumerate(jobs)}
 

@@ -153,12 +153,21 @@ def test_the_least_budget_that_a_refusal_names_holds_every_step_whatever_ranks_s
 
 @pytest.mark.parametrize("members", [2, 3, 7, 64, 1000])
 @pytest.mark.parametrize("shards_of_block", [2, 3, 8, 48])
-def test_the_least_budget_of_any_team_is_accepted(members: int, shards_of_block: int) -> None:
+@pytest.mark.parametrize("on_accelerator", [False, True], ids=["CPU", "accelerator"])
+def test_the_least_budget_of_any_team_is_accepted(on_accelerator: bool, members: int, shards_of_block: int) -> None:
     least_send_bytes = BLOCK_BYTES // shards_of_block // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    least = least_bytes(members, least_send_bytes)
-    limit = limits(least, members, least_send_bytes)
+    least = least_bytes(members, least_send_bytes, on_accelerator=on_accelerator)
+    limit = limits(least, members, least_send_bytes, on_accelerator=on_accelerator)
     assert limit.send_bytes >= least_send_bytes
     assert limit.total_bytes <= least
+
+
+def test_the_budget_holds_an_accelerators_staging_and_pinned_memory_in_powers_of_two() -> None:
+    # Three slots of 8 MiB read and 3 x 8 received, pinned as 8 and 32; five blocks; 8 sent and 24 received on a card.
+    assert limits(1000 * MB, 3, 1 << 20, on_accelerator=True).total_bytes == (3 * (8 + 32) + 5 * 4 + 8 + 24) << 20
+    assert limits(1000 * MB, 3, 1 << 20).total_bytes == (3 * (8 + 24) + 5 * 4 + 24) << 20
+    for budget_bytes in range(80 * MB, 400 * MB, 7 * MB):
+        assert limits(budget_bytes, 3, 1 << 20, on_accelerator=True).total_bytes <= budget_bytes
 
 
 def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_the_schedule_digest_is_not() -> None:

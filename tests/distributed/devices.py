@@ -1,0 +1,31 @@
+"""Accelerators that tests run on: Gaudi by its stand-in, and this machine's own GPUs where it has as many as needed."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.launching import REPOSITORY
+
+#: Makes `habana_frameworks` importable: the stand-in beside this file.
+STAND_IN = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'distributed' / 'standin'}"}
+
+#: Devices for `pytest.mark.parametrize`; `pytest -m gpu` selects what needs GPUs.
+ACCELERATORS = ["hpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@functools.cache
+def gpus() -> int:
+    """GPUs of this machine, counted in another process, as one that has looked cannot fork ranks that use them."""
+    program = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+def environment_of(device: str, ranks: int) -> dict[str, str]:
+    """What ranks need in their environment to find a device; skips the test where there are too few cards."""
+    if device == "cuda" and gpus() < ranks:
+        pytest.skip(f"{ranks} GPUs are needed, one for each rank, and this machine has {gpus()}")
+    return STAND_IN if device == "hpu" else {}
