@@ -77,6 +77,13 @@ class View:
             self.file, self.tensor, self.dtype, offset_bytes, box.rows, box.columns, self.row_stride, self.column_stride
         )
 
+    def widened(self, columns: int) -> View:
+        """The same rows with so many columns."""
+        return View(
+            self.file, self.tensor, self.dtype, self.offset_bytes, self.rows, columns, self.row_stride,
+            self.column_stride,
+        )  # fmt: skip
+
     def transposed(self) -> View:
         """The same elements with rows and columns exchanged."""
         return replace(

@@ -146,13 +146,26 @@ def _contradicts(said: str, decided: str | None) -> bool:
     return said != decided
 
 
-def describe_plan(target: Path, plan: Plan, bases_bytes: Sequence[int], free_bytes: int) -> str:
+def load_of(plan: Plan, rank: int) -> list[int]:
+    """Bytes that a rank would read, receive and write, and the memory that it has used up to the plan.
+
+    Each rank works this out for itself: that takes seconds for a large model.
+    """
+    number, member = plan.place_of(rank)
+    read_bytes, sent_bytes, written_bytes = 0, 0, 0
+    for step in plan.steps(rank):
+        read, sent, written = bytes_of(step, member)
+        read_bytes, sent_bytes, written_bytes = read_bytes + read, sent_bytes + sent, written_bytes + written
+    return [read_bytes, sent_bytes * len(plan.teams[number].ranks), written_bytes, peak_memory_bytes()]
+
+
+def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
     Args:
         target: of the conversion.
         plan: of the conversion.
-        bases_bytes: for each rank, the memory that it has used up to the plan.
+        loads: of each rank, from `load_of`.
         free_bytes: where the target would be.
     """
     content = plan.content
@@ -162,15 +175,11 @@ def describe_plan(target: Path, plan: Plan, bases_bytes: Sequence[int], free_byt
         "",
         f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]
-    for rank in range(len(plan.visible)):
-        number, member = plan.place_of(rank)
-        totals = [0, 0, 0]
-        for step in plan.steps(rank):
-            totals = [total + size for total, size in zip(totals, bytes_of(step, member), strict=True)]
-        totals[1] *= len(plan.teams[number].ranks)
+    for rank, (*moved_bytes, base_bytes) in enumerate(loads):
+        number, _ = plan.place_of(rank)
         buffers_bytes = plan.limits[number].total_bytes
-        cells = " ".join(f"{human_bytes(cell):>10}" for cell in (*totals, buffers_bytes))
-        lines.append(f"{rank:5} {number:6} {cells} {human_bytes(bases_bytes[rank] + buffers_bytes):>12}")
+        cells = " ".join(f"{human_bytes(cell):>10}" for cell in (*moved_bytes, buffers_bytes))
+        lines.append(f"{rank:5} {number:6} {cells} {human_bytes(base_bytes + buffers_bytes):>12}")
     lines += ["", f"{'size':>10}  file"]
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [

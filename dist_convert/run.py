@@ -24,7 +24,7 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import divide, schedule_digest
 from dist_convert.progress import show_progress
-from dist_convert.report import Outcome, describe_plan, outcome_line, peak_memory_bytes
+from dist_convert.report import Outcome, describe_plan, load_of, outcome_line, peak_memory_bytes
 from dist_convert.task import RunOptions
 from dist_convert.verify.conversion import prepare_check
 from dist_convert.write.commit import check_target, commit, new_partial, sync_files
@@ -74,9 +74,9 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         for note in task.notes:
             print(note, file=sys.stderr)
     if job.dry_run:
-        bases_bytes: list[int] = gather_objects(world, peak_memory_bytes())
+        loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         if world.rank == 0:
-            print(describe_plan(task.target, plan, bases_bytes, free_bytes))
+            print(describe_plan(task.target, plan, loads, free_bytes))
         barrier(world)
         return None
 

@@ -47,9 +47,8 @@ class Grid:
     etp: int | None = None
 
 
-def hf_tensors(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under transformers' names, every one different."""
-    random = torch.Generator().manual_seed(seed)
+def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights, under transformers' names."""
     m, query, key = model, model.heads * model.head_dim, model.groups * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (m.vocab, m.hidden)}
     for layer in range(m.layers):
@@ -76,7 +75,13 @@ def hf_tensors(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
     shapes["model.norm.weight"] = (m.hidden,)
     if not m.tied:
         shapes["lm_head.weight"] = (m.vocab, m.hidden)
-    return {name: torch.randn(shape, generator=random).to(m.dtype) for name, shape in shapes.items()}
+    return shapes
+
+
+def hf_tensors(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under transformers' names, every one different."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random).to(model.dtype) for name, shape in hf_shapes(model).items()}
 
 
 def megatron_shards(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
+from tests.file_systems import mounted, unmount
 
 SMALL = Model(layers=2)
 #: Of SMALL's tensors: 2 x 29 x 16 in embedding and head, 1952 in each layer, 16 in the last norm; 2 bytes each.
@@ -22,15 +22,6 @@ def everything_below(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
-def mounted(point: Path, options: str) -> bool:
-    point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "dist-convert-test", str(point)]
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 KiB: enough for the weights of SMALL (9.9 kB with header), not for those of four layers."""
@@ -38,7 +29,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted(point, "size=16k"):
         pytest.skip("a small file system cannot be mounted here (root is needed)")
     yield point
-    subprocess.run(["umount", "--lazy", str(point)], check=True)
+    unmount(point)
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted(point, "ro"):
         pytest.skip("a read-only file system cannot be mounted here (root is needed)")
     yield point
-    subprocess.run(["umount", "--lazy", str(point)], check=True)
+    unmount(point)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

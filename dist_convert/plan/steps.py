@@ -140,12 +140,14 @@ def _assign(
 ) -> _Assigned:
     """Give each copy to the member that has done least; join what lies side by side into one read or write."""
     reads: list[Read] = []
-    writes: list[Write] = []
+    targets: list[View] = []
+    parts: list[list[Part]] = []
     open_writes: list[int] = []
     for copy in block:
-        candidates = readers[tuple(view.file for view in copy.sources)]
-        strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
-        reader = min(candidates, key=lambda member: (strangers[member], read_bytes[member]))
+        reader, *others = readers[tuple(view.file for view in copy.sources)]
+        if others:
+            strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
+            reader = min((reader, *others), key=lambda member: (strangers[member], read_bytes[member]))
         source = next(view for view in copy.sources if view.file in seen[reader])
         joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0
@@ -155,30 +157,30 @@ def _assign(
             reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
         part = Part(len(reads) - 1, column, copy.columns)
         for number, target in enumerate(copy.targets):
-            previous = writes[open_writes[number]] if number < len(open_writes) else None
-            longer = _side_by_side(previous.target, target) if previous else None
-            if previous and longer:
-                writes[open_writes[number]] = replace(previous, target=longer, parts=(*previous.parts, part))
+            longer = _side_by_side(targets[open_writes[number]], target) if number < len(open_writes) else None
+            if longer:
+                targets[open_writes[number]] = longer
+                parts[open_writes[number]].append(part)
             else:
-                open_writes[number : number + 1] = [len(writes)]
-                writes.append(Write(target, (part,), writer=-1))
+                open_writes[number : number + 1] = [len(targets)]
+                targets.append(target)
+                parts.append([part])
     alone = reads[0].reader if len({read.reader for read in reads}) == 1 else None
-    return _Assigned(
-        tuple(reads),
-        tuple(replace(write, writer=_writer(write.target, alone, seen, written_bytes)) for write in writes),
-    )
+    writers = [_writer(target, alone, seen, written_bytes) for target in targets]
+    return _Assigned(tuple(reads), tuple(map(Write, targets, map(tuple, parts), writers)))
 
 
 def _side_by_side(left: View, right: View) -> View | None:
     """Both views as one, where the right one continues the rows of the left one."""
-    end_bytes = left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
+    columns = left.columns + right.columns
     joins = (
-        (left.file, left.tensor, left.rows, left.row_stride) == (right.file, right.tensor, right.rows, right.row_stride)
+        right.offset_bytes == left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
+        and (left.file, left.tensor, left.rows, left.row_stride)
+        == (right.file, right.tensor, right.rows, right.row_stride)
         and left.column_stride == right.column_stride == 1
-        and right.offset_bytes == end_bytes
-        and left.row_stride >= left.columns + right.columns
+        and left.row_stride >= columns
     )
-    return replace(left, columns=left.columns + right.columns) if joins else None
+    return left.widened(columns) if joins else None
 
 
 def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:
@@ -217,11 +219,11 @@ class _Packer:
         first = len(self._reads)
         for read in block.reads:
             offset_bytes = self._filled.get(read.reader, 0)
-            self._reads.append(replace(read, offset_bytes=offset_bytes))
+            self._reads.append(Read(read.source, read.dtype, read.add, read.reader, offset_bytes))
             self._filled[read.reader] = offset_bytes + _aligned(read.size_bytes)
         for write in block.writes:
-            parts = tuple(replace(part, read=first + part.read) for part in write.parts)
-            self._writes.append(replace(write, parts=parts))
+            parts = tuple(Part(first + part.read, part.column, part.columns) for part in write.parts)
+            self._writes.append(Write(write.target, parts, write.writer))
 
     def flush(self) -> Iterator[Step]:
         """Yield what has been packed since the last step, if anything."""

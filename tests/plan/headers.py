@@ -43,6 +43,9 @@ LLAMA_405B = architecture(
 LLAMA_70B = architecture(
     layers=80, hidden=8192, ffn=28672, heads=64, query_groups=8, head_dim=128, vocab=128256, padded_vocab=129024
 )
+LLAMA_8B = architecture(
+    layers=32, hidden=4096, ffn=14336, heads=32, query_groups=8, head_dim=128, vocab=128256, padded_vocab=128512
+)
 MIXTRAL_8X22B = architecture(
     layers=56, hidden=6144, ffn=16384, heads=48, query_groups=8, head_dim=128, vocab=32768, padded_vocab=32768,
     experts=8,
@@ -56,6 +59,7 @@ MIXTRAL_8X7B = architecture(
 FULL_SIZE: dict[str, tuple[Architecture, Grid, tuple[int, ...]]] = {
     "Llama-3.1-405B TP8 PP16": (LLAMA_405B, Grid(8, 16, 1, 1, 8), (7, *[8] * 14, 7)),
     "Llama-3.1-70B TP8 PP4": (LLAMA_70B, Grid(8, 4, 1, 1, 8), (20,) * 4),
+    "Llama-3.1-8B TP4": (LLAMA_8B, Grid(4, 1, 1, 1, 4), (32,)),
     "Mixtral-8x22B TP2 PP4 EP8": (MIXTRAL_8X22B, Grid(2, 4, 1, 8, 2), (14,) * 4),
     "Mixtral-8x7B TP4 EP2": (MIXTRAL_8X7B, Grid(4, 1, 1, 2, 4), (32,)),
 }

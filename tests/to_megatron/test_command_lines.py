@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from dist_convert.hf_to_megatron import hf_to_megatron
 from dist_convert.job import ToMegatronJob
 from dist_convert.move.exchange import World
 from tests.checkpoints import Grid, Model, hf_tensors
-from tests.to_megatron import FILE, assert_same_shards, config_of, expected_shards, load, make_hf, read_shards
+from tests.full_size import make_sparse_huggingface
+from tests.to_megatron import FILE, assert_same_shards, expected_shards, load, make_hf, read_shards
 
 LLAMA_COMMAND = """
     --bf16 --model-type GPT --loader llama_mistral --saver mcore --loader-transformer-impl local
@@ -46,42 +45,13 @@ def job(*flags: str) -> ToMegatronJob:
     return to_megatron_job_from_flags(parse(["hf-to-megatron", "--load-dir", "/hf", "--save-dir", "/out", *flags]))
 
 
-def make_sparse(directory: Path, model: Model, files: int) -> None:
-    """A model whose weights files have true headers and sizes, and holes for values."""
-    directory.mkdir()
-    config_of(model).save_pretrained(directory)
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in _meta_tensors(model).items()}
-    names = sorted(shapes)
-    weight_map = {}
-    for number in range(files):
-        header, offset_bytes = {}, 0
-        for name in names[number * len(names) // files : (number + 1) * len(names) // files]:
-            end_bytes = offset_bytes + 2 * prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [offset_bytes, end_bytes]}
-            offset_bytes = end_bytes
-            weight_map[name] = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        text = json.dumps(header).encode()
-        with (directory / f"model-{number + 1:05d}-of-{files:05d}.safetensors").open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + offset_bytes)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def _meta_tensors(model: Model) -> dict[str, torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    names = AutoModelForCausalLM.from_config(config_of(model)).state_dict()
-    return {name: tensor for name, tensor in names.items() if not name.endswith("inv_freq")}
-
-
 LLAMA3_70B = Model(
     hidden=8192, ffn=28672, heads=64, groups=8, head_dim=128, layers=80, vocab=128256, padded_vocab=128256
 )
 
 
 def test_the_old_llama_command_plans_a_model_of_70_billion(tmp_path: Path) -> None:
-    make_sparse(tmp_path / "hf", LLAMA3_70B, files=30)
+    make_sparse_huggingface(tmp_path / "hf", LLAMA3_70B, files=30)
     (tmp_path / "hf" / "source_megatron_args.json").write_text(json.dumps(MARGS))
     asked = to_megatron_job_from_flags(parse(words(LLAMA_COMMAND, tmp_path / "hf", TP=8, PP=4)))
     task = hf_to_megatron(asked, ALONE, Channel(0, 1))
@@ -165,7 +135,7 @@ def test_a_model_size_is_compared_with_the_config(size: str, fits: bool, tmp_pat
     llama3_8b = Model(
         hidden=4096, ffn=14336, heads=32, groups=8, head_dim=128, layers=32, vocab=128256, padded_vocab=128256
     )
-    make_sparse(tmp_path / "hf", llama3_8b, files=2)
+    make_sparse_huggingface(tmp_path / "hf", llama3_8b, files=2)
     flags = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), "--model-size", size]
     asked = to_megatron_job_from_flags(parse(["hf-to-megatron", *flags]))
     if fits:

@@ -1,0 +1,89 @@
+"""Every job of `configs/` would start, on a model of the true size: its headers, with holes for values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_convert.__main__ import main
+from tests.file_systems import mounted, unmount
+from tests.full_size import LLAMA_31_CONFIG, make_sparse_huggingface, make_sparse_megatron, model_of
+from tests.plan.headers import FULL_SIZE
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+#: Job -> its model and grid, its weights files on Hugging Face's hub, and what it writes in each direction.
+#: Megatron's shards repeat the norms and, for every expert parallel rank, all that is no expert.
+MODELS = {
+    "llama3.1-8b": ("Llama-3.1-8B TP4", 4, "16.1 GB", "16.1 GB"),
+    "llama3.1-70b": ("Llama-3.1-70B TP8 PP4", 30, "141 GB", "141 GB"),
+    "llama3.1-405b": ("Llama-3.1-405B TP8 PP16", 191, "812 GB", "812 GB"),
+    "mixtral-8x7b": ("Mixtral-8x7B TP4 EP2", 19, "93.4 GB", "96.6 GB"),
+    "mixtral-8x22b": ("Mixtral-8x22B TP2 PP4 EP8", 59, "281 GB", "356 GB"),
+}
+
+
+@pytest.fixture
+def large_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for the largest model, which nothing is written to."""
+    point = tmp_path / "disk"
+    if not mounted(point, "size=2t"):
+        pytest.skip("a file system of 2 TB cannot be mounted here (root is needed)")
+    yield point
+    unmount(point)
+
+
+def make_tokenizer(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "tokenizer_config.json").write_text("{}")
+    return directory
+
+
+def test_every_job_file_belongs_to_a_model_and_a_direction() -> None:
+    directions = ("megatron-to-hf", "hf-to-megatron")
+    expected = {f"{model}-{direction}.yaml" for model in MODELS for direction in directions}
+    assert {path.name for path in CONFIGS.iterdir()} == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_job_to_hugging_face_would_start(
+    model: str, large_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, files, size, _ = MODELS[model]
+    make_sparse_megatron(tmp_path / "megatron", name)
+    paths = {
+        "--load-path": tmp_path / "megatron",
+        "--save-path": large_disk / "hf",
+        "--tokenizer": make_tokenizer(tmp_path / "tokenizer"),
+    }
+    assert dry_run("megatron-to-hf", model, paths) == 0
+    answer = capsys.readouterr().out
+    assert f"{size} to be written below {large_disk}/hf" in answer
+    assert f"model-00001-of-{files:05d}.safetensors" in answer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_job_to_megatron_would_start(
+    model: str, large_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, files, _, size = MODELS[model]
+    architecture, grid, _ = FULL_SIZE[name]
+    config = {} if architecture.experts else LLAMA_31_CONFIG
+    make_sparse_huggingface(tmp_path / "hf", model_of(architecture), files, **config)
+    paths = {
+        "--load-dir": tmp_path / "hf",
+        "--save-dir": large_disk / "megatron",
+        "--tokenizer-model": make_tokenizer(tmp_path / "tokenizer"),
+    }
+    assert dry_run("hf-to-megatron", model, paths) == 0
+    answer = capsys.readouterr().out
+    assert f"TP{grid.tensor} PP{grid.pipeline} VPP1 EP{grid.expert} ETP{grid.expert_tensor}" in answer
+    assert f"{size} to be written below {large_disk}/megatron/iter_0000001" in answer
+
+
+def dry_run(direction: str, model: str, paths: dict[str, Path]) -> int:
+    """Start a job file with these paths in place of its own; nothing may be written."""
+    flags = [word for flag, path in paths.items() for word in (flag, str(path))]
+    return main([direction, "--config", str(CONFIGS / f"{model}-{direction}.yaml"), *flags, "--dry-run"])
