@@ -42,7 +42,7 @@ heading "Formatting, lint, types"
 show ruff format --check
 show ruff check
 show python -m mypy dist_convert launch
-show shellcheck --external-sources launch/*.sh .ci/run
+show shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
 
 heading "Tests"
 export HF_HUB_OFFLINE=1

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A conversion on this machine, one rank for each of its accelerators, or some for its cores:
+#
+#   launch/local.sh megatron-to-hf --load-path /ckpts/llama --save-path /out/llama-hf [FLAG...]
+#
+#   RANKS    how many ranks (default: accelerators; else half the cores, 8 at most)
+#   PYTHON   the Python that dist_convert is installed for (default: python3)
+
+set -euo pipefail
+
+cards() {
+    local gaudi nvidia
+    gaudi=$(compgen -G '/dev/accel/accel[0-9]*' | wc -l) || true
+    nvidia=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
+    printf '%s\n' "$((gaudi > 0 ? gaudi : nvidia))"
+}
+
+ranks=${RANKS:-$(cards)}
+if ((ranks == 0)); then
+    cores=$(nproc)
+    ranks=$((cores < 2 ? 1 : cores > 16 ? 8 : cores / 2))
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the ranks share the cores by themselves
+exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dist_convert "$@"
