@@ -2,13 +2,14 @@
 
 The fault happens after that rank's first bytes have been written, when the others are busy or wait in a collective:
 `kill` ends the rank without a word, `cut:FILE` cuts a source file short, `fill:FILE` takes the space that a file system
-has left.
+has left, `run:COMMAND` runs a command.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ def commit(fault: str) -> None:
         os.truncate(file, 100)
     elif kind == "fill":
         fill(Path(file))
+    elif kind == "run":
+        subprocess.run(file.split(), check=True)
     else:
         raise ValueError(fault)
 
