@@ -103,6 +103,35 @@ class View:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The bytes of a file that one write fills: `runs` stretches of `run_bytes`, each `stride_bytes` after the other.
+
+    A write without gaps is one run, with stride 0.
+    """
+
+    file: str
+    offset_bytes: int
+    run_bytes: int
+    stride_bytes: int = 0
+    runs: int = 1
+
+    @staticmethod
+    def of(view: View) -> Window:
+        """The bytes of a view, which is written along its contiguous dimension."""
+        lines = view.transposed() if view.is_transposed else view
+        if lines.is_dense:
+            return Window(lines.file, lines.offset_bytes, lines.size_bytes)
+        item_bytes = DTYPE_BYTES[lines.dtype]
+        return Window(
+            lines.file, lines.offset_bytes, lines.columns * item_bytes, lines.row_stride * item_bytes, lines.rows
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return self.run_bytes * self.runs
+
+
+@dataclass(frozen=True)
 class Copy:
     """One box copy: any one of `sources` (which hold equal values) goes to every one of `targets`.
 
