@@ -102,6 +102,18 @@ class View:
         return self.columns > 1 and self.column_stride != 1
 
 
+def side_by_side(left: View, right: View) -> View | None:
+    """Both views as one, where the right one continues the rows of the left one."""
+    end_bytes = left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
+    joins = (
+        (left.file, left.tensor, left.rows, left.row_stride) == (right.file, right.tensor, right.rows, right.row_stride)
+        and left.column_stride == right.column_stride == 1
+        and right.offset_bytes == end_bytes
+        and left.row_stride >= left.columns + right.columns
+    )
+    return replace(left, columns=left.columns + right.columns) if joins else None
+
+
 @dataclass(frozen=True)
 class Window:
     """The bytes of a file that one write fills: `runs` stretches of `run_bytes`, each `stride_bytes` after the other.

@@ -15,7 +15,7 @@ from dist_convert.plan.done import Done
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, readers_of
 from dist_convert.plan.moves import Move, Sides, blocks
 from dist_convert.plan.teams import Share, Team
-from dist_convert.records import DTYPE_BYTES, Block, View, Window
+from dist_convert.records import DTYPE_BYTES, Block, View, Window, side_by_side
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _assign(
         strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
         reader = min(candidates, key=lambda member: (strangers[member], read_bytes[member]))
         source = next(view for view in copy.sources if view.file in seen[reader])
-        joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
+        joined = side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0
         if joined:
             reads[-1] = replace(reads[-1], source=joined)
@@ -169,7 +169,7 @@ def _assign(
         part = Part(len(reads) - 1, column, copy.columns)
         for number, target in enumerate(copy.targets):
             previous = writes[open_writes[number]] if number < len(open_writes) else None
-            longer = _side_by_side(previous.target, target) if previous else None
+            longer = side_by_side(previous.target, target) if previous else None
             if previous and longer:
                 writes[open_writes[number]] = replace(previous, target=longer, parts=(*previous.parts, part))
             else:
@@ -180,18 +180,6 @@ def _assign(
         tuple(reads),
         tuple(replace(write, writer=_writer(write.target, alone, seen, written_bytes)) for write in writes),
     )
-
-
-def _side_by_side(left: View, right: View) -> View | None:
-    """Both views as one, where the right one continues the rows of the left one."""
-    end_bytes = left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
-    joins = (
-        (left.file, left.tensor, left.rows, left.row_stride) == (right.file, right.tensor, right.rows, right.row_stride)
-        and left.column_stride == right.column_stride == 1
-        and right.offset_bytes == end_bytes
-        and left.row_stride >= left.columns + right.columns
-    )
-    return replace(left, columns=left.columns + right.columns) if joins else None
 
 
 def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:
