@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_convert.errors import RESUME, ConversionError, ValueOverflow
+from dist_convert.errors import RESUME, ConversionError, DifferentModel, ValueOverflow
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.content import content_digest, digest
@@ -40,7 +40,7 @@ from dist_convert.write.history import (
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
 from dist_convert.write.manifest import is_complete
-from dist_convert.write.partial import check_partial, claim, is_committed, is_ours
+from dist_convert.write.partial import check_partial, claim, forget, is_committed, is_ours
 from dist_convert.write.skeleton import reserve_file
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
@@ -142,6 +142,10 @@ def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[
         yield Held(any(named), named[task.places.index(task.places[world.rank])])
     except ValueOverflow:
         raise  # the same command would end the same way
+    except DifferentModel:
+        if lock is not None:
+            forget(task.partial)
+        raise
     except ConversionError as error:
         error.resume = RESUME
         raise

@@ -190,5 +190,6 @@ def _check_outcomes(job: RunOptions, content: Content, start: Start, outcomes: S
             f"in {job.target_params_dtype}",
             tensor=worst,
             found=f"{total.overflowed[worst]} values in this tensor",
-            remedy="choose a --target-params-dtype with a wider range, or accept infinities with --allow-overflow",
+            remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
+            "infinities with --allow-overflow",
         )

@@ -173,11 +173,20 @@ def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
     sync(partial)
 
 
-def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
-    """Empty a directory of ours: its journals first, so that none speaks of what is no longer there."""
+def forget(partial: Path) -> None:
+    """Remove the journals, so that nothing counts of what has been written.
+
+    Raises:
+        OSError: the file system refuses.
+    """
     for path in sorted((partial / JOURNAL_DIRECTORY).glob("run-*")):
         path.unlink()
     sync(partial / JOURNAL_DIRECTORY)
+
+
+def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
+    """Empty a directory of ours: its journals first, so that none speaks of what is no longer there."""
+    forget(partial)
     for path in sorted(partial.iterdir()):
         if path.name != JOURNAL_DIRECTORY:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
