@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,15 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_convert.errors import ConversionError
+from dist_convert.errors import ConversionError, LostRank
 from dist_convert.flags import job_from_flags, parse
 from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.flags_verify import verify_job_from_flags
 from dist_convert.job import Job, ToMegatronJob, VerifyJob
 from dist_convert.old_flags import notes_on_old_flags
+from dist_convert.signals import Signals
 
 if TYPE_CHECKING:
     from dist_convert.channel import Channel
+
+#: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
+_SILENT_SHARE = 0.9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +90,13 @@ def _upload(directory: Path, repository: str, private: bool) -> int:
 
 
 def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
-    # torch takes seconds to import, which flags and inspect do not need.
+    import dist_convert.run  # noqa: F401  torch takes seconds to import, which flags and inspect do not need
+
+    with contextlib.ExitStack() as stack:
+        return _run_caught(job, stack)
+
+
+def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
     from dist_convert.channel import Channel, is_served_by_launcher
     from dist_convert.device import limit_threads, return_freed_memory
     from dist_convert.move.exchange import join_world, leave_world
@@ -93,11 +104,17 @@ def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
     from dist_convert.verify.verify import verify
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    channel = Channel(rank, size) if size == 1 or is_served_by_launcher() else None
+
+    def connect() -> Channel:
+        signals = Signals()
+        stack.enter_context(signals.caught())
+        return Channel(rank, size, signals, _SILENT_SHARE * job.timeout_seconds)
+
+    channel = connect() if size == 1 or is_served_by_launcher() else None
     try:
         # Comparing gathers nothing but reports, which need no accelerator.
         world = join_world("cpu" if isinstance(job, VerifyJob) else job.device, job.timeout_seconds)
-        channel = channel or Channel(rank, size)  # without torchrun rank 0 serves the store, from joining on
+        channel = channel or connect()  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
         return_freed_memory()
         exit_code = 0
@@ -111,6 +128,8 @@ def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
         if isinstance(job, Job) and job.push_to_hub and not job.dry_run:
             _upload(job.save_path, job.push_to_hub, job.private)
     except ConversionError as error:
+        if isinstance(error, LostRank) and channel is not None:
+            channel.explain(error)
         return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130

@@ -21,8 +21,9 @@ from dist_convert.tokenizer.huggingface import files_of
 from dist_convert.tokenizer.notes import notes_on_tokenizer, vocabulary_warnings
 from dist_convert.tokenizer.record import Tokenizer, style_of
 from dist_convert.tokenizer.write import write_tokenizer
-from dist_convert.write.commit import new_partial, sync_files
 from dist_convert.write.file_writer import target_error
+from dist_convert.write.manifest import renew_manifest
+from dist_convert.write.sync import sync
 
 _GENERATION_FILE = "generation_config.json"
 _PARTIAL = ".tokenizer.partial"
@@ -60,7 +61,12 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     print(*notes, sep="\n", file=sys.stderr)
 
     partial = job.target / _PARTIAL
-    new_partial(partial)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+    except OSError as error:
+        raise target_error(error, str(partial)) from error
     names = write_tokenizer(tokenizer, style, partial)
     generation = job.target / _GENERATION_FILE
     old_generation = read_json(generation) if generation.is_file() else {}
@@ -68,7 +74,8 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     try:
         for name, data in changed.items():
             (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync_files(partial, [*names, *changed])
+        for name in (*names, *changed):
+            sync(partial / name)
         for name in old:
             (job.target / name).unlink()
         for name in (*names, *changed):
@@ -77,6 +84,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         shutil.rmtree(partial)
     except OSError as error:
         raise target_error(error, str(error.filename or job.target)) from error
+    renew_manifest(job.target, gone=old, fresh=(*names, *changed))
     return (*names, *changed)
 
 

@@ -1,46 +1,72 @@
-"""How ranks tell each other of progress and failure while their main threads are busy.
+"""How ranks tell each other of progress, failure and signals while their main threads are busy.
 
 A thread on every rank watches torchrun's store. A rank that fails posts its message there and waits; rank 0 prints
-it once; then every rank leaves with the same exit code, instead of a crowd of broken connections.
+it once; then every rank leaves with the same exit code, instead of a crowd of broken connections. A signal to one rank
+is a failure of all, which leaves main threads some seconds to end between two steps.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from dist_convert.errors import lost_contact
+from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
+from dist_convert.failures import Failures
+from dist_convert.heartbeat import BEAT_SECONDS, Pulse, suspects, wait_for_work
+from dist_convert.signals import Signals
 
 _POLL_SECONDS = 0.3
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0
+#: From a signal until a main thread that has not ended by itself is ended.
+_GRACE_SECONDS = 5.0
 
 
 class Channel:
-    """One rank's connection to the others, beside the process group; alone, it only prints.
+    """One rank's connection to the others, beside the process group; alone, it prints and heeds signals.
 
     Args:
         rank, size: of the world.
+        signals: that end the conversion.
+        silent_seconds: after which a rank that is not heard of, or stays in one step, has failed.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, signals: Signals | None = None, silent_seconds: float = math.inf) -> None:
         self._rank = rank
+        self._size = size
+        self._signals = signals
         self._lock = threading.Lock()
         self._unsent_bytes = 0
         self._written_alone_bytes = 0
         self._on_progress: Callable[[int], None] | None = None
         self._long_work: str | None = None
         self._closed = threading.Event()
+        self._stopped_by: int | None = None
+        self._doing = "starting"
+        self._pulse = Pulse(rank, size, silent_seconds)
+        self._printer_is_silent = False
         self._store = _connect() if size > 1 else None
+        self._failures = Failures(self._store, self._lock) if self._store is not None else None
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        if self._store is not None:
-            self._watcher.start()
+        self._watcher.start()
+
+    def doing(self, what: str) -> None:
+        """Note what this rank's main thread does from now on, for others to know where it stands.
+
+        Raises:
+            Interrupted: a signal has arrived, here or on another rank.
+        """
+        self._doing = what
+        self._take_signal()
+        if self._stopped_by is not None:
+            raise Interrupted(self._stopped_by)
 
     def show_progress(self, on_progress: Callable[[int], None] | None) -> None:
         """Call back with the bytes of all ranks, now and then, on this rank; None ends that."""
@@ -73,32 +99,15 @@ class Channel:
         try:
             if self._rank in ranks:
                 self._add(f"{name}/{self._rank}/done", 1)
-            self._wait_for(ranks, name, timeout_seconds)
+            wait_for_work(ranks, name, timeout_seconds, self._is_set, lambda key: self._add(key, 0))
         except DistError as error:
             raise lost_contact(str(error).splitlines()[0]) from error
         self._long_work = None
 
-    def _wait_for(self, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
-        started = time.monotonic()
-        signs = dict.fromkeys(ranks, (0, started))
-        asked = started
-        while not self._is_set(*(f"{name}/{rank}/done" for rank in ranks)):
-            time.sleep(_POLL_SECONDS)
-            now = time.monotonic()
-            if now - asked < timeout_seconds / 4:
-                continue
-            asked = now
-            for rank, (count, heard) in signs.items():
-                latest = self._add(f"{name}/{rank}/alive", 0)
-                signs[rank] = (latest, now if latest > count else heard)
-                if now - signs[rank][1] > timeout_seconds and not self._is_set(f"{name}/{rank}/done"):
-                    raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
-
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
         self._closed.set()
-        if self._store is not None:
-            self._watcher.join(timeout=_PATIENCE_SECONDS)
+        self._watcher.join(timeout=_PATIENCE_SECONDS)
         self._exchange_progress()
 
     def fail(self, message: str, exit_code: int) -> int:
@@ -107,61 +116,101 @@ class Channel:
         Returns:
             The exit code of the failure that was reported first.
         """
-        if self._store is None:
+        if self._failures is None:
+            self._closed.set()
             print(message, file=sys.stderr, flush=True)
             return exit_code
-        self._closed.set()
-        self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
-            return self._report(message, exit_code)
+            return self._report(self._failures, message, exit_code)
         except DistError:
             return exit_code  # rank 0, which served the store and has printed the failure, is gone
+        finally:
+            self._closed.set()
+            self._watcher.join(timeout=_GRACE_SECONDS)  # a process cannot end well inside a call to the store
 
-    def _report(self, message: str, exit_code: int) -> int:
-        assert self._store is not None
-        with self._lock:
-            first = self._store.add("failures", 1) == 1
-            if first:
-                self._store.set("failure", json.dumps({"message": message, "exit_code": exit_code}))
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline and not self._is_set("printed"):
-            if self._rank == 0 and self._is_set("failure"):
-                self._print_failure()
+    def _report(self, failures: Failures, message: str, exit_code: int) -> int:
+        first = failures.post(message, exit_code, self._stopped_by)
+        deadline = time.monotonic() + (0.0 if self._printer_is_silent else _PATIENCE_SECONDS)
+        while time.monotonic() < deadline and not failures.is_printed():
+            if self._rank == 0 and failures.read() is not None:
+                failures.print_once()
             time.sleep(_POLL_SECONDS / 3)
+        if first:
+            failures.print_once()  # rank 0 has not
         if self._rank == 0 and not is_served_by_launcher():
             time.sleep(3 * _POLL_SECONDS)  # until the others have read it from the store that this process serves
-        return exit_code if first else self._failure_exit_code()
+        posted = failures.read()
+        return exit_code if first or posted is None else int(posted["exit_code"])
+
+    def explain(self, error: LostRank) -> None:
+        """Say in an error which rank it may be that keeps the others waiting; backends do not know."""
+        if self._store is None or "tim" not in error.found.lower():  # only a time-out leaves a rank to be looked for
+            return
+        try:
+            before = self._pulse.heard(self._store, self._lock)
+            time.sleep(2.5 * BEAT_SECONDS)
+            found = suspects(before, self._pulse.heard(self._store, self._lock))
+        except DistError:
+            return
+        self._printer_is_silent = any(beat.rank == 0 for beat in found)
+        if found:
+            error.what = f"{found[0]}, does not answer"
+            error.found = "; ".join(map(str, found[1:])) or error.found
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
             try:
-                if self._is_set("failure"):
+                self._heed_signals()
+                if self._failures is None:
+                    continue
+                failure = self._failures.read()
+                if failure is not None:
                     if self._rank == 0:
-                        self._print_failure()
-                    self._leave()
+                        self._failures.print_once()
+                    self._leave(self._failures, failure)
+                    return
                 self._exchange_progress()
+                self._exchange_beats(self._failures)
                 if self._long_work is not None:
                     self._add(f"{self._long_work}/{self._rank}/alive", 1)
             except DistError:
                 return  # the store is gone: torchrun is ending this run already
 
-    def _leave(self) -> None:
+    def _take_signal(self) -> None:
+        if self._signals is not None and self._stopped_by is None:
+            self._stopped_by = self._signals.take()
+
+    def _heed_signals(self) -> None:
+        self._take_signal()
+        if self._stopped_by is None:
+            return
+        stop = Interrupted(self._stopped_by)
+        if self._failures is not None:
+            self._failures.post(str(stop), stop.exit_code, self._stopped_by)
+        elif not self._closed.wait(_GRACE_SECONDS):
+            print(stop, file=sys.stderr, flush=True)
+            os._exit(stop.exit_code)
+
+    def _leave(self, failures: Failures, failure: Mapping[str, Any]) -> None:
+        self._stopped_by = self._stopped_by or failure["signal"]
+        if self._stopped_by is not None and self._closed.wait(_GRACE_SECONDS):
+            return
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline and not self._is_set("printed"):
+        while time.monotonic() < deadline and not failures.is_printed():
             time.sleep(_POLL_SECONDS / 3)
-        os._exit(self._failure_exit_code())  # the main thread may be inside a collective that never ends
+        os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
 
-    def _print_failure(self) -> None:
-        with self._lock:
-            assert self._store is not None
-            if not self._store.check(["printed"]):
-                print(json.loads(self._store.get("failure"))["message"], file=sys.stderr, flush=True)
-                self._store.set("printed", "1")
-
-    def _failure_exit_code(self) -> int:
-        with self._lock:
-            assert self._store is not None
-            return int(json.loads(self._store.get("failure"))["exit_code"])
+    def _exchange_beats(self, failures: Failures) -> None:
+        assert self._store is not None
+        silent = self._pulse.beat(self._store, self._lock, self._doing)
+        if silent:
+            error = LostRank(
+                f"{silent[0]}, has not moved for too long",
+                found="; ".join(map(str, silent[1:])),
+                remedy="look at that machine and its file systems, or allow more with --timeout",
+            )
+            error.resume = RESUME
+            failures.post(str(error), error.exit_code)
 
     def _is_set(self, *keys: str) -> bool:
         with self._lock:

@@ -20,18 +20,26 @@
     ├── PlanError                   a plan that does not cover its target exactly, or differs between ranks
     ├── TargetError                 the target cannot be written
     │   ├── TargetExists            not empty, and `--overwrite` was not given
+    │   ├── TargetBusy              another conversion is making it
+    │   ├── ResumeRefused           an unfinished conversion of something else is in the way
     │   └── NotEnoughSpace          the file system is too small
     ├── UploadError                 the hub cannot take the model; what was converted is complete
     ├── DifferentModel              `--verify` found that the target is not the model of the source
+    ├── Interrupted                 a signal, SIGTERM or SIGINT (exit code 143 or 130)
+    ├── LostRank                    another rank has ended, hangs, or cannot be reached
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
     └── Problems                    several of the above, found together before the first byte moved
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
-_LABELS = ("tensor", "file", "expected", "found", "remedy")
+#: How to go on where an unfinished target is left.
+RESUME = "start the same command again; it goes on where this one stopped"
+
+_LABELS = ("tensor", "file", "expected", "found", "remedy", "resume")
 
 
 class ConversionError(Exception):
@@ -60,6 +68,8 @@ class ConversionError(Exception):
         self.expected = str(expected)
         self.found = str(found)
         self.remedy = remedy
+        #: How to go on, where an unfinished target is left that can be gone on with.
+        self.resume = ""
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -137,6 +147,14 @@ class TargetExists(TargetError):
     """The target is not empty, and overwriting was not asked for."""
 
 
+class TargetBusy(TargetError):
+    """Another conversion is making the target."""
+
+
+class ResumeRefused(TargetError):
+    """An unfinished conversion of something else is where the target is made."""
+
+
 class NotEnoughSpace(TargetError):
     """The target's file system is too small."""
 
@@ -147,6 +165,19 @@ class UploadError(ConversionError):
 
 class DifferentModel(ConversionError):
     """What was written is not the model that was read."""
+
+
+class Interrupted(ConversionError):
+    """A signal ended the conversion between two steps."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+        self.resume = RESUME
+
+
+class LostRank(ConversionError):
+    """Another rank has ended, hangs, or cannot be reached."""
 
 
 class BudgetTooSmall(ConversionError):
@@ -170,9 +201,9 @@ class Problems(ConversionError):
         return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
 
 
-def lost_contact(found: str) -> ConversionError:
+def lost_contact(found: str) -> LostRank:
     """Another rank is gone, or silent for too long."""
-    return ConversionError(
+    return LostRank(
         "lost contact with another rank",
         found=found,
         remedy="look for the rank that ended first, or for a network that was cut, and start again",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from dist_convert.metadata.target_tokenizer import target_tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
-from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import check_rank_order, files_of_places, local_name, name_at
 from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
@@ -40,6 +40,7 @@ from dist_convert.read.zero_biases import all_are_zero
 from dist_convert.records import StoredTensor
 from dist_convert.target_notes import notes_to_megatron
 from dist_convert.task import Task
+from dist_convert.write.checksums import KnownRange
 from dist_convert.write.megatron_files import write_skeleton
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.seal import seal
@@ -74,12 +75,11 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         for file in sorted(map(local_name, writable[world.rank])):
             write_skeleton(partial / file, target.args.values, iteration or 0, target.files[file])
 
-    def finish(partial: Path, moved: Moved) -> None:
-        ranges = [tuple(r) for of_rank in gather_objects(world, moved.checksums) for r in of_rank]
+    def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
         for number, file in enumerate(sorted(writable[world.rank])):
             if at_my_place[number % len(at_my_place)] == world.rank:
                 _write_extras(partial, file, content, target.extras)
-                seal(partial, local_name(file), [(offset, size, crc) for f, offset, size, crc in ranges if f == file])
+                seal(partial, local_name(file), known.get(file, ()))
 
     def publish() -> None:
         replace_text(job.save_dir / ARGS_FILE, target_margs_json(target.args))
@@ -87,7 +87,10 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
 
     return Task(
         content=content,
+        direction="hf-to-megatron",
         source=directory,
+        source_identity=found.identity,
+        settings=json.loads(target_margs_json(target.args)) | {"iteration": iteration},
         visible=found.visible,
         target=job.save_dir / name,
         places=places,

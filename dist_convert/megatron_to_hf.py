@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from dist_convert.metadata.capacity_bins import Bin, read_bins
 from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
 from dist_convert.metadata.write import write_metadata
 from dist_convert.move.exchange import World, gather_objects
-from dist_convert.move.pipeline import Moved
 from dist_convert.plan.survey import check_same_run
 from dist_convert.plan.to_huggingface import plan_to_huggingface
 from dist_convert.read.checkpoint import TRACKER_FILE, iteration_directory, rank_files, tracked_name
@@ -25,6 +24,7 @@ from dist_convert.tokenizer.find import find_tokenizer
 from dist_convert.tokenizer.notes import how_to_add_tokenizer
 from dist_convert.tokenizer.record import Tokenizer, style_for
 from dist_convert.tokenizer.write import write_tokenizer
+from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
@@ -64,7 +64,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
             write_tokenizer(tokenizer, style, partial)  # before the weights, so that what fails here fails early
         make_files(partial, content.files)
 
-    def finish(partial: Path, moved: Moved) -> None:
+    def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
         if world.rank == 0:
             together = [bin for of_rank in bins for bin in of_rank]
             write_metadata(partial, job, content, directory, args, tokenizer, together)
@@ -73,7 +73,10 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     refuse_several_places(places, job.save_path, "--save-path", "")
     return Task(
         content=content,
+        direction="megatron-to-hf",
         source=directory,
+        source_identity=found.identity,
+        settings={},
         visible=found.visible,
         target=job.save_path,
         places=places,

@@ -109,6 +109,48 @@ class View:
         return self.columns > 1 and self.column_stride != 1
 
 
+def side_by_side(left: View, right: View) -> View | None:
+    """Both views as one, where the right one continues the rows of the left one."""
+    columns = left.columns + right.columns
+    joins = (
+        right.offset_bytes == left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
+        and (left.file, left.tensor, left.rows, left.row_stride)
+        == (right.file, right.tensor, right.rows, right.row_stride)
+        and left.column_stride == right.column_stride == 1
+        and left.row_stride >= columns
+    )
+    return left.widened(columns) if joins else None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The bytes of a file that one write fills: `runs` stretches of `run_bytes`, each `stride_bytes` after the other.
+
+    A write without gaps is one run, with stride 0.
+    """
+
+    file: str
+    offset_bytes: int
+    run_bytes: int
+    stride_bytes: int = 0
+    runs: int = 1
+
+    @staticmethod
+    def of(view: View) -> Window:
+        """The bytes of a view, which is written along its contiguous dimension."""
+        lines = view.transposed() if view.is_transposed else view
+        if lines.is_dense:
+            return Window(lines.file, lines.offset_bytes, lines.size_bytes)
+        item_bytes = DTYPE_BYTES[lines.dtype]
+        return Window(
+            lines.file, lines.offset_bytes, lines.columns * item_bytes, lines.row_stride * item_bytes, lines.rows
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return self.run_bytes * self.runs
+
+
 @dataclass(frozen=True)
 class Copy:
     """One box copy: any one of `sources` (which hold equal values) goes to every one of `targets`.

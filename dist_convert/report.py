@@ -58,7 +58,7 @@ class Outcome:
             sum(outcome["read_bytes"] for outcome in outcomes),
             sum(outcome["gathered_bytes"] for outcome in outcomes),
             sum(outcome["written_bytes"] for outcome in outcomes),
-            max(outcome["peak_memory_bytes"] for outcome in outcomes),
+            max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
             seconds,
             dict(overflowed),
             dict(rounded),
@@ -81,6 +81,11 @@ def outcome_line(target: Path, outcome: Outcome) -> str:
             "(exact with --target-params-dtype fp32)"
         )
     return line
+
+
+def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
+    """What a conversion says that goes on where an earlier run was stopped."""
+    return f"{partial}: {human_bytes(done_bytes)} of {human_bytes(all_bytes)} are there already; going on"
 
 
 def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer: Tokenizer, style: Style) -> list[str]:

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from dist_convert.channel import Channel
 from dist_convert.errors import PlanError, ValueOverflow
@@ -21,14 +25,21 @@ from dist_convert.megatron_to_hf import megatron_to_hf
 from dist_convert.move.exchange import World, agree, barrier, gather_objects
 from dist_convert.move.pipeline import Moved, move
 from dist_convert.plan.content import Content
+from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.node_local import local_name
-from dist_convert.plan.plan import divide, schedule_digest
+from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
-from dist_convert.report import Outcome, describe_plan, load_of, outcome_line, peak_memory_bytes
-from dist_convert.task import RunOptions
+from dist_convert.records import TargetFile
+from dist_convert.report import Outcome, describe_plan, load_of, outcome_line, peak_memory_bytes, resume_line
+from dist_convert.resume import Start, all_written, begin, check_start, facts_of, held_target
+from dist_convert.task import RunOptions, Task
 from dist_convert.verify.conversion import prepare_check
-from dist_convert.write.commit import check_target, commit, new_partial, sync_files
+from dist_convert.write.checksums import KnownRange
+from dist_convert.write.commit import commit, settle, sync_files
 from dist_convert.write.file_writer import target_error
+from dist_convert.write.history import History
+from dist_convert.write.journal import MARK_SECONDS
+from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 
 
 def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome | None:
@@ -46,30 +57,14 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         ConversionError: see `errors`; nothing is left under the target's name.
     """
     task = hf_to_megatron(job, world, channel) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
-    content = task.content
     placement = choose_placement(job.placement, world, task.visible, task.places)
-    plan = divide(
-        content,
-        task.visible,
-        placement=placement,
-        budget_bytes=job.max_memory_per_rank_bytes,
-        writable=task.writable,
-        on_accelerator=world.device.type != "cpu",
-    )
-    agree(world, schedule_digest(plan))
+    plan = _divide(task, job, world, placement, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
     is_first = task.is_first_of_place(world.rank)
     free_bytes = 0
     if is_first:
-        free_bytes = check_target(
-            task.target,
-            task.source,
-            is_replaceable=task.is_replaceable,
-            overwrite=job.overwrite,
-            needed_bytes=sum(file.size_bytes for file in task.files_of(world.rank)),
-            flag=task.target_flag,
-        )
+        free_bytes = check_start(task, job, world.rank)
     if world.rank == 0:
         for note in task.notes:
             print(note, file=sys.stderr)
@@ -81,33 +76,83 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         return None
 
     started = time.monotonic()
-    if is_first:
-        new_partial(task.partial)
-        task.make_files(task.partial)
-    barrier(world)
-    with show_progress(world, channel, content.moved_bytes):
-        moved = move(plan, world, task.source, task.partial, channel.add_progress)
-        outcomes = gather_objects(world, _my_outcome(moved))
-    _check_outcomes(job, content, outcomes)
+    outcome = Outcome.of_ranks([], 0.0)
+    with held_target(task, job, world) as held:
+        if not held.is_complete:
+            outcome = _make(task, job, plan, world, channel)
+            check()
+        channel.doing("giving the target its name")
+        firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
 
-    try:
-        task.finish(task.partial, moved)
-    except OSError as error:
-        raise target_error(error, str(error.filename or task.partial)) from error
-    if world.local_rank == 0:
-        sync_files(task.partial, [local_name(file.name) for file in task.files_of(world.rank)])
-    barrier(world)
-    check()
-    if is_first:
-        commit(task.partial, task.target, overwrite=job.overwrite)
-        task.publish()
-    barrier(world)
-    outcome = Outcome.of_ranks(outcomes, time.monotonic() - started)
-    if world.rank == 0:
-        print(outcome_line(task.target, outcome), file=sys.stderr)
-        if task.last_words:
-            print(task.last_words, file=sys.stderr)
+        def give_name() -> None:
+            if not held.has_name:
+                commit(task.partial, task.target, overwrite=job.overwrite)
+
+        # No place speaks of the target before every place has it.
+        channel.run_on(firsts, "commit", give_name, job.timeout_seconds)
+        if is_first:
+            task.publish()
+        barrier(world)
+        outcome = replace(outcome, seconds=time.monotonic() - started)
+        if world.rank == 0:
+            done_before = f"{task.target} is complete already, by an earlier run of this conversion"
+            print(done_before if held.is_complete else outcome_line(task.target, outcome), file=sys.stderr)
+            if task.last_words:
+                print(task.last_words, file=sys.stderr)
+        if is_first:
+            settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
     return outcome
+
+
+def _divide(task: Task, job: RunOptions, world: World, placement: str, done: Done) -> Plan:
+    """The plan of what is not done, the same on every rank."""
+    plan = divide(
+        task.content,
+        task.visible,
+        placement=placement,
+        budget_bytes=job.max_memory_per_rank_bytes,
+        writable=task.writable,
+        on_accelerator=world.device.type != "cpu",
+        done=done,
+    )
+    agree(world, schedule_digest(plan))
+    return plan
+
+
+def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channel: Channel) -> Outcome:
+    """Make the target below its partial directory, but for what earlier runs have made of it."""
+    content, partial = task.content, task.partial
+    start = begin(task, world)
+    with closing(start.journal) as journal:
+        if start.done.size_bytes:
+            if world.rank == 0:
+                print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
+            plan = _divide(task, job, world, plan.placement, start.done)
+        with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
+            moved = move(plan, world, task.source, partial, journal, channel)
+            channel.doing("waiting for other ranks to write")
+            outcomes = [*gather_objects(world, _my_outcome(moved)), _earlier_outcome(start.history)]
+        _check_outcomes(job, content, start, outcomes)
+
+        channel.doing("completing files")
+        known = known_ranges(all_written(world, moved.windows, start.history))
+        try:
+            task.finish(partial, known)
+        except OSError as error:
+            raise target_error(error, str(error.filename or partial)) from error
+        records = {local_name(f.name): _record(partial, f, known) for f in task.my_share(world.rank)}
+        of_ranks: list[dict[str, Any]] = gather_objects(world, records)
+        if task.is_first_of_place(world.rank):
+            at_place = [seen for rank, seen in enumerate(of_ranks) if task.places[rank] == task.places[world.rank]]
+            write_manifest(partial, {name: r for seen in at_place for name, r in seen.items()}, facts_of(task, job))
+        firsts = [rank for rank, local in enumerate(gather_objects(world, world.local_rank)) if local == 0]
+        names = [local_name(file.name) for file in task.files_of(world.rank)]
+        channel.run_on(firsts, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
+    return Outcome.of_ranks(outcomes, 0.0)
+
+
+def _record(partial: Path, file: TargetFile, known: Mapping[str, Sequence[KnownRange]]) -> dict[str, Any]:
+    return file_record(partial / local_name(file.name), known.get(file.name, ()))
 
 
 def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]], places: Sequence[int] = (0,)) -> str:
@@ -129,15 +174,21 @@ def _my_outcome(moved: Moved) -> dict[str, object]:
     }
 
 
-def _check_outcomes(job: RunOptions, content: Content, outcomes: Sequence[dict[str, object]]) -> None:
-    """Every byte of the plan must have been written, and no value lost its size.
+def _earlier_outcome(history: History) -> dict[str, object]:
+    """What the last words of a conversion need of its earlier runs: the values that casts changed."""
+    return {"read_bytes": 0, "gathered_bytes": 0, "written_bytes": 0, "peak_memory_bytes": 0, **history.changed}
+
+
+def _check_outcomes(job: RunOptions, content: Content, start: Start, outcomes: Sequence[dict[str, object]]) -> None:
+    """Every byte of the plan must have been written, by this run or an earlier one, and no value lost its size.
 
     Raises:
         PlanError, ValueOverflow
     """
     total = Outcome.of_ranks(outcomes, 0.0)
-    if total.written_bytes != content.moved_bytes:
-        raise PlanError("not every byte was written", expected=content.moved_bytes, found=total.written_bytes)
+    written_bytes = start.done.size_bytes + total.written_bytes
+    if written_bytes != content.moved_bytes:
+        raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
     if total.overflowed and not job.allow_overflow:
         worst = max(total.overflowed, key=lambda name: total.overflowed[name])
         raise ValueOverflow(
@@ -145,5 +196,6 @@ def _check_outcomes(job: RunOptions, content: Content, outcomes: Sequence[dict[s
             f"in {job.target_params_dtype}",
             tensor=worst,
             found=f"{total.overflowed[worst]} values in this tensor",
-            remedy="choose a --target-params-dtype with a wider range, or accept infinities with --allow-overflow",
+            remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
+            "infinities with --allow-overflow",
         )

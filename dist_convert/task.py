@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from dist_convert.move.pipeline import Moved
 from dist_convert.plan.content import Content
 from dist_convert.records import TargetFile
-from dist_convert.write.commit import partial_of
+from dist_convert.write.checksums import KnownRange
+from dist_convert.write.partial import partial_of
 
 
 class RunOptions(Protocol):
@@ -32,6 +32,8 @@ class RunOptions(Protocol):
     def verify(self) -> str | None: ...
     @property
     def target_params_dtype(self) -> str: ...
+    @property
+    def timeout_seconds(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Task:
 
     Attributes:
         content: every byte that is read and written.
+        direction: the command's name.
         source: directory of the source files, as this rank sees it.
+        source_identity: of each source file, its size in bytes, the time of its last change in ns, and its header.
+        settings: what the weights files' bytes depend on besides, in JSON values.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
@@ -49,13 +54,16 @@ class Task:
         is_replaceable: whether `--overwrite` may replace a directory.
         notes: for the user, before anything is written.
         make_files: makes the weights files in their final size below a directory, on the first rank of each place.
-        finish: adds all that is no weight to a directory; every rank calls it.
+        finish: adds all that is no weight to a directory, given the known checksums by file; every rank calls it.
         publish: what follows the renaming, on the first rank of each place.
         last_words: a line for the user at the very end, if there is something left to do.
     """
 
     content: Content
+    direction: str
     source: Path
+    source_identity: Mapping[str, tuple[int, int, str]]
+    settings: Mapping[str, Any]
     visible: tuple[frozenset[str], ...]
     target: Path
     places: tuple[int, ...]
@@ -64,7 +72,7 @@ class Task:
     is_replaceable: Callable[[Path], bool]
     notes: Sequence[str]
     make_files: Callable[[Path], None]
-    finish: Callable[[Path, Moved], None]
+    finish: Callable[[Path, Mapping[str, Sequence[KnownRange]]], None]
     publish: Callable[[], None]
     last_words: str = ""
 
@@ -72,6 +80,12 @@ class Task:
     def partial(self) -> Path:
         """Where the target is made."""
         return partial_of(self.target)
+
+    def my_share(self, rank: int) -> tuple[TargetFile, ...]:
+        """The files that this rank alone completes, of those where its target lies."""
+        at_place = [other for other, place in enumerate(self.places) if place == self.places[rank]]
+        files = sorted(self.files_of(rank), key=lambda file: file.name)
+        return tuple(file for number, file in enumerate(files) if at_place[number % len(at_place)] == rank)
 
     def is_first_of_place(self, rank: int) -> bool:
         """Whether a rank makes and renames the target where it lies."""

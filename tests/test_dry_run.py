@@ -51,7 +51,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_a_dry_run_leaves_an_earlier_target_and_an_unfinished_one_as_they_are(tmp_path: Path) -> None:
     make(tmp_path / "in", SMALL)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
-    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".journal").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".journal" / "identity.json").write_text("{}")
     (tmp_path / "out.partial" / "model.safetensors").write_text("half of a file")
     before = everything_below(tmp_path)
     assert convert(tmp_path / "in", tmp_path / "out", "--dry-run", "--overwrite") == 0

@@ -16,7 +16,10 @@ from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, sa
 from tests.converting import assert_same, convert, read_tensors
 
 SMALL = Model(layers=2)
-ALWAYS = ["README.md", "config.json", "generation_config.json", "model.safetensors", "source_megatron_args.json"]
+ALWAYS = [
+    "README.md", "config.json", "conversion.json", "generation_config.json", "model.safetensors",
+    "source_megatron_args.json",
+]  # fmt: skip
 
 
 def listing(directory: Path) -> list[str]:
@@ -163,14 +166,17 @@ def test_overwriting_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["in", "out"]
 
 
-def test_what_an_interrupted_run_left_is_replaced(tmp_path: Path) -> None:
-    expected = make(tmp_path / "in", SMALL)
-    (tmp_path / "out.partial" / "folder").mkdir(parents=True)
-    (tmp_path / "out.partial" / "model.safetensors").write_text("half of a file")
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert listing(tmp_path) == ["in", "out"]
-    assert listing(tmp_path / "out") == ALWAYS
-    assert_same(read_tensors(tmp_path / "out"), expected)
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=str)
+def test_a_directory_of_the_users_own_where_the_target_is_made_is_refused_and_kept(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", SMALL)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
+    assert convert(tmp_path / "in", tmp_path / "out", *flags) == 1
+    assert f"{tmp_path}/out.partial" in capsys.readouterr().err
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
+    assert listing(tmp_path) == ["in", "out.partial"]
 
 
 def test_a_conversion_that_fails_leaves_the_earlier_target_as_it_was(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ headers; one digest of it is compared before any byte moves.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from dist_convert.plan.content import Content, content_digest, digest
+from dist_convert.plan.done import NOTHING_DONE, Done, is_move_done
 from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.teams import Team, form_teams
@@ -25,6 +26,7 @@ class Plan:
         visible: for each rank, the files that it can read, and those that it can write.
         teams: disjoint groups of ranks with their shares.
         limits: for each team, its members' buffer sizes.
+        done: what an earlier run has written, and is left out.
     """
 
     content: Content
@@ -32,6 +34,7 @@ class Plan:
     visible: tuple[frozenset[str], ...]
     teams: tuple[Team, ...]
     limits: tuple[Limits, ...]
+    done: Done = NOTHING_DONE
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """A rank's team, and its position in it."""
@@ -47,6 +50,7 @@ class Plan:
             member,
             self.visible,
             self.limits[number],
+            self.done,
         )
 
 
@@ -58,6 +62,7 @@ def divide(
     budget_bytes: int,
     writable: Sequence[frozenset[str]] | None = None,
     on_accelerator: bool = False,
+    done: Done = NOTHING_DONE,
 ) -> Plan:
     """Divide a content over ranks.
 
@@ -68,18 +73,20 @@ def divide(
         budget_bytes: of memory, for each rank.
         writable: for each rank, the target files that it can write; None where the target is shared.
         on_accelerator: the ranks gather through an accelerator's memory, which the budget holds as well.
+        done: what an earlier run has written.
 
     Raises:
         BudgetTooSmall, UsageError, MissingShard: see `teams` and `steps`.
     """
     every_file = frozenset(file.name for file in content.files)
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
-    teams = form_teams(content.moves, visible, placement)
+    finished = frozenset(n for n, move in enumerate(content.moves) if is_move_done(content.sides, move, done))
+    teams = form_teams(content.moves, visible, placement, finished)
     least_send_bytes = [largest_send_bytes(content.moves, team, visible) for team in teams]
     needs = [(len(team.ranks), send_bytes) for team, send_bytes in zip(teams, least_send_bytes, strict=True)]
     check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs))
     sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)
-    return Plan(content, placement, tuple(visible), teams, sizes)
+    return Plan(content, placement, tuple(visible), teams, sizes, done)
 
 
 def schedule_digest(plan: Plan) -> str:
@@ -90,5 +97,6 @@ def schedule_digest(plan: Plan) -> str:
             "placement": plan.placement,
             "teams": [asdict(team) for team in plan.teams],
             "limits": [asdict(limit) for limit in plan.limits],
+            "done": [plan.done.starts, plan.done.ends, sorted(map(astuple, plan.done.gapped))],
         }
     )

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
+from dist_convert.plan.done import Done
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, readers_of
 from dist_convert.plan.moves import Move, Sides, blocks
 from dist_convert.plan.teams import Share, Team
-from dist_convert.records import DTYPE_BYTES, Block, View
+from dist_convert.records import DTYPE_BYTES, Block, View, Window, side_by_side
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class Step:
 
 
 def steps_of_rank(
-    sides: Sides, moves: Sequence[Move], team: Team, member: int, visible: Sequence[frozenset[str]], limit: Limits
+    sides: Sides,
+    moves: Sequence[Move],
+    team: Team,
+    member: int,
+    visible: Sequence[frozenset[str]],
+    limit: Limits,
+    done: Done,
 ) -> Iterator[Step]:
     """The steps of one member of a team, in order.
 
@@ -78,13 +85,14 @@ def steps_of_rank(
         member: position in `team.ranks`.
         visible: for each rank of the world, the files that it can read or write.
         limit: buffer sizes, the same for all members.
+        done: what need not be written any more.
 
     Raises:
         BudgetTooSmall: a single block does not fit.
     """
     local = _Packer(limit.step_bytes, crosses=False)
     crossing = _Packer(limit.send_bytes, crosses=True)
-    for block in _assigned_blocks(sides, moves, team, visible):
+    for block in _assigned_blocks(sides, moves, team, visible, done):
         readers = {read.reader for read in block.reads}
         if readers == {write.writer for write in block.writes} and len(readers) == 1:
             if readers == {member}:
@@ -104,9 +112,9 @@ class _Assigned:
 
 
 def _assigned_blocks(
-    sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]
+    sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]], done: Done
 ) -> Iterator[_Assigned]:
-    """The team's blocks with the replica that is read, and the members that read and write."""
+    """The team's blocks with the replica that is read, and the members that read and write; without what is done."""
     seen = [visible[rank] for rank in team.ranks]
     read_bytes, written_bytes = [0] * len(seen), [0] * len(seen)
     for share in team.shares:
@@ -114,6 +122,11 @@ def _assigned_blocks(
         readers = dict(zip(move.homes, readers_of(move, team, visible), strict=True))
         for block in _blocks_of_share(sides, move, share):
             assigned = _assign(block, readers, seen, read_bytes, written_bytes)
+            if done.size_bytes:
+                left = tuple(write for write in assigned.writes if not done.covers(Window.of(write.target)))
+                if not left:
+                    continue
+                assigned = replace(assigned, writes=left)
             for read in assigned.reads:
                 read_bytes[read.reader] += read.source.size_bytes
             for write in assigned.writes:
@@ -149,7 +162,7 @@ def _assign(
             strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
             reader = min((reader, *others), key=lambda member: (strangers[member], read_bytes[member]))
         source = next(view for view in copy.sources if view.file in seen[reader])
-        joined = _side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
+        joined = side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0
         if joined:
             reads[-1] = replace(reads[-1], source=joined)
@@ -157,7 +170,7 @@ def _assign(
             reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
         part = Part(len(reads) - 1, column, copy.columns)
         for number, target in enumerate(copy.targets):
-            longer = _side_by_side(targets[open_writes[number]], target) if number < len(open_writes) else None
+            longer = side_by_side(targets[open_writes[number]], target) if number < len(open_writes) else None
             if longer:
                 targets[open_writes[number]] = longer
                 parts[open_writes[number]].append(part)
@@ -168,19 +181,6 @@ def _assign(
     alone = reads[0].reader if len({read.reader for read in reads}) == 1 else None
     writers = [_writer(target, alone, seen, written_bytes) for target in targets]
     return _Assigned(tuple(reads), tuple(map(Write, targets, map(tuple, parts), writers)))
-
-
-def _side_by_side(left: View, right: View) -> View | None:
-    """Both views as one, where the right one continues the rows of the left one."""
-    columns = left.columns + right.columns
-    joins = (
-        right.offset_bytes == left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
-        and (left.file, left.tensor, left.rows, left.row_stride)
-        == (right.file, right.tensor, right.rows, right.row_stride)
-        and left.column_stride == right.column_stride == 1
-        and left.row_stride >= columns
-    )
-    return left.widened(columns) if joins else None
 
 
 def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:

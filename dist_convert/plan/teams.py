@@ -34,13 +34,19 @@ class Team:
     shares: tuple[Share, ...]
 
 
-def form_teams(moves: Sequence[Move], visible: Sequence[frozenset[str]], placement: str) -> tuple[Team, ...]:
+def form_teams(
+    moves: Sequence[Move],
+    visible: Sequence[frozenset[str]],
+    placement: str,
+    finished: frozenset[int] = frozenset(),
+) -> tuple[Team, ...]:
     """Divide the ranks into teams, and the moves' bytes over the teams.
 
     Args:
         moves: all moves of the plan.
         visible: for each rank, the shard files that it can read.
         placement: "gather" or "direct".
+        finished: numbers of the moves that need no team any more.
 
     Raises:
         MissingShard: a shard that no rank sees.
@@ -50,7 +56,7 @@ def form_teams(moves: Sequence[Move], visible: Sequence[frozenset[str]], placeme
         groups: list[tuple[int, ...]] = [(rank,) for rank in range(len(visible))]
     else:
         groups = _gather_groups(moves, visible)
-    shares = _deal(moves, groups, visible)
+    shares = _deal(moves, groups, visible, finished)
     return tuple(Team(ranks, tuple(listed)) for ranks, listed in zip(groups, shares, strict=True))
 
 
@@ -112,13 +118,18 @@ def _split(ranks: tuple[int, ...], sets: tuple[Homes, ...], visible: Sequence[fr
 
 
 def _deal(
-    moves: Sequence[Move], groups: Sequence[tuple[int, ...]], visible: Sequence[frozenset[str]]
+    moves: Sequence[Move],
+    groups: Sequence[tuple[int, ...]],
+    visible: Sequence[frozenset[str]],
+    finished: frozenset[int],
 ) -> list[list[Share]]:
     """Cut the moves' bytes into contiguous stretches, in proportion to the teams' ranks."""
     seen = [_union(ranks, visible) for ranks in groups]
     able: dict[Homes, tuple[int, ...]] = {}
     moves_of: dict[tuple[int, ...], list[int]] = {}
     for number, move in enumerate(moves):
+        if number in finished:
+            continue
         if move.needs not in able:
             able[move.needs] = tuple(t for t, files in enumerate(seen) if _sees_all(move.needs, files))
         if not able[move.needs]:

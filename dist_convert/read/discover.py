@@ -25,11 +25,13 @@ class Discovery:
         headers: each file's header as JSON, by file.
         visible: for each rank, the files that it can read.
         headers_of: for each rank, the files whose headers it read.
+        identity: of each file, the size in bytes, the time of the last change in ns, and a digest of the header.
     """
 
     headers: dict[str, Any]
     visible: tuple[frozenset[str], ...]
     headers_of: tuple[tuple[str, ...], ...]
+    identity: dict[str, tuple[int, int, str]]
 
 
 def discover(
@@ -56,7 +58,17 @@ def discover(
     headers_of = deal_headers(names, listings)
     mine = {file: read_header(file) for file in headers_of[world.rank]}
     headers = {file: header for of_rank in gather_objects(world, mine) for file, header in of_rank.items()}
-    return Discovery(headers, tuple(frozenset(seen) for seen in listings), headers_of)
+    return Discovery(headers, tuple(frozenset(seen) for seen in listings), headers_of, _identity(headers, listings))
+
+
+def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[str, tuple[int, int, str]]:
+    """What tells a later run that the source is still the same; of several copies the oldest speaks for all."""
+    found = {}
+    for file, header in headers.items():
+        sizes_and_times = [(listing[file][0], listing[file][2]) for listing in listings if file in listing]
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+        found[file] = (*min(sizes_and_times), digest)
+    return found
 
 
 def gather_listings(world: World, mine: Listing) -> list[Listing]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class FileReader:
             os.close(descriptor)
         self._open.clear()
 
-    def read(self, view: View, target_dtype: str, add: int, target: Buffer, offset_bytes: int) -> None:
+    def read(self, view: View, target_dtype: str, add: int, target: Buffer, offset_bytes: int) -> Mapping[str, int]:
         """Read a view, add a constant, cast, and pack the values row by row into a buffer.
 
         Args:
@@ -62,6 +62,9 @@ class FileReader:
             target: the buffer.
             offset_bytes: where in the buffer, a multiple of the item size.
 
+        Returns:
+            Of `overflowed` and `rounded_norms`, what these values added to the counts; empty where nothing.
+
         Raises:
             CorruptFile: the file ends before the view does.
             SourceError: the file cannot be read.
@@ -70,12 +73,16 @@ class FileReader:
         self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
         if view.is_dense and view.dtype == target_dtype and not add:
             self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
-            return
+            return {}
         packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
         matrix = packed.view(view.rows, view.columns)
+        counted = {"overflowed": self.counts.overflowed, "rounded_norms": self.counts.rounded_norms}
+        before = {kind: values[view.tensor] for kind, values in counted.items()}
         for box, values in self._fetch(view):
             part = matrix[box.row : box.row_end, box.column : box.column_end]
             self._place(values, part, add, view.tensor)
+        added = {kind: values[view.tensor] - before[kind] for kind, values in counted.items()}
+        return {kind: values for kind, values in added.items() if values}
 
     def _fetch(self, view: View) -> Iterator[tuple[Box, torch.Tensor]]:
         """The view's values as strided tensors over the scratch buffer, in as few parts as fit it."""

@@ -10,14 +10,20 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile, PlanError
 from dist_convert.read.zip_container import data_offsets_bytes, open_container
 from dist_convert.write.file_writer import target_error
+
+#: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
+KnownRange = tuple[int, int, int]
+_READ_BYTES = 8 << 20
 
 _CENTRAL_HEADER_BYTES, _CENTRAL_CRC = 46, 16
 _CENTRAL_LENGTHS = struct.Struct("<3H")  # of name, extra field and comment
@@ -37,6 +43,48 @@ def combine(parts: Iterable[tuple[int, int]]) -> int:
     for checksum, size_bytes in parts:
         whole = isal_zlib.crc32_combine(whole, checksum, size_bytes)
     return whole
+
+
+def checksum_of(path: Path, start: int, end: int, known: Sequence[KnownRange]) -> int:
+    """The checksum of a stretch of a file, of which only what no known range covers is read.
+
+    Args:
+        path: the file on this machine.
+        start, end: of the stretch, in bytes.
+        known: in ascending order; a range that overlaps the one before it, or the border of the stretch, is not used.
+
+    Raises:
+        CorruptFile: the file ends before the stretch does.
+        OSError: it cannot be read.
+    """
+    parts = []
+    position = start
+    with path.open("rb") as file:
+        for offset, size_bytes, checksum in known[bisect_left(known, (start, 0, 0)) :]:
+            if offset >= end:
+                break
+            if offset < position or offset + size_bytes > end:
+                continue
+            if position < offset:
+                parts.append(_read_checksum(file, position, offset))
+            parts.append((checksum, size_bytes))
+            position = offset + size_bytes
+        if position < end:
+            parts.append(_read_checksum(file, position, end))
+    return combine(parts)
+
+
+def _read_checksum(file: BinaryIO, start: int, end: int) -> tuple[int, int]:
+    """The checksum of bytes that are read, and how many they are."""
+    checksum, position = 0, start
+    file.seek(start)
+    while position < end:
+        data = file.read(min(end - position, _READ_BYTES))
+        if not data:
+            raise CorruptFile("a file of the target has become shorter", file=file.name, found=f"{position} bytes")
+        checksum = isal_zlib.crc32(data, checksum)
+        position += len(data)
+    return checksum, end - start
 
 
 def record_ranges(path: Path, label: str) -> dict[str, tuple[int, int]]:

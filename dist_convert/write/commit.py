@@ -1,4 +1,4 @@
-"""The target directory: made under `NAME.partial`, renamed to its name when it is complete."""
+"""The target directory: whether it can be made, and how it gets its name when it is complete."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
 from dist_convert.write.file_writer import target_error
-
-#: Of the directory in which a target is made before it gets its name.
-PARTIAL_SUFFIX = ".partial"
-
-
-def partial_of(target: Path) -> Path:
-    """Where a target is made before it gets its name."""
-    return target.with_name(target.name + PARTIAL_SUFFIX)
-
-
-def _aside_of(target: Path) -> Path:
-    """Where a target that is replaced waits until its successor is complete."""
-    return target.with_name(target.name + ".replaced")
+from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
+from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
+from dist_convert.write.sync import sync
 
 
 def check_target(
@@ -64,7 +54,7 @@ def check_target(
             found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
             remedy=f"choose another {flag}, or remove the directory yourself",
         )
-    for used in (target, partial_of(target), _aside_of(target)):
+    for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
             raise TargetError(
                 "the source lies where the target is made",
@@ -72,10 +62,10 @@ def check_target(
                 found=str(source),
                 remedy=f"choose another {flag}; its name, and its name with .partial and .replaced, are written to",
             )
-    if _aside_of(target).exists():
+    if aside_of(target).exists() and not replaces_aside(partial_of(target)):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",
-            file=str(_aside_of(target)),
+            file=str(aside_of(target)),
             remedy="rename or remove it; it may be the only copy of a model",
         )
     parent = target.absolute().parent
@@ -88,7 +78,7 @@ def check_target(
             found=f"{parent} is no directory or is write-protected",
         )
     space = os.statvfs(parent)
-    free_bytes = space.f_bavail * space.f_frsize
+    free_bytes = space.f_bavail * space.f_frsize + used_bytes(partial_of(target))
     if free_bytes < needed_bytes:
         raise NotEnoughSpace(
             "not enough free space for the target",
@@ -100,58 +90,66 @@ def check_target(
     return free_bytes
 
 
-def new_partial(partial: Path) -> None:
-    """Make an empty partial directory; one that an earlier run left behind is replaced."""
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise target_error(error, str(partial)) from error
-
-
-def sync_files(directory: Path, names: Sequence[str]) -> None:
+def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
     """Force what this machine wrote of the named files to the disk.
 
     Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
+        TargetError, NotEnoughSpace: the file system refuses, which the journal remembers.
     """
     for name in names:
-        try:
-            sync_path(directory / name)
-        except OSError as error:
-            raise target_error(error, name) from error
+        with journal.syncing(name):
+            sync(directory / name)
 
 
 def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
-    """Give the partial directory its final name; a target that is replaced moves aside first and goes last.
+    """Give the partial directory its final name; a target that is replaced moves aside first.
+
+    The journal stays inside until `settle`: by it a run that finds the target knows what is left to do.
 
     Raises:
         TargetExists: a target appeared while the conversion ran, and `overwrite` is false.
+        TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
-    aside = _aside_of(target)
-    replaced = False
+    aside = aside_of(target)
     try:
-        files = [path for path in partial.rglob("*") if path.is_file()]
+        (partial / RESUMABLE).unlink(missing_ok=True)
+        files = [path for path in partial.rglob("*") if path.is_file() and JOURNAL_DIRECTORY not in path.parts]
         for path in (*files, *{path.parent for path in files}, partial):
-            sync_path(path)
-        if target.exists() and any(target.iterdir()):
+            sync(path)
+        replaced = target.exists() and any(target.iterdir())
+        if replaced:
             if not overwrite:
                 raise TargetExists("the target appeared during the conversion", file=str(target))
+            note_replacing(partial)
             target.rename(aside)
-            replaced = True
-        partial.rename(target)
-        sync_path(target.absolute().parent)
-        if replaced:
-            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced:
+                aside.rename(target)
+            raise
+        sync(target.absolute().parent)
     except OSError as error:
         raise target_error(error, str(target)) from error
 
 
-def sync_path(path: Path) -> None:
-    """Force a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def settle(target: Path) -> None:
+    """The last step of a conversion: remove what it replaced, and its journal.
+
+    Raises:
+        TargetError: the file system refuses.
+    """
+    aside, journal = aside_of(target), target.with_name(f".{target.name}.journal")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if replaces_aside(target) and os.path.lexists(aside):
+            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+        for left in (journal, *target.parent.glob(f".{partial_of(target).name}-*")):
+            shutil.rmtree(left, ignore_errors=True)  # of runs that were killed while they cleaned up, or began
+        if not (target / JOURNAL_DIRECTORY).exists():
+            return
+        for diary in (target / JOURNAL_DIRECTORY).glob("run-*"):
+            diary.unlink()
+        (target / JOURNAL_DIRECTORY).rename(journal)  # all the rest at once
+        shutil.rmtree(journal)
+    except OSError as error:
+        raise target_error(error, str(target)) from error

@@ -11,22 +11,22 @@ from isal import isal_zlib
 
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.plan.node_local import local_name
-from dist_convert.records import DTYPE_BYTES, View
+from dist_convert.records import View, Window
 
 _MAX_OPEN_FILES = 64
+
+#: What was written, and the CRC-32 of its bytes; None where there are gaps between them.
+Written = tuple[Window, int | None]
 
 
 class FileWriter:
     """Writes views of the files below one directory; keeps a limited number of them open.
 
-    Not for use by two threads at once. `checksums` holds (file, offset, length, CRC-32) of contiguous writes where
-    they are kept.
+    Not for use by two threads at once.
     """
 
-    def __init__(self, root: Path, *, keep_checksums: bool) -> None:
+    def __init__(self, root: Path) -> None:
         self.written_bytes = 0
-        self.checksums: list[tuple[str, int, int, int]] = []
-        self._keep_checksums = keep_checksums
         self._root = root
         self._open: OrderedDict[str, int] = OrderedDict()
 
@@ -36,8 +36,8 @@ class FileWriter:
             os.close(descriptor)
         self._open.clear()
 
-    def write(self, view: View, packed: memoryview) -> None:
-        """Write values that lie row after row in memory to where the view says.
+    def write(self, view: View, packed: memoryview) -> Written:
+        """Write values that lie row after row in memory to where the view says; returns what to remember of it.
 
         Raises:
             PlanError: the columns of a row are apart in the file.
@@ -45,25 +45,20 @@ class FileWriter:
         """
         if view.is_transposed:
             raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
-        row_bytes = view.columns * DTYPE_BYTES[view.dtype]
-        if view.is_dense:
-            self._write_at(view, packed, view.offset_bytes)
-            if self._keep_checksums:
-                self.checksums.append((view.file, view.offset_bytes, len(packed), isal_zlib.crc32(packed)))
-        else:
-            step_bytes = view.row_stride * DTYPE_BYTES[view.dtype]
-            for row in range(view.rows):
-                line = packed[row * row_bytes : (row + 1) * row_bytes]
-                self._write_at(view, line, view.offset_bytes + row * step_bytes)
+        window = Window.of(view)
+        for run in range(window.runs):
+            line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
+            self._write_at(view.file, line, window.offset_bytes + run * window.stride_bytes)
         self.written_bytes += len(packed)
+        return window, isal_zlib.crc32(packed) if window.runs == 1 else None
 
-    def _write_at(self, view: View, data: memoryview, offset_bytes: int) -> None:
+    def _write_at(self, file: str, data: memoryview, offset_bytes: int) -> None:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._descriptor(view.file), data[done:], offset_bytes + done)
+                done += os.pwrite(self._descriptor(file), data[done:], offset_bytes + done)
             except OSError as error:
-                raise target_error(error, view.file) from error
+                raise target_error(error, file) from error
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)

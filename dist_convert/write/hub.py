@@ -20,7 +20,7 @@ from dist_convert.errors import UploadError, UsageError
 from dist_convert.read.hub import hub_errors
 from dist_convert.read.huggingface import CONFIG_FILE, find_weights
 from dist_convert.units import human_bytes
-from dist_convert.write.commit import PARTIAL_SUFFIX
+from dist_convert.write.partial import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -21,10 +21,10 @@ from typing import Any, cast
 
 import torch
 
-from dist_convert.errors import PlanError, TargetExists
+from dist_convert.errors import PlanError
 from dist_convert.metadata.target_args import TorchDtype
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TensorSpec
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.skeleton import make_file
 
 CHECKPOINT_VERSION = 3.0
 _PICKLE_PROTOCOL = 2  # torch.save's
@@ -135,29 +135,18 @@ class Skeleton:
 def write_skeleton(
     path: Path, args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]]
 ) -> None:
-    """Make one rank's file in its final size, with zeros (holes of a sparse file) for every tensor.
+    """Make one rank's file in its final size, with zeros for every tensor, or what an earlier run has put there.
 
     Args:
-        path: of the new file, which must not be there; directories above it are made.
+        path: of the file; directories above it are made.
         args, iteration, chunks: see `lay_out_skeleton`.
 
     Raises:
         PlanError: see `lay_out_skeleton`.
-        TargetExists, NotEnoughSpace, TargetError: the file is there already, or the file system refuses.
+        NotEnoughSpace, TargetError: see `make_file`.
     """
     skeleton = lay_out_skeleton(args, iteration, chunks, str(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            for offset_bytes, piece in skeleton.pieces:
-                file.seek(offset_bytes)
-                file.write(piece)
-    except FileExistsError as error:
-        raise TargetExists(
-            "a shard of the target is there already", file=str(path), remedy="remove it; it is not overwritten"
-        ) from error
-    except OSError as error:
-        raise target_error(error, str(path)) from error
+    make_file(path, str(path), skeleton.pieces, skeleton.size_bytes)
 
 
 def lay_out_skeleton(

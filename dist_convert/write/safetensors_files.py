@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.skeleton import make_file
 
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_ALIGNMENT_BYTES = 8
@@ -82,18 +82,13 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make_files(directory: Path, files: Sequence[TargetFile]) -> None:
-    """Make every file in its final size: its header, then zeros.
+    """Make every file in its final size: its header, then zeros, or what an earlier run has put there.
 
     Raises:
         TargetError, NotEnoughSpace: the file system refuses.
     """
     for file in files:
-        try:
-            with (directory / file.name).open("wb") as output:
-                output.write(file.header)
-                output.truncate(file.size_bytes)
-        except OSError as error:
-            raise target_error(error, file.name) from error
+        make_file(directory / file.name, file.name, [(0, file.header)], file.size_bytes)
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

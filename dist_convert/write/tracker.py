@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from dist_convert.read.checkpoint import TRACKER_FILE
-from dist_convert.write.commit import sync_path
 from dist_convert.write.file_writer import target_error
+from dist_convert.write.sync import sync
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
@@ -28,6 +28,6 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-        sync_path(path.absolute().parent)
+        sync(path.absolute().parent)
     except OSError as error:
         raise target_error(error, str(path)) from error

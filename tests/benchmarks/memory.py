@@ -86,7 +86,7 @@ def measure(ranks: int, job: Sequence[str], scratch: Path) -> int:
 def hand_out(source: Path, ranks: int) -> Path:
     """Directories with the files of each rank's tensor ranks; what to give as load path."""
     (iteration,) = source.glob("iter_*")
-    for shard in iteration.iterdir():
+    for shard in iteration.glob("mp_rank_*"):
         place = source / f"rank{int(shard.name.split('_')[2]) % ranks}"
         place.mkdir(exist_ok=True)
         (place / shard.name).symlink_to(shard)

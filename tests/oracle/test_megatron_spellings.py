@@ -95,7 +95,7 @@ def test_names_and_args_are_those_of_the_modules_that_are_asked_for(
     paths = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "megatron")]
     padding = ["--make-vocab-size-divisible-by", "16"]
     assert main(["hf-to-megatron", *paths, *GRID_FLAGS[case], *padding, *flags, "--device", "cpu"]) == 0
-    ranks = sorted(path.name for path in (tmp_path / "megatron/iter_0000001").iterdir())
+    ranks = sorted(path.name for path in (tmp_path / "megatron/iter_0000001").glob("mp_rank_*"))
     assert ranks == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
     for rank in ranks:
         found, found_args = _weights(tmp_path / "megatron/iter_0000001" / rank / "model_optim_rng.pt")

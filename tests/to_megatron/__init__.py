@@ -80,7 +80,7 @@ def load(path: Path, **how: Any) -> dict[str, Any]:
 def read_shards(root: Path, iteration: str = "iter_0000001") -> dict[str, list[State]]:
     """Rank directory -> one state dict per virtual stage."""
     shards = {}
-    for directory in sorted((root / iteration).iterdir()):
+    for directory in sorted((root / iteration).glob("mp_rank_*")):
         saved = load(directory / FILE)
         virtual = sorted(name for name in saved if name.startswith("model"))
         shards[directory.name] = [dict(saved[name]) for name in virtual]

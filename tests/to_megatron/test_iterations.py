@@ -58,7 +58,8 @@ def test_the_iteration_names_its_directory_the_tracker_and_the_files(
     make_hf(tmp_path / "hf", SMALL)
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, grid=Grid(tp=2)) == 0
     assert sorted(files(tmp_path / "root")) == sorted([
-        f"{directory}/mp_rank_00/{FILE}", f"{directory}/mp_rank_01/{FILE}", TRACKER, "target_megatron_args.json",
+        f"{directory}/conversion.json", f"{directory}/mp_rank_00/{FILE}", f"{directory}/mp_rank_01/{FILE}", TRACKER,
+        "target_megatron_args.json",
     ])  # fmt: skip
     assert (tmp_path / "root" / TRACKER).read_text() == tracker
     saved = load(tmp_path / "root" / directory / "mp_rank_01" / FILE)
@@ -70,7 +71,7 @@ def test_other_iterations_in_the_root_stay_as_they_are(tmp_path: Path) -> None:
     make_root(tmp_path / "root")
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--iteration", "5") == 0
     assert_same_shards(read_shards(tmp_path / "root", "iter_0000005"), expected_shards(SMALL, hf))
-    made = {f"iter_0000005/mp_rank_00/{FILE}", "target_megatron_args.json"}
+    made = {f"iter_0000005/mp_rank_00/{FILE}", "iter_0000005/conversion.json", "target_megatron_args.json"}
     assert {name: content for name, content in files(tmp_path / "root").items() if name not in made} == (
         OTHERS | {TRACKER: b"5"}
     )
@@ -116,7 +117,7 @@ def test_a_run_that_fails_leaves_the_old_tracker_and_every_iteration(flags: tupl
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--fp16") == 1
     found = {name: content for name, content in files(tmp_path / "root").items() if ".partial/" not in name}
     assert found == OTHERS | {TRACKER: b"1"}
-    assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags) == 0  # over what the failed run left
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--overwrite") == 0  # over what the failed run left
     assert [name for name in files(tmp_path / "root") if ".partial" in name] == []
 
 
@@ -146,7 +147,7 @@ def test_the_arguments_are_a_namespace_with_real_dtypes_in_every_file(tmp_path: 
     (tmp_path / "margs.json").write_text(json.dumps(margs))
     flags = ("--bf16", "--source-margs-file", str(tmp_path / "margs.json"), "--tokenizer-model", str(tmp_path / "hf"))
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, grid=Grid(tp=2, ep=2)) == 0
-    directories = sorted((tmp_path / "root" / "iter_0000001").iterdir())
+    directories = sorted((tmp_path / "root" / "iter_0000001").glob("mp_rank_*"))
     args = [load(directory / FILE)["args"] for directory in directories]
     assert [type(each) for each in args] == [Namespace] * 4
     assert all(each == args[0] for each in args)

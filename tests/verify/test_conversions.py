@@ -12,7 +12,7 @@ from dist_convert.models.schema import Row
 from dist_convert.plan import geometry, moves
 from dist_convert.plan.geometry import Segment
 from dist_convert.records import View
-from dist_convert.write.file_writer import FileWriter
+from dist_convert.write.file_writer import FileWriter, Written
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.to_megatron import make_hf, to_megatron
@@ -96,10 +96,10 @@ def test_one_bit_that_was_written_wrong_is_found(
     make_hf(tmp_path / "hf", Model())
     right = FileWriter.write
 
-    def wrong(self: FileWriter, view: View, data: memoryview) -> None:
+    def wrong(self: FileWriter, view: View, data: memoryview) -> Written:
         if ("layers.2." in view.tensor) and ("o_proj" in view.tensor or "linear_proj" in view.tensor):
             data[0] ^= 1
-        right(self, view, data)
+        return right(self, view, data)
 
     monkeypatch.setattr(FileWriter, "write", wrong)
     if direction == "to hf":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
-from dist_convert.write.commit import check_target, commit, new_partial
+from dist_convert.write.commit import check_target, commit, settle
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def partial(target: Path) -> Path:
     """A finished conversion that has no name yet."""
     path = target.with_name("model.partial")
     write(path, "config.json", "new")
+    write(path / ".journal", "identity.json", "{}")
     return path
 
 
@@ -125,25 +126,13 @@ def test_a_directory_without_write_permission_is_named(target: Path, source: Pat
     assert caught.value.found == f"{target.parent} is no directory or is write-protected"
 
 
-def test_a_partial_directory_is_made_empty_whatever_an_earlier_run_left(partial: Path) -> None:
-    write(partial, "left.safetensors", "behind")
-    new_partial(partial)
-    assert list(partial.iterdir()) == []
-
-
-def test_a_partial_directory_that_cannot_be_made_is_a_typed_error(target: Path) -> None:
-    write(target.parent.parent, "out", "a file where the directory should be")
-    with pytest.raises(TargetError) as caught:
-        new_partial(target.with_name("model.partial"))
-    assert caught.value.file == str(target.with_name("model.partial"))
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "empty directory"])
 def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, overwrite: bool, there: bool) -> None:
     if there:
         target.mkdir()
     commit(partial, target, overwrite=overwrite)
+    settle(target)
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
 
@@ -152,6 +141,7 @@ def test_with_overwrite_nothing_of_the_old_target_is_left(target: Path, partial:
     write(target, "config.json", "old")
     write(target, "model-00001-of-00002.safetensors", "old")
     commit(partial, target, overwrite=True)
+    settle(target)
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
@@ -196,6 +186,7 @@ def test_a_link_to_a_model_is_replaced_and_the_model_it_leads_to_is_kept(target:
     write(elsewhere, "config.json", "old")
     target.symlink_to(elsewhere)
     commit(partial, target, overwrite=True)
+    settle(target)
     assert (target / "config.json").read_text() == "new"
     assert (elsewhere / "config.json").read_text() == "old"
     assert beside(target) == ["elsewhere", "model"]

@@ -16,7 +16,7 @@ from dist_convert.write.file_writer import FileWriter
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[FileWriter]:
     (tmp_path / "a").write_bytes(b"." * 16)
-    writer = FileWriter(tmp_path, keep_checksums=False)
+    writer = FileWriter(tmp_path)
     yield writer
     writer.close()
 
@@ -87,7 +87,7 @@ def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path, writer: 
 
 
 def test_a_full_file_system_is_told_from_other_refusals() -> None:
-    writer = FileWriter(Path("/dev"), keep_checksums=False)
+    writer = FileWriter(Path("/dev"))
     with pytest.raises(NotEnoughSpace) as caught:
         writer.write(view(0, 1, 1, file="full"), memoryview(b"x"))
     writer.close()

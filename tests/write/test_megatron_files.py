@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_convert.errors import PlanError, TargetError, TargetExists
+from dist_convert.errors import PlanError, TargetError
 from dist_convert.metadata.target_args import TorchDtype
 from dist_convert.read.megatron_shard import read_shard
 from dist_convert.records import DTYPE_BYTES
@@ -220,11 +220,20 @@ def test_two_tensors_of_one_name_are_refused(path: Path) -> None:
     assert (caught.value.tensor, caught.value.file) == ("w", str(path))
 
 
-def test_a_shard_that_is_there_is_not_overwritten(path: Path) -> None:
+def test_values_that_are_there_already_stay(path: Path) -> None:
     write_skeleton(path, ARGS, 7, [MIXED])
     fill(path, [MIXED])
     before = path.read_bytes()
-    with pytest.raises(TargetExists) as caught:
+    write_skeleton(path, ARGS, 7, [MIXED])
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_too_long_is_refused_and_not_cut(path: Path) -> None:
+    write_skeleton(path, ARGS, 7, [MIXED])
+    with path.open("ab") as file:
+        file.write(b"more")
+    before = path.read_bytes()
+    with pytest.raises(TargetError) as caught:
         write_skeleton(path, ARGS, 7, [MIXED])
     assert caught.value.file == str(path)
     assert path.read_bytes() == before

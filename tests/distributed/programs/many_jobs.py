@@ -9,6 +9,7 @@ to `.json`: the exit code and, where it converted, the outcome and the collectiv
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import functools
 import json
 import os
@@ -97,6 +98,7 @@ def run_forked(flags: list[str], number: int, directory: Path) -> None:
             signal.alarm(TIMEOUT_SECONDS)
             for descriptor, suffix in ((1, ".stdout"), (2, ".stderr")):
                 os.dup2(os.open(files.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 5)  # to its stderr, of all threads
             code = run_job(flags, files.with_suffix(".record"))
         except BaseException:
             traceback.print_exc()

@@ -1,0 +1,205 @@
+"""Where a conversion begins: anew, or where an earlier run was stopped.
+
+At each place of the target (one on a shared file system, one for each node where nodes keep their own shards) the first
+rank takes the partial directory. Every journal is read by one rank that sees it, and all ranks learn what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_convert.errors import RESUME, ConversionError, DifferentModel, ValueOverflow
+from dist_convert.job import Job, ToMegatronJob
+from dist_convert.move.exchange import World, gather_objects
+from dist_convert.plan.content import content_digest, digest
+from dist_convert.plan.done import Done
+from dist_convert.plan.node_local import local_name, name_at
+from dist_convert.read.discover import deal_headers
+from dist_convert.task import Task
+from dist_convert.version import __version__
+from dist_convert.write.commit import check_target
+from dist_convert.write.file_writer import Written
+from dist_convert.write.history import (
+    CHANGES,
+    History,
+    fields,
+    from_fields,
+    history_of,
+    joined,
+    journals,
+    last_run,
+    read_journal,
+)
+from dist_convert.write.identity import identity
+from dist_convert.write.journal import Journal, this_boot
+from dist_convert.write.manifest import is_complete
+from dist_convert.write.partial import check_partial, claim, forget, is_committed, is_ours
+from dist_convert.write.skeleton import reserve_file
+
+#: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
+_PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
+
+
+def identity_of(task: Task, job: Job | ToMegatronJob) -> dict[str, Any]:
+    """What an unfinished target must have been made from, for this conversion to go on with it."""
+    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(job).items()}
+    return identity(content_digest(task.content), task.source_identity, task.settings, flags, __version__)
+
+
+def facts_of(task: Task, job: Job | ToMegatronJob) -> dict[str, Any]:
+    """What the manifest says of a conversion."""
+    known = identity_of(task, job)
+    flags = {name: value for name, value in known["flags"].items() if name not in _PATHS}
+    names = ("size_bytes", "modified_ns", "header_sha256")
+    files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
+    return {
+        "direction": task.direction,
+        "versions": {"dist_convert": __version__, "torch": torch.__version__},
+        "plan": known["plan"],
+        "settings": digest(known["settings"]),
+        "flags": flags,
+        "source": {"path": str(task.source.absolute()), "files": files},
+    }
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a conversion begins.
+
+    Attributes:
+        run: its number among the runs that worked on the target, from 1.
+        history: what earlier runs did.
+        done: the bytes that they have written.
+        journal: of this rank.
+    """
+
+    run: int
+    history: History
+    done: Done
+    journal: Journal
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is known of a target that this conversion holds.
+
+    Attributes:
+        is_complete: nothing is left to be written: at some place it has its name already.
+        has_name: at this rank's place.
+    """
+
+    is_complete: bool
+    has_name: bool
+
+
+def has_name(task: Task, job: Job | ToMegatronJob) -> bool:
+    """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
+    is_settled = not (job.overwrite or job.dry_run or job.verify) and is_complete(task.target, facts_of(task, job))
+    return is_settled or is_committed(task.target, identity_of(task, job))
+
+
+def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
+    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes.
+
+    Raises:
+        TargetError, NotEnoughSpace: see `commit.check_target` and `partial.check_partial`.
+    """
+    known = identity_of(task, job)
+    if has_name(task, job):
+        return shutil.disk_usage(task.target).free
+    free_bytes = check_target(
+        task.target,
+        task.source,
+        is_replaceable=task.is_replaceable,
+        overwrite=job.overwrite,
+        needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
+        flag=task.target_flag,
+    )
+    check_partial(task.target, known, overwrite=job.overwrite)
+    return free_bytes
+
+
+@contextlib.contextmanager
+def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[Held]:
+    """Hold the target for this conversion; errors inside say that the same command goes on with it.
+
+    Raises:
+        TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
+    """
+    lock = None
+    is_named = task.is_first_of_place(world.rank) and has_name(task, job)
+    if task.is_first_of_place(world.rank) and (not is_named or is_ours(task.target)):
+        lock = claim(task.target, identity_of(task, job), overwrite=job.overwrite)
+    try:
+        named = gather_objects(world, is_named)
+        yield Held(any(named), named[task.places.index(task.places[world.rank])])
+    except ValueOverflow:
+        raise  # the same command would end the same way
+    except DifferentModel:
+        if lock is not None:
+            forget(task.partial)
+        raise
+    except ConversionError as error:
+        error.resume = RESUME
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def begin(task: Task, world: World) -> Start:
+    """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
+    partial, place = task.partial, task.places[world.rank]
+    boots = gather_objects(world, list(this_boot()))
+    listings: list[list[str]] = gather_objects(world, journals(partial))
+    # Journals of two places may have one name, and are two.
+    seen = [{f"{task.places[rank]}/{name}": 0 for name in names} for rank, names in enumerate(listings)]
+    names = sorted(frozenset[str]().union(*seen))
+    run = last_run(name.partition("/")[2] for name in names) + 1
+    mine = [name.partition("/")[2] for name in deal_headers(names, seen)[world.rank]]
+    records = [_placed(read_journal(partial, name, boots), task, place) for name in mine]
+    is_first = task.is_first_of_place(world.rank)
+    damaged = [file.name for file in task.files_of(world.rank) if not _is_whole(partial, file.name, file.size_bytes)]
+    gathered = gather_objects(world, [records, damaged if is_first else []])
+    history = history_of(
+        [record for records, _ in gathered for record in records], [name for _, names in gathered for name in names]
+    )
+    planned = {file.name for file in task.content.files}
+    history = replace(history, written=tuple(one for one in history.written if one[0].file in planned))
+    if is_first:
+        task.make_files(partial)
+        for file in task.files_of(world.rank):
+            reserve_file(partial / local_name(file.name), file.name)
+    journal = Journal(partial, run, world.rank)
+    for name in damaged if is_first and run > 1 else ():
+        journal.lost(local_name(name), with_this_run=False)
+    gather_objects(world, None)
+    return Start(run, history, Done.of(window for window, _ in history.written), journal)
+
+
+def _placed(record: dict[str, Any], task: Task, place: int) -> dict[str, Any]:
+    """A journal's record with the plan's names of files: journals have those of their own place."""
+    if not max(task.places):
+        return record
+    changes = {kind: record[kind] for kind in ("run", *CHANGES)}
+    return changes | {
+        kind: [[name_at(place, file), *rest] for file, *rest in record[kind]] for kind in ("wrote", "lost")
+    }
+
+
+def _is_whole(partial: Path, file: str, size_bytes: int) -> bool:
+    path = partial / local_name(file)
+    return path.is_file() and path.stat().st_size >= size_bytes
+
+
+def all_written(world: World, mine: list[Written], history: History) -> list[Written]:
+    """What all runs of all ranks wrote, with its checksums."""
+    gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
+    return [*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)]

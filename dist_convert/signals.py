@@ -1,0 +1,51 @@
+"""SIGTERM and SIGINT as events that a thread can wait for, even while the main thread is inside a collective."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Signals that have arrived and were not asked for yet."""
+
+    def __init__(self) -> None:
+        self._received, self._sent = socket.socketpair()
+        self._received.setblocking(False)
+        self._sent.setblocking(False)
+
+    def take(self) -> int | None:
+        """The number of a signal that has arrived, if one has; several of them count as the first."""
+        try:
+            numbers = self._received.recv(4096)
+        except OSError:  # none has arrived, or none is waited for any more
+            return None
+        return next((number for number in numbers if number in _CAUGHT), None)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within it the signals only arrive here, however often. Outside the main thread nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        heeded = [number for number in _CAUGHT if signal.getsignal(number) != signal.SIG_IGN]  # nohup's are not
+        handlers = {number: signal.signal(number, _nothing) for number in heeded}
+        # The interpreter's own handler writes the number at once; the one above would wait for the main thread.
+        wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self._received.close()
+            self._sent.close()
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    pass

@@ -1,0 +1,144 @@
+"""Keeps two conversions from making one target at the same time, on one machine or on several.
+
+On one machine flock(2) tells, which the kernel lets go of whatever becomes of the process. Network file systems may not
+pass it on, so the file also says who holds it, and a thread touches it every few seconds: to whoever finds it held by
+another machine, a file that is touched while he looks on is alive, and no clocks need agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import TargetBusy
+from dist_convert.write.file_writer import target_error
+from dist_convert.write.journal import this_boot
+
+BEAT_SECONDS = 5.0
+#: What another machine has not touched for so long is given up.
+STALE_SECONDS = 30.0
+
+
+class Lock:
+    """Holds a file for this process until it is released.
+
+    Args:
+        path: of the file, which is made where it is not there.
+        label: what is held, for messages.
+        stale_seconds: how long another machine's holder is watched.
+
+    Raises:
+        TargetBusy: naming who holds it.
+        TargetError: the file system refuses.
+    """
+
+    def __init__(self, path: Path, label: str, stale_seconds: float = STALE_SECONDS) -> None:
+        self._path = path
+        self._released = threading.Event()
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise target_error(error, str(path)) from error
+        try:
+            holder = _holder(self._descriptor)
+            if not _try_flock(self._descriptor):
+                raise _busy(label, holder)
+            if holder and _lives(holder, path, stale_seconds):
+                raise _busy(label, holder)
+            self._write()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+        self._beats.start()
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._released.set()
+        self._beats.join()
+        with contextlib.suppress(OSError):  # what is left behind is known to be stale
+            os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def _write(self) -> None:
+        host, boot = this_boot()
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        text = json.dumps({"host": host, "boot": boot, "process": os.getpid(), "started": started})
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise target_error(error, str(self._path)) from error
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._descriptor)
+
+
+def check_unlocked(path: Path, label: str) -> None:
+    """Refuse what another process of this machine holds, without holding it.
+
+    Raises:
+        TargetBusy: naming who holds it.
+    """
+    if not path.exists():
+        return
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        holder = _holder(descriptor)
+        if not _try_flock(descriptor):
+            raise _busy(label, holder)
+    finally:
+        os.close(descriptor)
+
+
+def _try_flock(descriptor: int) -> bool:
+    """Whether no other process holds it, as far as the file system can tell."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Who wrote the file, empty where nobody did."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lives(holder: dict[str, Any], path: Path, stale_seconds: float) -> bool:
+    """Whether the holder of a file that flock did not refuse is at work all the same."""
+    if (holder.get("host"), holder.get("boot")) == this_boot():
+        return False  # it would have the flock
+    touched = path.stat().st_mtime_ns
+    deadline = time.monotonic() + stale_seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, stale_seconds / 10))
+        with path.open("rb") as file:  # opening makes a network file system ask its server
+            if os.fstat(file.fileno()).st_mtime_ns != touched:
+                return True
+    return False
+
+
+def _busy(label: str, holder: dict[str, Any]) -> TargetBusy:
+    who = f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('started')}" if holder else ""
+    return TargetBusy(
+        "another conversion is making this target",
+        file=label,
+        found=who or "a process that has just started",
+        remedy="wait until it has ended, or stop it, and start the same command again",
+    )

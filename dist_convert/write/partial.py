@@ -1,0 +1,207 @@
+"""`NAME.partial`, where a target is made, and the journal directory in it that says whose it is.
+
+Only a directory with such a journal is ever taken up or emptied. A new one appears under its name complete, journal and
+lock inside, so that of two conversions that start together one finds the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import ResumeRefused, TargetExists
+from dist_convert.write.file_writer import target_error
+from dist_convert.write.identity import differences
+from dist_convert.write.journal import JOURNAL_DIRECTORY
+from dist_convert.write.lock import Lock, check_unlocked
+from dist_convert.write.sync import sync
+
+#: In the partial directory until the target has its name: what a job script looks for before it starts again.
+RESUMABLE = "resumable"
+_IDENTITY, _LOCK, _REPLACES = "identity.json", "lock", "replaces"
+
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def partial_of(target: Path) -> Path:
+    """Where a target is made before it gets its name."""
+    return target.with_name(target.name + PARTIAL_SUFFIX)
+
+
+def aside_of(target: Path) -> Path:
+    """Where a target that is replaced waits until its successor has its name."""
+    return target.with_name(target.name + ".replaced")
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a conversion made a directory and has not ended."""
+    return (directory / JOURNAL_DIRECTORY / _IDENTITY).is_file()
+
+
+def replaces_aside(directory: Path) -> bool:
+    """Whether the directory is to replace the target that was moved aside."""
+    return (directory / JOURNAL_DIRECTORY / _REPLACES).exists()
+
+
+def note_replacing(partial: Path) -> None:
+    """Note, before the old target moves aside, that this conversion is what moves it."""
+    (partial / JOURNAL_DIRECTORY / _REPLACES).touch()
+    sync(partial / JOURNAL_DIRECTORY)
+
+
+def is_committed(target: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether this conversion's target has its name already, and only the last steps are missing."""
+    return is_ours(target) and not _differences(target, identity)
+
+
+def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Check what earlier runs left of a target; makes nothing.
+
+    Args:
+        target: final path.
+        identity: of this conversion, see `identity`.
+        overwrite: whether what is being made of something else may be thrown away.
+
+    Raises:
+        TargetExists: something that no conversion left has the partial directory's name.
+        ResumeRefused: an unfinished conversion of something else, without `overwrite`.
+        TargetBusy: it is at work.
+    """
+    partial = partial_of(target)
+    if _is_free(partial):
+        return
+    if not is_ours(partial):
+        raise TargetExists(
+            "what lies where the target is made was not left by a conversion",
+            file=str(partial),
+            expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{_IDENTITY}",
+            remedy="move it away or remove it yourself, or choose another target",
+        )
+    check_unlocked(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
+    different = _differences(partial, identity)
+    if different and not overwrite:
+        raise ResumeRefused(
+            "an unfinished conversion of something else is where the target is made",
+            file=str(partial),
+            found="; ".join(different),
+            remedy="undo that change to go on with it, or start anew with --overwrite",
+        )
+
+
+def _is_free(partial: Path) -> bool:
+    return not os.path.lexists(partial) or (partial.is_dir() and not any(partial.iterdir()))
+
+
+def _differences(directory: Path, identity: Mapping[str, Any]) -> list[str]:
+    try:
+        old = json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())
+        return differences(old, identity)
+    except (ValueError, KeyError, TypeError):
+        return ["the record of what it is made from cannot be read"]
+
+
+def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock:
+    """Make the partial directory, or take up one that is there; nobody else has it until the lock is released.
+
+    Args:
+        target, identity, overwrite: see `check_partial`.
+
+    Raises:
+        TargetBusy, ResumeRefused, TargetExists: see `check_partial`.
+        TargetError, NotEnoughSpace: the file system refuses.
+    """
+    partial = partial_of(target)
+    try:
+        if is_committed(target, identity):
+            return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
+        lock = _make(partial, identity) if _is_free(partial) else None
+        if lock is not None:
+            return lock
+        check_partial(target, identity, overwrite=overwrite)
+        lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
+        try:
+            _restore_aside(target)
+            if _differences(partial, identity):
+                _start_anew(partial, identity)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+    except OSError as error:
+        raise target_error(error, str(partial)) from error
+
+
+def _make(partial: Path, identity: Mapping[str, Any]) -> Lock | None:
+    """Make the directory under another name first; None where somebody else was quicker."""
+    fresh = partial.with_name(f".{partial.name}-{secrets.token_hex(4)}")
+    (fresh / JOURNAL_DIRECTORY).mkdir(parents=True)
+    lock = Lock(fresh / JOURNAL_DIRECTORY / _LOCK, str(partial))
+    try:
+        _write_record(fresh, identity)
+        fresh.rename(partial)  # onto nothing, or onto an empty directory
+        sync(partial.absolute().parent)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if is_ours(partial) or (partial.is_dir() and any(partial.iterdir())):
+            pass
+        else:
+            raise target_error(error, str(partial)) from error
+    else:
+        return lock
+    finally:
+        if fresh.exists():
+            lock.release()
+            shutil.rmtree(fresh)
+    return None
+
+
+def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
+    journal = partial / JOURNAL_DIRECTORY
+    (partial / RESUMABLE).write_text("unfinished: start the same command again to go on\n", encoding="utf-8")
+    fresh = journal / (_IDENTITY + ".new")
+    fresh.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    sync(fresh)
+    fresh.rename(journal / _IDENTITY)
+    sync(journal)
+    sync(partial)
+
+
+def forget(partial: Path) -> None:
+    """Remove the journals, so that nothing counts of what has been written.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    for path in sorted((partial / JOURNAL_DIRECTORY).glob("run-*")):
+        path.unlink()
+    sync(partial / JOURNAL_DIRECTORY)
+
+
+def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
+    """Empty a directory of ours: its journals first, so that none speaks of what is no longer there."""
+    forget(partial)
+    for path in sorted(partial.iterdir()):
+        if path.name != JOURNAL_DIRECTORY:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _write_record(partial, identity)
+
+
+def _restore_aside(target: Path) -> None:
+    """Give a target its name back that was moved aside by a run that ended before its successor had the name."""
+    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and replaces_aside(partial_of(target)):
+        aside_of(target).rename(target)
+        sync(target.absolute().parent)
+
+
+def used_bytes(partial: Path) -> int:
+    """What a directory of ours has on its disk already, and is free for its successor."""
+    if not is_ours(partial):
+        return 0
+    return sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
