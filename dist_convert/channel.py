@@ -31,7 +31,8 @@ class Channel:
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank = rank
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the store, whose calls do not return while a network is cut
+        self._count_lock = threading.Lock()
         self._unsent_bytes = 0
         self._written_alone_bytes = 0
         self._on_progress: Callable[[int], None] | None = None
@@ -48,7 +49,7 @@ class Channel:
 
     def add_progress(self, size_bytes: int) -> None:
         """Count bytes that this rank has written; any thread may call it."""
-        with self._lock:
+        with self._count_lock:
             self._unsent_bytes += size_bytes
         if self._store is None:
             self._exchange_progress()
@@ -111,6 +112,17 @@ class Channel:
             print(message, file=sys.stderr, flush=True)
             return exit_code
         self._closed.set()
+        answers: list[int] = []
+        reporting = threading.Thread(target=lambda: answers.append(self._report_if_served(message, exit_code)))
+        reporting.daemon = True
+        reporting.start()
+        reporting.join(timeout=2.5 * _PATIENCE_SECONDS)
+        if answers:
+            return answers[0]
+        print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
+        os._exit(exit_code)
+
+    def _report_if_served(self, message: str, exit_code: int) -> int:
         self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             return self._report(message, exit_code)
@@ -175,7 +187,8 @@ class Channel:
 
     def _exchange_progress(self) -> None:
         with self._lock:
-            new_bytes, self._unsent_bytes = self._unsent_bytes, 0
+            with self._count_lock:
+                new_bytes, self._unsent_bytes = self._unsent_bytes, 0
             self._written_alone_bytes += new_bytes
             all_bytes = self._written_alone_bytes
             if self._store is not None and (new_bytes or self._on_progress is not None):
