@@ -55,7 +55,8 @@ def _fail_early(error: ConversionError) -> int:
     """Report an error of flags or job files, which all ranks usually have, but sometimes one of them alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        from dist_convert.channel import Channel, is_served_by_launcher
+        from dist_convert.channel import Channel
+        from dist_convert.rendezvous import is_served_by_launcher
 
         if is_served_by_launcher():
             return Channel(rank, size).fail(str(error), error.exit_code)
@@ -97,9 +98,10 @@ def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
 
 
 def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
-    from dist_convert.channel import Channel, is_served_by_launcher
+    from dist_convert.channel import Channel
     from dist_convert.device import limit_threads, return_freed_memory
     from dist_convert.move.exchange import join_world, leave_world
+    from dist_convert.rendezvous import is_served_by_launcher
     from dist_convert.run import convert
     from dist_convert.verify.verify import verify
 

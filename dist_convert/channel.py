@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError
 
 from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
 from dist_convert.failures import Failures
-from dist_convert.heartbeat import BEAT_SECONDS, Pulse, suspects, wait_for_work
+from dist_convert.heartbeat import BEAT_SECONDS, Beat, Pulse, suspects, wait_for_work
+from dist_convert.rendezvous import connect, is_served_by_launcher, within
 from dist_convert.signals import Signals
 
 _POLL_SECONDS = 0.3
@@ -40,9 +40,9 @@ class Channel:
 
     def __init__(self, rank: int, size: int, signals: Signals | None = None, silent_seconds: float = math.inf) -> None:
         self._rank = rank
-        self._size = size
         self._signals = signals
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the store, whose calls do not return while a network is cut
+        self._count_lock = threading.Lock()
         self._unsent_bytes = 0
         self._written_alone_bytes = 0
         self._on_progress: Callable[[int], None] | None = None
@@ -52,7 +52,7 @@ class Channel:
         self._doing = "starting"
         self._pulse = Pulse(rank, size, silent_seconds)
         self._printer_is_silent = False
-        self._store = _connect() if size > 1 else None
+        self._store = connect() if size > 1 else None
         self._failures = Failures(self._store, self._lock) if self._store is not None else None
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -74,7 +74,7 @@ class Channel:
 
     def add_progress(self, size_bytes: int) -> None:
         """Count bytes that this rank has written; any thread may call it."""
-        with self._lock:
+        with self._count_lock:
             self._unsent_bytes += size_bytes
         if self._store is None:
             self._exchange_progress()
@@ -120,13 +120,20 @@ class Channel:
             self._closed.set()
             print(message, file=sys.stderr, flush=True)
             return exit_code
+        self._closed.set()
+        answer = within(2.5 * _PATIENCE_SECONDS, lambda: self._report_if_served(message, exit_code))
+        if answer is not None:
+            return answer
+        print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
+        os._exit(exit_code)
+
+    def _report_if_served(self, message: str, exit_code: int) -> int:
+        assert self._failures is not None
+        self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             return self._report(self._failures, message, exit_code)
         except DistError:
             return exit_code  # rank 0, which served the store and has printed the failure, is gone
-        finally:
-            self._closed.set()
-            self._watcher.join(timeout=_GRACE_SECONDS)  # a process cannot end well inside a call to the store
 
     def _report(self, failures: Failures, message: str, exit_code: int) -> int:
         first = failures.post(message, exit_code, self._stopped_by)
@@ -146,16 +153,20 @@ class Channel:
         """Say in an error which rank it may be that keeps the others waiting; backends do not know."""
         if self._store is None or "tim" not in error.found.lower():  # only a time-out leaves a rank to be looked for
             return
-        try:
-            before = self._pulse.heard(self._store, self._lock)
-            time.sleep(2.5 * BEAT_SECONDS)
-            found = suspects(before, self._pulse.heard(self._store, self._lock))
-        except DistError:
-            return
+        found = within(2.5 * BEAT_SECONDS + _PATIENCE_SECONDS, self._suspects) or []
         self._printer_is_silent = any(beat.rank == 0 for beat in found)
         if found:
             error.what = f"{found[0]}, does not answer"
             error.found = "; ".join(map(str, found[1:])) or error.found
+
+    def _suspects(self) -> list[Beat]:
+        assert self._store is not None
+        try:
+            before = self._pulse.heard(self._store, self._lock)
+            time.sleep(2.5 * BEAT_SECONDS)
+            return suspects(before, self._pulse.heard(self._store, self._lock))
+        except DistError:
+            return []
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -224,27 +235,11 @@ class Channel:
 
     def _exchange_progress(self) -> None:
         with self._lock:
-            new_bytes, self._unsent_bytes = self._unsent_bytes, 0
+            with self._count_lock:
+                new_bytes, self._unsent_bytes = self._unsent_bytes, 0
             self._written_alone_bytes += new_bytes
             all_bytes = self._written_alone_bytes
             if self._store is not None and (new_bytes or self._on_progress is not None):
                 all_bytes = self._store.add("written", new_bytes)
         if self._on_progress is not None:
             self._on_progress(all_bytes)
-
-
-def is_served_by_launcher() -> bool:
-    """Whether torchrun itself serves the store, so that it outlives any rank."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _connect() -> Store:
-    """A connection of our own to the store that torchrun (or rank 0) serves; each restart has its own keys."""
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=60),
-    )
-    return PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
