@@ -135,9 +135,23 @@ def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStac
         return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        return _fail(channel, str(_refused(error)), 1)
     except BaseException:
         return _fail(channel, f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}", 1)
     return exit_code
+
+
+def _refused(error: OSError) -> ConversionError:
+    """An operating system's refusal outside of the reading and writing of weights, and where it was met."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]
+    where = f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
+    return ConversionError(
+        "the operating system refuses",
+        file=str(error.filename or ""),
+        found=(error.strerror or str(error)) + where,
+        remedy="check the disk or network file system, then start the same command again",
+    )
 
 
 def _fail(channel: Channel | None, message: str, exit_code: int) -> int:

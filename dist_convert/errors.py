@@ -9,6 +9,7 @@
     │   ├── MissingShard            a rank directory that the grid needs is not there
     │   ├── InconsistentShards      shards that cannot belong to one checkpoint
     │   ├── CorruptFile             truncated, or not what its header says
+    │   ├── SourceChanged           written to or replaced while it was read
     │   ├── UnsafePickle            the pickle names something that is never imported
     │   ├── MissingArguments        no `args`, or an argument that decides the model is absent
     │   ├── UnsupportedModel        an architecture, option or format without a place in the target
@@ -101,6 +102,10 @@ class InconsistentShards(SourceError):
 
 class CorruptFile(SourceError):
     """Truncated, or not what its header says."""
+
+
+class SourceChanged(SourceError):
+    """Written to or replaced while it was read."""
 
 
 class UnsafePickle(SourceError):

@@ -90,6 +90,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         direction="hf-to-megatron",
         source=directory,
         source_identity=found.identity,
+        source_listing=found.listing,
         settings=json.loads(target_margs_json(target.args)) | {"iteration": iteration},
         visible=found.visible,
         target=job.save_dir / name,

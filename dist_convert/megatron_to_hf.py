@@ -76,6 +76,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         direction="megatron-to-hf",
         source=directory,
         source_identity=found.identity,
+        source_listing=found.listing,
         settings={},
         visible=found.visible,
         target=job.save_path,

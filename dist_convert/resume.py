@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from dist_convert.errors import RESUME, ConversionError, DifferentModel, ValueOverflow
+from dist_convert.errors import RESUME, ConversionError, DifferentModel, SourceChanged, ValueOverflow
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.content import content_digest, digest
 from dist_convert.plan.done import Done
 from dist_convert.plan.node_local import local_name, name_at
 from dist_convert.read.discover import deal_headers
+from dist_convert.read.source_file import BACK_OR_ANEW, changed_files
 from dist_convert.task import Task
 from dist_convert.version import __version__
 from dist_convert.write.commit import check_target
@@ -142,7 +143,7 @@ def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[
         yield Held(any(named), named[task.places.index(task.places[world.rank])])
     except ValueOverflow:
         raise  # the same command would end the same way
-    except DifferentModel:
+    except (DifferentModel, SourceChanged):
         if lock is not None:
             forget(task.partial)
         raise
@@ -197,6 +198,25 @@ def _placed(record: dict[str, Any], task: Task, place: int) -> dict[str, Any]:
 def _is_whole(partial: Path, file: str, size_bytes: int) -> bool:
     path = partial / local_name(file)
     return path.is_file() and path.stat().st_size >= size_bytes
+
+
+def check_source(task: Task, world: World) -> None:
+    """Look at every source file once more: what was written counts only if none has changed since its header was read.
+
+    Raises:
+        SourceChanged: on every rank.
+    """
+    seen: list[list[str]] = gather_objects(world, changed_files(task.source, task.source_listing))
+    changed = sorted(frozenset[str]().union(*seen))
+    if not changed:
+        return
+    raise SourceChanged(
+        "a source file has changed while it was read",
+        file=changed[0],
+        expected="the size and time that it had when the conversion began",
+        found=f"others, as of {len(changed) - 1} more files" if changed[1:] else "others",
+        remedy=BACK_OR_ANEW,
+    )
 
 
 def all_written(world: World, mine: list[Written], history: History) -> list[Written]:

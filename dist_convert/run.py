@@ -31,11 +31,11 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.records import TargetFile
 from dist_convert.report import Outcome, describe_plan, load_of, outcome_line, peak_memory_bytes, resume_line
-from dist_convert.resume import Start, all_written, begin, check_start, facts_of, held_target
+from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, held_target
 from dist_convert.task import RunOptions, Task
 from dist_convert.verify.conversion import prepare_check
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import commit, settle, sync_files
+from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.file_writer import target_error
 from dist_convert.write.history import History
 from dist_convert.write.journal import MARK_SECONDS
@@ -101,6 +101,8 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
                 print(task.last_words, file=sys.stderr)
         if is_first:
             settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
+    if is_first:
+        sweep(task.target)
     return outcome
 
 
@@ -129,7 +131,7 @@ def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channe
                 print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
             plan = _divide(task, job, world, plan.placement, start.done)
         with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
-            moved = move(plan, world, task.source, partial, journal, channel)
+            moved = move(plan, world, task.source, task.source_listing, partial, journal, channel)
             channel.doing("waiting for other ranks to write")
             outcomes = [*gather_objects(world, _my_outcome(moved)), _earlier_outcome(start.history)]
         _check_outcomes(job, content, start, outcomes)
@@ -142,6 +144,7 @@ def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channe
             raise target_error(error, str(error.filename or partial)) from error
         records = {local_name(f.name): _record(partial, f, known) for f in task.my_share(world.rank)}
         of_ranks: list[dict[str, Any]] = gather_objects(world, records)
+        check_source(task, world)
         if task.is_first_of_place(world.rank):
             at_place = [seen for rank, seen in enumerate(of_ranks) if task.places[rank] == task.places[world.rank]]
             write_manifest(partial, {name: r for seen in at_place for name, r in seen.items()}, facts_of(task, job))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_convert.plan.content import Content
+from dist_convert.read.source_file import Listing
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.partial import partial_of
@@ -45,6 +46,7 @@ class Task:
         direction: the command's name.
         source: directory of the source files, as this rank sees it.
         source_identity: of each source file, its size in bytes, the time of its last change in ns, and its header.
+        source_listing: of the source files that this rank sees, what they were when their headers were read.
         settings: what the weights files' bytes depend on besides, in JSON values.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
@@ -63,6 +65,7 @@ class Task:
     direction: str
     source: Path
     source_identity: Mapping[str, tuple[int, int, str]]
+    source_listing: Listing
     settings: Mapping[str, Any]
     visible: tuple[frozenset[str], ...]
     target: Path

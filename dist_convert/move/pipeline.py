@@ -19,6 +19,7 @@ from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, Write
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
+from dist_convert.read.source_file import Listing
 from dist_convert.write.file_writer import FileWriter, Written
 from dist_convert.write.journal import Journal
 
@@ -43,13 +44,16 @@ class Moved:
     counts: Counts = field(default_factory=Counts)
 
 
-def move(plan: Plan, world: World, source: Path, target: Path, journal: Journal, progress: Progress) -> Moved:
+def move(
+    plan: Plan, world: World, source: Path, known: Listing, target: Path, journal: Journal, progress: Progress
+) -> Moved:
     """Do this rank's part of a plan.
 
     Args:
         plan: the same on every rank.
         world: this rank.
         source: the iteration's directory as this rank sees it.
+        known: what its files were when their headers were read.
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
         progress: hears of every step; its `doing` may raise an error to end the work between two steps.
@@ -62,7 +66,7 @@ def move(plan: Plan, world: World, source: Path, target: Path, journal: Journal,
     gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
     slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(SLOTS)]
-    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES))
+    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
     moved = Moved(counts=reader.counts)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, UnsupportedModel
 from dist_convert.layout import SHARD_FILE, is_rank_directory
+from dist_convert.read.source_file import reading
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
+_MAX_TRACKER_CHARACTERS = 1024
 
 
 def iteration_directory(root: Path, name: str | None) -> Path:
@@ -89,7 +91,8 @@ def _tracked(root: Path) -> str:
             found=", ".join(_iterations(root)) or "no iteration",
             remedy="name the iteration with --ckpt-dir-name",
         )
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
+        text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
     if text == "release":
         return text
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
@@ -111,7 +114,8 @@ def _iterations(root: Path) -> list[str]:
 def rank_files(directory: Path) -> dict[str, int]:
     """The rank files of an iteration that this machine sees, with their sizes in bytes."""
     found = {}
-    for path in sorted(directory.iterdir()):
-        if is_rank_directory(path.name) and (path / SHARD_FILE).is_file():
-            found[f"{path.name}/{SHARD_FILE}"] = (path / SHARD_FILE).stat().st_size
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            if is_rank_directory(path.name) and (path / SHARD_FILE).is_file():
+                found[f"{path.name}/{SHARD_FILE}"] = (path / SHARD_FILE).stat().st_size
     return found

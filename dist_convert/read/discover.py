@@ -12,9 +12,7 @@ from typing import Any
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.read.same_file import identity, sample_digest
-
-#: For each file that a rank sees: its size in bytes, inode and time of the last change.
-Listing = Mapping[str, Sequence[int]]
+from dist_convert.read.source_file import Listing, reading
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,14 @@ class Discovery:
         headers: each file's header as JSON, by file.
         visible: for each rank, the files that it can read.
         headers_of: for each rank, the files whose headers it read.
+        listing: of the files that this rank sees.
         identity: of each file, the size in bytes, the time of the last change in ns, and a digest of the header.
     """
 
     headers: dict[str, Any]
     visible: tuple[frozenset[str], ...]
     headers_of: tuple[tuple[str, ...], ...]
+    listing: Listing
     identity: dict[str, tuple[int, int, str]]
 
 
@@ -50,15 +50,20 @@ def discover(
         CheckpointNotFound: no rank sees any file.
         InconsistentShards: two ranks see different files under one name.
     """
-    listings = gather_listings(world, {file: identity(directory / file) for file in files})
+    mine = {}
+    for file in files:
+        with reading(file):
+            mine[file] = identity(directory / file)
+    listings = gather_listings(world, mine)
     names = sorted(frozenset[str]().union(*listings))
     if not names:
         raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
     _check_same_files(world, directory, names, listings)
     headers_of = deal_headers(names, listings)
-    mine = {file: read_header(file) for file in headers_of[world.rank]}
-    headers = {file: header for of_rank in gather_objects(world, mine) for file, header in of_rank.items()}
-    return Discovery(headers, tuple(frozenset(seen) for seen in listings), headers_of, _identity(headers, listings))
+    read = {file: read_header(file) for file in headers_of[world.rank]}
+    headers = {file: header for of_rank in gather_objects(world, read) for file, header in of_rank.items()}
+    visible = tuple(frozenset(seen) for seen in listings)
+    return Discovery(headers, visible, headers_of, mine, _identity(headers, listings))
 
 
 def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[str, tuple[int, int, str]]:

@@ -7,12 +7,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from dist_convert.boxes import Box, runs
-from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.move.buffers import Buffer
+from dist_convert.read.source_file import Listing, check_unchanged, source_error
 from dist_convert.records import DTYPE_BYTES, View
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,12 +40,18 @@ class FileReader:
     """Reads views of the files below one directory; keeps a limited number of them open.
 
     Not for use by two threads at once.
+
+    Args:
+        root: the directory.
+        scratch: for values that are not read straight to where they go.
+        known: files whose values count only if they have not changed after they were read.
     """
 
-    def __init__(self, root: Path, scratch: Buffer) -> None:
+    def __init__(self, root: Path, scratch: Buffer, known: Listing = MappingProxyType({})) -> None:
         self.counts = Counts()
         self._root = root
         self._scratch = scratch
+        self._known = known
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def close(self) -> None:
@@ -67,12 +75,14 @@ class FileReader:
 
         Raises:
             CorruptFile: the file ends before the view does.
-            SourceError: the file cannot be read.
+            SourceChanged: it is not the file any more that it was.
+            SourceError: it cannot be read.
         """
         size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
         self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
         if view.is_dense and view.dtype == target_dtype and not add:
             self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
+            self._check_unchanged(view)
             return {}
         packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
         matrix = packed.view(view.rows, view.columns)
@@ -81,6 +91,7 @@ class FileReader:
         for box, values in self._fetch(view):
             part = matrix[box.row : box.row_end, box.column : box.column_end]
             self._place(values, part, add, view.tensor)
+        self._check_unchanged(view)
         added = {kind: values[view.tensor] - before[kind] for kind, values in counted.items()}
         return {kind: values for kind, values in added.items() if values}
 
@@ -137,19 +148,29 @@ class FileReader:
             try:
                 count = os.preadv(self._descriptor(view.file), [window[done:]], offset_bytes + done)
             except OSError as error:
-                raise SourceError(
-                    "cannot read the source", tensor=view.tensor, file=view.file, found=error.strerror or str(error)
-                ) from error
+                expected = f"{len(window)} bytes at offset {offset_bytes}"
+                raise source_error(error, view.file, tensor=view.tensor, expected=expected) from error
             if count == 0:
+                self._check_unchanged(view)
                 raise CorruptFile(
                     "the file ends inside a tensor",
                     tensor=view.tensor,
                     file=view.file,
                     expected=f"{len(window)} bytes at offset {offset_bytes}",
                     found=f"{done} bytes",
-                    remedy="the file is cut short or was replaced while it was read; copy it again",
+                    remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
             done += count
+
+    def _check_unchanged(self, view: View) -> None:
+        known = self._known.get(view.file)
+        if known is None:
+            return
+        try:
+            found = os.fstat(self._descriptor(view.file))
+        except OSError as error:
+            raise source_error(error, view.file, tensor=view.tensor) from error
+        check_unchanged(found, known, view.file, view.tensor)
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CorruptFile, SourceError
+from dist_convert.errors import CorruptFile
+from dist_convert.read.source_file import reading
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,10 +17,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CorruptFile: it holds something else.
         SourceError: it cannot be read.
     """
+    with reading(path):
+        content = path.read_bytes()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError("cannot read the file", file=str(path), found=error.strerror or str(error)) from error
+        data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
     if not isinstance(data, dict):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CorruptFile, SourceError
+from dist_convert.errors import CorruptFile
+from dist_convert.read.source_file import reading
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 #: The limit of the safetensors library itself.
@@ -25,13 +26,10 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
         SourceError: the file cannot be read.
     """
-    try:
+    with reading(file), path.open("rb") as stream:
         size_bytes = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else b""
-    except OSError as error:
-        raise SourceError("cannot read the source", file=file, found=error.strerror or str(error)) from error
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else b""
     if not text:
         raise CorruptFile(
             "no safetensors header",

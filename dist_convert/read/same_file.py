@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dist_convert.errors import SourceError
+from dist_convert.read.source_file import reading
 
 _PIECES = 16
 _PIECE_BYTES = 4096
@@ -30,12 +30,9 @@ def sample_digest(path: Path, file: str) -> str:
         SourceError: it cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as opened:
-            last_bytes = max(0, path.stat().st_size - _PIECE_BYTES)
-            for number in range(_PIECES):
-                opened.seek(last_bytes * number // (_PIECES - 1))
-                digest.update(opened.read(_PIECE_BYTES))
-    except OSError as error:
-        raise SourceError("cannot read the source", file=file, found=error.strerror or str(error)) from error
+    with reading(file), path.open("rb") as opened:
+        last_bytes = max(0, path.stat().st_size - _PIECE_BYTES)
+        for number in range(_PIECES):
+            opened.seek(last_bytes * number // (_PIECES - 1))
+            digest.update(opened.read(_PIECE_BYTES))
     return digest.hexdigest()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_convert.errors import CorruptFile, SourceError
+from dist_convert.errors import CorruptFile
+from dist_convert.read.source_file import reading, source_error
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
 MAX_PICKLE_BYTES = 256 << 20
@@ -69,8 +70,10 @@ def open_container(path: Path, label: str) -> Container:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             directory_bytes = archive.start_dir
     except OSError as error:
-        raise SourceError("cannot read the source", file=label, found=error.strerror or str(error)) from error
+        raise source_error(error, label) from error
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        if isinstance(error.__context__, OSError):  # as zipfile answers where the end cannot be read
+            raise source_error(error.__context__, label) from error
         raise CorruptFile(
             "not a complete torch checkpoint file",
             file=label,
@@ -110,7 +113,9 @@ def _opened(container: Container) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(container.path) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+    except OSError as error:
+        raise source_error(error, container.label) from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         raise CorruptFile("a record cannot be read", file=container.label, found=str(error)) from error
 
 
@@ -142,11 +147,8 @@ def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]
     Raises:
         CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
     """
-    try:
-        with container.path.open("rb") as file:
-            return {name: _data_offset_bytes(container, name, file) for name in names}
-    except OSError as error:
-        raise SourceError("cannot read the file", file=container.label, found=error.strerror or str(error)) from error
+    with reading(container.label), container.path.open("rb") as file:
+        return {name: _data_offset_bytes(container, name, file) for name in names}
 
 
 def _data_offset_bytes(container: Container, name: str, file: BinaryIO) -> int:

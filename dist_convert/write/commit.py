@@ -76,6 +76,7 @@ def check_target(
             "the target cannot be made here",
             file=str(target),
             found=f"{parent} is no directory or is write-protected",
+            remedy=f"choose another {flag}, or make it writable",
         )
     space = os.statvfs(parent)
     free_bytes = space.f_bavail * space.f_frsize + used_bytes(partial_of(target))
@@ -134,22 +135,35 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def settle(target: Path) -> None:
-    """The last step of a conversion: remove what it replaced, and its journal.
+    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for.
 
     Raises:
         TargetError: the file system refuses.
     """
-    aside, journal = aside_of(target), target.with_name(f".{target.name}.journal")
+    aside = aside_of(target)
     try:
         if replaces_aside(target) and os.path.lexists(aside):
             aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
-        for left in (journal, *target.parent.glob(f".{partial_of(target).name}-*")):
-            shutil.rmtree(left, ignore_errors=True)  # of runs that were killed while they cleaned up, or began
+        sweep(target)
+        for left in target.parent.glob(f".{partial_of(target).name}-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of runs that were killed when they began
         if not (target / JOURNAL_DIRECTORY).exists():
             return
         for diary in (target / JOURNAL_DIRECTORY).glob("run-*"):
             diary.unlink()
-        (target / JOURNAL_DIRECTORY).rename(journal)  # all the rest at once
-        shutil.rmtree(journal)
+        (target / JOURNAL_DIRECTORY).rename(_old_journal(target))  # all the rest at once
+        sweep(target)
     except OSError as error:
         raise target_error(error, str(target)) from error
+
+
+def sweep(target: Path) -> None:
+    """Remove the journal that `settle` has put aside.
+
+    Network file systems keep a file that is removed while it is open, as the lock is: call it once more when it is not.
+    """
+    shutil.rmtree(_old_journal(target), ignore_errors=True)
+
+
+def _old_journal(target: Path) -> Path:
+    return target.with_name(f".{target.name}.journal")
