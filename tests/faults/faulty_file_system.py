@@ -5,8 +5,8 @@ RULES is a JSON file, read anew at every call: a list of objects with
     call     of the system: open, read, write, fsync or rename
     file     what the path contains
     at       a byte; reads and writes that touch it are meant
-    answer   an errno's name; "half" of the bytes; the bytes "up to" that place; "hang"; or a change to a file, after
-             which the call is answered as usual: "replace", "rewrite", "cut"
+    answer   an errno's name; "half" of the bytes; the bytes "up to" that place; "hang" for long; or a change to a
+             file, after which the call is answered as usual: "replace", "rewrite", "cut"
     changed  the file that is changed, below DIRECTORY; without it the one that is read
 
 Reads and writes reach it as they are made, past the kernel's cache.
@@ -24,6 +24,8 @@ from typing import Any
 
 from mfusepy import FUSE, FuseOSError, Operations
 
+#: A call without an answer cannot be killed, and no process that waits for it can end.
+HANG_SECONDS = 10.0
 CHANGES = ("replace", "rewrite", "cut")
 
 
@@ -97,7 +99,7 @@ class FaultyFileSystem(Operations):  # type: ignore[misc]
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         answer, at = self._answer("read", path, offset, size)
         if answer == "hang":
-            time.sleep(1e6)
+            time.sleep(HANG_SECONDS)
         if answer == "half":
             size = (size + 1) // 2
         if answer == "up to":
