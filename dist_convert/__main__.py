@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             job = job_from_flags(flags)
     except ConversionError as error:
         return _fail_early(error)
+    except OSError as error:
+        return _fail_early(_refused(error))
     return _run(job)
 
 

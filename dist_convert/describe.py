@@ -27,7 +27,7 @@ from dist_convert.read.checkpoint import (
 from dist_convert.read.huggingface import CONFIG_FILE, find_weights, read_weights_header
 from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import Shard, read_shard
-from dist_convert.read.weights_index import SAFETENSORS
+from dist_convert.read.weights_index import SAFETENSORS, check_inside
 from dist_convert.units import human_bytes
 
 _LISTED = 8
@@ -128,11 +128,13 @@ def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]
 
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
+    check_inside(path, CONFIG_FILE)
     config = read_json(path / CONFIG_FILE)
     named = find_weights(path)
     present = [name for name in named if (path / name).is_file()]
     tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     return {
         "path": str(path),
         "kind": "huggingface",
@@ -140,7 +142,7 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         "family": config.get("model_type"),
         "parameters": sum(tensor.elements for tensor in tensors),
         "layers": config.get("num_hidden_layers"),
-        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        "rope_theta": config.get("rope_theta", theta),
         "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
         "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
         "skipped_bytes": 0,

@@ -19,6 +19,7 @@ from dist_convert.metadata.target_args import (
 )
 from dist_convert.metadata.target_tokenizer import target_tokenizer
 from dist_convert.models import FAMILIES
+from dist_convert.models.limits import MOST_LAYERS, is_size
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.content import Content
@@ -228,7 +229,8 @@ def _plan(
 def _output_biases(config: Mapping[str, Any]) -> set[str]:
     """The names of the output projections' biases of a model that has no other output biases."""
     layers = config.get("num_hidden_layers")
-    if not config.get("attention_bias") or config.get("mlp_bias") or not isinstance(layers, int):
+    has_biases = config.get("attention_bias") and not config.get("mlp_bias")
+    if not has_biases or not isinstance(layers, int) or not is_size(layers, MOST_LAYERS):
         return set()
     return {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)}
 

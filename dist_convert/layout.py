@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.errors import MissingShard, UnsupportedModel
+from dist_convert.models.limits import MOST_RANKS, is_size
 
 SHARD_FILE = "model_optim_rng.pt"
 
@@ -72,6 +73,14 @@ def grid_from_args(args: Mapping[str, Any], chunks: int, *, imported_experts: bo
     if imported_experts or not args.get("num_experts"):
         expert_tensor = tensor
     grid = Grid(tensor, args.get("pipeline_model_parallel_size") or 1, chunks, expert, expert_tensor)
+    sizes = (tensor, grid.pipeline, expert, expert_tensor)
+    if not all(is_size(size, MOST_RANKS) for size in sizes) or tensor * grid.pipeline * expert > MOST_RANKS:
+        raise UnsupportedModel(
+            "a parallel grid of impossible sizes",
+            expected=f"whole numbers, and at most {MOST_RANKS} ranks",
+            found=str(grid)[:80],
+            remedy="the args are damaged; copy the checkpoint again from where it was saved",
+        )
     if tensor % expert_tensor:
         raise UnsupportedModel(
             "several expert tensor parallel ranks of this grid shared one file name; only one of them was kept",

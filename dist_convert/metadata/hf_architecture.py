@@ -11,6 +11,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.models import FAMILIES
 from dist_convert.models.architecture import Architecture, RopeScaling
+from dist_convert.models.limits import MOST, MOST_EXPERTS, MOST_LAYERS, check_experts, is_number, is_size
 
 #: Defaults of LlamaConfig and MixtralConfig, alike in transformers 4.49 and 5.23, where a key is absent.
 _SHARED = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -21,6 +22,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"llama": _SHARED | _LLAMA, "mixtral": _S
 
 #: The only scaling of rotary frequencies that Megatron-Core has, with constants of its own.
 _LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_MOST = {"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS}
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -40,17 +42,23 @@ class _Config:
 
     def size(self, name: str) -> int:
         value = self.given.get(name, self.defaults.get(name))
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.refuse(f"{name} is no size", expected="a positive whole number", found=repr(value), remedy=_REPAIR)
+        most = _MOST.get(name, MOST)
+        if not isinstance(value, int) or not value or not is_size(value, most):
+            expected = f"a positive whole number up to {most}"
+            self.refuse(f"{name} is no size", expected=expected, found=_shown(value), remedy=_REPAIR)
             return 1
         return value
 
     def number(self, name: str, value: object = None, *, above: float = 0) -> float:
         value = self.given.get(name, self.defaults[name]) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
-            self.refuse(f"{name} is no number", expected=f"a number above {above}", found=repr(value), remedy=_REPAIR)
+        if not isinstance(value, int | float) or not is_number(value) or value <= above:
+            self.refuse(f"{name} is no number", expected=f"a number above {above}", found=_shown(value), remedy=_REPAIR)
             return 1.0
         return float(value)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
 
 
 def config_vocab(config: Mapping[str, Any], *, file: str) -> int:
@@ -109,12 +117,14 @@ def architecture_from_config(
         sliding_window=read.size("sliding_window") if experts and config.get("sliding_window") is not None else None,
     )
     raise_together(read.problems)
+    check_experts(architecture.layers, architecture.experts, file)
     return architecture
 
 
 def _family(config: Mapping[str, Any], file: str) -> str:
     named = config.get("model_type")
     classes = config.get("architectures") or []
+    classes = classes if isinstance(classes, list) else [classes]
     for family in FAMILIES.values():
         if named in (family.name, None) and (family.hf_class in classes or (not classes and named)):
             return family.name
@@ -197,7 +207,7 @@ def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
             _refuse_both(read, f"rope_scaling={config['rope_scaling']}", f"rope_parameters={dict(v5)}")
         theta = new
     partial = [style.get("partial_rotary_factor") for style in (config, v4, v5)]
-    if not set(partial) <= {None, 1}:
+    if not all(share in (None, 1) for share in partial):
         read.refuse("a part of each head is not rotated", expected="partial_rotary_factor=1", found=partial)
     return read.number("rope_theta", theta), _scaling(read, v5 or v4)
 

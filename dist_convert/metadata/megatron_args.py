@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, raise_together
+from dist_convert.metadata.args_sizes import check_sizes
 from dist_convert.models.architecture import Architecture, RopeScaling
 
 #: Megatron-Core's constants of Llama 3.1's scaling of rotary frequencies.
@@ -84,6 +85,7 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
         MissingArguments: an argument without which the model is not determined.
         UnsupportedModel: options that have no counterpart in transformers. All are reported together.
     """
+    check_sizes(args, file)
     experts = args.get("num_experts") or 0
     demands = _DEMANDS + (_MOE_DEMANDS if experts else ())
     demands += _ROPE_SCALING_DEMANDS if args.get("use_rope_scaling") else ()

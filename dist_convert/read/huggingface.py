@@ -25,7 +25,7 @@ from dist_convert.read.checkpoint import is_checkpoint
 from dist_convert.read.json_file import read_json
 from dist_convert.read.pickled_weights import read_pickled_weights
 from dist_convert.read.safetensors_header import read_safetensors_header
-from dist_convert.read.weights_index import SAFETENSORS, check_weights_name, read_index_file
+from dist_convert.read.weights_index import SAFETENSORS, check_inside, check_weights_name, read_index_file
 from dist_convert.records import StoredTensor
 
 CONFIG_FILE = "config.json"
@@ -68,6 +68,7 @@ def read_directory(directory: Path) -> HuggingFaceFiles:
             found=_listing(directory),
             remedy="copy the model's config.json there",
         )
+    check_inside(directory, CONFIG_FILE)
     paths = {name: directory / name for name in names}
     return HuggingFaceFiles(
         read_json(config), {name: path.stat().st_size for name, path in paths.items() if path.is_file()}

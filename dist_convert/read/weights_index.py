@@ -22,6 +22,7 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
     Raises:
         CorruptFile: no weight map, or one that names something else than weights files inside the directory.
     """
+    check_inside(directory, index_file)
     weight_map = read_json(directory / index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFile(
@@ -61,6 +62,15 @@ def check_weights_name(directory: Path, name: str, named_by: str) -> None:
             found=repr(name[:80]),
             remedy="copy or download the file again",
         )
+    check_inside(directory, name)
+
+
+def check_inside(directory: Path, name: str) -> None:
+    """Refuse a file that is a link to somewhere else.
+
+    Raises:
+        CorruptFile: naming what it leads to.
+    """
     if _leaves(directory, name):
         raise CorruptFile(
             f"{name} is a link to a file outside the directory",

@@ -64,7 +64,7 @@ def test_a_disk_that_does_not_answer_one_of_two_ranks_is_told_with_the_rank_and_
     words = command(direction, undisturbed_on_disk.sources[direction], target, "--placement", "gather")
     file = next(undisturbed_on_disk.sources[direction].rglob(SOURCE_FILES[direction]))
     disk.fail("read", SOURCE_FILES[direction], "hang", at=file.stat().st_size // 2)
-    failed = runs.do(words, ranks=2, timeout_seconds=5.0)
+    failed = runs.do([*words, "--timeout", "5"], ranks=2)
     assert not target.exists()
     assert set(failed.exit_codes) <= {1, 143, -9}, failed
     assert "Traceback" not in failed.printed
