@@ -24,6 +24,11 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
     """
     wrong = {name: f"a whole number up to {most}" for name, most in _SIZES.items() if not is_size(args.get(name), most)}
     wrong |= {name: "a number" for name in _NUMBERS if args.get(name) is not None and not is_number(args[name])}
+    coefficient = args.get("moe_aux_loss_coeff")  # a list has one for each kind of balancing
+    if coefficient is not None and not all(
+        map(is_number, coefficient if isinstance(coefficient, list) else [coefficient])
+    ):
+        wrong["moe_aux_loss_coeff"] = "a number, or several"
     raise_together(
         [
             UnsupportedModel(

@@ -12,6 +12,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, raise_together
 from dist_convert.metadata.args_sizes import check_sizes
 from dist_convert.models.architecture import Architecture, RopeScaling
+from dist_convert.models.limits import is_number, is_size
 
 #: Megatron-Core's constants of Llama 3.1's scaling of rotary frequencies.
 _LLAMA3_FACTOR = 8.0
@@ -178,7 +179,14 @@ def _sliding_window(args: Mapping[str, Any], experts: int, file: str) -> int | N
     if window in (None, [-1, 0], [-1, -1], [None, None]):
         return None
     is_uniform = args.get("window_attn_skip_freq") in (None, 0)
-    if experts and is_uniform and isinstance(window, list) and window[:1] != [-1]:
+    if (
+        experts
+        and is_uniform
+        and isinstance(window, list)
+        and window
+        and isinstance(window[0], int)
+        and is_size(window[0])
+    ):
         return int(window[0]) + 1  # Megatron counts the tokens to the left, transformers the token itself as well
     raise UnsupportedModel("LlamaConfig has no sliding window attention", file=file, found=f"window_size={window}")
 
@@ -186,7 +194,7 @@ def _sliding_window(args: Mapping[str, Any], experts: int, file: str) -> int | N
 def _first_number(value: Any) -> float:
     while isinstance(value, list):
         value = value[0] if value else 0.0
-    return float(value or 0.0)
+    return float(value) if is_number(value) else 0.0
 
 
 def true_vocab(
