@@ -14,6 +14,7 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.read.json_file import read_json
+from dist_convert.read.weights_index import check_inside
 from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.write.file_writer import target_error
 
@@ -59,6 +60,7 @@ def read_huggingface(directory: Path) -> Tokenizer:
         CorruptFile: a file of it is damaged.
         OSError: a file of it cannot be read.
     """
+    files_of(directory)  # refuses links before any is read
     ids: dict[str, int] = {}
     with _parsing(directory / "tokenizer.json") as tokenizer:
         model = tokenizer.get("model")
@@ -96,10 +98,17 @@ def _id(token: Any, ids: Mapping[str, int]) -> int | None:
 
 
 def files_of(directory: Path) -> tuple[str, ...]:
-    """Names of the tokenizer's files in a directory, the directory of further chat templates included."""
+    """Names of the tokenizer's files in a directory, the directory of further chat templates included.
+
+    Raises:
+        CorruptFile: one is a link to somewhere else, whose content would be copied into the target.
+    """
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))
     names = (*FILES, *(f"{TEMPLATES}/{path.name}" for path in templates))
-    return tuple(name for name in names if (directory / name).is_file())
+    found = tuple(name for name in names if (directory / name).is_file())
+    for name in found:
+        check_inside(directory, name)
+    return found
 
 
 def copy_huggingface(directory: Path, target: Path) -> tuple[str, ...]:

@@ -328,3 +328,48 @@ def test_a_pickle_that_imports_a_module_beside_it_does_not_find_it(watched: Watc
         lambda records: records.update({name: b"ccanary_module\nrun\n." for name in records if "data.pkl" in name}),
     )
     assert_refused(run(watched, "megatron-to-hf", tmp_path), tmp_path, "canary_module.run")
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(source: Path) -> Path:
+    """A tokenizer inside a checkpoint's directory, with code that it asks to be run."""
+    directory = source / "tokenizer"
+    directory.mkdir()
+    code = f"open({str(source.parent / 'canary')!r}, 'w').close()\nclass Evil: pass\n"
+    (directory / "tokenization_evil.py").write_text(code)
+    model = {"type": "WordLevel", "vocab": {str(number): number for number in range(29)}, "unk_token": "0"}
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def convert_with_tokenizer(watched: Watcher, root: Path) -> Seen:
+    paths = ["--load-path", str(root / "source"), "--tokenizer", str(root / "source" / "tokenizer")]
+    return watched.run("megatron-to-hf", *paths, "--save-path", str(root / "target" / "hf"), "--device", "cpu")
+
+
+def test_remote_code_of_a_tokenizer_is_neither_run_nor_copied(watched: Watcher, tmp_path: Path) -> None:
+    make(tmp_path / "source", Model())
+    tokenizer_of(tmp_path / "source")
+    seen = convert_with_tokenizer(watched, tmp_path)
+    assert_harmless(seen, tmp_path)
+    assert seen.exit_code == 0, seen.printed
+    assert (tmp_path / "target" / "hf" / "tokenizer.json").is_file()
+    assert [path for path in seen.opened if path.endswith(".py")] == []
+    assert list((tmp_path / "target").rglob("*.py")) == []
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/a.jinja"])
+def test_a_tokenizer_file_that_links_out_is_not_copied_into_the_target(
+    name: str, watched: Watcher, tmp_path: Path
+) -> None:
+    make(tmp_path / "source", Model())
+    file = tokenizer_of(tmp_path / "source") / name
+    file.unlink(missing_ok=True)
+    file.parent.mkdir(exist_ok=True)
+    (tmp_path / "private").write_text(json.dumps({"a": SECRET}))
+    file.symlink_to(tmp_path / "private")
+    assert_refused(convert_with_tokenizer(watched, tmp_path), tmp_path, "outside the directory")
