@@ -1,4 +1,4 @@
-"""The command line: exit codes are 0 done, 1 failed, 2 wrong usage."""
+"""The command line: exit codes are 0 done, 1 failed, 2 wrong usage, 143 stopped by SIGTERM, 130 by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
 _SILENT_SHARE = 0.9
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail_early(error)
     except OSError as error:
         return _fail_early(_refused(error))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return _run(job)
 
 
@@ -78,17 +81,28 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
     from dist_convert.add_tokenizer import add_tokenizer
     from dist_convert.flags_tokenizer import tokenizer_job_from_flags
 
-    job = tokenizer_job_from_flags(flags)
-    print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        job = tokenizer_job_from_flags(flags)
+        print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
     return 0
 
 
-def _upload(directory: Path, repository: str, private: bool) -> int:
-    from dist_convert.write.hub import upload
+def _upload(
+    directory: Path, repository: str, private: bool, instruct: bool = False, model_type: str | None = None
+) -> int:
+    from dist_convert.tokenizer.huggingface import is_huggingface
+    from dist_convert.tokenizer.notes import how_to_add_tokenizer
+    from dist_convert.tokenizer.record import Tokenizer
+    from dist_convert.write.hub import upload, upload_command
 
     if os.environ.get("RANK", "0") == "0":
         address = upload(directory, repository, private=private)
         print(f"{directory}: uploaded as {address}", file=sys.stderr)
+        if not is_huggingface(directory):
+            how = how_to_add_tokenizer(Tokenizer("none"), directory, instruct=instruct, model_type=model_type)
+            print(
+                f"{how}; then upload it with: {upload_command(directory, repository, private=private)}", file=sys.stderr
+            )
     return 0
 
 
@@ -128,15 +142,16 @@ def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStac
             convert(job, world, channel)
         channel.close()
         leave_world(world)
-        channel = None  # an upload may take hours, for which no other rank waits
+        channel = None  # an upload may take hours, for which no other rank waits,
+        stack.close()  # and which signals end
         if isinstance(job, Job) and job.push_to_hub and not job.dry_run:
-            _upload(job.save_path, job.push_to_hub, job.private)
+            _upload(job.save_path, job.push_to_hub, job.private, job.instruct, job.source_model_type)
     except ConversionError as error:
         if isinstance(error, LostRank) and channel is not None:
             channel.explain(error)
         return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
     except OSError as error:
         return _fail(channel, str(_refused(error)), 1)
     except BaseException:

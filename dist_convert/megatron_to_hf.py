@@ -47,6 +47,8 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     tokenizer = _share_tokenizer(job, world, args, directory)
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
     vocab, _ = true_vocab(flag=job.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
+    if job.push_to_hub and tokenizer.kind == "none":
+        notes.append("warning: the model is uploaded without a tokenizer")
     content = plan_to_huggingface(
         shards,
         architecture_from_args(args, vocab=vocab, file=file),
@@ -58,6 +60,8 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     mine = [shards[name] for name in found.headers_of[world.rank]]
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
     style = style_for(tokenizer, content.side.architecture, job.source_model_type, instruct=job.instruct)
+
+    how_to_add = how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type)
 
     def make_all_files(partial: Path) -> None:
         if world.rank == 0:
@@ -88,9 +92,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         make_files=make_all_files,
         finish=finish,
         publish=lambda: None,
-        last_words=how_to_add_tokenizer(
-            tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type
-        ),
+        last_words="" if job.push_to_hub else how_to_add,  # after an upload it is said there
     )
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -194,9 +194,10 @@ class _Handler(BaseHTTPRequestHandler):
         sent = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
         for key, value in sent.items():
             self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client may have gone
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
 
 def _upload_mode(path: str, repository: Repository) -> dict[str, Any]:

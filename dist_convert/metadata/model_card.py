@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,17 +17,19 @@ import torch
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.models.architecture import Architecture
 from dist_convert.plan.content import Content, content_digest
+from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.version import __version__
 
 CARD_FILE = "README.md"
 
 
-def model_card(content: Content, checkpoint: Path) -> str:
+def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
     """The text of the card.
 
     Args:
         content: what was converted.
         checkpoint: directory of the iteration that was read; only its name and its parent's are told.
+        tokenizer: as this rank found it; only its name is told.
     """
     hf_class = content.side.family.hf_class
     checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
@@ -39,8 +42,9 @@ def model_card(content: Content, checkpoint: Path) -> str:
         ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
         ("Format", f"Megatron-LM `torch`, {content.side.grid}, {TORCH_NAMES[content.params_dtype]}"),
         ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
-        ("Loads with", "transformers 4.49 and later"),
-        ("Digest of the plan", f"`{content_digest(content)}`"),
+        ("Weights load with", "transformers 4.49 and later"),
+        ("Tokenizer at conversion", _origin(tokenizer)),
+        ("Plan digest", f"`{content_digest(content)}`"),
     ]
     model = [*_sizes(content.side.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
     return f"""---
@@ -60,9 +64,24 @@ Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's
 
 {_table("Conversion", conversion)}
 
-The digest is a SHA-256 of the model's sizes, of the place of every tensor in the checkpoint, and of its place here. The
-license is that of the checkpoint; this card does not know it.
+The plan digest is a SHA-256 of the model's sizes and of the place of every tensor in the checkpoint and here. It tells
+how the bytes were moved, not which bytes: checksums of the files are in `conversion.json`. The license is that of the
+checkpoint; this card does not know it.
 """
+
+
+def _origin(tokenizer: Tokenizer) -> str:
+    """Where the tokenizer came from, and by which packages it was built."""
+    if tokenizer.path is None:
+        return "none"
+    name = _code(Path(os.path.abspath(tokenizer.path)).name)
+    if tokenizer.kind == "huggingface":
+        return f"copied from the directory {name}"
+    versions = " and ".join(f"{package} {version(package)}" for package in ("transformers", "tokenizers"))
+    if tokenizer.kind == "slow":
+        return f"copied from the directory {name}, `tokenizer.json` built with {versions}"
+    kind = {"tiktoken": "tiktoken", "sentencepiece": "SentencePiece"}[tokenizer.kind]
+    return f"built from {name} ({kind}) with {versions}"
 
 
 def _sizes(architecture: Architecture) -> list[tuple[str, str]]:

@@ -50,7 +50,7 @@ def write_metadata(
     index = index_json(content.files)
     if index is not None:
         (partial / INDEX_FILE).write_text(index, encoding="utf-8")
-    (partial / CARD_FILE).write_text(model_card(content, checkpoint), encoding="utf-8")
+    (partial / CARD_FILE).write_text(model_card(content, checkpoint, tokenizer), encoding="utf-8")
     if job.save_capacity_bins:
         write_bins(partial, content.side, bins)
 

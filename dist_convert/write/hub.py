@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from dist_convert.errors import UploadError, UsageError
 from dist_convert.read.hub import hub_errors
-from dist_convert.read.huggingface import CONFIG_FILE, find_weights
+from dist_convert.tokenizer.huggingface import is_huggingface
 from dist_convert.units import human_bytes
-from dist_convert.write.partial import PARTIAL_SUFFIX
+from dist_convert.write.answer import answer_within
+from dist_convert.write.upload_files import IGNORED, check_directory, replaced_patterns
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-#: Weights of an earlier upload, which transformers would load instead of the new ones where those have other names.
-_REPLACED_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+#: How long one answer is waited for, before the upload itself, which takes as long as it takes.
+_ANSWER_SECONDS = 30.0
 
 
 def check_repository_name(text: str) -> str:
@@ -54,29 +55,31 @@ def upload_command(directory: Path, repository: str, *, private: bool) -> str:
     return shlex.join(["dist-convert", "push", str(directory), repository, *(["--private"] if private else [])])
 
 
-def check_upload(directory: Path, repository: str, *, private: bool) -> str:
+def check_upload(directory: Path, repository: str, *, private: bool, answer_seconds: float = _ANSWER_SECONDS) -> str:
     """Find out, without a trace on the hub, what would keep an upload from starting.
 
     Args:
         directory: to be uploaded later.
         repository: `org/name`.
         private: whether the repository must be private.
+        answer_seconds: how long each of the hub's answers is waited for.
 
     Returns:
         Where the upload would go, in a sentence.
 
     Raises:
         UploadError: HF_HUB_OFFLINE is set, there is no token, it is not valid or may not write there, a repository of
-            that name is public although it should be private, or the hub cannot be reached.
+            that name is public although it should be private, or the hub cannot be reached or does not answer.
     """
     later = upload_command(directory, repository, private=private)
     _check_settings(remedy := f"or convert without --push-to-hub, and upload later with: {later}")
     from huggingface_hub import HfApi, constants
 
+    print(f"asking {constants.ENDPOINT} whether the model can go to {repository}", file=sys.stderr, flush=True)
     api = HfApi()
     with _explained(repository, remedy):
-        _check_permission(api.whoami(), repository, remedy)
-        is_there = _check_privacy(api, repository, private, remedy)
+        _check_permission(answer_within(answer_seconds, api.whoami), repository, remedy)
+        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private, remedy))
     kind = "private repository" if private else "repository"
     return (
         f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
@@ -85,15 +88,17 @@ def check_upload(directory: Path, repository: str, *, private: bool) -> str:
     )
 
 
-def upload(directory: Path, repository: str, *, private: bool) -> str:
+def upload(directory: Path, repository: str, *, private: bool, answer_seconds: float = _ANSWER_SECONDS) -> str:
     """Upload a finished directory; what the hub has of it already is not sent again.
 
-    Files of the same names are replaced, and weights that the directory does not have are removed; other files stay.
+    Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
+    files where the directory has a tokenizer; other files stay. Hidden files are not sent.
 
     Args:
         directory: what a conversion to Hugging Face has made.
         repository: `org/name`, made if it is not there.
         private: whether it must be private.
+        answer_seconds: how long each answer is waited for, before the upload itself.
 
     Returns:
         The address of what was uploaded.
@@ -101,7 +106,7 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
     Raises:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
-    size_bytes = _check_directory(directory)
+    size_bytes = check_directory(directory)
     again = upload_command(directory, repository, private=private)
     _check_settings(remedy := f"then go on with: {again}")
     from huggingface_hub import HfApi, constants
@@ -114,18 +119,19 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
             hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
     where = f"{constants.ENDPOINT}/{repository}"
     print(f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}", file=sys.stderr)
+    if not is_huggingface(directory):
+        print(f"warning: {directory} has no tokenizer and is uploaded without one", file=sys.stderr)
     api = HfApi()
+    is_private = True if private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
-        if private:
-            api.create_repo(repository, private=True, exist_ok=True)
-        else:
-            api.create_repo(repository, exist_ok=True)  # public, or what is usual in the organisation
-        _check_privacy(api, repository, private, remedy)
+        answer_within(answer_seconds, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
+        answer_within(answer_seconds, lambda: _check_privacy(api, repository, private, remedy))
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=directory,
             commit_message="Upload what dist_convert has converted",
-            delete_patterns=list(_REPLACED_FILES),
+            delete_patterns=replaced_patterns(directory),
+            ignore_patterns=list(IGNORED),
         )
     return str(commit.commit_url)
 
@@ -184,25 +190,6 @@ def _check_privacy(api: HfApi, repository: str, private: bool, remedy: str) -> b
     return True
 
 
-def _check_directory(directory: Path) -> int:
-    """The size of a complete directory in bytes.
-
-    Raises:
-        UploadError, CheckpointNotFound, CorruptFile, InconsistentShards: see `find_weights`.
-    """
-    if not directory.is_dir():
-        raise UploadError("the directory to be uploaded does not exist", file=str(directory))
-    missing = [name for name in (CONFIG_FILE, *find_weights(directory)) if not (directory / name).is_file()]
-    if missing or directory.resolve().name.endswith(PARTIAL_SUFFIX):
-        raise UploadError(
-            "the directory to be uploaded is not complete",
-            file=str(directory),
-            found=f"without {', '.join(missing[:6])}" if missing else "what a conversion left that did not finish",
-            remedy="convert again",
-        )
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
 @contextmanager
 def _explained(repository: str, remedy: str, directory: Path | None = None) -> Iterator[None]:
     """Say plainly what the hub's, the network's or the file system's error means.
@@ -227,6 +214,8 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
             what, first = "the hub does not accept the token", "set HF_TOKEN to a valid token"
         elif status == 403:
             what, first = f"no permission to write to {repository}", "set HF_TOKEN to a token that may write there"
+        elif isinstance(error, TimeoutError):
+            what = "the hub does not answer"
         elif directory is not None:
             what = "the upload broke off"
         else:

@@ -49,7 +49,26 @@ def test_it_makes_what_a_conversion_with_the_tokenizer_makes(
     target = converted(tmp_path, model, **args)
     assert convert(tmp_path / "in", tmp_path / "at once", "--tokenizer", str(source), *flags) == 0
     assert main(["tokenizer", str(source), str(target), *flags]) == 0
+    manifests = [json.loads((path / "conversion.json").read_text()) for path in (target, tmp_path / "at once")]
+    for manifest in manifests:
+        del manifest["files"]["README.md"]  # which says what tokenizer the conversion had
+    assert manifests[0]["files"] == manifests[1]["files"]
+    for path in (target, tmp_path / "at once"):
+        (path / "conversion.json").unlink()  # which has the flags too
+        (path / "README.md").unlink()
     assert files_of(target) == files_of(tmp_path / "at once")
+
+
+def test_of_several_ranks_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_tokenizer(tmp_path / "source")
+    target = converted(tmp_path)
+    before = files_of(target)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["tokenizer", str(source), str(target)]) == 0
+    assert files_of(target) == before
+    monkeypatch.setenv("RANK", "0")
+    assert main(["tokenizer", str(source), str(target)]) == 0
+    assert "tokenizer.json" in files_of(target)
 
 
 def test_settings_of_an_instruct_model_that_are_there_stay(tmp_path: Path) -> None:

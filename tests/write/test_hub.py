@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ from dist_convert.errors import ConversionError
 from dist_convert.write.hub import check_upload
 
 try:
-    check_upload(Path("out"), sys.argv[1], private=True)
+    check_upload(Path("out"), sys.argv[1], private=True, answer_seconds=float(sys.argv[2]))
 except ConversionError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -60,11 +62,22 @@ class Client:
             check=False,
         )
 
-    def check(self, name: str, *, token: str, **more: str) -> str:
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A command under way, whose messages are read as they come."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_convert", *arguments],
+            cwd=self.place,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), HF_TOKEN=TOKEN),
+        )
+
+    def check(self, name: str, *, token: str = TOKEN, answer_seconds: float = 30, **more: str) -> str:
         """The message of a check that finds why a private upload of `out` would not start."""
         given = {"HF_TOKEN": token} if token else {}
         done = subprocess.run(
-            [sys.executable, "-c", _CHECK, name],
+            [sys.executable, "-c", _CHECK, name, str(answer_seconds)],
             capture_output=True,
             text=True,
             timeout=60,
@@ -72,7 +85,7 @@ class Client:
             check=False,
         )
         assert done.returncode == 1
-        assert done.stderr.startswith("UploadError: "), done.stderr
+        assert "UploadError: " in done.stderr, done.stderr
         return done.stderr
 
     def push(self, *arguments: str, **how: str) -> str:
@@ -160,6 +173,92 @@ def test_weights_of_an_earlier_model_go_and_other_files_stay(client: Client) -> 
     assert client.hub.repositories["org/name"].files == contents(client.place / "model") | kept
 
 
+#: What an earlier upload left of its weights and its tokenizer.
+OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+OLD_TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "added_tokens.json", "vocab.json",
+    "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/tools.jinja",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_nothing_of_an_earlier_tokenizer_stays_beside_a_new_one(client: Client, python: str) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (client.place / "model" / name).write_text('{"new": 1}')
+    old = dict.fromkeys((*OLD_WEIGHTS, *OLD_TOKENIZER), b"old")
+    client.hub.repositories["org/name"] = Repository(old | {"original/tokenizer.model": b"kept"})
+    client.push("org/name", python=python)
+    kept = {"original/tokenizer.model": b"kept"}
+    assert client.hub.repositories["org/name"].files == contents(client.place / "model") | kept
+
+
+def test_a_tokenizer_on_the_hub_stays_whole_where_the_model_has_none(client: Client) -> None:
+    tokenizer = dict.fromkeys(OLD_TOKENIZER, b"kept")
+    client.hub.repositories["org/name"] = Repository(dict.fromkeys(OLD_WEIGHTS, b"old") | tokenizer)
+    client.push("org/name")
+    assert client.hub.repositories["org/name"].files == contents(client.place / "model") | tokenizer
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_hidden_files_are_not_uploaded(client: Client, python: str) -> None:
+    expected = contents(client.place / "model")
+    for name in (".nfs0000001", ".ipynb_checkpoints/config.json", "more/.DS_Store"):
+        (client.place / "model" / name).parent.mkdir(exist_ok=True)
+        (client.place / "model" / name).write_text("left by a file system or an editor")
+    client.push("org/name", python=python)
+    assert client.hub.repositories["org/name"].files == expected
+
+
+@pytest.mark.parametrize("flags", [(), ("--instruct", "--source-model-type", "llama3")])
+def test_the_last_line_says_how_to_add_the_tokenizer_that_the_upload_lacks(
+    client: Client, flags: tuple[str, ...]
+) -> None:
+    done = client.run(*CONVERT, *flags, "--push-to-hub", "org/name")
+    assert done.returncode == 0, done.stderr
+    *before, last = done.stderr.splitlines()
+    add = " ".join(["dist-convert tokenizer PATH", f"{client.place}/out", *flags])
+    push = f"dist-convert push {client.place}/out org/name"
+    assert last.endswith(f"with: {add}; then upload it with: {push}")
+    assert not any("dist-convert tokenizer" in line for line in before)
+    assert before[0] == f"asking {client.hub.url} whether the model can go to org/name"
+    assert "warning: the model is uploaded without a tokenizer" in before
+
+
+def test_a_directory_without_a_tokenizer_is_uploaded_with_a_warning(client: Client) -> None:
+    printed = client.push("org/name").splitlines()
+    assert "warning: model has no tokenizer and is uploaded without one" in printed
+    assert printed[-1].endswith("with: dist-convert push model org/name")
+
+
+def test_a_directory_with_a_tokenizer_is_uploaded_without_a_warning(client: Client) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (client.place / "model" / name).write_text("{}")
+    printed = client.push("org/name")
+    assert "no tokenizer" not in printed
+    assert printed.splitlines()[-1].startswith("model: uploaded as ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("push", "model", "org/name"), (*CONVERT, "--push-to-hub", "org/name")], ids=["command", "flag"]
+)
+def test_ctrl_c_ends_an_upload_without_a_traceback(client: Client, arguments: tuple[str, ...]) -> None:
+    client.hub.delays_seconds["create"] = 20
+    with client.start(*arguments) as process:
+        assert process.stderr is not None
+        printed = ""
+        while "uploading" not in printed:
+            printed += (line := process.stderr.readline())
+            assert line, printed
+        time.sleep(1)  # until the hub is waited for
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        printed += process.stderr.read()
+    assert time.monotonic() - started < 10
+    assert process.returncode == 130
+    assert "Traceback" not in printed
+    assert "if that breaks off, go on with: dist-convert push" in printed
+
+
 def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> None:
     done = client.run(*CONVERT, "--push-to-hub", "org/name", "--private")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -210,6 +309,18 @@ def test_what_would_keep_an_upload_from_starting_is_named_with_what_to_do(case: 
     for part in (*said, "or convert without --push-to-hub, and upload later with: dist-convert push out"):
         assert part.format(url=client.hub.url) in message
     assert {method for method, _, _ in client.hub.requests} <= {"GET"}
+
+
+@pytest.mark.parametrize("silent", ["whoami-v2", "name"])
+def test_a_hub_that_does_not_answer_is_not_waited_for_for_ever(silent: str, client: Client) -> None:
+    client.hub.delays_seconds[silent] = 20
+    started = time.monotonic()
+    message = client.check("org/name", answer_seconds=0.5)
+    assert time.monotonic() - started < 15
+    assert message.startswith(f"asking {client.hub.url} whether the model can go to org/name\n")
+    assert "UploadError: the hub does not answer" in message
+    assert "found:    TimeoutError: no answer in 0.5 s" in message
+    assert "or convert without --push-to-hub, and upload later with: dist-convert push out" in message
 
 
 def test_it_is_named_before_anything_is_converted(client: Client) -> None:
@@ -264,14 +375,16 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
         ("model.partial", "a conversion left that did not finish"),
         ("in", "a Megatron checkpoint, not a Hugging Face directory"),
         ("nowhere", "does not exist"),
+        ("half a tokenizer", "holds what did not finish"),
     ],
 )
 def test_what_is_no_finished_model_is_not_uploaded(
     directory: str, said: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
-    for copy in ("short", "model.partial"):
+    for copy in ("short", "model.partial", "half a tokenizer"):
         shutil.copytree(tmp_path / "model", tmp_path / copy)
+    (tmp_path / "half a tokenizer" / ".tokenizer.partial").mkdir()
     (tmp_path / "short" / "model-00002-of-00004.safetensors").unlink()
     assert main(["push", str(tmp_path / directory), "org/name"]) == 1
     assert said in capsys.readouterr().err

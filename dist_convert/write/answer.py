@@ -1,0 +1,35 @@
+"""An answer that is waited for so long and no longer.
+
+huggingface_hub sets no limit of its own to most requests (`timeout=None` in its `utils/_http.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from threading import Thread
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
+
+
+def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """What a question is answered, or the error that it raises.
+
+    The question goes on in a thread that does not keep Python from ending.
+
+    Raises:
+        TimeoutError: there is no answer in so many seconds.
+    """
+    outcome: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(ask())
+        except BaseException as error:  # raised where it is waited for
+            outcome.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    if not wait([outcome], timeout=seconds).done:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return outcome.result()
