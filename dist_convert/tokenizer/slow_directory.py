@@ -17,6 +17,7 @@ from dist_convert.read.json_file import read_json
 from dist_convert.tokenizer.huggingface import (
     CONFIG,
     INPUT_NAMES,
+    files_of,
     has_template_file,
     is_huggingface,
     special_ids,
@@ -47,6 +48,7 @@ def read_slow(directory: Path) -> Tokenizer:
         SourceError: the model or a file beside it cannot be understood.
         MissingPackage: protobuf is not installed.
     """
+    files_of(directory)  # refuses links before any is read
     model = read_sentencepiece(directory / MODEL_FILE)
     added = _added(directory)
     after = sorted(number for number in added if number >= (model.size or 0))

@@ -171,11 +171,3 @@ def test_only_instruct_models_of_llama_sample(model_type: str, tmp_path: Path) -
     )
     generation = json.loads((target / "generation_config.json").read_text())
     assert ("temperature" in generation) is (model_type == "llama2")
-
-
-def test_ranks_but_the_first_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = converted(tmp_path)
-    before = files_of(target)
-    monkeypatch.setenv("RANK", "1")
-    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target)]) == 0
-    assert files_of(target) == before
