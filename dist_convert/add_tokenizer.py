@@ -6,20 +6,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import TargetExists, UsageError
+from dist_convert.errors import TargetError, TargetExists, UsageError
 from dist_convert.job import TokenizerJob
-from dist_convert.metadata.hf_config import generation_config_json, special_token_ids
+from dist_convert.metadata.hf_config import generation_config_json, samples, special_token_ids
 from dist_convert.metadata.write import ARGS_FILE
 from dist_convert.read.huggingface import CONFIG_FILE
 from dist_convert.read.json_file import read_json
 from dist_convert.tokenizer.find import named_tokenizer
-from dist_convert.tokenizer.huggingface import files_of
+from dist_convert.tokenizer.huggingface import TEMPLATES, files_of
+from dist_convert.tokenizer.llama3 import padding_id
 from dist_convert.tokenizer.notes import notes_on_tokenizer, vocabulary_warnings
-from dist_convert.tokenizer.record import Tokenizer, style_of
+from dist_convert.tokenizer.record import Style, Tokenizer, style_of
 from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.write.file_writer import target_error
 from dist_convert.write.manifest import renew_manifest
@@ -45,11 +46,10 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     tokenizer = named_tokenizer(job.source, "SRC")
     old = files_of(job.target)
     _check_target(job, tokenizer, old)
-    is_mixtral = config.get("model_type") == "mixtral"
     style = style_of(
-        tokenizer.kind,
+        tokenizer,
         job.source_model_type,
-        is_mixtral=is_mixtral,
+        is_mixtral=config.get("model_type") == "mixtral",
         scales_rope=bool(config.get("rope_scaling")),
         max_positions=int(config.get("max_position_embeddings") or 0),
         instruct=job.instruct,
@@ -60,32 +60,45 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     notes += vocabulary_warnings({"tokenizer": tokenizer.size, "args": args.get("vocab_size")}, rows, rows)
     print(*notes, sep="\n", file=sys.stderr)
 
+    generation = job.target / _GENERATION_FILE
+    old_generation = read_json(generation) if generation.is_file() else {}
+    changed = _with_ids(config, old_generation, tokenizer, style)
     partial = job.target / _PARTIAL
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-    except OSError as error:
-        raise target_error(error, str(partial)) from error
-    names = write_tokenizer(tokenizer, style, partial)
-    generation = job.target / _GENERATION_FILE
-    old_generation = read_json(generation) if generation.is_file() else {}
-    changed = _with_ids(config, old_generation, tokenizer, instruct=job.instruct, samples=not is_mixtral)
-    try:
+        names = write_tokenizer(tokenizer, style, partial)
         for name, data in changed.items():
             (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (*names, *changed):
             sync(partial / name)
-        for name in old:
-            (job.target / name).unlink()
         for name in (*names, *changed):
             (job.target / name).parent.mkdir(exist_ok=True)
             os.replace(partial / name, job.target / name)
-        shutil.rmtree(partial)
     except OSError as error:
         raise target_error(error, str(error.filename or job.target)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # an upload would take it along
     renew_manifest(job.target, gone=old, fresh=(*names, *changed))
+    _remove(job.target, [name for name in old if name not in names])
     return (*names, *changed)
+
+
+def _remove(target: Path, obsolete: Sequence[str]) -> None:
+    """Remove what only the old tokenizer had, now that the new one is complete."""
+    try:
+        for name in obsolete:
+            (target / name).unlink(missing_ok=True)
+        if (target / TEMPLATES).is_dir() and not any((target / TEMPLATES).iterdir()):
+            (target / TEMPLATES).rmdir()
+    except OSError as error:
+        raise TargetError(
+            "the new tokenizer is written, but a file of the old one cannot be removed",
+            file=str(error.filename or target),
+            found=error.strerror or str(error),
+            remedy="remove it, or repeat the command with --overwrite",
+        ) from error
 
 
 def _config_of(target: Path) -> dict[str, Any]:
@@ -115,15 +128,15 @@ def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...])
 
 
 def _with_ids(
-    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, *, instruct: bool, samples: bool
+    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
 ) -> dict[str, dict[str, Any]]:
     """File name to content: the configs with the tokenizer's special ids, all else as it was."""
     rows = int(config.get("vocab_size") or 0)
-    ends_turns = instruct or isinstance(generation.get("eos_token_id"), list)
-    bos, eos = special_token_ids(rows, tokenizer.bos, tokenizer.eos, instruct=ends_turns)
-    pad = tokenizer.pad if tokenizer.pad is not None and tokenizer.pad < rows else None
+    ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
+    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
+    sampling = samples(style) and config.get("model_type") == "llama"
     generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
-    generates |= generation_config_json(bos, eos, pad, sampling=instruct and samples)
+    generates |= generation_config_json(bos, eos, padding_id(tokenizer, style, rows), sampling=sampling)
     return {
         CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos},
         _GENERATION_FILE: generates,

@@ -71,7 +71,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
         if world.rank == 0:
             together = [bin for of_rank in bins for bin in of_rank]
-            write_metadata(partial, job, content, directory, args, tokenizer, together)
+            write_metadata(partial, job, content, directory, args, tokenizer, style, together)
 
     places = find_places(world, job.save_path, "--save-path")
     refuse_several_places(places, job.save_path, "--save-path", "")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_convert.models.architecture import Architecture, RopeScaling
+from dist_convert.tokenizer.record import Style, Tokenizer
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -18,26 +19,23 @@ _LLAMA3_INSTRUCT_EOS = [128001, 128008, 128009]
 _LLAMA3_VOCAB = 128000
 
 
-def special_token_ids(
-    vocab: int, bos: int | None, eos: int | None, *, instruct: bool
-) -> tuple[int | None, int | list[int] | None]:
-    """Begin and end of text: what the tokenizer says, else what the family has; None beyond the vocabulary.
+def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tuple[int | None, int | list[int] | None]:
+    """Begin and end of text: what the tokenizer says, or what the family has where there is none.
 
     Args:
-        vocab: rows of the model's embedding.
-        bos, eos: of the tokenizer, where it is known.
+        vocab: rows of the model's embedding; ids from there on are None.
+        tokenizer: as found.
         instruct: whether the tokens that end a turn of Llama 3 end the text, too.
     """
-    is_llama3 = vocab > _LLAMA3_VOCAB and bos in (None, _LLAMA3_VOCAB)
-    if is_llama3:
-        family: tuple[int | None, int | None] = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1)
-    else:
-        family = (1, 2) if vocab > 2 else (None, None)
-    begin = family[0] if bos is None else bos
-    if is_llama3 and instruct:
-        more = [] if eos is None or eos in _LLAMA3_INSTRUCT_EOS else [eos]
-        return begin, _LLAMA3_INSTRUCT_EOS + more
-    return begin, family[1] if eos is None else eos
+    is_unknown = tokenizer.kind == "none"
+    is_llama3 = vocab > _LLAMA3_VOCAB if is_unknown else tokenizer.is_llama3
+    bos, eos = tokenizer.bos, tokenizer.eos
+    if is_unknown:
+        bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else (1, 2)
+    ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
+    known = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
+    begin = bos if bos is not None and bos < vocab else None
+    return begin, known if len(known) > 1 else next(iter(known), None)
 
 
 def config_json(
@@ -114,3 +112,8 @@ def generation_config_json(
     config: dict[str, Any] = {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
     config |= {} if pad is None else {"pad_token_id": pad}
     return config | ({"do_sample": True, "temperature": 0.6, "top_p": 0.9} if sampling else {})
+
+
+def samples(style: Style) -> bool:
+    """Whether a dense model samples by default: instruct models of Llama do, Mistral's makers say nothing of it."""
+    return style.instruct and style.model_type.startswith("llama")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from dist_convert.job import Job
 from dist_convert.metadata.capacity_bins import Bin, write_bins
-from dist_convert.metadata.hf_config import config_json, generation_config_json, special_token_ids
+from dist_convert.metadata.hf_config import config_json, generation_config_json, samples, special_token_ids
 from dist_convert.metadata.model_card import CARD_FILE, model_card
 from dist_convert.plan.content import Content
-from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.tokenizer.llama3 import padding_id
+from dist_convert.tokenizer.record import Style, Tokenizer
 from dist_convert.write.safetensors_files import INDEX_FILE, index_json
 
 ARGS_FILE = "source_megatron_args.json"
@@ -25,6 +26,7 @@ def write_metadata(
     checkpoint: Path,
     args: Mapping[str, object],
     tokenizer: Tokenizer,
+    style: Style,
     bins: Sequence[Bin],
 ) -> None:
     """Write configs, index, model card, training arguments and capacity bins into the partial directory.
@@ -36,12 +38,13 @@ def write_metadata(
         checkpoint: directory of the iteration that it was read from.
         args: the checkpoint's training arguments.
         tokenizer: whose special ids the configs take over.
+        style: of a tokenizer that is built.
         bins: of all ranks; written only where the job asks for them.
     """
     architecture = content.side.architecture
-    bos, eos = special_token_ids(architecture.vocab, tokenizer.bos, tokenizer.eos, instruct=job.instruct)
-    pad = tokenizer.pad if tokenizer.pad is not None and tokenizer.pad < architecture.vocab else None
-    sampling = job.instruct and content.side.family.name == "llama"
+    bos, eos = special_token_ids(architecture.vocab, tokenizer, instruct=job.instruct)
+    pad = padding_id(tokenizer, style, architecture.vocab)
+    sampling = samples(style) and content.side.family.name == "llama"
     _write_json(
         partial / "config.json", config_json(architecture, content.side.family.hf_class, _main_dtype(content), bos, eos)
     )

@@ -2,8 +2,9 @@
 
 They render the formats that the models' makers document: Llama 2 in meta-llama/llama `llama/generation.py`, Llama 3 and
 3.1 in meta-llama/llama-models `models/llama3/prompt_format.md` and `models/llama3_1/prompt_format.md`, Mistral and
-Mixtral in mistralai/mistral-common `InstructTokenizerV1`. A reader hands them `messages`, `bos_token`, `eos_token`,
-`add_generation_prompt`, `tools` and `raise_exception`. No macros: not every reader's Jinja has them.
+Mixtral in mistralai/mistral-common `InstructTokenizerV1`, `V2`, `V3` and `V7`. A reader hands them `messages`,
+`bos_token`, `eos_token`, `add_generation_prompt`, `tools` and `raise_exception`. No macros: not every reader's Jinja
+has them.
 """
 
 from __future__ import annotations
@@ -52,10 +53,42 @@ _MISTRAL = """
     @alternate@
     {%- if message.role == 'assistant' %}
     {{- ' ' ~ message.content ~ eos_token }}
-    {%- elif loop.first and system is not none %}
+    {%- elif loop.first and system %}
     {{- '[INST] ' ~ system ~ '\\n\\n' ~ message.content ~ ' [/INST]' }}
     {%- else %}
     {{- '[INST] ' ~ message.content ~ ' [/INST]' }}
+    {%- endif %}
+    {%- endfor %}
+"""
+
+# From the second version on, [INST] and its like are tokens, which the tokenizer puts a space after by itself; the
+# system's text goes into the last user message.
+_MISTRAL_V3 = """
+    @system@
+    {%- set last = turns | selectattr('role', 'equalto', 'user') | list | length * 2 - 2 %}
+    {{- bos_token }}
+    {%- for message in turns %}
+    @alternate@
+    {%- if message.role == 'assistant' %}
+    {{- message.content.rstrip(' ') ~ eos_token }}
+    {%- elif loop.index0 == last and system %}
+    {{- '[INST]' ~ system ~ '\\n\\n' ~ message.content ~ '[/INST]' }}
+    {%- else %}
+    {{- '[INST]' ~ message.content ~ '[/INST]' }}
+    {%- endif %}
+    {%- endfor %}
+"""
+
+_MISTRAL_V7 = """
+    @system@
+    {{- bos_token }}
+    {{- '[SYSTEM_PROMPT]' ~ system ~ '[/SYSTEM_PROMPT]' if system is not none else '' }}
+    {%- for message in turns %}
+    @alternate@
+    {%- if message.role == 'assistant' %}
+    {{- message.content.rstrip(' ') ~ eos_token }}
+    {%- else %}
+    {{- '[INST]' ~ message.content ~ '[/INST]' }}
     {%- endif %}
     {%- endfor %}
 """
@@ -69,6 +102,9 @@ _PROMPT = """
 _LLAMA3 = """
     {{- bos_token }}
     {%- for message in messages %}
+    {%- if message.tool_calls or message.content is none %}
+    {{- raise_exception('Llama 3 has no format for calls of functions') }}
+    {%- endif %}
     {{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ message.content | trim ~ '<|eot_id|>' }}
     {%- endfor %}
     @prompt@
@@ -77,6 +113,11 @@ _LLAMA3 = """
 _LLAMA3_1 = """
     @system@
     {%- set functions = tools if tools else [] %}
+    {%- set users = turns | selectattr('role', 'equalto', 'user') | list %}
+    {%- if functions and not users %}
+    {{- raise_exception('the functions go into the first message of the user, and there is none') }}
+    {%- endif %}
+    {%- set first = namespace(is_due=true) %}
     {{- bos_token ~ '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
     {{- 'Environment: ipython\\n' if functions else '' }}
     {{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' }}
@@ -94,7 +135,8 @@ _LLAMA3_1 = """
     {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' ~ message.content | tojson ~ '<|eot_id|>' }}
     {%- else %}
     {{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' }}
-    {%- if loop.first and functions %}
+    {%- if functions and first.is_due and message.role == 'user' %}
+    {%- set first.is_due = false %}
     {{- 'Given the following functions, please respond with a JSON for a function call with its proper arguments ' }}
     {{- 'that best answers the given prompt.\\n\\nRespond in the format {"name": function name, "parameters": ' }}
     {{- 'dictionary of argument name and its value}.Do not use variables.\\n\\n' }}
@@ -110,11 +152,13 @@ _LLAMA3_1 = """
 
 _OF_MISTRAL = _template(_MISTRAL, system=_SYSTEM, alternate=_ALTERNATE)
 
-#: The template of each model type.
+#: The template of each `Style.model_type`.
 CHAT_TEMPLATES = {
     "llama2": _template(_LLAMA2, system=_SYSTEM, alternate=_ALTERNATE),
     "llama3": _template(_LLAMA3, prompt=_PROMPT),
     "llama3.1": _template(_LLAMA3_1, system=_SYSTEM, prompt=_PROMPT),
     "mistral": _OF_MISTRAL,
     "mixtral": _OF_MISTRAL,
+    "mistral v3": _template(_MISTRAL_V3, system=_SYSTEM, alternate=_ALTERNATE),
+    "mistral v7": _template(_MISTRAL_V7, system=_SYSTEM, alternate=_ALTERNATE),
 }

@@ -15,12 +15,14 @@ from typing import Any
 
 from dist_convert.errors import MissingPackage, SourceError, UsageError
 from dist_convert.read.hub import cached_snapshot
-from dist_convert.tokenizer.huggingface import FILES, is_huggingface, read_huggingface
+from dist_convert.tokenizer.huggingface import CONFIG, FILES, is_huggingface, read_huggingface
 from dist_convert.tokenizer.llama2 import is_sentencepiece, read_sentencepiece
 from dist_convert.tokenizer.llama3 import is_tiktoken, read_tiktoken
 from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.tokenizer.slow_directory import MODEL_FILE, is_slow, read_slow
 
+#: Arguments that may name the tokenizer; the last two are GPT2BPETokenizer's.
+_ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_file")
 #: Of an original Llama checkpoint; Llama 2's puts the tokenizer beside the folder.
 _ORIGINAL = "params.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -50,7 +52,7 @@ def named_tokenizer(named: Path, flag: str) -> Tokenizer:
         f"{flag} names no tokenizer",
         file=str(named),
         expected=_EXPECTED,
-        found="nothing of the kind" if exists else "nothing at this path" + _cache_too(str(named)),
+        found=_nothing_at(named) if exists else "nothing at this path" + _cache_too(str(named)),
         remedy=f"correct {flag}" + ("" if exists else "; leave it out to convert without the tokenizer"),
     )
 
@@ -65,17 +67,19 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) 
 
     Raises:
         UsageError: `flag` names no tokenizer.
-        SourceError: it is damaged, or of a kind that cannot be converted.
+        SourceError: the one that `flag` names is damaged, or of a kind that cannot be converted.
         MissingPackage: building the one that `flag` names needs a package.
     """
     if flag is not None:
         return named_tokenizer(flag, "--tokenizer")
-    named = next((args[name] for name in ("tokenizer_model", "tokenizer_name_or_path") if args.get(name)), None)
+    named = next((args[name] for name in _ARGUMENTS if args.get(name)), None)
     named = named if isinstance(named, str) else None
     try:
         return _search(named, iteration)
     except MissingPackage as error:
         return Tokenizer("none", note=f"{error.what}: {error.file} ({error.remedy.partition(',')[0]})")
+    except SourceError as error:  # nobody asked for this one, and the weights do not need it
+        return Tokenizer("none", note=f"{error.what}: {error.file}" + (f" ({error.found})" if error.found else ""))
 
 
 def _search(named: str | None, iteration: Path) -> Tokenizer:
@@ -123,8 +127,11 @@ def _read(path: Path) -> Tokenizer | None:
         return None
     directory = path.parent if is_file else path
     # A bare file beside the files of another tokenizer is meant itself.
-    if is_huggingface(directory) and (not is_file or path.name in FILES):
-        return read_slow(directory) if is_slow(directory) else read_huggingface(directory)
+    if not is_file or path.name in FILES:
+        if is_huggingface(directory):
+            return read_huggingface(directory)
+        if is_slow(directory):
+            return read_slow(directory)
     file = path if is_file else _bare_file(directory)
     return None if file is None else _read_bare(file)
 
@@ -145,6 +152,12 @@ def _read_bare(file: Path) -> Tokenizer | None:
     if is_tiktoken(start):
         return read_tiktoken(file)
     return read_sentencepiece(file) if is_sentencepiece(start) else None
+
+
+def _nothing_at(path: Path) -> str:
+    directory = path if path.is_dir() else path.parent
+    is_incomplete = (path.is_dir() or path.name in FILES) and (directory / CONFIG).is_file()
+    return f"{CONFIG}, but no vocabulary that belongs to it" if is_incomplete else "nothing of the kind"
 
 
 def _in_cache(name: str) -> Tokenizer | None:

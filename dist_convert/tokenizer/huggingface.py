@@ -27,15 +27,23 @@ FILES = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
+_FAST_FILE = "tokenizer.json"
+_FAST_CLASS = "PreTrainedTokenizerFast"
 #: Classes that only transformers 5 knows, and what both versions call them.
-_CLASSES_OF_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+_CLASSES_OF_5 = {"TokenizersBackend": _FAST_CLASS}
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+#: Vocabularies of tokenizers that only their own class, or another program, can read.
+_NOT_COPIED = ("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json")
+#: Begin and end of a text in Llama 3 and in Llama 2, for files that name no roles.
+_USUAL = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
 #: transformers 4 would give this class token_type_ids as well, which models of our families refuse.
 INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Whether transformers' files of a tokenizer are there."""
-    return any(os.path.isfile(directory / name) for name in ("tokenizer.json", CONFIG))
+    """Whether transformers' files of a tokenizer are there, its vocabulary among them."""
+    vocabularies = ((_FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
+    return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
 
 
 @contextmanager
@@ -61,8 +69,8 @@ def read_huggingface(directory: Path) -> Tokenizer:
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    ids: dict[str, int] = {}
-    with _parsing(directory / "tokenizer.json") as tokenizer:
+    ids = {} if (directory / _FAST_FILE).is_file() else _ids_of_class(directory)
+    with _parsing(directory / _FAST_FILE) as tokenizer:
         model = tokenizer.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(vocab, dict):
@@ -70,17 +78,63 @@ def read_huggingface(directory: Path) -> Tokenizer:
         elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
             ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
         ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
-        size = max(ids.values()) + 1 if ids else None
+        size = max(ids.values()) + 1 if ids else None  # before the class adds what its config lists
     with _parsing(directory / CONFIG) as config:
         added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
         ids.update(added)
         if size is not None and added:
             size = max(size, max(added.values()) + 1)
-    return Tokenizer("huggingface", directory, size, *special_ids(directory, ids))
+        template = config.get("chat_template")
+    return Tokenizer(
+        "huggingface",
+        directory,
+        size,
+        *special_ids(directory, ids),
+        is_llama3=ids.get("<|end_of_text|>") == 128001 and ids.get("<|eot_id|>") == 128009,
+        has_template=bool(template) or has_template_file(directory),
+        warnings=warnings_on(directory),
+    )
+
+
+def has_template_file(directory: Path) -> bool:
+    """Whether a chat template is in a file of its own."""
+    return any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+
+
+def warnings_on(directory: Path) -> tuple[str, ...]:
+    """What a copy of the directory may not do as the original does."""
+    found = []
+    with _parsing(directory / CONFIG) as config:
+        name, is_fast = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file()
+        if config.get("auto_map"):
+            found.append("the tokenizer's auto_map names Python code, which is not copied")
+        if name in _LLAMA_CLASSES and is_fast:
+            found.append(
+                f"transformers 5 may cut leading spaces in another way than 4 with the tokenizer's class {name}, "
+                "which is copied as it is"
+            )
+        if not name and not is_fast:
+            found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
+    others = sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)})
+    if others:
+        found.append(f"vocabulary files that are not copied: {', '.join(others)}")
+    return tuple(found)
+
+
+def _ids_of_class(directory: Path) -> dict[str, int]:
+    """The tokens of a vocabulary that a tokenizer class reads, by text: words and numbers, or a word a line."""
+    with _parsing(directory / "vocab.json") as words, _parsing(directory / "added_tokens.json") as added:
+        ids = {str(word): int(number) for word, number in {**words, **added}.items()}
+    if not words and (directory / "vocab.txt").is_file():
+        lines = (directory / "vocab.txt").read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        ids |= {line.removesuffix("\r"): number for number, line in enumerate(lines)}
+    return ids
 
 
 def special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
-    """Ids of the tokens that begin, end and pad a text, where the directory names them.
+    """Ids of the tokens that begin, end and pad a text, as the directory names them.
+
+    Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
 
     Args:
         directory: of the tokenizer's files.
@@ -89,6 +143,9 @@ def special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, in
     roles = ("bos_token", "eos_token", "pad_token")
     with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
         bos, eos, pad = (_id(config.get(role, tokens.get(role)), ids) for role in roles)
+        if not {"bos_token", "eos_token"} & (config.keys() | tokens.keys()):
+            usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
+            bos, eos = usual[0] if usual else (None, None)
     return bos, eos, pad
 
 
@@ -112,20 +169,19 @@ def files_of(directory: Path) -> tuple[str, ...]:
 
 
 def copy_huggingface(directory: Path, target: Path) -> tuple[str, ...]:
-    """Copy the tokenizer's files byte for byte, but for a config that only transformers 5 reads; returns their names.
+    """Copy the tokenizer's files byte for byte, but for a config that versions read differently; returns their names.
 
     Raises:
         SourceError: a file of it cannot be read.
         TargetError, NotEnoughSpace: the target's file system refuses.
     """
-    names = files_of(directory)
+    names, config = files_of(directory), _for_both_versions(directory)
+    names = tuple(dict.fromkeys((*names, CONFIG))) if config is not None else names
     for name in names:
         try:
-            content = (directory / name).read_bytes()
+            content = config if name == CONFIG and config is not None else (directory / name).read_bytes()
         except OSError as error:
             raise SourceError("a file of the tokenizer cannot be read", file=name, found=str(error)) from error
-        if name == CONFIG:
-            content = _for_both_versions(directory) or content
         try:
             (target / name).parent.mkdir(exist_ok=True)
             (target / name).write_bytes(content)
@@ -135,15 +191,20 @@ def copy_huggingface(directory: Path, target: Path) -> tuple[str, ...]:
 
 
 def _for_both_versions(directory: Path) -> bytes | None:
-    """The config as transformers 4 reads it too, where transformers 5 saved it; else None."""
+    """The config for transformers 4 and 5, where they would read it differently; None where it can stay as it is.
+
+    They do where transformers 5 saved it, and where it names no class: then the model's type decides, and transformers
+    4 would put Llama's `<s>` in front, whatever tokenizer.json says.
+    """
     with _parsing(directory / CONFIG) as config:
         name = config.get("tokenizer_class")
         extra = config.get("extra_special_tokens")
-        if name not in _CLASSES_OF_5 and not isinstance(extra, list):
+        of_both = _CLASSES_OF_5.get(name) if name else (_FAST_CLASS if (directory / _FAST_FILE).is_file() else None)
+        if of_both is None and not isinstance(extra, list):
             return None
         changed = dict(config)
-        if name in _CLASSES_OF_5:
-            changed["tokenizer_class"] = _CLASSES_OF_5[name]
+        if of_both is not None:
+            changed["tokenizer_class"] = of_both
             changed.setdefault("model_input_names", INPUT_NAMES)
         if isinstance(extra, list):
             del changed["extra_special_tokens"]

@@ -5,6 +5,7 @@ The message is google/sentencepiece src/sentencepiece_model.proto; facts: docs/f
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,27 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     trainer, size = proto.trainer_spec, len(proto.pieces)
     _refuse_others(proto, path)
     bos, eos, pad = (number if 0 <= number < size else None for number in _roles(trainer))
-    return Tokenizer("sentencepiece", path, size, bos, eos, pad)
+    return Tokenizer("sentencepiece", path, size, bos, eos, pad, chat=_chat_of(proto))
+
+
+def _chat_of(proto: Any) -> str | None:
+    """Mistral's chat format where its tokens are control pieces, as they are from the second version on."""
+    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}
+    if not {"[INST]", "[/INST]"} <= control:
+        return None
+    return "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= control else "mistral v3"
 
 
 def _refuse_others(proto: Any, path: Path) -> None:
     """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
     types = {piece.type for piece in proto.pieces}
+    user_defined = _user_defined(proto)
+    moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
     faults = (
         (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
         (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
-        (bool(types & {_USER_DEFINED, _UNUSED}), "user-defined or unused pieces"),
+        (_UNUSED in types, "unused pieces"),
+        (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
     )
     found = [what for is_there, what in faults if is_there]
     if found:
@@ -53,6 +65,10 @@ def _refuse_others(proto: Any, path: Path) -> None:
             found=", ".join(found),
             remedy="give the directory of a Hugging Face tokenizer",
         )
+
+
+def _user_defined(proto: Any) -> list[str]:
+    return [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
 
 
 def _roles(trainer: Any) -> tuple[int, int, int]:
@@ -93,10 +109,12 @@ def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
         byte_fallback=any(piece.type == _BYTE for piece in pieces),
     )
     tokenizer: Any = Tokenizer(model)
-    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    user_defined = _user_defined(proto)
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec, user_defined)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
     special = (piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in user_defined])
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, trainer.bos_id)]
@@ -120,7 +138,12 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(ways)]
 
 
-def _normalizer(spec: Any) -> Any:
+def _normalizer(spec: Any, user_defined: list[str]) -> Any:
+    """Spaces as SentencePiece writes them.
+
+    User-defined pieces are looked for in text that is normalized, where no further space goes in front of what follows
+    them. `tokenizers` normalizes the pieces themselves, too: a text that is one of them must stay as it is.
+    """
     from tokenizers import Regex, normalizers
 
     leading = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -128,6 +151,9 @@ def _normalizer(spec: Any) -> Any:
     steps: list[Any] = leading if spec.remove_extra_whitespaces else []
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
+        if user_defined:
+            alone = "|".join(map(re.escape, user_defined))
+            steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}(?=(?:{alone})\z)"), ""))
     steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps + (trailing if spec.remove_extra_whitespaces else []))
 

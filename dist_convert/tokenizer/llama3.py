@@ -5,18 +5,25 @@ Format and special tokens: docs/formats.md, "Tokenizer files".
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
-from dist_convert.tokenizer.packages import require
-from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.tokenizer.record import Style, Tokenizer
 
 BASE_TOKENS = 128000
 _SPECIAL_TOKENS = 256
 BEGIN, END, TURN_END, PADDING = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+")
+
+#: How text is cut before it is encoded (`models/llama3/tokenizer.py` in meta-llama/llama-models).
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 #: The named special tokens by their number after the base tokens; the others are reserved, counted up in order.
 _NAMED = {
@@ -40,26 +47,52 @@ def read_tiktoken(path: Path) -> Tokenizer:
         CorruptFile: lines that are not tiktoken's, or ids out of order.
         UnsupportedModel: another vocabulary than Llama 3's.
     """
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines):
-        if not _LINE.fullmatch(line) or int(line.rsplit(b" ", 1)[1]) != number:
+    _ids_of(path)
+    size, bos, eos = BASE_TOKENS + _SPECIAL_TOKENS, BASE_TOKENS, BASE_TOKENS + 1
+    return Tokenizer("tiktoken", path, size, bos, eos, is_llama3=True)
+
+
+def _ids_of(path: Path) -> dict[bytes, int]:
+    """The tokens and their ids. tiktoken's own reader keeps a copy by path, which may be of another file by now."""
+    ids: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        token = _token(line, number)
+        if not token or token in ids:
             raise CorruptFile(
                 "the tokenizer file is damaged",
                 file=str(path),
                 expected=f"line {number + 1}: a token in base64 and its id, {number}",
-                found=repr(line[:60]),
+                found=repr(line[:60]) + (f", the token of id {ids[token]}" if token in ids else ""),
                 remedy="copy it again, or give another one with --tokenizer",
             )
-    if len(lines) != BASE_TOKENS:
+        ids[token] = number
+    if len(ids) != BASE_TOKENS:
         raise UnsupportedModel(
             "only Llama 3's tokenizer can be built from tiktoken's lines",
             file=str(path),
             expected=f"{BASE_TOKENS} lines",
-            found=len(lines),
+            found=len(ids),
             remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
         )
-    require("tiktoken", path)
-    return Tokenizer("tiktoken", path, BASE_TOKENS + _SPECIAL_TOKENS, bos=BASE_TOKENS, eos=BASE_TOKENS + 1)
+    return ids
+
+
+def _token(line: bytes, number: int) -> bytes:
+    """The token of a line; nothing where the line is damaged."""
+    if not _LINE.fullmatch(line):
+        return b""
+    token, id_ = line.split(b" ")
+    try:
+        return base64.b64decode(token, validate=True) if int(id_) == number else b""
+    except binascii.Error:
+        return b""
+
+
+def padding_id(tokenizer: Tokenizer, style: Style, vocab: int) -> int | None:
+    """The id that pads a text: a bare file leaves it to the model type; None beyond the vocabulary."""
+    has_padding = tokenizer.kind == "tiktoken" and style.model_type == "llama3.1"
+    pad = BASE_TOKENS + special_tokens("llama3.1").index(PADDING) if has_padding else tokenizer.pad
+    return pad if pad is not None and pad < vocab else None
 
 
 def special_tokens(model_type: str) -> list[str]:
@@ -70,19 +103,43 @@ def special_tokens(model_type: str) -> list[str]:
 
 
 def build_llama3(path: Path, model_type: str) -> Any:
-    """A `tokenizers.Tokenizer` that puts begin-of-text in front."""
-    from tokenizers import processors
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    """A `tokenizers.Tokenizer` that puts begin-of-text in front: what transformers' `TikTokenConverter` makes of it."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    special = special_tokens(model_type)
-    # transformers 4's name of the parameter and 5's; each version ignores the other one.
-    names = {"additional_special_tokens": special, "extra_special_tokens": special}
-    tokenizer: Any = TikTokenConverter(str(path), **names).converted()  # type: ignore[no-untyped-call]
+    ids = _ids_of(path)
+    letters = _letters()
+    text = {token: "".join(letters[byte] for byte in token) for token in ids}
+    merges = [(text[left], text[right]) for left, right in _merges(ids)]
+    # A piece of text that is a token is that token, whichever merges lead to it: so does tiktoken.
+    model = models.BPE({text[token]: number for token, number in ids.items()}, merges, ignore_merges=True)
+    tokenizer: Any = Tokenizer(model)
+    split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_byte])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens(model_type)])
     begin = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN}:0 $A:0 {BEGIN}:1 $B:1", special_tokens=[(BEGIN, BASE_TOKENS)]
     )
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     return tokenizer
+
+
+def _merges(ids: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """All ways to cut each token in two tokens, by its id; ways of one token by the ids of the parts."""
+    merges = []
+    for token in ids:
+        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        found = [(left, right) for left, right in ways if left in ids and right in ids]
+        merges += sorted(found, key=lambda way: (ids[way[0]], ids[way[1]]))
+    return merges
+
+
+def _letters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: printable ones for themselves (GPT-2's)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def roles(model_type: str, *, instruct: bool) -> dict[str, str]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from dist_convert.tokenizer.record import Style, Tokenizer
 
-_NAMES = {"llama2": "Llama 2", "llama3": "Llama 3", "llama3.1": "Llama 3.1", "mistral": "Mistral", "mixtral": "Mixtral"}
+_NAMES = {
+    "llama2": "Llama 2", "llama3": "Llama 3", "llama3.1": "Llama 3.1", "mistral": "Mistral", "mixtral": "Mixtral",
+    "mistral v3": "Mistral v3", "mistral v7": "Mistral v7",
+}  # fmt: skip
 
 
 def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> list[str]:
@@ -21,15 +24,18 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     """
     if tokenizer.kind == "none":
         return [f"no tokenizer files are written: {tokenizer.note}"]
-    if tokenizer.kind == "huggingface":
-        return [f"tokenizer: {tokenizer.note}, copied"]
-    if tokenizer.kind == "slow":
-        return [f"tokenizer: {tokenizer.note}, copied, with a tokenizer.json built from its tokenizer.model"]
+    if tokenizer.kind in ("huggingface", "slow"):
+        built = ", with a tokenizer.json built from its tokenizer.model" if tokenizer.kind == "slow" else ""
+        warnings = list(tokenizer.warnings)
+        if style.instruct and not tokenizer.has_template:
+            warnings.append("--instruct was given, but the tokenizer has no chat template, and none is written")
+        return [f"tokenizer: {tokenizer.note}, copied{built}", *(f"warning: {text}" for text in warnings)]
     details = ["special tokens"] if tokenizer.kind == "tiktoken" else []
     details += ["chat format"] if style.instruct else []
     if not details:
         return [f"tokenizer: built from {tokenizer.note}"]
     why = "" if said == style.model_type else ", as its config suggests; --source-model-type decides"
+    why = ", as its control tokens tell" if tokenizer.chat is not None else why
     return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 

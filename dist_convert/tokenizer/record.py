@@ -26,6 +26,10 @@ class Tokenizer:
         size: tokens, added ones included; None where it cannot be told without loading it.
         bos, eos, pad: ids of begin and end of text and of padding, where the files name them.
         note: where it was found or, where it was not, why: one sentence for the user.
+        is_llama3: whether the tokens that end a text and a turn have Llama 3's ids.
+        chat: "mistral v3" or "mistral v7" where its own control tokens tell whose chat format it has.
+        has_template: whether a directory has a chat template.
+        warnings: what the user should know of its files, a sentence each.
     """
 
     kind: Kind
@@ -35,6 +39,10 @@ class Tokenizer:
     eos: int | None = None
     pad: int | None = None
     note: str = ""
+    is_llama3: bool = False
+    chat: str | None = None
+    has_template: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Style:
     """What a bare tokenizer file does not say of the tokenizer that is built from it.
 
     Attributes:
-        model_type: one of the values of `--source-model-type`.
+        model_type: one of the values of `--source-model-type`, or `Tokenizer.chat` where the tokenizer tells.
         instruct: whether it gets a chat template, and the token that ends a turn as end of text.
         max_positions: tokens that the model can attend to.
     """
@@ -53,17 +61,19 @@ class Style:
 
 
 def style_of(
-    kind: Kind, said: str | None, *, is_mixtral: bool, scales_rope: bool, max_positions: int, instruct: bool
+    tokenizer: Tokenizer, said: str | None, *, is_mixtral: bool, scales_rope: bool, max_positions: int, instruct: bool
 ) -> Style:
-    """The style that `--source-model-type` asks for, as far as it fits the kind of file, else that of the config.
+    """The style that the tokenizer tells or `--source-model-type` asks for, as far as it fits; else the config's.
 
     Args:
-        kind: of the tokenizer.
+        tokenizer: as found.
         said: `--source-model-type`.
         is_mixtral, scales_rope, max_positions: of the model.
         instruct: `--instruct`.
     """
-    if kind == "tiktoken":
+    if tokenizer.chat is not None:
+        model_type = tokenizer.chat
+    elif tokenizer.kind == "tiktoken":
         is_later = scales_rope or max_positions > _LLAMA3_POSITIONS
         model_type = said if said in ("llama3", "llama3.1") else ("llama3.1" if is_later else "llama3")
     else:
@@ -75,7 +85,7 @@ def style_of(
 def style_for(tokenizer: Tokenizer, architecture: Architecture, said: str | None, *, instruct: bool) -> Style:
     """The style for a model that is about to be written."""
     return style_of(
-        tokenizer.kind,
+        tokenizer,
         said,
         is_mixtral=bool(architecture.experts),
         scales_rope=architecture.rope_scaling is not None,

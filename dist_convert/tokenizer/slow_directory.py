@@ -14,21 +14,28 @@ from typing import Any
 
 from dist_convert.errors import SourceError
 from dist_convert.read.json_file import read_json
-from dist_convert.tokenizer.huggingface import CONFIG, INPUT_NAMES, special_ids
+from dist_convert.tokenizer.huggingface import (
+    CONFIG,
+    INPUT_NAMES,
+    files_of,
+    has_template_file,
+    is_huggingface,
+    special_ids,
+    warnings_on,
+)
 from dist_convert.tokenizer.llama2 import build_llama2, is_sentencepiece, read_sentencepiece
 from dist_convert.tokenizer.record import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
-_FAST_FILE = "tokenizer.json"
 _ADDED_FILE = "added_tokens.json"
 #: Settings of the class LlamaTokenizer that the built tokenizer.json has taken over.
 _TAKEN_OVER = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "tokenizer_file")
 
 
 def is_slow(directory: Path) -> bool:
-    """Whether the directory has nothing but a SentencePiece model to cut text with."""
+    """Whether the directory has a config of transformers, and nothing but a SentencePiece model to cut text with."""
     model = directory / MODEL_FILE
-    if not os.path.isfile(model) or any(os.path.isfile(directory / n) for n in (_FAST_FILE, "vocab.json", "vocab.txt")):
+    if not os.path.isfile(model) or not os.path.isfile(directory / CONFIG) or is_huggingface(directory):
         return False
     with model.open("rb") as opened:
         return is_sentencepiece(opened.read(3))
@@ -41,26 +48,34 @@ def read_slow(directory: Path) -> Tokenizer:
         SourceError: the model or a file beside it cannot be understood.
         MissingPackage: protobuf is not installed.
     """
+    files_of(directory)  # refuses links before any is read
     model = read_sentencepiece(directory / MODEL_FILE)
     added = _added(directory)
+    after = sorted(number for number in added if number >= (model.size or 0))
+    for expected, number in enumerate(after, start=model.size or 0):
+        if number != expected:
+            raise SourceError(
+                "added tokens of the tokenizer leave ids out",
+                file=str(directory),
+                expected=f"id {expected}",
+                found=f"id {number}: {added[number]['content']!r}",
+            )
     ids = {token["content"]: number for number, token in added.items()}
     bos, eos, pad = special_ids(directory, ids)
     size = max([model.size or 0, *(number + 1 for number in added)])
-    found = replace(model, kind="slow", path=directory, size=size)
+    found = replace(model, kind="slow", path=directory, size=size, chat=None, warnings=warnings_on(directory))
+    config = read_json(directory / CONFIG)
     return replace(
         found,
         bos=model.bos if bos is None else bos,
         eos=model.eos if eos is None else eos,
         pad=model.pad if pad is None else pad,
+        has_template=bool(config.get("chat_template")) or has_template_file(directory),
     )
 
 
 def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """A `tokenizers.Tokenizer` of the directory, and its tokenizer_config.json for it.
-
-    Raises:
-        SourceError: added tokens that do not follow the model's.
-    """
+    """A `tokenizers.Tokenizer` of a directory that `read_slow` has checked, and its tokenizer_config.json for it."""
     from tokenizers import AddedToken, pre_tokenizers, processors
 
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
@@ -68,13 +83,6 @@ def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     for number, token in sorted(_added(directory).items()):
         if number < tokenizer.get_vocab_size():
             continue
-        if number > tokenizer.get_vocab_size():
-            raise SourceError(
-                "added tokens of the tokenizer leave ids out",
-                file=str(directory),
-                expected=f"id {tokenizer.get_vocab_size()}",
-                found=f"id {number}: {token['content']!r}",
-            )
         known = ("lstrip", "normalized", "rstrip", "single_word", "special")
         added = AddedToken(token["content"], **{key: bool(token[key]) for key in known if key in token})
         (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([added])

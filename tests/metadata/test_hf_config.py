@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dist_convert.metadata.hf_config import special_token_ids
+from dist_convert.tokenizer.record import Tokenizer
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
 
@@ -203,20 +205,29 @@ def test_generation_ends_where_the_family_ends_and_samples_for_instruct_models(
     assert (config["bos_token_id"], config["eos_token_id"]) == expected[:2]
 
 
+NOT_FOUND = Tokenizer("none")
+OF_LLAMA_3 = Tokenizer("huggingface", bos=128000, eos=128009, is_llama3=True)
+ENDS = [128001, 128008, 128009]
+
+
 @pytest.mark.parametrize(
-    ("vocab", "bos", "eos", "instruct", "expected"),
+    ("vocab", "tokenizer", "instruct", "expected"),
     [
-        (128256, None, None, True, (128000, [128001, 128008, 128009])),
-        (128256, 128000, 128009, True, (128000, [128001, 128008, 128009])),
-        (128258, 128000, 128257, True, (128000, [128001, 128008, 128009, 128257])),
-        (128256, 128000, 128009, False, (128000, 128009)),
-        (151936, 151643, 151645, True, (151643, 151645)),
-        (32000, None, None, True, (1, 2)),
-        (32000, 1, 32000, True, (1, 32000)),
-        (2, None, None, False, (None, None)),
+        (128256, NOT_FOUND, True, (128000, ENDS)),
+        (128256, NOT_FOUND, False, (128000, 128001)),
+        (32000, NOT_FOUND, True, (1, 2)),
+        (2, NOT_FOUND, False, (1, None)),
+        (128256, OF_LLAMA_3, True, (128000, ENDS)),
+        (128258, replace(OF_LLAMA_3, eos=128257), True, (128000, [*ENDS, 128257])),
+        (128256, replace(OF_LLAMA_3, eos=128257), True, (128000, ENDS)),
+        (128256, OF_LLAMA_3, False, (128000, 128009)),
+        (151936, Tokenizer("huggingface", bos=151643, eos=151645), True, (151643, 151645)),
+        (151936, Tokenizer("huggingface", bos=None, eos=151645), True, (None, 151645)),
+        (32000, Tokenizer("huggingface"), False, (None, None)),
+        (32000, Tokenizer("huggingface", bos=1, eos=32000), True, (1, None)),
     ],
 )
-def test_special_ids_are_the_tokenizers_then_the_familys(
-    vocab: int, bos: int | None, eos: int | None, instruct: bool, expected: tuple[Any, Any]
+def test_special_ids_are_the_tokenizers_or_without_one_the_familys_if_they_have_rows(
+    vocab: int, tokenizer: Tokenizer, instruct: bool, expected: tuple[Any, Any]
 ) -> None:
-    assert special_token_ids(vocab, bos, eos, instruct=instruct) == expected
+    assert special_token_ids(vocab, tokenizer, instruct=instruct) == expected

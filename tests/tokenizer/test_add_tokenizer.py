@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,48 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_a_warning_with_every_number(
     assert main(["tokenizer", str(make_tokenizer(tmp_path / "tokenizer")), str(target)]) == 0
     warning = "sizes disagree: tokenizer 29, args 20, embedding 20 rows; 20 are written. The tokenizer's ids from 20 on"
     assert warning in capsys.readouterr().err
+
+
+def test_a_failure_leaves_a_whole_tokenizer_and_nothing_half_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = make_tokenizer(tmp_path / "old"), make_tokenizer(tmp_path / "new", extra="new")
+    target = converted(tmp_path, LAYER, "--tokenizer", str(old))
+    (target / "generation_config.json").unlink()
+    (target / "generation_config.json").mkdir()  # takes no file in its place
+    (target / "generation_config.json" / "other").write_text("")
+    assert main(["tokenizer", str(new), str(target), "--overwrite"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (target / ".tokenizer.partial").exists()
+    assert files_of(new).items() <= files_of(target).items()
+
+
+def test_the_old_tokenizer_goes_only_when_the_new_one_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = make_tokenizer(tmp_path / "old"), make_tokenizer(tmp_path / "new", extra="new")
+    (old / "additional_chat_templates").mkdir()
+    (old / "additional_chat_templates" / "rag.jinja").write_text("of the old one")
+    target = converted(tmp_path, LAYER, "--tokenizer", str(old))
+    templates = target / "additional_chat_templates"
+    templates.chmod(0o500)
+    code = main(["tokenizer", str(new), str(target), "--overwrite"])
+    if templates.exists():
+        templates.chmod(0o700)
+    assert files_of(new).items() <= files_of(target).items()
+    if os.geteuid() != 0:  # whom no permission stops
+        assert code == 1
+        assert "the new tokenizer is written, but a file of the old one cannot be removed" in capsys.readouterr().err
+    else:
+        assert not templates.exists()
+
+
+@pytest.mark.parametrize("model_type", ["llama2", "mistral"])
+def test_only_instruct_models_of_llama_sample(model_type: str, tmp_path: Path) -> None:
+    train(tmp_path / "source")
+    target = converted(tmp_path, Model(layers=1, vocab=400, padded_vocab=512))
+    assert (
+        main(["tokenizer", str(tmp_path / "source"), str(target), "--instruct", "--source-model-type", model_type]) == 0
+    )
+    generation = json.loads((target / "generation_config.json").read_text())
+    assert ("temperature" in generation) is (model_type == "llama2")

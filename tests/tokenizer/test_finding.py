@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
+from dist_convert.tokenizer.llama3 import build_llama3
 from tests.checkpoints import Model, make
 from tests.converting import convert
 from tests.tokenizer.pieces import train
@@ -167,6 +168,8 @@ def test_the_flag_then_the_args_tell_llama_3_from_3_1(
         ("short", ("only Llama 3's tokenizer", "128000 lines", "found:    1000")),
         ("order", ("is damaged", "line 3: a token in base64 and its id, 2", "file:     ")),
         ("binary", ("is damaged", "line 3:")),
+        ("base64", ("is damaged", "line 1: ", "found:    b'AAAAA 0'")),
+        ("twice", ("is damaged", "line 3:", "the token of id 1")),
     ],
 )
 def test_lines_that_are_not_llama_3s_are_an_error(
@@ -175,12 +178,73 @@ def test_lines_that_are_not_llama_3s_are_an_error(
     file = tiktoken_lines(tmp_path / "tokenizer.model", 1000)
     lines = file.read_bytes().splitlines()
     if fault != "short":
-        lines[2] = lines[3] if fault == "order" else b"\x00\xff 2"
+        lines[2] = {"order": lines[3], "twice": lines[1].split()[0] + b" 2"}.get(fault, b"\x00\xff 2")
+    if fault == "base64":
+        lines[:3] = b"AAAAA 0", b"AQ== 1", b"Ag== 2"
     file.write_bytes(b"\n".join(lines))
     make(tmp_path / "in", LAYER)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(file)) == 1
     err = capsys.readouterr().err
     assert [word for word in words if word not in err] == []
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken's own reader keeps what it once read from a path."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/dev/null/nowhere")
+    monkeypatch.chdir(tmp_path)
+    file = tiktoken_lines(Path("tokenizer.model"))
+    lines = file.read_text().splitlines()
+    assert build_llama3(file, "llama3").encode("!", add_special_tokens=False).ids == [33]
+    lines[33], lines[34] = f"{lines[34].split()[0]} 33", f"{lines[33].split()[0]} 34"
+    file.write_text("\n".join(lines))
+    assert build_llama3(file, "llama3").encode("!", add_special_tokens=False).ids == [34]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "damaged"])
+def test_a_tokenizer_that_cannot_be_converted_stops_the_weights_only_if_it_was_asked_for(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "unigram":
+        file = tmp_path / "tokenizer.model"
+        train(file, model_type="unigram")
+        words = "no tokenizer files are written: only SentencePiece models like those of Llama 2, Mistral and Mixtral "
+        words += f"are converted: {file} (another model than byte pair encoding)\n"
+    else:
+        file = make_tokenizer(tmp_path / "made")
+        (file / "tokenizer.json").write_text("{")
+        words = "no tokenizer files are written: "
+    make(tmp_path / "in", LAYER, tokenizer_model=str(file))
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.endswith(f"with: dist-convert tokenizer PATH {tmp_path / 'out'}\n")
+    assert convert(tmp_path / "in", tmp_path / "other", "--tokenizer", str(file)) == 1
+
+
+@pytest.mark.parametrize("argument", ["vocab_file", "merge_file"])
+def test_the_vocabulary_that_args_of_a_gpt_2_tokenizer_name_is_searched(
+    argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER, **{argument: f"{NAMED}/vocabulary"})
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    words = f"{NAMED}/vocabulary, which the checkpoint's args name, is not on this machine"
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", ["", "tokenizer.model", "spiece.model", "vocab.json"])
+def test_a_config_without_a_vocabulary_is_no_tokenizer(
+    beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    (source / "tokenizer.json").unlink()
+    if beside:
+        (source / beside).write_text("version https://git-lfs.github.com/spec/v1\n")
+    make(tmp_path / "in", LAYER, tokenizer_model=str(source))
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 2
+    err = capsys.readouterr().err
+    assert "found:    tokenizer_config.json, but no vocabulary that belongs to it" in err
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
 
 
 def cached(home: Path, name: str, revision: str = "0" * 40) -> Path:
@@ -210,17 +274,16 @@ def test_a_name_on_the_hub_is_looked_up_in_the_cache_alone(tmp_path: Path) -> No
 
 
 def test_a_missing_package_is_named_and_only_the_flag_makes_it_an_error(tmp_path: Path) -> None:
-    file = tiktoken_lines(tmp_path / "tokenizer.model")
-    make(
-        tmp_path / "in", Model(layers=1, vocab=128256, padded_vocab=128256, hidden=4, ffn=4), tokenizer_model=str(file)
-    )
-    program = "import sys; sys.modules['tiktoken'] = None; from dist_convert.__main__ import main; sys.exit(main())"
+    file = tmp_path / "tokenizer.model"
+    train(file)
+    make(tmp_path / "in", Model(layers=1, vocab=400, padded_vocab=512), tokenizer_model=str(file))
+    program = "import sys; sys.modules['google'] = None; from dist_convert.__main__ import main; sys.exit(main())"
     for number, flags in enumerate(([], ["--tokenizer", str(file)])):
         command = ["--load-path", str(tmp_path / "in"), "--save-path", str(tmp_path / f"out{number}"), *flags]
         done = subprocess.run(
             [sys.executable, "-c", program, *CLI[3:], *command], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == number
-        assert "building a tokenizer from this file needs the package tiktoken" in done.stderr
-        assert "pip install tiktoken" in done.stderr
+        assert "building a tokenizer from this file needs the package protobuf" in done.stderr
+        assert "pip install protobuf" in done.stderr
         assert (tmp_path / f"out{number}").exists() is (number == 0)

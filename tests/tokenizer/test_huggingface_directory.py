@@ -126,7 +126,7 @@ def test_special_tokens_may_be_written_as_objects_or_be_absent(tmp_path: Path) -
     make(tmp_path / "in", LAYER)
     source = make_tokenizer(tmp_path / "tokenizer", bos_token=None, eos_token={"content": "</s>", "special": True})
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
-    assert ids_of(tmp_path / "out") == (1, 28)
+    assert ids_of(tmp_path / "out") == (None, 28)
 
 
 @pytest.mark.parametrize("content", ['{"model": ', '{"added_tokens": [{}]}', "[]"])
@@ -199,3 +199,86 @@ def test_a_copied_tokenizer_gives_the_ids_of_its_source(version: str, tmp_path: 
     found = load_and_encode(version, {"source": source, "copy": tmp_path / "out"}, lines)
     assert found["copy"] == found["source"]
     assert found["copy"]["ids"][:2] == [[1], [27, 3, 28]]
+
+
+@pytest.mark.parametrize("config", ["absent", "without a class"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_tokenizer_json_without_a_class_is_not_read_by_that_of_the_model(
+    version: str, config: str, tmp_path: Path
+) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    (source / "tokenizer_config.json").unlink()
+    if config == "without a class":
+        (source / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    found = load_and_encode(version, {"it": tmp_path / "out"}, ["w1", "<s>w3</s>"])["it"]
+    assert found["ids"] == [
+        Tokenizer.from_file(str(source / "tokenizer.json")).encode(t).ids for t in ("w1", "<s>w3</s>")
+    ]
+    assert found["inputs"] == ["attention_mask", "input_ids"]
+    assert ids_of(tmp_path / "out") == (27, 28)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("vocab.txt",)])
+def test_vocabularies_that_a_class_reads_are_counted(names: tuple[str, ...], tmp_path: Path) -> None:
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    words = [*(f"w{number}" for number in range(26)), "<end>"]
+    (source / names[0]).write_text("\n".join(words) + "\n")
+    if names[0] == "vocab.json":
+        (source / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        (source / "merges.txt").write_text("#version: 0.2\n")
+    (source / "added_tokens.json").write_text('{"<more>": 27}')
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": None, "eos_token": "<end>", "pad_token": "<more>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    make(tmp_path / "in", LAYER, vocab_size=None)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert ids_of(tmp_path / "out") == (None, 26)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["pad_token_id"] == 27
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 28
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "flags", "words"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["own.Own", None]}}, "", (), "auto_map names Python code, which is not copied"),
+        ({}, "tekken.json", (), "vocabulary files that are not copied: tekken.json"),
+        (
+            {},
+            "qwen.tiktoken",
+            (),
+            "vocabulary files that are not copied: qwen.tiktoken",
+        ),
+        ({"tokenizer_class": "LlamaTokenizer"}, "", (), "transformers 5 may cut leading spaces in another way than 4"),
+        ({}, "", ("--instruct",), "--instruct was given, but the tokenizer has no chat template, and none is written"),
+    ],
+)
+def test_what_a_copy_leaves_out_is_a_warning(
+    config: dict[str, Any],
+    file: str,
+    flags: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer", **config)
+    if file:
+        (source / file).write_text("{}")
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source), "--dry-run", *flags) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert words in warnings[0]
+
+
+@pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_that_is_there_needs_no_warning(
+    template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer", **({"chat_template": "x"} if template.endswith("json") else {}))
+    if template == "chat_template.jinja":
+        (source / template).write_text("x")
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source), "--dry-run", "--instruct") == 0
+    assert "warning" not in capsys.readouterr().err

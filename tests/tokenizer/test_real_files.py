@@ -275,12 +275,14 @@ def test_the_sentencepiece_model_is_copied_along(converted: dict[str, Path]) -> 
             {
                 "bos_token_id": 128000,
                 "eos_token_id": [128001, 128008, 128009],
+                "pad_token_id": 128004,
                 "do_sample": True,
                 "temperature": 0.6,
                 "top_p": 0.9,
             },
         ),
         ("mixtral instruct", {"bos_token_id": 1, "eos_token_id": 2}),
+        ("mistral instruct", {"bos_token_id": 1, "eos_token_id": 2}),
     ],
 )
 def test_generation_follows_the_tokenizer(name: str, expected: dict[str, Any], converted: dict[str, Path]) -> None:

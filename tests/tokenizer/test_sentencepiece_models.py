@@ -32,6 +32,7 @@ def convert_with(tokenizer: Path, tmp_path: Path, *flags: str) -> int:
         {"add_dummy_prefix": False},
         {"byte_fallback": False},
         {"control_symbols": ["[INST]"], "pad_id": 3},
+        {"user_defined_symbols": ["<extra_0>", "def", "=="]},
     ],
     ids=lambda options: " ".join(options) or "as Llama 2",
 )
@@ -62,7 +63,10 @@ def test_special_tokens_of_a_model_have_its_own_names_and_ids(tmp_path: Path) ->
     [
         ({"model_type": "unigram"}, "another model than byte pair encoding"),
         ({"normalization_rule_name": "nmt_nfkc"}, "a normalization of characters"),
-        ({"user_defined_symbols": ["<extra_0>"]}, "user-defined or unused pieces"),
+        (
+            {"user_defined_symbols": ["<extra_0>"], "remove_extra_whitespaces": True},
+            "user-defined pieces and spaces that are removed, or in them",
+        ),
     ],
     ids=["unigram", "normalization", "user-defined pieces"],
 )
@@ -139,3 +143,14 @@ def test_bos_and_eos_are_added_as_the_settings_say(tmp_path: Path) -> None:
     witness = slow_directory(tmp_path / "slow", add_bos_token=False, add_eos_token=True)
     assert convert_with(tmp_path / "slow", tmp_path) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"] == [*witness.encode("a"), 401]
+
+
+def test_added_tokens_that_leave_ids_out_fail_in_a_dry_run_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_directory(tmp_path / "slow")
+    (tmp_path / "slow" / "added_tokens.json").write_text(json.dumps({"<far>": 410}))
+    assert convert_with(tmp_path / "slow", tmp_path, "--dry-run") == 1
+    err = capsys.readouterr().err
+    assert "added tokens of the tokenizer leave ids out" in err
+    assert "expected: id 402\n  found:    id 410: '<far>'" in err
