@@ -41,7 +41,7 @@ from dist_convert.write.history import (
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
 from dist_convert.write.manifest import is_complete
-from dist_convert.write.partial import check_partial, claim, forget, is_committed, is_ours
+from dist_convert.write.partial import RESUMABLE, check_partial, claim, forget, is_committed, is_ours
 from dist_convert.write.skeleton import reserve_file
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
@@ -142,7 +142,9 @@ def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[
         named = gather_objects(world, is_named)
         yield Held(any(named), named[task.places.index(task.places[world.rank])])
     except ValueOverflow:
-        raise  # the same command would end the same way
+        if lock is not None:
+            (task.partial / RESUMABLE).unlink(missing_ok=True)  # the same command would end the same way
+        raise
     except (DifferentModel, SourceChanged):
         if lock is not None:
             forget(task.partial)

@@ -226,6 +226,7 @@ def test_values_that_became_infinite_before_a_kill_are_not_forgotten(runs: Runs,
     assert run.exit_codes == [1]
     assert "finite values in 1 tensors become infinite" in run.printed
     assert "start the same command again" not in run.printed
+    assert not (tmp_path / "out.partial" / "resumable").exists()
     accepted = runs.do([*flags, "--allow-overflow"])
     assert accepted.exit_codes == [0]
     assert accepted.written_bytes == 0

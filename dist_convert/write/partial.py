@@ -129,6 +129,7 @@ def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock
             _restore_aside(target)
             if _differences(partial, identity):
                 _start_anew(partial, identity)
+            _mark_resumable(partial)
         except BaseException:
             lock.release()
             raise
@@ -162,9 +163,13 @@ def _make(partial: Path, identity: Mapping[str, Any]) -> Lock | None:
     return None
 
 
+def _mark_resumable(partial: Path) -> None:
+    (partial / RESUMABLE).write_text("unfinished: start the same command again to go on\n", encoding="utf-8")
+
+
 def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
     journal = partial / JOURNAL_DIRECTORY
-    (partial / RESUMABLE).write_text("unfinished: start the same command again to go on\n", encoding="utf-8")
+    _mark_resumable(partial)
     fresh = journal / (_IDENTITY + ".new")
     fresh.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     sync(fresh)
