@@ -64,6 +64,7 @@ def test_a_conversion_that_is_killed_again_and_again_ends_with_the_same_bytes(
             [*flags(direction, sources, target), "--device", "cpu", "--placement", chance.choice(PLACEMENTS)],
             ranks=ranks, rank=rank, moment=moment, signals=["SIGKILL"], all=rank == 0 or chance.random() < 0.3,
         )  # fmt: skip
+        assert run.seconds < 50, run.printed  # else it hung
         written_bytes += run.written_bytes
         if -9 in run.exit_codes:
             kills += 1

@@ -32,6 +32,7 @@ from dist_convert.channel import Channel
 from dist_convert.job import Job
 from dist_convert.move.exchange import World
 from dist_convert.report import Outcome
+from tests.distributed.programs.forked_store import end_store, fork_store
 
 #: A job that takes longer hangs; its process is killed by SIGALRM.
 TIMEOUT_SECONDS = 45
@@ -78,12 +79,12 @@ def run_job(flags: list[str], record: Path) -> int:
     return dist_convert_main([flag.replace("{RANK}", os.environ["RANK"]) for flag in flags])
 
 
-def serve_store(number: int, agent: Store) -> Store | None:
-    """Rank 0 serves a store for one job and tells the others its port, which goes into the environment."""
+def serve_store(number: int, agent: Store) -> int | None:
+    """Rank 0 has a process serve one job's store and tells the others its port, which goes into the environment."""
     serving = None
     if os.environ["RANK"] == "0":
-        serving = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        agent.set(f"port of {number}", str(serving.port))
+        serving, port = fork_store()
+        agent.set(f"port of {number}", str(port))
     os.environ["MASTER_PORT"] = agent.get(f"port of {number}").decode()
     return serving
 
@@ -125,6 +126,8 @@ def main(asked: Path, directory: Path) -> None:
         agent.add(f"done with {number}", 1)
         while serving is not None and agent.add(f"done with {number}", 0) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.01)
+        if serving is not None:
+            end_store(serving)
 
 
 if __name__ == "__main__":
