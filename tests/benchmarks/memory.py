@@ -3,7 +3,7 @@
 A Llama checkpoint at TP4 x PP2 is made with a quarter of the layers, with half of them and whole. Each is converted to
 Hugging Face by ranks that all see it (direct), and by ranks that see the files of some tensor ranks each (gather); the
 result is converted back to the same grid in both placements. The worst rank's peak resident memory is compared with the
-base, the peak of the same command with `--dry-run` (Python, torch, the headers, the plan): peak <= base + budget, and the
+base, the peak of the same command with `--dry-run` (Python, torch, the headers, the plan): peak <= base + budget, and
 peaks of one kind within 5% of each other, or the exit code is 1. Where this is root on Linux with memory control groups
 (version 1), one more conversion in each direction runs in a group whose limit holds torchrun, all ranks and their page
 cache together, and is far smaller than the model.
