@@ -46,4 +46,4 @@ show shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
 
 heading "Tests"
 export HF_HUB_OFFLINE=1
-show python -m pytest --numprocesses 3 --dist loadgroup "$@"
+show python -m pytest --numprocesses 2 --dist loadfile "$@"
