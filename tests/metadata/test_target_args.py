@@ -203,9 +203,10 @@ def test_the_world_is_the_smallest_that_has_all_ranks_of_the_grid(
     assert values["sequence_parallel"] is sequence_parallel
 
 
-def test_the_json_file_holds_the_values_and_nothing_else() -> None:
+def test_the_json_file_holds_the_values_and_where_each_is_from() -> None:
     args = make(replace(MIXTRAL, sliding_window=128))
     found = json.loads(target_margs_json(args))
+    assert found.pop("origins_of_arguments") == args.origins
     assert list(found) == list(args.values)
     assert (found["params_dtype"], found["window_size"], found["num_experts"]) == ("torch.bfloat16", [127, 0], 8)
 
