@@ -17,10 +17,11 @@ from typing import Any
 
 from torch.distributed import DistError
 
+from dist_convert.answer import answer_within
 from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
 from dist_convert.failures import Failures
 from dist_convert.heartbeat import BEAT_SECONDS, Beat, Pulse, suspects, wait_for_work
-from dist_convert.rendezvous import connect, is_served_by_launcher, within
+from dist_convert.rendezvous import connect, is_served_by_launcher
 from dist_convert.signals import Signals
 
 _POLL_SECONDS = 0.3
@@ -121,11 +122,11 @@ class Channel:
             print(message, file=sys.stderr, flush=True)
             return exit_code
         self._closed.set()
-        answer = within(2.5 * _PATIENCE_SECONDS, lambda: self._report_if_served(message, exit_code))
-        if answer is not None:
-            return answer
-        print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
-        os._exit(exit_code)
+        try:
+            return answer_within(2.5 * _PATIENCE_SECONDS, lambda: self._report_if_served(message, exit_code))
+        except TimeoutError:
+            print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
+            os._exit(exit_code)
 
     def _report_if_served(self, message: str, exit_code: int) -> int:
         assert self._failures is not None
@@ -153,7 +154,10 @@ class Channel:
         """Say in an error which rank it may be that keeps the others waiting; backends do not know."""
         if self._store is None or "tim" not in error.found.lower():  # only a time-out leaves a rank to be looked for
             return
-        found = within(2.5 * BEAT_SECONDS + _PATIENCE_SECONDS, self._suspects) or []
+        try:
+            found = answer_within(2.5 * BEAT_SECONDS + _PATIENCE_SECONDS, self._suspects)
+        except TimeoutError:
+            return
         self._printer_is_silent = any(beat.rank == 0 for beat in found)
         if found:
             error.what = f"{found[0]}, does not answer"

@@ -65,9 +65,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     given = _given(job, world, directory)
     biases = _output_biases(seen.config)
     zeros = biases if all_are_zero(world, directory, found.visible, stored, biases) else set()
-    target, content, writable = _plan(
-        job, directory, seen, stored, zeros, given, places, gather_objects(world, world.node)
-    )
+    target, content, writable = _plan(job, directory, seen, stored, zeros, given, places, world.nodes)
     if target.architecture.tied and HEAD in stored:  # the embedding comes first in every table
         check_tied_head(world, directory, found.visible, content.moves[0].hf[0], stored[HEAD])
     at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
@@ -142,9 +140,7 @@ def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
             remedy="copy it there, or give a hub id; check --load-dir on every node",
         )
     name: str = gather_objects(world, revision_on_hub(job.load_dir) if world.rank == 0 else "")[0]
-    is_first: list[bool] = gather_objects(world, world.local_rank == 0)
-    first = [rank for rank in range(world.size) if is_first[rank]]
-    channel.run_on(first, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
+    channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
     return fetched_directory(name)
 
 

@@ -1,25 +1,11 @@
-"""The store that torchrun or rank 0 serves: how to reach it, and how not to wait for it for ever."""
+"""The store that torchrun or rank 0 serves, and how to reach it."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store, TCPStore
-
-Answer = TypeVar("Answer")
-
-
-def within(seconds: float, work: Callable[[], Answer]) -> Answer | None:
-    """What a function returns, None where that takes longer: calls to a store behind a cut network never return."""
-    answers: list[Answer] = []
-    thread = threading.Thread(target=lambda: answers.append(work()), daemon=True)
-    thread.start()
-    thread.join(timeout=seconds)
-    return answers[0] if answers else None
 
 
 def is_served_by_launcher() -> bool:

@@ -148,9 +148,8 @@ def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channe
         if task.is_first_of_place(world.rank):
             at_place = [seen for rank, seen in enumerate(of_ranks) if task.places[rank] == task.places[world.rank]]
             write_manifest(partial, {name: r for seen in at_place for name, r in seen.items()}, facts_of(task, job))
-        firsts = [rank for rank, local in enumerate(gather_objects(world, world.local_rank)) if local == 0]
         names = [local_name(file.name) for file in task.files_of(world.rank)]
-        channel.run_on(firsts, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
+        channel.run_on(world.first_ranks, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
     return Outcome.of_ranks(outcomes, 0.0)
 
 

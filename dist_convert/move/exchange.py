@@ -26,16 +26,33 @@ WIRE_DTYPE = torch.int32
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks, the device that its collectives use, and how long they wait for a silent rank."""
+    """This rank among all ranks.
+
+    Attributes:
+        rank, size: of all.
+        nodes: for each rank, the number of its node.
+        device: that this rank's collectives use.
+        timeout_seconds: how long they wait for a silent rank.
+    """
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
-    node: int
-    host: str
+    nodes: tuple[int, ...]
     device: torch.device
     timeout_seconds: float = 600.0
+
+    @property
+    def node(self) -> int:
+        return self.nodes[self.rank]
+
+    @property
+    def local_size(self) -> int:
+        return self.nodes.count(self.node)
+
+    @property
+    def first_ranks(self) -> list[int]:
+        """The first rank of each node, for what one rank does for all of its node."""
+        return [rank for rank, node in enumerate(self.nodes) if node not in self.nodes[:rank]]
 
 
 def join_world(device: str, timeout_seconds: float) -> World:
@@ -49,30 +66,23 @@ def join_world(device: str, timeout_seconds: float) -> World:
     rank = int(os.environ.get("RANK", "0"))
     if size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
-    node, local_rank, local_size = _place_of_rank(rank, size)
-    return World(
-        rank=rank,
-        size=size,
-        local_rank=local_rank,
-        local_size=local_size,
-        node=node,
-        host=socket.gethostname(),
-        device=choose_device(device, local_rank),
-        timeout_seconds=timeout_seconds,
-    )
+    nodes = _nodes(rank, size)
+    local_rank = int(os.environ.get("LOCAL_RANK", nodes[:rank].count(nodes[rank])))
+    return World(rank, size, nodes, choose_device(device, local_rank), timeout_seconds)
 
 
-def _place_of_rank(rank: int, size: int) -> tuple[int, int, int]:
-    """This rank's node, its number there, and how many ranks are there; by host names where no launcher says it."""
-    told = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+def _nodes(rank: int, size: int) -> tuple[int, ...]:
+    """Every rank's node: as the launcher numbers them, or by host names where it does not say."""
     if size == 1:
-        return 0, 0, 1
-    if told[0] is not None and told[1] is not None:
-        return int(os.environ.get("GROUP_RANK", rank // int(told[1]))), int(told[0]), int(told[1])
-    hosts: list[Any] = [None] * size
-    dist.all_gather_object(hosts, socket.gethostname())
-    mine = [other for other, host in enumerate(hosts) if host == hosts[rank]]
-    return list(dict.fromkeys(hosts)).index(hosts[rank]), mine.index(rank), len(mine)
+        return (0,)
+    node, local_size = os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    if node is None and local_size is not None:
+        node = str(rank // int(local_size))
+    names: list[Any] = [None] * size
+    dist.all_gather_object(names, node or socket.gethostname())
+    if node is not None:
+        return tuple(map(int, names))
+    return tuple(map(list(dict.fromkeys(names)).index, names))
 
 
 def leave_world(world: World) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.move.exchange import World, gather_objects
-from dist_convert.read.same_file import identity, sample_digest
+from dist_convert.read.same_file import sample_digest, stamp
 from dist_convert.read.source_file import Listing, reading
 
 
@@ -53,7 +53,7 @@ def discover(
     mine = {}
     for file in files:
         with reading(file):
-            mine[file] = identity(directory / file)
+            mine[file] = stamp(directory / file)
     listings = gather_listings(world, mine)
     names = sorted(frozenset[str]().union(*listings))
     if not names:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_convert.errors import SourceChanged, SourceError
 
-#: For each file, its size in bytes, its inode and the time of its last change in ns: see `same_file.identity`.
+#: For each file, its size in bytes, its inode and the time of its last change in ns: see `same_file.stamp`.
 Listing = Mapping[str, Sequence[int]]
 
 BACK_OR_ANEW = (

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dist_convert.move.exchange import World
 from dist_convert.plan.node_local import name_at
 from dist_convert.read.discover import gather_listings
-from dist_convert.read.same_file import identity
+from dist_convert.read.same_file import stamp
 from dist_convert.records import View
 from dist_convert.verify.catalog import Checkpoint, Region
 
@@ -20,7 +20,7 @@ def with_every_copy(checkpoint: Checkpoint, world: World) -> Checkpoint:
         world: this rank.
     """
     seen = sorted(checkpoint.visible[world.rank])
-    listings = gather_listings(world, {file: identity(checkpoint.path / file) for file in seen})
+    listings = gather_listings(world, {file: stamp(checkpoint.path / file) for file in seen})
     copies: dict[str, list[tuple[int, ...]]] = {}
     for listing in listings:
         for file, found in listing.items():

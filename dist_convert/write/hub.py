@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_convert.answer import answer_within
 from dist_convert.errors import UploadError, UsageError
 from dist_convert.read.hub import hub_errors
 from dist_convert.tokenizer.huggingface import is_huggingface
 from dist_convert.units import human_bytes
-from dist_convert.write.answer import answer_within
 from dist_convert.write.upload_files import IGNORED, check_directory, replaced_patterns
 
 if TYPE_CHECKING:

@@ -29,9 +29,8 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     if world.size == 1:
         return (0,)
     parent = _existing_parent(target)
-    nodes: list[int] = gather_objects(world, world.node)
     probe = None
-    if nodes.index(world.node) == world.rank:
+    if world.rank in world.first_ranks:
         probe = f".dist_convert-{secrets.token_hex(8)}"
         try:
             (parent / probe).touch(exist_ok=False)
@@ -45,11 +44,12 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     finally:
         if probe is not None:
             (parent / probe).unlink(missing_ok=True)
-    for rank, node in enumerate(nodes):
-        if views[rank] != views[nodes.index(node)]:
+    for rank, node in enumerate(world.nodes):
+        first = world.nodes.index(node)
+        if views[rank] != views[first]:
             raise UsageError(
                 "ranks of one node have different targets",
-                expected=f"{views[nodes.index(node)][0]} as on the first rank of node {node}",
+                expected=f"{views[first][0]} as on the first rank of node {node}",
                 found=f"{views[rank][0]} on rank {rank}",
                 remedy=f"give all ranks of a node the same {flag}",
             )

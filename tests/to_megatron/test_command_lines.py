@@ -33,7 +33,7 @@ MIXTRAL_COMMAND = """
     --source-margs-file {hf}/source_megatron_args.json --load-dir {hf} --save-dir {save}
     --tokenizer-model {hf}/tokenizer.model
 """
-ALONE = World(0, 1, 0, 1, 0, "localhost", torch.device("cpu"))
+ALONE = World(0, 1, (0,), torch.device("cpu"))
 MARGS = {"lr": 3e-4, "seq_length": 48, "tokenizer_model": "/theirs", "tensor_model_parallel_size": 8}
 
 

@@ -1,6 +1,7 @@
 """An answer that is waited for so long and no longer.
 
-huggingface_hub sets no limit of its own to most requests (`timeout=None` in its `utils/_http.py`).
+For calls that have no limit of their own: most requests of huggingface_hub (`timeout=None` in its `utils/_http.py`),
+and calls to torch's store behind a network that is cut.
 """
 
 from __future__ import annotations
