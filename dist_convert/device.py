@@ -108,6 +108,9 @@ def return_freed_memory() -> None:
 
 
 def limit_threads(local_world_size: int) -> None:
-    """Share the machine's cores among its ranks, unless the user set OMP_NUM_THREADS to more than torchrun's 1."""
+    """Share the machine's cores among its ranks, unless the user set OMP_NUM_THREADS to more than torchrun's 1.
+
+    A rank's other threads read and write at the same time: one core is theirs.
+    """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size - 1))

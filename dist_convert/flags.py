@@ -152,6 +152,12 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         const="full",
         help="compare what was written with the source before it gets its name: all of it, or a sample",
     )
+    run.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write down where the time of every rank goes, in Chrome's trace format",
+    )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
 
@@ -238,4 +244,5 @@ def job_from_flags(flags: argparse.Namespace) -> Job:
         private=flags.private,
         timeout_seconds=flags.timeout_seconds,
         verify=flags.verify,
+        trace=flags.trace,
     )

@@ -44,6 +44,7 @@ class Job:
     private: bool = False
     timeout_seconds: int = 600
     verify: str | None = None
+    trace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class ToMegatronJob:
     dry_run: bool = False
     overwrite: bool = False
     verify: str | None = None
+    trace: Path | None = None
     verbose: bool = False
     timeout_seconds: int = 600
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
@@ -32,55 +29,6 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What all ranks together did. Bytes are sums over ranks, but for the peak memory, which is the worst rank's."""
-
-    read_bytes: int
-    gathered_bytes: int
-    written_bytes: int
-    peak_memory_bytes: int
-    seconds: float
-    overflowed: Mapping[str, int]
-    rounded_norms: Mapping[str, int]
-
-    @staticmethod
-    def of_ranks(outcomes: Sequence[Mapping[str, Any]], seconds: float) -> Outcome:
-        """Add the ranks' own outcomes up."""
-        overflowed: Counter[str] = Counter()
-        rounded: Counter[str] = Counter()
-        for outcome in outcomes:
-            overflowed.update(outcome["overflowed"])
-            rounded.update(outcome["rounded_norms"])
-        return Outcome(
-            sum(outcome["read_bytes"] for outcome in outcomes),
-            sum(outcome["gathered_bytes"] for outcome in outcomes),
-            sum(outcome["written_bytes"] for outcome in outcomes),
-            max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
-            seconds,
-            dict(overflowed),
-            dict(rounded),
-        )
-
-
-def outcome_line(target: Path, outcome: Outcome) -> str:
-    """The last line of a conversion."""
-    rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
-    line = (
-        f"{target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
-        f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
-        f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
-    )
-    if outcome.overflowed:
-        line += f"; {sum(outcome.overflowed.values())} values became infinite in {_names(outcome.overflowed)}"
-    if outcome.rounded_norms:
-        line += (
-            f"; adding 1 was rounded in {sum(outcome.rounded_norms.values())} values of norms "
-            "(exact with --target-params-dtype fp32)"
-        )
-    return line
 
 
 def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
@@ -123,7 +71,7 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
         notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
     notes += human_notes(content)
     if content.zero_tensors:
-        notes.append(f"all zeros, because Megatron has no such parameter: {_names(content.zero_tensors)}")
+        notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
     return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
 
 
@@ -138,7 +86,7 @@ def human_notes(content: Content) -> list[str]:
     if content.target_dtype and content.kept_dtypes:
         notes.append(
             f"{len(content.kept_dtypes)} parameters are not stored in {content.params_dtype} and keep their "
-            f"dtype: {_names(content.kept_dtypes)}"
+            f"dtype: {names(content.kept_dtypes)}"
         )
     for reason, count, size_bytes in content.left_behind:
         notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
@@ -195,7 +143,8 @@ def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free
     return "\n".join(lines)
 
 
-def _names(names: Iterable[str]) -> str:
-    listed = list(names)
+def names(which: Iterable[str]) -> str:
+    """The first of them, and how many more there are."""
+    listed = list(which)
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     return ", ".join(listed[:_LISTED]) + more

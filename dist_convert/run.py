@@ -24,15 +24,18 @@ from dist_convert.job import Job, ToMegatronJob
 from dist_convert.megatron_to_hf import megatron_to_hf
 from dist_convert.move.exchange import World, agree, barrier, gather_objects
 from dist_convert.move.pipeline import Moved, move
+from dist_convert.outcome import Outcome, outcome_text
 from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.records import TargetFile
-from dist_convert.report import Outcome, describe_plan, load_of, outcome_line, peak_memory_bytes, resume_line
+from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
 from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, held_target
 from dist_convert.task import RunOptions, Task
+from dist_convert.timeline import Timeline
+from dist_convert.trace import traced
 from dist_convert.verify.conversion import prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
@@ -77,9 +80,9 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
 
     started = time.monotonic()
     outcome = Outcome.of_ranks([], 0.0)
-    with held_target(task, job, world) as held:
+    with traced(job.trace, world) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
-            outcome = _make(task, job, plan, world, channel)
+            outcome = _make(task, job, plan, world, channel, timeline)
             check()
         channel.doing("giving the target its name")
         firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
@@ -96,7 +99,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if world.rank == 0:
             done_before = f"{task.target} is complete already, by an earlier run of this conversion"
-            print(done_before if held.is_complete else outcome_line(task.target, outcome), file=sys.stderr)
+            print(done_before if held.is_complete else outcome_text(task.target, outcome), file=sys.stderr)
             if task.last_words:
                 print(task.last_words, file=sys.stderr)
         if is_first:
@@ -121,7 +124,9 @@ def _divide(task: Task, job: RunOptions, world: World, placement: str, done: Don
     return plan
 
 
-def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channel: Channel) -> Outcome:
+def _make(
+    task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channel: Channel, timeline: Timeline
+) -> Outcome:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, partial = task.content, task.partial
     start = begin(task, world)
@@ -131,9 +136,9 @@ def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channe
                 print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
             plan = _divide(task, job, world, plan.placement, start.done)
         with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
-            moved = move(plan, world, task.source, task.source_listing, partial, journal, channel)
+            moved = move(plan, world, task.source, task.source_listing, partial, journal, channel, timeline)
             channel.doing("waiting for other ranks to write")
-            outcomes = [*gather_objects(world, _my_outcome(moved)), _earlier_outcome(start.history)]
+            outcomes = [*gather_objects(world, _my_outcome(moved, timeline)), _earlier_outcome(start.history)]
         _check_outcomes(job, content, start, outcomes)
 
         channel.doing("completing files")
@@ -149,8 +154,9 @@ def _make(task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channe
             at_place = [seen for rank, seen in enumerate(of_ranks) if task.places[rank] == task.places[world.rank]]
             write_manifest(partial, {name: r for seen in at_place for name, r in seen.items()}, facts_of(task, job))
         names = [local_name(file.name) for file in task.files_of(world.rank)]
+        started = time.monotonic()
         channel.run_on(world.first_ranks, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
-    return Outcome.of_ranks(outcomes, 0.0)
+    return replace(Outcome.of_ranks(outcomes, 0.0), synced_seconds=time.monotonic() - started)
 
 
 def _record(partial: Path, file: TargetFile, known: Mapping[str, Sequence[KnownRange]]) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]
     return "direct" if world.device.type == "cpu" and reach_all else "gather"
 
 
-def _my_outcome(moved: Moved) -> dict[str, object]:
+def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
     return {
         "read_bytes": moved.counts.read_bytes,
         "gathered_bytes": moved.gathered_bytes,
@@ -173,6 +179,7 @@ def _my_outcome(moved: Moved) -> dict[str, object]:
         "peak_memory_bytes": peak_memory_bytes(),
         "overflowed": dict(moved.counts.overflowed),
         "rounded_norms": dict(moved.counts.rounded_norms),
+        "profile": {"moved": moved.seconds, **timeline.seconds()},
     }
 
 

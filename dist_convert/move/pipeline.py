@@ -6,6 +6,7 @@ the main thread takes part in collectives, in the order of the plan.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, Write
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.read.source_file import Listing
+from dist_convert.records import View
+from dist_convert.timeline import Timeline
 from dist_convert.write.file_writer import FileWriter, Written
 from dist_convert.write.journal import Journal
 
@@ -38,6 +41,7 @@ class Progress(Protocol):
 class Moved:
     """What one rank did."""
 
+    seconds: float = 0.0
     written_bytes: int = 0
     gathered_bytes: int = 0
     windows: list[Written] = field(default_factory=list)
@@ -45,7 +49,14 @@ class Moved:
 
 
 def move(
-    plan: Plan, world: World, source: Path, known: Listing, target: Path, journal: Journal, progress: Progress
+    plan: Plan,
+    world: World,
+    source: Path,
+    known: Listing,
+    target: Path,
+    journal: Journal,
+    progress: Progress,
+    timeline: Timeline,
 ) -> Moved:
     """Do this rank's part of a plan.
 
@@ -57,6 +68,7 @@ def move(
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
         progress: hears of every step; its `doing` may raise an error to end the work between two steps.
+        timeline: hears where the time goes.
 
     Raises:
         SourceError, TargetError: with tensor and file.
@@ -70,25 +82,33 @@ def move(
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
     moved = Moved(counts=reader.counts)
+    started = time.perf_counter()
 
     def read(step: Step, slot: Slot) -> tuple[Step, Slot]:
         for wanted in step.reads:
             if wanted.reader == member:
-                changed = reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
+                with timeline.during("read", wanted.source.tensor, wanted.source.size_bytes):
+                    changed = reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
                 for kind, values in changed.items():
                     journal.changed(kind, wanted.source, values)
         return step, slot
 
     def write(step: Step, slot: Slot) -> Slot:
         before = writer.written_bytes
-        written = [_write(writer, wanted, step, slot, rows) for wanted in step.writes if wanted.writer == member]
+        written = []
+        for wanted in step.writes:
+            if wanted.writer == member:
+                with timeline.during("place", wanted.target.tensor, wanted.target.size_bytes):
+                    target, values = _placed(wanted, step, slot, rows)
+                with timeline.during("write", target.tensor, target.size_bytes):
+                    written.append(writer.write(target, values))
         if written:
             journal.wrote(written)
             moved.windows += written
         progress.add_progress(writer.written_bytes - before)
         return slot
 
-    with closing(reader), closing(writer), ThreadPoolExecutor(1) as reads, ThreadPoolExecutor(1) as writes:
+    with closing(reader), closing(writer), _thread("reader") as reads, _thread("writer") as writes:
         free, reading, writing = list(slots), list[Future[tuple[Step, Slot]]](), list[Future[Slot]]()
         steps = plan.steps(world.rank)
         upcoming = next(steps, None)
@@ -96,24 +116,33 @@ def move(
         while upcoming is not None or reading:
             if upcoming is not None and not free:
                 progress.doing(f"writing step {number}")
-                free.append(writing.pop(0).result())
+                with timeline.during("wait", "for the writer"):
+                    free.append(writing.pop(0).result())
             if upcoming is not None and len(reading) < SLOTS - 1:
                 reading.append(reads.submit(read, upcoming, free.pop()))
                 upcoming = next(steps, None)
                 continue
             number += 1
             progress.doing(f"reading step {number}")
-            step, slot = reading.pop(0).result()
+            with timeline.during("wait", "for the reader"):
+                step, slot = reading.pop(0).result()
             if gatherer is not None and step.send_bytes:
                 progress.doing(f"waiting for other ranks in step {number}")
-                _gather(gatherer, step, slot)
+                with timeline.during("gather", f"step {number}", step.send_bytes * gatherer.members):
+                    _gather(gatherer, step, slot)
                 moved.gathered_bytes += step.send_bytes * gatherer.members
             writing.append(writes.submit(write, step, slot))
         progress.doing(f"writing step {number}")
-        for future in writing:
-            future.result()
+        with timeline.during("wait", "for the writer"):
+            for future in writing:
+                future.result()
+    moved.seconds = time.perf_counter() - started
     moved.written_bytes = writer.written_bytes
     return moved
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 def _gather(gatherer: Gatherer, step: Step, slot: Slot) -> None:
@@ -121,14 +150,14 @@ def _gather(gatherer: Gatherer, step: Step, slot: Slot) -> None:
     all_gather(gatherer, slot.data.tensor[: step.send_bytes], slot.received.tensor[:received_bytes])
 
 
-def _write(writer: FileWriter, wanted: Write, step: Step, slot: Slot, rows: Buffer) -> Written:
-    """Write one window: straight from the buffer where it is one whole read, else with its parts put side by side."""
+def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:
+    """A window and its bytes: as they lie in the buffer where it is one whole read, else its parts put side by side."""
     buffer = slot.received if step.send_bytes else slot.data
     target = wanted.target
     reads = [step.reads[part.read] for part in wanted.parts]
     starts = [read.reader * step.send_bytes + read.offset_bytes for read in reads]
     if len(reads) == 1 and reads[0].source.columns == target.columns and not target.is_transposed:
-        return writer.write(target, buffer.memory[starts[0] : starts[0] + target.size_bytes])
+        return target, buffer.memory[starts[0] : starts[0] + target.size_bytes]
     dtype = TORCH_DTYPES[target.dtype]
     values = rows.tensor[: target.size_bytes].view(dtype)
     # A transposed window is written along its columns, which are contiguous in the file.
@@ -138,4 +167,4 @@ def _write(writer: FileWriter, wanted: Write, step: Step, slot: Slot, rows: Buff
         packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows, -1)
         matrix[:, column : column + part.columns].copy_(packed[:, part.column : part.column + part.columns])
         column += part.columns
-    return writer.write(target.transposed() if target.is_transposed else target, rows.memory[: target.size_bytes])
+    return target.transposed() if target.is_transposed else target, rows.memory[: target.size_bytes]

@@ -10,11 +10,9 @@ from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.moves import BLOCK_BYTES, Move
 from dist_convert.plan.teams import Team
 
-#: Small steps keep reading, gathering and writing close together; 8 MiB is where larger ones stop paying.
-STEP_BYTES = 8 << 20
-
-#: The least that holds any one block: its bytes, and room to align the pieces of a thousand shards.
-LEAST_STEP_BYTES = BLOCK_BYTES + (64 << 10)
+#: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
+#: steps do not pay: what was read is written while the processor's cache has it.
+STEP_BYTES = BLOCK_BYTES + (64 << 10)
 
 #: A rank reads ahead one step, gathers one and writes one.
 SLOTS = 3
@@ -74,22 +72,19 @@ def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = F
         least_send_bytes: what one block needs, see `largest_send_bytes`.
         on_accelerator: see `Limits`.
     """
-    return Limits(LEAST_STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
+    return Limits(STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
 
 
 def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
     """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
-    for step_bytes in (STEP_BYTES, LEAST_STEP_BYTES):
-        left_bytes = budget_bytes - Limits(step_bytes, 0, members, on_accelerator).total_bytes
-        affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        send_bytes = min(affordable_bytes, step_bytes) if least_send_bytes else 0
-        found = Limits(step_bytes, send_bytes, members, on_accelerator)
-        while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:
-            # An accelerator's staging takes more, and its pinned memory goes in steps of two.
-            send_bytes = max(least_send_bytes, found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
-            found = replace(found, send_bytes=send_bytes)
-        if found.total_bytes <= budget_bytes and found.send_bytes >= least_send_bytes:
-            break
+    left_bytes = budget_bytes - Limits(STEP_BYTES, 0, members, on_accelerator).total_bytes
+    affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
+    found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
+    while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:
+        # An accelerator's staging takes more, and its pinned memory goes in steps of two.
+        half_bytes = found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        found = replace(found, send_bytes=max(least_send_bytes, half_bytes))
     return found
 
 

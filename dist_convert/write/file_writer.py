@@ -15,6 +15,9 @@ from dist_convert.records import View, Window
 
 _MAX_OPEN_FILES = 64
 
+#: Of one system call. For larger ones Linux looks for larger stretches of free memory, which can take seconds.
+_WRITE_BYTES = 1 << 20
+
 #: What was written, and the CRC-32 of its bytes; None where there are gaps between them.
 Written = tuple[Window, int | None]
 
@@ -56,7 +59,7 @@ class FileWriter:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._descriptor(file), data[done:], offset_bytes + done)
+                done += os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
             except OSError as error:
                 raise target_error(error, file) from error
 

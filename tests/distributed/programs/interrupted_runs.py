@@ -30,7 +30,7 @@ dist_convert.plan.moves.BLOCK_BYTES = 4096
 
 import dist_convert.plan.limits  # noqa: E402  all others take the sizes from these two
 
-dist_convert.plan.limits.STEP_BYTES = dist_convert.plan.limits.LEAST_STEP_BYTES = 16384
+dist_convert.plan.limits.STEP_BYTES = 16384
 
 import dist_convert.__main__  # noqa: E402
 import dist_convert.run  # noqa: E402  imported once, before forking

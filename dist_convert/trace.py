@@ -1,0 +1,124 @@
+"""`--trace FILE`: every stretch of every rank's threads, for chrome://tracing and https://ui.perfetto.dev.
+
+The format is the array of "Trace Event Format" (the document of that name by the Catapult project): one event a line,
+"X" for a stretch and "M" for names; times are microseconds. The closing bracket may be missing, so that what a failed
+conversion leaves can be looked at too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import UsageError
+from dist_convert.move.exchange import World, barrier, gather_objects
+from dist_convert.timeline import Stretch, Timeline
+from dist_convert.write.file_writer import target_error
+
+_BUFFER_BYTES = 64 << 10
+_THREADS = ("main", "reader", "writer")
+
+
+@contextmanager
+def traced(path: Path | None, world: World) -> Iterator[Timeline]:
+    """A timeline for the block, written to a file if there is a path.
+
+    The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`.
+
+    Args:
+        path: of the file, which is replaced; None for a timeline that only adds up.
+        world: this rank.
+
+    Raises:
+        UsageError: the file cannot be made.
+        TargetError, NotEnoughSpace: it cannot be written any more.
+    """
+    if path is None:
+        yield Timeline()
+        return
+    if len(world.first_ranks) > 1:
+        path = path.with_name(f"{path.stem}-node{world.node}{path.suffix}")
+    is_first = world.rank in world.first_ranks
+    if is_first:
+        _make(path)
+    start_ns: int = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
+    trace = _Trace(path, world.rank, time.perf_counter() - (time.time_ns() - start_ns) / 1e9)
+    try:
+        yield Timeline(trace.add)
+    finally:
+        trace.close()
+    barrier(world)
+    if is_first:
+        last = {"pid": world.rank, "name": "process_sort_index", "ph": "M", "args": {"sort_index": world.rank}}
+        _append(path, json.dumps(last).encode() + b"]\n")
+
+
+def _make(path: Path) -> None:
+    try:
+        path.write_bytes(b"[\n")
+    except OSError as error:
+        raise UsageError(
+            "the trace cannot be written", file=str(path), found=str(error.strerror), remedy="give another --trace"
+        ) from error
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Add lines behind those of all ranks of the node: one call, which no other one's lines come between."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(descriptor, lines)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise target_error(error, str(path)) from error
+
+
+class _Trace:
+    """One rank's events on their way to the file; any thread may add one."""
+
+    def __init__(self, path: Path, rank: int, zero_seconds: float) -> None:
+        self._path = path
+        self._rank = rank
+        self._zero_seconds = zero_seconds
+        self._lock = threading.Lock()
+        self._lines: list[bytes] = []
+        self._size_bytes = 0
+        self._put({"name": "process_name", "ph": "M", "args": {"name": f"rank {rank}"}})
+        for number, name in enumerate(_THREADS):
+            self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": name}})
+
+    def add(self, stretch: Stretch) -> None:
+        thread = threading.current_thread().name
+        self._put(
+            {
+                "name": stretch.phase,
+                "ph": "X",
+                "tid": next((number for number, name in enumerate(_THREADS) if thread.startswith(name)), 0),
+                "ts": round((stretch.start_seconds - self._zero_seconds) * 1e6, 1),
+                "dur": round((stretch.end_seconds - stretch.start_seconds) * 1e6, 1),
+                "args": {"what": stretch.subject, "bytes": stretch.size_bytes},
+            }
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _put(self, event: Mapping[str, Any]) -> None:
+        line = json.dumps({"pid": self._rank, **event}, separators=(",", ":")).encode() + b",\n"
+        with self._lock:
+            self._lines.append(line)
+            self._size_bytes += len(line)
+            if self._size_bytes >= _BUFFER_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        _append(self._path, b"".join(self._lines))
+        self._lines, self._size_bytes = [], 0

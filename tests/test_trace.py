@@ -1,0 +1,107 @@
+"""Where the time of a conversion goes: seconds by phase at its end, every stretch with `--trace`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_convert.outcome import Outcome, outcome_text
+from dist_convert.timeline import Stretch, Timeline
+from tests.checkpoints import Grid, Model, make
+from tests.converting import convert
+
+MODEL = Model(layers=2)
+#: Of all weights: 2 x 29 x 16 in embedding and head, 1952 in each layer, 16 in the last norm; 2 bytes each.
+WEIGHTS_BYTES = 2 * (2 * 29 * 16 + 2 * 1952 + 16)
+
+
+def stretches(trace: Path) -> list[dict[str, Any]]:
+    return [event for event in json.loads(trace.read_text()) if event["ph"] == "X"]
+
+
+def outcome(ranks: int) -> Outcome:
+    profiles = [
+        {"moved": 2.0 + rank, "read": 1.0, "gather": 0.5, "place": 0.25, "write": 1.5, "wait": 1.75}
+        for rank in range(ranks)
+    ]
+    return Outcome(10**9, 0, 6 * 10**9, 200_000_000, 10.0, {}, {}, tuple(profiles), 4.0)
+
+
+def test_a_timeline_adds_up_what_each_phase_takes_and_tells_every_stretch() -> None:
+    heard: list[Stretch] = []
+    timeline = Timeline(heard.append)
+    for _ in range(2):
+        with timeline.during("read", "a tensor", 7):
+            time.sleep(0.01)
+    assert [(stretch.phase, stretch.subject, stretch.size_bytes) for stretch in heard] == [("read", "a tensor", 7)] * 2
+    lengths = [stretch.end_seconds - stretch.start_seconds for stretch in heard]
+    assert min(lengths) >= 0.01
+    assert timeline.seconds() == {"read": sum(lengths), "gather": 0, "place": 0, "write": 0, "wait": 0}
+
+
+def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> None:
+    assert outcome_text(Path("/out"), outcome(2)).splitlines() == [
+        "seconds       moved     read   gather    place    write     wait",
+        "rank 0         2.00     1.00     0.50     0.25     1.50     1.75",
+        "rank 1         3.00     1.00     0.50     0.25     1.50     1.75",
+        "data moved in 3.00 s, 2.00 GB/s; forced to the disk in 4.00 s",
+        "/out: read 1 GB, wrote 6 GB in 10.0 s, 0.60 GB/s, peak memory of the largest rank 200 MB",
+    ]
+
+
+def test_of_many_ranks_the_end_shows_those_that_took_longest_and_the_mean() -> None:
+    shown = outcome_text(Path("/out"), outcome(1024)).splitlines()
+    assert [line.split()[:3] for line in shown[1:4]] == [["rank", str(n), f"{n + 2}.00"] for n in (1023, 1022, 1021)]
+    assert shown[8].split() == ["mean", "513.50", "1.00", "0.50", "0.25", "1.50", "1.75"]
+    assert len(shown) == 11
+
+
+def test_a_trace_holds_every_byte_that_was_read_and_written(tmp_path: Path) -> None:
+    make(tmp_path / "megatron", MODEL, Grid(tp=2))
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
+    found = stretches(tmp_path / "trace.json")
+    for phase, thread in (("read", 1), ("place", 2), ("write", 2)):
+        of_phase = [event for event in found if event["name"] == phase]
+        assert {event["tid"] for event in of_phase} == {thread}
+        assert sum(event["args"]["bytes"] for event in of_phase) == WEIGHTS_BYTES
+    assert {event["args"]["what"] for event in found if event["name"] == "read"} >= {
+        "embedding.word_embeddings.weight",
+        "decoder.layers.1.mlp.linear_fc2.weight",
+    }
+
+
+def test_stretches_of_one_thread_follow_each_other_from_the_start_on(tmp_path: Path) -> None:
+    make(tmp_path / "megatron", MODEL, Grid(tp=2))
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
+    found = stretches(tmp_path / "trace.json")
+    assert all(0 <= event["ts"] < 60e6 for event in found)
+    for thread in range(3):
+        mine = [event for event in found if event["tid"] == thread]
+        for before, after in pairwise(mine):
+            assert after["ts"] >= before["ts"] + before["dur"] - 0.2
+
+
+def test_threads_and_ranks_have_names(tmp_path: Path) -> None:
+    make(tmp_path / "megatron", MODEL)
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
+    events = json.loads((tmp_path / "trace.json").read_text())
+    named = [(e["name"], e.get("tid"), e["args"]["name"]) for e in events if e["name"].endswith("_name")]
+    assert named == [
+        ("process_name", None, "rank 0"), ("thread_name", 0, "main"), ("thread_name", 1, "reader"),
+        ("thread_name", 2, "writer"),
+    ]  # fmt: skip
+
+
+def test_a_trace_that_cannot_be_made_ends_the_conversion_before_it_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", MODEL)
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "nowhere" / "trace.json")) == 2
+    assert re.search(r"the trace cannot be written\n +file: .*nowhere/trace.json", capsys.readouterr().err)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("hf")]
