@@ -11,6 +11,7 @@ from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
 from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.crossings import received_bytes
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of
 from dist_convert.read.megatron_shard import Shard
@@ -105,11 +106,13 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     Each rank works this out for itself: that takes seconds for a large model.
     """
     number, member = plan.place_of(rank)
-    read_bytes, sent_bytes, written_bytes = 0, 0, 0
+    all_read_bytes, all_received_bytes, all_written_bytes = 0, 0, 0
     for step in plan.steps(rank):
-        read, sent, written = bytes_of(step, member)
-        read_bytes, sent_bytes, written_bytes = read_bytes + read, sent_bytes + sent, written_bytes + written
-    return [read_bytes, sent_bytes * len(plan.teams[number].ranks), written_bytes, peak_memory_bytes()]
+        read_bytes, written_bytes = bytes_of(step, member)
+        all_read_bytes += read_bytes
+        all_received_bytes += received_bytes(step, member, plan.limits[number])
+        all_written_bytes += written_bytes
+    return [all_read_bytes, all_received_bytes, all_written_bytes, peak_memory_bytes()]
 
 
 def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int) -> str:

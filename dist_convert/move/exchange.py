@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dist_convert.device import BACKENDS, choose_device
 from dist_convert.errors import PlanError, lost_contact
+from dist_convert.plan.crossings import Message
 
 #: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
 WIRE_DTYPE = torch.int32
@@ -159,10 +160,11 @@ class Staging:
 
 @dataclass(frozen=True)
 class Gatherer:
-    """All-gathers of raw bytes within one team, staged through the accelerator's memory where there is one."""
+    """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one."""
 
     group: dist.ProcessGroup
     members: int
+    member: int
     staging: Staging | None
 
 
@@ -185,31 +187,51 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
             torch.empty(words * len(ranks), dtype=WIRE_DTYPE, device=world.device),
             torch.get_device_module(world.device).Stream(),
         )
-    return Gatherer(group, len(ranks), staging)
+    return Gatherer(group, len(ranks), ranks.index(world.rank), staging)
 
 
-def all_gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor) -> None:
-    """Gather every member's bytes, in the order of members. They have arrived when it returns.
+def gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wanted: Sequence[Message]) -> None:
+    """Bring to each member what it needs of the others' bytes. It has arrived when this returns.
+
+    An accelerator gathers all from all. Over gloo only the messages go, straight from buffer to buffer: gloo gathers
+    through a hidden copy of everything, and takes three times as long.
 
     Args:
         gatherer: of the team.
         send: uint8, a multiple of 4 bytes, the same size on every member.
-        received: uint8, `members` times as long.
+        received: uint8, `members` times as long: every member's bytes, in the order of members. What no message to this
+            member names is undefined.
+        wanted: the messages between all members, the same on each.
     """
-    source, target, staging = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE), gatherer.staging
+    source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
     with _named_loss():
-        if staging is None:
-            _gather_into(target, source, gatherer.group)
-            return
-        device_source, device_target = staging.send[: source.numel()], staging.received[: target.numel()]
-        with torch.get_device_module(device_source.device).stream(staging.stream):
-            device_source.copy_(source, non_blocking=True)
-            _gather_into(device_target, device_source, gatherer.group)
-            # This copy blocks: it ends the wait for all three, and has Gaudi's lazy mode carry them out.
-            target.copy_(device_target)
+        if gatherer.staging is None:
+            _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
+        else:
+            _gather_on_device(gatherer.group, gatherer.staging, source, target)
 
 
-def _gather_into(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> None:
-    # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(target, source, group=group)
+def _pass_messages(gatherer: Gatherer, source: torch.Tensor, target: torch.Tensor, wanted: Sequence[Message]) -> None:
+    works = []
+    for message in wanted:
+        first = message.offset_bytes // WIRE_DTYPE.itemsize
+        words = slice(first, first + message.size_bytes // WIRE_DTYPE.itemsize)
+        if message.receiver == gatherer.member:
+            into = target[message.sender, words]
+            works.append(dist.irecv(into, group=gatherer.group, group_src=message.sender))
+        elif message.sender == gatherer.member:
+            works.append(dist.isend(source[words], group=gatherer.group, group_dst=message.receiver))
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def _gather_on_device(group: dist.ProcessGroup, staging: Staging, source: torch.Tensor, target: torch.Tensor) -> None:
+    device_source, device_target = staging.send[: source.numel()], staging.received[: target.numel()]
+    with torch.get_device_module(device_source.device).stream(staging.stream):
+        device_source.copy_(source, non_blocking=True)
+        # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(device_target, device_source, group=group)
+        # This copy blocks: it ends the wait for all three, and has Gaudi's lazy mode carry them out.
+        target.copy_(device_target)

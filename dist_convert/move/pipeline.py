@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dist_convert.move.buffers import CPU, Buffer, Slot, make_buffer, make_slot
-from dist_convert.move.exchange import Gatherer, World, all_gather, make_gatherer
+from dist_convert.move.exchange import Gatherer, World, gather, make_gatherer
+from dist_convert.plan.crossings import messages, received_bytes
 from dist_convert.plan.limits import SLOTS
 from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
@@ -128,9 +129,10 @@ def move(
                 step, slot = reading.pop(0).result()
             if gatherer is not None and step.send_bytes:
                 progress.doing(f"waiting for other ranks in step {number}")
-                with timeline.during("gather", f"step {number}", step.send_bytes * gatherer.members):
+                size_bytes = received_bytes(step, member, limit)
+                with timeline.during("gather", f"step {number}", size_bytes):
                     _gather(gatherer, step, slot)
-                moved.gathered_bytes += step.send_bytes * gatherer.members
+                moved.gathered_bytes += size_bytes
             writing.append(writes.submit(write, step, slot))
         progress.doing(f"writing step {number}")
         with timeline.during("wait", "for the writer"):
@@ -146,24 +148,30 @@ def _thread(name: str) -> ThreadPoolExecutor:
 
 
 def _gather(gatherer: Gatherer, step: Step, slot: Slot) -> None:
-    received_bytes = step.send_bytes * gatherer.members
-    all_gather(gatherer, slot.data.tensor[: step.send_bytes], slot.received.tensor[:received_bytes])
+    received = slot.received.tensor[: step.send_bytes * gatherer.members]
+    gather(gatherer, slot.data.tensor[: step.send_bytes], received, messages(step))
 
 
 def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:
-    """A window and its bytes: as they lie in the buffer where it is one whole read, else its parts put side by side."""
-    buffer = slot.received if step.send_bytes else slot.data
+    """A window and its bytes: as they lie in a buffer where it is one whole read, else its parts put side by side."""
     target = wanted.target
     reads = [step.reads[part.read] for part in wanted.parts]
-    starts = [read.reader * step.send_bytes + read.offset_bytes for read in reads]
+    # What this member has read itself lies where it was read to, what others have read where it was received.
+    found = [
+        (slot.data, read.offset_bytes)
+        if read.reader == wanted.writer
+        else (slot.received, read.reader * step.send_bytes + read.offset_bytes)
+        for read in reads
+    ]
     if len(reads) == 1 and reads[0].source.columns == target.columns and not target.is_transposed:
-        return target, buffer.memory[starts[0] : starts[0] + target.size_bytes]
+        buffer, start = found[0]
+        return target, buffer.memory[start : start + target.size_bytes]
     dtype = TORCH_DTYPES[target.dtype]
     values = rows.tensor[: target.size_bytes].view(dtype)
     # A transposed window is written along its columns, which are contiguous in the file.
     matrix = values.view(target.columns, target.rows).T if target.is_transposed else values.view(target.rows, -1)
     column = 0
-    for part, read, start in zip(wanted.parts, reads, starts, strict=True):
+    for part, read, (buffer, start) in zip(wanted.parts, reads, found, strict=True):
         packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows, -1)
         matrix[:, column : column + part.columns].copy_(packed[:, part.column : part.column + part.columns])
         column += part.columns

@@ -43,8 +43,8 @@ class Limits:
 
     @property
     def staging_bytes(self) -> int:
-        """What a gather passes through: the accelerator's memory, or the buffer that gloo allocates for itself."""
-        return self.received_bytes + self.send_bytes * self._is_staged
+        """The accelerator's memory that a gather passes through."""
+        return (self.send_bytes + self.received_bytes) * self._is_staged
 
     @property
     def total_bytes(self) -> int:

@@ -237,8 +237,8 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def bytes_of(step: Step, member: int) -> tuple[int, int, int]:
-    """What one member reads from files, sends to the gather, and writes to files in a step."""
+def bytes_of(step: Step, member: int) -> tuple[int, int]:
+    """What one member reads from files and writes to files in a step."""
     read = sum(read.source.size_bytes for read in step.reads if read.reader == member)
     written = sum(write.target.size_bytes for write in step.writes if write.writer == member)
-    return read, step.send_bytes, written
+    return read, written

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dist_convert.move.exchange import World, all_gather, gather_objects, join_world, leave_world, make_gatherer
+from dist_convert.move import exchange
+from dist_convert.move.exchange import World, gather_objects, join_world, leave_world, make_gatherer
+from dist_convert.plan.crossings import Message
 
 #: Bytes that each member sends: words of every kind, a single word, and more than one network packet.
 SIZES_BYTES = (256, 4, 1 << 18)
@@ -30,7 +32,11 @@ def gather(world: World, team: Sequence[int]) -> bytes:
     found = b""
     for size_bytes in SIZES_BYTES:
         received = torch.zeros(size_bytes * len(team), dtype=torch.uint8)
-        all_gather(gatherer, pattern(world.rank, size_bytes), received)
+        members = range(len(team))
+        everything = [Message(one, other, 0, size_bytes) for one in members for other in members if one != other]
+        exchange.gather(gatherer, pattern(world.rank, size_bytes), received, everything)
+        own = team.index(world.rank) * size_bytes
+        received[own : own + size_bytes] = pattern(world.rank, size_bytes)  # which no message brings
         found += bytes(received.numpy())
     return found
 
