@@ -101,6 +101,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         make_files=make_files,
         finish=finish,
         publish=publish,
+        last_words=str,
     )
 
 

@@ -21,6 +21,7 @@ from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json,
 from dist_convert.report import notes_on
 from dist_convert.task import Task
 from dist_convert.tokenizer.find import find_tokenizer
+from dist_convert.tokenizer.huggingface import is_huggingface
 from dist_convert.tokenizer.notes import how_to_add_tokenizer
 from dist_convert.tokenizer.record import Tokenizer, style_for
 from dist_convert.tokenizer.write import write_tokenizer
@@ -61,8 +62,6 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
     style = style_for(tokenizer, content.side.architecture, job.source_model_type, instruct=job.instruct)
 
-    how_to_add = how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type)
-
     def make_all_files(partial: Path) -> None:
         if world.rank == 0:
             write_tokenizer(tokenizer, style, partial)  # before the weights, so that what fails here fails early
@@ -72,6 +71,11 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         if world.rank == 0:
             together = [bin for of_rank in bins for bin in of_rank]
             write_metadata(partial, job, content, directory, args, tokenizer, style, together)
+
+    def last_words() -> str:
+        if job.push_to_hub or is_huggingface(job.save_path):  # after an upload it is said there
+            return ""
+        return how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type)
 
     places = find_places(world, job.save_path, "--save-path")
     refuse_several_places(places, job.save_path, "--save-path", "")
@@ -92,7 +96,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         make_files=make_all_files,
         finish=finish,
         publish=lambda: None,
-        last_words="" if job.push_to_hub else how_to_add,  # after an upload it is said there
+        last_words=last_words,
     )
 
 

@@ -102,7 +102,7 @@ class Held:
 
 def has_name(task: Task, job: Job | ToMegatronJob) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
-    is_settled = not (job.overwrite or job.dry_run or job.verify) and is_complete(task.target, facts_of(task, job))
+    is_settled = not job.overwrite and is_complete(task.target, facts_of(task, job))
     return is_settled or is_committed(task.target, identity_of(task, job))
 
 
@@ -146,7 +146,7 @@ def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[
             (task.partial / RESUMABLE).unlink(missing_ok=True)  # the same command would end the same way
         raise
     except (DifferentModel, SourceChanged):
-        if lock is not None:
+        if lock is not None and not is_named:
             forget(task.partial)
         raise
     except ConversionError as error:

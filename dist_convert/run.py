@@ -32,7 +32,7 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.records import TargetFile
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
-from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, held_target
+from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name, held_target
 from dist_convert.task import RunOptions, Task
 from dist_convert.timeline import Timeline
 from dist_convert.trace import traced
@@ -72,9 +72,10 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         for note in task.notes:
             print(note, file=sys.stderr)
     if job.dry_run:
+        is_done = any(gather_objects(world, is_first and has_name(task, job)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         if world.rank == 0:
-            print(describe_plan(task.target, plan, loads, free_bytes))
+            print(_done_before(task) if is_done else describe_plan(task.target, plan, loads, free_bytes))
         barrier(world)
         return None
 
@@ -83,7 +84,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     with traced(job.trace, world) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
             outcome = _make(task, job, plan, world, channel, timeline)
-            check()
+        check(task.target if held.has_name else task.partial)
         channel.doing("giving the target its name")
         firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
 
@@ -98,15 +99,18 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         barrier(world)
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if world.rank == 0:
-            done_before = f"{task.target} is complete already, by an earlier run of this conversion"
-            print(done_before if held.is_complete else outcome_text(task.target, outcome), file=sys.stderr)
-            if task.last_words:
-                print(task.last_words, file=sys.stderr)
+            print(_done_before(task) if held.is_complete else outcome_text(task.target, outcome), file=sys.stderr)
+            if words := task.last_words():
+                print(words, file=sys.stderr)
         if is_first:
             settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
     if is_first:
         sweep(task.target)
     return outcome
+
+
+def _done_before(task: Task) -> str:
+    return f"{task.target} is complete already, by an earlier run of this conversion"
 
 
 def _divide(task: Task, job: RunOptions, world: World, placement: str, done: Done) -> Plan:

@@ -60,7 +60,7 @@ class Task:
         make_files: makes the weights files in their final size below a directory, on the first rank of each place.
         finish: adds all that is no weight to a directory, given the known checksums by file; every rank calls it.
         publish: what follows the renaming, on the first rank of each place.
-        last_words: a line for the user at the very end, if there is something left to do.
+        last_words: gives a line for the user at the very end, if there is something left to do, else nothing.
     """
 
     content: Content
@@ -79,7 +79,7 @@ class Task:
     make_files: Callable[[Path], None]
     finish: Callable[[Path, Mapping[str, Sequence[KnownRange]]], None]
     publish: Callable[[], None]
-    last_words: str = ""
+    last_words: Callable[[], str]
 
     @property
     def partial(self) -> Path:

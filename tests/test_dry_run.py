@@ -124,10 +124,12 @@ def test_a_dry_run_fails_on_a_checkpoint_that_lacks_a_shard(tmp_path: Path, caps
     assert "mp_rank_01" in capsys.readouterr().err
 
 
-def test_a_dry_run_fails_where_the_target_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_fails_where_a_target_of_other_flags_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "in", SMALL)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert convert(tmp_path / "in", tmp_path / "out", "--dry-run") == 1
+    assert convert(tmp_path / "in", tmp_path / "out", "--dry-run", "--instruct") == 1
     assert "--overwrite" in capsys.readouterr().err
 
 

@@ -247,13 +247,48 @@ def test_a_conversion_at_work_is_named_to_a_second_one(runs: Runs, source: Path)
     assert len(records(journal(source.parent / "out"))) > 1
 
 
-def test_the_same_command_after_the_end_says_so_and_changes_nothing(runs: Runs, source: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("more", ["", "--dry-run", "--verify", "--timeout 300 --placement gather"])
+def test_the_same_command_after_the_end_says_so_and_changes_nothing(
+    more: str, ranks: int, runs: Runs, source: Path
+) -> None:
     assert runs.do(to_hf(source)).exit_codes == [0]
     before = hashes_below(source.parent / "out")
-    run = runs.do(to_hf(source))
-    assert run.exit_codes == [0]
-    assert "is complete already" in run.printed
+    run = runs.do(to_hf(source, *more.split()), ranks=ranks)
+    assert run.exit_codes == [0] * ranks
+    assert (run.printed + "".join(run.stdout)).count("out is complete already, by an earlier run") == 1
+    assert run.printed.count("out: verified, 30 tensors with ") == (more == "--verify")
     assert (run.written_bytes, hashes_below(source.parent / "out")) == (0, before)
+
+
+def test_a_megatron_target_that_is_complete_is_found_so_too(runs: Runs, tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+    flags = ["hf-to-megatron", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out")]
+    assert runs.do(flags).exit_codes == [0]
+    run = runs.do([*flags, "--verify", "--timeout", "300", "--verbose"])
+    assert (run.exit_codes, run.written_bytes) == ([0], 0)
+    assert "iter_0000001: verified, 30 tensors with " in run.printed
+    assert "iter_0000001 is complete already" in run.printed
+    dry = runs.do([*flags, "--dry-run"])
+    assert (dry.exit_codes, dry.stdout) == (
+        [0],
+        [f"{tmp_path}/out/iter_0000001 is complete already, by an earlier run of this conversion\n"],
+    )
+
+
+def test_verify_finds_what_has_become_of_a_target_that_was_complete(runs: Runs, source: Path) -> None:
+    assert runs.do(to_hf(source)).exit_codes == [0]
+    with (source.parent / "out" / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        [last] = weights.read(1)
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last ^ 1]))
+    before = hashes_below(source.parent)
+    run = runs.do(to_hf(source, "--verify"))
+    assert run.exit_codes == [1]
+    assert "lm_head.weight: A and B differ in 1 elements, first at [199, 63]" in run.printed
+    assert "convert again with --overwrite" in run.printed
+    assert hashes_below(source.parent) == before
 
 
 def test_another_command_after_the_end_finds_the_target_in_its_way(runs: Runs, source: Path) -> None:

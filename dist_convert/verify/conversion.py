@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 from dist_convert.errors import DifferentModel
 from dist_convert.job import SAMPLE, Job, ToMegatronJob
@@ -18,16 +19,17 @@ from dist_convert.verify.verify import catalogs, compare_all, open_named, work_o
 _SHOWN = 8
 
 
-def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callable[[], None]:
+def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callable[[Path], None]:
     """Get ready to compare a conversion's target with its source; the result does so, on every rank.
 
-    Nothing of the conversion's plan is used: both sides are described anew from the headers of their files.
+    Nothing of the conversion's plan is used: both sides are described anew from the headers of their files. The result
+    takes the directory where the target is.
 
     Raises:
         BudgetTooSmall: the comparison could not be made. The result raises `DifferentModel`.
     """
     if job.verify is None:
-        return lambda: None
+        return lambda _: None
     check_budget(job.max_memory_per_rank_bytes)
     sample = SAMPLE if job.verify == "sample" else Fraction(1)
     which = Which(task.source)
@@ -40,27 +42,29 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
         )
     source = open_named("source", which, world)
 
-    def check() -> None:
-        a, b = catalogs(source, open_named("target", Which(task.partial, is_shared=not any(task.places)), world))
+    def check(directory: Path) -> None:
+        a, b = catalogs(source, open_named("target", Which(directory, is_shared=not any(task.places)), world))
         outcome = compare_all(a, b, work_of(a, b, sample), world, lambda _: None)
         if not outcome.is_same:
-            raise _different(task, outcome)
+            raise _different(task, directory, outcome)
         if world.rank == 0:
             print(_line(task, outcome), file=sys.stderr)
 
     return check
 
 
-def _different(task: Task, outcome: Outcome) -> DifferentModel:
+def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
     found = differences(outcome)
     more = f"\n{'':12}and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    state, again = f"{task.partial.name} is kept for a look and never gets its name; the source", "convert again"
+    if directory == task.target:
+        state, again = "it may have been changed since it was made, or the source", "convert again with --overwrite"
     return DifferentModel(
         "what was written (B) is not the model that was read (A)",
-        file=str(task.partial),
+        file=str(directory),
         expected="every tensor and config field alike",
         found=f"\n{'':12}".join(found[:_SHOWN]) + more,
-        remedy=f"{task.partial.name} is kept for a look and never gets its name; the source or the target may lie on a "
-        "failing disk: convert again, and report it if it stays",
+        remedy=f"{state} or the target may lie on a failing disk: {again}, and report it if it stays",
     )
 
 

@@ -60,6 +60,18 @@ def test_it_makes_what_a_conversion_with_the_tokenizer_makes(
     assert files_of(target) == files_of(tmp_path / "at once")
 
 
+def test_the_conversion_started_again_keeps_the_tokenizer_and_asks_for_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    assert "the target has no tokenizer; add one" in capsys.readouterr().err
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target), "--instruct"]) == 0
+    before = files_of(target)
+    assert convert(tmp_path / "in", target) == 0
+    assert capsys.readouterr().err.endswith(f"{target} is complete already, by an earlier run of this conversion\n")
+    assert files_of(target) == before
+
+
 def test_of_several_ranks_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_tokenizer(tmp_path / "source")
     target = converted(tmp_path)
