@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,22 +19,32 @@ from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.flags_verify import verify_job_from_flags
 from dist_convert.job import Job, ToMegatronJob, VerifyJob
 from dist_convert.old_flags import notes_on_old_flags
-from dist_convert.signals import Signals
+from dist_convert.signals import Signals, ending_at_once, stopped_by
 
 if TYPE_CHECKING:
     from dist_convert.channel import Channel
 
 #: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
 _SILENT_SHARE = 0.9
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ending_at_once())
+        try:
+            return _main(argv, stack)
+        except KeyboardInterrupt:
+            return stopped_by(signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
     try:
         flags = parse(sys.argv[1:] if argv is None else argv)
         if flags.command == "inspect":
             return _inspect(flags)
+        if flags.command in ("tokenizer", "push"):
+            stack.close()  # they have files to tidy away
         if flags.command == "tokenizer":
             return _add_tokenizer(flags)
         if flags.command == "push":
@@ -51,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail_early(error)
     except OSError as error:
         return _fail_early(_refused(error))
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    return _run(job)
+    return _run(job, stack)
 
 
 def _fail_early(error: ConversionError) -> int:
@@ -106,15 +115,8 @@ def _upload(
     return 0
 
 
-def _run(job: Job | ToMegatronJob | VerifyJob) -> int:
-    import dist_convert.run  # noqa: F401  torch takes seconds to import, which flags and inspect do not need
-
-    with contextlib.ExitStack() as stack:
-        return _run_caught(job, stack)
-
-
-def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
-    from dist_convert.channel import Channel
+def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
+    from dist_convert.channel import Channel  # torch takes seconds to import, which flags and inspect do not need
     from dist_convert.device import limit_threads, return_freed_memory
     from dist_convert.move.exchange import join_world, leave_world
     from dist_convert.rendezvous import is_served_by_launcher
@@ -151,7 +153,7 @@ def _run_caught(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStac
             channel.explain(error)
         return _fail(channel, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        raise
     except OSError as error:
         return _fail(channel, str(_refused(error)), 1)
     except BaseException:

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it the signals end this process with one line, while there is nothing to be left in order.
+
+    Not by KeyboardInterrupt: inside an import it is swallowed, or becomes a page of frames.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, _end) for number in _heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stopped_by(number: int) -> int:
+    """Say once for all ranks which signal ends them; the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    return 128 + number
+
+
+def _end(number: int, _frame: object) -> None:
+    os._exit(stopped_by(number))
+
+
+def _heeded() -> list[int]:
+    return [number for number in _CAUGHT if signal.getsignal(number) != signal.SIG_IGN]  # nohup's are not
 
 
 class Signals:
@@ -33,8 +66,7 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heeded = [number for number in _CAUGHT if signal.getsignal(number) != signal.SIG_IGN]  # nohup's are not
-        handlers = {number: signal.signal(number, _nothing) for number in heeded}
+        handlers = {number: signal.signal(number, _nothing) for number in _heeded()}
         # The interpreter's own handler writes the number at once; the one above would wait for the main thread.
         wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         try:

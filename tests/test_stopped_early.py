@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM while the program is still starting: one line and the signal's exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLAGS = {
+    "megatron-to-hf": ["--load-path", "in", "--save-path", "out"],
+    "hf-to-megatron": ["--load-dir", "in", "--save-dir", "out"],
+    "verify": ["in", "out"],
+}
+
+
+@pytest.fixture
+def slow_torch(tmp_path: Path) -> Path:
+    """A directory with a torch that takes a minute to import; it says when that has begun."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('begun').touch()\ntime.sleep(60)\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", FLAGS)
+@pytest.mark.parametrize(
+    ("number", "rank", "said"),
+    [
+        (signal.SIGINT, "0", "stopped by SIGINT\n"),
+        (signal.SIGTERM, "0", "stopped by SIGTERM\n"),
+        (signal.SIGINT, "1", ""),  # rank 0 says it
+    ],
+)
+def test_a_signal_while_torch_is_imported_ends_with_one_line(
+    number: signal.Signals, rank: str, said: str, command: str, slow_torch: Path
+) -> None:
+    env = os.environ | {"PYTHONPATH": f"{slow_torch}:{ROOT}", "RANK": rank}
+    line = [sys.executable, "-m", "dist_convert", command, *FLAGS[command]]
+    with subprocess.Popen(line, env=env, cwd=slow_torch, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while not (slow_torch / "torch" / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[1] == said
+    assert process.returncode == 128 + number
