@@ -79,11 +79,13 @@ def _fail_early(error: ConversionError) -> int:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
-    from dist_convert.describe import as_screen, inspect_checkpoint
+    from dist_convert.describe import as_screen, inspect_checkpoint, missing_line
 
     description = inspect_checkpoint(flags.path, flags.ckpt_dir_name)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
-    return 0
+    if missing := missing_line(description):
+        print(missing, file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.write.file_writer import target_error
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.sync import sync
+from dist_convert.write.unfinished import refuse_unfinished
 
 _GENERATION_FILE = "generation_config.json"
 _PARTIAL = ".tokenizer.partial"
@@ -102,6 +103,7 @@ def _remove(target: Path, obsolete: Sequence[str]) -> None:
 
 
 def _config_of(target: Path) -> dict[str, Any]:
+    refuse_unfinished(target)
     path = target / CONFIG_FILE
     if not path.is_file():
         raise UsageError(

@@ -24,13 +24,22 @@ from dist_convert.read.checkpoint import (
     rank_directory_bytes,
     rank_files,
 )
+from dist_convert.read.directory import no_directory
 from dist_convert.read.huggingface import CONFIG_FILE, find_weights, read_weights_header
 from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import Shard, read_shard
 from dist_convert.read.weights_index import SAFETENSORS, check_inside
 from dist_convert.units import human_bytes
+from dist_convert.write.unfinished import refuse_unfinished
 
 _LISTED = 8
+
+
+def missing_line(description: Mapping[str, Any]) -> str:
+    """What a checkpoint lacks, in a line; empty where it is complete."""
+    missing = description["missing_shards"]
+    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    return f"not complete: {', '.join(missing[:_LISTED])}{more} missing" if missing else ""
 
 
 def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
@@ -43,8 +52,9 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     Raises:
         CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments
     """
+    refuse_unfinished(path, ckpt_dir_name)
     if not path.is_dir():
-        raise CheckpointNotFound("the directory does not exist", file=str(path))
+        raise no_directory(path, "checkpoint")
     if (path / CONFIG_FILE).is_file():
         return _describe_huggingface(path)
     if not is_checkpoint(path) and ckpt_dir_name is None:

@@ -5,7 +5,8 @@
     ConversionError                 every error that a user can meet; its text is the whole message
     ├── UsageError                  a flag, a job file or a combination of flags is wrong (exit code 2)
     ├── SourceError                 the checkpoint cannot be converted as it is
-    │   ├── CheckpointNotFound      no checkpoint, iteration or tracker at the path
+    │   ├── CheckpointNotFound      what the command names is not there, or no checkpoint (exit code 2)
+    │   │   └── NotFetched          a hub does not give the model now, or not to this user (exit code 1)
     │   ├── MissingShard            a rank directory that the grid needs is not there
     │   ├── InconsistentShards      shards that cannot belong to one checkpoint
     │   ├── CorruptFile             truncated, or not what its header says
@@ -28,7 +29,7 @@
     ├── DifferentModel              `--verify` found that the target is not the model of the source
     ├── Interrupted                 a signal, SIGTERM or SIGINT (exit code 143 or 130)
     ├── LostRank                    another rank has ended, hangs, or cannot be reached
-    ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step
+    ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step (exit code 2)
     └── Problems                    several of the above, found together before the first byte moved
 """
 
@@ -89,7 +90,15 @@ class SourceError(ConversionError):
 
 
 class CheckpointNotFound(SourceError):
-    """No checkpoint, iteration or tracker at the path."""
+    """What the command names is not there, or is no checkpoint."""
+
+    exit_code = UsageError.exit_code
+
+
+class NotFetched(CheckpointNotFound):
+    """A hub does not give the model now, or not to this user, and its cache does not hold it."""
+
+    exit_code = SourceError.exit_code
 
 
 class MissingShard(SourceError):
@@ -187,6 +196,8 @@ class LostRank(ConversionError):
 
 class BudgetTooSmall(ConversionError):
     """The memory budget does not hold one step."""
+
+    exit_code = UsageError.exit_code
 
 
 class Problems(ConversionError):

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from dist_convert.errors import UsageError
 from dist_convert.flag_values import repository, seconds
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
+from dist_convert.job_file import flags_of_file
 from dist_convert.rank_numbers import with_numbers
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
@@ -47,11 +48,17 @@ def positive_or_zero(text: str) -> int:
 
 def add_switch(group: Any, flag: str, help_text: str) -> None:
     """A flag that is off, and that the command line can switch off again where a job file has it on."""
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help_text)
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=f"{help_text} (default: off)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+def add_size(group: Any, flag: str, default: str, help_text: str) -> None:
+    """A flag that takes a size in bytes."""
+    shown = f"{help_text}, such as 512MB or 2GiB (default: {default})"
+    group.add_argument(flag, metavar="SIZE", type=size, default=default, help=shown)
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and that of each command."""
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -67,9 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_verify(commands)
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
-    inspect.add_argument("--ckpt-dir-name", help="iteration directory (default: what the tracker file says)")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    inspect.add_argument(
+        "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    return parser, commands.choices
 
 
 def _add_megatron_to_hf(commands: Any) -> None:
@@ -81,15 +90,23 @@ def _add_megatron_to_hf(commands: Any) -> None:
         epilog="{rank}, {local_rank} and {node} in --load-path are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
-    source.add_argument("--load-path", help="(required) root of the Megatron checkpoint")
-    source.add_argument("--ckpt-dir-name", help="iteration directory, such as iter_0000004 (default: the tracker file)")
-    said = "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win"
+    source.add_argument("--load-path", metavar="PATH", help="(required) root of the Megatron checkpoint")
+    source.add_argument(
+        "--ckpt-dir-name", metavar="NAME", help="iteration directory, such as iter_0000004 (default: the tracker file)"
+    )
+    said = (
+        "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win (default: "
+        "from the args)"
+    )
     source.add_argument("--source-model-type", choices=SOURCE_MODEL_TYPES, help=said)
     source.add_argument(
-        "--true-vocab-size", type=positive, help="tokens without padding (default: args, then tokenizer)"
+        "--true-vocab-size", metavar="N", type=positive, help="tokens without padding (default: args, then tokenizer)"
     )
-    which = "directory or tokenizer.model (default: what the args name, here or beside the checkpoint)"
-    source.add_argument("--tokenizer", type=Path, help=which)
+    which = (
+        "directory, tokenizer.model, or org/name of a model in the hub's cache (default: what the args name, here or "
+        "beside the checkpoint)"
+    )
+    source.add_argument("--tokenizer", metavar="PATH", type=Path, help=which)
     add_switch(
         source,
         "--habana-imported-experts",
@@ -98,7 +115,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         "that was trained since",
     )
     target = command.add_argument_group("target")
-    target.add_argument("--save-path", type=Path, help="(required) Hugging Face directory to be made")
+    target.add_argument("--save-path", metavar="PATH", type=Path, help="(required) Hugging Face directory to be made")
     target.add_argument(
         "--target-params-dtype",
         choices=tuple(TARGET_DTYPES),
@@ -106,7 +123,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         help="dtype of the weights stored in the checkpoint's params dtype; others keep theirs (default: bf16)",
     )
     add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
-    target.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
+    add_size(target, "--max-shard-size", "5GB", "of a weights file, at most")
     add_switch(target, "--instruct", "write end-of-turn tokens, sampling defaults, chat template of an instruct model")
     add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
     add_switch(target, "--overwrite", "replace an existing target")
@@ -114,7 +131,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         "--push-to-hub",
         metavar="org/name",
         type=repository,
-        help="upload the finished directory to this repository, which is made if it is not there",
+        help="upload the finished directory to this repository, which is made if it is not there (default: no upload)",
     )
     add_switch(target, "--private", "with --push-to-hub: for members only; a public repository is refused")
     add_run_flags(command)
@@ -135,22 +152,24 @@ def add_timeout(group: Any) -> None:
 def add_run_flags(command: argparse.ArgumentParser) -> None:
     """Flags that both directions have."""
     run = command.add_argument_group("run")
-    run.add_argument("--device", choices=DEVICES, default="auto", help="that collectives use (default: what is there)")
+    run.add_argument(
+        "--device", choices=DEVICES, default="auto", help="that collectives use (default: auto, what is there)"
+    )
     run.add_argument(
         "--placement",
         choices=PLACEMENTS,
         default="auto",
         help="gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes "
-        "(default: direct on the CPU where every rank sees every file, else gather)",
+        "(default: auto, direct on the CPU where every rank sees every file, else gather)",
     )
-    run.add_argument("--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)")
+    add_size(run, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
     add_timeout(run)
     run.add_argument(
         "--verify",
         nargs="?",
         choices=VERIFICATIONS,
         const="full",
-        help="compare what was written with the source before it gets its name: all of it, or a sample",
+        help="compare what was written with the source before it gets its name: all of it, or a sample (default: off)",
     )
     run.add_argument(
         "--trace",
@@ -159,7 +178,9 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         help="write down where the time of every rank goes, in Chrome's trace format",
     )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
-    run.add_argument("--config", type=Path, help="YAML file with any of these flags; the command line wins")
+    run.add_argument(
+        "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -171,46 +192,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     finder = Parser(add_help=False)
     finder.add_argument("--config", type=Path)
     config = finder.parse_known_args([*argv[1:]])[0].config
-    from_file = _flags_of_file(config) if argv[:1] in (["megatron-to-hf"], ["hf-to-megatron"]) and config else []
-    flags, unknown = build_parser().parse_known_args([*argv[:1], *from_file, *argv[1:]])
+    parser, commands = build_parser()
+    if config and argv[0] in ("megatron-to-hf", "hf-to-megatron"):
+        commands[argv[0]].set_defaults(**flags_of_file(commands[argv[0]], config))
+    flags, unknown = parser.parse_known_args([*argv])
     program = f"dist-convert {flags.command}"
     if unknown:
-        raise UsageError(
-            f"{program}: unrecognized arguments: {' '.join(unknown)}",
-            file=str(config) if set(unknown) & set(from_file) else "",
-            remedy=f"see {program} --help",
-        )
+        raise UsageError(f"{program}: unrecognized arguments: {' '.join(unknown)}", remedy=f"see {program} --help")
     missing = [flag for flag in _REQUIRED if getattr(flags, flag[2:].replace("-", "_"), "") is None]
     if missing:  # checked here: argparse would name these first, and hide a misspelt one
         raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
-    return flags
-
-
-def _flags_of_file(path: Path) -> list[str]:
-    import yaml  # only here: most runs have no job file
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(
-            "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
-        ) from error
-    if not isinstance(data, dict):
-        raise UsageError(
-            "not a job file", file=str(path), expected="flag: value, a line each", found=type(data).__name__
-        )
-    flags: list[str] = []
-    for key, value in data.items():
-        flag = "--" + str(key).replace("_", "-")
-        if flag == "--config":
-            raise UsageError("a job file cannot name another one", file=str(path), found=f"config: {value}")
-        if value is True:
-            flags.append(flag)
-        elif isinstance(value, list | dict):
-            raise UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path))
-        elif value is not None and value is not False:
-            flags.append(f"{flag}={value}")
     return flags
 
 

@@ -26,27 +26,41 @@ def add_hf_to_megatron(commands: Any) -> None:
         epilog="{rank}, {local_rank} and {node} in --save-dir are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
-    source.add_argument("--load-dir", help="(required) Hugging Face directory, or a hub id (org/name[@revision])")
-    source.add_argument("--source-margs-file", type=Path, help="source_megatron_args.json of an earlier conversion")
+    source.add_argument(
+        "--load-dir", metavar="DIR", help="(required) Hugging Face directory, or a hub id (org/name[@revision])"
+    )
+    source.add_argument(
+        "--source-margs-file",
+        metavar="FILE",
+        type=Path,
+        help="source_megatron_args.json of an earlier conversion (default: args follow from config.json)",
+    )
     add_switch(source, "--load-capacity-bins", "take over capacity_bins.pt (same grid only)")
-    source.add_argument("--tokenizer-model", help="path or hub id, for the args (default: the model's own)")
-    source.add_argument("--tokenizer-type", help="Megatron's name of its kind (default: by the model)")
+    source.add_argument(
+        "--tokenizer-model", metavar="PATH", help="path or hub id (org/name), for the args (default: the model's own)"
+    )
+    source.add_argument("--tokenizer-type", metavar="NAME", help="Megatron's name of its kind (default: by the model)")
     target = command.add_argument_group("target")
-    target.add_argument("--save-dir", help="(required) root of the Megatron checkpoint")
-    target.add_argument("--iteration", type=positive_or_zero, default=1, help="number of the iteration (default: 1)")
-    target.add_argument(
+    target.add_argument("--save-dir", metavar="DIR", help="(required) root of the Megatron checkpoint")
+    which = target.add_mutually_exclusive_group()
+    which.add_argument(
+        "--iteration", metavar="N", type=positive_or_zero, default=1, help="number of the iteration (default: 1)"
+    )
+    which.add_argument(
         "--release", action="store_const", const=None, dest="iteration", help="write a release instead of an iteration"
     )
     for axis in ("tensor", "pipeline"):
         flag = f"--target-{axis}-parallel-size"
-        target.add_argument(flag, type=positive, metavar="N", help="(default: the margs file's, else 1)")
+        target.add_argument(
+            flag, type=positive, metavar="N", help=f"{axis} parallel ranks (default: the margs file's, else 1)"
+        )
     experts = ("--target-expert-parallel-size", "--target-expert-paralell-size")
-    target.add_argument(*experts, type=positive, metavar="N", help="(default: 1)")
+    target.add_argument(*experts, type=positive, metavar="N", help="expert parallel ranks (default: 1)")
     target.add_argument(
         "--target-expert-tensor-parallel-size",
         type=positive,
         metavar="N",
-        help="(default: the tensor size)",
+        help="tensor parallel ranks within an expert (default: the tensor size)",
     )
     target.add_argument(
         "--target-virtual-pipeline-parallel-size", type=positive, metavar="N", help="virtual stages (default: 1)"
@@ -55,13 +69,21 @@ def add_hf_to_megatron(commands: Any) -> None:
         "--num-layers-per-virtual-pipeline-stage", type=positive, metavar="N", help="the same, by layers of a stage"
     )
     target.add_argument(
-        "--decoder-first-pipeline-num-layers", type=positive, metavar="N", help="layers of the first stage, if uneven"
+        "--decoder-first-pipeline-num-layers",
+        type=positive,
+        metavar="N",
+        help="layers of the first stage (default: even)",
     )
     target.add_argument(
-        "--decoder-last-pipeline-num-layers", type=positive, metavar="N", help="layers of the last stage, if uneven"
+        "--decoder-last-pipeline-num-layers",
+        type=positive,
+        metavar="N",
+        help="layers of the last stage (default: even)",
     )
     target.add_argument(
-        "--pipeline-model-parallel-layout", metavar="LAYOUT", help="stages one by one, such as Ettt|(tttt|)*2ttL"
+        "--pipeline-model-parallel-layout",
+        metavar="LAYOUT",
+        help="stages one by one, such as Ettt|(tttt|)*2ttL (default: even)",
     )
     target.add_argument(
         "--target-ranks-per-node",
@@ -77,24 +99,25 @@ def add_hf_to_megatron(commands: Any) -> None:
         metavar="N",
         help="the vocabulary is padded to a multiple of it on every tensor parallel rank (default: 128)",
     )
-    target.add_argument("--true-vocab-size", type=positive, help="checked against the config")
+    target.add_argument("--true-vocab-size", metavar="N", type=positive, help="checked against the config")
     target.add_argument(
         "--vocab-padding", choices=VOCAB_PADDINGS, default="last-row", help="what padding rows hold (default: last-row)"
     )
-    target.add_argument(
+    dtype = target.add_mutually_exclusive_group()
+    dtype.add_argument(
         "--target-params-dtype",
         choices=tuple(TARGET_DTYPES),
         default="keep",
         help="dtype of the weights stored in the model's main dtype; others keep theirs (default: keep)",
     )
-    target.add_argument(
+    dtype.add_argument(
         "--bf16",
         action="store_const",
         const="bf16",
         dest="target_params_dtype",
         help="the same as --target-params-dtype bf16",
     )
-    target.add_argument(
+    dtype.add_argument(
         "--fp16",
         action="store_const",
         const="fp16",
@@ -116,7 +139,9 @@ def add_hf_to_megatron(commands: Any) -> None:
     )
     add_switch(target, "--overwrite", "replace this iteration if it exists")
     add_run_flags(command)
-    command.add_argument("--verbose", action="store_true", help="say where each of the target's args comes from")
+    command.add_argument(
+        "--verbose", action="store_true", help="say where each of the target's args comes from (default: off)"
+    )
     add_old_flags(command)
 
 

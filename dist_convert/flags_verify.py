@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.flags import add_switch, add_timeout, positive, size
+from dist_convert.flags import add_size, add_switch, add_timeout, positive
 from dist_convert.job import SAMPLE, VerifyJob
 from dist_convert.rank_numbers import with_numbers
 
@@ -37,7 +37,9 @@ def add_verify(commands: Any) -> None:
     command.add_argument("b", metavar="B", help="the second checkpoint")
     for letter in "ab":
         command.add_argument(
-            f"--ckpt-dir-name-{letter}", help=f"iteration directory of {letter.upper()} (default: the tracker file)"
+            f"--ckpt-dir-name-{letter}",
+            metavar="NAME",
+            help=f"iteration directory of {letter.upper()} (default: the tracker file)",
         )
         add_switch(
             command,
@@ -45,7 +47,10 @@ def add_verify(commands: Any) -> None:
             f"{letter.upper()} came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts",
         )
     command.add_argument(
-        "--true-vocab-size", type=positive, help="tokens without padding (default: args, tokenizer, the other side)"
+        "--true-vocab-size",
+        metavar="N",
+        type=positive,
+        help="tokens without padding (default: args, tokenizer, the other side)",
     )
     command.add_argument(
         "--sample",
@@ -55,13 +60,11 @@ def add_verify(commands: Any) -> None:
         default=Fraction(1),
         metavar="SHARE",
         help=f"compare a share of the blocks (default: all; without a number {SAMPLE}), always the same ones, and the "
-        "first and last block of every tensor",
+        "first and last block of every tensor, which of a small model are most",
     )
-    command.add_argument(
-        "--max-memory-per-rank", type=size, default="1GB", help="for buffers of each rank (default: 1GB)"
-    )
+    add_size(command, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
     add_timeout(command)
-    command.add_argument("--json", action="store_true", help="print JSON, with every difference")
+    command.add_argument("--json", action="store_true", help="print JSON, with every difference (default: text)")
 
 
 def verify_job_from_flags(flags: argparse.Namespace) -> VerifyJob:

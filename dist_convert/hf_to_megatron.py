@@ -13,10 +13,7 @@ from dist_convert.hf_dialects import HEAD, hf_view, leftovers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.layout import is_rank_directory
 from dist_convert.megatron_target import Extras, Given, MegatronTarget, header_of, lay_out_target, model_and_grid
-from dist_convert.metadata.target_args import (
-    read_margs,
-    target_margs_json,
-)
+from dist_convert.metadata.target_args import args_json, read_margs, target_margs_json
 from dist_convert.metadata.target_tokenizer import target_tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.limits import MOST_LAYERS, is_size
@@ -46,6 +43,7 @@ from dist_convert.write.megatron_files import write_skeleton
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.seal import seal
 from dist_convert.write.tracker import replace_text, write_tracker
+from dist_convert.write.unfinished import refuse_unfinished
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -90,14 +88,14 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         source=directory,
         source_identity=found.identity,
         source_listing=found.listing,
-        settings=json.loads(target_margs_json(target.args)) | {"iteration": iteration},
+        settings=json.loads(args_json(target.args)) | {"iteration": iteration},
         visible=found.visible,
         target=job.save_dir / name,
         places=places,
         writable=writable,
         target_flag="--save-dir",
         is_replaceable=lambda path: any(is_rank_directory(inside.name) for inside in path.iterdir()),
-        notes=notes_to_megatron(job, target, content, places, writable),
+        notes=notes_to_megatron(job, target, given.margs, content, places, writable),
         make_files=make_files,
         finish=finish,
         publish=publish,
@@ -129,6 +127,7 @@ def discover_tensors(
 
 def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
+    refuse_unfinished(Path(job.load_dir))
     is_here: list[bool] = gather_objects(world, Path(job.load_dir).is_dir())
     if all(is_here):
         return Path(job.load_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -88,6 +88,13 @@ class ToMegatronJob:
     trace: Path | None = None
     verbose: bool = False
     timeout_seconds: int = 600
+
+
+def given_flags(job: ToMegatronJob) -> frozenset[str]:
+    """The flags that differ from their defaults, such as "--target-params-dtype"."""
+    changed = [field.name for field in fields(job) if getattr(job, field.name) != field.default]
+    names = ["release" if name == "iteration" and job.iteration is None else name for name in changed]
+    return frozenset("--" + name.replace("_", "-") for name in names)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError, Problems, UsageError, raise_together
-from dist_convert.job import ToMegatronJob
+from dist_convert.job import ToMegatronJob, given_flags
 from dist_convert.layout import SHARD_FILE, Chunk, Grid, place_chunks, rank_directory
 from dist_convert.metadata.capacity_bins import FILE as BINS_FILE
 from dist_convert.metadata.capacity_bins import bins_of_rank, load_bins, other_grid, packed
@@ -161,6 +161,7 @@ def lay_out_target(
         first=job.decoder_first_pipeline_num_layers,
         last=job.decoder_last_pipeline_num_layers,
         layout=job.pipeline_model_parallel_layout,
+        given=given_flags(job),
     )
     layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
     chunks = place_chunks(grid, layers_of)

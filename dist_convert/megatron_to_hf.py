@@ -15,7 +15,7 @@ from dist_convert.metadata.write import write_metadata
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.survey import check_same_run
 from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.checkpoint import TRACKER_FILE, iteration_directory, rank_files, tracked_name
+from dist_convert.read.checkpoint import NAME_FLAG, TRACKER_FILE, iteration_directory, rank_files, tracked_name
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.report import notes_on
@@ -29,6 +29,7 @@ from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
+from dist_convert.write.unfinished import refuse_unfinished
 
 
 def megatron_to_hf(job: Job, world: World) -> Task:
@@ -41,6 +42,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(job.save_path, job.push_to_hub, private=job.private))
+    refuse_unfinished(job.load_path, job.ckpt_dir_name)
     directory = shared_iteration(job.load_path, job.ckpt_dir_name, world)
     found, shards = discover_shards(directory, world)
     file = min(shards)
@@ -118,27 +120,31 @@ def discover_shards(directory: Path, world: World) -> tuple[Discovery, dict[str,
     return found, shards
 
 
-def shared_iteration(root: Path, name: str | None, world: World) -> Path:
+def shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:
     """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
+
+    Args:
+        root, name, name_flag: see `iteration_directory`.
+        world: this rank.
 
     Raises:
         InconsistentShards: trackers name different iterations.
         CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
     """
     if name is None:
-        tracked = [named for named in gather_objects(world, tracked_name(root)) if named is not None]
+        tracked = [named for named in gather_objects(world, tracked_name(root, name_flag)) if named is not None]
         if len(set(tracked)) > 1:
             raise InconsistentShards(
                 "tracker files of different nodes name different iterations",
                 file=TRACKER_FILE,
                 found=", ".join(sorted(set(tracked))),
-                remedy="name the iteration with --ckpt-dir-name",
+                remedy=f"name the iteration with {name_flag}",
             )
         name = tracked[0] if tracked else None
     is_here = name is not None and (root / name).is_dir()
     anywhere = any(gather_objects(world, is_here))
     if is_here or not anywhere:
-        return iteration_directory(root, name)
+        return iteration_directory(root, name, name_flag)
     return root / name if name else root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from dist_convert.errors import UsageError
 from dist_convert.models.architecture import Architecture
@@ -19,6 +20,18 @@ _WITHOUT_MEANING = {
     "vocab_file": "the config has the vocabulary's size",
 }
 
+#: Flag -> what argparse is to know of its values.
+_OLD_FLAGS: dict[str, dict[str, Any]] = {
+    "--model-type": {"choices": ("GPT",)},
+    "--loader": {"choices": ("llama_mistral", "mixtral_hf")},
+    "--saver": {"choices": ("mcore", "core")},
+    "--loader-transformer-impl": {"choices": ("local", "transformer_engine")},
+    "--max-queue-size": {"type": int, "metavar": "N"},
+    "--no-checking": {"action": "store_const", "const": True},
+    "--megatron-path": {"metavar": "DIR"},
+    "--vocab-file": {"metavar": "FILE"},
+}
+
 #: --model-size -> layers, hidden size, width of the MLP, vocabulary.
 _SIZES = {
     "llama2-7B": (32, 4096, 11008, 32000), "llama2-13B": (40, 5120, 13824, 32000),
@@ -31,16 +44,11 @@ _SIZES = {
 def add_old_flags(command: argparse.ArgumentParser) -> None:
     """Accept the flags of the old tool that have no part in ours."""
     old = command.add_argument_group("accepted for command lines of Habana's convert.py")
-    old.add_argument("--model-type", choices=("GPT",))
-    old.add_argument("--loader", choices=("llama_mistral", "mixtral_hf"))
-    old.add_argument("--saver", choices=("mcore", "core"))
-    old.add_argument("--loader-transformer-impl", choices=("local", "transformer_engine"))
-    old.add_argument("--checkpoint-type", choices=("hf", "meta"))
-    old.add_argument("--max-queue-size", type=int)
-    old.add_argument("--no-checking", action="store_const", const=True)
-    old.add_argument("--megatron-path")
-    old.add_argument("--vocab-file")
-    old.add_argument("--model-size", help="checked against the config")
+    for flag, values in _OLD_FLAGS.items():
+        meaning = f"no effect: {_WITHOUT_MEANING[flag[2:].replace('-', '_')]}"
+        old.add_argument(flag, help=meaning, **values)
+    old.add_argument("--checkpoint-type", choices=("hf", "meta"), help="hf; meta, original Llama files, is refused")
+    old.add_argument("--model-size", metavar="NAME", help="such as llama3-70B: checked against the config")
 
 
 def notes_on_old_flags(flags: argparse.Namespace) -> list[str]:

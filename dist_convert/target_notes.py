@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dist_convert.job import ToMegatronJob
 from dist_convert.megatron_target import MegatronTarget
 from dist_convert.metadata.target_args import describe_origins
+from dist_convert.metadata.target_tokenizer import is_hub_name
 from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.stages import notes_on_target
 from dist_convert.report import human_notes
 
+_PIPELINE_LAYOUT = (
+    "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+_EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+
 
 def notes_to_megatron(
     job: ToMegatronJob,
     target: MegatronTarget,
+    margs: Mapping[str, Any] | None,
     content: Content,
     places: Sequence[int],
     writable: Sequence[frozenset[str]],
@@ -25,6 +35,7 @@ def notes_to_megatron(
     Args:
         job: what was asked for.
         target, content: what will be written.
+        margs: content of the margs file, if one was given.
         places, writable: for each rank, where its target lies, and the files that it can write.
     """
     notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
@@ -33,12 +44,13 @@ def notes_to_megatron(
     taken = [f"{axis} {size}" for axis, (flag, size) in sizes.items() if flag is None and size > 1]
     if job.source_margs_file and taken:
         notes.append(f"parallel sizes of {job.source_margs_file.name}, as no flag gives them: {', '.join(taken)}")
+    notes += _on_margs(job, target, margs or {})
     if job.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
     notes += human_notes(content)
     if job.verbose:
         notes.append(describe_origins(target.args))
-    return notes + _on_places(job, places, writable)
+    return notes + _on_tokenizer(job) + _on_places(job, places, writable)
 
 
 def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:
@@ -53,6 +65,37 @@ def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:
             "--saver-transformer-impl transformer_engine, habana-dynamic with habana"
         ]
     return []
+
+
+def _on_margs(job: ToMegatronJob, target: MegatronTarget, margs: Mapping[str, Any]) -> list[str]:
+    """What a margs file says of the layout besides the two sizes that are taken from it, and the target does not have.
+
+    The target's own args describe it as it is; a command line of the earlier training would not fit it.
+    """
+    is_taken = job.target_pipeline_parallel_size is None and target.grid.pipeline > 1
+    names = (*(_PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
+    left = [
+        f"{name} {margs[name]} ({target.args.values.get(name)} here)"
+        for name in names
+        if margs.get(name) and margs[name] != target.args.values.get(name)
+    ]
+    if not left:
+        return []
+    return [
+        f"warning: the margs file's training had another layout, which only flags bring into the target: "
+        f"{', '.join(left)}"
+    ]
+
+
+def _on_tokenizer(job: ToMegatronJob) -> list[str]:
+    """The training may run on other machines, which have the tokenizer's path: no error."""
+    asked = job.tokenizer_model
+    if asked is None or os.path.lexists(asked) or is_hub_name(asked):
+        return []
+    return [
+        f"warning: --tokenizer-model {asked} is not on this machine; the target's args name it as it is, and training "
+        "must find it there"
+    ]
 
 
 def _on_places(job: ToMegatronJob, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:

@@ -9,6 +9,9 @@ _FACTORS = {
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
 
+#: A number without a unit is in bytes; below this it is taken for an oversight.
+_LEAST_BARE = 1000
+
 
 def human_bytes(size_bytes: float) -> str:
     """Decimal units, three digits: 4.97 GB."""
@@ -23,7 +26,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of "5GB" (decimal), "5GiB" (binary) or "5000000000".
 
     Raises:
-        UsageError: not a positive size.
+        UsageError: not a positive size, or so few bytes without a unit that one must have been forgotten.
     """
     digits = text.strip().rstrip("abgikmtABGIKMT ")
     unit = text.strip()[len(digits) :].strip().upper() or "B"
@@ -31,6 +34,7 @@ def parse_bytes(text: str) -> int:
         size_bytes = int(float(digits) * _FACTORS[unit])
     except (ValueError, KeyError, OverflowError):
         size_bytes = 0
-    if size_bytes <= 0:
-        raise UsageError("not a size", expected="a number with a unit, such as 5GB or 512MiB", found=repr(text))
+    if size_bytes <= 0 or (text.strip() == digits and size_bytes < _LEAST_BARE):
+        what = "not a size" if size_bytes <= 0 else f"a size of {size_bytes} bytes, because it has no unit"
+        raise UsageError(what, expected="a number with a unit, such as 5GB or 512MiB", found=repr(text))
     return size_bytes

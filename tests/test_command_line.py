@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 from dist_convert.__main__ import job_from_flags, main, parse
+from dist_convert.flags import build_parser
+from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.job import Job
 from tests.checkpoints import Model, make
 from tests.converting import assert_same, read_tensors
 
 ROOT = Path(__file__).parents[1]
+#: Help of flags that are another flag's value or other spelling, or that do nothing but check.
+UNSAID = ("the same", "instead of", "no effect", "checked against", "is refused")
 PATHS = ("--load-path", "/in", "--save-path", "/out")
 
 
@@ -111,6 +115,9 @@ def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) ->
         (["megatron-to-hf", *PATHS, "--timeout", "0"], "--timeout"),
         (["megatron-to-hf", *PATHS, "--timeout", "99999999999999"], "--timeout"),
         (["hf-to-megatron", "--load-dir", "/in", "--save-dir", "/out", "--timeout=-1"], "--timeout"),
+        (["hf-to-megatron", "--load-dir", "/in", "--save-dir", "/out", "--bf16", "--fp16"], "--fp16: not allowed with"),
+        (["hf-to-megatron", "--load-dir", "/in", "--save-dir", "/out", "--release", "--iteration", "3"], "--iteration"),
+        (["megatron-to-hf", *PATHS, "--max-memory-per-rank", "5"], "a size of 5 bytes, because it has no unit: '5'"),
         (["push", "/out"], "org/name"),
         (["inspect"], "path"),
     ],
@@ -211,6 +218,33 @@ def test_a_flag_on_the_command_line_wins_over_the_job_file(tmp_path: Path) -> No
     assert wanted == Job(Path("/in"), Path("/elsewhere"), max_shard_size_bytes=3_000_000_000, instruct=False)
 
 
+def test_of_flags_that_exclude_each_other_the_command_line_wins_over_the_job_file(tmp_path: Path) -> None:
+    file = job_file(tmp_path, "load-dir: /in\nsave-dir: /out\nbf16: true\nrelease: true\n")
+    wanted = to_megatron_job_from_flags(parse(["hf-to-megatron", "--config", file, "--fp16", "--iteration", "3"]))
+    assert (wanted.target_params_dtype, wanted.iteration) == ("fp16", 3)
+    assert to_megatron_job_from_flags(parse(["hf-to-megatron", "--config", file])).iteration is None
+
+
+def test_a_job_file_with_flags_that_exclude_each_other_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = job_file(tmp_path, "bf16: true\nfp16: true\n")
+    assert main(["hf-to-megatron", "--config", file]) == 2
+    assert f"--fp16: not allowed with argument --bf16\n  file:     {file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["megatron-to-hf", "hf-to-megatron", "verify", "tokenizer", "push", "inspect"])
+def test_the_help_has_a_text_and_a_default_for_every_flag(command: str) -> None:
+    _, commands = build_parser()
+    for action in commands[command]._actions:
+        assert action.help, action.option_strings
+        may_be_absent = (
+            action.option_strings and action.dest not in ("help", "config") and "(required)" not in action.help
+        )
+        if may_be_absent and not any(word in action.help for word in UNSAID):
+            assert "(default: " in action.help, action.option_strings
+
+
 def test_an_empty_or_false_entry_of_a_job_file_is_as_if_absent(tmp_path: Path) -> None:
     file = job_file(tmp_path, "tokenizer:\ntrue-vocab-size: null\noverwrite: false\ninstruct: false\n")
     assert job(*PATHS, "--config", file) == job(*PATHS)
@@ -225,7 +259,10 @@ def test_a_value_of_a_job_file_may_begin_with_a_dash(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("load-paht: /in\n", "load-paht"),
-        ("max-shard-size: 5XB\n", "5XB"),
+        ("max-shard-size: 5XB\n", "--max-shard-size: not a size: '5XB'"),
+        ("instruct: maybe\n", "instruct must be true or false\n"),
+        ("overwrite: 1\n", "overwrite must be true or false\n"),
+        ("tokenizer: true\n", "tokenizer needs a value\n"),
         ("target-params-dtype: [bf16, fp16]\n", "target-params-dtype"),
         ("tokenizer: {path: /here}\n", "tokenizer"),
         ("- load-path\n", "list"),
@@ -241,6 +278,7 @@ def test_a_wrong_job_file_ends_with_code_2_and_one_message(
     assert main(["megatron-to-hf", *PATHS, "--config", job_file(tmp_path, text), "--dry-run"]) == 2
     err = capsys.readouterr().err
     assert named in err
+    assert f"file:     {tmp_path}/job.yaml\n" in err
     assert "Traceback" not in err
 
 

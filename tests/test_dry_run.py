@@ -111,7 +111,7 @@ def test_a_dry_run_fails_where_the_conversion_would_not_start(
     flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", SMALL)
-    assert convert(tmp_path / "in", tmp_path / "out", "--dry-run", *flags) == 1
+    assert convert(tmp_path / "in", tmp_path / "out", "--dry-run", *flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)

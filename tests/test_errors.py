@@ -25,8 +25,8 @@ Failure = Callable[..., str]
 def failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Failure:
     """Converts `tmp_path / "in"`, which must fail without a trace of the target, and returns the message."""
 
-    def fail(*flags: str) -> str:
-        assert convert(tmp_path / "in", tmp_path / "out", *flags) == 1
+    def fail(*flags: str, exit_code: int = 1) -> str:
+        assert convert(tmp_path / "in", tmp_path / "out", *flags) == exit_code
         out, err = capsys.readouterr()
         assert out == ""
         assert "Traceback" not in err
@@ -58,7 +58,8 @@ def save_changed(
         ("ConversionError", "Exception", 1),
         ("UsageError", "ConversionError", 2),
         ("SourceError", "ConversionError", 1),
-        ("CheckpointNotFound", "SourceError", 1),
+        ("CheckpointNotFound", "SourceError", 2),
+        ("NotFetched", "CheckpointNotFound", 1),
         ("MissingShard", "SourceError", 1),
         ("InconsistentShards", "SourceError", 1),
         ("CorruptFile", "SourceError", 1),
@@ -73,7 +74,7 @@ def save_changed(
         ("TargetError", "ConversionError", 1),
         ("TargetExists", "TargetError", 1),
         ("NotEnoughSpace", "TargetError", 1),
-        ("BudgetTooSmall", "ConversionError", 1),
+        ("BudgetTooSmall", "ConversionError", 2),
         ("Problems", "ConversionError", 1),
     ],
 )
@@ -110,12 +111,12 @@ def test_many_problems_are_shown_together_up_to_a_limit() -> None:
 
 
 def test_an_absent_checkpoint_is_named(failure: Failure, tmp_path: Path) -> None:
-    assert_says(failure(), file=f"{tmp_path}/in", remedy="--load-path")
+    assert_says(failure(exit_code=2), file=f"{tmp_path}/in", remedy="check the path")
 
 
 def test_an_absent_iteration_is_reported_with_those_that_are_there(failure: Failure, tmp_path: Path) -> None:
     make(tmp_path / "in", SMALL)
-    message = failure("--ckpt-dir-name", "iter_0000040")
+    message = failure("--ckpt-dir-name", "iter_0000040", exit_code=2)
     assert_says(message, file="in/iter_0000040", expected="iter_0000004", remedy="--ckpt-dir-name")
 
 
@@ -126,7 +127,7 @@ def test_a_tracker_file_that_names_no_iteration_says_so(content: str | None, fai
     tracker.unlink()
     if content is not None:
         tracker.write_text(content)
-    message = failure()
+    message = failure(exit_code=2 if content is None else 1)  # no checkpoint's root, or a damaged one
     assert "latest_checkpointed_iteration.txt" in message
     assert_says(message, remedy="--ckpt-dir-name")
 
@@ -224,7 +225,20 @@ def test_shards_of_two_iterations_are_refused(failure: Failure, tmp_path: Path) 
     assert "iteration" in message.splitlines()[0]
 
 
-def test_a_budget_that_is_too_small_says_how_much_is_needed(failure: Failure, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ((), "raise --max-memory-per-rank"),
+        (
+            ("--placement", "gather"),
+            "raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
+        ),
+    ],
+)
+def test_a_budget_that_is_too_small_says_how_much_is_needed(
+    more: tuple[str, ...], remedy: str, failure: Failure, tmp_path: Path
+) -> None:
     make(tmp_path / "in", SMALL)
-    message = failure("--max-memory-per-rank", "1MB")
-    assert_says(message, expected="--max-memory-per-rank of at least", found="1MB", remedy="--max-memory-per-rank")
+    message = failure("--max-memory-per-rank", "1MB", *more, exit_code=2)
+    assert_says(message, expected="--max-memory-per-rank of at least", found="1 MB", remedy=remedy)
+    assert message.endswith(remedy + "\n")

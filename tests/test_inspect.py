@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_directories_that_the_args_do_not_name_are_listed(tmp_path: Path, capsys
     make(tmp_path / "in", Model(), Grid(tp=2))
     assert "foreign_directories" not in described(capsys, tmp_path / "in")
     (tmp_path / "in" / "iter_0000004" / "mp_rank_01").rename(tmp_path / "in" / "iter_0000004" / "mp_rank_07")
-    found = described(capsys, tmp_path / "in")
+    assert main(["inspect", str(tmp_path / "in"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
     assert (found["missing_shards"], found["foreign_directories"]) == (["mp_rank_01"], ["mp_rank_07"])
 
 
@@ -154,7 +156,7 @@ def test_the_wrong_direction_is_named(
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert main([*command, "--device", "cpu"]) == 1
+    assert main([*command, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -170,9 +172,11 @@ def test_missing_shards_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture
     make(tmp_path / "in", Model(), Grid(tp=2, pp=2))
     for name in ("mp_rank_00_000", "mp_rank_01_001"):
         (tmp_path / "in" / "iter_0000004" / name / SHARD).unlink()
-    found = described(capsys, tmp_path / "in")
-    assert found["missing_shards"] == ["mp_rank_00_000", "mp_rank_01_001"]
-    assert found["files"] == 2
+    assert main(["inspect", str(tmp_path / "in"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["missing_shards"] == ["mp_rank_00_000", "mp_rank_01_001"]
+    assert json.loads(out)["files"] == 2
+    assert err == "not complete: mp_rank_00_000, mp_rank_01_001 missing\n"
 
 
 def test_the_iteration_may_be_named_or_be_the_path_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,9 +229,56 @@ def test_missing_files_of_a_hugging_face_directory_are_listed(
     capsys.readouterr()
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     files[0].unlink()
-    found = described(capsys, tmp_path / "out")
-    assert found["missing_shards"] == [files[0].name]
-    assert found["files"] == len(files) - 1
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["missing_shards"] == [files[0].name]
+    assert json.loads(out)["files"] == len(files) - 1
+    assert err == f"not complete: {files[0].name} missing\n"
+
+
+@pytest.mark.parametrize("named", ["out.partial", "out", "."], ids=["itself", "its final name", "the root"])
+def test_an_unfinished_conversion_is_called_so(named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unfinished(tmp_path / "iter_0000001.partial" if named == "." else tmp_path / "out.partial")
+    assert main(["inspect", str(tmp_path / named)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("an unfinished conversion, which is no checkpoint yet\n  file: ")
+    assert "found:    what a conversion of /models/llama has made so far\n" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["megatron-to-hf", "--load-path", "iter_0000001.partial", "--save-path", "out"],
+        ["megatron-to-hf", "--load-path", ".", "--ckpt-dir-name", "iter_0000001.partial", "--save-path", "out"],
+        ["megatron-to-hf", "--load-path", "renamed", "--save-path", "out"],
+        ["hf-to-megatron", "--load-dir", "iter_0000001.partial", "--save-dir", "out"],
+        ["verify", "complete", "iter_0000001.partial"],
+        ["push", "iter_0000001.partial", "org/name"],
+        ["tokenizer", "complete", "iter_0000001.partial"],
+    ],
+    ids=" ".join,
+)
+def test_an_unfinished_conversion_is_read_by_no_command(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("iter_0000001.partial", "renamed"):
+        unfinished(tmp_path / name)
+    make(tmp_path / "complete", Model(layers=1))
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("an unfinished conversion, which is no checkpoint yet\n")
+    assert not (tmp_path / "out").exists()
+
+
+def unfinished(directory: Path) -> None:
+    """What a conversion to Megatron leaves that was killed: whole files, some of their bytes not written."""
+    make(directory.with_name("x"), Model(layers=1))
+    (directory.with_name("x") / "iter_0000004").rename(directory)
+    shutil.rmtree(directory.with_name("x"))
+    (directory / "resumable").touch()
+    (directory / ".journal").mkdir()
+    (directory / ".journal" / "identity.json").write_text('{"flags": {"load_dir": "/models/llama"}}')
 
 
 def test_people_get_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,9 +309,11 @@ def test_nothing_is_imported_that_takes_seconds(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("what", ["absent", "empty", "cut short", "cut short HF"])
-def test_what_cannot_be_described_is_one_message_and_code_1(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("what", "exit_code"), [("absent", 2), ("a file", 2), ("empty", 2), ("cut short", 1), ("cut short HF", 1)]
+)
+def test_what_cannot_be_described_is_one_message(
+    what: str, exit_code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", Model(layers=1))
     assert convert(tmp_path / "in", tmp_path / "out") == 0
@@ -270,11 +323,12 @@ def test_what_cannot_be_described_is_one_message_and_code_1(
     capsys.readouterr()
     path, named = {
         "absent": (tmp_path / "absent", f"{tmp_path}/absent"),
+        "a file": (tmp_path / "out" / "config.json", "a file, not a checkpoint directory\n"),
         "empty": (tmp_path / "empty", f"{tmp_path}/empty"),
         "cut short": (tmp_path / "in", f"mp_rank_00/{SHARD}"),
         "cut short HF": (tmp_path / "out", "model.safetensors"),
     }[what]
-    assert main(["inspect", str(path)]) == 1
+    assert main(["inspect", str(path)]) == exit_code
     out, err = capsys.readouterr()
     assert out == ""
     assert named in err

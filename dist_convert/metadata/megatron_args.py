@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, raise_together
+from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.metadata.args_sizes import check_sizes
 from dist_convert.models.architecture import Architecture, RopeScaling
 from dist_convert.models.limits import is_number, is_size
@@ -203,7 +203,7 @@ def true_vocab(
     """The vocabulary without padding, and who said so. Authority: flag, args, tokenizer, else the padding is kept.
 
     Raises:
-        UnsupportedModel: a true size above the padded one.
+        UnsupportedModel: a true size above the padded one; UsageError where the flag says so.
     """
     claims: tuple[tuple[int | None, str], ...] = (
         (flag, "--true-vocab-size"),
@@ -212,7 +212,7 @@ def true_vocab(
     )
     size, who = next((size, who) for size, who in (*claims, (padded, "padded size")) if size)
     if size > padded:
-        raise UnsupportedModel(
+        raise (UsageError if who == claims[0][1] else UnsupportedModel)(
             f"the vocabulary size of {who} does not fit the embedding",
             file=file,
             expected=f"at most {padded} (padded_vocab_size)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
 
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
 ORIGINS = "origins_of_arguments"
+
+#: Sizes of the grid that a margs file gives where no flag does.
+TAKEN_SIZES = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size",
+)  # fmt: skip
 
 _TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
 #: What JSON and the reader made of objects of Megatron and Python: enum members, functions, classes, anything else.
@@ -104,6 +109,7 @@ def target_args(
     first: int | None = None,
     last: int | None = None,
     layout: str | None = None,
+    given: Collection[str] = (),
 ) -> TargetArgs:
     """Everything that Megatron-LM needs to go on from the target with --use-checkpoint-args.
 
@@ -121,6 +127,7 @@ def target_args(
         transformer_impl: one of `TRANSFORMER_IMPLS`.
         expert_layout: one of `EXPERT_LAYOUTS`; matters for experts only.
         first, last, layout: the uneven pipeline that was asked for.
+        given: the flags that the user gave; what others decide is said to be their default.
 
     Raises:
         UnsupportedModel: the margs file describes a model that the weights are not of.
@@ -139,21 +146,31 @@ def target_args(
             found[name] = _with_dtype(value), MARGS
     fixed = {name: (value, CONFIG) for name, value in model_values(architecture).items()}
     fixed |= vocabulary_values(architecture, vocab, make_vocab_size_divisible_by) | precision_values(params_dtype)
-    fixed |= parallel_values(architecture, grid, stages, first, last, layout) | run_values(iteration, transformer_impl)
+    fixed |= parallel_values(architecture, grid, stages, first, last, layout, given) | run_values(
+        iteration, transformer_impl
+    )
     if architecture.experts:
         fixed |= expert_values(expert_layout)
     if tokenizer_model is not None:
-        fixed["tokenizer_model"] = tokenizer_model, "flag --tokenizer-model, or the model's own"
+        fixed["tokenizer_model"] = tokenizer_model, _of_flag("--tokenizer-model", given, "the model's own")
     if tokenizer_type is not None:
-        fixed["tokenizer_type"] = tokenizer_type, "flag --tokenizer-type"
+        fixed["tokenizer_type"] = tokenizer_type, _of_flag("--tokenizer-type", given, "the model's own")
     for name, (value, origin) in fixed.items():
+        if origin.startswith("flag "):
+            flag = origin.removeprefix("flag ")
+            is_theirs = margs is not None and name in TAKEN_SIZES and margs.get(name) == value
+            origin = _of_flag(flag, given, MARGS if is_theirs else f"default of {flag}")
         theirs = found.get(name, (value, DEFAULT))
         differs = theirs[1] == MARGS and _plain(theirs[0]) != _plain(value)
         found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {MARGS} says)" if differs else origin
     origins |= {name: origin for name, (_, origin) in found.items()}
     args = TargetArgs({name: found[name][0] for name in sorted(found)}, dict(sorted(origins.items())))
-    architecture_from_args(json.loads(target_margs_json(args)), vocab=vocab, file=MARGS)
+    architecture_from_args(json.loads(args_json(args)), vocab=vocab, file=MARGS)
     return args
+
+
+def _of_flag(flag: str, given: Collection[str], otherwise: str) -> str:
+    return f"flag {flag}" if flag in given else otherwise
 
 
 def _is_object(value: Any) -> bool:
@@ -172,11 +189,13 @@ def _plain(value: object) -> object:
     return json.loads(json.dumps(value, default=str))
 
 
-def target_margs_json(args: TargetArgs) -> str:
-    """The content of `target_megatron_args.json`: every argument, and below them where each is from.
+def args_json(args: TargetArgs) -> str:
+    """Every argument in JSON; what that cannot hold is text, `torch.bfloat16`."""
+    return json.dumps(args.values, default=str)
 
-    What JSON cannot hold is text, `torch.bfloat16`.
-    """
+
+def target_margs_json(args: TargetArgs) -> str:
+    """The content of `target_megatron_args.json`: as `args_json`, and below it where each argument is from."""
     return json.dumps({**args.values, ORIGINS: args.origins}, indent=2, default=str) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ _OF_HUGGING_FACE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _SENTENCEPIECE = "tokenizer.model"
 #: Megatron's names of tokenizers that want a SentencePiece file.
 _SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "GPTSentencePieceTokenizer", "SentencePieceTokenizer")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a name is that of a model on the hub, as far as it can be told from a path: org/name, or an old bare one.
+
+    Not a file's name, nor what lies in a directory that is here.
+    """
+    path = Path(text)
+    is_below = path.parent != Path() and path.parent.is_dir()
+    return _HUB_NAME.fullmatch(text) is not None and path.suffix not in (".model", ".json") and not is_below
 
 
 def target_tokenizer(

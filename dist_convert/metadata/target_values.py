@@ -6,13 +6,19 @@ Which argument means what: docs/formats.md, "Arguments that decide the model" an
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from dist_convert.layout import Grid
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.models.architecture import Architecture
 
 #: Where a value can be from.
-CONFIG, MARGS, DEFAULT = "config.json", "--source-margs-file", "default"
+CONFIG, MARGS, DEFAULT, PARALLEL = "config.json", "--source-margs-file", "default", "the parallel sizes"
+#: Flags that say how many virtual stages there are.
+_VIRTUAL_FLAGS = (
+    "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
+    "--pipeline-model-parallel-layout",
+)  # fmt: skip
 
 #: What Habana's loaders leave out of a margs file: it belongs to the run that is over, or to its machine. And
 #: disable_bias_linear, from which Megatron-LM would set add_bias_linear anew.
@@ -125,34 +131,35 @@ def parallel_values(
     first: int | None,
     last: int | None,
     layout: str | None,
+    given: Collection[str] = (),
 ) -> Found:
     """Parallel sizes; `stages` and the rest are those of `target_args`."""
+    says_virtual = next((flag for flag in _VIRTUAL_FLAGS if flag in given), _VIRTUAL_FLAGS[0])
     virtual = grid.virtual_pipeline if grid.virtual_pipeline > 1 else None
     is_even = (first, last, layout) == (None, None, None)
     expert_tensor = grid.expert_tensor if a.experts else grid.tensor
     stage_ranks = math.lcm(grid.tensor, grid.expert * expert_tensor)
-    values: dict[str, tuple[object, str]] = {
-        "tensor_model_parallel_size": (grid.tensor, "tensor-parallel-size"),
-        "pipeline_model_parallel_size": (grid.pipeline, "pipeline-parallel-size"),
-        "transformer_pipeline_model_parallel_size": (grid.pipeline, "pipeline-parallel-size"),
-        "virtual_pipeline_model_parallel_size": (virtual, "virtual-pipeline-parallel-size"),
+    found: Found = {
+        "tensor_model_parallel_size": (grid.tensor, "flag --target-tensor-parallel-size"),
+        "pipeline_model_parallel_size": (grid.pipeline, "flag --target-pipeline-parallel-size"),
+        "transformer_pipeline_model_parallel_size": (grid.pipeline, "flag --target-pipeline-parallel-size"),
+        "virtual_pipeline_model_parallel_size": (virtual, f"flag {says_virtual}"),
         # Megatron-LM takes the one where stages are even and the other where they are not, and never both.
         "num_layers_per_virtual_pipeline_stage": (
             stages[0][0] if virtual and is_even else None,
-            "virtual-pipeline-parallel-size",
+            f"flag {says_virtual}",
         ),
         "num_virtual_stages_per_pipeline_rank": (
             virtual if not is_even and layout is None else None,
-            "virtual-pipeline-parallel-size",
+            f"flag {says_virtual}",
         ),
-        "expert_model_parallel_size": (grid.expert, "expert-parallel-size"),
-        "expert_tensor_parallel_size": (expert_tensor, "expert-tensor-parallel-size"),
+        "expert_model_parallel_size": (grid.expert, "flag --target-expert-parallel-size"),
+        "expert_tensor_parallel_size": (expert_tensor, "flag --target-expert-tensor-parallel-size"),
         # Megatron-LM refuses experts and tensor parallelism without it.
-        "sequence_parallel": (bool(a.experts) and grid.tensor > 1, "tensor-parallel-size"),
-        "world_size": (grid.pipeline * stage_ranks, "tensor-parallel-size and the others"),
-        "data_parallel_size": (stage_ranks // grid.tensor, "tensor-parallel-size and the others"),
+        "sequence_parallel": (bool(a.experts) and grid.tensor > 1, PARALLEL),
+        "world_size": (grid.pipeline * stage_ranks, PARALLEL),
+        "data_parallel_size": (stage_ranks // grid.tensor, PARALLEL),
     }
-    found: Found = {name: (value, f"flag --target-{flag}") for name, (value, flag) in values.items()}
     return found | {
         "decoder_first_pipeline_num_layers": (first, "flag --decoder-first-pipeline-num-layers"),
         "decoder_last_pipeline_num_layers": (last, "flag --decoder-last-pipeline-num-layers"),
@@ -175,7 +182,7 @@ def run_values(iteration: int | None, transformer_impl: str) -> Found:
     }
     impl = "local" if transformer_impl == "local" else "transformer_engine"  # what Habana's modules go by, too
     return {name: (value, DEFAULT) for name, value in values.items()} | {
-        "iteration": (iteration or 0, "flag --iteration"),
+        "iteration": (iteration or 0, "flag --release" if iteration is None else "flag --iteration"),
         "transformer_impl": (impl, "flag --saver-transformer-impl"),
     }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.moves import BLOCK_BYTES, Move
 from dist_convert.plan.teams import Team
+from dist_convert.units import human_bytes
 
 #: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
 #: steps do not pay: what was read is written while the processor's cache has it.
@@ -88,7 +89,7 @@ def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_acceler
     return found
 
 
-def check_budget(budget_bytes: int, needed_bytes: int) -> None:
+def check_budget(budget_bytes: int, needed_bytes: int, placement: str) -> None:
     """Refuse a budget that some team cannot work with.
 
     Raises:
@@ -98,8 +99,9 @@ def check_budget(budget_bytes: int, needed_bytes: int) -> None:
         raise BudgetTooSmall(
             "the memory budget does not hold one step",
             expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
-            found=f"{budget_bytes // 1_000_000}MB",
-            remedy="raise --max-memory-per-rank, or use --placement direct where every rank sees all files",
+            found=human_bytes(budget_bytes),
+            remedy="raise --max-memory-per-rank"
+            + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
         )
 
 

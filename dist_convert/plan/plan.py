@@ -84,7 +84,7 @@ def divide(
     teams = form_teams(content.moves, visible, placement, finished)
     least_send_bytes = [largest_send_bytes(content.moves, team, visible) for team in teams]
     needs = [(len(team.ranks), send_bytes) for team, send_bytes in zip(teams, least_send_bytes, strict=True)]
-    check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs))
+    check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs), placement)
     sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)
     return Plan(content, placement, tuple(visible), teams, sizes, done)
 

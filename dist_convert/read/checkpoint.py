@@ -7,38 +7,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_convert.errors import CheckpointNotFound, UnsupportedModel
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel
 from dist_convert.layout import SHARD_FILE, is_rank_directory
+from dist_convert.read.directory import no_directory
 from dist_convert.read.source_file import reading
+
+#: The flag that names an iteration, in most commands.
+NAME_FLAG = "--ckpt-dir-name"
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
 _MAX_TRACKER_CHARACTERS = 1024
 
 
-def iteration_directory(root: Path, name: str | None) -> Path:
+def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG) -> Path:
     """The directory of one iteration.
 
     Args:
         root: the checkpoint's root, or the iteration's directory itself.
         name: such as "iter_0000004" or "release"; None asks the tracker file.
+        name_flag: that gives the name, for messages.
 
     Raises:
-        CheckpointNotFound: no such directory, or no tracker that names one.
+        CheckpointNotFound: no such directory, or no tracker.
+        CorruptFile: a tracker that names no iteration.
         UnsupportedModel: a distributed checkpoint (`torch_dist` and its relatives).
     """
     if not root.is_dir():
-        raise CheckpointNotFound(
-            "the checkpoint directory does not exist", file=str(root), remedy="check --load-path on every node"
-        )
-    directory = root / (name or _tracked(root))
+        raise no_directory(root, "checkpoint")
+    directory = root / (name or _tracked(root, name_flag))
     if not directory.is_dir():
         raise CheckpointNotFound(
             "the iteration does not exist",
             file=str(directory),
             expected="one of: " + (", ".join(_iterations(root)) or "no iteration is here at all"),
             found="nothing",
-            remedy="name an existing iteration with --ckpt-dir-name",
+            remedy=f"name an existing iteration with {name_flag}",
         )
     if not rank_files(directory) and _is_distributed(directory):
         raise UnsupportedModel(
@@ -51,10 +55,10 @@ def iteration_directory(root: Path, name: str | None) -> Path:
     return directory
 
 
-def tracked_name(root: Path) -> str | None:
+def tracked_name(root: Path, name_flag: str) -> str | None:
     """The iteration that a tracker file here names; None where there is none, as on all nodes but the first."""
     has_tracker = root.is_dir() and ((root / TRACKER_FILE).is_file() or rank_files(root))
-    return _tracked(root) if has_tracker else None
+    return _tracked(root, name_flag) if has_tracker else None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -71,7 +75,7 @@ def _is_distributed(directory: Path) -> bool:
     return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
 
 
-def _tracked(root: Path) -> str:
+def _tracked(root: Path, name_flag: str) -> str:
     if rank_files(root) or _is_distributed(root):
         return "."
     tracker = root / TRACKER_FILE
@@ -89,19 +93,19 @@ def _tracked(root: Path) -> str:
             file=str(root),
             expected="a Megatron checkpoint's root directory",
             found=", ".join(_iterations(root)) or "no iteration",
-            remedy="name the iteration with --ckpt-dir-name",
+            remedy=f"name the iteration with {name_flag}",
         )
     with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
         text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
     if text == "release":
         return text
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise CheckpointNotFound(
+        raise CorruptFile(
             "the tracker file names no iteration",
             file=str(tracker),
             expected="a number, or the word release",
             found=repr(text[:40]),
-            remedy="name the iteration with --ckpt-dir-name",
+            remedy=f"name the iteration with {name_flag}",
         )
     return f"iter_{int(text):07d}"
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace
+from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace, NotFetched
 from dist_convert.read.huggingface import CONFIG_FILE, WEIGHTS_KINDS, find_weights
 from dist_convert.read.weights_index import read_index_file
 
@@ -36,8 +36,8 @@ def local_directory(name: str) -> Path:
             ask at once: the cache has locks, and what it holds already is not fetched again.
 
     Raises:
-        CheckpointNotFound: neither a directory nor a model on the hub that is open to this user; or it cannot be
-            reached and the cache does not hold it.
+        CheckpointNotFound: neither a directory nor a model on the hub; NotFetched where it is not open to this user,
+            or cannot be reached and the cache does not hold it.
         NotEnoughSpace: for the cache.
     """
     if Path(name).is_dir():
@@ -98,7 +98,7 @@ def _fetch(repository: str, revision: str | None, *, cache_only: bool = False) -
             break
     missing = [file for file in find_weights(directory) if not (directory / file).is_file()]
     if missing:
-        raise CheckpointNotFound(
+        raise NotFetched(
             "the cache holds only a part of the model",
             file=str(directory),
             expected=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
@@ -163,8 +163,10 @@ def _explain(error: Exception, repository: str, revision: str | None) -> Convers
     else:
         what = "the model cannot be fetched, and the cache does not hold all of it"
         remedy = f"check the connection to {constants.ENDPOINT}; what has been fetched is kept"
+    is_named_wrong = isinstance(error, RepositoryNotFoundError | HFValidationError | RevisionNotFoundError)
+    kind = CheckpointNotFound if is_named_wrong and not isinstance(error, GatedRepoError) else NotFetched
     cause = error.__cause__ or error
-    return CheckpointNotFound(
+    return kind(
         what,
         file=name,
         expected=f"in {constants.HF_HUB_CACHE} or on {constants.ENDPOINT}",

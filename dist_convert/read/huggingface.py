@@ -22,6 +22,7 @@ from dist_convert.errors import (
     raise_together,
 )
 from dist_convert.read.checkpoint import is_checkpoint
+from dist_convert.read.directory import no_directory
 from dist_convert.read.json_file import read_json
 from dist_convert.read.pickled_weights import read_pickled_weights
 from dist_convert.read.safetensors_header import read_safetensors_header
@@ -102,9 +103,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
 def _kind(directory: Path) -> tuple[str | None, str]:
     """Which of `WEIGHTS_KINDS` is here: (its index, or None without one; its single file)."""
     if not directory.is_dir():
-        raise CheckpointNotFound(
-            "the Hugging Face directory does not exist", file=str(directory), remedy="check --load-dir on every node"
-        )
+        raise no_directory(directory, "Hugging Face")
     for index_file, single in WEIGHTS_KINDS:
         if (directory / index_file).is_file():
             _refuse_second_model(directory, index_file, single)
@@ -126,7 +125,7 @@ def _kind(directory: Path) -> tuple[str | None, str]:
         file=str(directory),
         expected="one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
         found=_listing(directory),
-        remedy="give the directory that save_pretrained made, or a hub id, with --load-dir",
+        remedy="give the directory that save_pretrained made",
     )
 
 

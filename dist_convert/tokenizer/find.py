@@ -25,6 +25,7 @@ from dist_convert.tokenizer.slow_directory import MODEL_FILE, is_slow, read_slow
 _ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_file")
 #: Of an original Llama checkpoint; Llama 2's puts the tokenizer beside the folder.
 _ORIGINAL = "params.json"
+_FLAG = "--tokenizer"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _EXPECTED = (
     "a directory of Hugging Face tokenizer files; or a tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
@@ -53,7 +54,7 @@ def named_tokenizer(named: Path, flag: str) -> Tokenizer:
         file=str(named),
         expected=_EXPECTED,
         found=_nothing_at(named) if exists else "nothing at this path" + _cache_too(str(named)),
-        remedy=f"correct {flag}" + ("" if exists else "; leave it out to convert without the tokenizer"),
+        remedy=f"correct {flag}" + ("; leave it out to convert without the tokenizer" if flag == _FLAG else ""),
     )
 
 
@@ -71,7 +72,7 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) 
         MissingPackage: building the one that `flag` names needs a package.
     """
     if flag is not None:
-        return named_tokenizer(flag, "--tokenizer")
+        return named_tokenizer(flag, _FLAG)
     named = next((args[name] for name in _ARGUMENTS if args.get(name)), None)
     named = named if isinstance(named, str) else None
     try:

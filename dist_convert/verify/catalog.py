@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_convert.boxes import Box
 from dist_convert.models.architecture import Architecture
+from dist_convert.read.checkpoint import NAME_FLAG
 from dist_convert.records import View
 
 
@@ -22,6 +23,7 @@ class Which:
         true_vocab_size: tokens without padding; None asks the args, then the tokenizer.
         tokenizer: its directory, where the args' own path is not here.
         is_shared: whether all ranks are known to see the same files.
+        name_flag: that gives `ckpt_dir_name`, for messages.
     """
 
     path: Path
@@ -30,6 +32,7 @@ class Which:
     true_vocab_size: int | None = None
     tokenizer: Path | None = None
     is_shared: bool = False
+    name_flag: str = NAME_FLAG
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dist_convert.move.buffers import Buffer, make_buffer
 from dist_convert.plan.node_local import local_name
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.records import DTYPE_BYTES, View
+from dist_convert.units import human_bytes
 from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block
 from dist_convert.verify.catalog import Checkpoint, Region, Whole
 
@@ -86,7 +87,7 @@ def check_budget(budget_bytes: int) -> None:
         raise BudgetTooSmall(
             "the memory budget does not hold what is compared at a time",
             expected=f"--max-memory-per-rank of at least {-(-NEEDED_BYTES // 1_000_000)}MB",
-            found=f"{budget_bytes // 1_000_000}MB",
+            found=human_bytes(budget_bytes),
             remedy="raise --max-memory-per-rank",
         )
 

@@ -13,7 +13,7 @@ from dist_convert.move.exchange import World
 from dist_convert.task import Task
 from dist_convert.verify.catalog import Which
 from dist_convert.verify.compare import check_budget
-from dist_convert.verify.outcome import Outcome, differences
+from dist_convert.verify.outcome import Outcome, describe_sample, differences
 from dist_convert.verify.verify import catalogs, compare_all, open_named, work_of
 
 _SHOWN = 8
@@ -69,7 +69,7 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
 
 
 def _line(task: Task, outcome: Outcome) -> str:
-    share = "" if outcome.sample == 1 else f" (a sample of {outcome.sample} of the blocks)"
+    share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
     return (
         f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
         f"elements and {outcome.fields} config fields are the source's{share}"

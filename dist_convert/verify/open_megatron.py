@@ -49,7 +49,7 @@ def open_megatron(which: Which, world: World) -> Opened:
     Raises:
         SourceError: all that the headers show to be wrong.
     """
-    directory = shared_iteration(which.path, which.ckpt_dir_name, world)
+    directory = shared_iteration(which.path, which.ckpt_dir_name, world, which.name_flag)
     found, shards = discover_shards(directory, world)
     file = min(shards)
     args = shards[file].args

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 from dist_convert.models.architecture import Architecture
@@ -35,7 +36,8 @@ class Outcome:
         shapes: tensors of different shapes, with both.
         values: tensors, or copies of a tensor, whose values differ.
         tensors: that were compared, by the dtypes on both sides.
-        amount: elements and bytes of them.
+        amount: elements and bytes of what was compared of them.
+        all_elements: of these tensors.
         padding_rows: of the vocabulary, of A and of B.
         sample: share of the blocks that were compared.
         notes: what the user should know beside it.
@@ -51,6 +53,7 @@ class Outcome:
     values: tuple[Difference, ...]
     tensors: Mapping[tuple[str, str], int]
     amount: Amount
+    all_elements: int
     padding_rows: tuple[int, int]
     sample: Fraction
     notes: tuple[str, ...]
@@ -98,6 +101,7 @@ def outcome_of(
         values=tuple(sorted(values, key=lambda found: (order[found.tensor], found.between))),
         tensors=Counter((a.tensors[name].dtype, b.tensors[name].dtype) for name in tensors),
         amount=sum((of_rank.amount for of_rank in compared), Amount()),
+        all_elements=sum(prod(a.tensors[name].shape) for name in tensors),
         padding_rows=(a.padding_rows, b.padding_rows),
         sample=sample,
         notes=tuple(_notes(a, b, {found.tensor for found in values})),
@@ -139,12 +143,20 @@ def _of_values(found: Difference, outcome: Outcome) -> str:
     )
 
 
+def describe_sample(outcome: Outcome) -> str:
+    """Which share was asked for, and how much that is: a tensor of few blocks has a large part of them in its ends."""
+    share = 100 * outcome.amount.elements / max(1, outcome.all_elements)
+    return (
+        f"{outcome.sample} of the blocks, and the first and last block of every tensor: {share:.3g} % of all elements"
+    )
+
+
 def as_text(outcome: Outcome) -> str:
     """The report for people."""
     amount = outcome.amount
     lines = [f"{letter}  {path}  {kind}" for letter, (path, kind) in (("A", outcome.a), ("B", outcome.b))]
     if outcome.sample < 1:
-        lines.append(f"sample   {outcome.sample} of the blocks, and the first and last block of every tensor")
+        lines.append(f"sample   {describe_sample(outcome)}")
     lines.append(f"config   {outcome.fields} fields compared")
     for (first, second), count in outcome.tensors.items():
         how = f"bit for bit in {second}" if first == second else f"A in {first} rounded to B's {second}"
@@ -176,6 +188,7 @@ def as_json(outcome: Outcome) -> str:
             "tensors": sum(outcome.tensors.values()),
             "tensors_by_dtype": {" to ".join(pair): count for pair, count in outcome.tensors.items()},
             **asdict(outcome.amount),
+            "all_elements": outcome.all_elements,
         },
         "padding_rows": dict(zip("ab", outcome.padding_rows, strict=True)),
         "config": {name: dict(zip("ab", pair, strict=True)) for name, pair in outcome.config.items()},

@@ -12,10 +12,11 @@ from fractions import Fraction
 from typing import Any
 
 from dist_convert.channel import Channel
-from dist_convert.errors import CheckpointNotFound, ConversionError, PlanError
+from dist_convert.errors import ConversionError, PlanError
 from dist_convert.job import VerifyJob
 from dist_convert.move.exchange import World, agree, gather_objects
 from dist_convert.progress import show_progress
+from dist_convert.read.directory import no_directory
 from dist_convert.read.huggingface import CONFIG_FILE
 from dist_convert.verify.blocks import Amount
 from dist_convert.verify.catalog import Checkpoint, Opened, Which
@@ -25,6 +26,7 @@ from dist_convert.verify.nodes import with_every_copy
 from dist_convert.verify.open_huggingface import open_huggingface
 from dist_convert.verify.open_megatron import open_megatron
 from dist_convert.verify.outcome import Outcome, as_json, as_text, outcome_of
+from dist_convert.write.unfinished import refuse_unfinished
 
 
 def verify(job: VerifyJob, world: World, channel: Channel) -> int:
@@ -38,9 +40,23 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
     """
     check_budget(job.max_memory_per_rank_bytes)
     whiches = [
-        Which(job.a, job.ckpt_dir_name_a, job.habana_imported_experts_a, job.true_vocab_size),
-        Which(job.b, job.ckpt_dir_name_b, job.habana_imported_experts_b, job.true_vocab_size),
+        Which(
+            job.a,
+            job.ckpt_dir_name_a,
+            job.habana_imported_experts_a,
+            job.true_vocab_size,
+            name_flag="--ckpt-dir-name-a",
+        ),
+        Which(
+            job.b,
+            job.ckpt_dir_name_b,
+            job.habana_imported_experts_b,
+            job.true_vocab_size,
+            name_flag="--ckpt-dir-name-b",
+        ),
     ]
+    for which in whiches:
+        refuse_unfinished(which.path, which.ckpt_dir_name)
     opened = [open_named(letter, which, world) for letter, which in zip("AB", whiches, strict=True)]
     a, b = catalogs(*opened)
     work = work_of(a, b, job.sample)
@@ -63,7 +79,7 @@ def open_named(letter: str, which: Which, world: World) -> Opened:
         elif any(gather_objects(world, which.path.is_dir())):
             opened = open_megatron(which, world)
         else:
-            raise CheckpointNotFound("the checkpoint directory does not exist", file=str(which.path))
+            raise no_directory(which.path, "checkpoint")
     except ConversionError as error:
         error.what = f"{letter} ({which.path}): {error.what}"
         raise

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
+from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.file_writer import target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
@@ -27,7 +27,7 @@ def check_target(
 
     Args:
         target: final path.
-        source: the checkpoint, which must not lie inside the target.
+        source: the checkpoint, which must not lie inside the target, nor the target inside it.
         is_replaceable: whether a directory looks like what an earlier conversion wrote.
         overwrite: whether an existing target may be replaced.
         needed_bytes: of all files together; an existing target's space is not free before the end.
@@ -35,6 +35,7 @@ def check_target(
 
     Raises:
         TargetExists, TargetError, NotEnoughSpace
+        UsageError: source and target lie in one another.
     """
     if target.exists() and not target.is_dir():
         raise TargetExists("the target is a file", file=str(target), remedy=f"choose another {flag}")
@@ -56,12 +57,19 @@ def check_target(
         )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
-            raise TargetError(
+            raise UsageError(
                 "the source lies where the target is made",
                 file=str(used),
                 found=str(source),
                 remedy=f"choose another {flag}; its name, and its name with .partial and .replaced, are written to",
             )
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            "the target lies in its own source",
+            file=str(target),
+            expected=f"a directory outside of {source}",
+            remedy=f"choose another {flag}",
+        )
     if aside_of(target).exists() and not replaces_aside(partial_of(target)):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",

@@ -44,6 +44,14 @@ def is_ours(directory: Path) -> bool:
     return (directory / JOURNAL_DIRECTORY / _IDENTITY).is_file()
 
 
+def flags_of(directory: Path) -> dict[str, Any]:
+    """The flags of the conversion that makes a directory; empty where its record cannot be read."""
+    try:
+        return dict(json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def replaces_aside(directory: Path) -> bool:
     """Whether the directory is to replace the target that was moved aside."""
     return (directory / JOURNAL_DIRECTORY / _REPLACES).exists()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_convert.errors import UploadError
+from dist_convert.read.directory import no_directory
 from dist_convert.read.huggingface import CONFIG_FILE, find_weights
 from dist_convert.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
 from dist_convert.write.partial import PARTIAL_SUFFIX
+from dist_convert.write.unfinished import refuse_unfinished
 
 #: Hidden files, which file systems and file managers leave, and what is not finished.
 IGNORED = (".*", "*/.*", f"*{PARTIAL_SUFFIX}", f"*{PARTIAL_SUFFIX}/*")
@@ -32,8 +34,9 @@ def check_directory(directory: Path) -> int:
     Raises:
         UploadError, CheckpointNotFound, CorruptFile, InconsistentShards: see `find_weights`.
     """
+    refuse_unfinished(directory)
     if not directory.is_dir():
-        raise UploadError("the directory to be uploaded does not exist", file=str(directory))
+        raise no_directory(directory, "finished")
     missing = [name for name in (CONFIG_FILE, *find_weights(directory)) if not (directory / name).is_file()]
     if missing or directory.resolve().name.endswith(PARTIAL_SUFFIX):
         raise UploadError(

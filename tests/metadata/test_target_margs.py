@@ -41,22 +41,24 @@ def test_a_margs_file_says_how_training_went() -> None:
         ("norm_epsilon", 1e-6, "config.json"),
         ("num_layers", 8, "config.json"),
         ("tensor_model_parallel_size", 2, "flag --target-tensor-parallel-size"),
+        ("pipeline_model_parallel_size", 1, "default of --target-pipeline-parallel-size"),
         ("params_dtype", TorchDtype("bfloat16"), f"flag --target-params-dtype (not torch.float16{AS_MARGS}"),
         ("bf16", True, f"flag --target-params-dtype (not False{AS_MARGS}"),
-        ("iteration", 7, f"flag --iteration (not 5000{AS_MARGS}"),
+        ("iteration", 7, f"default of --iteration (not 5000{AS_MARGS}"),
         ("ckpt_format", "torch", f"default (not torch_dist{AS_MARGS}"),
-        ("tokenizer_model", "/hf/model", "flag --tokenizer-model, or the model's own"),
+        ("tokenizer_model", "/hf/model", "the model's own"),
         ("attention_dropout", 0.0, "default"),
         ("main_grads_dtype", TorchDtype("float32"), "--source-margs-file"),
-        ("sequence_parallel", False, "flag --target-tensor-parallel-size"),
+        ("sequence_parallel", False, "the parallel sizes"),
         ("consumed_train_samples", 0, "default"),
-        ("padded_vocab_size", 256, f"flag --make-vocab-size-divisible-by (not 63{AS_MARGS}"),
+        ("padded_vocab_size", 256, f"default of --make-vocab-size-divisible-by (not 63{AS_MARGS}"),
     ],
 )
 def test_the_model_and_the_target_overrule_a_margs_file_and_the_origin_says_so(
     name: str, value: object, origin: str
 ) -> None:
-    args = make(grid=Grid(tensor=2, expert_tensor=2), margs=MARGS)
+    given = ("--target-tensor-parallel-size", "--target-params-dtype")
+    args = make(grid=Grid(tensor=2, expert_tensor=2), margs=MARGS, given=given)
     assert (args.values[name], args.origins[name]) == (value, origin)
 
 
@@ -123,11 +125,29 @@ def test_the_order_is_alphabetical_whatever_the_order_of_the_margs_file() -> Non
     assert list(forward.origins) == sorted(forward.origins)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
+        "--pipeline-model-parallel-layout",
+    ],
+)  # fmt: skip
+def test_of_three_flags_the_one_that_was_given_says_how_many_virtual_stages_there_are(flag: str) -> None:
+    args = make(grid=Grid(pipeline=2, virtual_pipeline=2), given=(flag,))
+    assert args.origins["virtual_pipeline_model_parallel_size"] == f"flag {flag}"
+
+
+def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file() -> None:
+    args = make(grid=Grid(pipeline=2), margs={"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 4})
+    assert args.origins["pipeline_model_parallel_size"] == "--source-margs-file"
+    assert args.origins["tensor_model_parallel_size"] == "default of --target-tensor-parallel-size"
+
+
 def test_origins_are_printed_one_argument_a_line() -> None:
     lines = describe_origins(make(margs={"lr": 0.5, "model_type": "ModelType.encoder_or_decoder"})).splitlines()
     words = [" ".join(line.split()) for line in lines]
     assert "lr 0.5 <- --source-margs-file" in words
     assert "hidden_size 64 <- config.json" in words
-    assert "tensor_model_parallel_size 1 <- flag --target-tensor-parallel-size" in words
+    assert "tensor_model_parallel_size 1 <- default of --target-tensor-parallel-size" in words
     dropped = "dropped: ModelType.encoder_or_decoder of --source-margs-file is an object that only Megatron can make"
     assert f"model_type {dropped}" in words

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.errors import CheckpointNotFound, UnsupportedModel
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel
 from dist_convert.read.checkpoint import iteration_directory, rank_files
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
@@ -47,7 +47,7 @@ def test_the_tracker_file_names_the_iteration(text: str, directory: str, tmp_pat
 def test_a_tracker_file_that_names_no_iteration_is_refused(content: bytes, tmp_path: Path) -> None:
     add_iteration(tmp_path, "iter_0000004")
     (tmp_path / TRACKER).write_bytes(content)
-    with pytest.raises(CheckpointNotFound) as caught:
+    with pytest.raises(CorruptFile) as caught:
         iteration_directory(tmp_path, None)
     assert caught.value.file == str(tmp_path / TRACKER)
     assert "--ckpt-dir-name" in caught.value.remedy

@@ -235,7 +235,7 @@ def test_offline_a_cached_revision_without_its_weights_is_refused(client: Client
 def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     message = client.refuse("org/model", HF_HOME=str(tmp_path / "file"))
-    assert message.startswith("CheckpointNotFound")
+    assert message.startswith("NotFetched")
     assert str(tmp_path / "file") in message
     assert "set HF_HOME to a directory that this user may write" in message
 

@@ -105,7 +105,7 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound) as caught:
         find_weights(tmp_path / "missing")
     assert caught.value.file == str(tmp_path / "missing")
-    assert caught.value.remedy == "check --load-dir on every node"
+    assert caught.value.remedy == "check the path on every node"
 
 
 def test_a_directory_without_weights_is_shown_with_what_is_in_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists
+from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.commit import check_target, commit, settle
 
 
@@ -94,7 +94,7 @@ def test_a_target_that_holds_the_checkpoint_is_refused(target: Path, inside: str
     write(target, "config.json", "{}")
     checkpoint = target / inside
     checkpoint.mkdir(parents=True, exist_ok=True)
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(UsageError) as caught:
         check(target, checkpoint, overwrite=True)
     assert caught.value.found == str(checkpoint)
 
@@ -103,8 +103,15 @@ def test_a_link_to_the_checkpoint_s_directory_is_seen_through(target: Path, sour
     write(source, "config.json", "{}")
     target.parent.mkdir()
     target.symlink_to(source)
-    with pytest.raises(TargetError, match="source lies where"):
+    with pytest.raises(UsageError, match="source lies where"):
         check(target, source / "iter_0000100", overwrite=True)
+
+
+@pytest.mark.parametrize("inside", ["iter_0000001", "deep/hf"])
+def test_a_target_inside_its_source_is_refused(inside: str, source: Path) -> None:
+    with pytest.raises(UsageError, match="the target lies in its own source") as caught:
+        check(source / inside, source, overwrite=True)
+    assert caught.value.file == str(source / inside)
 
 
 def test_a_directory_beside_the_checkpoint_with_a_longer_name_is_no_part_of_it(source: Path) -> None:
@@ -158,7 +165,7 @@ def test_what_an_interrupted_replacement_left_aside_is_never_removed(target: Pat
 def test_a_source_where_the_target_is_made_is_refused(target: Path, name: str) -> None:
     inside = target.with_name(name) / "iter_0000100"
     inside.mkdir(parents=True)
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(UsageError) as caught:
         check(target, inside, overwrite=True)
     assert caught.value.file == str(target.with_name(name))
 

@@ -369,22 +369,22 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
 
 
 @pytest.mark.parametrize(
-    ("directory", "said"),
+    ("directory", "exit_code", "said"),
     [
-        ("short", "without model-00002-of-00004.safetensors"),
-        ("model.partial", "a conversion left that did not finish"),
-        ("in", "a Megatron checkpoint, not a Hugging Face directory"),
-        ("nowhere", "does not exist"),
-        ("half a tokenizer", "holds what did not finish"),
+        ("short", 1, "without model-00002-of-00004.safetensors"),
+        ("model.partial", 1, "a conversion left that did not finish"),
+        ("in", 2, "a Megatron checkpoint, not a Hugging Face directory"),
+        ("nowhere", 2, "does not exist"),
+        ("half a tokenizer", 1, "holds what did not finish"),
     ],
 )
 def test_what_is_no_finished_model_is_not_uploaded(
-    directory: str, said: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    directory: str, exit_code: int, said: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
     for copy in ("short", "model.partial", "half a tokenizer"):
         shutil.copytree(tmp_path / "model", tmp_path / copy)
     (tmp_path / "half a tokenizer" / ".tokenizer.partial").mkdir()
     (tmp_path / "short" / "model-00002-of-00004.safetensors").unlink()
-    assert main(["push", str(tmp_path / directory), "org/name"]) == 1
+    assert main(["push", str(tmp_path / directory), "org/name"]) == exit_code
     assert said in capsys.readouterr().err
