@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,6 +246,20 @@ def test_a_conversion_at_work_is_named_to_a_second_one(runs: Runs, source: Path)
     assert run.exit_codes == [1]
     assert "process 4711 on here, since 2024-05-01T12:00:00+02:00" in run.printed
     assert len(records(journal(source.parent / "out"))) > 1
+
+
+def test_what_ranks_left_that_were_killed_as_they_looked_around_goes_after_a_day(runs: Runs, source: Path) -> None:
+    two_days_ago = time.time() - 2 * 24 * 3600.0
+    for name, text, changed in (
+        ("left", "", two_days_ago), ("at work", "", time.time()), ("of somebody else", "text", two_days_ago)
+    ):  # fmt: skip
+        path = source.parent / f".dist_convert-{name}"
+        path.write_text(text)
+        os.utime(path, (changed, changed))
+    assert runs.do(to_hf(source, "--dry-run"), ranks=2).exit_codes == [0, 0]
+    assert sorted(path.name for path in source.parent.glob(".*")) == [
+        ".dist_convert-at work", ".dist_convert-of somebody else",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

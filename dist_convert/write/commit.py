@@ -76,9 +76,7 @@ def check_target(
             file=str(aside_of(target)),
             remedy="rename or remove it; it may be the only copy of a model",
         )
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError(
             "the target cannot be made here",
@@ -97,6 +95,11 @@ def check_target(
             remedy=f"free space, or choose another {flag}",
         )
     return free_bytes
+
+
+def existing_parent(target: Path) -> Path:
+    """The nearest thing above a path that is there: a directory, or what is in its way."""
+    return next(parent for parent in target.absolute().parents if os.path.lexists(parent))
 
 
 def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:

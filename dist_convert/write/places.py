@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
 from dist_convert.move.exchange import World, gather_objects
+from dist_convert.write.commit import existing_parent
 from dist_convert.write.file_writer import target_error
+
+_PROBE = ".dist_convert-"
+#: What is so much older than a run's own probe was left by a rank that was killed. By the file system's own clock.
+_LEFT_BEHIND_SECONDS = 24 * 3600.0
 
 
 def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     """For each rank, the number of the place where its target lies; 0 for all on a shared file system.
 
     One rank of each node puts an empty file beside the target, and every rank looks which of them it sees. The files
-    are removed again.
+    are removed again, and so are those that a killed run left there the day before.
 
     Args:
         world: this rank.
@@ -28,12 +35,14 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     """
     if world.size == 1:
         return (0,)
-    parent = _existing_parent(target)
+    parent = existing_parent(target)
+    parent = parent if parent.is_dir() else parent.parent
     probe = None
     if world.rank in world.first_ranks:
-        probe = f".dist_convert-{secrets.token_hex(8)}"
+        probe = f"{_PROBE}{secrets.token_hex(8)}"
         try:
             (parent / probe).touch(exist_ok=False)
+            _remove_left_behind(parent, probe)
         except OSError as error:
             raise target_error(error, str(target)) from error
     try:
@@ -74,8 +83,11 @@ def refuse_several_places(places: tuple[int, ...], target: Path, flag: str, reme
             )
 
 
-def _existing_parent(target: Path) -> Path:
-    parent = target.absolute().parent
-    while not parent.is_dir():
-        parent = parent.parent
-    return parent
+def _remove_left_behind(parent: Path, probe: str) -> None:
+    """Remove the probes of runs that ended while they looked around; others may be at it now."""
+    now = (parent / probe).stat().st_mtime
+    for path in parent.glob(f"{_PROBE}*"):
+        with contextlib.suppress(OSError):  # another run was quicker, or it is another user's
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and not found.st_size and now - found.st_mtime > _LEFT_BEHIND_SECONDS:
+                path.unlink()

@@ -206,6 +206,65 @@ def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file(
 
 
 @pytest.mark.parametrize(
+    ("margs", "flags", "note"),
+    [
+        (
+            {"virtual_pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1},
+            "",
+            "virtual_pipeline_model_parallel_size 2 (None here), decoder_last_pipeline_num_layers 1 (None here)",
+        ),
+        ({"virtual_pipeline_model_parallel_size": 2}, "--target-virtual-pipeline-parallel-size 2", ""),
+        ({"virtual_pipeline_model_parallel_size": 2}, "--target-pipeline-parallel-size 2", ""),
+        ({"decoder_last_pipeline_num_layers": None, "account_for_loss_in_pipeline_split": False}, "", ""),
+    ],
+)
+def test_a_layout_of_the_margs_file_that_the_target_has_not_is_told(
+    margs: dict[str, object], flags: str, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", LLAMA)
+    (tmp_path / "margs.json").write_text(json.dumps({"pipeline_model_parallel_size": 2, **margs}))
+    given = ("--source-margs-file", str(tmp_path / "margs.json"), *flags.split())
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *given) == 0
+    _, found, told = capsys.readouterr().err.partition("which only flags bring into the target: ")
+    assert (bool(found), told.partition("\n")[0]) == (bool(note), note)
+
+
+@pytest.mark.parametrize(
+    ("named", "is_told"),
+    [
+        ("/models/llama", True),
+        ("./llama", True),
+        ("models/typo", True),  # below a directory that is here
+        ("llama/tokenizer.model", True),
+        ("a/b/c", True),
+        ("org/name", False),
+        ("gpt2", False),
+        ("models", False),
+    ],
+)
+def test_a_tokenizer_s_path_that_is_not_here_is_told_and_taken_as_it_is(
+    named: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf(tmp_path / "hf", Model())
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert to_megatron(tmp_path / "hf", tmp_path / "out", "--tokenizer-model", named) == 0
+    assert (f"warning: --tokenizer-model {named} is not on this machine" in capsys.readouterr().err) is is_told
+    args = json.loads((tmp_path / "out" / "target_megatron_args.json").read_text())
+    assert args["tokenizer_model"] == (str(tmp_path / "models") if named == "models" else named)
+
+
+def test_a_checkpoint_inside_the_model_s_directory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", Model())
+    before = sorted((tmp_path / "hf").iterdir())
+    assert to_megatron(tmp_path / "hf", tmp_path / "hf" / "megatron") == 2
+    assert "the target lies in its own source" in capsys.readouterr().err
+    assert sorted((tmp_path / "hf").iterdir()) == before
+
+
+@pytest.mark.parametrize(
     ("model", "flags", "note"),
     [
         (Model(), "--expert-layout grouped", "--expert-layout has no effect: the model has no experts"),

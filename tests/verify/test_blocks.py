@@ -158,6 +158,8 @@ def test_a_bit_outside_the_sample_is_not_looked_at_and_one_inside_is(
     code, report = verify(tmp_path / "a", tmp_path / "b", capsys, "--sample", "1/4")
     assert (code, report["values"][0]["elements"]) == (1, 1)
     assert report["values"][0]["index"] == [max(inside - {15}) * 1024 + 5, 7]
+    compared = report["compared"]
+    assert compared["elements"] / compared["all_elements"] == pytest.approx(len(inside) / 16, abs=0.01)
 
 
 @pytest.mark.parametrize("text", ["0", "2", "-1/2", "some", "1/0"])
@@ -169,13 +171,13 @@ def test_a_share_is_above_zero_and_up_to_one(text: str, capsys: pytest.CaptureFi
 def test_a_budget_that_holds_no_block_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf")
     hf = str(tmp_path / "hf")
-    assert main(["verify", hf, hf, "--max-memory-per-rank", "20MB"]) == 1
+    assert main(["verify", hf, hf, "--max-memory-per-rank", "20MB"]) == 2
     assert "--max-memory-per-rank of at least 30MB" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf")
-    assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "gone")]) == 1
+    assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err.startswith(f"B ({tmp_path / 'gone'}): the checkpoint directory does not exist")
 
 

@@ -28,7 +28,8 @@ def test_a_right_conversion_is_verified_and_gets_its_name(
     assert convert(tmp_path / "megatron", tmp_path / "hf", how) == 0
     assert to_megatron(tmp_path / "hf", tmp_path / "back", how, grid=Grid(tp=4, pp=2)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if ": verified, " in line]
-    sample = " (a sample of 1/16 of the blocks)" if "sample" in how else ""
+    ends = "1/16 of the blocks, and the first and last block of every tensor: 100 % of all elements"
+    sample = f" (a sample: {ends})" if "sample" in how else ""
     assert said == [
         f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 18 config fields are the source's{sample}"
         for name in ("hf", "back/iter_0000001")
@@ -112,5 +113,5 @@ def test_one_bit_that_was_written_wrong_is_found(
 
 def test_the_smallest_budget_of_a_conversion_is_enough_to_verify_it(tmp_path: Path) -> None:
     make(tmp_path / "megatron")
-    assert convert(tmp_path / "megatron", tmp_path / "small", "--verify", "--max-memory-per-rank", "30MB") == 1
+    assert convert(tmp_path / "megatron", tmp_path / "small", "--verify", "--max-memory-per-rank", "30MB") == 2
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--verify", "--max-memory-per-rank", "34MB") == 0

@@ -226,10 +226,33 @@ def test_the_report_for_people_says_what_was_compared(tmp_path: Path, capsys: py
     ]
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ("nowhere", "megatron", "A ({0}/nowhere): the checkpoint directory does not exist\n"),
+        ("megatron", "file", "B ({0}/file): a file, not a checkpoint directory\n"),
+        ("root", "megatron", "remedy:   name the iteration with --ckpt-dir-name-a\n"),
+        ("megatron", "gone", "remedy:   name an existing iteration with --ckpt-dir-name-b\n"),
+    ],
+)
+def test_what_is_not_there_is_named_with_the_flag_of_its_side(
+    a: str, b: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", LLAMA)
+    make(tmp_path / "root", LLAMA)
+    (tmp_path / "root" / "latest_checkpointed_iteration.txt").unlink()
+    make(tmp_path / "gone", LLAMA)
+    (tmp_path / "gone" / "latest_checkpointed_iteration.txt").write_text("9")
+    (tmp_path / "file").touch()
+    assert main(["verify", str(tmp_path / a), str(tmp_path / b)]) == 2
+    assert said.format(tmp_path) in capsys.readouterr().err
+
+
 def test_what_is_compared_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf", LLAMA)
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "hf"), "--json", "--sample"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sample"] == 0.0625
+    assert report["compared"]["all_elements"] == report["compared"]["elements"]
     assert report["a"] == report["b"] == {"path": str(tmp_path / "hf"), "kind": "Hugging Face"}
     assert report["compared"]["config_fields"] == 18
