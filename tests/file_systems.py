@@ -1,20 +1,29 @@
-"""Small and large file systems in memory, where this user may mount them."""
+"""File systems for as long as a test lasts. They need root; where they cannot be had, tests are skipped."""
 
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 
 
-def mounted(point: Path, options: str) -> bool:
-    """Make a directory and mount an empty file system there; False where that is not allowed (it needs root)."""
-    point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "dist-convert-test", str(point)]
+@contextmanager
+def mounted(*words: str) -> Iterator[None]:
+    """Mount something with mount(8), whose last word is the mount point."""
     try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        return False
+        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"there is no mount(8): {error}")
+    if done.returncode:
+        pytest.skip(f"mounting a file system needs root: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", words[-1]], check=True)
 
 
-def unmount(point: Path) -> None:
-    subprocess.run(["umount", "--lazy", str(point)], check=True)
+def remount(*words: str) -> None:
+    """Change how something is mounted."""
+    subprocess.run(["mount", "-o", *words], check=True)

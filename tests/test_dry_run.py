@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
-from tests.file_systems import mounted, unmount
 
 SMALL = Model(layers=2)
 #: Of SMALL's tensors: 2 x 29 x 16 in embedding and head, 1952 in each layer, 16 in the last norm; 2 bytes each.
@@ -23,22 +22,14 @@ def everything_below(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(make_disk: Callable[[str], Path]) -> Path:
     """A file system of 16 KiB: enough for the weights of SMALL (9.9 kB with header), not for those of four layers."""
-    point = tmp_path / "disk"
-    if not mounted(point, "size=16k"):
-        pytest.skip("a small file system cannot be mounted here (root is needed)")
-    yield point
-    unmount(point)
+    return make_disk("size=16k")
 
 
 @pytest.fixture
-def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    point = tmp_path / "disk"
-    if not mounted(point, "ro"):
-        pytest.skip("a read-only file system cannot be mounted here (root is needed)")
-    yield point
-    unmount(point)
+def read_only_disk(make_disk: Callable[[str], Path]) -> Path:
+    return make_disk("ro")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dist_convert.__main__ import main
-from tests.file_systems import mounted, unmount
 from tests.full_size import LLAMA_31_CONFIG, make_sparse_huggingface, make_sparse_megatron, model_of
 from tests.plan.headers import FULL_SIZE
 
@@ -26,13 +25,9 @@ MODELS = {
 
 
 @pytest.fixture
-def large_disk(tmp_path: Path) -> Iterator[Path]:
+def large_disk(make_disk: Callable[[str], Path]) -> Path:
     """A file system with room for the largest model, which nothing is written to."""
-    point = tmp_path / "disk"
-    if not mounted(point, "size=2t"):
-        pytest.skip("a file system of 2 TB cannot be mounted here (root is needed)")
-    yield point
-    unmount(point)
+    return make_disk("size=2t")
 
 
 def make_tokenizer(directory: Path) -> Path:

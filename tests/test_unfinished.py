@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,12 @@ import pytest
 import torch
 
 from tests.checkpoints import Grid, Model, make, megatron_shards, save, training_args
-from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.to_megatron import make_hf
 
 MODEL = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
 #: In the middle of the steps of `MODEL`.
 MIDDLE = 90
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as runs:
-        yield runs
 
 
 @pytest.fixture

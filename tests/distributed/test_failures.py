@@ -83,13 +83,15 @@ CASES = {
     "a target that is not empty": Case(
         "the target directory is not empty", lambda root: (root / "hf" / "notes").mkdir(parents=True)
     ),
-    "no checkpoint for any rank": Case("the checkpoint directory does not exist", load_path="nowhere"),
+    "no checkpoint for any rank": Case("the checkpoint directory does not exist", load_path="nowhere", exit_code=2),
     "no checkpoint for one rank": Case(
         "1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing",
         lambda root: shutil.rmtree(root / "rank1"),
         load_path="rank{rank}",
     ),
-    "too small a budget": Case("the memory budget does not hold one step", more=("--max-memory-per-rank", "1MB")),
+    "too small a budget": Case(
+        "the memory budget does not hold one step", more=("--max-memory-per-rank", "1MB"), exit_code=2
+    ),
     "direct placement of scattered shards": Case(
         "use --placement gather", load_path="rank{rank}", more=("--placement", "direct"), exit_code=2
     ),

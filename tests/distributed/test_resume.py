@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.interrupting import Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Runs, hashes_below
 from tests.to_megatron import grid_flags, make_hf
 
 LLAMA = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
@@ -18,12 +17,6 @@ MIXTRAL = Model(hidden=64, ffn=96, heads=8, groups=4, head_dim=8, layers=2, voca
 PLACEMENTS = ("direct", "gather")
 STEP_BYTES = 16384
 KILLS = 17
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as runs:
-        yield runs
 
 
 @pytest.fixture(scope="module")

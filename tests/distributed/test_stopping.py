@@ -6,23 +6,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.distributed.launching import command, environment, flags
 
 MODEL = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
 HOW = "start the same command again; it goes on where this one stopped"
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as runs:
-        yield runs
 
 
 @pytest.fixture(scope="module")

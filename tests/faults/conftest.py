@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.faults.disks import FaultyDisk, faulty_disk, why_no_fuse
 from tests.to_megatron import grid_flags, make_hf
 
@@ -81,12 +81,6 @@ def undisturbed_runs(runs: Runs, sources: Path, scratch: Path) -> Undisturbed:
         weights = target.rglob(Path(TARGET_FILES[direction]).name)
         found.file_bytes[direction] = sum(path.stat().st_size for path in weights)
     return found
-
-
-@pytest.fixture(scope="session")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

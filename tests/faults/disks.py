@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.distributed.launching import REPOSITORY
 
 _MOUNTED_SECONDS = 20.0
@@ -84,19 +82,3 @@ def faulty_disk(root: Path) -> Iterator[FaultyDisk]:
                 process.wait(5.0)
             except subprocess.TimeoutExpired:
                 process.kill()  # a call that hangs
-
-
-@contextmanager
-def mounted(*words: str) -> Iterator[None]:
-    """Mount something with mount(8), whose last word is the mount point."""
-    if os.geteuid() != 0 or subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", words[-1]], check=True)
-
-
-def remount(*words: str) -> None:
-    """Change how something is mounted."""
-    subprocess.run(["mount", "-o", *words], check=True)

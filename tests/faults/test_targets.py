@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from tests.faults.conftest import (
     command,
     target_below,
 )
-from tests.faults.disks import FaultyDisk, mounted, remount
+from tests.faults.disks import FaultyDisk
+from tests.file_systems import mounted, remount
 
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 NO_SPACE, NO_DISK = "No space left on device", "Input/output error"
@@ -121,12 +122,9 @@ def test_a_forced_write_that_failed_is_not_believed_the_next_time(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(make_disk: Callable[[str], Path]) -> Path:
     """A file system of its own, of 64 KiB."""
-    disk = tmp_path / "small"
-    disk.mkdir()
-    with mounted("-t", "tmpfs", "-o", "size=64k", "none", str(disk)):
-        yield disk
+    return make_disk("size=64k")
 
 
 @both_directions

@@ -93,7 +93,7 @@ def test_bins_that_are_not_there_or_damaged_are_named(tmp_path: Path, capsys: py
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-        assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+        assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == (2 if content is None else 1)
         message = capsys.readouterr().err
         assert "capacity_bins.pt" in message
         assert "internal error" not in message
