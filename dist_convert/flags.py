@@ -175,7 +175,7 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         "--trace",
         metavar="FILE",
         type=Path,
-        help="write down where the time of every rank goes, in Chrome's trace format",
+        help="write down where the time of every rank goes, in Chrome's trace format (default: off)",
     )
     add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
     run.add_argument(
