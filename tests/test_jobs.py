@@ -10,6 +10,7 @@ import pytest
 from dist_convert.__main__ import main
 from tests.full_size import LLAMA_31_CONFIG, make_sparse_huggingface, make_sparse_megatron, model_of
 from tests.plan.headers import FULL_SIZE
+from tests.tokenizer.test_huggingface_directory import make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -28,12 +29,6 @@ MODELS = {
 def large_disk(make_disk: Callable[[str], Path]) -> Path:
     """A file system with room for the largest model, which nothing is written to."""
     return make_disk("size=2t")
-
-
-def make_tokenizer(directory: Path) -> Path:
-    directory.mkdir()
-    (directory / "tokenizer_config.json").write_text("{}")
-    return directory
 
 
 def test_every_job_file_belongs_to_a_model_and_a_direction() -> None:
