@@ -256,6 +256,7 @@ def test_ctrl_c_ends_an_upload_without_a_traceback(client: Client, arguments: tu
     assert time.monotonic() - started < 10
     assert process.returncode == 130
     assert "Traceback" not in printed
+    assert printed.endswith("stopped by SIGINT\n")
     assert "if that breaks off, go on with: dist-convert push" in printed
 
 
@@ -266,6 +267,15 @@ def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> 
     assert repository.private
     assert repository.files == contents(client.place / "out")
     assert f"the finished directory goes to {client.hub.url}/org/name, a new private repository" in done.stderr
+
+
+def test_the_flag_uploads_what_is_complete_already(client: Client) -> None:
+    assert client.run(*CONVERT).returncode == 0
+    before = contents(client.place / "out")
+    done = client.run(*CONVERT, "--push-to-hub", "org/name")
+    assert done.returncode == 0, done.stderr
+    assert "is complete already, by an earlier run of this conversion\n" in done.stderr
+    assert client.hub.repositories["org/name"].files == contents(client.place / "out") == before
 
 
 def test_a_job_file_may_ask_for_the_upload(client: Client) -> None:
