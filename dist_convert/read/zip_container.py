@@ -88,6 +88,7 @@ def open_container(path: Path, label: str) -> Container:
         name = entry.filename.partition("/")[2]
         if (
             entry.compress_type != zipfile.ZIP_STORED
+            or entry.compress_size != entry.file_size  # zipfile asks for so many bytes at once
             or entry.flag_bits & _FOREIGN_FLAGS
             or end > limit
             or entry.header_offset < 0
@@ -97,7 +98,8 @@ def open_container(path: Path, label: str) -> Container:
                 f"zip entry {entry.filename!r} is not one that torch writes",
                 file=label,
                 expected=f"stored, unencrypted, named once, inside bytes {entry.header_offset}..{limit}",
-                found=f"compression {entry.compress_type}, flags {entry.flag_bits:#x}, {entry.file_size} bytes",
+                found=f"compression {entry.compress_type} to {entry.compress_size} bytes, flags {entry.flag_bits:#x}, "
+                f"{entry.file_size} bytes",
                 remedy="copy the file again from the machine that saved it",
             )
         records[name] = Record(name, entry.header_offset, entry.file_size, limit, _stored_name(entry))

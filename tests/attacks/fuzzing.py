@@ -7,6 +7,7 @@ search by hypothesis from a new seed; what it finds is shown with the smallest d
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import resource
@@ -14,42 +15,56 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError
+from dist_convert.layout import grid_from_args
 from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
+from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
 from dist_convert.read.json_file import read_json
 from dist_convert.read.megatron_shard import read_shard, shard_to_json
 from dist_convert.read.pickled_weights import read_pickled_weights
 from dist_convert.read.safetensors_header import read_safetensors_header
 from dist_convert.read.weights_index import read_index_file
+from tests.attacks.damage import (
+    Damaged,
+    either,
+    with_other_bytes,
+    with_other_fields,
+    with_other_header,
+    with_other_instructions,
+    with_other_values,
+)
 from tests.checkpoints import Model, training_args
 from tests.to_megatron import config_of
 
-#: Bytes that formats are made of: numbers at their limits, and the opcodes, brackets and signatures of the formats.
-TOKENS = (
-    b"\x00" * 4, b"\xff" * 4, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06",
-    b"c__builtin__\neval\n", b"R", b"b", b"s", b"u", b"e", b"(", b"t", b"0", b"2", b"h\x00", b"q\x00", b"\x81", b"\x93",
-    b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"-1", b"1e999", b"NaN", b"9" * 30, b"../", b"/etc/passwd",
-)  # fmt: skip
+#: No file of a few kilobytes costs more: processor time, and address space beyond what the program has at first.
+MOST_SECONDS, MOST_MEMORY_BYTES = 5.0, 512 << 20
 
 
 @dataclass(frozen=True)
 class Target:
-    """A valid file and the reader of its format."""
+    """A valid file, the ways to damage it, and the reader of its format."""
 
     name: str
     data: bytes
+    damaged: Damaged
     read: Callable[[Path], Any]
+
+
+def _describe(args: dict[str, Any], file: str) -> None:
+    architecture_from_args(args, vocab=None, file=file)
+    grid_from_args(args, 1, imported_experts=False)
+    true_vocab(flag=None, args=args, tokenizer=None, padded=32, file=file)
 
 
 def _read_config(path: Path) -> None:
@@ -58,7 +73,8 @@ def _read_config(path: Path) -> None:
 
 
 def _read_shard(path: Path) -> None:
-    json.dumps(shard_to_json(read_shard(path, path.name)))
+    shard = read_shard(path, path.name)
+    _describe(json.loads(json.dumps(shard_to_json(shard)))["args"], path.name)
 
 
 def _read_pickle(path: Path) -> None:
@@ -69,11 +85,18 @@ def _read_pickle(path: Path) -> None:
     _read_shard(path.with_suffix(".pt"))
 
 
-def targets(directory: Path) -> list[Target]:
-    """Small files of every format whose header is read."""
+def _make_files(directory: Path) -> None:
+    """Small files of every format, the shard with all that training puts into one."""
     weights = {"a.weight": torch.ones(4, 3), "b.weight": torch.zeros(2, dtype=torch.bfloat16)}
-    args = training_args(Model(layers=1), path=Path("/a/b"))
-    torch.save({"args": args, "checkpoint_version": 3.0, "model": weights, "iteration": 4}, directory / "shard.pt")
+    args = training_args(Model(layers=1, experts=2), path=Path("/a/b"))
+    model = OrderedDict(
+        weights, c=torch.ones(4, 2).T, d=torch.nn.Parameter(torch.ones(2)), _extra_state=io.BytesIO(b"a")
+    )
+    state = numpy.random.RandomState(0).get_state()
+    rng = {"np_rng_state": ("MT19937", state[1][:4], *state[2:]), "torch_rng_state": torch.zeros(4, dtype=torch.uint8)}
+    optimizer = {"param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0, 1]}], "state": {}}
+    saved = {"args": args, "checkpoint_version": 3.0, "iteration": 4, "optimizer": optimizer, "rng_state": [rng]}
+    torch.save({**saved, "model0": model, "model1": weights}, directory / "shard.pt")
     with zipfile.ZipFile(directory / "shard.pt") as archive:
         (directory / "data.pkl").write_bytes(archive.read("shard/data.pkl"))
     shutil.copyfile(directory / "shard.pt", directory / "sound.pt")
@@ -81,36 +104,33 @@ def targets(directory: Path) -> list[Target]:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     index = {"metadata": {"total_size": 56}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(config_of(Model()).to_json_string())
-    readers: dict[str, Callable[[Path], Any]] = {
-        "data.pkl": _read_pickle,
-        "shard.pt": _read_shard,
-        "model.bin": lambda path: read_pickled_weights(path, path.name),
-        "model.safetensors": lambda path: read_safetensors_header(path, path.name),
-        "model.safetensors.index.json": lambda path: read_index_file(path.parent, path.name),
-        "config.json": _read_config,
+    (directory / "config.json").write_text(config_of(Model(experts=2)).to_json_string())
+    (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
+
+
+def targets(directory: Path) -> list[Target]:
+    """A file of every format whose header is read."""
+    _make_files(directory)
+    kinds: dict[str, tuple[Callable[[bytes], Damaged], Callable[[Path], Any]]] = {
+        "data.pkl": (either(with_other_bytes, with_other_instructions, with_other_instructions), _read_pickle),
+        "shard.pt": (either(with_other_bytes, with_other_fields, with_other_fields), _read_shard),
+        "model.bin": (
+            either(with_other_bytes, with_other_fields, with_other_fields),
+            lambda path: read_pickled_weights(path, path.name),
+        ),
+        "model.safetensors": (
+            either(with_other_bytes, with_other_header, with_other_header),
+            lambda path: read_safetensors_header(path, path.name),
+        ),
+        "model.safetensors.index.json": (
+            either(with_other_bytes, with_other_values),
+            lambda path: read_index_file(path.parent, path.name),
+        ),
+        "config.json": (either(with_other_bytes, with_other_values, with_other_values), _read_config),
+        "args.json": (with_other_values, lambda path: _describe(read_json(path), path.name)),
     }
-    return [Target(name, (directory / name).read_bytes(), read) for name, read in readers.items()]
-
-
-#: What is done at a place, as a share of the file's length: bytes put over others or between them, or bytes taken out.
-CHANGES = st.lists(
-    st.tuples(
-        st.floats(0, 1, exclude_max=True),
-        st.sampled_from(["over", "between", "out"]),
-        st.one_of(st.sampled_from(TOKENS), st.binary(min_size=1, max_size=8)),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-def damage(data: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
-    """The bytes of a file after some changes."""
-    for place, kind, value in changes:
-        at = int(place * len(data))
-        data = data[:at] + (b"" if kind == "out" else value) + data[at + (0 if kind == "between" else len(value)) :]
-    return data
+    files = {name: (directory / name).read_bytes() for name in kinds}
+    return [Target(name, files[name], damage(files[name]), read) for name, (damage, read) in kinds.items()]
 
 
 def fuzz(target: Target, directory: Path, examples: int, chosen_seed: int) -> Counter[str]:
@@ -118,23 +138,33 @@ def fuzz(target: Target, directory: Path, examples: int, chosen_seed: int) -> Co
 
     Raises:
         Exception: whatever a reader raised that is no error of ours.
+        AssertionError: a file took too long.
     """
     answers: Counter[str] = Counter()
     path = directory / target.name
 
     @seed(chosen_seed)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(changes=CHANGES)
-    def once(changes: list[tuple[float, str, bytes]]) -> None:
-        path.write_bytes(damage(target.data, changes))
+    @given(damaged=target.damaged)
+    def once(damaged: bytes) -> None:
+        path.write_bytes(damaged)
+        started = time.process_time()
         try:
             target.read(path)
             answers["read"] += 1
         except ConversionError as error:
             answers[type(error).__name__ if str(error) else "no text"] += 1
+        assert time.process_time() - started < MOST_SECONDS
 
     once()
     return answers
+
+
+def limit_memory() -> None:
+    """End this process's allocations where a small file makes a reader allocate much."""
+    fields = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    size_bytes = next(int(words[1]) << 10 for words in fields if words[0] == "VmSize:")
+    resource.setrlimit(resource.RLIMIT_AS, (size_bytes + MOST_MEMORY_BYTES, resource.RLIM_INFINITY))
 
 
 def main() -> None:
@@ -146,6 +176,7 @@ def main() -> None:
     answers: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         made = targets(Path(name))
+        limit_memory()
         while time.monotonic() < ends_at:
             for target in made:
                 counted = answers.setdefault(target.name, Counter())
