@@ -1,32 +1,24 @@
 """Damaged files of every format end in an error of ours or in a value, and in nothing else.
 
-For `DIST_CONVERT_FUZZ_SECONDS` seconds, 20 unless it is set; see `fuzzing` for hours.
+For `DIST_CONVERT_FUZZ_SECONDS` seconds, 60 unless it is set; see `fuzzing` for hours. In a file of its own, so that other
+tests can run beside it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dist_convert.errors import ConversionError
-from dist_convert.layout import grid_from_args
-from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
-from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
 from tests.attacks.fuzzing import fuzz, targets
-from tests.checkpoints import Model, training_args
-from tests.to_megatron import config_of
 
-SECONDS = float(os.environ.get("DIST_CONVERT_FUZZ_SECONDS", "20"))
-NAMES = ("data.pkl", "shard.pt", "model.bin", "model.safetensors", "model.safetensors.index.json", "config.json")
+SECONDS = float(os.environ.get("DIST_CONVERT_FUZZ_SECONDS", "60"))
+NAMES = ("data.pkl", "shard.pt", "model.bin", "model.safetensors", "model.safetensors.index.json", "config.json",
+         "args.json")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,33 +32,4 @@ def test_a_damaged_file_ends_in_a_value_or_in_an_error_of_ours(name: str, tmp_pa
         answers += fuzz(made[name], tmp_path, 100, chance.randrange(1 << 32))
     assert answers["read"] > 0
     assert answers.total() > answers["read"]
-
-
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 2**31, 2**63, 10**18, 10**400]))
-VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
-    max_leaves=6,
-)
-CONFIG = config_of(Model()).to_dict() | {"rope_theta": 5e5, "rope_scaling": None, "partial_rotary_factor": 1}
-MORE_ARGS = ("moe_aux_loss_coeff", "moe_router_topk", "window_size", "window_attn_skip_freq", "num_query_groups",
-             "kv_channels", "moe_ffn_hidden_size", "vocab_size", "expert_tensor_parallel_size")  # fmt: skip
-ARGS = dict.fromkeys(MORE_ARGS) | vars(training_args(Model(experts=2)))
-
-
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(changes=st.dictionaries(st.sampled_from(sorted(CONFIG)), VALUES, min_size=1, max_size=3))
-def test_a_config_of_any_values_describes_a_model_or_ends_in_an_error_of_ours(changes: dict[str, Any]) -> None:
-    config = CONFIG | changes
-    with contextlib.suppress(ConversionError):
-        architecture_from_config(config, padded_vocab=config_vocab(config, file="f"), file="f")
-
-
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(changes=st.dictionaries(st.sampled_from(sorted(ARGS)), VALUES, min_size=1, max_size=3))
-def test_args_of_any_values_describe_a_model_or_end_in_an_error_of_ours(changes: dict[str, Any]) -> None:
-    args = ARGS | changes
-    with contextlib.suppress(ConversionError):
-        architecture_from_args(args, vocab=None, file="f")
-        grid_from_args(args, 1, imported_experts=False)
-        true_vocab(flag=None, args=args, tokenizer=None, padded=32, file="f")
+    assert answers["no text"] == 0

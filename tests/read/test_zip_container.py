@@ -21,7 +21,7 @@ from dist_convert.read.zip_container import data_offsets_bytes, open_container, 
 
 LABEL = "mp_rank_00/model_optim_rng.pt"
 #: Where fields lie in a central directory header, and in a local one (APPNOTE.TXT, 4.3.12 and 4.3.7).
-FLAGS, SIZE, HEADER_OFFSET, NAME = 8, 24, 42, 46
+FLAGS, STORED_SIZE, SIZE, HEADER_OFFSET, NAME = 8, 20, 24, 42, 46
 LOCAL_NAME_LENGTH, LOCAL_EXTRA_LENGTH = 26, 28
 
 
@@ -120,6 +120,7 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path, second: str) -> Non
     ("field", "value"),
     [
         pytest.param(FLAGS, b"\x01\x00", id="encrypted"),
+        pytest.param(STORED_SIZE, struct.pack("<I", 0x7FFFFFFF), id="stored in more bytes than it has"),
         pytest.param(SIZE, struct.pack("<I", 2000), id="larger than the room up to the next entry"),
         pytest.param(SIZE, struct.pack("<I", 0xFFFFFFF0), id="larger than the file"),
         pytest.param(HEADER_OFFSET, struct.pack("<I", 1200), id="inside another entry"),
