@@ -1,7 +1,7 @@
 """Damaged files of every format end in an error of ours or in a value, and in nothing else.
 
-For `DIST_CONVERT_FUZZ_SECONDS` seconds, 60 unless it is set; see `fuzzing` for hours. In a file of its own, so that other
-tests can run beside it.
+For `DIST_CONVERT_FUZZ_SECONDS` seconds, 60 unless it is set; see `fuzzing` for hours. In a file of its own, so that
+other tests can run beside it.
 """
 
 from __future__ import annotations
