@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,15 @@ def mounted(*words: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", words[-1]], check=True)
+
+
+def make_ext4(image: Path, size_bytes: int) -> None:
+    """An ext4 file system in a file, to be mounted with `-o loop`; all of its space is for everybody."""
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    words = ["mkfs.ext4", "-q", "-F", "-m", "0", "-b", "1024", "-O", "^has_journal", str(image)]
+    if shutil.which(words[0]) is None or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("an ext4 file system needs mkfs.ext4")
 
 
 def remount(*words: str) -> None:

@@ -6,14 +6,15 @@ RULES is a JSON file, read anew at every call: a list of objects with
     file     what the path contains
     at       a byte; reads and writes that touch it are meant
     answer   an errno's name; "half" of the bytes; the bytes "up to" that place; "hang" for long; or a change to a
-             file, after which the call is answered as usual: "replace", "rewrite", "cut"
+             file, then the usual answer: "replace", "rewrite", "cut", or "fill" the disk with a new one
     changed  the file that is changed, below DIRECTORY; without it the one that is read
 
-Reads and writes reach it as they are made, past the kernel's cache.
+Reads and writes reach it as they are made, past the kernel's cache. It knows no fallocate(2), as some file systems.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,11 +27,19 @@ from mfusepy import FUSE, FuseOSError, Operations
 
 #: A call without an answer cannot be killed, and no process that waits for it can end.
 HANG_SECONDS = 10.0
-CHANGES = ("replace", "rewrite", "cut")
+CHANGES = ("replace", "rewrite", "cut", "fill")
 
 
 def change(path: Path, how: str) -> None:
-    """Give a file other bytes: under its name, in its place, or fewer of them. A file that is new is let be."""
+    """Give a file other bytes: under its name, in its place, or fewer of them. A file that is new is let be.
+
+    Or make a file of all the space that its disk has left.
+    """
+    if how == "fill":
+        with contextlib.suppress(OSError), path.open("xb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        return
     if time.time() - path.stat().st_mtime < 60.0:  # it has been changed; tests date their sources back by an hour
         return
     other = bytes(255 - byte for byte in path.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,44 +119,6 @@ def test_a_forced_write_that_failed_is_not_believed_the_next_time(
         file.write_bytes(bytes(file.stat().st_size))
     disk.heal()
     assert_goes_on(runs.do(words), direction, target, undisturbed)
-
-
-@pytest.fixture
-def small_disk(make_disk: Callable[[str], Path]) -> Path:
-    """A file system of its own, of 64 KiB."""
-    return make_disk("size=64k")
-
-
-@both_directions
-def test_a_disk_that_is_too_small_is_told_before_anything_is_made(
-    direction: str, small_disk: Path, runs: Runs, undisturbed: Undisturbed
-) -> None:
-    target = target_below(direction, small_disk / "target")
-    words = command(direction, undisturbed.sources[direction], target)
-    failed = runs.do(words)
-    assert_one_clear_error(failed, target)
-    assert "not enough free space for the target" in failed.printed
-    assert list(small_disk.iterdir()) == []
-    remount("remount,size=4M", str(small_disk))
-    assert_goes_on(runs.do(words), direction, target, undisturbed)
-
-
-@both_directions
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_space_that_cannot_be_reserved_is_told_before_any_value_is_written(
-    direction: str, ranks: int, small_disk: Path, runs: Runs, undisturbed: Undisturbed
-) -> None:
-    target = target_below(direction, small_disk / "target")
-    words = command(direction, undisturbed.sources[direction], target)
-    pages = -(-undisturbed.file_bytes[direction] // 4096) + 2  # enough for the weights files, not for the journal too
-    remount(f"remount,size={4 * pages}k", str(small_disk))
-    failed = runs.do(words, ranks=ranks)
-    assert_one_clear_error(failed, target)
-    assert NO_SPACE in failed.printed
-    assert Path(TARGET_FILES[direction]).name in failed.printed
-    assert failed.written_bytes == 0
-    remount("remount,size=4M", str(small_disk))
-    assert_goes_on(runs.do(words, ranks=ranks), direction, target, undisturbed)
 
 
 @both_directions
