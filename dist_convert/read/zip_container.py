@@ -82,7 +82,7 @@ def open_container(path: Path, label: str) -> Container:
             remedy="copy the file again; if it was saved in the old format, load and save it with a current torch",
         ) from error
     records: dict[str, Record] = {}
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+    for entry, following in zip(entries, [*entries, None][1:], strict=True):
         end = entry.header_offset + _LOCAL_HEADER.size + entry.file_size
         limit = following.header_offset if following else directory_bytes
         name = entry.filename.partition("/")[2]

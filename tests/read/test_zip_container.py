@@ -93,6 +93,13 @@ def test_what_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
         open_container(path, LABEL)
 
 
+def test_a_zip_without_entries_is_refused(tmp_path: Path) -> None:
+    write_zip(tmp_path / "file.pt")
+    with pytest.raises(CorruptFile, match=r"no usable record 'data\.pkl'") as caught:
+        read_shard(tmp_path / "file.pt", LABEL)
+    assert caught.value.file == LABEL
+
+
 def test_the_format_before_torch_1_6_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
