@@ -6,16 +6,14 @@ rank takes the partial directory. Every journal is read by one rank that sees it
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_convert.errors import RESUME, ConversionError, DifferentModel, SourceChanged, ValueOverflow
+from dist_convert.errors import SourceChanged
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.content import content_digest, digest
@@ -26,7 +24,7 @@ from dist_convert.read.source_file import BACK_OR_ANEW, changed_files
 from dist_convert.task import Task
 from dist_convert.version import __version__
 from dist_convert.write.commit import check_target
-from dist_convert.write.file_writer import Written
+from dist_convert.write.file_writer import Written, target_error
 from dist_convert.write.history import (
     CHANGES,
     History,
@@ -41,7 +39,7 @@ from dist_convert.write.history import (
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
 from dist_convert.write.manifest import is_complete
-from dist_convert.write.partial import RESUMABLE, check_partial, claim, forget, is_committed, is_ours
+from dist_convert.write.partial import check_partial, forget, is_committed, is_void, note_void
 from dist_convert.write.skeleton import reserve_file
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
@@ -87,19 +85,6 @@ class Start:
     journal: Journal
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is known of a target that this conversion holds.
-
-    Attributes:
-        is_complete: nothing is left to be written: at some place it has its name already.
-        has_name: at this rank's place.
-    """
-
-    is_complete: bool
-    has_name: bool
-
-
 def has_name(task: Task, job: Job | ToMegatronJob) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
     is_settled = not job.overwrite and is_complete(task.target, facts_of(task, job))
@@ -127,39 +112,11 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     return free_bytes
 
 
-@contextlib.contextmanager
-def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[Held]:
-    """Hold the target for this conversion; errors inside say that the same command goes on with it.
-
-    Raises:
-        TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
-    """
-    lock = None
-    is_named = task.is_first_of_place(world.rank) and has_name(task, job)
-    if task.is_first_of_place(world.rank) and (not is_named or is_ours(task.target)):
-        lock = claim(task.target, identity_of(task, job), overwrite=job.overwrite)
-    try:
-        named = gather_objects(world, is_named)
-        yield Held(any(named), named[task.places.index(task.places[world.rank])])
-    except ValueOverflow:
-        if lock is not None:
-            (task.partial / RESUMABLE).unlink(missing_ok=True)  # the same command would end the same way
-        raise
-    except (DifferentModel, SourceChanged):
-        if lock is not None and not is_named:
-            forget(task.partial)
-        raise
-    except ConversionError as error:
-        error.resume = RESUME
-        raise
-    finally:
-        if lock is not None:
-            lock.release()
-
-
 def begin(task: Task, world: World) -> Start:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
     partial, place = task.partial, task.places[world.rank]
+    is_first = task.is_first_of_place(world.rank)
+    _forget_what_is_void(partial, world, is_first=is_first)
     boots = gather_objects(world, list(this_boot()))
     listings: list[list[str]] = gather_objects(world, journals(partial))
     # Journals of two places may have one name, and are two.
@@ -168,7 +125,6 @@ def begin(task: Task, world: World) -> Start:
     run = last_run(name.partition("/")[2] for name in names) + 1
     mine = [name.partition("/")[2] for name in deal_headers(names, seen)[world.rank]]
     records = [_placed(read_journal(partial, name, boots), task, place) for name in mine]
-    is_first = task.is_first_of_place(world.rank)
     damaged = [file.name for file in task.files_of(world.rank) if not _is_whole(partial, file.name, file.size_bytes)]
     gathered = gather_objects(world, [records, damaged if is_first else []])
     history = history_of(
@@ -185,6 +141,20 @@ def begin(task: Task, world: World) -> Start:
         journal.lost(local_name(name), with_this_run=False)
     gather_objects(world, None)
     return Start(run, history, Done.of(window for window, _ in history.written), journal)
+
+
+def _forget_what_is_void(partial: Path, world: World, *, is_first: bool) -> None:
+    """Where an earlier run noted at any place that nothing counts of what was written, forget it at every place."""
+    if not any(gather_objects(world, is_void(partial))):
+        return
+    try:
+        if is_first:
+            forget(partial)
+        gather_objects(world, None)  # the note goes last: until then, the next run finds it
+        if is_first:
+            note_void(partial, is_void=False)
+    except OSError as error:
+        raise target_error(error, str(partial)) from error
 
 
 def _placed(record: dict[str, Any], task: Task, place: int) -> dict[str, Any]:

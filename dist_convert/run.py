@@ -20,6 +20,7 @@ from typing import Any
 from dist_convert.channel import Channel
 from dist_convert.errors import PlanError, ValueOverflow
 from dist_convert.hf_to_megatron import hf_to_megatron
+from dist_convert.hold import held_target
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.megatron_to_hf import megatron_to_hf
 from dist_convert.move.exchange import World, agree, barrier, gather_objects
@@ -32,7 +33,7 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.records import TargetFile
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
-from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name, held_target
+from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name
 from dist_convert.task import RunOptions, Task
 from dist_convert.timeline import Timeline
 from dist_convert.trace import traced

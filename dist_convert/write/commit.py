@@ -124,10 +124,11 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
     """
     aside = aside_of(target)
     try:
-        (partial / RESUMABLE).unlink(missing_ok=True)
         files = [path for path in partial.rglob("*") if path.is_file() and JOURNAL_DIRECTORY not in path.parts]
-        for path in (*files, *{path.parent for path in files}, partial):
+        for path in (*files, *{path.parent for path in files}):
             sync(path)
+        (partial / RESUMABLE).unlink(missing_ok=True)
+        sync(partial)
         replaced = target.exists() and any(target.iterdir())
         if replaced:
             if not overwrite:

@@ -42,6 +42,12 @@ def last_run(names: Iterable[str]) -> int:
     return max((int(name.split("-")[1]) for name in names), default=0)
 
 
+def has_written(partial: Path, runs_before: int) -> bool:
+    """Whether any run after the first so many has finished bytes of the target, as far as this machine sees."""
+    fresh = [name for name in journals(partial) if last_run([name]) > runs_before]
+    return any("wrote" in record for name in fresh for _, record in read_lines(partial / JOURNAL_DIRECTORY / name))
+
+
 def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any]:
     """What counts of one journal, in JSON values.
 

@@ -21,9 +21,9 @@ from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
 from dist_convert.write.sync import sync
 
-#: In the partial directory until the target has its name: what a job script looks for before it starts again.
+#: In the partial directory while starting again may be all it takes: what a job script looks for before it does.
 RESUMABLE = "resumable"
-_IDENTITY, _LOCK, _REPLACES = "identity.json", "lock", "replaces"
+_IDENTITY, _LOCK, _REPLACES, _VOID = "identity.json", "lock", "replaces", "void"
 
 
 PARTIAL_SUFFIX = ".partial"
@@ -61,6 +61,22 @@ def note_replacing(partial: Path) -> None:
     """Note, before the old target moves aside, that this conversion is what moves it."""
     (partial / JOURNAL_DIRECTORY / _REPLACES).touch()
     sync(partial / JOURNAL_DIRECTORY)
+
+
+def is_void(partial: Path) -> bool:
+    """Whether nothing counts of what has been written, here and at the target's other places."""
+    return (partial / JOURNAL_DIRECTORY / _VOID).exists()
+
+
+def note_void(partial: Path, *, is_void: bool) -> None:
+    """Note that nothing counts of what has been written, for the next run to `forget`; or that it has been forgotten.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    note = partial / JOURNAL_DIRECTORY / _VOID
+    note.touch() if is_void else note.unlink(missing_ok=True)
+    sync(note.parent)
 
 
 def is_committed(target: Path, identity: Mapping[str, Any]) -> bool:
@@ -203,6 +219,7 @@ def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
     for path in sorted(partial.iterdir()):
         if path.name != JOURNAL_DIRECTORY:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    note_void(partial, is_void=False)
     _write_record(partial, identity)
 
 

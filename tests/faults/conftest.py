@@ -48,6 +48,11 @@ def target_below(direction: str, root: Path) -> Path:
     return root / ("hf" if direction == "megatron-to-hf" else "iter_0000001")
 
 
+def has_mark(target: Path) -> bool:
+    """Whether job scripts start the same command again by themselves."""
+    return (target.with_name(f"{target.name}.partial") / "resumable").exists()
+
+
 def assert_one_clear_error(run: Run, target: Path) -> None:
     """Every rank failed, one message was printed, and nothing has the target's name."""
     assert all(code in (1, 143) for code in run.exit_codes), run

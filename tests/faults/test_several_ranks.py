@@ -41,6 +41,25 @@ def test_bytes_that_one_of_two_ranks_cannot_read_end_both(
     assert_goes_on(runs.do(words, ranks=2), direction, target, undisturbed_on_disk)
 
 
+def test_nothing_counts_that_any_rank_has_written_when_one_of_two_finds_its_source_changed(
+    disk: FaultyDisk, runs: Runs, undisturbed_on_disk: Undisturbed, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    direction = "megatron-to-hf"
+    target = target_below(direction, tmp_path / "target")
+    words = command(direction, undisturbed_on_disk.sources[direction], target, "--placement", "gather")
+    file = next(undisturbed_on_disk.sources[direction].rglob(SOURCE_FILES[direction]))
+    disk.fail("read", SOURCE_FILES[direction], "rewrite", at=file.stat().st_size // 2)  # which only rank 1 reads
+    failed = runs.do(words, ranks=2)
+    disk.heal()
+    shutil.copy2(next(undisturbed.sources[direction].rglob(SOURCE_FILES[direction])), file)
+    assert_one_clear_error(failed, target)
+    assert "a source file has changed while it was read" in failed.printed
+    again = runs.do(words, ranks=2)
+    assert failed.written_bytes > 0
+    assert again.written_bytes == undisturbed_on_disk.written_bytes[direction]
+    assert_goes_on(again, direction, target, undisturbed_on_disk)
+
+
 @both_directions
 def test_a_disk_that_fills_up_for_one_of_two_ranks_ends_both(
     direction: str, disk: FaultyDisk, runs: Runs, undisturbed: Undisturbed, tmp_path: Path

@@ -15,6 +15,7 @@ from tests.faults.conftest import (
     assert_goes_on,
     assert_one_clear_error,
     command,
+    has_mark,
     target_below,
 )
 from tests.faults.disks import FaultyDisk
@@ -64,6 +65,36 @@ def test_bytes_that_cannot_be_read_are_named_and_the_same_command_goes_on(
     assert_goes_on(again, direction, conversion.target, undisturbed_on_disk)
     assert failed.written_bytes > 0
     assert failed.written_bytes + again.written_bytes < 1.2 * undisturbed_on_disk.written_bytes[direction]
+
+
+@both_directions
+def test_job_scripts_start_again_after_a_fault_that_may_pass_until_that_brings_nothing_more(
+    direction: str, conversion: Conversion, disk: FaultyDisk, undisturbed_on_disk: Undisturbed
+) -> None:
+    disk.fail("read", SOURCE_FILES[direction], "EIO", at=conversion.middle_bytes)
+    first = conversion.run()
+    assert has_mark(conversion.target)
+    second = conversion.run()
+    assert not has_mark(conversion.target)
+    assert first.written_bytes > second.written_bytes == 0
+    for failed in (first, second):
+        assert_one_clear_error(failed, conversion.target)
+        assert failed.printed.count("\n  resume:") == 1
+    disk.heal()
+    assert_goes_on(conversion.run(), direction, conversion.target, undisturbed_on_disk)
+
+
+@both_directions
+@pytest.mark.parametrize("answer", ["up to", "rewrite"])
+def test_job_scripts_do_not_start_again_where_the_source_is_short_or_has_changed(
+    direction: str, answer: str, conversion: Conversion, disk: FaultyDisk, undisturbed: Undisturbed
+) -> None:
+    disk.fail("read", SOURCE_FILES[direction], answer, at=conversion.middle_bytes)
+    failed = conversion.run()
+    disk.heal()
+    shutil.copy2(next(undisturbed.sources[direction].rglob(SOURCE_FILES[direction])), conversion.file)
+    assert failed.written_bytes > 0
+    assert not has_mark(conversion.target)
 
 
 @both_directions
