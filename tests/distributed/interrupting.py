@@ -50,7 +50,8 @@ class Runs:
 
         Args:
             flags: of `dist_convert`.
-            how: ranks; and rank, moment (number of a call of that rank), signals, all (whether every rank gets them),
+            how: ranks, and on how many nodes; and rank, moment (number of a call of that rank), signals, all (whether
+                every rank gets them),
                 pause_seconds before them, patience_seconds from a rank's end to the others' SIGTERM.
         """
         assert self.process.stdin is not None

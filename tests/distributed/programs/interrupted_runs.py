@@ -37,9 +37,11 @@ import dist_convert.run  # noqa: E402  imported once, before forking
 from tests.distributed.programs.forked_store import end_store, fork_store  # noqa: E402
 
 TIMEOUT_SECONDS = 60.0
-#: What a run is by default. From the end of one rank to the SIGTERM of the others `patience_seconds` pass.
+#: What a run is by default; each of the nodes has as many ranks. From the end of one rank to the SIGTERM of the others
+#: `patience_seconds` pass.
 DEFAULTS: dict[str, Any] = {
-    "ranks": 1, "rank": -1, "moment": 0, "signals": [], "all": False, "pause_seconds": 0.0, "patience_seconds": 0.5,
+    "ranks": 1, "nodes": 1, "rank": -1, "moment": 0, "signals": [], "all": False, "pause_seconds": 0.0,
+    "patience_seconds": 0.5,
 }  # fmt: skip
 CALLS = ("preadv", "pwrite", "write", "fsync", "fdatasync", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
 
@@ -98,8 +100,10 @@ def run_rank(run: Mapping[str, Any], rank: int, port: int, answers: Path, counts
     """One rank, in its forked process."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(answers / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), stream)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["ranks"])}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(run["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    node, local_rank = divmod(rank, run["ranks"] // run["nodes"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(node)}
+    os.environ |= {"WORLD_SIZE": str(run["ranks"]), "LOCAL_WORLD_SIZE": str(run["ranks"] // run["nodes"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 5)
     count_calls(counts, rank, run["moment"] if rank == run["rank"] else 0, act_of(run))
