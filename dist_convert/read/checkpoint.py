@@ -104,10 +104,15 @@ def _tracked(root: Path, name_flag: str) -> str:
             "the tracker file names no iteration",
             file=str(tracker),
             expected="a number, or the word release",
-            found=repr(text[:40]),
+            found="a link to something else" if _is_link_out(tracker) else repr(text[:40]),
             remedy=f"name the iteration with {name_flag}",
         )
     return f"iter_{int(text):07d}"
+
+
+def _is_link_out(tracker: Path) -> bool:
+    """Whether a link leads out of the checkpoint, to a file that may be nobody's business."""
+    return not tracker.resolve().is_relative_to(tracker.parent.resolve())
 
 
 def _iterations(root: Path) -> list[str]:

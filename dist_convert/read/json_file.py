@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile
-from dist_convert.read.source_file import reading
+from dist_convert.read.small_file import read_small_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CorruptFile: it holds something else.
+        CorruptFile: it holds something else, or too much.
         SourceError: it cannot be read.
     """
-    with reading(path):
-        content = path.read_bytes()
+    content = read_small_file(path)
     try:
         data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -142,7 +142,7 @@ def _bare_file(directory: Path) -> Path | None:
     if os.path.isfile(directory / _ORIGINAL):
         places.append(directory.absolute().parent / MODEL_FILE)
     found = next((place for place in places if os.path.isfile(place)), None)
-    versions = sorted(directory.glob(f"{MODEL_FILE}.*")) if found is None else []
+    versions = [path for path in sorted(directory.glob(f"{MODEL_FILE}.*")) if path.is_file()] if found is None else []
     return versions[0] if len(versions) == 1 else found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.read.json_file import read_json
+from dist_convert.read.small_file import read_small_file
 from dist_convert.read.weights_index import check_inside
 from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.write.file_writer import target_error
@@ -126,7 +127,8 @@ def _ids_of_class(directory: Path) -> dict[str, int]:
     with _parsing(directory / "vocab.json") as words, _parsing(directory / "added_tokens.json") as added:
         ids = {str(word): int(number) for word, number in {**words, **added}.items()}
     if not words and (directory / "vocab.txt").is_file():
-        lines = (directory / "vocab.txt").read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n")
         ids |= {line.removesuffix("\r"): number for number, line in enumerate(lines)}
     return ids
 

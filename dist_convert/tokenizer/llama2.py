@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
+from dist_convert.read.small_file import read_small_file
 from dist_convert.tokenizer.packages import require
 from dist_convert.tokenizer.record import Tokenizer
 
@@ -82,7 +83,7 @@ def _read(path: Path) -> Any:
 
     message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
     try:
-        message.ParseFromString(path.read_bytes())
+        message.ParseFromString(read_small_file(path))
     except DecodeError as error:
         raise CorruptFile(
             "not a SentencePiece model",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
+from dist_convert.read.small_file import read_small_file
 from dist_convert.tokenizer.record import Style, Tokenizer
 
 BASE_TOKENS = 128000
@@ -55,7 +56,7 @@ def read_tiktoken(path: Path) -> Tokenizer:
 def _ids_of(path: Path) -> dict[bytes, int]:
     """The tokens and their ids. tiktoken's own reader keeps a copy by path, which may be of another file by now."""
     ids: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
+    for number, line in enumerate(read_small_file(path).splitlines()):
         token = _token(line, number)
         if not token or token in ids:
             raise CorruptFile(

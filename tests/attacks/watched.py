@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -94,6 +95,7 @@ def watch(words: list[str], answer: Path) -> int:
     space_bytes = memory_bytes("VmSize") + 2 * MOST_MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (space_bytes, space_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
+    signal.alarm(MOST_SECONDS)  # ends what waits for a file that never answers
     opened: set[str] = set()
     events: list[str] = []
 
