@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model
-from tests.distributed.interrupting import Runs, hashes_below, interrupted_runs
-from tests.to_megatron import FILE, grid_flags, make_hf, to_megatron
+from tests.distributed.interrupting import Runs, hashes_below
+from tests.to_megatron import FILE, TRACKER, grid_flags, make_hf, to_megatron
 
 LLAMA = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
 MIXTRAL = Model(hidden=64, ffn=96, heads=8, groups=4, head_dim=8, layers=2, vocab=99, padded_vocab=128, experts=4)
@@ -29,12 +28,6 @@ CASES: dict[str, tuple[Model, Grid, int, list[list[str]]]] = {
         MIXTRAL, Grid(tp=2, ep=2), 2, [["mp_rank_00_000", "mp_rank_01_000"], ["mp_rank_00_001", "mp_rank_01_001"]],
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as runs:
-        yield runs
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,6 +62,9 @@ def test_nodes_that_are_killed_again_and_again_end_with_the_bytes_of_their_own_d
         if -9 in run.exit_codes:
             kills += 1
             assert set(run.exit_codes) <= {-9, 0, 1, 143}, run.printed
+            for tracker in target.glob(f"node*/{TRACKER}"):  # no node speaks of a target that another lacks
+                assert tracker.read_text().strip() == "1"
+                assert len(list(target.glob(f"node*/{ITERATION}"))) == len(expected)
             continue
         assert set(run.exit_codes) == {0}, (run, sorted(target.rglob("*")))
         assert hashes_below(target) == hashes
