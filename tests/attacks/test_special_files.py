@@ -60,7 +60,7 @@ def put(path: Path, special: str) -> None:
 
 def assert_answered(seen: Seen) -> None:
     """It ended by itself, soon, with success or an error of ours."""
-    assert seen.exit_code in (0, 1), seen
+    assert seen.exit_code in (0, 1, 2), seen
     assert "Traceback" not in seen.printed, seen.printed
     assert "internal error" not in seen.printed
     assert seen.seconds < MOST_SECONDS
@@ -100,7 +100,7 @@ def test_what_a_link_in_a_megatron_checkpoint_leads_to_is_not_shown(
     (tmp_path / "source" / file).symlink_to(tmp_path / "private")
     for seen in (watched.run("inspect", str(tmp_path / "source")), run(watched, "megatron-to-hf", tmp_path)):
         assert_answered(seen)
-        assert seen.exit_code == 1
+        assert seen.exit_code in (1, 2)
         assert SECRET not in seen.printed
     assert not (tmp_path / "target").exists()
 
