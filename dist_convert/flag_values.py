@@ -1,13 +1,34 @@
-"""Values of flags that need more than one line to check."""
+"""Values of flags, checked."""
 
 from __future__ import annotations
 
 import argparse
 
 from dist_convert.errors import UsageError
+from dist_convert.units import parse_bytes
 
 #: Of `--timeout`; what is far larger does not fit into the libraries' counters.
 _MOST_SECONDS = 1_000_000
+
+
+def size(text: str) -> int:
+    """A size with a unit, in bytes."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}: {text!r} (expected {error.expected})") from error
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a positive whole number: {text!r}")
+    return int(text)
+
+
+def positive_or_zero(text: str) -> int:
+    """A whole number of 0 or more."""
+    return 0 if text == "0" else positive(text)
 
 
 def seconds(text: str) -> int:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_convert.errors import UsageError
-from dist_convert.flag_values import repository, seconds
+from dist_convert.flag_values import positive, repository, seconds, size
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
 from dist_convert.job_file import flags_of_file
 from dist_convert.rank_numbers import with_numbers
-from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
 
 #: Flags without which no command that has them can start.
@@ -24,26 +23,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
-
-
-def size(text: str) -> int:
-    """A size with a unit, in bytes."""
-    try:
-        return parse_bytes(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{error.what}: {text!r} (expected {error.expected})") from error
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a positive whole number: {text!r}")
-    return int(text)
-
-
-def positive_or_zero(text: str) -> int:
-    """A whole number of 0 or more."""
-    return 0 if text == "0" else positive(text)
 
 
 def add_switch(group: Any, flag: str, help_text: str) -> None:
@@ -87,7 +66,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         help="convert a Megatron checkpoint to a Hugging Face directory",
         description="Convert a Megatron checkpoint to a Hugging Face directory. Start it with torchrun to share the "
         "work among ranks; alone it is one rank.",
-        epilog="{rank}, {local_rank} and {node} in --load-path are replaced by this rank's numbers.",
+        epilog="{rank}, {local_rank} and {node} in --load-path and --save-path are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
     source.add_argument("--load-path", metavar="PATH", help="(required) root of the Megatron checkpoint")
@@ -115,7 +94,13 @@ def _add_megatron_to_hf(commands: Any) -> None:
         "that was trained since",
     )
     target = command.add_argument_group("target")
-    target.add_argument("--save-path", metavar="PATH", type=Path, help="(required) Hugging Face directory to be made")
+    target.add_argument("--save-path", metavar="PATH", help="(required) Hugging Face directory to be made")
+    add_switch(
+        target,
+        "--save-per-node",
+        "--save-path lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
+        "no weights; all nodes' directories copied into one are the model",
+    )
     target.add_argument(
         "--target-params-dtype",
         choices=tuple(TARGET_DTYPES),
@@ -213,9 +198,17 @@ def job_from_flags(flags: argparse.Namespace) -> Job:
     """
     if flags.private and not flags.push_to_hub:
         raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
+    if flags.push_to_hub and flags.save_per_node:
+        raise UsageError(
+            "no node has all files to upload",
+            found="--push-to-hub with --save-per-node",
+            remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: dist-convert "
+            f"push DIRECTORY {flags.push_to_hub}",
+        )
     return Job(
         load_path=Path(with_numbers(flags.load_path)),
-        save_path=flags.save_path.resolve(),
+        save_path=Path(with_numbers(flags.save_path)).resolve(),
+        save_per_node=flags.save_per_node,
         ckpt_dir_name=flags.ckpt_dir_name,
         target_params_dtype=flags.target_params_dtype,
         source_model_type=flags.source_model_type,

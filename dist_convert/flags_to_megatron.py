@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
-from dist_convert.flags import add_run_flags, add_switch, positive, positive_or_zero
+from dist_convert.flag_values import positive, positive_or_zero
+from dist_convert.flags import add_run_flags, add_switch
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.metadata.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
 from dist_convert.old_flags import add_old_flags

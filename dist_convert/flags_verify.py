@@ -7,7 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.flags import add_size, add_switch, add_timeout, positive
+from dist_convert.flag_values import positive
+from dist_convert.flags import add_size, add_switch, add_timeout
 from dist_convert.job import SAMPLE, VerifyJob
 from dist_convert.rank_numbers import with_numbers
 

@@ -49,9 +49,9 @@ def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[
         TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
     """
     lock, is_here, runs_before = None, False, 0
-    is_named = task.is_first_of_place(world.rank) and has_name(task, job)
+    is_named = task.is_first_of_place(world.rank) and has_name(task, job, world.rank)
     if task.is_first_of_place(world.rank) and (not is_named or is_ours(task.target)):
-        lock = claim(task.target, identity_of(task, job), overwrite=job.overwrite)
+        lock = claim(task.target, identity_of(task, job, world.rank), overwrite=job.overwrite)
     try:
         named = gather_objects(world, is_named)
         has_its_name = named[task.places.index(task.places[world.rank])]

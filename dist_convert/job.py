@@ -45,6 +45,7 @@ class Job:
     timeout_seconds: int = 600
     verify: str | None = None
     trace: Path | None = None
+    save_per_node: bool = False
 
 
 @dataclass(frozen=True)

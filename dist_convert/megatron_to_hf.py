@@ -13,6 +13,8 @@ from dist_convert.metadata.capacity_bins import Bin, read_bins
 from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
 from dist_convert.metadata.write import write_metadata
 from dist_convert.move.exchange import World, gather_objects
+from dist_convert.plan.content import Content
+from dist_convert.plan.deal_files import deal_files, file_numbers, with_own_targets
 from dist_convert.plan.survey import check_same_run
 from dist_convert.plan.to_huggingface import plan_to_huggingface
 from dist_convert.read.checkpoint import NAME_FLAG, TRACKER_FILE, iteration_directory, rank_files, tracked_name
@@ -25,6 +27,7 @@ from dist_convert.tokenizer.huggingface import is_huggingface
 from dist_convert.tokenizer.notes import how_to_add_tokenizer
 from dist_convert.tokenizer.record import Tokenizer, style_for
 from dist_convert.tokenizer.write import write_tokenizer
+from dist_convert.units import human_bytes
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
 from dist_convert.write.places import find_places, refuse_several_places
@@ -60,6 +63,13 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         imported_experts=job.habana_imported_experts,
     )
 
+    places = _places(job, world)
+    of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
+    is_divided = bool(max(places))
+    if is_divided:
+        content = with_own_targets(content)
+        of_places = deal_files(content, found.visible, places)
+    writable = tuple(of_places[place] for place in places)
     mine = [shards[name] for name in found.headers_of[world.rank]]
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
     style = style_for(tokenizer, content.side.architecture, job.source_model_type, instruct=job.instruct)
@@ -67,7 +77,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     def make_all_files(partial: Path) -> None:
         if world.rank == 0:
             write_tokenizer(tokenizer, style, partial)  # before the weights, so that what fails here fails early
-        make_files(partial, content.files)
+        make_files(partial, [file for file in content.files if file.name in writable[world.rank]])
 
     def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
         if world.rank == 0:
@@ -75,12 +85,17 @@ def megatron_to_hf(job: Job, world: World) -> Task:
             write_metadata(partial, job, content, directory, args, tokenizer, style, together)
 
     def last_words() -> str:
-        if job.push_to_hub or is_huggingface(job.save_path):  # after an upload it is said there
+        if job.push_to_hub:  # after an upload it is said there
             return ""
-        return how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=job.source_model_type)
+        to_do = [
+            f"{job.save_path} is a part of the model on each of {len(of_places)} disks: copy them into one directory"
+        ]
+        to_do = to_do if is_divided else []
+        if not is_huggingface(job.save_path):
+            model_type = job.source_model_type
+            to_do.append(how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=model_type))
+        return "\n".join(filter(None, to_do))
 
-    places = find_places(world, job.save_path, "--save-path")
-    refuse_several_places(places, job.save_path, "--save-path", "")
     return Task(
         content=content,
         direction="megatron-to-hf",
@@ -91,15 +106,50 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         visible=found.visible,
         target=job.save_path,
         places=places,
-        writable=(frozenset(file.name for file in content.files),) * world.size,
+        writable=writable,
         target_flag="--save-path",
         is_replaceable=lambda path: (path / "config.json").is_file(),
-        notes=notes + notes_on(job, content, shards, tokenizer, style),
+        notes=notes
+        + notes_on(job, content, shards, tokenizer, style)
+        + _notes_on_places(job, content, places, of_places),
         make_files=make_all_files,
         finish=finish,
         publish=lambda: None,
         last_words=last_words,
+        is_divided=is_divided,
     )
+
+
+def _places(job: Job, world: World) -> tuple[int, ...]:
+    """For each rank, the number of the place where its target lies.
+
+    Raises:
+        TargetError: nodes see different targets, and no flag says that this is meant.
+    """
+    places = find_places(world, job.save_path, "--save-path")
+    if not job.save_per_node:
+        refuse_several_places(
+            places, job.save_path, "--save-path", ", or give --save-per-node if each node is to keep some of the files"
+        )
+    return places
+
+
+def _notes_on_places(
+    job: Job, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
+) -> list[str]:
+    if not job.save_per_node:
+        return []
+    if len(of_places) == 1:
+        return ["--save-per-node has no effect: all ranks see one and the same --save-path"]
+    notes = []
+    for place, files in enumerate(of_places):
+        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+        size_bytes = sum(file.size_bytes for file in content.files if file.name in files)
+        notes.append(
+            f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: weights files "
+            f"{file_numbers(content, files)} of {len(content.files)}, {human_bytes(size_bytes)}"
+        )
+    return notes
 
 
 def discover_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:

@@ -7,7 +7,8 @@ rank takes the partial directory. Every journal is read by one rank that sees it
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from dist_convert.errors import SourceChanged
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.move.exchange import World, gather_objects
 from dist_convert.plan.content import content_digest, digest
+from dist_convert.plan.deal_files import file_numbers
 from dist_convert.plan.done import Done
-from dist_convert.plan.node_local import local_name, name_at
+from dist_convert.plan.node_local import local_name
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source_file import BACK_OR_ANEW, changed_files
+from dist_convert.records import TargetFile
 from dist_convert.task import Task
 from dist_convert.version import __version__
 from dist_convert.write.commit import check_target
@@ -46,15 +49,18 @@ from dist_convert.write.skeleton import reserve_file
 _PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
 
 
-def identity_of(task: Task, job: Job | ToMegatronJob) -> dict[str, Any]:
-    """What an unfinished target must have been made from, for this conversion to go on with it."""
+def identity_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+    """What an unfinished target must have been made from, for this conversion to go on with it where a rank has it."""
     flags = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(job).items()}
-    return identity(content_digest(task.content), task.source_identity, task.settings, flags, __version__)
+    settings = dict(task.settings)
+    if task.is_divided:
+        settings["weights files here"] = file_numbers(task.content, task.writable[rank])
+    return identity(content_digest(task.content), task.source_identity, settings, flags, __version__)
 
 
-def facts_of(task: Task, job: Job | ToMegatronJob) -> dict[str, Any]:
-    """What the manifest says of a conversion."""
-    known = identity_of(task, job)
+def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+    """What the manifest says of a conversion; of a divided target the same as of one that all nodes share."""
+    known = identity_of(task, job, rank)
     flags = {name: value for name, value in known["flags"].items() if name not in _PATHS}
     names = ("size_bytes", "modified_ns", "header_sha256")
     files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
@@ -62,7 +68,7 @@ def facts_of(task: Task, job: Job | ToMegatronJob) -> dict[str, Any]:
         "direction": task.direction,
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
-        "settings": digest(known["settings"]),
+        "settings": digest(dict(task.settings)),
         "flags": flags,
         "source": {"path": str(task.source.absolute()), "files": files},
     }
@@ -85,10 +91,11 @@ class Start:
     journal: Journal
 
 
-def has_name(task: Task, job: Job | ToMegatronJob) -> bool:
+def has_name(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
-    is_settled = not job.overwrite and is_complete(task.target, facts_of(task, job))
-    return is_settled or is_committed(task.target, identity_of(task, job))
+    facts = facts_of(task, job, rank)
+    is_settled = not job.overwrite and is_complete(task.target, facts, task.elsewhere(rank))
+    return is_settled or is_committed(task.target, identity_of(task, job, rank))
 
 
 def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
@@ -97,8 +104,8 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     Raises:
         TargetError, NotEnoughSpace: see `commit.check_target` and `partial.check_partial`.
     """
-    known = identity_of(task, job)
-    if has_name(task, job):
+    known = identity_of(task, job, rank)
+    if has_name(task, job, rank):
         return shutil.disk_usage(task.target).free
     free_bytes = check_target(
         task.target,
@@ -114,7 +121,7 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
 
 def begin(task: Task, world: World) -> Start:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
-    partial, place = task.partial, task.places[world.rank]
+    partial = task.partial
     is_first = task.is_first_of_place(world.rank)
     _forget_what_is_void(partial, world, is_first=is_first)
     boots = gather_objects(world, list(this_boot()))
@@ -124,14 +131,12 @@ def begin(task: Task, world: World) -> Start:
     names = sorted(frozenset[str]().union(*seen))
     run = last_run(name.partition("/")[2] for name in names) + 1
     mine = [name.partition("/")[2] for name in deal_headers(names, seen)[world.rank]]
-    records = [_placed(read_journal(partial, name, boots), task, place) for name in mine]
+    records = [_planned(read_journal(partial, name, boots), task.files_of(world.rank)) for name in mine]
     damaged = [file.name for file in task.files_of(world.rank) if not _is_whole(partial, file.name, file.size_bytes)]
     gathered = gather_objects(world, [records, damaged if is_first else []])
     history = history_of(
         [record for records, _ in gathered for record in records], [name for _, names in gathered for name in names]
     )
-    planned = {file.name for file in task.content.files}
-    history = replace(history, written=tuple(one for one in history.written if one[0].file in planned))
     if is_first:
         task.make_files(partial)
         for file in task.files_of(world.rank):
@@ -157,13 +162,12 @@ def _forget_what_is_void(partial: Path, world: World, *, is_first: bool) -> None
         raise target_error(error, str(partial)) from error
 
 
-def _placed(record: dict[str, Any], task: Task, place: int) -> dict[str, Any]:
-    """A journal's record with the plan's names of files: journals have those of their own place."""
-    if not max(task.places):
-        return record
+def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
+    """A journal's record with the plan's names of its place's files, and of no others."""
+    names = {local_name(file.name): file.name for file in files}
     changes = {kind: record[kind] for kind in ("run", *CHANGES)}
     return changes | {
-        kind: [[name_at(place, file), *rest] for file, *rest in record[kind]] for kind in ("wrote", "lost")
+        kind: [[names[file], *rest] for file, *rest in record[kind] if file in names] for kind in ("wrote", "lost")
     }
 
 

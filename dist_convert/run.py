@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dist_convert.channel import Channel
@@ -31,7 +30,6 @@ from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
-from dist_convert.records import TargetFile
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
 from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name
 from dist_convert.task import RunOptions, Task
@@ -44,6 +42,7 @@ from dist_convert.write.file_writer import target_error
 from dist_convert.write.history import History
 from dist_convert.write.journal import MARK_SECONDS
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
+from dist_convert.write.spread import spread_files
 
 
 def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome | None:
@@ -73,7 +72,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         for note in task.notes:
             print(note, file=sys.stderr)
     if job.dry_run:
-        is_done = any(gather_objects(world, is_first and has_name(task, job)))
+        is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         if world.rank == 0:
             print(_done_before(task) if is_done else describe_plan(task.target, plan, loads, free_bytes))
@@ -152,20 +151,29 @@ def _make(
             task.finish(partial, known)
         except OSError as error:
             raise target_error(error, str(error.filename or partial)) from error
-        records = {local_name(f.name): _record(partial, f, known) for f in task.my_share(world.rank)}
-        of_ranks: list[dict[str, Any]] = gather_objects(world, records)
-        check_source(task, world)
-        if task.is_first_of_place(world.rank):
-            at_place = [seen for rank, seen in enumerate(of_ranks) if task.places[rank] == task.places[world.rank]]
-            write_manifest(partial, {name: r for seen in at_place for name, r in seen.items()}, facts_of(task, job))
+        _describe(task, job, world, known)
         names = [local_name(file.name) for file in task.files_of(world.rank)]
         started = time.monotonic()
         channel.run_on(world.first_ranks, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
     return replace(Outcome.of_ranks(outcomes, 0.0), synced_seconds=time.monotonic() - started)
 
 
-def _record(partial: Path, file: TargetFile, known: Mapping[str, Sequence[KnownRange]]) -> dict[str, Any]:
-    return file_record(partial / local_name(file.name), known.get(file.name, ()))
+def _describe(task: Task, job: Job | ToMegatronJob, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
+    """Write the manifest at every place, and what else a divided target has everywhere."""
+    records = {
+        file.name: file_record(task.partial / local_name(file.name), known.get(file.name, ()))
+        for file in task.my_share(world.rank)
+    }
+    of_ranks: list[dict[str, Any]] = gather_objects(world, records)
+    check_source(task, world)
+    is_first = task.is_first_of_place(world.rank)
+    if is_first and (world.rank == 0 or not task.is_divided):
+        named = task.writable[world.rank] | task.elsewhere(world.rank)
+        weights = {local_name(name): r for of_rank in of_ranks for name, r in of_rank.items() if name in named}
+        write_manifest(task.partial, weights, facts_of(task, job, world.rank))
+    if task.is_divided:
+        weights_files = frozenset(file.name for file in task.content.files)
+        spread_files(world, task.partial, weights_files, receives=is_first and world.rank > 0)
 
 
 def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]], places: Sequence[int] = (0,)) -> str:

@@ -61,6 +61,7 @@ class Task:
         finish: adds all that is no weight to a directory, given the known checksums by file; every rank calls it.
         publish: what follows the renaming, on the first rank of each place.
         last_words: gives a line for the user at the very end, if there is something left to do, else nothing.
+        is_divided: the places hold parts of one target: each has some of its weights files, and a copy of all else.
     """
 
     content: Content
@@ -80,6 +81,7 @@ class Task:
     finish: Callable[[Path, Mapping[str, Sequence[KnownRange]]], None]
     publish: Callable[[], None]
     last_words: Callable[[], str]
+    is_divided: bool = False
 
     @property
     def partial(self) -> Path:
@@ -99,3 +101,8 @@ class Task:
     def files_of(self, rank: int) -> tuple[TargetFile, ...]:
         """The target files where a rank's target lies."""
         return tuple(file for file in self.content.files if file.name in self.writable[rank])
+
+    def elsewhere(self, rank: int) -> frozenset[str]:
+        """The names of the weights files that lie at other places than a rank's, and belong to the same target."""
+        names = frozenset(file.name for file in self.content.files) if self.is_divided else frozenset[str]()
+        return names - self.writable[rank]

@@ -111,6 +111,16 @@ def _named_loss() -> Iterator[None]:
         raise lost_contact(str(error).splitlines()[0]) from error
 
 
+def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
+    """Rank 0's bytes, so many of them, on every rank; others' are not used. They travel over gloo, on every device."""
+    if world.size == 1:
+        return mine
+    buffer = bytearray(mine if world.rank == 0 else size_bytes)
+    with _named_loss():
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=0)
+    return bytes(buffer)
+
+
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     gather_objects(world, None)

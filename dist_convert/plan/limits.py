@@ -111,7 +111,9 @@ def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[froz
         return 0
     reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
     largest_bytes = 0
-    distinct = {(moves[share.move].needs, moves[share.move].parameter.row.split): share.move for share in team.shares}
+    distinct = {
+        (moves[share.move].all_needs, moves[share.move].parameter.row.split): share.move for share in team.shares
+    }
     for move in (moves[number] for number in distinct.values()):
         readers = readers_of(move, team, visible)
         pieces = max(Counter(member for members in readers for member in members).values())

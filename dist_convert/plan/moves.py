@@ -47,6 +47,7 @@ class Move:
         homes: for each piece of the source, the files that hold it (equal copies).
         targets: the files that the parameter is written to.
         needs: sets of files; ranks can do the move together if they reach one file of each.
+        own_targets: the same of target files that not every rank can write, as far as `needs` does not say it.
     """
 
     parameter: Parameter
@@ -56,6 +57,12 @@ class Move:
     homes: tuple[tuple[str, ...], ...]
     targets: tuple[str, ...]
     needs: tuple[tuple[str, ...], ...]
+    own_targets: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def all_needs(self) -> tuple[tuple[str, ...], ...]:
+        """All that ranks must reach to do the move."""
+        return (*self.needs, *self.own_targets)
 
 
 def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
@@ -93,7 +100,7 @@ def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
             needs = (*homes, *((file,) for file in targets))
             moves.append(Move(parameter, views, elements * item_bytes, written_bytes, homes, targets, needs))
         else:
-            # Hugging Face files lie on a file system that every rank shares.
+            # Hugging Face files lie where every rank writes them, unless `node_local.divided` says otherwise.
             size_bytes = elements * DTYPE_BYTES[views[0].dtype]
             moves.append(Move(parameter, views, size_bytes, size_bytes, shard_files, hf_files, shard_files))
     return tuple(moves)

@@ -6,6 +6,7 @@ placement every team is a single rank and nothing is gathered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,11 +53,12 @@ def form_teams(
         MissingShard: a shard that no rank sees.
         UsageError: direct placement where some shard set is not seen whole by any single rank.
     """
+    bridges: list[tuple[int, ...]] = []
     if placement == "direct":
         groups: list[tuple[int, ...]] = [(rank,) for rank in range(len(visible))]
     else:
-        groups = _gather_groups(moves, visible)
-    shares = _deal(moves, groups, visible, finished)
+        groups, bridges = _gather_groups(moves, visible)
+    shares = _deal(moves, groups, bridges, visible, finished)
     return tuple(Team(ranks, tuple(listed)) for ranks, listed in zip(groups, shares, strict=True))
 
 
@@ -75,17 +77,21 @@ def _shard_sets(moves: Sequence[Move]) -> tuple[Homes, ...]:
     return tuple(dict.fromkeys(move.needs for move in with_experts or moves if len(move.needs) == most))
 
 
-def _gather_groups(moves: Sequence[Move], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+def _gather_groups(
+    moves: Sequence[Move], visible: Sequence[frozenset[str]]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Ranks that see the same files, merged where only several of them together see a whole set of shards.
 
-    Ranks that see whole sets are split again: one team for each set, as far as there are ranks.
+    Ranks that see whole sets are split again: one team for each set, as far as there are ranks. Where ranks that are
+    merged could do most moves among themselves, and only what crosses nodes' own disks takes several of them, they lend
+    some ranks for that; these teams are also returned on their own.
     """
     classes: dict[frozenset[str], tuple[int, ...]] = {}
     for rank, seen in enumerate(visible):
         classes[seen] = (*classes.get(seen, ()), rank)
     whole = list(classes.values())
     merged: list[tuple[int, ...]] = []
-    for homes in dict.fromkeys(move.needs for move in moves):
+    for homes in dict.fromkeys(move.all_needs for move in moves):
         candidates = whole + merged
         if any(_sees_all(homes, _union(ranks, visible)) for ranks in candidates):
             continue
@@ -93,9 +99,49 @@ def _gather_groups(moves: Sequence[Move], visible: Sequence[frozenset[str]]) -> 
         whole = [ranks for ranks in whole if ranks not in chosen]
         merged = [ranks for ranks in merged if ranks not in chosen]
         merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
+    bridges = []
+    for ranks in list(merged):
+        kept, lent = _lend(ranks, [part for part in classes.values() if part[0] in ranks], moves, visible)
+        if kept:
+            merged.remove(ranks)
+            bridges.append(lent)
+            whole += kept
     sets = _shard_sets(moves)
     split = [team for ranks in whole for team in _split(ranks, sets, visible)]
-    return sorted(split + merged)
+    return sorted(split + merged + bridges), bridges
+
+
+def _lend(
+    merged: tuple[int, ...],
+    classes: Sequence[tuple[int, ...]],
+    moves: Sequence[Move],
+    visible: Sequence[frozenset[str]],
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """What is kept of each class of a merged team, and the ranks lent to it; nothing is kept where all are needed.
+
+    A class lends ranks by the share of bytes that cross, one at least.
+    """
+    if not any(move.own_targets for move in moves):
+        return [], merged
+    sizes_bytes: Counter[Homes] = Counter()
+    for move in moves:
+        sizes_bytes[move.all_needs] += move.size_bytes
+    seen = _union(merged, visible)
+    alone_bytes = [
+        sum(size for homes, size in sizes_bytes.items() if _sees_all(homes, visible[part[0]])) for part in classes
+    ]
+    crossing_bytes = sum(
+        size
+        for homes, size in sizes_bytes.items()
+        if _sees_all(homes, seen) and not any(_sees_all(homes, visible[part[0]]) for part in classes)
+    )
+    kept: list[tuple[int, ...]] = []
+    lent: list[int] = []
+    for part, size_bytes in zip(classes, alone_bytes, strict=True):
+        count = max(1, round(len(part) * crossing_bytes / (crossing_bytes + size_bytes)))
+        lent += part[len(part) - count :]
+        kept += [part[: len(part) - count]] if count < len(part) else []
+    return kept, tuple(sorted(lent))
 
 
 def _cover(homes: Homes, candidates: list[tuple[int, ...]], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
@@ -120,26 +166,32 @@ def _split(ranks: tuple[int, ...], sets: tuple[Homes, ...], visible: Sequence[fr
 def _deal(
     moves: Sequence[Move],
     groups: Sequence[tuple[int, ...]],
+    bridges: Sequence[tuple[int, ...]],
     visible: Sequence[frozenset[str]],
     finished: frozenset[int],
 ) -> list[list[Share]]:
-    """Cut the moves' bytes into contiguous stretches, in proportion to the teams' ranks."""
+    """Cut the moves' bytes into contiguous stretches, in proportion to the ranks of the teams that can do them.
+
+    Bridges do only what no other team can.
+    """
     seen = [_union(ranks, visible) for ranks in groups]
     able: dict[Homes, tuple[int, ...]] = {}
     moves_of: dict[tuple[int, ...], list[int]] = {}
     for number, move in enumerate(moves):
         if number in finished:
             continue
-        if move.needs not in able:
-            able[move.needs] = tuple(t for t, files in enumerate(seen) if _sees_all(move.needs, files))
-        if not able[move.needs]:
+        needs = move.all_needs
+        if needs not in able:
+            teams = tuple(team for team, files in enumerate(seen) if _sees_all(needs, files))
+            able[needs] = tuple(team for team in teams if groups[team] not in bridges) or teams
+        if not able[needs]:
             raise UsageError(
                 f"no rank alone sees all shards of {move.parameter.name}",
                 expected="every rank sees every file, for --placement direct",
-                found="shards on different machines",
+                found="files on the disks of different machines",
                 remedy="use --placement gather",
             )
-        moves_of.setdefault(able[move.needs], []).append(number)
+        moves_of.setdefault(able[needs], []).append(number)
     shares: list[list[Share]] = [[] for _ in groups]
     for teams, numbers in moves_of.items():
         ends = _ends({team: len(groups[team]) for team in teams}, sum(moves[n].size_bytes for n in numbers))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from dist_convert.errors import DifferentModel
+from dist_convert.errors import DifferentModel, UsageError
 from dist_convert.job import SAMPLE, Job, ToMegatronJob
 from dist_convert.move.exchange import World
 from dist_convert.task import Task
@@ -26,11 +26,12 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
     takes the directory where the target is.
 
     Raises:
-        BudgetTooSmall: the comparison could not be made. The result raises `DifferentModel`.
+        BudgetTooSmall, UsageError: the comparison could not be made. The result raises `DifferentModel`.
     """
     if job.verify is None:
         return lambda _: None
     check_budget(job.max_memory_per_rank_bytes)
+    _check_sights(task)
     sample = SAMPLE if job.verify == "sample" else Fraction(1)
     which = Which(task.source)
     if isinstance(job, Job):
@@ -51,6 +52,29 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
             print(_line(task, outcome), file=sys.stderr)
 
     return check
+
+
+def _check_sights(task: Task) -> None:
+    """Refuse a target of which no node has all while it lacks some of the source: parts cannot be compared.
+
+    Raises:
+        UsageError: naming a file that some node lacks.
+    """
+    if not task.is_divided:
+        return
+    for place in sorted(set(task.places)):
+        ranks = [rank for rank, of_rank in enumerate(task.places) if of_rank == place]
+        best = max((task.visible[rank] for rank in ranks), key=len)
+        missing = sorted(task.source_identity.keys() - best)
+        if missing and task.writable[ranks[0]]:
+            raise UsageError(
+                "--verify cannot compare what lies on the disks of different nodes",
+                file=missing[0],
+                expected="with --save-per-node, every node sees the whole source",
+                found=f"rank {ranks[0]} does not see this file",
+                remedy="leave out --verify, copy the nodes' directories into one that all nodes see, and compare then: "
+                "torchrun ... -m dist_convert verify SOURCE DIRECTORY",
+            )
 
 
 def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:

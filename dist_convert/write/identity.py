@@ -13,7 +13,7 @@ FORMAT = 1
 FREE_FLAGS = frozenset(
     {
         "device", "placement", "max_memory_per_rank_bytes", "dry_run", "overwrite", "verbose", "allow_overflow",
-        "push_to_hub", "private", "timeout_seconds", "verify", "trace",
+        "push_to_hub", "private", "timeout_seconds", "verify", "trace", "save_per_node",
     }
 )  # fmt: skip
 _SHOWN = 5

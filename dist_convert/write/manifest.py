@@ -47,13 +47,14 @@ def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str
 
     Args:
         partial: the directory in which the target is made.
-        weights: the records of the weights files there, by name.
+        weights: the records of the target's weights files by name, those that lie on other nodes' disks included.
         facts: what else is said.
 
     Raises:
         TargetError, NotEnoughSpace: the file system refuses.
     """
-    names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+    here = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()}
+    names = sorted(here | weights.keys())
     own = (JOURNAL_DIRECTORY + "/", RESUMABLE, MANIFEST_FILE)
     files = {name: weights.get(name) or file_record(partial / name) for name in names if not name.startswith(own)}
     path = partial / MANIFEST_FILE
@@ -80,13 +81,22 @@ def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -
     )
 
 
-def is_complete(target: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a directory is what a conversion of these facts leaves, by its manifest and the sizes of its files."""
+def is_complete(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> bool:
+    """Whether a directory is what a conversion of these facts leaves, by its manifest and the sizes of its files.
+
+    Args:
+        target: the directory.
+        facts: see `write_manifest`.
+        elsewhere: files of the manifest that lie on other nodes' disks.
+    """
     try:
         manifest = json.loads((target / MANIFEST_FILE).read_bytes())
         files = manifest["files"].items()
-        sizes = {name: (target / name).stat().st_size for name, _ in files}
-        is_same = all(manifest[name] == value for name, value in facts.items() if name != "versions")
-        return is_same and all(sizes[name] == record["size_bytes"] for name, record in files)
+        sizes = {name: (target / name).stat().st_size for name, _ in files if name not in elsewhere}
+        # By their sizes, times and headers source files are the same, wherever they lie: a node may have its own path.
+        is_same = manifest["source"]["files"] == facts["source"]["files"] and all(
+            manifest[name] == value for name, value in facts.items() if name not in ("versions", "source")
+        )
+        return is_same and all(record["size_bytes"] == sizes[name] for name, record in files if name in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -230,8 +230,14 @@ def cover_faults(made: Content, written: Iterable[Interval]) -> list[str]:
     return faults + [f"{file.name}: ends at {position[file.name]} of {file.size_bytes}" for file in cut_short]
 
 
-def plan(made: Content, visible: Sequence[frozenset[str]], placement: str, budget_bytes: int = 1_000_000_000) -> Plan:
-    return divide(made, visible, placement=placement, budget_bytes=budget_bytes)
+def plan(
+    made: Content,
+    visible: Sequence[frozenset[str]],
+    placement: str,
+    budget_bytes: int = 1_000_000_000,
+    writable: Sequence[frozenset[str]] | None = None,
+) -> Plan:
+    return divide(made, visible, placement=placement, budget_bytes=budget_bytes, writable=writable)
 
 
 def faults_of(plan: Plan) -> list[str]:
