@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from torch.distributed import DistError
@@ -20,7 +21,7 @@ from torch.distributed import DistError
 from dist_convert.answer import answer_within
 from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
 from dist_convert.failures import Failures
-from dist_convert.heartbeat import BEAT_SECONDS, Beat, Pulse, suspects, wait_for_work
+from dist_convert.heartbeat import Pulse, wait_for_work
 from dist_convert.rendezvous import connect, is_served_by_launcher
 from dist_convert.signals import Signals
 
@@ -133,8 +134,10 @@ class Channel:
         self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             return self._report(self._failures, message, exit_code)
-        except DistError:
-            return exit_code  # rank 0, which served the store and has printed the failure, is gone
+        except DistError:  # who served the store is gone: rank 0, which has printed the failure, or its whole machine
+            if is_served_by_launcher() and os.environ.get("LOCAL_RANK") == "0":
+                print(message, file=sys.stderr, flush=True)
+            return exit_code
 
     def _report(self, failures: Failures, message: str, exit_code: int) -> int:
         first = failures.post(message, exit_code, self._stopped_by)
@@ -151,29 +154,26 @@ class Channel:
         return exit_code if first or posted is None else int(posted["exit_code"])
 
     def explain(self, error: LostRank) -> None:
-        """Say in an error which rank it may be that keeps the others waiting; backends do not know."""
-        if self._store is None or "tim" not in error.found.lower():  # only a time-out leaves a rank to be looked for
+        """Say in an error which rank it may be that keeps the others waiting, or is gone; backends do not know."""
+        store = self._store
+        if store is None:
             return
         try:
-            found = answer_within(2.5 * BEAT_SECONDS + _PATIENCE_SECONDS, self._suspects)
-        except TimeoutError:
+            found = answer_within(2 * _PATIENCE_SECONDS, lambda: self._pulse.suspects(store, self._lock))
+        except (TimeoutError, DistError):
+            error.found = f"{os.environ.get('MASTER_ADDR')}, where all ranks meet, does not answer; {error.found}"
             return
-        self._printer_is_silent = any(beat.rank == 0 for beat in found)
+        if "tim" not in error.found.lower():  # a connection that broke: whoever is gone is silent
+            found = [beat for beat in found if beat.is_silent]
         if found:
+            self._printer_is_silent = any(beat.rank == 0 for beat in found)
             error.what = f"{found[0]}, does not answer"
             error.found = "; ".join(map(str, found[1:])) or error.found
 
-    def _suspects(self) -> list[Beat]:
-        assert self._store is not None
-        try:
-            before = self._pulse.heard(self._store, self._lock)
-            time.sleep(2.5 * BEAT_SECONDS)
-            return suspects(before, self._pulse.heard(self._store, self._lock))
-        except DistError:
-            return []
-
     def _watch(self) -> None:
-        while not self._closed.wait(_POLL_SECONDS):
+        for pause_seconds in chain([0.0], repeat(_POLL_SECONDS)):  # the first beat at once: a rank may be lost soon
+            if self._closed.wait(pause_seconds):
+                return
             try:
                 self._heed_signals()
                 if self._failures is None:

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dist_convert.errors import lost_contact
 from dist_convert.failures import Store
@@ -20,12 +20,16 @@ _ALONE = ("reading step", "writing step")
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said: how often it has, on which machine it is, and what its main thread does."""
+    """What a rank last said: how often it has, on which machine it is, and what its main thread does.
+
+    `is_silent` where it has not said anything for a while.
+    """
 
     rank: int
     count: int
     host: str
     doing: str
+    is_silent: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}, last heard of while {self.doing}"
@@ -64,9 +68,8 @@ class Watchdog:
 def suspects(before: Sequence[Beat], after: Sequence[Beat]) -> list[Beat]:
     """Who keeps the others waiting: the ranks that were silent between two looks, else those that wait for nobody."""
     counts = {beat.rank: beat.count for beat in before}
-    return [beat for beat in after if counts.get(beat.rank) == beat.count] or [
-        beat for beat in after if beat.doing.startswith(_ALONE)
-    ]
+    silent = [replace(beat, is_silent=True) for beat in after if counts.get(beat.rank) == beat.count]
+    return silent or [beat for beat in after if beat.doing.startswith(_ALONE)]
 
 
 class Pulse:
@@ -99,6 +102,12 @@ class Pulse:
         with lock:
             texts = store.multi_get(self._keys) if store.check(self._keys) else []
         return [Beat(*json.loads(text)) for text in texts]
+
+    def suspects(self, store: Store, lock: threading.Lock) -> list[Beat]:
+        """Who keeps the others waiting, or is gone; it takes some seconds to find out."""
+        before = self.heard(store, lock)
+        time.sleep(2.5 * BEAT_SECONDS)
+        return suspects(before, self.heard(store, lock))
 
 
 def wait_for_work(

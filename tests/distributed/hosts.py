@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +41,33 @@ class Hosts:
         """Where each host sees its own disk."""
         return self.root / "local"
 
-    def torchrun(self, *arguments: str, module: str = "dist_convert") -> list[Run]:
-        """Run a module with one rank on each host, by static rendezvous at the first, until all have ended."""
+    def connect(self, number: int) -> None:
+        """Take a host's network up again."""
+        _ip(f"-n {self.names[number]} link set eth0 up")
+
+    def end(self, number: int) -> None:
+        """Kill all that runs on a host."""
+        found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True, check=True)
+        for process in found.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+
+    def torchrun(
+        self, *arguments: str, module: str = "dist_convert", on_first_end: Callable[[], None] = lambda: None
+    ) -> list[Run]:
+        """Run a module with one rank on each host, by static rendezvous at the first, until all have ended.
+
+        Args:
+            arguments: of the module.
+            module: that every rank runs.
+            on_first_end: called when the first host's or another's torchrun has ended.
+        """
         meeting = ("--nnodes", str(len(self.names)), "--master-addr", self.names[0], "--master-port", PORT)
         commands = [
             self._on(name, *command(1, *arguments, module=module, nodes=(*meeting, "--node-rank", str(number))))
             for number, name in enumerate(self.names)
         ]
-        return run_together(commands, [environment(GLOO_SOCKET_IFNAME="eth0")] * len(commands))
+        return run_together(commands, [environment(GLOO_SOCKET_IFNAME="eth0")] * len(commands), on_first_end)
 
     def _on(self, name: str, *words: str) -> list[str]:
         enter = ["unshare", "--mount", "--uts", "--propagation", "private", "bash", "-euc", _ENTER, "enter"]

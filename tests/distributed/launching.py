@@ -8,7 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,27 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def run_together(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> list[Run]:
-    """Run commands at the same time; stops all of them where one hangs."""
+def run_together(
+    commands: Sequence[Sequence[str]],
+    environments: Sequence[dict[str, str]],
+    on_first_end: Callable[[], None] = lambda: None,
+) -> list[Run]:
+    """Run commands at the same time; stops all of them where one hangs.
+
+    Args:
+        commands: each with its arguments.
+        environments: of each.
+        on_first_end: called when the first of them has ended.
+    """
     running = [
         subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for line, env in zip(commands, environments, strict=True)
     ]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
+        while all(process.poll() is None for process in running) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        on_first_end()
         printed = [process.communicate(timeout=TIMEOUT_SECONDS) for process in running]
     finally:
         for process in running:

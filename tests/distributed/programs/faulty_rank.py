@@ -1,8 +1,8 @@
 """Every rank's program where one rank meets a fault: `faulty_rank RANK FAULT FLAGS...`.
 
 The fault happens after that rank's first bytes have been written, when the others are busy or wait in a collective:
-`kill` ends the rank without a word, `cut:FILE` cuts a source file short, `fill:FILE` takes the space that a file system
-has left, `run:COMMAND` runs a command.
+`kill` ends the rank without a word, `stop` stops it as it is, `cut:FILE` cuts a source file short, `fill:FILE` takes
+the space that a file system has left, `run:COMMAND` runs a command.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def commit(fault: str) -> None:
     kind, _, file = fault.partition(":")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "cut":
         os.truncate(file, 100)
     elif kind == "fill":
