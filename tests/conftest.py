@@ -1,4 +1,4 @@
-"""Which tests run only when they are asked for, and what tests of several folders start from."""
+"""Which tests run only when they are asked for, what those for GPUs ran on, and what several folders start from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.devices import describe_gpus
 from tests.distributed.interrupting import Runs, interrupted_runs
 from tests.file_systems import mounted
 
@@ -41,3 +42,12 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             return point
 
         yield make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After `pytest -m gpu`, say what ran, and on what; the reasons of what was skipped stand above."""
+    if config.getoption("markexpr") != "gpu":
+        return
+    terminalreporter.section(describe_gpus())
+    for report in terminalreporter.stats.get("passed", []):
+        terminalreporter.line(report.nodeid)
