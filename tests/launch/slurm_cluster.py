@@ -37,7 +37,11 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000
-PartitionName=all Nodes=node[1-2] Default=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=node[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=patient Nodes=node[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -77,15 +81,23 @@ class Cluster:
 
     def submit(self, *arguments: str, **env: str) -> Job:
         """Run `launch/slurm.sbatch` on both nodes, one rank on each, until it has ended."""
-        log = self.directory / f"{time.monotonic_ns()}.log"
-        limits = ("--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}")
+        return self.wait(self.start(*arguments, **env))
+
+    def start(self, *arguments: str, partition: str = "all", **env: str) -> str:
+        """Put `launch/slurm.sbatch` into the queue, for one rank on each node; returns the job's number."""
+        log = self.directory / "%j.log"
+        limits = ("--parsable", "--nodes=2", "--cpus-per-task=1", f"--partition={partition}", f"--output={log}")
         script = str(REPOSITORY / "launch" / "slurm.sbatch")
         meeting = {"RANKS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "PYTHON": sys.executable}
-        job = self.run("sbatch", *limits, script, *arguments, env=meeting | env).strip()
+        return self.run("sbatch", *limits, script, *arguments, env=meeting | env).strip()
+
+    def wait(self, job: str) -> Job:
+        """Wait until a job has ended, however often it goes back into the queue."""
+        log = self.directory / f"{job}.log"
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             fields = self.fields(job)
-            if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
+            if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"):
                 return Job(fields["JobState"], int(fields["Restarts"]), log.read_text())
             if fields["JobState"] == "PENDING" and fields["Restarts"] != "0":
                 # Slurm lets a requeued job wait for two minutes.
@@ -132,7 +144,7 @@ def cluster(directory: Path) -> Iterator[Cluster]:
 
 
 def _idle_nodes(conf: Path) -> int:
-    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    command = ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"]
     done = subprocess.run(command, env=environment(SLURM_CONF=str(conf)), capture_output=True, text=True, check=False)
     return done.stdout.split().count("idle")
 
