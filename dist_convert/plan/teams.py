@@ -82,9 +82,9 @@ def _gather_groups(
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Ranks that see the same files, merged where only several of them together see a whole set of shards.
 
-    Ranks that see whole sets are split again: one team for each set, as far as there are ranks. Where ranks that are
-    merged could do most moves among themselves, and only what crosses nodes' own disks takes several of them, they lend
-    some ranks for that; these teams are also returned on their own.
+    Ranks that see whole sets are split again: one team for each set, as far as there are ranks. Where ranks of nodes
+    could do most moves alone, and few cross the nodes' own disks, each lends some ranks to teams for those, which are
+    also returned on their own.
     """
     classes: dict[frozenset[str], tuple[int, ...]] = {}
     for rank, seen in enumerate(visible):
@@ -99,49 +99,47 @@ def _gather_groups(
         whole = [ranks for ranks in whole if ranks not in chosen]
         merged = [ranks for ranks in merged if ranks not in chosen]
         merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
-    bridges = []
-    for ranks in list(merged):
-        kept, lent = _lend(ranks, [part for part in classes.values() if part[0] in ranks], moves, visible)
+    bridges: list[tuple[int, ...]] = []
+    for ranks in [*merged] if any(move.own_targets for move in moves) else []:
+        kept, lent = _lend([part for part in classes.values() if part[0] in ranks], moves, visible)
         if kept:
             merged.remove(ranks)
-            bridges.append(lent)
             whole += kept
+            bridges += lent
     sets = _shard_sets(moves)
     split = [team for ranks in whole for team in _split(ranks, sets, visible)]
     return sorted(split + merged + bridges), bridges
 
 
 def _lend(
-    merged: tuple[int, ...],
-    classes: Sequence[tuple[int, ...]],
-    moves: Sequence[Move],
-    visible: Sequence[frozenset[str]],
-) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    """What is kept of each class of a merged team, and the ranks lent to it; nothing is kept where all are needed.
+    classes: Sequence[tuple[int, ...]], moves: Sequence[Move], visible: Sequence[frozenset[str]]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """What classes of a merged team keep, and the teams of ranks that they lend: one for each set of classes that
+    together do moves which none of them can do alone.
 
-    A class lends ranks by the share of bytes that cross, one at least.
+    A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that.
     """
-    if not any(move.own_targets for move in moves):
-        return [], merged
-    sizes_bytes: Counter[Homes] = Counter()
+    alone_bytes: Counter[tuple[int, ...]] = Counter()
+    crossing_bytes: Counter[tuple[tuple[int, ...], ...]] = Counter()
     for move in moves:
-        sizes_bytes[move.all_needs] += move.size_bytes
-    seen = _union(merged, visible)
-    alone_bytes = [
-        sum(size for homes, size in sizes_bytes.items() if _sees_all(homes, visible[part[0]])) for part in classes
-    ]
-    crossing_bytes = sum(
-        size
-        for homes, size in sizes_bytes.items()
-        if _sees_all(homes, seen) and not any(_sees_all(homes, visible[part[0]]) for part in classes)
-    )
-    kept: list[tuple[int, ...]] = []
-    lent: list[int] = []
-    for part, size_bytes in zip(classes, alone_bytes, strict=True):
-        count = max(1, round(len(part) * crossing_bytes / (crossing_bytes + size_bytes)))
-        lent += part[len(part) - count :]
-        kept += [part[: len(part) - count]] if count < len(part) else []
-    return kept, tuple(sorted(lent))
+        able = [part for part in classes if _sees_all(move.all_needs, visible[part[0]])]
+        alone_bytes.update(dict.fromkeys(able, move.size_bytes))
+        if not able and _sees_all(move.all_needs, _union([part[0] for part in classes], visible)):
+            crossing_bytes[tuple(sorted(_cover(move.all_needs, [*classes], visible)))] += move.size_bytes
+    kept = {part: part for part in classes}
+    lent: list[tuple[int, ...]] = []
+    for bridged, size_bytes in crossing_bytes.items():
+        team: list[int] = []
+        for part in bridged:
+            through_bytes = sum(size // len(other) for other, size in crossing_bytes.items() if part in other)
+            share = size_bytes / len(bridged) / max(1, alone_bytes[part] + through_bytes)
+            count = max(1, round(len(part) * share))
+            team += kept[part][-count:]
+            kept[part] = kept[part][:-count]
+        lent.append(tuple(sorted(team)))
+    if not all(kept.values()):
+        return [], []
+    return list(kept.values()), lent
 
 
 def _cover(homes: Homes, candidates: list[tuple[int, ...]], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:

@@ -56,15 +56,25 @@ def test_the_number_of_ranks_on_a_node_changes_nothing(each: int) -> None:
     assert numbers(LLAMA_70B, [STAGES[place] for place in places], places) == ["1-8", "9-15", "16-22", "23-30"]
 
 
-def test_a_rank_of_each_node_is_lent_to_what_crosses_nodes_and_all_others_gather_within_their_own() -> None:
+def test_neighbours_lend_a_rank_each_to_what_crosses_them_and_all_others_gather_within_their_node() -> None:
     places = [rank // 8 for rank in range(32)]
     plan = divided(LLAMA_70B, [STAGES[place] for place in places], places)
     assert [team.ranks for team in plan.teams] == [
-        tuple(range(7)), (7, 15, 23, 31), tuple(range(8, 15)), tuple(range(16, 23)), tuple(range(24, 31)),
+        (0, 1, 2, 3, 4, 5, 6), (7, 15), (8, 9, 10, 11, 12, 13), (14, 23), (16, 17, 18, 19, 20, 21), (22, 31),
+        (24, 25, 26, 27, 28, 29, 30),
     ]  # fmt: skip
-    crossing_bytes = sum(share.end_byte - share.first_byte for share in plan.teams[1].shares)
-    # Three files hold layers of two stages, and there is nothing else that crosses.
-    assert 0 < crossing_bytes < 3 * 5_000_000_000
+    for bridge in (1, 3, 5):
+        # A file holds layers of two stages, and there is nothing else that crosses.
+        assert 0 < sum(share.end_byte - share.first_byte for share in plan.teams[bridge].shares) < 5_000_000_000
+
+
+@pytest.mark.parametrize("each", [8, 64])
+def test_teams_of_sixteen_nodes_stay_within_the_memory_that_ranks_have_by_default(each: int) -> None:
+    made = headers.content(*FULL_SIZE["Llama-3.1-405B TP8 PP16"])
+    stages = [frozenset(file for file in files_of(made) if f"_{stage:03d}/" in file) for stage in range(16)]
+    places = [rank // each for rank in range(16 * each)]
+    plan = divided(made, [stages[place] for place in places], places)  # else an error: BudgetTooSmall
+    assert max(len(team.ranks) for team in plan.teams) <= each
 
 
 def test_ranks_of_nodes_with_one_each_gather_together() -> None:
