@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, make
-from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.distributed.launching import flags
 from tests.tokenizer.pieces import train
 
@@ -31,12 +30,6 @@ CASES: dict[str, tuple[Model, Grid, list[list[str]] | None, list[list[int]]]] = 
     "a shared source": (LLAMA, Grid(tp=2), None, [[1, 4, 6], [2, 3, 5]]),
 }  # fmt: skip
 SMALL_FILES = ("--max-shard-size", "80KB")
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with interrupted_runs() as runs:
-        yield runs
 
 
 def make_source(root: Path, name: str) -> str:
