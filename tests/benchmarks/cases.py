@@ -1,0 +1,133 @@
+"""A family's benchmark in one direction: the sources that it needs, and the ways to be timed."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks.sources import (
+    allocated_bytes,
+    files_bytes,
+    grid_flags,
+    make_megatron,
+    model_near,
+    parse_grid,
+    weights_bytes,
+)
+from tests.benchmarks.ways import Ready, Way, convert, copy
+
+DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
+SOURCES = ("plain", "optimizer", "fp32")
+ITERATION = "iter_0000004"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared with one `cp`: a family, its grid and a direction."""
+
+    family: str
+    grid: str
+    direction: str
+    size_bytes: int
+
+    @property
+    def title(self) -> str:
+        """The heading of its table."""
+        return f"{self.family} {self.grid}, {self.direction}, {self.size_bytes / 1e9:.2f} GB of weights in bf16"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Both forms of a model on the disk, and its weights' bytes."""
+
+    megatron: Path
+    hf: Path
+    weights_bytes: int
+
+
+@contextmanager
+def scratch(directory: Path | None) -> Iterator[Path]:
+    """The directory that is given, whose sources stay for the next time, or a temporary one."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+    else:
+        with tempfile.TemporaryDirectory(prefix="bench-") as made:
+            yield Path(made)
+
+
+def prepare(directory: Path, family: str, grid: str, kind: str, size_bytes: int) -> Source:
+    """Make a source, or find it made by an earlier run.
+
+    Args:
+        directory: of all sources.
+        family, grid: of the model.
+        kind: of `SOURCES`.
+        size_bytes: of its weights, nearly: fp32 sources have as many bytes, so half the layers.
+    """
+    dtype = "fp32" if kind == "fp32" else "bf16"
+    parsed = parse_grid(grid)
+    model = model_near(family, size_bytes, parsed, dtype)
+    root = directory / f"{family}-{grid}-{kind}-{weights_bytes(model, dtype)}"
+    source = Source(root / "megatron", root / "hf", weights_bytes(model, dtype))
+    if not root.exists():
+        making = root.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        make_megatron(making / "megatron", model, parsed, dtype, with_optimizer=kind == "optimizer")
+        if kind != "optimizer":
+            flags = ["--load-path", str(making / "megatron"), "--save-path", str(making / "hf")]
+            convert(1, ["megatron-to-hf", *flags, "--target-params-dtype", "keep", "--device", "cpu"])
+        making.rename(root)
+        room_bytes = allocated_bytes(source.megatron)
+        print(f"made {root.name}: {source.weights_bytes / 1e9:.2f} GB of weights in files of {room_bytes / 1e9:.2f} GB")
+    return source
+
+
+def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[Ready]:
+    """The ways of a case; first `cp` of the same files as conversions of the plain source make.
+
+    Args:
+        given: the command line's choice of `placement`, `ranks` and `source`.
+        case: family, grid and direction.
+        directory: for sources and targets.
+    """
+    sources = {
+        kind: prepare(directory, case.family, case.grid, kind, int(given.size_gb * 1e9))
+        for kind in SOURCES
+        if kind == "plain" or kind in given.source
+    }
+    to_hf, copied = case.direction == "megatron-to-hf", directory / "copied"
+    made = sources["plain"].hf if to_hf else sources["plain"].megatron / ITERATION
+    bytes_made = files_bytes(made)
+    ready = [Ready(Way("cp", "plain", "", 1, bytes_made, bytes_made), copied, partial(copy, made, copied))]
+    for kind in given.source:
+        if kind == "optimizer" and not to_hf:
+            continue  # a Hugging Face directory has none
+        for placement in given.placement if kind == "plain" else given.placement[:1]:
+            for ranks in given.ranks:
+                target = directory / "converted"
+                flags = _flags(case, sources[kind], target, placement)
+                read_bytes = sources[kind].weights_bytes
+                written_bytes = _written_bytes(sources[kind], kind, to_hf=to_hf)
+                way = Way("ours", kind, placement, ranks, read_bytes, written_bytes)
+                ready.append(Ready(way, target, partial(convert, ranks, flags)))
+    return ready
+
+
+def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:
+    written_bytes = source.weights_bytes if to_hf else files_bytes(source.megatron / ITERATION)
+    return written_bytes // 2 if kind == "fp32" else written_bytes
+
+
+def _flags(case: Case, source: Source, target: Path, placement: str) -> list[str]:
+    how = ["--placement", placement, "--device", "cpu", "--target-params-dtype", "bf16"]
+    if case.direction == "megatron-to-hf":
+        return [case.direction, "--load-path", str(source.megatron), "--save-path", str(target), *how]
+    grid = grid_flags(parse_grid(case.grid))
+    return [case.direction, "--load-dir", str(source.hf), "--save-dir", str(target), *grid, *how]

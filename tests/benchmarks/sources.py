@@ -1,0 +1,116 @@
+"""What the benchmark converts: Megatron checkpoints of any size and grid, and the Hugging Face directories of them.
+
+A checkpoint is written one file at a time, so making it needs the memory of one file. All weights repeat the same
+million random values; only their number and their shapes matter here.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+
+import torch
+
+from dist_convert.layout import Grid
+from dist_convert.models.architecture import Architecture
+from tests import checkpoints
+from tests.checkpoints import State, hf_shapes, training_args
+from tests.full_size import model_of
+from tests.plan.headers import Shapes, architecture, chunk_shapes, directory, written_pairs
+
+GRIDS = {"llama": "TP4xPP2", "mixtral": "TP2xEP4"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+#: From this size on, layers are as wide as those of a model of a few billion parameters.
+_LARGE_BYTES = 1_000_000_000
+#: Few tokens for Mixtral: every expert rank has a copy of the embedding, which would be much of so small a model.
+_WIDTHS = {
+    "llama": {"hidden": 2048, "ffn": 8192, "heads": 16, "query_groups": 8, "vocab": 32000, "padded_vocab": 32000},
+    "mixtral": {"hidden": 2048, "ffn": 7168, "heads": 16, "query_groups": 8, "vocab": 4000, "padded_vocab": 4000},
+}
+_EXPERTS = {"llama": 0, "mixtral": 8}
+_VALUES = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+
+
+def parse_grid(text: str) -> Grid:
+    """The grid of "TP4xPP2" or "TP2xEP4xETP1"; experts are cut like all else where ETP is not given."""
+    sizes = {name: int(size) for name, size in re.findall(r"(VPP|PP|ETP|EP|TP)(\d+)", text.upper())}
+    tensor = sizes.get("TP", 1)
+    return Grid(tensor, sizes.get("PP", 1), sizes.get("VPP", 1), sizes.get("EP", 1), sizes.get("ETP", tensor))
+
+
+def grid_flags(grid: Grid) -> list[str]:
+    """The flags of `hf-to-megatron` for a grid."""
+    flags = ["--target-tensor-parallel-size", str(grid.tensor), "--target-pipeline-parallel-size", str(grid.pipeline)]
+    flags += ["--target-expert-parallel-size", str(grid.expert)]
+    flags += ["--target-expert-tensor-parallel-size", str(grid.expert_tensor)]
+    if grid.virtual_pipeline > 1:
+        flags += ["--target-virtual-pipeline-parallel-size", str(grid.virtual_pipeline)]
+    return flags
+
+
+def model_near(family: str, size_bytes: int, grid: Grid, dtype: str) -> Architecture:
+    """The model of a family whose weights come nearest to a size: as many layers as it takes, evenly over stages."""
+    part = 1 if size_bytes >= _LARGE_BYTES else 2
+    widths = {name: size // part for name, size in _WIDTHS[family].items()} | {"experts": _EXPERTS[family]}
+    chunks = grid.pipeline * grid.virtual_pipeline
+
+    def model(layers: int) -> Architecture:
+        return architecture(family, layers=layers, head_dim=128, **widths)
+
+    without, layer = (weights_bytes(model(layers), dtype) for layers in (0, 1))
+    return model(chunks * max(1, round((size_bytes - without) / (layer - without) / chunks)))
+
+
+def weights_bytes(model: Architecture, dtype: str) -> int:
+    """Bytes of all weights of a model."""
+    return DTYPES[dtype].itemsize * sum(prod(shape) for shape in hf_shapes(model_of(model)).values())
+
+
+def make_megatron(root: Path, model: Architecture, grid: Grid, dtype: str, *, with_optimizer: bool = False) -> None:
+    """Write a Megatron checkpoint of sequential experts.
+
+    Args:
+        root: to be made.
+        model: its sizes.
+        grid: its parallel sizes.
+        dtype: of the weights, of `DTYPES`.
+        with_optimizer: add twelve bytes a weight to every file, as Adam's fp32 state has; they are never read. They
+            are zeros, but written, so that they take their room on the disk.
+    """
+    sizes = checkpoints.Grid(grid.tensor, grid.pipeline, grid.virtual_pipeline, grid.expert, grid.expert_tensor)
+    args = training_args(model_of(model), sizes, params_dtype=DTYPES[dtype])
+    chunks = grid.pipeline * grid.virtual_pipeline
+    for pipeline in range(grid.pipeline):
+        numbers = [virtual * grid.pipeline + pipeline for virtual in range(grid.virtual_pipeline)]
+        shapes = [
+            chunk_shapes(model, grid, model.layers // chunks, is_first=number == 0, is_last=number == chunks - 1)
+            for number in numbers
+        ]
+        states = [_filled(chunk, DTYPES[dtype]) for chunk in shapes]
+        weights = sum(tensor.numel() for state in states for tensor in state.values())
+        extra = {"optimizer": {"state": torch.zeros(3 * weights)}} if with_optimizer else {}
+        for tensor, expert in written_pairs(grid):
+            checkpoints.save(root, {directory(grid, pipeline, tensor, expert): states}, args, **extra)
+
+
+def _filled(shapes: Shapes, dtype: torch.dtype) -> State:
+    return {name: _values(prod(shape), dtype).view(shape) for name, shape in shapes.items()}
+
+
+def _values(count: int, dtype: torch.dtype) -> torch.Tensor:
+    made, values = torch.empty(count, dtype=dtype), _VALUES.to(dtype)
+    for start in range(0, count, values.numel()):
+        made[start : start + values.numel()].copy_(values[: count - start])
+    return made
+
+
+def files_bytes(root: Path) -> int:
+    """The size of a directory's files."""
+    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+
+
+def allocated_bytes(root: Path) -> int:
+    """The room that a directory's files take on the disk: holes do not count."""
+    return sum(512 * file.stat().st_blocks for file in root.rglob("*") if file.is_file())

@@ -1,0 +1,121 @@
+"""The ways to move a model's bytes that are timed against each other, each as the command that a user would give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.launching import command, environment
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of a way.
+
+    Attributes:
+        data_seconds: from the first byte moved to the last byte written.
+        synced_seconds: until the files are on the disk, too.
+        whole_seconds: of the whole command, the start of its interpreters included.
+        data_cpu_seconds: user and system time of all processes in the data phase.
+        whole_cpu_seconds: the same of the whole command.
+        peak_bytes: resident memory of each rank; empty where it is not known.
+    """
+
+    data_seconds: float
+    synced_seconds: float
+    whole_seconds: float
+    data_cpu_seconds: float
+    whole_cpu_seconds: float
+    peak_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of moving a model's bytes.
+
+    Attributes:
+        tool: "cp" or "ours".
+        source: "plain", "optimizer" (the same weights beside an optimizer's state) or "fp32" (cast to bf16).
+        placement, ranks: of ours.
+        read_bytes, written_bytes: of weights. Every expert parallel rank's file of a Megatron checkpoint has a copy
+            of what is not an expert's; one of them is read, all are written.
+    """
+
+    tool: str
+    source: str
+    placement: str
+    ranks: int
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A way that can be run: it makes `target`, which is removed before the next run."""
+
+    way: Way
+    target: Path
+    run: Callable[[], Sample]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended well."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def run_command(line: Sequence[str], env: dict[str, str] | None = None) -> Ended:
+    """Run a command, and count the CPU seconds of all processes that it started and waited for."""
+    with tempfile.TemporaryFile() as printed:
+        began = time.monotonic()
+        process = subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            printed.seek(0)
+            sys.exit(f"{' '.join(line)}\n{printed.read().decode(errors='replace')}\nexit code {process.returncode}")
+    return Ended(seconds, usage.ru_utime + usage.ru_stime)
+
+
+def copy(source: Path, target: Path) -> Sample:
+    """Copy a directory by one `cp`, then have `sync` put the copied files, and no others, on the disk."""
+    copied = run_command(["cp", "-r", "--reflink=never", str(source), str(target)])
+    files = [str(file) for file in sorted(target.rglob("*")) if file.is_file()]
+    synced = run_command(["sync", *files])
+    both_seconds = copied.seconds + synced.seconds
+    return Sample(copied.seconds, both_seconds, copied.seconds, copied.cpu_seconds, copied.cpu_seconds, ())
+
+
+def convert(ranks: int, flags: Sequence[str]) -> Sample:
+    """Convert, under torchrun where there are several ranks."""
+    env = environment()
+    del env["OMP_NUM_THREADS"]  # the threads that a user gets
+    with tempfile.TemporaryDirectory() as report:
+        module, arguments = "tests.benchmarks.timed_rank", [report, *flags]
+        alone = [sys.executable, "-m", module, *arguments]
+        whole = run_command(alone if ranks == 1 else command(ranks, *arguments, module=module), env)
+        return data_phase(Path(report), ranks, whole)
+
+
+def data_phase(report: Path, ranks: int, whole: Ended) -> Sample:
+    """What the ranks of a conversion took, from what `timed_rank` put down."""
+    records = [json.loads((report / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    began = min(record["moved"][0] for record in records)
+    return Sample(
+        max(record["moved"][1] for record in records) - began,
+        max(record["synced"][1] for record in records if "synced" in record) - began,
+        whole.seconds,
+        sum(record["moved_cpu_seconds"] for record in records),
+        whole.cpu_seconds,
+        tuple(record["peak_bytes"] for record in records),
+    )
