@@ -57,10 +57,10 @@ def parse() -> argparse.Namespace:
     add("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of ranks (default: 1 2)")
     add("--source", nargs="+", choices=SOURCES, default=SOURCES, help="what to convert (default: all)")
     add("--grid", help="such as TP4xPP2 (default: TP4xPP2 for Llama, TP2xEP4 for Mixtral)")
-    add("--size-gb", type=float, default=2.0, help="of the weights that are read (default: 2)")
-    add("--quick", action="store_true", help="0.2 GB, three rounds after one that does not count")
-    add("--rounds", type=int, default=7, help="that count (default: 7)")
-    add("--warm-ups", type=int, default=2, help="rounds before those (default: 2)")
+    add("--size-gb", type=float, help="of the weights that are read (default: 2)")
+    add("--quick", action="store_true", help="other defaults: 0.2 GB, three rounds after one")
+    add("--rounds", type=int, help="that count (default: 7)")
+    add("--warm-ups", type=int, help="rounds before those (default: 2)")
     add("--seed", type=int, default=0, help="of the order within rounds")
     add(
         "--directory",
@@ -71,8 +71,12 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, help="keep every sample in this file")
     add("--show", nargs="+", type=Path, help="measure nothing, but show what --json has kept")
     given = parser.parse_args()
-    if given.quick:
-        given.size_gb, given.rounds, given.warm_ups = 0.2, 3, 1
+    defaults = (
+        {"size_gb": 0.2, "rounds": 3, "warm_ups": 1} if given.quick else {"size_gb": 2.0, "rounds": 7, "warm_ups": 2}
+    )
+    for name, value in defaults.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
     if given.prepare and given.directory is None:
         parser.error("--prepare needs --directory")
     return given

@@ -15,6 +15,7 @@ from tests.benchmarks.sources import (
     allocated_bytes,
     files_bytes,
     grid_flags,
+    hand_out,
     make_megatron,
     model_near,
     parse_grid,
@@ -112,7 +113,7 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
         for placement in given.placement if kind == "plain" else given.placement[:1]:
             for ranks in given.ranks:
                 target = directory / "converted"
-                flags = _flags(case, sources[kind], target, placement)
+                flags = _flags(case, sources[kind], target, placement, ranks)
                 read_bytes = sources[kind].weights_bytes
                 written_bytes = _written_bytes(sources[kind], kind, to_hf=to_hf)
                 way = Way("ours", kind, placement, ranks, read_bytes, written_bytes)
@@ -125,9 +126,12 @@ def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:
     return written_bytes // 2 if kind == "fp32" else written_bytes
 
 
-def _flags(case: Case, source: Source, target: Path, placement: str) -> list[str]:
+def _flags(case: Case, source: Source, target: Path, placement: str, ranks: int) -> list[str]:
     how = ["--placement", placement, "--device", "cpu", "--target-params-dtype", "bf16"]
     if case.direction == "megatron-to-hf":
-        return [case.direction, "--load-path", str(source.megatron), "--save-path", str(target), *how]
+        seen = source.megatron
+        if placement == "gather" and ranks > 1:
+            seen = hand_out(source.megatron / ITERATION, ranks, source.megatron.parent / f"seen-by-{ranks}")
+        return [case.direction, "--load-path", str(seen), "--save-path", str(target), *how]
     grid = grid_flags(parse_grid(case.grid))
     return [case.direction, "--load-dir", str(source.hf), "--save-dir", str(target), *grid, *how]

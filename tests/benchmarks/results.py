@@ -51,8 +51,9 @@ def table(case: Case, all_measured: Sequence[Measured]) -> str:
     """The table of a case; `cp` comes first. Ratios are of seconds for a byte read."""
     cp = all_measured[0]
     columns = [
-        "way", "source", "placement", "ranks", "GB read", "written", "data s: min", "median", "GB/s", "to cp: min", "median",
-        "synced s: min", "median", "to cp: min", "median", "whole s", "CPU s data", "whole", "MB per rank", "target",
+        "way", "source", "placement", "ranks", "GB read", "written", "data s: min", "median", "GB/s", "to cp: min",
+        "median", "synced s: min", "median", "to cp: min", "median", "whole s", "CPU s: data", "whole",
+        "MB per rank: peak", "gathered", "targets",
     ]  # fmt: skip
     rows = [columns, *(_row(measured, cp, all_measured) for measured in all_measured)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
@@ -79,6 +80,7 @@ def _row(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> 
         f"{measured.middle(lambda sample: sample.data_cpu_seconds):.2f}",
         f"{measured.middle(lambda sample: sample.whole_cpu_seconds):.2f}",
         " ".join(f"{peak / 1e6:.0f}" for peak in peaks) or "-",
+        f"{measured.samples[0].gathered_bytes / way.ranks / 1e6:.0f}",
         "; ".join(verdicts(measured, cp, all_measured)) or "-",
     ]  # fmt: skip
 
@@ -100,12 +102,12 @@ def verdicts(measured: Measured, cp: Measured, all_measured: Sequence[Measured])
         uncast = ("plain", way.placement, way.ranks)
         for same in (m for m in all_measured if (m.way.source, m.way.placement, m.way.ranks) == uncast):
             found = ratio(measured, same, lambda one: one.middle(data))
-            said.append(_verdict(f"{found:.2f} of at most {CAST_TARGET} x uncast", found <= CAST_TARGET))
+            said.append(_verdict(f"{found:.2f} (<= {CAST_TARGET}) x uncast", found <= CAST_TARGET))
     elif way.placement == "direct" and way.ranks in DIRECT_TARGETS:
         found, most = ratio(measured, cp, lambda one: one.middle(data)), DIRECT_TARGETS[way.ranks]
-        said.append(_verdict(f"{found:.2f} of at most {most} x cp", found <= most))
+        said.append(_verdict(f"{found:.2f} (<= {most}) x cp", found <= most))
     start_seconds = measured.middle(lambda sample: sample.whole_seconds - sample.data_seconds)
-    start = f"{start_seconds:.1f} of at most {START_TARGET_SECONDS} s beside data"
+    start = f"{start_seconds:.1f} (<= {START_TARGET_SECONDS}) s beside data"
     return [*said, _verdict(start, start_seconds <= START_TARGET_SECONDS)]
 
 

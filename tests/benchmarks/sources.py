@@ -114,3 +114,22 @@ def files_bytes(root: Path) -> int:
 def allocated_bytes(root: Path) -> int:
     """The room that a directory's files take on the disk: holes do not count."""
     return sum(512 * file.stat().st_blocks for file in root.rglob("*") if file.is_file())
+
+
+def hand_out(iteration: Path, ranks: int, places: Path) -> Path:
+    """Directories with the files of each rank's tensor ranks, so that `gather` has something to gather.
+
+    Args:
+        iteration: of a Megatron checkpoint.
+        ranks: that convert it.
+        places: where the directories of links are made, if they are not there.
+
+    Returns:
+        What to give as load path.
+    """
+    if not places.exists():
+        for shard in iteration.iterdir():
+            place = places / f"rank{int(shard.name.split('_')[2]) % ranks}"
+            place.mkdir(exist_ok=True, parents=True)
+            (place / shard.name).symlink_to(shard.resolve())
+    return places / "rank{rank}"

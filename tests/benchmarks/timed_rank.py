@@ -2,7 +2,7 @@
 
 `REPORT/rankN.json` then has the clock when the rank began to move bytes and when it had written the last (`moved`),
 the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when files were on the disk (`synced`, of the
-ranks that see to that) and the peak resident memory (`peak_bytes`). The clock is the machine's monotonic one, the same
+ranks that see to that), the bytes that it received from collectives (`gathered_bytes`) and the peak resident memory (`peak_bytes`). The clock is the machine's monotonic one, the same
 for all ranks. The two functions are wrapped where `dist_convert.run` calls them: nothing inside them is touched.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import dist_convert.run
 from dist_convert.__main__ import main
+from dist_convert.move.pipeline import Moved
 from dist_convert.report import peak_memory_bytes
 
 
@@ -29,6 +30,8 @@ def timed(function: Callable[..., Any], name: str, record: dict[str, Any]) -> Ca
         result = function(*arguments, **named)
         record[name] = [began, time.monotonic()]
         record[f"{name}_cpu_seconds"] = time.process_time() - cpu_seconds
+        if isinstance(result, Moved):
+            record["gathered_bytes"] = result.gathered_bytes
         return result
 
     return call

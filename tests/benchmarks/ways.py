@@ -25,6 +25,7 @@ class Sample:
         whole_seconds: of the whole command, the start of its interpreters included.
         data_cpu_seconds: user and system time of all processes in the data phase.
         whole_cpu_seconds: the same of the whole command.
+        gathered_bytes: that all ranks together received from collectives, their own pieces included.
         peak_bytes: resident memory of each rank; empty where it is not known.
     """
 
@@ -33,6 +34,7 @@ class Sample:
     whole_seconds: float
     data_cpu_seconds: float
     whole_cpu_seconds: float
+    gathered_bytes: int
     peak_bytes: tuple[int, ...]
 
 
@@ -93,7 +95,7 @@ def copy(source: Path, target: Path) -> Sample:
     files = [str(file) for file in sorted(target.rglob("*")) if file.is_file()]
     synced = run_command(["sync", *files])
     both_seconds = copied.seconds + synced.seconds
-    return Sample(copied.seconds, both_seconds, copied.seconds, copied.cpu_seconds, copied.cpu_seconds, ())
+    return Sample(copied.seconds, both_seconds, copied.seconds, copied.cpu_seconds, copied.cpu_seconds, 0, ())
 
 
 def convert(ranks: int, flags: Sequence[str]) -> Sample:
@@ -117,5 +119,6 @@ def data_phase(report: Path, ranks: int, whole: Ended) -> Sample:
         whole.seconds,
         sum(record["moved_cpu_seconds"] for record in records),
         whole.cpu_seconds,
+        sum(record["gathered_bytes"] for record in records),
         tuple(record["peak_bytes"] for record in records),
     )
