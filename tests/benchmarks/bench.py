@@ -43,7 +43,7 @@ def measure(ready: Sequence[Ready], rounds: int, warm_ups: int, seed: int) -> li
             shutil.rmtree(ready[which].target)
             if number >= warm_ups:
                 samples[which].append(sample)
-        print(f"round {number + 1} of {warm_ups + rounds}", end="\r", file=sys.stderr, flush=True)
+        print(f"round {number + 1} of {warm_ups + rounds}", file=sys.stderr, flush=True)
     return [Measured(one.way, tuple(taken)) for one, taken in zip(ready, samples, strict=True)]
 
 

@@ -2,8 +2,9 @@
 
 `REPORT/rankN.json` then has the clock when the rank began to move bytes and when it had written the last (`moved`),
 the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when files were on the disk (`synced`, of the
-ranks that see to that), the bytes that it received from collectives (`gathered_bytes`) and the peak resident memory (`peak_bytes`). The clock is the machine's monotonic one, the same
-for all ranks. The two functions are wrapped where `dist_convert.run` calls them: nothing inside them is touched.
+ranks that see to that), the bytes that it received from collectives (`gathered_bytes`) and its peak resident memory
+(`peak_bytes`). The clock is the machine's monotonic one, the same for all ranks. Two functions are wrapped where
+`dist_convert.run` calls them; nothing inside them is touched.
 """
 
 from __future__ import annotations
