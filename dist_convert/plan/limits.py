@@ -124,12 +124,17 @@ def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[froz
     return -(-largest_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def readers_of(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each shard of a move, the members that read it in turn: each member owns as few shards as possible."""
-    eligible = [
+def able_readers(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """For each piece of a move's source, the members that see it."""
+    return [
         tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
         for files in move.homes
     ]
+
+
+def readers_of(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """For each shard of a move, the members that read it in turn: each member owns as few shards as possible."""
+    eligible = able_readers(move, team, visible)
     readers = []
     for shard, members in enumerate(eligible):
         alike = [other for other, others in enumerate(eligible) if others == members]

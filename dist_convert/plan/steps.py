@@ -7,14 +7,16 @@ derive the same gather steps in the same order.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
+from dist_convert.plan.deal import Share
 from dist_convert.plan.done import Done
-from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, readers_of
+from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, able_readers, readers_of
 from dist_convert.plan.moves import Move, Sides, blocks
-from dist_convert.plan.teams import Share, Team
+from dist_convert.plan.teams import Team
 from dist_convert.records import DTYPE_BYTES, Block, View, Window, side_by_side
 
 
@@ -92,7 +94,7 @@ def steps_of_rank(
     """
     local = _Packer(limit.step_bytes, crosses=False)
     crossing = _Packer(limit.send_bytes, crosses=True)
-    for block in _assigned_blocks(sides, moves, team, visible, done):
+    for block in assigned_blocks(sides, moves, team, visible, done):
         readers = {read.reader for read in block.reads}
         if readers == {write.writer for write in block.writes} and len(readers) == 1:
             if readers == {member}:
@@ -104,31 +106,35 @@ def steps_of_rank(
 
 
 @dataclass(frozen=True)
-class _Assigned:
+class Assigned:
     """The reads and writes of one block; offsets are given when it is packed."""
 
     reads: tuple[Read, ...]
     writes: tuple[Write, ...]
 
 
-def _assigned_blocks(
+def assigned_blocks(
     sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]], done: Done
-) -> Iterator[_Assigned]:
+) -> Iterator[Assigned]:
     """The team's blocks with the replica that is read, and the members that read and write; without what is done."""
     seen = [visible[rank] for rank in team.ranks]
-    read_bytes, written_bytes = [0] * len(seen), [0] * len(seen)
+    written_bytes = [0] * len(seen)
+    # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
+    read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
+    readers_in_turn = able_readers if sides.to_megatron else readers_of  # a Hugging Face file is nobody's own
     for share in team.shares:
         move = moves[share.move]
-        readers = dict(zip(move.homes, readers_of(move, team, visible), strict=True))
+        readers = dict(zip(move.homes, readers_in_turn(move, team, visible), strict=True))
         for block in _blocks_of_share(sides, move, share):
-            assigned = _assign(block, readers, seen, read_bytes, written_bytes)
+            read_of_kind = read_bytes[len(block[0].targets)]
+            assigned = _assign(block, readers, seen, read_of_kind, written_bytes)
             if done.size_bytes:
                 left = tuple(write for write in assigned.writes if not done.covers(Window.of(write.target)))
                 if not left:
                     continue
                 assigned = replace(assigned, writes=left)
             for read in assigned.reads:
-                read_bytes[read.reader] += read.source.size_bytes
+                read_of_kind[read.reader] += read.source.size_bytes
             for write in assigned.writes:
                 written_bytes[write.writer] += write.target.size_bytes
             yield assigned
@@ -150,7 +156,7 @@ def _assign(
     seen: Sequence[frozenset[str]],
     read_bytes: Sequence[int],
     written_bytes: Sequence[int],
-) -> _Assigned:
+) -> Assigned:
     """Give each copy to the member that has done least; join what lies side by side into one read or write."""
     reads: list[Read] = []
     targets: list[View] = []
@@ -180,7 +186,7 @@ def _assign(
                 parts.append([part])
     alone = reads[0].reader if len({read.reader for read in reads}) == 1 else None
     writers = [_writer(target, alone, seen, written_bytes) for target in targets]
-    return _Assigned(tuple(reads), tuple(map(Write, targets, map(tuple, parts), writers)))
+    return Assigned(tuple(reads), tuple(map(Write, targets, map(tuple, parts), writers)))
 
 
 def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:
@@ -201,7 +207,7 @@ class _Packer:
         self._writes: list[Write] = []
         self._filled: dict[int, int] = {}
 
-    def add(self, block: _Assigned) -> Iterator[Step]:
+    def add(self, block: Assigned) -> Iterator[Step]:
         """Take one block in; yield the step before it where the block no longer fits."""
         needed: dict[int, int] = {}
         for read in block.reads:

@@ -16,8 +16,9 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide
 from dist_convert.plan.steps import Step
 from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.plan.to_megatron import plan_to_megatron
 from dist_convert.read.megatron_shard import Shard
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View
 
 ONE = Grid()
 
@@ -183,6 +184,22 @@ def content(
     """What the checkpoint of `shards` is converted into, in files of 5 GB."""
     made = shards(a, grid, layers)
     return plan_to_huggingface(made, a, target_dtype=target_dtype, max_shard_size_bytes=5_000_000_000)
+
+
+def content_to_megatron(a: Architecture, grid: Grid = ONE, layers: Sequence[int] | None = None) -> Content:
+    """The way back: what `content` makes of a checkpoint is converted into the files of that checkpoint."""
+    parts = {tensor.name: View.of(tensor) for file in content(a, grid, layers).files for tensor in file.tensors}
+    return plan_to_megatron(
+        parts,
+        shards(a, grid, layers),
+        a,
+        grid,
+        params_dtype="BF16",
+        target_dtype=None,
+        repeat_last_row=True,
+        extras=frozenset(),
+        left_behind=(),
+    )
 
 
 def files_of(made: Content) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.layout import Grid
 from dist_convert.plan.content import Content
+from dist_convert.plan.steps import bytes_of
 from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan
 
@@ -110,9 +112,16 @@ def test_nodes_that_hold_one_tensor_rank_each_gather_with_each_other() -> None:
     assert [team.ranks for team in plan(LLAMA, ranks, "gather").teams] == [(0, 1)]
 
 
-def test_ranks_that_see_all_are_split_into_one_team_for_each_tensor_parallel_set() -> None:
-    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 8), "gather").teams] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+def test_ranks_that_see_all_are_split_into_teams_as_large_as_a_tensor_parallel_set() -> None:
+    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 8), "gather").teams] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 3), "gather").teams] == [(0,), (1, 2)]
     assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 1), "gather").teams] == [(0,)]
+
+
+def test_ranks_of_which_several_see_the_same_shard_are_split_into_teams_that_see_a_whole_set_each() -> None:
+    # Files 00_000, 00_001, 01_000, 01_001: ranks 0 and 4 see the first one, 2 and 6 that of the other tensor rank.
+    visible = own_shards(LLAMA, range(8), 8)
+    assert [team.ranks for team in plan(LLAMA, visible, "gather").teams] == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
 def test_a_rank_that_sees_nothing_has_a_team_and_no_work() -> None:
@@ -153,3 +162,30 @@ def test_ranks_write_about_equally_much(made: Content, placement: str, world: in
     written = written_bytes(made, everyone(made, world), placement)
     # A rank's share may end anywhere in a block of 4 MiB, of a whole of 200 MB.
     assert max(written) <= sum(written) / world + 2 * (4 << 20)
+
+
+@pytest.mark.parametrize(("placement", "world"), [("direct", 4), ("direct", 7), ("gather", 4), ("gather", 8)])
+def test_ranks_read_and_write_about_equally_much_where_some_weights_are_written_to_several_shards(
+    placement: str, world: int
+) -> None:
+    made = headers.content_to_megatron(MIXTRAL_ETP1.side.architecture, MIXTRAL_ETP1.side.grid)
+    visible = [frozenset(file for move in made.moves for files in move.homes for file in files)] * world
+    read, written = [0] * world, [0] * world
+    for rank, member, steps in headers.steps_by_rank(plan(made, visible, placement)):
+        read[rank], _, written[rank] = map(sum, zip(*(bytes_of(step, member) for step in steps), strict=True))
+    assert (sum(read), sum(written)) == (245_393_408, 390_176_768)
+    # Attention and embeddings go to two or four files: a block of 4 MiB to as many places.
+    assert max(read) <= sum(read) / world + 2 * (4 << 20)
+    assert max(written) <= sum(written) / world + 2 * 2 * (4 << 20)
+
+
+def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives() -> None:
+    made = content(replace(LLAMA.side.architecture, layers=16), LLAMA.side.grid)
+    received_bytes = []
+    for world in (4, 8, 16):
+        divided = plan(made, own_shards(made, range(world), world), "gather")
+        _, member, steps = next(headers.steps_by_rank(divided))
+        received_bytes.append(sum(bytes_of(step, member)[1] for step in steps) * len(divided.teams[0].ranks))
+    # What is cut along columns, of the eight layers of a stage: output and down projections.
+    whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)
+    assert received_bytes == [whole_bytes, whole_bytes // 2, whole_bytes // 4]
