@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from tests.benchmarks.sources import (
     parse_grid,
     weights_bytes,
 )
-from tests.benchmarks.ways import Ready, Way, convert, copy
+from tests.benchmarks.ways import Ready, Way, convert, copy, load_and_save, pass_messages
 
 DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
 SOURCES = ("plain", "optimizer", "fp32")
+BESIDE = ("transformers", "gloo")
 ITERATION = "iter_0000004"
 
 
@@ -36,6 +37,10 @@ class Case:
     grid: str
     direction: str
     size_bytes: int
+
+    @property
+    def is_to_hf(self) -> bool:
+        return self.direction == "megatron-to-hf"
 
     @property
     def title(self) -> str:
@@ -94,7 +99,7 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
     """The ways of a case; first `cp` of the same files as conversions of the plain source make.
 
     Args:
-        given: the command line's choice of `placement`, `ranks` and `source`.
+        given: the command line's choice of `placement`, `ranks`, `source` and `beside`.
         case: family, grid and direction.
         directory: for sources and targets.
     """
@@ -103,22 +108,38 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
         for kind in SOURCES
         if kind == "plain" or kind in given.source
     }
-    to_hf, copied = case.direction == "megatron-to-hf", directory / "copied"
-    made = sources["plain"].hf if to_hf else sources["plain"].megatron / ITERATION
-    bytes_made = files_bytes(made)
-    ready = [Ready(Way("cp", "plain", "", 1, bytes_made, bytes_made), copied, partial(copy, made, copied))]
+    plain, copied = sources["plain"], directory / "copied"
+    made = plain.hf if case.is_to_hf else plain.megatron / ITERATION
+    copied_bytes = (files_bytes(made),) * 3
+    ready = [Ready(Way("cp", "plain", "", 1, *copied_bytes), copied, partial(copy, made, copied))]
     for kind in given.source:
-        if kind == "optimizer" and not to_hf:
+        if kind == "optimizer" and not case.is_to_hf:
             continue  # a Hugging Face directory has none
         for placement in given.placement if kind == "plain" else given.placement[:1]:
             for ranks in given.ranks:
-                target = directory / "converted"
-                flags = _flags(case, sources[kind], target, placement, ranks)
-                read_bytes = sources[kind].weights_bytes
-                written_bytes = _written_bytes(sources[kind], kind, to_hf=to_hf)
-                way = Way("ours", kind, placement, ranks, read_bytes, written_bytes)
-                ready.append(Ready(way, target, partial(convert, ranks, flags)))
+                ready += _conversions(
+                    case, kind, sources[kind], directory / "converted", placement, ranks, given.beside
+                )
+    if "transformers" in given.beside and case.is_to_hf:
+        saved = directory / "saved"
+        way = Way("transformers", "plain", "", 1, *copied_bytes)
+        ready.append(Ready(way, saved, partial(load_and_save, plain.hf, saved)))
     return ready
+
+
+def _conversions(
+    case: Case, kind: str, source: Source, target: Path, placement: str, ranks: int, beside: Sequence[str]
+) -> Iterator[Ready]:
+    """A conversion, and gloo alone where it gathers."""
+    flags = _flags(case, source, target, placement, ranks)
+    files = source.megatron if case.is_to_hf else source.hf
+    written_bytes = _written_bytes(source, kind, to_hf=case.is_to_hf)
+    way = Way("ours", kind, placement, ranks, source.weights_bytes, written_bytes, allocated_bytes(files))
+    yield Ready(way, target, partial(convert, ranks, flags))
+    # All ranks see a Hugging Face directory, so nothing of it is gathered.
+    if placement == "gather" and ranks > 1 and case.is_to_hf and "gloo" in beside:
+        passed = target.with_name("passed")
+        yield Ready(replace(way, tool="gloo"), passed, partial(pass_messages, ranks, flags, passed))
 
 
 def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:
@@ -126,12 +147,12 @@ def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:
     return written_bytes // 2 if kind == "fp32" else written_bytes
 
 
-def _flags(case: Case, source: Source, target: Path, placement: str, ranks: int) -> list[str]:
-    how = ["--placement", placement, "--device", "cpu", "--target-params-dtype", "bf16"]
-    if case.direction == "megatron-to-hf":
+def _flags(case: Case, source: Source, target: Path, placement: str, ranks: int) -> tuple[str, ...]:
+    how = ("--placement", placement, "--device", "cpu", "--target-params-dtype", "bf16")
+    if case.is_to_hf:
         seen = source.megatron
         if placement == "gather" and ranks > 1:
             seen = hand_out(source.megatron / ITERATION, ranks, source.megatron.parent / f"seen-by-{ranks}")
-        return [case.direction, "--load-path", str(seen), "--save-path", str(target), *how]
+        return (case.direction, "--load-path", str(seen), "--save-path", str(target), *how)
     grid = grid_flags(parse_grid(case.grid))
-    return [case.direction, "--load-dir", str(source.hf), "--save-dir", str(target), *grid, *how]
+    return (case.direction, "--load-dir", str(source.hf), "--save-dir", str(target), *grid, *how)

@@ -12,21 +12,23 @@ cache together, and is far smaller than the model.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.units import human_bytes, parse_bytes
-from tests.benchmarks.llama_checkpoint import GRID, layers_of, make, weights_bytes
+from tests.benchmarks.sources import GRIDS, grid_flags, hand_out, make_megatron, model_near, parse_grid, weights_bytes
 from tests.distributed.launching import environment
 
+GRID = parse_grid(GRIDS["llama"])
 GROUPS = Path("/sys/fs/cgroup/memory")
 
 
@@ -35,6 +37,7 @@ class Row:
     """One line of the table: a conversion and the worst rank's memory, in bytes."""
 
     layers: int
+    weights_bytes: int
     direction: str
     placement: str
     base_bytes: int
@@ -42,7 +45,7 @@ class Row:
 
     def text(self, budget_bytes: int) -> str:
         """The line."""
-        cells = [weights_bytes(self.layers), self.base_bytes, self.peak_bytes, self.peak_bytes - self.base_bytes]
+        cells = [self.weights_bytes, self.base_bytes, self.peak_bytes, self.peak_bytes - self.base_bytes]
         within = "yes" if self.is_within(budget_bytes) else "NO"
         return (
             f"{self.layers:6} {self.direction:14} {self.placement:9} "
@@ -66,7 +69,7 @@ def are_flat(rows: Sequence[Row]) -> bool:
 def launch(ranks: int, report: Path, job: Sequence[str], group: Path | None = None) -> None:
     """Run a job under torchrun, in a control group if one is given. Its ranks write their peaks below `report`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    rank = [str(Path(__file__).with_name("peak_memory.py")), str(report)]
+    rank = ["-m", "tests.benchmarks.timed_rank", str(report)]
 
     def enter() -> None:
         if group is not None:
@@ -88,17 +91,7 @@ def measure(ranks: int, job: Sequence[str], scratch: Path) -> int:
     """The peak resident memory of a job's worst rank."""
     report = Path(tempfile.mkdtemp(dir=scratch))
     launch(ranks, report, job)
-    return max(int(file.read_text()) for file in report.iterdir())
-
-
-def hand_out(source: Path, ranks: int) -> Path:
-    """Directories with the files of each rank's tensor ranks; what to give as load path."""
-    (iteration,) = source.glob("iter_*")
-    for shard in iteration.glob("mp_rank_*"):
-        place = source / f"rank{int(shard.name.split('_')[2]) % ranks}"
-        place.mkdir(exist_ok=True)
-        (place / shard.name).symlink_to(shard)
-    return source / "rank{rank}"
+    return max(int(json.loads(file.read_text())["peak_bytes"]) for file in report.iterdir())
 
 
 def convert_in_group(ranks: int, job: Sequence[str], limit_bytes: int, scratch: Path) -> str:
@@ -125,10 +118,12 @@ def jobs(source: Path, scratch: Path, ranks: int, budget_bytes: int) -> list[tup
     how = ["--overwrite", "--device", "cpu", "--max-memory-per-rank", str(budget_bytes), "--placement"]
     there = ["megatron-to-hf", "--save-path", str(scratch / "hf"), "--load-path"]
     back = ["hf-to-megatron", "--load-dir", str(scratch / "hf"), "--save-dir", str(scratch / "back")]
-    back += ["--target-tensor-parallel-size", str(GRID.tp), "--target-pipeline-parallel-size", str(GRID.pp)]
+    back += grid_flags(GRID)
+    (iteration,) = source.glob("iter_*")
+    handed_out = hand_out(iteration, ranks, source / "handed-out")
     return [
         ("megatron-to-hf", "direct", [*there, str(source), *how, "direct"]),
-        ("megatron-to-hf", "gather", [*there, str(hand_out(source, ranks)), *how, "gather"]),
+        ("megatron-to-hf", "gather", [*there, str(handed_out), *how, "gather"]),
         ("hf-to-megatron", "direct", [*back, *how, "direct"]),
         ("hf-to-megatron", "gather", [*back, *how, "gather"]),
     ]
@@ -139,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size-gb", type=float, default=8.0, help="of the largest model, in bf16 (default: 8)")
     parser.add_argument("--budget", type=parse_bytes, default="128MB", help="--max-memory-per-rank (default: 128MB)")
-    parser.add_argument("--ranks", type=int, default=2, choices=range(1, GRID.tp + 1), help="(default: 2)")
+    parser.add_argument("--ranks", type=int, default=2, choices=range(1, GRID.tensor + 1), help="(default: 2)")
     parser.add_argument("--limit", type=parse_bytes, default="1GB", help="of the control group (default: 1GB)")
     parser.add_argument("--with-optimizer", action="store_true", help="make files of seven times the weights")
     parser.add_argument("--directory", type=Path, help="for the checkpoints and targets (default: a temporary one)")
@@ -151,13 +146,15 @@ def main() -> int:
         columns = " ".join(f"{name:>10}" for name in ("weights", "base", "peak", "above base"))
         print(f"layers direction      placement {columns}  within budget")
         rows, within = [], []
+        largest = model_near("llama", int(given.size_gb * 1e9), GRID, parts=4)
         for part in (4, 2, 1):
-            layers = layers_of(int(given.size_gb * 1e9)) // part
-            source = scratch / f"megatron-{layers}"
-            make(source, layers, with_optimizer=given.with_optimizer)
+            model = replace(largest, layers=largest.layers // part)
+            source = scratch / f"megatron-{model.layers}"
+            make_megatron(source, model, GRID, with_optimizer=given.with_optimizer)
             for direction, placement, job in jobs(source, scratch, given.ranks, given.budget):
                 base_bytes = measure(given.ranks, [*job, "--dry-run"], scratch)
-                rows.append(Row(layers, direction, placement, base_bytes, measure(given.ranks, job, scratch)))
+                peak_bytes = measure(given.ranks, job, scratch)
+                rows.append(Row(model.layers, weights_bytes(model), direction, placement, base_bytes, peak_bytes))
                 print(rows[-1].text(given.budget), flush=True)
                 if part == 1 and placement == "gather":
                     within.append(f"{direction} " + convert_in_group(given.ranks, job, given.limit, scratch))

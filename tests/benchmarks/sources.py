@@ -50,11 +50,19 @@ def grid_flags(grid: Grid) -> list[str]:
     return flags
 
 
-def model_near(family: str, size_bytes: int, grid: Grid, dtype: str) -> Architecture:
-    """The model of a family whose weights come nearest to a size: as many layers as it takes, evenly over stages."""
-    part = 1 if size_bytes >= _LARGE_BYTES else 2
-    widths = {name: size // part for name, size in _WIDTHS[family].items()} | {"experts": _EXPERTS[family]}
-    chunks = grid.pipeline * grid.virtual_pipeline
+def model_near(family: str, size_bytes: int, grid: Grid, dtype: str = "bf16", parts: int = 1) -> Architecture:
+    """The model of a family whose weights come nearest to a size: as many layers as it takes, evenly over stages.
+
+    Args:
+        family: of `GRIDS`.
+        size_bytes: of the weights.
+        grid: whose stages have equally many layers.
+        dtype: of the weights, of `DTYPES`.
+        parts: into which the layers can be divided, with stages that are still even.
+    """
+    narrower = 1 if size_bytes >= _LARGE_BYTES else 2
+    widths = {name: size // narrower for name, size in _WIDTHS[family].items()} | {"experts": _EXPERTS[family]}
+    chunks = grid.pipeline * grid.virtual_pipeline * parts
 
     def model(layers: int) -> Architecture:
         return architecture(family, layers=layers, head_dim=128, **widths)
@@ -63,12 +71,14 @@ def model_near(family: str, size_bytes: int, grid: Grid, dtype: str) -> Architec
     return model(chunks * max(1, round((size_bytes - without) / (layer - without) / chunks)))
 
 
-def weights_bytes(model: Architecture, dtype: str) -> int:
+def weights_bytes(model: Architecture, dtype: str = "bf16") -> int:
     """Bytes of all weights of a model."""
     return DTYPES[dtype].itemsize * sum(prod(shape) for shape in hf_shapes(model_of(model)).values())
 
 
-def make_megatron(root: Path, model: Architecture, grid: Grid, dtype: str, *, with_optimizer: bool = False) -> None:
+def make_megatron(
+    root: Path, model: Architecture, grid: Grid, dtype: str = "bf16", *, with_optimizer: bool = False
+) -> None:
     """Write a Megatron checkpoint of sequential experts.
 
     Args:
@@ -117,7 +127,7 @@ def allocated_bytes(root: Path) -> int:
 
 
 def hand_out(iteration: Path, ranks: int, places: Path) -> Path:
-    """Directories with the files of each rank's tensor ranks, so that `gather` has something to gather.
+    """Directories with some files for each rank, tensor ranks with different ones, so that `gather` has what to gather.
 
     Args:
         iteration: of a Megatron checkpoint.
@@ -128,8 +138,10 @@ def hand_out(iteration: Path, ranks: int, places: Path) -> Path:
         What to give as load path.
     """
     if not places.exists():
-        for shard in iteration.iterdir():
-            place = places / f"rank{int(shard.name.split('_')[2]) % ranks}"
+        # mp_rank_TT, then pipeline and expert rank: tensor ranks are next to each other.
+        shards = sorted(iteration.iterdir(), key=lambda shard: (shard.name.split("_")[3:], shard.name))
+        for number, shard in enumerate(shards):
+            place = places / f"rank{number % ranks}"
             place.mkdir(exist_ok=True, parents=True)
             (place / shard.name).symlink_to(shard.resolve())
     return places / "rank{rank}"

@@ -3,8 +3,9 @@
 `REPORT/rankN.json` then has the clock when the rank began to move bytes and when it had written the last (`moved`),
 the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when files were on the disk (`synced`, of the
 ranks that see to that), the bytes that it received from collectives (`gathered_bytes`) and its peak resident memory
-(`peak_bytes`). The clock is the machine's monotonic one, the same for all ranks. Two functions are wrapped where
-`dist_convert.run` calls them; nothing inside them is touched.
+(`peak_bytes`); after a dry run, sender, receiver and bytes of the messages of each step (`messages`). The clock is the
+machine's monotonic one, the same for all ranks. Functions are wrapped where `dist_convert.run` calls them; nothing
+inside is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import dist_convert.run
 from dist_convert.__main__ import main
 from dist_convert.move.pipeline import Moved
-from dist_convert.report import peak_memory_bytes
+from dist_convert.plan.crossings import messages
+from dist_convert.plan.plan import Plan
 
 
 def timed(function: Callable[..., Any], name: str, record: dict[str, Any]) -> Callable[..., Any]:
@@ -38,11 +40,34 @@ def timed(function: Callable[..., Any], name: str, record: dict[str, Any]) -> Ca
     return call
 
 
+def noting_messages(load_of: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
+    """`report.load_of`, which only dry runs call, with the messages between the members of a rank's team put down."""
+
+    def call(plan: Plan, rank: int) -> Any:
+        steps = (messages(step) for step in plan.steps(rank) if step.send_bytes)
+        record["messages"] = [[(m.sender, m.receiver, m.size_bytes) for m in of_step] for of_step in steps]
+        return load_of(plan, rank)
+
+    return call
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had: the kernel's high-water mark.
+
+    getrusage also counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text()
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024
+
+
 if __name__ == "__main__":
     seen: dict[str, Any] = {}
-    for name, function in (("moved", "move"), ("synced", "sync_files")):
-        setattr(dist_convert.run, function, timed(getattr(dist_convert.run, function), name, seen))
+    run = vars(dist_convert.run)
+    run["move"] = timed(run["move"], "moved", seen)
+    run["sync_files"] = timed(run["sync_files"], "synced", seen)
+    run["load_of"] = noting_messages(run["load_of"], seen)
     exit_code = main(sys.argv[2:])
-    seen["peak_bytes"] = peak_memory_bytes()
+    seen["peak_bytes"] = peak_bytes()
     (Path(sys.argv[1]) / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
     sys.exit(exit_code)

@@ -9,9 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+from tests.benchmarks.machine import COPY
 from tests.distributed.launching import command, environment
 
 
@@ -43,11 +45,14 @@ class Way:
     """One way of moving a model's bytes.
 
     Attributes:
-        tool: "cp" or "ours".
+        tool: "cp", "ours", "gloo" (ranks send each other what ours do, and no more) or "transformers" (which loads
+            the Hugging Face model and saves it).
         source: "plain", "optimizer" (the same weights beside an optimizer's state) or "fp32" (cast to bf16).
-        placement, ranks: of ours.
+        placement: of ours, and of whose messages gloo sends.
+        ranks: processes.
         read_bytes, written_bytes: of weights. Every expert parallel rank's file of a Megatron checkpoint has a copy
-            of what is not an expert's; one of them is read, all are written.
+            of what is not an expert's; one of them is read, all are written. Of gloo what is not gathered counts, too.
+        file_bytes: that the files which are read take on the disk, whatever else is in them.
     """
 
     tool: str
@@ -56,6 +61,7 @@ class Way:
     ranks: int
     read_bytes: int
     written_bytes: int
+    file_bytes: int
 
 
 @dataclass(frozen=True)
@@ -91,31 +97,61 @@ def run_command(line: Sequence[str], env: dict[str, str] | None = None) -> Ended
 
 def copy(source: Path, target: Path) -> Sample:
     """Copy a directory by one `cp`, then have `sync` put the copied files, and no others, on the disk."""
-    copied = run_command(["cp", "-r", "--reflink=never", str(source), str(target)])
-    files = [str(file) for file in sorted(target.rglob("*")) if file.is_file()]
-    synced = run_command(["sync", *files])
-    both_seconds = copied.seconds + synced.seconds
+    copied = run_command([*COPY, str(source), str(target)])
+    both_seconds = copied.seconds + _sync(target).seconds
     return Sample(copied.seconds, both_seconds, copied.seconds, copied.cpu_seconds, copied.cpu_seconds, 0, ())
+
+
+def _sync(directory: Path) -> Ended:
+    return run_command(["sync", *(str(file) for file in sorted(directory.rglob("*")) if file.is_file())])
 
 
 def convert(ranks: int, flags: Sequence[str]) -> Sample:
     """Convert, under torchrun where there are several ranks."""
+    with tempfile.TemporaryDirectory() as report:
+        return data_phase(Path(report), ranks, _launch(ranks, "timed_rank", report, *flags))
+
+
+@cache
+def _messages_of(ranks: int, flags: tuple[str, ...]) -> str:
+    """What passes between the ranks of a conversion, which are one team: JSON, as `gloo_alone` reads it."""
+    with tempfile.TemporaryDirectory() as report:
+        _launch(ranks, "timed_rank", report, *flags, "--dry-run")
+        return json.dumps(json.loads((Path(report) / "rank0.json").read_text())["messages"])
+
+
+def pass_messages(ranks: int, flags: tuple[str, ...], target: Path) -> Sample:
+    """Have ranks send each other what those of a conversion with these flags do."""
+    target.mkdir()
+    (target / "messages.json").write_text(_messages_of(ranks, flags))
+    return data_phase(target, ranks, _launch(ranks, "gloo_alone", str(target)))
+
+
+def load_and_save(source: Path, target: Path) -> Sample:
+    """Load a Hugging Face model by transformers, save it, then have `sync` put the files on the disk."""
+    with tempfile.TemporaryDirectory() as report:
+        whole = _launch(1, "transformers_alone", report, str(source), str(target))
+        sample = data_phase(Path(report), 1, whole)
+    return replace(sample, synced_seconds=sample.data_seconds + _sync(target).seconds)
+
+
+def _launch(ranks: int, module: str, *arguments: str) -> Ended:
+    """Run a module of this directory: one rank alone, several under torchrun."""
     env = environment()
     del env["OMP_NUM_THREADS"]  # the threads that a user gets
-    with tempfile.TemporaryDirectory() as report:
-        module, arguments = "tests.benchmarks.timed_rank", [report, *flags]
-        alone = [sys.executable, "-m", module, *arguments]
-        whole = run_command(alone if ranks == 1 else command(ranks, *arguments, module=module), env)
-        return data_phase(Path(report), ranks, whole)
+    full_name = f"tests.benchmarks.{module}"
+    alone = [sys.executable, "-m", full_name, *arguments]
+    return run_command(alone if ranks == 1 else command(ranks, *arguments, module=full_name), env)
 
 
 def data_phase(report: Path, ranks: int, whole: Ended) -> Sample:
-    """What the ranks of a conversion took, from what `timed_rank` put down."""
+    """What ranks took, from what `timed_rank` or a program like it put down."""
     records = [json.loads((report / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     began = min(record["moved"][0] for record in records)
+    ended = max(record["moved"][1] for record in records)
     return Sample(
-        max(record["moved"][1] for record in records) - began,
-        max(record["synced"][1] for record in records if "synced" in record) - began,
+        ended - began,
+        max((record["synced"][1] for record in records if "synced" in record), default=ended) - began,
         whole.seconds,
         sum(record["moved_cpu_seconds"] for record in records),
         whole.cpu_seconds,

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.layout import Grid
+from dist_convert.plan import crossings
 from dist_convert.plan.content import Content
+from dist_convert.plan.limits import Limits
 from dist_convert.plan.steps import bytes_of
 from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan
@@ -172,20 +174,21 @@ def test_ranks_read_and_write_about_equally_much_where_some_weights_are_written_
     visible = [frozenset(file for move in made.moves for files in move.homes for file in files)] * world
     read, written = [0] * world, [0] * world
     for rank, member, steps in headers.steps_by_rank(plan(made, visible, placement)):
-        read[rank], _, written[rank] = map(sum, zip(*(bytes_of(step, member) for step in steps), strict=True))
+        read[rank], written[rank] = map(sum, zip(*(bytes_of(step, member) for step in steps), strict=True))
     assert (sum(read), sum(written)) == (245_393_408, 390_176_768)
     # Attention and embeddings go to two or four files: a block of 4 MiB to as many places.
     assert max(read) <= sum(read) / world + 2 * (4 << 20)
     assert max(written) <= sum(written) / world + 2 * 2 * (4 << 20)
 
 
-def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives() -> None:
+def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_all_gather() -> None:
     made = content(replace(LLAMA.side.architecture, layers=16), LLAMA.side.grid)
     received_bytes = []
     for world in (4, 8, 16):
         divided = plan(made, own_shards(made, range(world), world), "gather")
         _, member, steps = next(headers.steps_by_rank(divided))
-        received_bytes.append(sum(bytes_of(step, member)[1] for step in steps) * len(divided.teams[0].ranks))
+        gathered = Limits(0, 0, members=len(divided.teams[0].ranks), on_accelerator=True)
+        received_bytes.append(sum(crossings.received_bytes(step, member, gathered) for step in steps))
     # What is cut along columns, of the eight layers of a stage: output and down projections.
     whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)
     assert received_bytes == [whole_bytes, whole_bytes // 2, whole_bytes // 4]
