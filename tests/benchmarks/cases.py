@@ -45,7 +45,8 @@ class Case:
     @property
     def title(self) -> str:
         """The heading of its table."""
-        return f"{self.family} {self.grid}, {self.direction}, {self.size_bytes / 1e9:.2f} GB of weights in bf16"
+        model = f"{self.family.capitalize()} {self.grid}"
+        return f"{model}, {self.direction}, {self.size_bytes / 1e9:.2f} GB of weights in bf16"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _row(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> 
         way.tool, way.source, way.placement or "-", str(way.ranks),
         *(f"{size_bytes / 1e9:.2f}" for size_bytes in (way.read_bytes, way.written_bytes, way.file_bytes)),
         str(len(measured.samples)), f"{measured.least(data):.3f}", f"{measured.middle(data):.3f}",
-        f"{way.read_bytes / measured.middle(data) / 1e9:.2f}", *ratios[:2],
+        f"{way.moved_bytes / measured.middle(data) / 1e9:.2f}", *ratios[:2],
         f"{measured.least(synced):.3f}", f"{measured.middle(synced):.3f}", *ratios[2:],
         f"{measured.middle(whole):.2f}",
         f"{measured.middle(lambda sample: sample.data_cpu_seconds):.2f}",
