@@ -190,7 +190,7 @@ def test_a_part_is_described_with_what_it_lacks_and_the_merged_directory_equals_
     source = make_source(tmp_path, "a stage a node")
     assert convert(runs, source, tmp_path).exit_codes == [0, 0]
     capsys.readouterr()
-    assert main(["inspect", "--json", str(tmp_path / "part1")]) == 1
+    assert main(["inspect", "--json", str(tmp_path / "part1")]) == 1  # something is missing
     described = json.loads(capsys.readouterr().out)
     assert described["files"] == 3
     assert described["missing_shards"] == [f"model-{number:05d}-of-00006.safetensors" for number in (1, 2, 3)]
