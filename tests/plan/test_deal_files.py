@@ -81,7 +81,7 @@ def test_ranks_of_nodes_with_one_each_gather_together() -> None:
     assert [team.ranks for team in divided(LLAMA_70B, STAGES, range(4)).teams] == [(0, 1, 2, 3)]
 
 
-def test_nodes_that_hold_a_tensor_rank_each_work_in_pairs_of_ranks() -> None:
+def test_ranks_of_nodes_that_hold_a_tensor_rank_each_gather_in_teams_of_one_of_each_node() -> None:
     ranks = [frozenset(f for f in files_of(small()) if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     plan = divided(small(), [ranks[0], ranks[0], ranks[1], ranks[1]], [0, 0, 1, 1])
     assert [team.ranks for team in plan.teams] == [(0, 2), (1, 3)]

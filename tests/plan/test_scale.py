@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.benchmarks import scaling
+
 ROOT = Path(__file__).parents[2]
 
 #: Of the processor, far beyond the one or two that it takes: only a planner that has become slower by orders fails.
@@ -68,3 +70,16 @@ def test_a_thousand_ranks_with_one_shard_each_form_teams_as_large_as_a_tensor_pa
     assert found["teams"] == teams
     assert found["different_gathers"] == found["teams_seen"] == 1
     assert found["overlaps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("direction", "placement"),
+    [("megatron-to-hf", "gather own"), ("hf-to-megatron", "gather all"), ("hf-to-megatron", "direct")],
+)
+def test_none_of_a_thousand_ranks_reads_or_writes_a_tenth_more_than_the_mean(direction: str, placement: str) -> None:
+    content, _ = scaling.planned(MIXTRAL_8X22B, direction)
+    load = scaling.load(content, placement, 1024)
+    assert sum(load.written) == content.moved_bytes
+    assert max(scaling.ratio(load.read), scaling.ratio(load.written)) <= 1.1
+    assert all(used <= whole for used, whole in zip(load.gathered, load.buffers, strict=True))
+    assert all(received <= written for received, written in zip(load.received, load.written, strict=True))

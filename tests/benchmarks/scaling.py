@@ -1,0 +1,178 @@
+"""Shows how work divides over many ranks, from plans alone: `python tests/benchmarks/scaling.py`.
+
+Llama-3.1-405B and Mixtral-8x22B are planned in both directions, from headers that are made up, for
+
+* `direct`: every rank sees every file;
+* `gather all`: the same, and ranks gather: the default on accelerators where nodes share a file system;
+* `gather own`: shards on the nodes' own disks; each rank sees one, or several where there are fewer ranks than shards.
+  A Hugging Face source is on a file system that all share.
+
+Reads, writes and receives are of the largest rank, with their ratio to the mean (targets: at most 1.1). What a rank
+receives over gloo is what it writes and others have read. An accelerator's all-gather brings it all that its team
+gathers; that is at most the team's buffer (`members` x what each sends) for every gather: `filled` is the part of that
+which is used. `plan s` is what one rank takes from the headers to its own steps, on one core (target: 5 s for 405B).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dist_convert.plan.content import Content
+from dist_convert.plan.crossings import messages
+from dist_convert.plan.plan import Plan, divide, schedule_digest
+from dist_convert.plan.steps import assigned_blocks
+from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.plan.to_megatron import plan_to_megatron
+from dist_convert.records import View
+from tests.plan.headers import FULL_SIZE, shards
+
+MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")
+DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
+PLACEMENTS = ("direct", "gather all", "gather own")
+MOST_RATIO, MOST_SECONDS = 1.1, 5.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a plan gives to each rank, in bytes.
+
+    Attributes:
+        read, written: of files, by rank.
+        received: from others over gloo, by rank.
+        gathered: by an accelerator's all-gathers, by rank.
+        buffers: the most that those could bring: the team's buffer for every gather, by rank.
+        teams: groups of ranks.
+        plan_seconds: of one rank.
+    """
+
+    read: tuple[int, ...]
+    written: tuple[int, ...]
+    received: tuple[int, ...]
+    gathered: tuple[int, ...]
+    buffers: tuple[int, ...]
+    teams: int
+    plan_seconds: float
+
+    @property
+    def filled(self) -> float:
+        """The largest part that a rank uses of the buffers of its gathers; 0 where nothing is gathered."""
+        return max((used / whole for used, whole in zip(self.gathered, self.buffers, strict=True) if whole), default=0)
+
+    @property
+    def is_within_targets(self) -> bool:
+        """Whether work is even and planned in time."""
+        even = ratio(self.read) <= MOST_RATIO and ratio(self.written) <= MOST_RATIO
+        return even and self.filled <= 1 and self.plan_seconds <= MOST_SECONDS
+
+
+def ratio(of_ranks: Sequence[int]) -> float:
+    """The largest over the mean."""
+    return max(of_ranks) * len(of_ranks) / sum(of_ranks)
+
+
+def planned(name: str, direction: str) -> tuple[Content, float]:
+    """What is converted, and the seconds that it takes to work that out from the headers."""
+    model, grid, layers = FULL_SIZE[name]
+    headers = shards(model, grid, layers)
+    started = time.process_time()
+    content = plan_to_huggingface(headers, model, target_dtype=None, max_shard_size_bytes=5_000_000_000)
+    if direction == "hf-to-megatron":
+        parts = {tensor.name: View.of(tensor) for file in content.files for tensor in file.tensors}
+        started = time.process_time()
+        content = plan_to_megatron(
+            parts,
+            headers,
+            model,
+            grid,
+            params_dtype="BF16",
+            target_dtype=None,
+            repeat_last_row=True,
+            extras=frozenset(),
+            left_behind=(),
+        )
+    return content, time.process_time() - started
+
+
+def visible(content: Content, placement: str, ranks: int) -> list[frozenset[str]]:
+    """The source files that each rank sees."""
+    files = sorted({file for move in content.moves for files in move.homes for file in files})
+    if placement != "gather own" or content.sides.to_megatron:
+        return [frozenset(files)] * ranks
+    return [frozenset(files[rank % len(files) :: ranks]) for rank in range(ranks)]
+
+
+def load(content: Content, placement: str, ranks: int, content_seconds: float = 0.0) -> Load:
+    """Divide a content over ranks, and add up what each of them does."""
+    seen = visible(content, placement, ranks)
+    started = time.process_time()
+    plan = divide(content, seen, placement=placement.split()[0], budget_bytes=1_000_000_000)
+    schedule_digest(plan)
+    for _ in plan.steps(0):
+        pass
+    plan_seconds = content_seconds + time.process_time() - started
+    by_rank = dict(pair for number in range(len(plan.teams)) for pair in _team_load(plan, number))
+    read, written, received, gathered, buffers = zip(*(by_rank[rank] for rank in range(ranks)), strict=True)
+    return Load(read, written, received, gathered, buffers, len(plan.teams), plan_seconds)
+
+
+def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """For each rank of a team, the bytes of `Load` from `read` to `buffers`."""
+    team, content = plan.teams[number], plan.content
+    members = len(team.ranks)
+    read, written, received = [0] * members, [0] * members, [0] * members
+    for block in assigned_blocks(content.sides, content.moves, team, plan.visible, plan.done):
+        for one in block.reads:
+            read[one.reader] += one.source.size_bytes
+        for write in block.writes:
+            written[write.writer] += write.target.size_bytes
+    gathers = [step for step in plan.steps(team.ranks[0]) if step.send_bytes] if members > 1 else []
+    for message in (message for step in gathers for message in messages(step)):
+        received[message.receiver] += message.size_bytes
+    gathered = sum(step.send_bytes for step in gathers) * members
+    buffers = len(gathers) * plan.limits[number].received_bytes
+    for member, rank in enumerate(team.ranks):
+        yield rank, (read[member], written[member], received[member], gathered, buffers)
+
+
+def main() -> int:
+    """Print the table; 1 if work is uneven, or planned too slowly."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=sorted(FULL_SIZE), default=MODELS, help="(default: two)")
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="(default: both)")
+    parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="(default: all)")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 256, 1024], help="(default: 8 64 256 1024)")
+    given = parser.parse_args()
+    is_met = True
+    for name in given.model:
+        for direction in given.direction:
+            content, seconds = planned(name, direction)
+            print(f"{name}, {direction}: GB of the largest rank, ratio to the mean\n")
+            print("placement   ranks  teams          reads         writes  receives: gloo  all-gather  filled  plan s")
+            for placement in given.placement:
+                if placement == "gather own" and direction == "hf-to-megatron":
+                    continue  # the same as `gather all`
+                for ranks in given.ranks:
+                    found = load(content, placement, ranks, seconds)
+                    is_met &= found.is_within_targets
+                    print(row(placement, ranks, found), flush=True)
+            print()
+    return 0 if is_met else 1
+
+
+def row(placement: str, ranks: int, found: Load) -> str:
+    """A line of the table."""
+    files = "".join(f"{max(of) / 1e9:8.2f} {ratio(of):5.3f}x" for of in (found.read, found.written))
+    others = f"{max(found.received) / 1e9:14.2f}  {max(found.gathered) / 1e9:10.2f}  {found.filled:6.2f}"
+    missed = "" if found.is_within_targets else "  MISSED"
+    return f"{placement:11} {ranks:5} {found.teams:6}{files}  {others}  {found.plan_seconds:6.2f}{missed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
