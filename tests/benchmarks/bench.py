@@ -39,6 +39,7 @@ from tests.benchmarks.measured import Measured
 from tests.benchmarks.results import report
 from tests.benchmarks.sources import GRIDS
 from tests.benchmarks.store import Kept, read, write
+from tests.benchmarks.summary import fill
 from tests.benchmarks.ways import Ready
 
 #: Exit code where the time was up before all rounds were timed.
@@ -108,6 +109,7 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, help="keep every sample in this file, and go on where it ends")
     add("--show", nargs="+", type=Path, help="measure nothing, but show what --json has kept")
     add("--chart", type=Path, help="draw what was measured, or is shown, as SVG")
+    add("--fill", nargs="+", type=Path, default=[], help="put it into its places in these files, see `summary.py`")
     given = parser.parse_args()
     defaults = (
         {"size_gb": 0.2, "rounds": 3, "warm_ups": 1} if given.quick else {"size_gb": 2.0, "rounds": 7, "warm_ups": 2}
@@ -171,6 +173,8 @@ def main() -> int:
     print("\n\n".join(map(report, all_kept)))
     if given.chart:
         given.chart.write_text(chart([result for kept in all_kept for result in kept.results]))
+    for path in given.fill:
+        fill(path, all_kept)
     if not is_complete:
         print("the time is up: the same command goes on", file=sys.stderr)
     return 0 if is_complete else UNFINISHED

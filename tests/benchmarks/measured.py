@@ -54,29 +54,44 @@ def ratio(measured: Measured, other: Measured, seconds_of: Callable[[Measured], 
     return seconds / others_seconds
 
 
-def verdicts(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> list[str]:
-    """What is asked of a way's medians, and whether they do it."""
+def start_seconds(sample: Sample) -> float:
+    """What the whole command takes besides its data phase: interpreters, headers, the plan, the end."""
+    return sample.whole_seconds - sample.data_seconds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found, and the most that is asked for."""
+
+    found: float
+    most: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.found:.2f} (<= {self.most}) {self.unit} {'met' if self.found <= self.most else 'MISSED'}"
+
+
+def verdicts(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> list[Verdict]:
+    """What is asked of a conversion's data phase, as far as something is, then what is asked of its start."""
     way = measured.way
     if way.tool != "ours":
         return []
-    start_seconds = measured.middle(lambda sample: sample.whole_seconds - sample.data_seconds)
-    start = _verdict(start_seconds, START_TARGET_SECONDS, "s beside data", digits=1)
+    start = Verdict(measured.middle(start_seconds), START_TARGET_SECONDS, "s beside data")
     if way.source == "fp32":
         uncast = _find(all_measured, "ours", way.placement, way.ranks)
-        return [*(_verdict(ratio(measured, same, _middle_data), CAST_TARGET, "x uncast") for same in uncast), start]
+        return [*(Verdict(ratio(measured, same, _middle_data), CAST_TARGET, "x uncast") for same in uncast), start]
     if way.placement == "gather" and way.ranks > 1:
         return [*_gather_verdicts(measured, all_measured), start]
     if way.placement == "direct" and way.ranks in DIRECT_TARGETS:
-        return [_verdict(ratio(measured, cp, _middle_data), DIRECT_TARGETS[way.ranks], "x cp"), start]
+        return [Verdict(ratio(measured, cp, _middle_data), DIRECT_TARGETS[way.ranks], "x cp"), start]
     return [start]
 
 
-def _gather_verdicts(measured: Measured, all_measured: Sequence[Measured]) -> list[str]:
+def _gather_verdicts(measured: Measured, all_measured: Sequence[Measured]) -> list[Verdict]:
     ranks, gathers = measured.way.ranks, measured.samples[0].gathered_bytes > 0
     alone = [_middle_data(one) for one in _find(all_measured, "gloo", "gather", ranks)] if gathers else [0.0]
-    unit = "x (gloo + direct)" if gathers else "x direct"
     return [
-        _verdict(_middle_data(measured) / (gloo_seconds + _middle_data(direct)), GATHER_TARGET, unit)
+        Verdict(_middle_data(measured) / (gloo_seconds + _middle_data(direct)), GATHER_TARGET, "x (gloo + direct)")
         for gloo_seconds in alone
         for direct in _find(all_measured, "ours", "direct", ranks)
     ]
@@ -89,7 +104,3 @@ def _middle_data(measured: Measured) -> float:
 def _find(all_measured: Sequence[Measured], tool: str, placement: str, ranks: int) -> list[Measured]:
     wanted = (tool, "plain", placement, ranks)
     return [one for one in all_measured if (one.way.tool, one.way.source, one.way.placement, one.way.ranks) == wanted]
-
-
-def _verdict(found: float, most: float, unit: str, digits: int = 2) -> str:
-    return f"{found:.{digits}f} (<= {most}) {unit} {'met' if found <= most else 'MISSED'}"

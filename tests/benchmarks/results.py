@@ -51,5 +51,5 @@ def _row(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> 
         f"{measured.middle(lambda sample: sample.whole_cpu_seconds):.2f}",
         " ".join(f"{peak / 1e6:.0f}" for peak in peaks) or "-",
         f"{measured.samples[0].gathered_bytes / way.ranks / 1e6:.0f}",
-        "; ".join(verdicts(measured, cp, all_measured)) or "-",
+        "; ".join(map(str, verdicts(measured, cp, all_measured))) or "-",
     ]  # fmt: skip

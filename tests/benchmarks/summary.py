@@ -1,0 +1,66 @@
+"""What was measured as Markdown, and the places in files of the documentation that it fills.
+
+A place begins with `<!-- bench: summary -->` or `<!-- bench: tables -->` and ends with `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks.measured import Measured, data, ratio, start_seconds, synced, verdicts
+from tests.benchmarks.results import report
+from tests.benchmarks.store import Kept, Result
+
+_PLACE = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(path: Path, all_kept: Sequence[Kept]) -> None:
+    """Put what was measured into its places in a file."""
+    texts = {
+        "summary": "\n\n".join(map(summary, all_kept)),
+        "tables": "\n\n".join(f"```\n{report(kept)}\n```" for kept in all_kept),
+    }
+    path.write_text(_PLACE.sub(lambda place: f"{place[1]}{texts[place[2]]}\n{place[3]}", path.read_text()))
+
+
+def summary(kept: Kept) -> str:
+    """A table with a column for each case, of medians."""
+    columns = [dict(_lines(result)) for result in kept.results]
+    names = dict.fromkeys(name for column in columns for name in column)
+    titles = [f"{result.case.family.capitalize()} {result.case.direction}" for result in kept.results]
+    rows = [["", *titles], ["---"] * (len(titles) + 1)]
+    rows += [[name, *(column.get(name, "") for column in columns)] for name in names]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _lines(result: Result) -> Iterator[tuple[str, str]]:
+    """What is said of a case: name and value."""
+    cp = result.measured[0]
+    for one in result.measured:
+        way = one.way
+        to_cp, synced_to_cp = (
+            f"{ratio(one, cp, partial(Measured.middle, value=value)):.2f}" for value in (data, synced)
+        )
+        name = f"{way.placement}, {way.ranks} {'rank' if way.ranks == 1 else 'ranks'}"
+        if way.tool == "cp":
+            yield "cp, GB/s", f"{way.moved_bytes / one.middle(data) / 1e9:.2f}"
+        elif way.tool == "transformers":
+            yield "transformers alone, to cp", to_cp
+        elif way.tool == "ours" and (way.source, way.placement) == ("plain", "direct"):
+            yield from _judged(name, one, result)
+            yield f"{name}, with final sync, to cp", synced_to_cp
+            yield f"{name}, CPU s", f"{one.middle(lambda sample: sample.data_cpu_seconds):.2f}"
+            yield f"{name}, whole command beside data, s", f"{one.middle(start_seconds):.1f}"
+            yield f"{name}, peak MB of a rank", f"{max(max(sample.peak_bytes) for sample in one.samples) / 1e6:.0f}"
+        elif way.tool == "ours" and (way.source != "plain" or way.ranks > 1):
+            beside = {"plain": "", "optimizer": ", beside optimizer", "fp32": ", from fp32"}[way.source]
+            yield from _judged(name + beside, one, result)
+
+
+def _judged(name: str, measured: Measured, result: Result) -> Iterator[tuple[str, str]]:
+    """The verdict on the data phase."""
+    for verdict in verdicts(measured, result.measured[0], result.measured)[:-1]:
+        yield f"{name}, {verdict.unit} (target {verdict.most})", f"{verdict.found:.2f}"
