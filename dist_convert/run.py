@@ -81,7 +81,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
 
     started = time.monotonic()
     outcome = Outcome.of_ranks([], 0.0)
-    with traced(job.trace, world) as timeline, held_target(task, job, world) as held:
+    with traced(job.trace, world, task.target) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
             outcome = _make(task, job, plan, world, channel, timeline)
         check(task.target if held.has_name else task.partial)

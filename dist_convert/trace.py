@@ -7,8 +7,10 @@ conversion leaves can be looked at too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,25 +21,27 @@ from typing import Any
 from dist_convert.errors import UsageError
 from dist_convert.move.exchange import World, barrier, gather_objects
 from dist_convert.timeline import Stretch, Timeline
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.partial import partial_of
 
 _BUFFER_BYTES = 64 << 10
+_FIRST_LINE = b"[\n"
 _THREADS = ("main", "reader", "writer")
 
 
 @contextmanager
-def traced(path: Path | None, world: World) -> Iterator[Timeline]:
+def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
     """A timeline for the block, written to a file if there is a path.
 
-    The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`.
+    The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`. A trace
+    that cannot be written any more is given up with a line that says so; the conversion goes on.
 
     Args:
-        path: of the file, which is replaced; None for a timeline that only adds up.
+        path: of the file, which may replace an earlier trace; None for a timeline that only adds up.
         world: this rank.
+        target: of the conversion, which is renamed and replaced, so that no trace can lie in it.
 
     Raises:
-        UsageError: the file cannot be made.
-        TargetError, NotEnoughSpace: it cannot be written any more.
+        UsageError: the file cannot be made, or is something else than a trace.
     """
     if path is None:
         yield Timeline()
@@ -46,7 +50,7 @@ def traced(path: Path | None, world: World) -> Iterator[Timeline]:
         path = path.with_name(f"{path.stem}-node{world.node}{path.suffix}")
     is_first = world.rank in world.first_ranks
     if is_first:
-        _make(path)
+        _make(path, target)
     start_ns: int = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
     trace = _Trace(path, world.rank, time.perf_counter() - (time.time_ns() - start_ns) / 1e9)
     try:
@@ -59,25 +63,45 @@ def traced(path: Path | None, world: World) -> Iterator[Timeline]:
         _append(path, json.dumps(last).encode() + b"]\n")
 
 
-def _make(path: Path) -> None:
+def _make(path: Path, target: Path) -> None:
+    found = ""
     try:
-        path.write_bytes(b"[\n")
+        if any(path.absolute().is_relative_to(used) for used in (target, partial_of(target))):
+            found = f"a path inside of the target {target}"
+        elif path.exists() and not _is_trace(path):
+            found = "a file that is no trace"
+        else:
+            path.write_bytes(_FIRST_LINE)
     except OSError as error:
-        raise UsageError(
-            "the trace cannot be written", file=str(path), found=str(error.strerror), remedy="give another --trace"
-        ) from error
+        found = error.strerror or str(error)
+    if found:
+        raise UsageError("the trace cannot be written", file=str(path), found=found, remedy="give another --trace")
 
 
-def _append(path: Path, lines: bytes) -> None:
-    """Add lines behind those of all ranks of the node: one call, which no other one's lines come between."""
+def _is_trace(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_FIRST_LINE)) == _FIRST_LINE
+
+
+def _append(path: Path, lines: bytes) -> bool:
+    """Add lines behind those of all ranks of the node, in one call, which no other one's lines come between.
+
+    Returns:
+        Whether that was possible.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(descriptor, lines)
+            if os.write(descriptor, lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return True
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise target_error(error, str(path)) from error
+        print(f"{path}: the trace ends before the conversion: {error.strerror}", file=sys.stderr)
+        return False
 
 
 class _Trace:
@@ -90,6 +114,7 @@ class _Trace:
         self._lock = threading.Lock()
         self._lines: list[bytes] = []
         self._size_bytes = 0
+        self._goes_on = True
         self._put({"name": "process_name", "ph": "M", "args": {"name": f"rank {rank}"}})
         for number, name in enumerate(_THREADS):
             self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": name}})
@@ -120,5 +145,5 @@ class _Trace:
                 self._flush()
 
     def _flush(self) -> None:
-        _append(self._path, b"".join(self._lines))
+        self._goes_on = self._goes_on and _append(self._path, b"".join(self._lines))
         self._lines, self._size_bytes = [], 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,33 @@ def test_a_trace_that_cannot_be_made_ends_the_conversion_before_it_writes(
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "nowhere" / "trace.json")) == 2
     assert re.search(r"the trace cannot be written\n +file: .*nowhere/trace.json", capsys.readouterr().err)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("hf")]
+
+
+@pytest.mark.parametrize("where", ["hf/trace.json", "hf.partial/trace.json"])
+def test_a_trace_inside_the_target_is_refused(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "megatron", MODEL)
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / where)) == 2
+    assert "a path inside of the target" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_trace_is_never_replaced_and_an_earlier_trace_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", MODEL)
+    (shard,) = (tmp_path / "megatron").glob("iter_*/mp_rank_00/*.pt")
+    before = shard.read_bytes()
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(shard)) == 2
+    assert "a file that is no trace" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+    (tmp_path / "trace.json").write_bytes(b"[\n{}]")
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
+    assert len(stretches(tmp_path / "trace.json")) > 3
+
+
+def test_a_trace_on_a_full_disk_ends_and_the_conversion_goes_on(
+    tmp_path: Path, make_disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", MODEL)
+    trace = make_disk("size=4k") / "trace.json"
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(trace)) == 0
+    assert f"{trace}: the trace ends before the conversion" in capsys.readouterr().err
