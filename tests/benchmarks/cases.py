@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,9 @@ def prepare(directory: Path, family: str, grid: str, kind: str, size_bytes: int)
             flags = ["--load-path", str(making / "megatron"), "--save-path", str(making / "hf")]
             convert(1, ["megatron-to-hf", *flags, "--target-params-dtype", "keep", "--device", "cpu"])
         making.rename(root)
-        room_bytes = allocated_bytes(source.megatron)
-        print(f"made {root.name}: {source.weights_bytes / 1e9:.2f} GB of weights in files of {room_bytes / 1e9:.2f} GB")
+        sizes = [size / 1e9 for size in (source.weights_bytes, files_bytes(root), allocated_bytes(root))]
+        made = "{:.2f} GB of weights in each form, files of {:.2f} GB, which take {:.2f} GB on the disk".format(*sizes)
+        print(f"made {root.name}: {made}", file=sys.stderr, flush=True)
     return source
 
 
@@ -135,7 +137,7 @@ def _conversions(
     flags = _flags(case, source, target, placement, ranks)
     files = source.megatron if case.is_to_hf else source.hf
     written_bytes = _written_bytes(source, kind, to_hf=case.is_to_hf)
-    way = Way("ours", kind, placement, ranks, source.weights_bytes, written_bytes, allocated_bytes(files))
+    way = Way("ours", kind, placement, ranks, source.weights_bytes, written_bytes, files_bytes(files))
     yield Ready(way, target, partial(convert, ranks, flags))
     # All ranks see a Hugging Face directory, so nothing of it is gathered.
     if placement == "gather" and ranks > 1 and case.is_to_hf and "gloo" in beside:

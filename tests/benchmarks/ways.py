@@ -52,7 +52,7 @@ class Way:
         ranks: processes.
         read_bytes, written_bytes: of weights. Every expert parallel rank's file of a Megatron checkpoint has a copy
             of what is not an expert's; one of them is read, all are written. Of gloo what is not gathered counts, too.
-        file_bytes: that the files which are read take on the disk, whatever else is in them.
+        file_bytes: of the files that are read, whatever else is in them.
     """
 
     tool: str
