@@ -32,7 +32,8 @@ def ending_at_once() -> Iterator[None]:
 def stopped_by(number: int) -> int:
     """Say once for all ranks which signal ends them; the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+        with contextlib.suppress(OSError):  # the terminal or pipe may be gone before us
+            os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     return 128 + number
 
 
