@@ -49,6 +49,8 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
             yield "cp, GB/s", f"{way.moved_bytes / one.middle(data) / 1e9:.2f}"
         elif way.tool == "transformers":
             yield "transformers alone, to cp", to_cp
+        elif way.tool == "gloo":
+            yield f"{way.ranks} ranks, torchrun and joining a group alone, s", f"{one.middle(start_seconds):.1f}"
         elif way.tool == "ours" and (way.source, way.placement) == ("plain", "direct"):
             yield from _judged(name, one, result)
             yield f"{name}, with final sync, to cp", synced_to_cp
