@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from dist_convert.boxes import Box
@@ -176,6 +177,10 @@ class Copy:
         return Copy(
             tuple(view.window(box) for view in self.sources), tuple(view.window(box) for view in self.targets), self.add
         )
+
+    def into(self, files: Collection[str]) -> Copy:
+        """The same to those targets that lie in some files, which may be none."""
+        return replace(self, targets=tuple(view for view in self.targets if view.file in files))
 
 
 #: A tensor to be written: name, dtype, shape.

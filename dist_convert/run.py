@@ -43,6 +43,7 @@ from dist_convert.write.history import History
 from dist_convert.write.journal import MARK_SECONDS
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.spread import spread_files
+from dist_convert.writers import Writers, find_writers
 
 
 def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome | None:
@@ -61,7 +62,8 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     """
     task = hf_to_megatron(job, world, channel) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
     placement = choose_placement(job.placement, world, task.visible, task.places)
-    plan = _divide(task, job, world, placement, NOTHING_DONE)
+    writers = find_writers(task, world)
+    plan = _divide(task, writers, job, world, placement, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
     is_first = task.is_first_of_place(world.rank)
@@ -69,7 +71,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     if is_first:
         free_bytes = check_start(task, job, world.rank)
     if world.rank == 0:
-        for note in task.notes:
+        for note in (*task.notes, *writers.notes):
             print(note, file=sys.stderr)
     if job.dry_run:
         is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
@@ -83,7 +85,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     outcome = Outcome.of_ranks([], 0.0)
     with traced(job.trace, world, task.target) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
-            outcome = _make(task, job, plan, world, channel, timeline)
+            outcome = _make(task, writers, job, plan, world, channel, timeline)
         check(task.target if held.has_name else task.partial)
         channel.doing("giving the target its name")
         firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
@@ -113,14 +115,14 @@ def _done_before(task: Task) -> str:
     return f"{task.target} is complete already, by an earlier run of this conversion"
 
 
-def _divide(task: Task, job: RunOptions, world: World, placement: str, done: Done) -> Plan:
+def _divide(task: Task, writers: Writers, job: RunOptions, world: World, placement: str, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank."""
     plan = divide(
-        task.content,
+        writers.content,
         task.visible,
         placement=placement,
         budget_bytes=job.max_memory_per_rank_bytes,
-        writable=task.writable,
+        writable=writers.writable,
         on_accelerator=world.device.type != "cpu",
         done=done,
     )
@@ -129,7 +131,13 @@ def _divide(task: Task, job: RunOptions, world: World, placement: str, done: Don
 
 
 def _make(
-    task: Task, job: Job | ToMegatronJob, plan: Plan, world: World, channel: Channel, timeline: Timeline
+    task: Task,
+    writers: Writers,
+    job: Job | ToMegatronJob,
+    plan: Plan,
+    world: World,
+    channel: Channel,
+    timeline: Timeline,
 ) -> Outcome:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, partial = task.content, task.partial
@@ -138,7 +146,7 @@ def _make(
         if start.done.size_bytes:
             if world.rank == 0:
                 print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
-            plan = _divide(task, job, world, plan.placement, start.done)
+            plan = _divide(task, writers, job, world, plan.placement, start.done)
         with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
             moved = move(plan, world, task.source, task.source_listing, partial, journal, channel, timeline)
             channel.doing("waiting for other ranks to write")

@@ -54,7 +54,10 @@ class Content:
 
 
 def content_digest(content: Content) -> str:
-    """Names what is converted into what: the same for any number of ranks, placement and budget."""
+    """Names what is converted into what: the same for any number of ranks, placement and budget.
+
+    Parts of moves (see `one_node`) name it as the whole ones do.
+    """
     side = content.side
     return digest(
         {
@@ -62,7 +65,7 @@ def content_digest(content: Content) -> str:
             "family": asdict(side.family),
             "grid": asdict(side.grid),
             "megatron": [[f, v, *sorted(map(_fields, t.values()))] for (f, v), t in sorted(side.tensors.items())],
-            "huggingface": [asdict(view) for move in content.moves for view in move.hf],
+            "huggingface": [asdict(view) for view in dict.fromkeys(v for move in content.moves for v in move.hf)],
             "target": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in content.files],
             "directions": [content.sides.to_megatron, content.sides.add_to_norms, content.sides.repeat_last_row],
             "permuted_experts": side.permuted_experts,

@@ -27,23 +27,39 @@ def deal_files(
         visible: for each rank, the source files that it can read.
         places: for each rank, the number of its place.
     """
+    alike = places_alike(content, visible, places)
+    dealt: list[list[str]] = [[] for _ in range(max(places) + 1)]
+    filled_bytes = [0] * len(dealt)
+    for file in content.files:
+        chosen = min(alike[file.name], key=lambda place: filled_bytes[place])
+        dealt[chosen].append(file.name)
+        filled_bytes[chosen] += file.size_bytes
+    return tuple(map(frozenset, dealt))
+
+
+def places_alike(
+    content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """For each target file, the places that see about equally much of its source, and no place sees more of it.
+
+    Args:
+        content, visible, places: see `deal_files`.
+    """
     numbers = range(max(places) + 1)
     seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(places) if of == place)) for place in numbers]
     held_bytes = {file.name: [0] * len(seen) for file in content.files}
     for move in content.moves:
         shares = [sum(any(file in files for file in home) for home in move.homes) for files in seen]
-        for view in move.hf:
+        of_files = [(view.file, view.size_bytes) for view in move.hf]
+        if content.sides.to_megatron:
+            of_files = [(file, move.written_bytes // len(move.targets)) for file in move.targets]
+        for file, size_bytes in of_files:
             for place, share in enumerate(shares):
-                held_bytes[view.file][place] += view.size_bytes * share // len(move.homes)
-    dealt: list[list[str]] = [[] for _ in seen]
-    filled_bytes = [0] * len(seen)
-    for file in content.files:
-        held = held_bytes[file.name]
-        alike = [place for place in numbers if held[place] >= _ALIKE * max(held)]
-        chosen = min(alike, key=lambda place: filled_bytes[place])
-        dealt[chosen].append(file.name)
-        filled_bytes[chosen] += file.size_bytes
-    return tuple(map(frozenset, dealt))
+                held_bytes[file][place] += size_bytes * share // len(move.homes)
+    return {
+        file: tuple(place for place in numbers if held[place] >= _ALIKE * max(held))
+        for file, held in held_bytes.items()
+    }
 
 
 def with_own_targets(content: Content) -> Content:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dist_convert.plan.moves import Move, Sides, equal_copies
-from dist_convert.records import Window
+from dist_convert.records import View, Window
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def is_move_done(sides: Sides, move: Move, done: Done) -> bool:
     """Whether nothing of a move is left to do; False also where only its single blocks can tell."""
     if not done.size_bytes:
         return False
-    if not sides.to_megatron:
-        return all(done.covers(Window.of(view)) for view in move.hf)
-    stored = equal_copies(sides, move.parameter)
-    return all(done.covers(Window.of(view)) for shard in stored for replica in shard for _, view in replica)
+    targets: Iterable[View] = move.hf
+    if sides.to_megatron:
+        stored = equal_copies(sides, move.parameter)
+        targets = (view for shard in stored for replica in shard for _, view in replica)
+    return all(done.covers(Window.of(view)) for view in targets if view.file in move.targets)

@@ -48,6 +48,7 @@ class Move:
         targets: the files that the parameter is written to.
         needs: sets of files; ranks can do the move together if they reach one file of each.
         own_targets: the same of target files that not every rank can write, as far as `needs` does not say it.
+        is_part: other moves write the parameter to further files; this one has what goes to `targets`.
     """
 
     parameter: Parameter
@@ -58,6 +59,7 @@ class Move:
     targets: tuple[str, ...]
     needs: tuple[tuple[str, ...], ...]
     own_targets: tuple[tuple[str, ...], ...] = ()
+    is_part: bool = False
 
     @property
     def all_needs(self) -> tuple[tuple[str, ...], ...]:
@@ -107,7 +109,7 @@ def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
 
 
 def copies(sides: Sides, move: Move) -> Iterator[Copy]:
-    """All copies of a move, ordered by shard and row.
+    """All copies of a move, ordered by shard and row; of a part of a move, those of the whole.
 
     Args:
         sides: both ends.
@@ -203,7 +205,17 @@ def _cover_faults(side: MegatronSide, move: Move) -> Iterator[str | None]:
 
 
 def blocks(sides: Sides, move: Move) -> Iterator[Block]:
-    """A move cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows together stay together."""
+    """A move cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows together stay together.
+
+    The blocks of a part of a move are those of the whole, with fewer targets: their borders are the same.
+    """
+    for block in _blocks_of_whole(sides, move):
+        kept = tuple(copy.into(move.targets) for copy in block) if move.is_part else block
+        if kept := tuple(copy for copy in kept if copy.targets):
+            yield kept
+
+
+def _blocks_of_whole(sides: Sides, move: Move) -> Iterator[Block]:
     listed = tuple(copies(sides, move))
     bands = (listed,) if move.parameter.row.split == "columns" else tuple((copy,) for copy in listed)
     for band in bands:

@@ -235,11 +235,17 @@ def written_intervals(steps: Iterable[Step], member: int) -> Iterator[Interval]:
 
 
 def cover_faults(made: Content, written: Iterable[Interval]) -> list[str]:
-    """Holes and overlaps of byte ranges in the data of the target files; tensors of zeros count as written."""
-    zeros = [t for file in made.files for t in file.tensors if t.name in made.zero_tensors]
-    intervals = sorted([*written, *((t.file, t.offset_bytes, t.offset_bytes + t.size_bytes) for t in zeros)])
-    faults, position = [], {file.name: len(file.header) for file in made.files}
-    for file, start, end in intervals:
+    """Holes and overlaps of what is written in target files; tensors of zeros, and what is no tensor, count as well."""
+    filled = list(written)
+    for target in made.files:
+        end = 0
+        for tensor in sorted(target.tensors, key=lambda tensor: tensor.offset_bytes):
+            filled += [(target.name, end, tensor.offset_bytes)] * (end < tensor.offset_bytes)
+            end = tensor.offset_bytes + tensor.size_bytes
+            filled += [(target.name, tensor.offset_bytes, end)] * (tensor.name in made.zero_tensors)
+        filled += [(target.name, end, target.size_bytes)] * (end < target.size_bytes)
+    faults, position = [], {file.name: 0 for file in made.files}
+    for file, start, end in sorted(filled):
         if start != position[file]:
             faults.append(f"{file}: bytes {position[file]} to {start}, then one that starts there")
         position[file] = end

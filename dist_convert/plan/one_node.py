@@ -1,0 +1,93 @@
+"""Target files that the ranks of one node alone may write, though all nodes see them: on NFS, for instance.
+
+Pure: integers and strings. What a parameter has in files of several nodes becomes a part for each of them, so that
+every node can read for itself what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from dist_convert.plan.content import Content
+from dist_convert.plan.deal_files import places_alike, with_own_targets
+from dist_convert.plan.moves import Move, Sides, copies
+
+
+def writable_by_one_node(
+    content: Content,
+    visible: Sequence[frozenset[str]],
+    writable: Sequence[frozenset[str]],
+    places: Sequence[int],
+    nodes: Sequence[int],
+) -> tuple[frozenset[str], ...]:
+    """For each rank, the target files that it writes: those of its place that are dealt to its node.
+
+    Args:
+        content: of the conversion.
+        visible: for each rank, the source files that it can read.
+        writable: for each rank, the target files where its target lies.
+        places: for each rank, the number of that place; where it does not matter who writes what, a negative one.
+        nodes: for each rank, the number of its node.
+    """
+    found = list(writable)
+    for place in sorted({place for place in places if place >= 0}):
+        ranks = [rank for rank, of_rank in enumerate(places) if of_rank == place]
+        names = sorted({nodes[rank] for rank in ranks})
+        numbers = [names.index(nodes[rank]) for rank in ranks]
+        node_of_file = _deal(content, [visible[rank] for rank in ranks], writable[ranks[0]], numbers)
+        for rank, number in zip(ranks, numbers, strict=True):
+            found[rank] = frozenset(file for file, node in node_of_file.items() if node == number)
+    return tuple(found)
+
+
+def _deal(
+    content: Content, visible: Sequence[frozenset[str]], files: frozenset[str], nodes: Sequence[int]
+) -> Mapping[str, int]:
+    """The node of each file: the one that sees most of its source; where all see alike, stretches of equal bytes.
+
+    Neighbours of a stretch share parameters: the files of a pipeline stage, and in it of an expert parallel rank.
+    """
+    alike = places_alike(content, visible, nodes)
+    sizes_bytes = {file.name: file.size_bytes for file in content.files if file.name in files}
+    by_experts = sorted(content.moves, key=lambda move: move.parameter.expert is None)
+    ordered = dict.fromkeys(file for move in by_experts for file in move.targets) | dict.fromkeys(sizes_bytes)
+    total_bytes, dealt_bytes = sum(sizes_bytes.values()), 0
+    count = max(nodes) + 1
+    filled_bytes = [0] * count
+    chosen: dict[str, int] = {}
+    for file in (file for file in ordered if file in sizes_bytes):
+        node = (2 * dealt_bytes + sizes_bytes[file]) * count // (2 * total_bytes)  # by the middle of the file
+        dealt_bytes += sizes_bytes[file]
+        if len(alike[file]) < count:
+            node = min(alike[file], key=lambda node: filled_bytes[node])
+        chosen[file] = node
+        filled_bytes[node] += sizes_bytes[file]
+    return chosen
+
+
+def with_parts(content: Content, writable: Sequence[frozenset[str]]) -> Content:
+    """A content whose every move can be done by the ranks that write one and the same of these sets of files."""
+    owners = {file: number for number, files in enumerate(dict.fromkeys(writable)) for file in files}
+    moves = tuple(part for move in content.moves for part in _parts(content.sides, move, owners))
+    return with_own_targets(replace(content, moves=moves))
+
+
+def _parts(sides: Sides, move: Move, owners: Mapping[str, int]) -> Iterator[Move]:
+    """A move for each owner of its target files."""
+    numbers = dict.fromkeys(owners[file] for file in move.targets)
+    if len(numbers) == 1:
+        yield move
+        return
+    for number in numbers:
+        targets = tuple(file for file in move.targets if owners[file] == number)
+        others = set(move.targets).difference(targets)
+        of_part = [copy for copy in (copy.into(targets) for copy in copies(sides, move)) if copy.targets]
+        yield replace(
+            move,
+            size_bytes=sum(copy.targets[0].size_bytes for copy in of_part),
+            written_bytes=sum(view.size_bytes for copy in of_part for view in copy.targets),
+            targets=targets,
+            needs=tuple(files for files in move.needs if others.isdisjoint(files)),
+            is_part=True,
+        )
