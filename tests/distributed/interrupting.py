@@ -62,9 +62,9 @@ class Runs:
 
 
 @contextmanager
-def interrupted_runs() -> Iterator[Runs]:
-    """Start the process, and end it."""
-    program = [sys.executable, "-m", "tests.distributed.programs.interrupted_runs"]
+def interrupted_runs(module: str = "interrupted_runs") -> Iterator[Runs]:
+    """Start the process, and end it; `module` is one of `programs` that does what this one does, and more."""
+    program = [sys.executable, "-m", f"tests.distributed.programs.{module}"]
     with subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
     ) as process:

@@ -1,0 +1,144 @@
+"""Targets on a stand-in for NFS: each file is written by one node, and has the bytes of any other conversion."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import Grid, Model, make
+from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.to_megatron import grid_flags, make_hf
+
+LLAMA = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
+MIXTRAL = Model(hidden=64, ffn=96, heads=8, groups=4, head_dim=8, layers=2, vocab=99, padded_vocab=128, experts=4)
+NOTE = "the target lies on nfs4: each weights file is written by one node"
+CASES = ("megatron-to-hf", "hf-to-megatron, llama", "hf-to-megatron, mixtral")
+
+
+@pytest.fixture(scope="module")
+def on_nfs() -> Iterator[Runs]:
+    with interrupted_runs("nodes_on_nfs") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sources")
+    make(root / "megatron", LLAMA, Grid(tp=2, pp=3))
+    make_hf(root / "llama", LLAMA)
+    make_hf(root / "mixtral", MIXTRAL)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(sources: Path, runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """For each case, the files of an ordinary conversion by one rank."""
+    found = {}
+    for case in CASES:
+        root = tmp_path_factory.mktemp("expected")
+        assert runs.do(command(case, sources, root)).exit_codes == [0]
+        found[case] = hashes_below(root)
+    return found
+
+
+def command(case: str, sources: Path, root: Path, *more: str) -> list[str]:
+    """Small files: 8 of a Hugging Face model, 6 of a Llama at TP2 x PP3, 4 of a Mixtral at TP2 x EP2."""
+    direction, _, model = case.partition(", ")
+    words = ["--load-path", str(sources / "megatron"), "--save-path", str(root / "hf"), "--max-shard-size", "50KB"]
+    if model:
+        grid = [*grid_flags(Grid(tp=2, pp=3))]
+        if model == "mixtral":  # of whose experts every write has gaps
+            grid = [*grid_flags(Grid(tp=2, ep=2)), "--expert-layout", "grouped"]
+        words = ["--load-dir", str(sources / model), "--save-dir", str(root / "megatron"), *grid]
+    return [direction, *words, "--target-params-dtype", "keep", "--device", "cpu", *more]
+
+
+def nodes_of_files(run: Run, ranks_each: int) -> dict[str, set[int]]:
+    """By file, the nodes of which some rank wrote tensors to it."""
+    found: dict[str, set[int]] = {}
+    for rank, printed in enumerate(run.stderr):
+        for path in re.findall(r"^(.*) is open to write$", printed, re.MULTILINE):
+            found.setdefault(path, set()).add(rank // ranks_each)
+    assert "is open to read" not in run.printed
+    return found
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(2, 4), (3, 3)])
+@pytest.mark.parametrize("placement", ["direct", "gather"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_file_is_written_by_one_node_with_the_bytes_of_any_other_conversion(
+    case: str, placement: str, nodes: int, ranks: int, on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run = on_nfs.do(command(case, sources, tmp_path, "--placement", placement), ranks=ranks, nodes=nodes)
+    assert run.exit_codes == [0] * ranks, run.printed
+    assert hashes_below(tmp_path) == expected[case]
+    writing = nodes_of_files(run, ranks // nodes)
+    weights = [name for name in expected[case] if name.endswith((".safetensors", ".pt"))]
+    assert len(writing) == len(weights)
+    assert all(len(of_file) == 1 for of_file in writing.values()), writing
+    assert set.union(*writing.values()) == set(range(nodes))
+    assert run.printed.count(NOTE) == 1
+
+
+def test_shards_of_both_nodes_end_in_files_of_one_node_each(
+    on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    for shard in (sources / "megatron").glob("iter_*/mp_rank_*"):
+        node = int(shard.name.split("_")[2])  # a tensor rank a node
+        shutil.copytree(shard, tmp_path / f"disk{node}" / "iter_0000004" / shard.name)
+    words = command(CASES[0], sources, tmp_path, "--ckpt-dir-name", "iter_0000004")
+    words[words.index("--load-path") + 1] = f"{tmp_path}/disk{{node}}"
+    run = on_nfs.do(words, ranks=4, nodes=2)
+    assert run.exit_codes == [0] * 4, run.printed
+    assert all(len(of_file) == 1 for of_file in nodes_of_files(run, 2).values())
+    made = {name: value for name, value in hashes_below(tmp_path / "hf").items() if name.endswith(".safetensors")}
+    assert made == {n.removeprefix("hf/"): v for n, v in expected[CASES[0]].items() if n.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_other_nodes_began_without_regard_to_it_is_gone_on_with(
+    case: str, runs: Runs, on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    words = command(case, sources, tmp_path)
+    killed = {"moment": 60, "signals": ["SIGKILL"], "all": True}
+    assert -9 in runs.do([*words, "--placement", "gather"], ranks=2, nodes=2, rank=1, **killed).exit_codes
+    assert -9 in on_nfs.do([*words, "--placement", "direct"], ranks=3, nodes=3, rank=0, **killed).exit_codes
+    run = on_nfs.do(words, ranks=4, nodes=2)
+    assert run.exit_codes == [0] * 4, run.printed
+    assert "are there already; going on" in run.printed
+    assert all(len(of_file) == 1 for of_file in nodes_of_files(run, 2).values())
+    assert hashes_below(tmp_path) == expected[case]
+
+
+SAID: dict[str, tuple[str, list[str], int, str]] = {
+    "files for all nodes": (CASES[0], ["--dry-run"], 2, f"{NOTE}\n"),
+    "one file": (
+        CASES[0], ["--dry-run", "--max-shard-size", "5GB"], 3,
+        f"{NOTE}; 2 of 3 nodes have none, smaller files (--max-shard-size) would share the work\n",
+    ),
+    "one rank directory": (
+        CASES[1], ["--dry-run", "--target-tensor-parallel-size", "1", "--target-pipeline-parallel-size", "1"], 2,
+        f"{NOTE}; 1 of 2 nodes have none, a larger grid would share the work\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_dry_run_says_so_and_shows_nodes_without_work(name: str, on_nfs: Runs, sources: Path, tmp_path: Path) -> None:
+    case, more, nodes, note = SAID[name]
+    run = on_nfs.do(command(case, sources, tmp_path, *more), ranks=nodes, nodes=nodes)
+    assert run.exit_codes == [0] * nodes, run.printed
+    assert note in run.printed
+    assert len(re.findall("0 B +0 B +0 B", run.stdout[0])) == (nodes - 1 if "none" in note else 0)
+
+
+def test_ranks_of_one_node_share_its_files_as_elsewhere(on_nfs: Runs, sources: Path, tmp_path: Path) -> None:
+    run = on_nfs.do(command(CASES[0], sources, tmp_path, "--max-shard-size", "5GB"), ranks=2)
+    assert run.exit_codes == [0, 0], run.printed
+    assert all("model.safetensors is open to write" in printed for printed in run.stderr)
+    assert NOTE not in run.printed
