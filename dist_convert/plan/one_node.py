@@ -6,6 +6,7 @@ every node can read for itself what it writes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -79,15 +80,19 @@ def _parts(sides: Sides, move: Move, owners: Mapping[str, int]) -> Iterator[Move
     if len(numbers) == 1:
         yield move
         return
+    size_bytes, written_bytes = Counter[int](), Counter[int]()
+    for copy in copies(sides, move):
+        of_owners = [owners[view.file] for view in copy.targets]
+        size_bytes.update(dict.fromkeys(of_owners, copy.targets[0].size_bytes))  # equal targets count once
+        for number in of_owners:
+            written_bytes[number] += copy.targets[0].size_bytes
     for number in numbers:
-        targets = tuple(file for file in move.targets if owners[file] == number)
-        others = set(move.targets).difference(targets)
-        of_part = [copy for copy in (copy.into(targets) for copy in copies(sides, move)) if copy.targets]
+        others = {file for file in move.targets if owners[file] != number}
         yield replace(
             move,
-            size_bytes=sum(copy.targets[0].size_bytes for copy in of_part),
-            written_bytes=sum(view.size_bytes for copy in of_part for view in copy.targets),
-            targets=targets,
+            size_bytes=size_bytes[number],
+            written_bytes=written_bytes[number],
+            targets=tuple(file for file in move.targets if file not in others),
             needs=tuple(files for files in move.needs if others.isdisjoint(files)),
             is_part=True,
         )
