@@ -157,6 +157,9 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         help="compare what was written with the source before it gets its name: all of it, or a sample (default: off)",
     )
     run.add_argument(
+        "--no-verify", dest="verify", action="store_const", const=None, help="do not (default: as the job file says)"
+    )
+    run.add_argument(
         "--trace",
         metavar="FILE",
         type=Path,

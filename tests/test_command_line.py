@@ -218,6 +218,11 @@ def test_a_flag_on_the_command_line_wins_over_the_job_file(tmp_path: Path) -> No
     assert wanted == Job(Path("/in"), Path("/elsewhere"), max_shard_size_bytes=3_000_000_000, instruct=False)
 
 
+def test_the_command_line_switches_off_the_verification_that_a_job_file_asks_for(tmp_path: Path) -> None:
+    file = job_file(tmp_path, "load-path: /in\nsave-path: /out\nverify: sample\n")
+    assert (job("--config", file).verify, job("--config", file, "--no-verify").verify) == ("sample", None)
+
+
 def test_of_flags_that_exclude_each_other_the_command_line_wins_over_the_job_file(tmp_path: Path) -> None:
     file = job_file(tmp_path, "load-dir: /in\nsave-dir: /out\nbf16: true\nrelease: true\n")
     wanted = to_megatron_job_from_flags(parse(["hf-to-megatron", "--config", file, "--fp16", "--iteration", "3"]))
