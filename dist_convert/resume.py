@@ -41,7 +41,7 @@ from dist_convert.write.history import (
 )
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
-from dist_convert.write.manifest import is_complete
+from dist_convert.write.manifest import is_complete, what_differs
 from dist_convert.write.partial import check_partial, forget, is_committed, is_void, note_void
 from dist_convert.write.skeleton import reserve_file
 
@@ -114,6 +114,7 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
         overwrite=job.overwrite,
         needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
         flag=task.target_flag,
+        different=what_differs(task.target, facts_of(task, job, rank)),
     )
     check_partial(task.target, known, overwrite=job.overwrite)
     return free_bytes

@@ -299,11 +299,22 @@ def test_verify_finds_what_has_become_of_a_target_that_was_complete(runs: Runs, 
     assert hashes_below(source.parent) == before
 
 
-def test_another_command_after_the_end_finds_the_target_in_its_way(runs: Runs, source: Path) -> None:
+def test_another_command_after_the_end_finds_the_target_in_its_way_and_says_what_is_other(
+    runs: Runs, source: Path
+) -> None:
     assert runs.do(to_hf(source)).exit_codes == [0]
     run = runs.do(to_hf(source, "--instruct"))
     assert run.exit_codes == [1]
     assert "the target directory is not empty" in run.printed
+    assert "found:    a conversion: --instruct was False, now True\n" in run.printed
+
+
+def test_a_complete_target_of_which_a_file_is_gone_says_so(runs: Runs, source: Path) -> None:
+    assert runs.do(to_hf(source)).exit_codes == [0]
+    (source.parent / "out" / "model.safetensors").unlink()
+    run = runs.do(to_hf(source))
+    assert run.exit_codes == [1]
+    assert "found:    a conversion: files that it had are gone or have other sizes\n" in run.printed
 
 
 def test_a_replaced_target_keeps_its_name_or_has_it_back_whenever_the_run_is_killed(runs: Runs, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from dist_convert.boxes import Box, runs
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.move.buffers import Buffer
-from dist_convert.read.source_file import Listing, check_unchanged, source_error
+from dist_convert.read.source_file import Listing, check_unchanged, open_to_read, source_error
 from dist_convert.records import DTYPE_BYTES, View
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -152,6 +153,8 @@ class FileReader:
             try:
                 count = os.preadv(self._descriptor(view.file), [window[done:]], offset_bytes + done)
             except OSError as error:
+                if error.errno == errno.ESPIPE:  # it is no file any more
+                    self._check_unchanged(view)
                 expected = f"{len(window)} bytes at offset {offset_bytes}"
                 raise source_error(error, view.file, tensor=view.tensor, expected=expected) from error
             if count == 0:
@@ -179,7 +182,7 @@ class FileReader:
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            descriptor = os.open(self._root / file, os.O_RDONLY)
+            descriptor = open_to_read(self._root / file)
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open[file] = descriptor

@@ -64,6 +64,15 @@ def check_unchanged(found: os.stat_result, known: Sequence[int], file: str, tens
         )
 
 
+def open_to_read(path: Path) -> int:
+    """A descriptor; a pipe that has come in the file's place keeps nobody waiting for its writer.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
 def changed_files(directory: Path, known: Listing) -> list[str]:
     """Which files are not what they were; each is opened, which makes network file systems ask their server.
 
@@ -73,8 +82,12 @@ def changed_files(directory: Path, known: Listing) -> list[str]:
     changed = []
     for file, before in known.items():
         try:
-            with reading(file), (directory / file).open("rb") as opened:
-                check_unchanged(os.fstat(opened.fileno()), before, file)
+            with reading(file):
+                descriptor = open_to_read(directory / file)
+                try:
+                    check_unchanged(os.fstat(descriptor), before, file)
+                finally:
+                    os.close(descriptor)
         except SourceChanged:
             changed.append(file)
     return changed

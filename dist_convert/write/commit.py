@@ -22,6 +22,7 @@ def check_target(
     overwrite: bool,
     needed_bytes: int,
     flag: str = "--save-path",
+    different: Sequence[str] = (),
 ) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
@@ -32,6 +33,7 @@ def check_target(
         overwrite: whether an existing target may be replaced.
         needed_bytes: of all files together; an existing target's space is not free before the end.
         flag: that named the target, for messages.
+        different: in what a complete conversion that is there is another one, for messages.
 
     Raises:
         TargetExists, TargetError, NotEnoughSpace
@@ -44,7 +46,9 @@ def check_target(
             "the target directory is not empty",
             file=str(target),
             expected="a new or empty directory",
-            found=f"{sum(1 for _ in target.iterdir())} entries",
+            found="a conversion: " + "; ".join(different)
+            if different
+            else f"{sum(1 for _ in target.iterdir())} entries",
             remedy=f"choose another {flag}, or replace it with --overwrite",
         )
     if overwrite and target.is_dir() and any(target.iterdir()) and not is_replaceable(target):

@@ -51,6 +51,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             *_value_differences("--", old["flags"], new["flags"]),
             *_value_differences("argument ", old["settings"], new["settings"]),
         ] or [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
+    return _first(found)
+
+
+def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps a complete target from being what a run would make, for people; both are facts of a manifest."""
+    old_files, new_files = (
+        {file: tuple(known.values()) for file, known in facts["source"]["files"].items()} for facts in (old, new)
+    )
+    found = [*_source_differences(old_files, new_files), *_value_differences("--", old["flags"], new["flags"])]
+    if not found and (old["plan"], old["settings"]) != (new["plan"], new["settings"]):
+        found = ["its files are planned otherwise, or its arguments are others"]
+    return _first(found) or ["files that it had are gone or have other sizes"]
+
+
+def _first(found: list[str]) -> list[str]:
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     return [*found[:_SHOWN], *more]
 

@@ -13,6 +13,7 @@ from typing import Any
 from dist_convert.read.json_file import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
 from dist_convert.write.file_writer import Written, target_error
+from dist_convert.write.identity import differences_of_complete
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.partial import RESUMABLE
 from dist_convert.write.tracker import replace_text
@@ -100,3 +101,16 @@ def is_complete(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str
         return is_same and all(record["size_bytes"] == sizes[name] for name, record in files if name in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def what_differs(target: Path, facts: Mapping[str, Any]) -> list[str]:
+    """In what a directory is not what a conversion of these facts leaves; empty if no conversion left it.
+
+    Args:
+        target: the directory.
+        facts: see `write_manifest`.
+    """
+    try:
+        return differences_of_complete(json.loads((target / MANIFEST_FILE).read_bytes()), facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []

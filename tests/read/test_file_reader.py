@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.errors import CorruptFile, SourceChanged, SourceError, UnsupportedModel
 from dist_convert.move.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
+from dist_convert.read.same_file import stamp
+from dist_convert.read.source_file import changed_files
 from dist_convert.records import View
 
 FILE = "mp_rank_00/model_optim_rng.pt"
@@ -163,6 +165,17 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         read(reader(tmp_path), view_of(2, 2, 2, 1), "F32")
     assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
     assert caught.value.found == "No such file or directory"
+
+
+def test_a_pipe_that_has_come_in_a_files_place_keeps_nobody_waiting(tmp_path: Path) -> None:
+    write(tmp_path, VALUES)
+    known = {FILE: stamp(tmp_path / FILE)}
+    (tmp_path / FILE).unlink()
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(SourceChanged, match="a source file has changed while it was read") as caught:
+        read(FileReader(tmp_path, make_buffer(65536), known), view_of(2, 2, 2, 1), "F32")
+    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert changed_files(tmp_path, known) == [FILE]
 
 
 def test_hundreds_of_files_are_read_with_few_open_at_once(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_messages_name_flags_that_this_command_has(tmp_path: Path, capsys: pytes
     assert main(["hf-to-megatron", *paths, "--vocab-padding", "zeros"]) == 1
     message = capsys.readouterr().err
     assert "the target directory is not empty" in message
+    assert "found:    a conversion: --vocab-padding was last-row, now zeros\n" in message
     assert "--save-path" not in message  # which is megatron-to-hf's
 
 
