@@ -13,7 +13,8 @@ from dist_convert.errors import lost_contact
 from dist_convert.failures import Store
 
 BEAT_SECONDS = 1.0
-_POLL_SECONDS = 0.3
+#: How often the store is asked whether work is done: often at first, as most of it is short.
+_FIRST_POLL_SECONDS, _POLL_SECONDS = 0.005, 0.3
 #: What a rank does alone; in anything else it may wait for others as long as they take.
 _ALONE = ("reading step", "writing step")
 
@@ -128,10 +129,11 @@ def wait_for_work(
     Raises:
         LostRank: a rank is silent for longer.
     """
-    asked = time.monotonic()
+    asked, pause_seconds = time.monotonic(), _FIRST_POLL_SECONDS
     signs = dict.fromkeys(ranks, (0, asked))
     while not all(is_set(f"{name}/{rank}/done") for rank in ranks):
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
         now = time.monotonic()
         if now - asked < timeout_seconds / 4:
             continue

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from dist_convert.channel import Channel
 from dist_convert.move.exchange import World
 
@@ -25,6 +23,8 @@ def show_progress(world: World, channel: Channel, total_bytes: int, what: str = 
     if world.rank != 0 or not sys.stderr.isatty():
         yield
         return
+    from tqdm import tqdm  # only here: most runs have no terminal
+
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
 
         def update(all_bytes: int) -> None:

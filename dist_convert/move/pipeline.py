@@ -1,7 +1,8 @@
 """Carries out one rank's steps: read, gather, place and write, each overlapping the others.
 
-A reader thread fills the next slot while the main thread gathers one and a writer thread empties the one before. Only
-the main thread takes part in collectives, in the order of the plan.
+A reader thread fills the next slot while the main thread gathers one and a writer thread empties the one before. What
+is read is gathered at once; only a slot for the next read is waited for. Only the main thread takes part in
+collectives, in the order of the plan.
 """
 
 from __future__ import annotations
@@ -115,11 +116,11 @@ def move(
         upcoming = next(steps, None)
         number = 0
         while upcoming is not None or reading:
-            if upcoming is not None and not free:
-                progress.doing(f"writing step {number}")
-                with timeline.during("wait", "for the writer"):
-                    free.append(writing.pop(0).result())
             if upcoming is not None and len(reading) < SLOTS - 1:
+                if not free:  # all others are being written, so there is one to wait for
+                    progress.doing(f"writing step {number}")
+                    with timeline.during("wait", "for the writer"):
+                        free.append(writing.pop(0).result())
                 reading.append(reads.submit(read, upcoming, free.pop()))
                 upcoming = next(steps, None)
                 continue

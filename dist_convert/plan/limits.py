@@ -79,7 +79,7 @@ def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = F
 def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
     """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
     left_bytes = budget_bytes - Limits(STEP_BYTES, 0, members, on_accelerator).total_bytes
-    affordable_bytes = left_bytes // ((SLOTS + 1) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    affordable_bytes = left_bytes // ((SLOTS + on_accelerator) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
     found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
     while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:

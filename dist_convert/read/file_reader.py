@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 
 from dist_convert.boxes import Box, runs
-from dist_convert.errors import CorruptFile, UnsupportedModel
+from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.move.buffers import Buffer
 from dist_convert.read.source_file import Listing, check_unchanged, open_to_read, source_error
 from dist_convert.records import DTYPE_BYTES, View
@@ -78,8 +78,18 @@ class FileReader:
             CorruptFile: the file ends before the view does.
             SourceChanged: it is not the file any more that it was.
             SourceError: it cannot be read.
+            UnsupportedModel: the elements of a row lie farther apart than the scratch buffer is long.
+            PlanError: the buffer is too small.
         """
         size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
+        if offset_bytes + size_bytes > len(target.memory):  # a slice would be shorter without a word
+            raise PlanError(
+                "what is read does not fit into its buffer",
+                tensor=view.tensor,
+                file=view.file,
+                expected=f"{size_bytes} bytes at offset {offset_bytes}",
+                found=f"a buffer of {len(target.memory)} bytes",
+            )
         self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
         if view.is_dense and view.dtype == target_dtype and not add:
             self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)

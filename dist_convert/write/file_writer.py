@@ -43,11 +43,19 @@ class FileWriter:
         """Write values that lie row after row in memory to where the view says; returns what to remember of it.
 
         Raises:
-            PlanError: the columns of a row are apart in the file.
+            PlanError: the columns of a row are apart in the file, or there are not as many values as the view has.
             NotEnoughSpace, TargetError: the file system refuses.
         """
         if view.is_transposed:
             raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
+        if len(packed) != view.size_bytes:
+            raise PlanError(
+                "not as many bytes as the window has",
+                tensor=view.tensor,
+                file=view.file,
+                expected=f"{view.size_bytes} bytes",
+                found=f"{len(packed)} bytes",
+            )
         window = Window.of(view)
         for run in range(window.runs):
             line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
@@ -59,7 +67,10 @@ class FileWriter:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
+                count = os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
+                if not count:
+                    raise OSError(errno.EIO, "nothing of it was written")
+                done += count
             except OSError as error:
                 raise target_error(error, file) from error
 

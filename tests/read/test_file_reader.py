@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.errors import CorruptFile, SourceChanged, SourceError, UnsupportedModel
+from dist_convert.errors import CorruptFile, PlanError, SourceChanged, SourceError, UnsupportedModel
 from dist_convert.move.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.read.same_file import stamp
@@ -157,6 +157,14 @@ def test_a_file_that_ends_inside_a_tensor_is_named(window: str, tmp_path: Path) 
     os.truncate(tmp_path / FILE, START + span * 4 - 1)
     with pytest.raises(CorruptFile, match="ends inside a tensor") as caught:
         read(reader(tmp_path), view_of(*WINDOWS[window]), "F32")
+    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32"])
+def test_values_that_do_not_fit_into_their_buffer_are_not_read(dtype: str, tmp_path: Path) -> None:
+    write(tmp_path, VALUES)
+    with pytest.raises(PlanError, match="what is read does not fit into its buffer") as caught:
+        reader(tmp_path).read(view_of(2, 4, 4, 1, "F64"), dtype, 0, make_buffer(16), 0)
     assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
 
 

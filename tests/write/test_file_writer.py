@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.errors import NotEnoughSpace, TargetError
+from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import View
 from dist_convert.write.file_writer import FileWriter
 
@@ -50,6 +50,22 @@ def test_rows_in_memory_go_to_the_bytes_of_the_view_and_no_others(
     writer.write(where, memoryview(data))
     assert (tmp_path / "a").read_bytes() == expected
     assert writer.written_bytes == len(data)
+
+
+@pytest.mark.parametrize("data", [b"abc", b"abcdefg"])
+def test_fewer_or_more_bytes_than_the_view_has_are_not_written(tmp_path: Path, writer: FileWriter, data: bytes) -> None:
+    with pytest.raises(PlanError, match="not as many bytes as the window has"):
+        writer.write(view(0, 2, 2), memoryview(data))
+    assert (tmp_path / "a").read_bytes() == b"." * 16
+
+
+def test_a_disk_that_takes_nothing_and_gives_no_reason_is_an_error(
+    writer: FileWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(TargetError) as caught:
+        writer.write(view(0, 1, 4), memoryview(b"abcd"))
+    assert (caught.value.file, caught.value.found) == ("a", "nothing of it was written")
 
 
 def test_written_bytes_add_up_over_files(tmp_path: Path, writer: FileWriter) -> None:

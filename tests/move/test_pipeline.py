@@ -1,0 +1,39 @@
+"""Reading, gathering and writing overlap: none of them waits for more than the memory that it needs."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from dist_convert.channel import Channel
+from dist_convert.records import View
+from dist_convert.write.file_writer import FileWriter, Written
+from tests.checkpoints import Model, make
+from tests.converting import convert
+
+SEVERAL_STEPS = Model(hidden=256, ffn=64, heads=4, head_dim=64, layers=1, vocab=20000, padded_vocab=20000)
+
+
+def test_what_is_read_is_gathered_and_handed_on_while_the_step_before_is_still_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "in", SEVERAL_STEPS)
+    second_begun = threading.Event()
+    was_in_time: list[bool] = []
+    doing, write = Channel.doing, FileWriter.write
+
+    def listening(channel: Channel, what: str) -> None:
+        if what == "reading step 2":
+            second_begun.set()
+        doing(channel, what)
+
+    def slow_write(writer: FileWriter, view: View, packed: memoryview) -> Written:
+        was_in_time.append(second_begun.wait(timeout=20))
+        return write(writer, view, packed)
+
+    monkeypatch.setattr(Channel, "doing", listening)
+    monkeypatch.setattr(FileWriter, "write", slow_write)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert was_in_time[0]
