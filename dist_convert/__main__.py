@@ -119,7 +119,7 @@ def _upload(
 
 
 def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
-    with _importing():  # torch, which takes seconds; flags and inspect do without
+    with importing():  # torch, which takes seconds; flags and inspect do without
         from dist_convert.channel import Channel
         from dist_convert.device import limit_threads, return_freed_memory
         from dist_convert.move.exchange import join_world, leave_world
@@ -166,7 +166,7 @@ def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> i
 
 
 @contextlib.contextmanager
-def _importing() -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Spares what is imported the search for garbage, here and at the end: a fifth of the time that torch takes."""
     gc.disable()
     try:

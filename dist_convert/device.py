@@ -99,8 +99,8 @@ def _check_cards(kind: str, cards: int, local_rank: int) -> None:
 def return_freed_memory() -> None:
     """Have glibc give large blocks back to the system when they are freed.
 
-    By default it raises its threshold to the largest block that was freed, and then keeps several of the staging
-    buffers that gloo allocates for each gather.
+    By default it raises its threshold to the largest block that was freed, and then keeps several of the buffers
+    that messages between ranks allocate.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

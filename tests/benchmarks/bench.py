@@ -11,16 +11,18 @@ shuffled order, after rounds that are not counted, times
 
 The *data phase* lasts from the first byte moved to the last byte written, *synced* until the files are on the disk as
 well, and *whole* is the command as a user gives it, with the start of Python. What is copied is what conversions make,
-to the byte. Sources are in the page cache, if they fit; targets are removed before each run, untimed. Targets are
-judged by medians; the fp32 model has half the layers, so its ratios are of seconds for a byte read. Where ranks gather,
-each of them sees its own shards only.
+to the byte. Before each run, untimed, the last one's target is removed, what is read next is brought into the page
+cache, and the disk is given time to finish. Targets are judged by medians; the fp32 model has half the layers, so its
+ratios are of seconds for a byte read. Where ranks gather, each of them sees its own shards only.
 
-With `--json FILE` the rounds of earlier runs count as well: the same command goes on until all have been timed.
+With `--json FILE` the rounds of earlier runs count as well: the same command goes on until all have been timed. What
+others are compared with is then timed again beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -71,9 +73,13 @@ def measure(
         if is_over():
             return False
         done = min(len(measured[which].samples) for which in lacking)
-        random.Random(f"{given.seed} {number} {done}").shuffle(lacking)
-        for which in lacking:
+        # What others are compared with is timed in every round, so that no way is judged by what was before it.
+        chosen = sorted({*lacking, *(which for which, one in enumerate(ready) if one.way.is_reference)})
+        random.Random(f"{given.seed} {number} {done}").shuffle(chosen)
+        for which in chosen:
             shutil.rmtree(ready[which].target, ignore_errors=True)
+            ready[which].warm()
+            os.sync()  # what has been removed keeps no disk busy, and nothing else is waiting to be written
             sample = ready[which].run()
             shutil.rmtree(ready[which].target)
             if number >= given.warm_ups:

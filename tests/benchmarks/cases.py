@@ -22,7 +22,7 @@ from tests.benchmarks.sources import (
     parse_grid,
     weights_bytes,
 )
-from tests.benchmarks.ways import Ready, Way, convert, copy, load_and_save, pass_messages
+from tests.benchmarks.ways import Ready, Way, convert, copy, load_and_save, pass_messages, read_through
 
 DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
 SOURCES = ("plain", "optimizer", "fp32")
@@ -114,7 +114,11 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
     plain, copied = sources["plain"], directory / "copied"
     made = plain.hf if case.is_to_hf else plain.megatron / ITERATION
     copied_bytes = (files_bytes(made),) * 3
-    ready = [Ready(Way("cp", "plain", "", 1, *copied_bytes), copied, partial(copy, made, copied))]
+    ready = [
+        Ready(
+            Way("cp", "plain", "", 1, *copied_bytes), copied, partial(copy, made, copied), partial(read_through, made)
+        )
+    ]
     for kind in given.source:
         if kind == "optimizer" and not case.is_to_hf:
             continue  # a Hugging Face directory has none
@@ -126,7 +130,7 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
     if "transformers" in given.beside and case.is_to_hf:
         saved = directory / "saved"
         way = Way("transformers", "plain", "", 1, *copied_bytes)
-        ready.append(Ready(way, saved, partial(load_and_save, plain.hf, saved)))
+        ready.append(Ready(way, saved, partial(load_and_save, plain.hf, saved), partial(read_through, plain.hf)))
     return ready
 
 
@@ -138,11 +142,19 @@ def _conversions(
     files = source.megatron if case.is_to_hf else source.hf
     written_bytes = _written_bytes(source, kind, to_hf=case.is_to_hf)
     way = Way("ours", kind, placement, ranks, source.weights_bytes, written_bytes, files_bytes(files))
-    yield Ready(way, target, partial(convert, ranks, flags))
+
+    def convert_untimed() -> None:
+        convert(ranks, flags)
+        shutil.rmtree(target)
+
+    # Of files that are mostly an optimizer's only a conversion knows what to read.
+    warm = convert_untimed if kind == "optimizer" else partial(read_through, files)
+    yield Ready(way, target, partial(convert, ranks, flags), warm)
     # All ranks see a Hugging Face directory, so nothing of it is gathered.
     if placement == "gather" and ranks > 1 and case.is_to_hf and "gloo" in beside:
         passed = target.with_name("passed")
-        yield Ready(replace(way, tool="gloo"), passed, partial(pass_messages, ranks, flags, passed))
+        passing = partial(pass_messages, ranks, flags, passed)
+        yield Ready(replace(way, tool="gloo"), passed, passing, lambda: None)
 
 
 def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:

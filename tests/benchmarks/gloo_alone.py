@@ -1,7 +1,7 @@
 """What gloo needs for a conversion's messages and nothing else: `gloo_alone.py REPORT` is a rank of torchrun.
 
-`REPORT/messages.json` has the messages of each step: sender, receiver, bytes. All of them pass between the same two
-buffers, those of a step at the same time. `REPORT/rankN.json` is written as by `timed_rank`.
+`REPORT/messages.json` has, for each rank, its team's messages of each step: sender, receiver, bytes. All of them pass
+between the same two buffers, those of a step at the same time. `REPORT/rankN.json` is written as by `timed_rank`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def pass_messages(messages: Sequence[Sequence[int]], send: torch.Tensor, receive
 
 if __name__ == "__main__":
     report = Path(sys.argv[1])
-    steps: list[list[list[int]]] = json.loads((report / "messages.json").read_text())
-    most_bytes = max(sum(size_bytes for *_, size_bytes in step) for step in steps)
     dist.init_process_group("gloo")
+    steps: list[list[list[int]]] = json.loads((report / "messages.json").read_text())[dist.get_rank()]
+    most_bytes = max((sum(size_bytes for *_, size_bytes in step) for step in steps), default=0)
     send, received = torch.ones(most_bytes, dtype=torch.uint8), torch.zeros(most_bytes, dtype=torch.uint8)
     dist.barrier()
     began, cpu_seconds = time.monotonic(), time.process_time()

@@ -55,8 +55,18 @@ def ratio(measured: Measured, other: Measured, seconds_of: Callable[[Measured], 
 
 
 def start_seconds(sample: Sample) -> float:
-    """What the whole command takes besides its data phase: interpreters, headers, the plan, the end."""
+    """What the whole command takes besides its data phase: interpreters, headers, the plan, the final sync, the end."""
     return sample.whole_seconds - sample.data_seconds
+
+
+def sync_seconds(sample: Sample) -> float:
+    """What it takes to force the files to the disk."""
+    return sample.synced_seconds - sample.data_seconds
+
+
+def spread(measured: Measured) -> float:
+    """The slowest round's data phase as a multiple of the quickest one's: how noisy the machine was."""
+    return max(map(data, measured.samples)) / measured.least(data)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from tests.benchmarks.measured import Measured, data, ratio, synced, verdicts, whole
+from tests.benchmarks.measured import Measured, data, ratio, spread, synced, verdicts, whole
 from tests.benchmarks.store import Kept, Result
 
 _COLUMNS = (
@@ -25,7 +25,8 @@ def table(result: Result) -> str:
     cp = result.measured[0]
     rows = [list(_COLUMNS), *(_row(measured, cp, result.measured) for measured in result.measured)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join([result.case.title, "", *("  ".join(map(_padded, row, widths)).rstrip() for row in rows)])
+    noise = f"{result.case.title}; the slowest round of cp took {spread(cp):.1f} times as long as the quickest"
+    return "\n".join([noise, "", *("  ".join(map(_padded, row, widths)).rstrip() for row in rows)])
 
 
 def _padded(cell: str, width: int) -> str:

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tests.benchmarks.measured import Measured, data, ratio, start_seconds, synced, verdicts
+from tests.benchmarks.measured import (
+    START_TARGET_SECONDS,
+    Measured,
+    data,
+    ratio,
+    spread,
+    start_seconds,
+    sync_seconds,
+    synced,
+    verdicts,
+)
 from tests.benchmarks.results import report
 from tests.benchmarks.store import Kept, Result
 
@@ -47,6 +57,7 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
         name = f"{way.placement}, {way.ranks} {'rank' if way.ranks == 1 else 'ranks'}"
         if way.tool == "cp":
             yield "cp, GB/s", f"{way.moved_bytes / one.middle(data) / 1e9:.2f}"
+            yield "cp, slowest round to quickest", f"{spread(one):.1f}"
         elif way.tool == "transformers":
             yield "transformers alone, to cp", to_cp
         elif way.tool == "gloo":
@@ -55,7 +66,9 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
             yield from _judged(name, one, result)
             yield f"{name}, with final sync, to cp", synced_to_cp
             yield f"{name}, CPU s", f"{one.middle(lambda sample: sample.data_cpu_seconds):.2f}"
-            yield f"{name}, whole command beside data, s", f"{one.middle(start_seconds):.1f}"
+            start = f"{name}, whole command beside data, s (target {START_TARGET_SECONDS})"
+            yield start, f"{one.middle(start_seconds):.1f}"
+            yield f"{name}, of that the final sync, s", f"{one.middle(sync_seconds):.1f}"
             yield f"{name}, peak MB of a rank", f"{max(max(sample.peak_bytes) for sample in one.samples) / 1e6:.0f}"
         elif way.tool == "ours" and (way.source != "plain" or way.ranks > 1):
             beside = {"plain": "", "optimizer": ", beside optimizer", "fp32": ", from fp32"}[way.source]

@@ -2,10 +2,10 @@
 
 `REPORT/rankN.json` then has the clock when the rank began to move bytes and when it had written the last (`moved`),
 the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when files were on the disk (`synced`, of the
-ranks that see to that), the bytes that it received from collectives (`gathered_bytes`) and its peak resident memory
-(`peak_bytes`); after a dry run, sender, receiver and bytes of the messages of each step (`messages`). The clock is the
-machine's monotonic one, the same for all ranks. Functions are wrapped where `dist_convert.run` calls them; nothing
-inside is touched.
+ranks that see to that), the bytes that it received from others (`gathered_bytes`) and its peak resident memory
+(`peak_bytes`); after a dry run, sending rank, receiving rank and bytes of its team's messages, step by step
+(`messages`). The clock is the machine's monotonic one, the same for all ranks. Functions are wrapped where
+`dist_convert.run` calls them; nothing inside is touched.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dist_convert.run
-from dist_convert.__main__ import main
-from dist_convert.move.pipeline import Moved
-from dist_convert.plan.crossings import messages
-from dist_convert.plan.plan import Plan
+from dist_convert.__main__ import importing, main
+
+with importing():  # as the command does
+    import dist_convert.run
+    from dist_convert.move.pipeline import Moved
+    from dist_convert.plan.crossings import messages
+    from dist_convert.plan.plan import Plan
 
 
 def timed(function: Callable[..., Any], name: str, record: dict[str, Any]) -> Callable[..., Any]:
@@ -44,8 +46,9 @@ def noting_messages(load_of: Callable[..., Any], record: dict[str, Any]) -> Call
     """`report.load_of`, which only dry runs call, with the messages between the members of a rank's team put down."""
 
     def call(plan: Plan, rank: int) -> Any:
+        team = plan.teams[plan.place_of(rank)[0]].ranks
         steps = (messages(step) for step in plan.steps(rank) if step.send_bytes)
-        record["messages"] = [[(m.sender, m.receiver, m.size_bytes) for m in of_step] for of_step in steps]
+        record["messages"] = [[(team[m.sender], team[m.receiver], m.size_bytes) for m in of_step] for of_step in steps]
         return load_of(plan, rank)
 
     return call

@@ -27,7 +27,7 @@ class Sample:
         whole_seconds: of the whole command, the start of its interpreters included.
         data_cpu_seconds: user and system time of all processes in the data phase.
         whole_cpu_seconds: the same of the whole command.
-        gathered_bytes: that all ranks together received from collectives, their own pieces included.
+        gathered_bytes: that all ranks together received from others, over gloo.
         peak_bytes: resident memory of each rank; empty where it is not known.
     """
 
@@ -45,7 +45,7 @@ class Way:
     """One way of moving a model's bytes.
 
     Attributes:
-        tool: "cp", "ours", "gloo" (ranks send each other what ours do, and no more) or "transformers" (which loads
+        tool: "cp", "ours", "gloo" (ranks send one another what ours do, and no more) or "transformers" (which loads
             the Hugging Face model and saves it).
         source: "plain", "optimizer" (the same weights beside an optimizer's state) or "fp32" (cast to bf16).
         placement: of ours, and of whose messages gloo sends.
@@ -64,6 +64,11 @@ class Way:
     file_bytes: int
 
     @property
+    def is_reference(self) -> bool:
+        """Whether other ways are compared with it."""
+        return self.source == "plain" and (self.tool == "cp" or (self.tool == "ours" and self.placement == "direct"))
+
+    @property
     def moved_bytes(self) -> int:
         """What GB/s are counted by: casts write less than they read, copies for expert ranks are written only."""
         return max(self.read_bytes, self.written_bytes)
@@ -71,11 +76,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Ready:
-    """A way that can be run: it makes `target`, which is removed before the next run."""
+    """A way that can be run: it makes `target`, which is removed before the next run.
+
+    Attributes:
+        warm: brings what the way reads into the page cache, as it may have left it since the last run.
+    """
 
     way: Way
     target: Path
     run: Callable[[], Sample]
+    warm: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,15 @@ def run_command(line: Sequence[str], env: dict[str, str] | None = None) -> Ended
     return Ended(seconds, usage.ru_utime + usage.ru_stime)
 
 
+def read_through(directory: Path) -> None:
+    """Read all files of a directory, so that the page cache has them."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(8 << 20):
+                    pass
+
+
 def copy(source: Path, target: Path) -> Sample:
     """Copy a directory by one `cp`, then have `sync` put the copied files, and no others, on the disk."""
     copied = run_command([*COPY, str(source), str(target)])
@@ -119,10 +138,11 @@ def convert(ranks: int, flags: Sequence[str]) -> Sample:
 
 @cache
 def _messages_of(ranks: int, flags: tuple[str, ...]) -> str:
-    """What passes between the ranks of a conversion, which are one team: JSON, as `gloo_alone` reads it."""
+    """What passes between the ranks of a conversion: JSON, as `gloo_alone` reads it."""
     with tempfile.TemporaryDirectory() as report:
         _launch(ranks, "timed_rank", report, *flags, "--dry-run")
-        return json.dumps(json.loads((Path(report) / "rank0.json").read_text())["messages"])
+        records = [json.loads((Path(report) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        return json.dumps([record["messages"] for record in records])
 
 
 def pass_messages(ranks: int, flags: tuple[str, ...], target: Path) -> Sample:

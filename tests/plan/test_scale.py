@@ -83,3 +83,21 @@ def test_none_of_a_thousand_ranks_reads_or_writes_a_tenth_more_than_the_mean(dir
     assert max(scaling.ratio(load.read), scaling.ratio(load.written)) <= 1.1
     assert all(used <= whole for used, whole in zip(load.gathered, load.buffers, strict=True))
     assert all(received <= written for received, written in zip(load.received, load.written, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "tensor_parallel", "column_cut_elements"),
+    [
+        pytest.param(LLAMA_405B, 1024, 8, 126 * 16384 * (16384 + 53248), marks=pytest.mark.slow),
+        (MIXTRAL_8X22B, 64, 2, 56 * 6144 * (6144 + 8 * 16384)),
+    ],
+)  # o_proj, and down_proj or every expert's w2, of each layer
+def test_of_weights_cut_along_columns_each_rank_receives_what_it_writes_and_others_have_read_and_nothing_else(
+    model: str, ranks: int, tensor_parallel: int, column_cut_elements: int
+) -> None:
+    content, _ = scaling.planned(model, "megatron-to-hf")
+    load = scaling.load(content, "gather own", ranks)
+    received_bytes = 2 * column_cut_elements * (tensor_parallel - 1) // tensor_parallel
+    assert sum(load.received) == received_bytes
+    assert max(load.received) <= 1.1 * received_bytes / ranks
+    assert max(scaling.ratio(load.read), scaling.ratio(load.written)) <= 1.1
