@@ -30,6 +30,7 @@ from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
+from dist_convert.read.page_cache import pushes_others_out
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
 from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name
 from dist_convert.task import RunOptions, Task
@@ -148,7 +149,11 @@ def _make(
                 print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
             plan = _divide(task, writers, job, world, plan.placement, start.done)
         with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
-            moved = move(plan, world, task.source, task.source_listing, partial, journal, channel, timeline)
+            node_bytes = 2 * content.moved_bytes * world.local_size // world.size
+            moved = move(
+                plan, world, task.source, task.source_listing, partial, journal, channel, timeline,
+                is_last_use=pushes_others_out(node_bytes),
+            )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = [*gather_objects(world, _my_outcome(moved, timeline)), _earlier_outcome(start.history)]
         _check_outcomes(job, content, start, outcomes)

@@ -59,6 +59,8 @@ def move(
     journal: Journal,
     progress: Progress,
     timeline: Timeline,
+    *,
+    is_last_use: bool = False,
 ) -> Moved:
     """Do this rank's part of a plan.
 
@@ -71,16 +73,18 @@ def move(
         journal: of this rank, which learns what is finished.
         progress: hears of every step; its `doing` may raise an error to end the work between two steps.
         timeline: hears where the time goes.
+        is_last_use: what was read leaves the page cache.
 
     Raises:
         SourceError, TargetError: with tensor and file.
+        LostRank, Interrupted: another rank has gone, or a signal has come.
     """
     number, member = plan.place_of(world.rank)
     team, limit = plan.teams[number], plan.limits[number]
     gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
     slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(SLOTS)]
-    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known)
+    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
     moved = Moved(counts=reader.counts)

@@ -46,13 +46,17 @@ class FileReader:
         root: the directory.
         scratch: for values that are not read straight to where they go.
         known: files whose values count only if they have not changed after they were read.
+        is_last_use: what was read leaves the page cache, see `page_cache`.
     """
 
-    def __init__(self, root: Path, scratch: Buffer, known: Listing = MappingProxyType({})) -> None:
+    def __init__(
+        self, root: Path, scratch: Buffer, known: Listing = MappingProxyType({}), *, is_last_use: bool = False
+    ) -> None:
         self.counts = Counts()
         self._root = root
         self._scratch = scratch
         self._known = known
+        self._is_last_use = is_last_use
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def close(self) -> None:
@@ -93,7 +97,7 @@ class FileReader:
         self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
         if view.is_dense and view.dtype == target_dtype and not add:
             self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
-            self._check_unchanged(view)
+            self._end(view)
             return {}
         packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
         matrix = packed.view(view.rows, view.columns)
@@ -102,7 +106,7 @@ class FileReader:
         for box, values in self._fetch(view):
             part = matrix[box.row : box.row_end, box.column : box.column_end]
             self._place(values, part, add, view.tensor)
-        self._check_unchanged(view)
+        self._end(view)
         added = {kind: values[view.tensor] - before[kind] for kind, values in counted.items()}
         return {kind: values for kind, values in added.items() if values}
 
@@ -178,6 +182,13 @@ class FileReader:
                     remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
             done += count
+
+    def _end(self, view: View) -> None:
+        self._check_unchanged(view)
+        # What lies between the rows of a window with gaps may still be to be read.
+        if self._is_last_use and view.is_dense and hasattr(os, "posix_fadvise"):
+            descriptor = self._descriptor(view.file)
+            os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _check_unchanged(self, view: View) -> None:
         known = self._known.get(view.file)

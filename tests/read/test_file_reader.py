@@ -198,3 +198,32 @@ def test_hundreds_of_files_are_read_with_few_open_at_once(tmp_path: Path) -> Non
         assert len(os.listdir("/proc/self/fd")) - before <= 64
         files.close()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def is_cached(path: Path, offset_bytes: int) -> bool:
+    """Whether the page cache has a byte of a file: reading it then takes no wait."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return bool(os.preadv(descriptor, [bytearray(1)], offset_bytes, os.RWF_NOWAIT))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what its page cache has")
+@pytest.mark.parametrize(("is_last_use", "dtype"), [(False, "F64"), (True, "F64"), (True, "F32")])
+def test_of_what_is_read_for_the_last_time_the_page_cache_keeps_nothing(
+    is_last_use: bool, dtype: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.write(bytes(3 << 16))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(path, 0):
+        pytest.skip("this file system has no other place for a file than memory")
+    files = FileReader(tmp_path, make_buffer(65536), is_last_use=is_last_use)
+    view = View("weights", NAME, "F64", 0, 2, 4096, 4096, 1)
+    files.read(view, dtype, 0, make_buffer(65536), 0)
+    assert is_cached(path, 5000) is not is_last_use
