@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,12 @@ from tests.file_systems import mounted
 
 #: Folders and files that take a minute or more each; `launch/test.sh -m ""` runs them too.
 SLOW = ("tests/faults/", "tests/distributed/test_hosts.py", "tests/launch/test_slurm.py", "tests/test_jobs.py")
+
+
+def pytest_configure() -> None:
+    """Have the programs that tests start heed Ctrl-C, though a shell has the tests in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
