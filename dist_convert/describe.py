@@ -115,7 +115,13 @@ def _model(shard: Shard) -> dict[str, Any]:
         if isinstance(entry, Row)
         for part in entry.parts
     )
-    return {"family": architecture.family, "parameters": parameters}
+    return {
+        "family": architecture.family,
+        "parameters": parameters,
+        "positions": architecture.max_positions,
+        "rope_theta": architecture.rope_theta,
+        "rope_scaling": "llama3" if architecture.rope_scaling else None,
+    }
 
 
 def grid_sizes(grid: Grid) -> dict[str, int]:
@@ -143,8 +149,9 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
     named = find_weights(path)
     present = [name for name in named if (path / name).is_file()]
     tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
-    rope = config.get("rope_parameters")
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    rope = (new if isinstance(new, dict) else {}) | (old if isinstance(old, dict) else {})
+    scaling = rope.get("rope_type", rope.get("type"))
     return {
         "path": str(path),
         "kind": "huggingface",
@@ -152,7 +159,9 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         "family": config.get("model_type"),
         "parameters": sum(tensor.elements for tensor in tensors),
         "layers": config.get("num_hidden_layers"),
-        "rope_theta": config.get("rope_theta", theta),
+        "positions": config.get("max_position_embeddings"),
+        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        "rope_scaling": None if scaling == "default" else scaling,
         "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
         "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
         "skipped_bytes": 0,
@@ -179,5 +188,5 @@ def as_screen(description: Mapping[str, Any]) -> str:
         elif isinstance(value, int):
             value = f"{value:,}"
         label = name.removesuffix("_bytes").replace("_", " ")
-        lines.append(f"{label:18} {'' if value is None else value}".rstrip())
+        lines.append(f"{label:18} {'none' if value is None else value}")
     return "\n".join(lines)

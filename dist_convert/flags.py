@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_convert.errors import UsageError
+from dist_convert.flag_names import suggestion
 from dist_convert.flag_values import positive, repository, seconds, size
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
 from dist_convert.job_file import flags_of_file
@@ -186,7 +187,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags, unknown = parser.parse_known_args([*argv])
     program = f"dist-convert {flags.command}"
     if unknown:
-        raise UsageError(f"{program}: unrecognized arguments: {' '.join(unknown)}", remedy=f"see {program} --help")
+        known = [flag for action in commands[flags.command]._actions for flag in action.option_strings]
+        raise UsageError(
+            f"{program}: unrecognized arguments: {' '.join(unknown)}",
+            remedy=f"see {program} --help{suggestion(unknown, known)}",
+        )
     missing = [flag for flag in _REQUIRED if getattr(flags, flag[2:].replace("-", "_"), "") is None]
     if missing:  # checked here: argparse would name these first, and hide a misspelt one
         raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")

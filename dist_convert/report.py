@@ -20,6 +20,8 @@ from dist_convert.tokenizer.record import Style, Tokenizer
 from dist_convert.units import human_bytes
 
 _LISTED = 8
+#: The most positions that a Llama is known to have with a theta of 10000.
+_LLAMA_2_POSITIONS = 4096
 
 
 def peak_memory_bytes() -> int:
@@ -48,10 +50,12 @@ def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer:
             f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
             f"{decided or 'llama without rope scaling'}; the args are followed"
         )
-    if architecture.rope_theta == 10000 and decided in ("mixtral", "llama3.1"):
+    if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
+        scaled = "rope_theta is 10000" + ("" if architecture.rope_scaling else ", without rope_scaling,")
         notes.append(
-            "warning: rope_theta is 10000 according to the args; Habana's importer leaves that value whatever the "
-            "model has. If the checkpoint was imported and not trained since, correct rope_theta in config.json"
+            f"warning: {scaled} according to the args, for {architecture.max_positions} positions; Habana's importer "
+            "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
+            "the original's config.json into this one's"
         )
     size, who = true_vocab(
         flag=job.true_vocab_size,
@@ -115,7 +119,9 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     return [all_read_bytes, all_received_bytes, all_written_bytes, peak_memory_bytes()]
 
 
-def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int) -> str:
+def describe_plan(
+    target: Path, plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int, partial: Path | None = None
+) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
     Args:
@@ -123,6 +129,7 @@ def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free
         plan: of the conversion.
         loads: of each rank, from `load_of`.
         free_bytes: where the target would be.
+        partial: what an earlier run of the same conversion has left, with which this one would go on, if there is any.
     """
     content = plan.content
     lines = [
@@ -141,6 +148,7 @@ def describe_plan(target: Path, plan: Plan, loads: Sequence[Sequence[int]], free
     lines += [
         "",
         f"{human_bytes(content.target_bytes)} to be written below {target}, {human_bytes(free_bytes)} free",
+        *([f"{partial} is unfinished: of all this, what it has already would not be done again"] if partial else []),
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(lines)

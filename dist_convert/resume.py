@@ -42,7 +42,7 @@ from dist_convert.write.history import (
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
 from dist_convert.write.manifest import is_complete, what_differs
-from dist_convert.write.partial import check_partial, forget, is_committed, is_void, note_void
+from dist_convert.write.partial import check_partial, forget, is_committed, is_unfinished, is_void, note_void
 from dist_convert.write.skeleton import reserve_file
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
@@ -118,6 +118,11 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     )
     check_partial(task.target, known, overwrite=job.overwrite)
     return free_bytes
+
+
+def goes_on(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
+    """Whether an earlier run has left what this conversion would go on with."""
+    return is_unfinished(task.partial, identity_of(task, job, rank))
 
 
 def begin(task: Task, world: World) -> Start:

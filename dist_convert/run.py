@@ -32,7 +32,7 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.read.page_cache import pushes_others_out
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
-from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, has_name
+from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, goes_on, has_name
 from dist_convert.task import RunOptions, Task
 from dist_convert.timeline import Timeline
 from dist_convert.trace import traced
@@ -78,7 +78,8 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
         is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         if world.rank == 0:
-            print(_done_before(task) if is_done else describe_plan(task.target, plan, loads, free_bytes))
+            unfinished = task.partial if goes_on(task, job, world.rank) else None
+            print(_done_before(task) if is_done else describe_plan(task.target, plan, loads, free_bytes, unfinished))
         barrier(world)
         return None
 

@@ -161,7 +161,14 @@ def test_a_rank_that_no_torchrun_started_says_itself_what_is_wrong_with_its_flag
 
 def test_a_misspelt_flag_is_named_even_where_a_path_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["megatron-to-hf", "--lod-path", "x"]) == 2
-    assert "unrecognized arguments: --lod-path x" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "unrecognized arguments: --lod-path x" in message
+    assert "; perhaps --load-path for --lod-path\n" in message
+
+
+def test_who_gives_the_other_directions_flags_is_told_this_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hf-to-megatron", "--load-path", "x", "--save-path=y"]) == 2
+    assert "; perhaps --load-dir for --load-path, --save-dir for --save-path\n" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_of_a_job_file_is_named_with_the_file(

@@ -42,6 +42,9 @@ def test_a_llama_is_described_by_its_numbers(tmp_path: Path, capsys: pytest.Capt
         "format": "torch",
         "family": "llama",
         "parameters": 8752,
+        "positions": 64,
+        "rope_theta": 500000.0,
+        "rope_scaling": None,
         "dialect": "local norms",
         "iteration": 4,
         "grid": {"TP": 2, "PP": 2, "VPP": 1, "EP": 1, "ETP": 2},
@@ -211,7 +214,9 @@ def test_a_hugging_face_directory_is_described(size: str, tmp_path: Path, capsys
         "family": "llama",
         "parameters": 8752,
         "layers": 4,
+        "positions": 64,
         "rope_theta": 500000.0,
+        "rope_scaling": None,
         "dtypes": {"BF16": 39},
         "weights_bytes": 2 * 8752,
         "skipped_bytes": 0,
@@ -219,6 +224,17 @@ def test_a_hugging_face_directory_is_described(size: str, tmp_path: Path, capsys
         "tokenizer": None,
         "missing_shards": [],
     }
+
+
+@pytest.mark.parametrize("kind", ["in", "out"])
+def test_the_scaling_of_rotary_frequencies_is_told_of_either_kind(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1), use_rope_scaling=True)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    capsys.readouterr()
+    found = described(capsys, tmp_path / kind)
+    assert (found["rope_theta"], found["rope_scaling"]) == (500000.0, "llama3")
 
 
 def test_missing_files_of_a_hugging_face_directory_are_listed(

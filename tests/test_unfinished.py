@@ -119,6 +119,15 @@ def change_time(source: Path) -> str:
     return "mp_rank_01/model_optim_rng.pt was last changed"
 
 
+def test_a_dry_run_says_that_what_is_unfinished_would_be_gone_on_with(runs: Runs, source: Path) -> None:
+    line = f"{source.parent}/out.partial is unfinished: of all this, what it has already would not be done again\n"
+    assert line not in runs.do(to_hf(source, "--dry-run")).stdout[0]
+    kill(runs, to_hf(source))
+    assert line in runs.do(to_hf(source, "--dry-run")).stdout[0]
+    anew = to_hf(source, "--dry-run", "--overwrite", "--target-params-dtype", "fp32")
+    assert line not in runs.do(anew).stdout[0]
+
+
 @pytest.mark.parametrize("change", [change_size, change_time])
 def test_a_source_that_changed_is_named_and_refused_until_overwrite(change: Any, runs: Runs, source: Path) -> None:
     kill(runs, to_hf(source))

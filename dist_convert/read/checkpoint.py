@@ -93,7 +93,7 @@ def _tracked(root: Path, name_flag: str) -> str:
             file=str(root),
             expected="a Megatron checkpoint's root directory",
             found=", ".join(_iterations(root)) or "no iteration",
-            remedy=f"name the iteration with {name_flag}",
+            remedy=f"check the path, or name the iteration with {name_flag}",
         )
     with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
         text = opened.read(_MAX_TRACKER_CHARACTERS).strip()

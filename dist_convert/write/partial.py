@@ -118,6 +118,11 @@ def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool)
         )
 
 
+def is_unfinished(partial: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a conversion of this identity was begun in a directory, and not ended."""
+    return is_ours(partial) and not _differences(partial, identity)
+
+
 def _is_free(partial: Path) -> bool:
     return not os.path.lexists(partial) or (partial.is_dir() and not any(partial.iterdir()))
 

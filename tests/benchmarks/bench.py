@@ -100,7 +100,13 @@ def parse() -> argparse.Namespace:
     add("--placement", nargs="+", choices=("direct", "gather"), default=["direct", "gather"], help="(default: both)")
     add("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of ranks (default: 1 2)")
     add("--source", nargs="+", choices=SOURCES, default=SOURCES, help="what to convert (default: all)")
-    add("--beside", nargs="*", choices=BESIDE, default=BESIDE, help="what else to time besides cp (default: all)")
+    add(
+        "--beside",
+        nargs="*",
+        choices=BESIDE,
+        default=BESIDE,
+        help="what to time besides cp (default: all; bare: nothing)",
+    )
     add("--grid", help="such as TP4xPP2 (default: TP4xPP2 for Llama, TP2xEP4 for Mixtral)")
     add("--size-gb", type=float, help="of the weights that are read (default: 2)")
     add("--quick", action="store_true", help="other defaults: 0.2 GB, three rounds after one")

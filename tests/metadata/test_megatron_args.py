@@ -197,6 +197,34 @@ def test_a_model_type_that_the_args_allow_is_no_warning(
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "args", "positions"),
+    [
+        (LLAMA, {"rotary_base": 10000, "max_position_embeddings": 8192}, 8192),
+        (LLAMA, {"rotary_base": 10000, "max_position_embeddings": 131072}, 131072),
+        (MIXTRAL, {"rotary_base": 10000, "max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_a_theta_that_an_importer_has_left_out_is_a_warning(
+    model: Model, args: dict[str, Any], positions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", model, **args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert (
+        f"warning: rope_theta is 10000, without rope_scaling, according to the args, for {positions} positions; "
+        "Habana's importer leaves that"
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [{"rotary_base": 10000, "max_position_embeddings": 4096}, {"rotary_base": 500000}])
+def test_a_theta_that_a_model_may_have_is_no_warning(
+    args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LLAMA, **args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_all_arguments_are_kept_in_the_json_form_that_vars_would_have(tmp_path: Path) -> None:
     model, grid = Model(layers=2), Grid(tp=2, pp=2)
     args = training_args(
