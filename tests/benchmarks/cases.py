@@ -125,7 +125,7 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
         for placement in given.placement if kind == "plain" else given.placement[:1]:
             for ranks in given.ranks:
                 ready += _conversions(
-                    case, kind, sources[kind], directory / "converted", placement, ranks, given.beside
+                    case, kind, sources[kind], directory / "converted", placement, ranks, given.beside, (made, copied)
                 )
     if "transformers" in given.beside and case.is_to_hf:
         saved = directory / "saved"
@@ -135,9 +135,16 @@ def ready_ways(given: argparse.Namespace, case: Case, directory: Path) -> list[R
 
 
 def _conversions(
-    case: Case, kind: str, source: Source, target: Path, placement: str, ranks: int, beside: Sequence[str]
+    case: Case,
+    kind: str,
+    source: Source,
+    target: Path,
+    placement: str,
+    ranks: int,
+    beside: Sequence[str],
+    copied: tuple[Path, Path],
 ) -> Iterator[Ready]:
-    """A conversion, and gloo alone where it gathers."""
+    """A conversion, before whose data phase something is copied, and gloo alone where it gathers."""
     flags = _flags(case, source, target, placement, ranks)
     files = source.megatron if case.is_to_hf else source.hf
     written_bytes = _written_bytes(source, kind, to_hf=case.is_to_hf)
@@ -149,7 +156,7 @@ def _conversions(
 
     # Of files that are mostly an optimizer's only a conversion knows what to read.
     warm = convert_untimed if kind == "optimizer" else partial(read_through, files)
-    yield Ready(way, target, partial(convert, ranks, flags), warm)
+    yield Ready(way, target, partial(convert, ranks, flags, copied), warm)
     # All ranks see a Hugging Face directory, so nothing of it is gathered.
     if placement == "gather" and ranks > 1 and case.is_to_hf and "gloo" in beside:
         passed = target.with_name("passed")

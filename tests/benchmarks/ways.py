@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from tests.benchmarks.machine import COPY
+from tests.benchmarks.timed_rank import COPY_FIRST, copy_and_remove
 from tests.distributed.launching import command, environment
 
 
@@ -121,6 +122,7 @@ def read_through(directory: Path) -> None:
 
 def copy(source: Path, target: Path) -> Sample:
     """Copy a directory by one `cp`, then have `sync` put the copied files, and no others, on the disk."""
+    copy_and_remove(source, target)
     copied = run_command([*COPY, str(source), str(target)])
     both_seconds = copied.seconds + _sync(target).seconds
     return Sample(copied.seconds, both_seconds, copied.seconds, copied.cpu_seconds, copied.cpu_seconds, 0, ())
@@ -130,9 +132,17 @@ def _sync(directory: Path) -> Ended:
     return run_command(["sync", *(str(file) for file in sorted(directory.rglob("*")) if file.is_file())])
 
 
-def convert(ranks: int, flags: Sequence[str]) -> Sample:
-    """Convert, under torchrun where there are several ranks."""
+def convert(ranks: int, flags: Sequence[str], copied: tuple[Path, Path] | None = None) -> Sample:
+    """Convert, under torchrun where there are several ranks.
+
+    Args:
+        ranks: processes.
+        flags: of the command.
+        copied: what is copied, where to, and removed there, directly before the data phase; untimed.
+    """
     with tempfile.TemporaryDirectory() as report:
+        if copied is not None:
+            (Path(report) / COPY_FIRST).write_text(json.dumps([str(path) for path in copied]))
         return data_phase(Path(report), ranks, _launch(ranks, "timed_rank", report, *flags))
 
 
@@ -174,12 +184,13 @@ def data_phase(report: Path, ranks: int, whole: Ended) -> Sample:
     records = [json.loads((report / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     began = min(record["moved"][0] for record in records)
     ended = max(record["moved"][1] for record in records)
+    copying_seconds, copying_cpu_seconds = records[0].get("copying", (0.0, 0.0))
     return Sample(
         ended - began,
         max((record["synced"][1] for record in records if "synced" in record), default=ended) - began,
-        whole.seconds,
+        whole.seconds - copying_seconds,
         sum(record["moved_cpu_seconds"] for record in records),
-        whole.cpu_seconds,
+        whole.cpu_seconds - copying_cpu_seconds,
         sum(record["gathered_bytes"] for record in records),
         tuple(record["peak_bytes"] for record in records),
     )
