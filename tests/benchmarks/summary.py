@@ -1,6 +1,7 @@
 """What was measured as Markdown, and the places in files of the documentation that it fills.
 
-A place begins with `<!-- bench: summary -->` or `<!-- bench: tables -->` and ends with `<!-- end -->`.
+A place begins with `<!-- bench: summary -->`, `<!-- bench: ranks -->` or `<!-- bench: tables -->` and ends with
+`<!-- end -->`. What was measured of more than two ranks goes to `ranks`, all else to `summary`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,33 @@ _PLACE = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def fill(path: Path, all_kept: Sequence[Kept]) -> None:
     """Put what was measured into its places in a file."""
+    of_many = [kept for kept in all_kept if _most_ranks(kept) > 2]
     texts = {
-        "summary": "\n\n".join(map(summary, all_kept)),
+        "summary": "\n\n".join(summary(kept) for kept in all_kept if kept not in of_many),
+        "ranks": "\n\n".join(by_ranks(result) for kept in of_many for result in kept.results),
         "tables": "\n\n".join(f"```\n{report(kept)}\n```" for kept in all_kept),
     }
     path.write_text(_PLACE.sub(lambda place: f"{place[1]}{texts[place[2]]}\n{place[3]}", path.read_text()))
+
+
+def by_ranks(result: Result) -> str:
+    """A table with a column for each number of ranks that convert the plain source, each of them seeing all of it."""
+    cp = result.measured[0]
+    shown = [one for one in result.measured if (one.way.tool, one.way.placement) == ("ours", "direct")]
+    rows = [
+        [f"{result.case.title}, `direct`", *(f"{one.way.ranks}" for one in shown)],
+        ["---"] * (len(shown) + 1),
+        ["data phase, s", *(f"{one.middle(data):.2f}" for one in shown)],
+        ["to cp", *(f"{ratio(one, cp, partial(Measured.middle, value=data)):.2f}" for one in shown)],
+        ["CPU s", *(f"{one.middle(lambda sample: sample.data_cpu_seconds):.2f}" for one in shown)],
+        ["GB that a rank reads, and writes", *(f"{one.way.read_bytes / one.way.ranks / 1e9:.2f}" for one in shown)],
+        ["peak MB of a rank", *(f"{max(max(s.peak_bytes) for s in one.samples) / 1e6:.0f}" for one in shown)],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _most_ranks(kept: Kept) -> int:
+    return max((one.way.ranks for result in kept.results for one in result.measured), default=0)
 
 
 def summary(kept: Kept) -> str:
