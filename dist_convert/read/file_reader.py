@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections import Counter, OrderedDict
@@ -187,8 +188,9 @@ class FileReader:
         self._check_unchanged(view)
         # What lies between the rows of a window with gaps may still be to be read.
         if self._is_last_use and view.is_dense and hasattr(os, "posix_fadvise"):
-            descriptor = self._descriptor(view.file)
-            os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # it is advice
+                descriptor = self._descriptor(view.file)
+                os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _check_unchanged(self, view: View) -> None:
         known = self._known.get(view.file)

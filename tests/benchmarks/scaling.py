@@ -29,9 +29,7 @@ from dist_convert.plan.crossings import messages
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.plan.steps import assigned_blocks
 from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.plan.to_megatron import plan_to_megatron
-from dist_convert.records import View
-from tests.plan.headers import FULL_SIZE, shards
+from tests.plan.headers import FULL_SIZE, shards, way_back
 
 MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")
 DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
@@ -84,19 +82,8 @@ def planned(name: str, direction: str) -> tuple[Content, float]:
     started = time.process_time()
     content = plan_to_huggingface(headers, model, target_dtype=None, max_shard_size_bytes=5_000_000_000)
     if direction == "hf-to-megatron":
-        parts = {tensor.name: View.of(tensor) for file in content.files for tensor in file.tensors}
         started = time.process_time()
-        content = plan_to_megatron(
-            parts,
-            headers,
-            model,
-            grid,
-            params_dtype="BF16",
-            target_dtype=None,
-            repeat_last_row=True,
-            extras=frozenset(),
-            left_behind=(),
-        )
+        content = way_back(content, headers, model, grid)
     return content, time.process_time() - started
 
 

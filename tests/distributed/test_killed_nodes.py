@@ -14,10 +14,9 @@ import pytest
 
 from tests.checkpoints import Grid, Model
 from tests.distributed.interrupting import Runs, hashes_below
+from tests.distributed.small_sources import LLAMA, MIXTRAL
 from tests.to_megatron import FILE, TRACKER, grid_flags, make_hf, to_megatron
 
-LLAMA = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
-MIXTRAL = Model(hidden=64, ffn=96, heads=8, groups=4, head_dim=8, layers=2, vocab=99, padded_vocab=128, experts=4)
 KILLS = int(os.environ.get("DIST_CONVERT_KILLS", "4"))
 ITERATION = "iter_0000001"
 

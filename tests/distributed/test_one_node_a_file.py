@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import Grid, Model, make
+from tests.checkpoints import Grid
 from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
-from tests.to_megatron import grid_flags, make_hf
+from tests.distributed.small_sources import make_small_sources
+from tests.to_megatron import grid_flags
 
-LLAMA = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
-MIXTRAL = Model(hidden=64, ffn=96, heads=8, groups=4, head_dim=8, layers=2, vocab=99, padded_vocab=128, experts=4)
 NOTE = "the target lies on nfs4: each weights file is written by one node"
 CASES = ("megatron-to-hf", "hf-to-megatron, llama", "hf-to-megatron, mixtral")
 
@@ -27,11 +26,7 @@ def on_nfs() -> Iterator[Runs]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sources")
-    make(root / "megatron", LLAMA, Grid(tp=2, pp=3))
-    make_hf(root / "llama", LLAMA)
-    make_hf(root / "mixtral", MIXTRAL)
-    return root
+    return make_small_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")

@@ -188,10 +188,14 @@ def content(
 
 def content_to_megatron(a: Architecture, grid: Grid = ONE, layers: Sequence[int] | None = None) -> Content:
     """The way back: what `content` makes of a checkpoint is converted into the files of that checkpoint."""
-    parts = {tensor.name: View.of(tensor) for file in content(a, grid, layers).files for tensor in file.tensors}
+    return way_back(content(a, grid, layers), shards(a, grid, layers), a, grid)
+
+
+def way_back(to_hf: Content, made: Mapping[str, Shard], a: Architecture, grid: Grid) -> Content:
+    """What a conversion of some shards makes is converted into their files."""
     return plan_to_megatron(
-        parts,
-        shards(a, grid, layers),
+        {tensor.name: View.of(tensor) for file in to_hf.files for tensor in file.tensors},
+        made,
         a,
         grid,
         params_dtype="BF16",
