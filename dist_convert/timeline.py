@@ -21,7 +21,7 @@ class Stretch:
     Attributes:
         phase: one of `PHASES`.
         subject: the tensor or step that it was spent on.
-        size_bytes: that were read, gathered, placed or written; 0 where that means nothing.
+        size_bytes: that were read, received, placed or written; 0 where that means nothing.
     """
 
     phase: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,10 +19,8 @@ import torch.distributed as dist
 
 from dist_convert.device import BACKENDS, choose_device
 from dist_convert.errors import PlanError, lost_contact
+from dist_convert.move.buffers import WIRE_DTYPE, Staging, make_staging
 from dist_convert.plan.crossings import Message
-
-#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
-WIRE_DTYPE = torch.int32
 
 
 @dataclass(frozen=True)
@@ -160,15 +158,6 @@ def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | N
 
 
 @dataclass(frozen=True)
-class Staging:
-    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
-
-    send: torch.Tensor
-    received: torch.Tensor
-    stream: Any
-
-
-@dataclass(frozen=True)
 class Gatherer:
     """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one."""
 
@@ -189,22 +178,17 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
     group = make_team_group(world, ranks)
     if group is None:
         return None
-    staging = None
-    if world.device.type != "cpu":
-        words = send_bytes // WIRE_DTYPE.itemsize
-        staging = Staging(
-            torch.empty(words, dtype=WIRE_DTYPE, device=world.device),
-            torch.empty(words * len(ranks), dtype=WIRE_DTYPE, device=world.device),
-            torch.get_device_module(world.device).Stream(),
-        )
+    staging = make_staging(world.device, send_bytes, len(ranks)) if world.device.type != "cpu" else None
     return Gatherer(group, len(ranks), ranks.index(world.rank), staging)
 
 
-def gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wanted: Sequence[Message]) -> None:
-    """Bring to each member what it needs of the others' bytes. It has arrived when this returns.
+def begin_gather(
+    gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wanted: Sequence[Message]
+) -> Callable[[], None] | None:
+    """Bring to each member what it needs of the others' bytes.
 
-    An accelerator gathers all from all. Over gloo only the messages go, straight from buffer to buffer: gloo gathers
-    through a hidden copy of everything, and takes three times as long.
+    An accelerator gathers all from all, at once. Over gloo only the messages go, straight from buffer to buffer, while
+    this rank does other things: gloo gathers through a hidden copy of everything, and takes three times as long.
 
     Args:
         gatherer: of the team.
@@ -212,16 +196,31 @@ def gather(gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wante
         received: uint8, `members` times as long: every member's bytes, in the order of members. What no message to this
             member names is undefined.
         wanted: the messages between all members, the same on each.
+
+    Returns:
+        What waits until all of it has come; both tensors are in use until then. None where it has come already.
+
+    Raises:
+        LostRank: at once, or from what is returned.
     """
     source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
     with _named_loss():
-        if gatherer.staging is None:
-            _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
-        else:
+        if gatherer.staging is not None:
             _gather_on_device(gatherer.group, gatherer.staging, source, target)
+            return None
+        works = _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
+
+    def wait() -> None:
+        with _named_loss():
+            for work in works:
+                work.wait()
+
+    return wait
 
 
-def _pass_messages(gatherer: Gatherer, source: torch.Tensor, target: torch.Tensor, wanted: Sequence[Message]) -> None:
+def _pass_messages(
+    gatherer: Gatherer, source: torch.Tensor, target: torch.Tensor, wanted: Sequence[Message]
+) -> list[dist.Work]:
     works = []
     for message in wanted:
         first = message.offset_bytes // WIRE_DTYPE.itemsize
@@ -231,9 +230,7 @@ def _pass_messages(gatherer: Gatherer, source: torch.Tensor, target: torch.Tenso
             works.append(dist.irecv(into, group=gatherer.group, group_src=message.sender))
         elif message.sender == gatherer.member:
             works.append(dist.isend(source[words], group=gatherer.group, group_dst=message.receiver))
-    for work in works:
-        if work is not None:
-            work.wait()
+    return [work for work in works if work is not None]
 
 
 def _gather_on_device(group: dist.ProcessGroup, staging: Staging, source: torch.Tensor, target: torch.Tensor) -> None:

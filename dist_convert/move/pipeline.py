@@ -1,13 +1,16 @@
 """Carries out one rank's steps: read, gather, place and write, each overlapping the others.
 
 A reader thread fills the next slot while the main thread gathers one and a writer thread empties the one before. What
-is read is gathered at once; only a slot for the next read is waited for. Only the main thread takes part in
-collectives, in the order of the plan.
+is read is gathered at once. Over gloo a gather goes on while the steps after it are read, and written where nothing
+crosses in them: members of a team need not be equally far. It is waited for when the next gather has begun. Only the
+main thread takes part in collectives, in the order of the plan.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,9 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dist_convert.move.buffers import CPU, Buffer, Slot, make_buffer, make_slot
-from dist_convert.move.exchange import Gatherer, World, gather, make_gatherer
+from dist_convert.move.exchange import Gatherer, World, begin_gather, make_gatherer
 from dist_convert.plan.crossings import messages, received_bytes
-from dist_convert.plan.limits import SLOTS
 from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, Write
@@ -37,6 +39,20 @@ class Progress(Protocol):
 
     def add_progress(self, size_bytes: int) -> None:
         """How many bytes a step has written."""
+
+
+#: Steps that are read, or being read, before they are gathered.
+_READ_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """A step whose bytes are on their way between ranks, and what waits for them."""
+
+    number: int
+    step: Step
+    slot: Slot
+    wait: Callable[[], None]
 
 
 @dataclass
@@ -83,7 +99,7 @@ def move(
     team, limit = plan.teams[number], plan.limits[number]
     gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
-    slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(SLOTS)]
+    slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
@@ -115,30 +131,48 @@ def move(
         return slot
 
     with closing(reader), closing(writer), _thread("reader") as reads, _thread("writer") as writes:
-        free, reading, writing = list(slots), list[Future[tuple[Step, Slot]]](), list[Future[Slot]]()
+        free, reading, writing = list(slots), deque[Future[tuple[Step, Slot]]](), deque[Future[Slot]]()
+        gathering = deque[_Gathering]()
+
+        def end_gather() -> None:
+            crossing = gathering.popleft()
+            progress.doing(f"waiting for other ranks in step {crossing.number}")
+            with timeline.during("gather", f"the rest of step {crossing.number}"):
+                crossing.wait()
+            writing.append(writes.submit(write, crossing.step, crossing.slot))
+
         steps = plan.steps(world.rank)
         upcoming = next(steps, None)
         number = 0
-        while upcoming is not None or reading:
-            if upcoming is not None and len(reading) < SLOTS - 1:
-                if not free:  # all others are being written, so there is one to wait for
+        while upcoming is not None or reading or gathering:
+            if upcoming is not None and len(reading) < _READ_AHEAD:
+                if not free:  # one is read and one gathered, so another is being written
                     progress.doing(f"writing step {number}")
                     with timeline.during("wait", "for the writer"):
-                        free.append(writing.pop(0).result())
+                        free.append(writing.popleft().result())
                 reading.append(reads.submit(read, upcoming, free.pop()))
                 upcoming = next(steps, None)
+                continue
+            if not reading:
+                end_gather()
                 continue
             number += 1
             progress.doing(f"reading step {number}")
             with timeline.during("wait", "for the reader"):
-                step, slot = reading.pop(0).result()
+                step, slot = reading.popleft().result()
+            wait = None
             if gatherer is not None and step.send_bytes:
-                progress.doing(f"waiting for other ranks in step {number}")
+                progress.doing(f"gathering step {number}")
                 size_bytes = received_bytes(step, member, limit)
                 with timeline.during("gather", f"step {number}", size_bytes):
-                    _gather(gatherer, step, slot)
+                    wait = _begin_gather(gatherer, step, slot)
                 moved.gathered_bytes += size_bytes
-            writing.append(writes.submit(write, step, slot))
+            if wait is None:
+                writing.append(writes.submit(write, step, slot))
+                continue
+            gathering.append(_Gathering(number, step, slot, wait))
+            if len(gathering) > 1:
+                end_gather()
         progress.doing(f"writing step {number}")
         with timeline.during("wait", "for the writer"):
             for future in writing:
@@ -152,9 +186,9 @@ def _thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
-def _gather(gatherer: Gatherer, step: Step, slot: Slot) -> None:
+def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot) -> Callable[[], None] | None:
     received = slot.received.tensor[: step.send_bytes * gatherer.members]
-    gather(gatherer, slot.data.tensor[: step.send_bytes], received, messages(step))
+    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, messages(step))
 
 
 def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:

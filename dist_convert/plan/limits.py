@@ -15,8 +15,8 @@ from dist_convert.units import human_bytes
 #: steps do not pay: what was read is written while the processor's cache has it.
 STEP_BYTES = BLOCK_BYTES + (64 << 10)
 
-#: A rank reads ahead one step, gathers one and writes one.
-SLOTS = 3
+#: A rank reads one step, has read one, and writes one. Over gloo one more is on its way between ranks meanwhile.
+_SLOTS = 3
 
 #: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
 ALIGNMENT_BYTES = 64
@@ -39,6 +39,11 @@ class Limits:
     on_accelerator: bool = False
 
     @property
+    def slots(self) -> int:
+        """How many steps a rank has in hand."""
+        return _SLOTS + (self.members > 1 and not self.on_accelerator)
+
+    @property
     def received_bytes(self) -> int:
         return self.send_bytes * self.members if self.members > 1 else 0
 
@@ -53,7 +58,7 @@ class Limits:
         slot_bytes = [self.step_bytes, self.received_bytes]
         if self._is_staged:
             slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
-        return SLOTS * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes
+        return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes
 
     @property
     def _is_staged(self) -> bool:
@@ -78,8 +83,9 @@ def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = F
 
 def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
     """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
-    left_bytes = budget_bytes - Limits(STEP_BYTES, 0, members, on_accelerator).total_bytes
-    affordable_bytes = left_bytes // ((SLOTS + on_accelerator) * members) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    without = Limits(STEP_BYTES, 0, members, on_accelerator)
+    buffers = (without.slots + on_accelerator) * members
+    affordable_bytes = (budget_bytes - without.total_bytes) // buffers // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
     found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
     while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:

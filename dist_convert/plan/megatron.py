@@ -112,7 +112,7 @@ def _experts_are_permuted(side: MegatronSide, flag: bool) -> bool:
     for parameter in parameters(side):
         if parameter.expert is not None:
             for file in _files(side, parameter, 0):
-                fitting = _fitting(side, parameter, file)
+                fitting = list(_fitting(side, parameter, file))
                 if len(fitting) == 1 and fitting[0].dialect.startswith("habana-dynamic"):
                     return "transposed" not in fitting[0].dialect
             if parameter.expert:
@@ -166,8 +166,10 @@ def _views(side: MegatronSide, parameter: Parameter, file: str, spelling: Spelli
     return tuple(found)
 
 
-def _fitting(side: MegatronSide, parameter: Parameter, file: str) -> list[Spelling]:
-    return [s for s in _spellings(side, parameter) if _views(side, parameter, file, s) is not None]
+def _fitting(side: MegatronSide, parameter: Parameter, file: str) -> dict[Spelling, Replica]:
+    """The spellings whose pieces a file stores in fitting shapes, and where."""
+    found = ((spelling, _views(side, parameter, file, spelling)) for spelling in _spellings(side, parameter))
+    return {spelling: views for spelling, views in found if views is not None}
 
 
 def replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -178,11 +180,11 @@ def replicas(side: MegatronSide, parameter: Parameter, shard: int) -> tuple[Repl
     """
     found = []
     for file in _files(side, parameter, shard):
-        spelling = dialects.choose(_fitting(side, parameter, file), permuted=side.permuted_experts)
-        views = _views(side, parameter, file, spelling) if spelling else None
-        if views is None:
+        fitting = _fitting(side, parameter, file)
+        spelling = dialects.choose(fitting, permuted=side.permuted_experts)
+        if spelling is None:
             raise _not_found(side, parameter, file)
-        found.append(views)
+        found.append(fitting[spelling])
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Collectives of `move.exchange` carry raw bytes, in the order of the members, within any team of the ranks."""
+"""Gathers carry raw bytes, in the order of the members, within any team; nobody stands still for a late member."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import Grid, make
+from tests.converting import assert_same, convert, read_tensors
 from tests.distributed.launching import torchrun
 from tests.distributed.programs.gather_patterns import SIZES_BYTES, TEAMS
+from tests.distributed.small_sources import LLAMA
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +37,19 @@ def test_every_member_receives_every_members_bytes_unchanged_and_in_order(team: 
 def test_every_rank_knows_every_ranks_json_values_by_rank(rank: int, gathered: Path) -> None:
     values = [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}, {"rank": 2, "text": "üü"}]
     assert (gathered / f"objects-{rank}").read_text() == repr(values)
+
+
+def test_while_a_member_is_late_the_others_read_and_write_what_needs_nothing_of_it(tmp_path: Path) -> None:
+    make(tmp_path / "megatron", LLAMA, Grid(tp=2))
+    for rank, shard in enumerate(("mp_rank_00", "mp_rank_01")):
+        (tmp_path / f"rank{rank}").mkdir()
+        (tmp_path / f"rank{rank}" / shard).symlink_to(tmp_path / "megatron" / "iter_0000004" / shard)
+    run = torchrun(
+        2, f"{tmp_path}/mark", "megatron-to-hf", "--load-path", f"{tmp_path}/rank{{rank}}", "--save-path",
+        f"{tmp_path}/gathered", "--placement", "gather", "--device", "cpu",
+        module="tests.distributed.programs.late_member",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "the other rank went on" in run.stderr
+    assert convert(tmp_path / "megatron", tmp_path / "alone") == 0
+    assert_same(read_tensors(tmp_path / "gathered"), read_tensors(tmp_path / "alone"))

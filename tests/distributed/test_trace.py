@@ -24,6 +24,11 @@ def test_ranks_of_a_node_share_a_file_and_tell_what_they_gathered(tmp_path: Path
     assert {(event["pid"], event["name"]) for event in events} >= {
         (rank, phase) for rank in range(2) for phase in ("read", "gather", "place", "write", "wait")
     }
-    gathered = [event["args"]["bytes"] for event in events if event["name"] == "gather"]
-    assert len(gathered) >= 2
-    assert min(gathered) > 0
+    gathers = [
+        (event["pid"], event["args"]["what"], event["args"]["bytes"]) for event in events if event["name"] == "gather"
+    ]
+    begun = [(rank, size_bytes) for rank, what, size_bytes in gathers if what.startswith("step")]
+    ended = [(rank, size_bytes) for rank, what, size_bytes in gathers if what.startswith("the rest of step")]
+    assert {rank for rank, _ in begun} == {0, 1}
+    assert min(size_bytes for _, size_bytes in begun) > 0
+    assert ended == [(rank, 0) for rank, _ in begun]

@@ -34,7 +34,9 @@ def gather(world: World, team: Sequence[int]) -> bytes:
         received = torch.zeros(size_bytes * len(team), dtype=torch.uint8)
         members = range(len(team))
         everything = [Message(one, other, 0, size_bytes) for one in members for other in members if one != other]
-        exchange.gather(gatherer, pattern(world.rank, size_bytes), received, everything)
+        wait = exchange.begin_gather(gatherer, pattern(world.rank, size_bytes), received, everything)
+        assert wait is not None
+        wait()
         own = team.index(world.rank) * size_bytes
         received[own : own + size_bytes] = pattern(world.rank, size_bytes)  # which no message brings
         found += bytes(received.numpy())
