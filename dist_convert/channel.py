@@ -66,7 +66,8 @@ class Channel:
             Interrupted: a signal has arrived, here or on another rank.
         """
         self._doing = what
-        self._take_signal()
+        if self._signals is not None and self._stopped_by is None:
+            self._stopped_by = self._signals.noted
         if self._stopped_by is not None:
             raise Interrupted(self._stopped_by)
 

@@ -52,6 +52,12 @@ class Signals:
         self._received, self._sent = socket.socketpair()
         self._received.setblocking(False)
         self._sent.setblocking(False)
+        self._noted: int | None = None
+
+    @property
+    def noted(self) -> int | None:
+        """The same as `take`, of signals that the main thread has noticed; for the main thread, at no cost."""
+        return self._noted
 
     def take(self) -> int | None:
         """The number of a signal that has arrived, if one has; several of them count as the first."""
@@ -67,8 +73,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {number: signal.signal(number, _nothing) for number in _heeded()}
-        # The interpreter's own handler writes the number at once; the one above would wait for the main thread.
+        handlers = {number: signal.signal(number, self._note) for number in _heeded()}
+        # The interpreter's own handler writes the number at once; the one above waits for the main thread.
         wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -79,6 +85,5 @@ class Signals:
             self._received.close()
             self._sent.close()
 
-
-def _nothing(_number: int, _frame: object) -> None:
-    pass
+    def _note(self, number: int, _frame: object) -> None:
+        self._noted = self._noted or number

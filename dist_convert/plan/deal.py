@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dist_convert.errors import UsageError
@@ -103,7 +103,18 @@ def deal(
         for position, share in _stretches(whole, [len(groups[team]) for team in kind.teams]):
             shares[kind.teams[position]].append(share)
     # In the order of moves, what is gathered comes between what is not, and both go on at the same time.
-    return [sorted(of_team, key=lambda share: (share.move, share.first_byte)) for of_team in shares]
+    return [_joined(sorted(of_team, key=lambda share: (share.move, share.first_byte))) for of_team in shares]
+
+
+def _joined(shares: Sequence[Share]) -> list[Share]:
+    """Shares that follow each other in one move as one: a move is expanded once for each share of it."""
+    joined: list[Share] = []
+    for share in shares:
+        if joined and (joined[-1].move, joined[-1].end_byte) == (share.move, share.first_byte):
+            joined[-1] = replace(joined[-1], end_byte=share.end_byte)
+        else:
+            joined.append(share)
+    return joined
 
 
 def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dist_convert.plan.moves import Move, Sides, equal_copies
+from dist_convert.plan.moves import Move, Sides
 from dist_convert.records import View, Window
 
 
@@ -71,6 +71,6 @@ def is_move_done(sides: Sides, move: Move, done: Done) -> bool:
         return False
     targets: Iterable[View] = move.hf
     if sides.to_megatron:
-        stored = equal_copies(sides, move.parameter)
+        stored = move.stored
         targets = (view for shard in stored for replica in shard for _, view in replica)
     return all(done.covers(Window.of(view)) for view in targets if view.file in move.targets)

@@ -84,10 +84,10 @@ def segments(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[Segmen
             yield Segment(0, box, shard, Box(0, 0, rows, shard_columns))
         return
     blocks = {"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]
+    rows_of_parts = [part_size(part, sizes)[0] // blocks for part in row.parts]
     stacked_row = 0
     for block in range(blocks):
-        for number, part in enumerate(row.parts):
-            rows = part_size(part, sizes)[0] // blocks
+        for number, rows in enumerate(rows_of_parts):
             yield from _cut(number, block * rows, stacked_row, rows, shard_rows, shard_columns)
             stacked_row += rows
 

@@ -42,6 +42,7 @@ class Move:
     Attributes:
         parameter: the Megatron end.
         hf: the Hugging Face tensors that it is stacked from, in the order of the row's parts, as rows x columns.
+        stored: for each shard, where its equal copies are stored.
         size_bytes: of the copies, in the target's dtype, counting equal targets once.
         written_bytes: the same, counting every equal target.
         homes: for each piece of the source, the files that hold it (equal copies).
@@ -53,6 +54,7 @@ class Move:
 
     parameter: Parameter
     hf: tuple[View, ...]
+    stored: tuple[tuple[Replica, ...], ...]
     size_bytes: int
     written_bytes: int
     homes: tuple[tuple[str, ...], ...]
@@ -100,11 +102,11 @@ def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
             targets = tuple(dict.fromkeys(file for files in shard_files for file in files))
             homes = tuple((file,) for file in hf_files)
             needs = (*homes, *((file,) for file in targets))
-            moves.append(Move(parameter, views, elements * item_bytes, written_bytes, homes, targets, needs))
+            moves.append(Move(parameter, views, stored, elements * item_bytes, written_bytes, homes, targets, needs))
         else:
             # Hugging Face files lie where every rank writes them, unless `node_local.divided` says otherwise.
             size_bytes = elements * DTYPE_BYTES[views[0].dtype]
-            moves.append(Move(parameter, views, size_bytes, size_bytes, shard_files, hf_files, shard_files))
+            moves.append(Move(parameter, views, stored, size_bytes, size_bytes, shard_files, hf_files, shard_files))
     return tuple(moves)
 
 
@@ -118,8 +120,7 @@ def copies(sides: Sides, move: Move) -> Iterator[Copy]:
     Raises:
         InconsistentShards: equal copies of a shard are stored in different pieces.
     """
-    parameter = move.parameter
-    stored = equal_copies(sides, parameter)
+    parameter, stored = move.parameter, move.stored
     add = sides.add_to_norms if parameter.row.is_norm else 0
     for segment in segments(parameter.row, sides.megatron.architecture.sizes(), parameter.shards):
         hf = move.hf[segment.part].window(segment.hf)
@@ -132,11 +133,11 @@ def copies(sides: Sides, move: Move) -> Iterator[Copy]:
                 yield Copy((replace(last, rows=box.rows, row_stride=0),), views)
 
 
-def equal_copies(sides: Sides, parameter: Parameter) -> list[tuple[Replica, ...]]:
+def equal_copies(sides: Sides, parameter: Parameter) -> tuple[tuple[Replica, ...], ...]:
     """Every shard's equal copies; a target's tied embedding has some on the last stage as well."""
     side, shards = sides.megatron, range(parameter.shards)
     more = [tied_replicas(side, parameter, shard) if sides.to_megatron else () for shard in shards]
-    return [replicas(side, parameter, shard) + more[shard] for shard in shards]
+    return tuple(replicas(side, parameter, shard) + more[shard] for shard in shards)
 
 
 def _padding(side: MegatronSide, parameter: Parameter) -> Iterator[tuple[int, Box]]:
