@@ -84,9 +84,9 @@ class Verdict:
 def verdicts(measured: Measured, cp: Measured, all_measured: Sequence[Measured]) -> list[Verdict]:
     """What is asked of a conversion's data phase, as far as something is, then what is asked of its start."""
     way = measured.way
-    if way.tool != "ours":
-        return []
     start = Verdict(measured.middle(start_seconds), START_TARGET_SECONDS, "s beside data")
+    if way.tool != "ours":
+        return [start] if way.tool == "no-torchrun" else []
     if way.source == "fp32":
         uncast = _find(all_measured, "ours", way.placement, way.ranks)
         return [*(Verdict(ratio(measured, same, _middle_data), CAST_TARGET, "x uncast") for same in uncast), start]

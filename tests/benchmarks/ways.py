@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from tests.benchmarks.machine import COPY
 from tests.benchmarks.timed_rank import COPY_FIRST, copy_and_remove
-from tests.distributed.launching import command, environment
+from tests.distributed.launching import command, environment, free_port
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Way:
     """One way of moving a model's bytes.
 
     Attributes:
-        tool: "cp", "ours", "gloo" (ranks send one another what ours do, and no more) or "transformers" (which loads
-            the Hugging Face model and saves it).
+        tool: "cp", "ours", "no-torchrun" (ours, with ranks started as srun and mpirun do: at once, each with its number
+            in the environment), "gloo" (ranks send one another what ours do, and no more) or "transformers" (which
+            loads the Hugging Face model and saves it).
         source: "plain", "optimizer" (the same weights beside an optimizer's state) or "fp32" (cast to bf16).
         placement: of ours, and of whose messages gloo sends.
         ranks: processes.
@@ -97,18 +98,29 @@ class Ended:
     cpu_seconds: float
 
 
-def run_command(line: Sequence[str], env: dict[str, str] | None = None) -> Ended:
-    """Run a command, and count the CPU seconds of all processes that it started and waited for."""
+def run_command(line: Sequence[str], *environments: Mapping[str, str]) -> Ended:
+    """Run a command, and count the CPU seconds of all processes that it started and waited for.
+
+    Args:
+        line: the command.
+        environments: one for each process that runs it, all at the same time; none for one process in this one's.
+    """
+    cpu_seconds = 0.0
     with tempfile.TemporaryFile() as printed:
         began = time.monotonic()
-        process = subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
-        _, status, usage = os.wait4(process.pid, 0)
+        processes = [
+            subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
+            for env in environments or (None,)
+        ]
+        for process in processes:
+            _, status, usage = os.wait4(process.pid, 0)
+            cpu_seconds += usage.ru_utime + usage.ru_stime
+            process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if code := next((process.returncode for process in processes if process.returncode), 0):
             printed.seek(0)
-            sys.exit(f"{' '.join(line)}\n{printed.read().decode(errors='replace')}\nexit code {process.returncode}")
-    return Ended(seconds, usage.ru_utime + usage.ru_stime)
+            sys.exit(f"{' '.join(line)}\n{printed.read().decode(errors='replace')}\nexit code {code}")
+    return Ended(seconds, cpu_seconds)
 
 
 def read_through(directory: Path) -> None:
@@ -132,18 +144,22 @@ def _sync(directory: Path) -> Ended:
     return run_command(["sync", *(str(file) for file in sorted(directory.rglob("*")) if file.is_file())])
 
 
-def convert(ranks: int, flags: Sequence[str], copied: tuple[Path, Path] | None = None) -> Sample:
+def convert(
+    ranks: int, flags: Sequence[str], copied: tuple[Path, Path] | None = None, *, by_torchrun: bool = True
+) -> Sample:
     """Convert, under torchrun where there are several ranks.
 
     Args:
         ranks: processes.
         flags: of the command.
         copied: what is copied, where to, and removed there, directly before the data phase; untimed.
+        by_torchrun: not so, but with ranks that are started by themselves.
     """
     with tempfile.TemporaryDirectory() as report:
         if copied is not None:
             (Path(report) / COPY_FIRST).write_text(json.dumps([str(path) for path in copied]))
-        return data_phase(Path(report), ranks, _launch(ranks, "timed_rank", report, *flags))
+        launch = _launch if by_torchrun else _start_ranks
+        return data_phase(Path(report), ranks, launch(ranks, "timed_rank", report, *flags))
 
 
 @cache
@@ -172,11 +188,27 @@ def load_and_save(source: Path, target: Path) -> Sample:
 
 def _launch(ranks: int, module: str, *arguments: str) -> Ended:
     """Run a module of this directory: one rank alone, several under torchrun."""
+    if ranks == 1:
+        return run_command([sys.executable, "-m", _full_name(module), *arguments], _environment())
+    return run_command(command(ranks, *arguments, module=_full_name(module)), _environment())
+
+
+def _start_ranks(ranks: int, module: str, *arguments: str) -> Ended:
+    """The same without torchrun: several ranks started at once, each told its number and where to meet."""
+    meeting = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environments = [_environment() | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return run_command([sys.executable, "-m", _full_name(module), *arguments], *environments)
+
+
+def _full_name(module: str) -> str:
+    return f"tests.benchmarks.{module}"
+
+
+def _environment() -> dict[str, str]:
     env = environment()
     del env["OMP_NUM_THREADS"]  # the threads that a user gets
-    full_name = f"tests.benchmarks.{module}"
-    alone = [sys.executable, "-m", full_name, *arguments]
-    return run_command(alone if ranks == 1 else command(ranks, *arguments, module=full_name), env)
+    return env
 
 
 def data_phase(report: Path, ranks: int, whole: Ended) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
-from tests.distributed.launching import flags, hashes
+from tests.distributed.launching import REPOSITORY, flags, free_port, hashes
 from tests.launch.slurm_cluster import TIMEOUT_SECONDS, Cluster, cluster, why_not
 
 
@@ -48,6 +49,22 @@ def test_a_job_converts_on_all_of_its_nodes_each_of_which_reads_its_own_shards(s
         (tmp_path / "whole" / "iter_0000004" / f"mp_rank_0{node}").rename(tmp_path / f"node{node}" / f"mp_rank_0{node}")
     job = slurm.submit(*flags(f"{tmp_path}/node{{node}}", tmp_path / "hf"))
     assert (job.state, job.restarts) == ("COMPLETED", 0), job.printed
+    assert_same(read_tensors(tmp_path / "hf"), expected)
+
+
+def test_the_documented_srun_line_converts_without_torchrun(slurm: Cluster, tmp_path: Path) -> None:
+    expected = make(tmp_path / "megatron", Model(), Grid(tp=2))
+    text = (REPOSITORY / "docs" / "clusters.md").read_text()
+    line = text[text.index("srun --ntasks-per-node 8 ") :]
+    line = line[: line.index(" megatron-to-hf ")]
+    for documented, here in (
+        ("--ntasks-per-node 8", "--nodes 2 --ntasks-per-node 1 --quiet"),
+        ("dist-convert", f"{sys.executable} -m dist_convert"),
+    ):
+        assert line.count(documented) == 1
+        line = line.replace(documented, here)
+    job = shlex.join(flags(tmp_path / "megatron", tmp_path / "hf", "--placement", "gather"))
+    slurm.run("bash", "-c", f"{line} {job}", env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})
     assert_same(read_tensors(tmp_path / "hf"), expected)
 
 
