@@ -56,7 +56,7 @@ class Signals:
 
     @property
     def noted(self) -> int | None:
-        """The same as `take`, of signals that the main thread has noticed; for the main thread, at no cost."""
+        """The first signal that the main thread has noticed, however often it asks; no other thread does."""
         return self._noted
 
     def take(self) -> int | None:

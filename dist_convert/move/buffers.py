@@ -1,4 +1,4 @@
-"""The memory of the data path: a few page-aligned buffers, made once and used for every step."""
+"""The memory of the data path: page-aligned buffers, and what accelerators gather through; made once, used always."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Everything that ranks say to each other: the only file with collectives.
 
-Without torchrun there is one rank, no process group, and every function answers for that rank alone.
+Without a launcher there is one rank, no process group, and every function answers for that rank alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class World:
 
 
 def join_world(device: str, timeout_seconds: float) -> World:
-    """Join the ranks that torchrun started; alone without it.
+    """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
 
     Args:
         device: as in `device.choose_device`.
@@ -185,7 +185,7 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
 def begin_gather(
     gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wanted: Sequence[Message]
 ) -> Callable[[], None] | None:
-    """Bring to each member what it needs of the others' bytes.
+    """Begin to bring to each member what it needs of the others' bytes.
 
     An accelerator gathers all from all, at once. Over gloo only the messages go, straight from buffer to buffer, while
     this rank does other things: gloo gathers through a hidden copy of everything, and takes three times as long.

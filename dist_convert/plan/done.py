@@ -71,6 +71,5 @@ def is_move_done(sides: Sides, move: Move, done: Done) -> bool:
         return False
     targets: Iterable[View] = move.hf
     if sides.to_megatron:
-        stored = move.stored
-        targets = (view for shard in stored for replica in shard for _, view in replica)
+        targets = (view for shard in move.stored for replica in shard for _, view in replica)
     return all(done.covers(Window.of(view)) for view in targets if view.file in move.targets)

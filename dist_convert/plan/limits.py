@@ -40,8 +40,8 @@ class Limits:
 
     @property
     def slots(self) -> int:
-        """How many steps a rank has in hand."""
-        return _SLOTS + (self.members > 1 and not self.on_accelerator)
+        """How many steps a rank has in hand, at most."""
+        return _SLOTS + (self.received_bytes > 0 and not self.on_accelerator)
 
     @property
     def received_bytes(self) -> int:
@@ -83,9 +83,10 @@ def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = F
 
 def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
     """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
-    without = Limits(STEP_BYTES, 0, members, on_accelerator)
-    buffers = (without.slots + on_accelerator) * members
-    affordable_bytes = (budget_bytes - without.total_bytes) // buffers // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    least = Limits(STEP_BYTES, least_send_bytes, members, on_accelerator)
+    buffers = (least.slots + on_accelerator) * members
+    left_bytes = budget_bytes - least.total_bytes
+    affordable_bytes = least_send_bytes + left_bytes // buffers // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
     found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
     while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.distributed.launching import REPOSITORY, environment, free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 TIMEOUT_SECONDS = 120.0
 
 CONFIGURATION = """
@@ -71,7 +71,7 @@ class Cluster:
     def run(self, *command: str, env: Mapping[str, str] | None = None) -> str:
         """What a command of Slurm prints."""
         found = environment(SLURM_CONF=str(self.directory / "slurm.conf"), **(env or {}))
-        done = subprocess.run(command, env=found, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=found, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
-from tests.distributed.launching import REPOSITORY, flags, free_port, hashes
+from tests.distributed.launching import REPOSITORY, flags, hashes
 from tests.launch.slurm_cluster import TIMEOUT_SECONDS, Cluster, cluster, why_not
 
 
@@ -55,16 +55,20 @@ def test_a_job_converts_on_all_of_its_nodes_each_of_which_reads_its_own_shards(s
 def test_the_documented_srun_line_converts_without_torchrun(slurm: Cluster, tmp_path: Path) -> None:
     expected = make(tmp_path / "megatron", Model(), Grid(tp=2))
     text = (REPOSITORY / "docs" / "clusters.md").read_text()
-    line = text[text.index("srun --ntasks-per-node 8 ") :]
-    line = line[: line.index(" megatron-to-hf ")]
+    lines = text[text.index("export MASTER_ADDR=") :]
+    lines = lines[: lines.index(" megatron-to-hf ")]
     for documented, here in (
-        ("--ntasks-per-node 8", "--nodes 2 --ntasks-per-node 1 --quiet"),
+        ('$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', "127.0.0.1"),
+        ("8 * SLURM_NNODES", "2 * SLURM_NNODES"),
+        ("--ntasks-per-node 8", "--ntasks-per-node 2"),
         ("dist-convert", f"{sys.executable} -m dist_convert"),
     ):
-        assert line.count(documented) == 1
-        line = line.replace(documented, here)
+        assert lines.count(documented) == 1
+        lines = lines.replace(documented, here)
     job = shlex.join(flags(tmp_path / "megatron", tmp_path / "hf", "--placement", "gather"))
-    slurm.run("bash", "-c", f"{line} {job}", env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})
+    # As launch/slurm.sbatch asks for it: one task a node, which srun must not take over.
+    size = ("--partition=all", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--output={tmp_path}/printed")
+    slurm.run("sbatch", "--wait", *size, f"--wrap=bash -c {shlex.quote(f'{lines} {job}')}")
     assert_same(read_tensors(tmp_path / "hf"), expected)
 
 

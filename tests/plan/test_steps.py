@@ -168,6 +168,7 @@ def test_the_budget_holds_an_accelerators_staging_and_pinned_memory_in_powers_of
     pinned = limits(1000 * MB, 3, 1 << 20, on_accelerator=True)
     assert pinned.total_bytes == (3 * (8192 + 16384) + 5 * 4096 + 4160 + 12480) << 10
     assert limits(1000 * MB, 3, 1 << 20).total_bytes == (4 * (4160 + 12480) + 5 * 4096) << 10
+    assert limits(1000 * MB, 3, 0).total_bytes == (3 * 4160 + 5 * 4096) << 10  # nothing crosses
     for budget_bytes in range(80 * MB, 400 * MB, 7 * MB):
         assert limits(budget_bytes, 3, 1 << 20, on_accelerator=True).total_bytes <= budget_bytes
 

@@ -114,6 +114,15 @@ def test_nodes_that_hold_one_tensor_rank_each_gather_with_each_other() -> None:
     assert [team.ranks for team in plan(LLAMA, ranks, "gather").teams] == [(0, 1)]
 
 
+def test_a_team_that_has_all_of_a_weight_has_it_as_one_share() -> None:
+    files = files_of(LLAMA)
+    ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
+    (team,) = plan(LLAMA, ranks, "gather").teams
+    assert [(share.move, share.first_byte, share.end_byte) for share in team.shares] == [
+        (number, 0, move.size_bytes) for number, move in enumerate(LLAMA.moves)
+    ]
+
+
 def test_ranks_that_see_all_are_split_into_teams_as_large_as_a_tensor_parallel_set() -> None:
     assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 8), "gather").teams] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 3), "gather").teams] == [(0,), (1, 2)]

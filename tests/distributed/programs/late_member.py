@@ -27,7 +27,7 @@ from dist_convert.write.file_writer import FileWriter  # noqa: E402
 
 #: Cut along its columns, so it is gathered; the first of its kind.
 FIRST_GATHERED = "decoder.layers.0.self_attention.linear_proj.weight"
-#: Cut along its rows, so it stays with its rank; 3 * 8 KiB are gathered of each layer, no more than two in one step.
+#: Cut along its rows, so it stays with its rank. Each member sends 16 KiB of a layer, as much as one step holds.
 READ_LATER = "model.layers.1.mlp.up_proj.weight"
 PATIENCE_SECONDS = 20.0
 
