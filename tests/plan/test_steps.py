@@ -101,6 +101,14 @@ def test_members_take_turns_in_writing_what_they_gather() -> None:
     assert sorted(Counter(writers).values()) == [1, 1, 2, 2]
 
 
+def test_members_write_to_different_tensors_at_the_same_time() -> None:
+    made = content(replace(MODEL, layers=16), Grid(tensor=2, expert_tensor=2))
+    ((_, _, steps), *_) = steps_by_rank(plan(made, own(made, 2), "gather"))
+    written = [[{w.target.tensor for w in step.writes if w.writer == m} for m in (0, 1)] for step in crossing(steps)]
+    in_one_tensor = [bool(first & second) for first, second in written]
+    assert (len(in_one_tensor), sum(in_one_tensor)) == (24, 2)  # where it keeps what they write equal
+
+
 @pytest.mark.parametrize("world", [4, 8, 16])
 def test_members_read_and_write_about_equally_much_however_many_see_each_shard(world: int) -> None:
     made = content(replace(MODEL, layers=16), Grid(tensor=4, expert_tensor=4))
