@@ -14,7 +14,7 @@ The *data phase* lasts from the first byte moved to the last byte written, *sync
 well, and *whole* is the command as a user gives it, with the start of Python. What is copied is what conversions make,
 to the byte. Before each run, untimed, the last one's target is removed, what is read next is brought into the page
 cache, and the disk is given time to finish; directly before the data phase of `cp` and of `ours`, untimed as well, what
-`cp` copies is copied twice and removed, as memory that a virtual machine's host has taken back is slow when it is first
+`cp` copies is copied and removed, as memory that a virtual machine's host has taken back is slow when it is first
 written. Targets are judged by medians; the fp32 model has half the layers, so its
 ratios are of seconds for a byte read. Where ranks gather, each of them sees its own shards only.
 
