@@ -100,7 +100,7 @@ def deal(
             kinds.setdefault(kind, []).append(Share(number, first, end))
     shares: list[list[Share]] = [[] for _ in groups]
     for kind, whole in kinds.items():
-        for position, share in stretches(whole, [len(groups[team]) for team in kind.teams]):
+        for position, share in _stretches(whole, [len(groups[team]) for team in kind.teams]):
             shares[kind.teams[position]].append(share)
     # In the order of moves, what is gathered comes between what is not, and both go on at the same time.
     return [_joined(sorted(of_team, key=lambda share: (share.move, share.first_byte))) for of_team in shares]
@@ -117,7 +117,7 @@ def _joined(shares: Sequence[Share]) -> list[Share]:
     return joined
 
 
-def stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
+def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
     """What each of several teams gets of some bytes, in proportion to its weight: position of the team, its share."""
     total_bytes = sum(share.end_byte - share.first_byte for share in whole)
     borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]

@@ -87,6 +87,8 @@ def _parts(sides: Sides, move: Move, owners: Mapping[str, int]) -> Iterator[Move
         for number in of_owners:
             written_bytes[number] += copy.targets[0].size_bytes
     for number in numbers:
+        if not size_bytes[number]:  # its shards are nothing but padding that stays zero
+            continue
         others = {file for file in move.targets if owners[file] != number}
         yield replace(
             move,

@@ -14,6 +14,7 @@ from dist_convert.plan.done import NOTHING_DONE, Done, is_move_done
 from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.teams import Team, form_teams
+from dist_convert.version import __version__
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,13 @@ def divide(
 
 
 def schedule_digest(plan: Plan) -> str:
-    """Names who does what in one run; the ranks of the run compare it."""
+    """Names who does what in one run; the ranks of the run compare it.
+
+    The version stands for how teams' shares become steps.
+    """
     return digest(
         {
+            "version": __version__,
             "content": content_digest(plan.content),
             "placement": plan.placement,
             "teams": [asdict(team) for team in plan.teams],

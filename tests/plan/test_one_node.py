@@ -27,15 +27,22 @@ LLAMA, TP2_PP2 = architecture(), Grid(tensor=2, pipeline=2, expert_tensor=2)
 MIXTRAL, TP2_EP4 = architecture(experts=4), Grid(tensor=2, expert=4, expert_tensor=1)
 
 
+MODELS = {
+    "llama": (LLAMA, TP2_PP2),
+    "mixtral": (MIXTRAL, TP2_EP4),
+    "a shard of padding": (architecture(vocab=100, padded_vocab=256), TP2_PP2),
+}
+
+
 def to_hf(model: str) -> Content:
     """A Llama at TP2 x PP2 in 7 files, or a Mixtral at TP2 x EP4 x ETP1 in 30."""
-    sizes, grid = {"llama": (LLAMA, TP2_PP2), "mixtral": (MIXTRAL, TP2_EP4)}[model]
+    sizes, grid = MODELS[model]
     return plan_to_huggingface(headers.shards(sizes, grid), sizes, target_dtype=None, max_shard_size_bytes=3000)
 
 
 def to_megatron(model: str, *, repeats: bool = True) -> Content:
     """The way back: `repeats` says whether padding rows of the vocabulary repeat the last one."""
-    sizes, grid = {"llama": (LLAMA, TP2_PP2), "mixtral": (MIXTRAL, TP2_EP4)}[model]
+    sizes, grid = MODELS[model]
     parts = {tensor.name: View.of(tensor) for file in to_hf(model).files for tensor in file.tensors}
     return plan_to_megatron(
         parts, headers.shards(sizes, grid), sizes, grid, params_dtype="BF16", target_dtype=None,
@@ -120,6 +127,14 @@ def test_parts_move_as_many_bytes_as_the_whole_and_have_its_digest(name: str) ->
     assert len(parts.moves) > len(made.moves)
     assert parts.moved_bytes == made.moved_bytes
     assert content_digest(parts) == content_digest(made)
+
+
+def test_a_shard_of_padding_that_stays_zero_is_nobodys_work() -> None:
+    made = to_megatron("a shard of padding", repeats=False)
+    nodes = range(4)
+    plan = divided(made, everyone(made, nodes), nodes, "direct")
+    written = [sum(end - start for _, start, end in headers.written_intervals(s, m)) for _, m, s in steps_by_rank(plan)]
+    assert sum(written) == made.moved_bytes
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2)])

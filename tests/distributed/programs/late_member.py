@@ -25,10 +25,10 @@ from dist_convert.__main__ import main  # noqa: E402
 from dist_convert.read.file_reader import FileReader  # noqa: E402
 from dist_convert.write.file_writer import FileWriter  # noqa: E402
 
-#: Cut along its columns, so it is gathered, in the first step in which anything is.
+#: Cut along its columns, so it is gathered; the first of its kind.
 FIRST_GATHERED = "decoder.layers.0.self_attention.linear_proj.weight"
-#: Cut along its rows, so it stays with its rank; what rank 0 has of it is all read between that step and the next such.
-READ_LATER = "model.layers.0.mlp.up_proj.weight"
+#: Cut along its rows, so it stays with its rank. Each member sends 16 KiB of a layer, as much as one step holds.
+READ_LATER = "model.layers.1.mlp.up_proj.weight"
 PATIENCE_SECONDS = 20.0
 
 
