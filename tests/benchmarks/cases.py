@@ -28,8 +28,6 @@ DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
 SOURCES = ("plain", "optimizer", "fp32")
 BESIDE = ("transformers", "gloo", "no-torchrun")
 ITERATION = "iter_0000004"
-#: Large models have more files than a machine has ranks; those of one of 2 GB are as many smaller ones.
-SHARD_SIZE = ("--max-shard-size", "500MB")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ def prepare(directory: Path, family: str, grid: str, kind: str, size_bytes: int)
         make_megatron(making / "megatron", model, parsed, dtype, with_optimizer=kind == "optimizer")
         if kind != "optimizer":
             flags = ["--load-path", str(making / "megatron"), "--save-path", str(making / "hf")]
-            convert(1, ["megatron-to-hf", *flags, *SHARD_SIZE, "--target-params-dtype", "keep", "--device", "cpu"])
+            flags += _file_size(source.weights_bytes)
+            convert(1, ["megatron-to-hf", *flags, "--target-params-dtype", "keep", "--device", "cpu"])
         making.rename(root)
         sizes = [size / 1e9 for size in (source.weights_bytes, files_bytes(root), allocated_bytes(root))]
         made = "{:.2f} GB of weights in each form, files of {:.2f} GB, which take {:.2f} GB on the disk".format(*sizes)
@@ -174,12 +173,18 @@ def _written_bytes(source: Source, kind: str, *, to_hf: bool) -> int:
     return written_bytes // 2 if kind == "fp32" else written_bytes
 
 
+def _file_size(weights_bytes: int) -> tuple[str, str]:
+    """A quarter of the model: ranks that write one file wait for each other, and a large model has files for each."""
+    return "--max-shard-size", str(weights_bytes // 4)
+
+
 def _flags(case: Case, source: Source, target: Path, placement: str, ranks: int) -> tuple[str, ...]:
     how = ("--placement", placement, "--device", "cpu", "--target-params-dtype", "bf16")
     if case.is_to_hf:
         seen = source.megatron
         if placement == "gather" and ranks > 1:
             seen = hand_out(source.megatron / ITERATION, ranks, source.megatron.parent / f"seen-by-{ranks}")
-        return (case.direction, "--load-path", str(seen), "--save-path", str(target), *SHARD_SIZE, *how)
+        files = _file_size(source.weights_bytes)
+        return (case.direction, "--load-path", str(seen), "--save-path", str(target), *files, *how)
     grid = grid_flags(parse_grid(case.grid))
     return (case.direction, "--load-dir", str(source.hf), "--save-dir", str(target), *grid, *how)

@@ -25,8 +25,6 @@ from tests.plan.headers import FULL_SIZE, architecture, faults_of, steps_by_rank
 
 LLAMA, TP2_PP2 = architecture(), Grid(tensor=2, pipeline=2, expert_tensor=2)
 MIXTRAL, TP2_EP4 = architecture(experts=4), Grid(tensor=2, expert=4, expert_tensor=1)
-
-
 MODELS = {
     "llama": (LLAMA, TP2_PP2),
     "mixtral": (MIXTRAL, TP2_EP4),
@@ -35,7 +33,7 @@ MODELS = {
 
 
 def to_hf(model: str) -> Content:
-    """A Llama at TP2 x PP2 in 7 files, or a Mixtral at TP2 x EP4 x ETP1 in 30."""
+    """One of `MODELS`: a Llama at TP2 x PP2 in 7 files, say, or a Mixtral at TP2 x EP4 x ETP1 in 30."""
     sizes, grid = MODELS[model]
     return plan_to_huggingface(headers.shards(sizes, grid), sizes, target_dtype=None, max_shard_size_bytes=3000)
 
