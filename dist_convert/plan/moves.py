@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dist_convert.boxes import Box, cover_fault, intersect, tiles
+from dist_convert.boxes import Box, cover_fault, intersect
 from dist_convert.errors import ConversionError, InconsistentShards, PlanError, raise_together
 from dist_convert.plan.geometry import part_size, segments, shard_size
 from dist_convert.plan.megatron import MegatronSide, Parameter, Replica, parameters, replicas, tied_replicas
-from dist_convert.records import DTYPE_BYTES, Block, Copy, View
-
-#: Bytes of one block, the smallest piece of work. Fixed, so that results never depend on ranks or budget.
-BLOCK_BYTES = 4 << 20
-
-#: Columns of a tile where source and target lie transposed to each other: runs of 2 KiB on both sides.
-_TILE_COLUMNS = 1024
+from dist_convert.records import DTYPE_BYTES, Copy, View
 
 
 @dataclass(frozen=True)
@@ -203,48 +197,3 @@ def _cover_faults(side: MegatronSide, move: Move) -> Iterator[str | None]:
     for shard in range(parameter.shards):
         boxes = [s.megatron for s in listed if s.shard == shard]
         yield cover_fault(boxes + ([padding[shard]] if shard in padding else []), rows, columns)
-
-
-def blocks(sides: Sides, move: Move) -> Iterator[Block]:
-    """A move cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows together stay together.
-
-    The blocks of a part of a move are those of the whole, with fewer targets: their borders are the same.
-    """
-    for block in _blocks_of_whole(sides, move):
-        kept = tuple(copy.into(move.targets) for copy in block) if move.is_part else block
-        if kept := tuple(copy for copy in kept if copy.targets):
-            yield kept
-
-
-def _blocks_of_whole(sides: Sides, move: Move) -> Iterator[Block]:
-    listed = tuple(copies(sides, move))
-    bands = (listed,) if move.parameter.row.split == "columns" else tuple((copy,) for copy in listed)
-    for band in bands:
-        if any(view.is_transposed for copy in band for view in (*copy.sources, *copy.targets)):
-            yield from ((copy.window(tile),) for copy in band for tile in _square_tiles(copy))
-        else:
-            yield from _row_blocks(band)
-
-
-def _square_tiles(copy: Copy) -> Iterator[Box]:
-    columns = min(copy.columns, _TILE_COLUMNS)
-    row_bytes = columns * _widest_item_bytes(copy)
-    return tiles(copy.rows, copy.columns, max(1, BLOCK_BYTES // row_bytes), columns)
-
-
-def _row_blocks(band: Block) -> Iterator[Block]:
-    columns = sum(copy.columns for copy in band)
-    row_bytes = columns * max(_widest_item_bytes(copy) for copy in band)
-    if row_bytes > BLOCK_BYTES:
-        raise PlanError(
-            "a row is larger than a block",
-            tensor=band[0].targets[0].tensor,
-            expected=f"at most {BLOCK_BYTES} bytes",
-            found=f"{row_bytes} bytes",
-        )
-    for tile in tiles(band[0].rows, 1, BLOCK_BYTES // row_bytes, 1):
-        yield tuple(copy.window(Box(tile.row, 0, tile.rows, copy.columns)) for copy in band)
-
-
-def _widest_item_bytes(copy: Copy) -> int:
-    return max(DTYPE_BYTES[view.dtype] for view in (*copy.sources, *copy.targets))

@@ -2,63 +2,21 @@
 
 A block that one rank both reads and writes stays there. A block whose pieces lie with several ranks (a weight cut along
 its columns), or whose targets do, crosses in a gather step, in which every member of the team takes part. All members
-derive the same gather steps in the same order.
+derive the same gather steps in the same order; what each moves alone comes in between, in an order of its own.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.plan.deal import Share
+from dist_convert.plan.assign import Assigned, Part, Read, Write
 from dist_convert.plan.done import Done
-from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, able_readers, readers_of
-from dist_convert.plan.moves import Move, Sides, blocks
+from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits
+from dist_convert.plan.moves import Move, Sides
+from dist_convert.plan.order import blocks_of_member
 from dist_convert.plan.teams import Team
-from dist_convert.records import DTYPE_BYTES, Block, View, Window, side_by_side
-
-
-@dataclass(frozen=True)
-class Read:
-    """A window of a source file that one member reads, casts and packs row by row into its buffer.
-
-    Attributes:
-        source: what is read.
-        dtype: safetensors name of the packed values.
-        add: added to each value before the cast.
-        reader: position in the team.
-        offset_bytes: in the reader's buffer.
-    """
-
-    source: View
-    dtype: str
-    add: int
-    reader: int
-    offset_bytes: int = 0
-
-    @property
-    def size_bytes(self) -> int:
-        return self.source.rows * self.source.columns * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some columns of a packed read: number of the read in its step, first column, columns."""
-
-    read: int
-    column: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Write:
-    """A window of a target file that one member writes: the parts side by side."""
-
-    target: View
-    parts: tuple[Part, ...]
-    writer: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +52,7 @@ def steps_of_rank(
     """
     local = _Packer(limit.step_bytes, crosses=False)
     crossing = _Packer(limit.send_bytes, crosses=True)
-    for block in assigned_blocks(sides, moves, team, visible, done):
+    for block in blocks_of_member(sides, moves, team, visible, done, member):
         readers = {read.reader for read in block.reads}
         if readers == {write.writer for write in block.writes} and len(readers) == 1:
             if readers == {member}:
@@ -103,98 +61,6 @@ def steps_of_rank(
             yield from crossing.add(block)
     yield from crossing.flush()
     yield from local.flush()
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """The reads and writes of one block; offsets are given when it is packed."""
-
-    reads: tuple[Read, ...]
-    writes: tuple[Write, ...]
-
-
-def assigned_blocks(
-    sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]], done: Done
-) -> Iterator[Assigned]:
-    """The team's blocks with the replica that is read, and the members that read and write; without what is done."""
-    seen = [visible[rank] for rank in team.ranks]
-    written_bytes = [0] * len(seen)
-    # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
-    read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
-    readers_in_turn = able_readers if sides.to_megatron else readers_of  # a Hugging Face file is nobody's own
-    for share in team.shares:
-        move = moves[share.move]
-        readers = dict(zip(move.homes, readers_in_turn(move, team, visible), strict=True))
-        for block in _blocks_of_share(sides, move, share):
-            read_of_kind = read_bytes[len(block[0].targets)]
-            assigned = _assign(block, readers, seen, read_of_kind, written_bytes)
-            if done.size_bytes:
-                left = tuple(write for write in assigned.writes if not done.covers(Window.of(write.target)))
-                if not left:
-                    continue
-                assigned = replace(assigned, writes=left)
-            for read in assigned.reads:
-                read_of_kind[read.reader] += read.source.size_bytes
-            for write in assigned.writes:
-                written_bytes[write.writer] += write.target.size_bytes
-            yield assigned
-
-
-def _blocks_of_share(sides: Sides, move: Move, share: Share) -> Iterator[Block]:
-    start = 0
-    for block in blocks(sides, move):
-        if start >= share.end_byte:
-            return
-        if start >= share.first_byte:
-            yield block
-        start += sum(copy.targets[0].size_bytes for copy in block)
-
-
-def _assign(
-    block: Block,
-    readers: dict[tuple[str, ...], tuple[int, ...]],
-    seen: Sequence[frozenset[str]],
-    read_bytes: Sequence[int],
-    written_bytes: Sequence[int],
-) -> Assigned:
-    """Give each copy to the member that has done least; join what lies side by side into one read or write."""
-    reads: list[Read] = []
-    targets: list[View] = []
-    parts: list[list[Part]] = []
-    open_writes: list[int] = []
-    for copy in block:
-        reader, *others = readers[tuple(view.file for view in copy.sources)]
-        if others:
-            strangers = [sum(target.file not in files for target in copy.targets) for files in seen]
-            reader = min((reader, *others), key=lambda member: (strangers[member], read_bytes[member]))
-        source = next(view for view in copy.sources if view.file in seen[reader])
-        joined = side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
-        column = reads[-1].source.columns if joined else 0
-        if joined:
-            reads[-1] = replace(reads[-1], source=joined)
-        else:
-            reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
-        part = Part(len(reads) - 1, column, copy.columns)
-        for number, target in enumerate(copy.targets):
-            longer = side_by_side(targets[open_writes[number]], target) if number < len(open_writes) else None
-            if longer:
-                targets[open_writes[number]] = longer
-                parts[open_writes[number]].append(part)
-            else:
-                open_writes[number : number + 1] = [len(targets)]
-                targets.append(target)
-                parts.append([part])
-    alone = reads[0].reader if len({read.reader for read in reads}) == 1 else None
-    writers = [_writer(target, alone, seen, written_bytes) for target in targets]
-    return Assigned(tuple(reads), tuple(map(Write, targets, map(tuple, parts), writers)))
-
-
-def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], written_bytes: Sequence[int]) -> int:
-    """The only reader where it can reach the target's file, else the member that can and has written least."""
-    if alone is not None and target.file in seen[alone]:
-        return alone
-    able = [member for member, files in enumerate(seen) if target.file in files]
-    return min(able, key=lambda member: written_bytes[member])
 
 
 class _Packer:

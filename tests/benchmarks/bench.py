@@ -6,7 +6,7 @@ shuffled order, after rounds that are not counted, times
 * `cp`: one `cp --reflink=never` of files that hold the weights and nothing else, and `sync` of the copies;
 * `ours`: dist_convert with every number of ranks and placement that is asked for; also from a checkpoint with an
   optimizer's state beside the weights, which is left where it is, and from fp32 weights, which become bf16;
-* `no-torchrun`: the same with ranks that are started as srun and mpirun do it, for what the whole command takes;
+* `torchrun`: the same with ranks that torchrun starts instead of `--ranks`, for what the whole command takes;
 * `gloo`: the same ranks passing what a conversion gathers between their memories, and doing nothing else;
 * `transformers`: what a user does without a converter: load the Hugging Face model, save it again.
 

@@ -26,7 +26,7 @@ from tests.benchmarks.ways import Ready, Way, convert, copy, load_and_save, pass
 
 DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
 SOURCES = ("plain", "optimizer", "fp32")
-BESIDE = ("transformers", "gloo", "no-torchrun")
+BESIDE = ("transformers", "gloo", "torchrun")
 ITERATION = "iter_0000004"
 
 
@@ -145,7 +145,7 @@ def _conversions(
     beside: Sequence[str],
     copied: tuple[Path, Path],
 ) -> Iterator[Ready]:
-    """A conversion, after something is copied untimed; the same without torchrun; and gloo alone where it gathers."""
+    """A conversion, after something is copied untimed; the same under torchrun; and gloo alone where it gathers."""
     flags = _flags(case, source, target, placement, ranks)
     files = source.megatron if case.is_to_hf else source.hf
     written_bytes = _written_bytes(source, kind, to_hf=case.is_to_hf)
@@ -158,9 +158,9 @@ def _conversions(
     # Of files that are mostly an optimizer's only a conversion knows what to read.
     warm = convert_untimed if kind == "optimizer" else partial(read_through, files)
     yield Ready(way, target, partial(convert, ranks, flags, copied), warm)
-    if (placement, kind) == ("direct", "plain") and ranks > 1 and "no-torchrun" in beside:
-        unlaunched = partial(convert, ranks, flags, copied, by_torchrun=False)
-        yield Ready(replace(way, tool="no-torchrun"), target, unlaunched, warm)
+    if (placement, kind) == ("direct", "plain") and ranks > 1 and "torchrun" in beside:
+        launched = partial(convert, ranks, flags, copied, by_torchrun=True)
+        yield Ready(replace(way, tool="torchrun"), target, launched, warm)
     # All ranks see a Hugging Face directory, so nothing of it is gathered.
     if placement == "gather" and ranks > 1 and case.is_to_hf and "gloo" in beside:
         passed = target.with_name("passed")

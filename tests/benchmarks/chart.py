@@ -49,9 +49,7 @@ def chart(results: Sequence[Result]) -> str:
 def _is_shown(measured: Measured) -> bool:
     """Not what moves other bytes than `cp`, nor gathers of one rank, which are none; nothing twice."""
     way = measured.way
-    return (
-        way.tool not in ("gloo", "no-torchrun") and way.source != "fp32" and (way.placement, way.ranks) != ("gather", 1)
-    )
+    return way.tool not in ("gloo", "torchrun") and way.source != "fp32" and (way.placement, way.ranks) != ("gather", 1)
 
 
 def _gb_per_second(measured: Measured, *, best: bool = False) -> float:

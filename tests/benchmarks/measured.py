@@ -86,7 +86,7 @@ def verdicts(measured: Measured, cp: Measured, all_measured: Sequence[Measured])
     way = measured.way
     start = Verdict(measured.middle(start_seconds), START_TARGET_SECONDS, "s beside data")
     if way.tool != "ours":
-        return [start] if way.tool == "no-torchrun" else []
+        return [start] if way.tool == "torchrun" else []
     if way.source == "fp32":
         uncast = _find(all_measured, "ours", way.placement, way.ranks)
         return [*(Verdict(ratio(measured, same, _middle_data), CAST_TARGET, "x uncast") for same in uncast), start]

@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dist_convert.plan.assign import assigned_blocks
 from dist_convert.plan.content import Content
 from dist_convert.plan.crossings import messages
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.plan.steps import assigned_blocks
 from dist_convert.plan.to_huggingface import plan_to_huggingface
 from tests.plan.headers import FULL_SIZE, shards, way_back
 

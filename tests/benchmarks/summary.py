@@ -85,8 +85,8 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
             yield "transformers alone, to cp", to_cp
         elif way.tool == "gloo":
             yield f"{way.ranks} ranks, torchrun and joining a group alone, s", f"{one.middle(start_seconds):.1f}"
-        elif way.tool == "no-torchrun":
-            start = f"{name}, without torchrun, whole command beside data, s (target {START_TARGET_SECONDS})"
+        elif way.tool == "torchrun":
+            start = f"{name}, under torchrun, whole command beside data, s (target {START_TARGET_SECONDS})"
             yield start, f"{one.middle(start_seconds):.1f}"
         elif way.tool == "ours" and (way.source, way.placement) == ("plain", "direct"):
             yield from _judged(name, one, result)

@@ -1,4 +1,4 @@
-"""A rank of a timed conversion: `timed_rank.py REPORT FLAGS...` runs dist_convert and writes down what it took.
+"""A timed conversion: `timed_rank.py REPORT FLAGS...` runs dist_convert, and each rank writes down what it took.
 
 `REPORT/rankN.json` then has the clock when the rank began to move bytes and when it had written the last (`moved`),
 the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when files were on the disk (`synced`, of the
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import dist_convert.__main__
 from dist_convert.__main__ import importing, main
 
 with importing():  # as the command does
@@ -87,6 +88,18 @@ def after_copying(function: Callable[..., Any], copied: Sequence[str], record: d
     return call
 
 
+def reporting(function: Callable[..., int], directory: Path, record: dict[str, Any]) -> Callable[..., int]:
+    """`be_rank`, with the record written down at its end."""
+
+    def call(*arguments: Any) -> int:
+        exit_code = function(*arguments)
+        record["peak_bytes"] = peak_bytes()
+        (directory / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+        return exit_code
+
+    return call
+
+
 def peak_bytes() -> int:
     """The most resident memory that this process has had: the kernel's high-water mark.
 
@@ -106,7 +119,6 @@ if __name__ == "__main__":
         run["move"] = after_copying(run["move"], json.loads(first.read_text()), seen)
     run["sync_files"] = timed(run["sync_files"], "synced", seen)
     run["load_of"] = noting_messages(run["load_of"], seen)
-    exit_code = main(sys.argv[2:])
-    seen["peak_bytes"] = peak_bytes()
-    (Path(sys.argv[1]) / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    sys.exit(exit_code)
+    commands = vars(dist_convert.__main__)
+    commands["be_rank"] = reporting(commands["be_rank"], Path(sys.argv[1]), seen)
+    sys.exit(main(sys.argv[2:]))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.benchmarks.machine import COPY
 from tests.benchmarks.timed_rank import COPY_FIRST, copy_and_remove
-from tests.distributed.launching import command, environment, free_port
+from tests.distributed.launching import command, environment
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ class Way:
     """One way of moving a model's bytes.
 
     Attributes:
-        tool: "cp", "ours", "no-torchrun" (ours, with ranks started as srun and mpirun do: at once, each with its number
-            in the environment), "gloo" (ranks send one another what ours do, and no more) or "transformers" (which
-            loads the Hugging Face model and saves it).
+        tool: "cp", "ours", "torchrun" (ours, with ranks that torchrun starts instead of `--ranks`), "gloo" (ranks send
+            one another what ours do, and no more) or "transformers" (which loads the Hugging Face model and saves it).
         source: "plain", "optimizer" (the same weights beside an optimizer's state) or "fp32" (cast to bf16).
         placement: of ours, and of whose messages gloo sends.
         ranks: processes.
@@ -145,21 +144,24 @@ def _sync(directory: Path) -> Ended:
 
 
 def convert(
-    ranks: int, flags: Sequence[str], copied: tuple[Path, Path] | None = None, *, by_torchrun: bool = True
+    ranks: int, flags: Sequence[str], copied: tuple[Path, Path] | None = None, *, by_torchrun: bool = False
 ) -> Sample:
-    """Convert, under torchrun where there are several ranks.
+    """Convert, with `--ranks`.
 
     Args:
         ranks: processes.
         flags: of the command.
         copied: what is copied, where to, and removed there, directly before the data phase; untimed.
-        by_torchrun: not so, but with ranks that are started by themselves.
+        by_torchrun: not so, but with ranks that torchrun starts.
     """
     with tempfile.TemporaryDirectory() as report:
         if copied is not None:
             (Path(report) / COPY_FIRST).write_text(json.dumps([str(path) for path in copied]))
-        launch = _launch if by_torchrun else _start_ranks
-        return data_phase(Path(report), ranks, launch(ranks, "timed_rank", report, *flags))
+        if by_torchrun:
+            whole = _launch(ranks, "timed_rank", report, *flags)
+        else:
+            whole = _launch(1, "timed_rank", report, *flags, "--ranks", str(ranks))
+        return data_phase(Path(report), ranks, whole)
 
 
 @cache
@@ -191,14 +193,6 @@ def _launch(ranks: int, module: str, *arguments: str) -> Ended:
     if ranks == 1:
         return run_command([sys.executable, "-m", _full_name(module), *arguments], _environment())
     return run_command(command(ranks, *arguments, module=_full_name(module)), _environment())
-
-
-def _start_ranks(ranks: int, module: str, *arguments: str) -> Ended:
-    """The same without torchrun: several ranks started at once, each told its number and where to meet."""
-    meeting = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environments = [_environment() | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return run_command([sys.executable, "-m", _full_name(module), *arguments], *environments)
 
 
 def _full_name(module: str) -> str:

@@ -231,11 +231,12 @@ def written_intervals(steps: Iterable[Step], member: int) -> Iterator[Interval]:
             assert {(read.source.rows, read.dtype) for read in reads} == {(target.rows, target.dtype)}
             assert sum(part.columns for part in parts) == target.columns
             assert all(p.column + p.columns <= read.source.columns for p, read in zip(parts, reads, strict=True))
-            assert target.columns == 1 or target.column_stride == 1
-            lines = 1 if target.is_dense else target.rows
-            line_bytes, step_bytes = target.size_bytes // lines, target.row_stride * DTYPE_BYTES[target.dtype]
-            for start in range(target.offset_bytes, target.offset_bytes + lines * step_bytes, step_bytes)[:lines]:
-                yield target.file, start, start + line_bytes
+            stored = target.transposed() if target.is_transposed else target
+            assert stored.columns == 1 or stored.column_stride == 1
+            lines = 1 if stored.is_dense else stored.rows
+            line_bytes, step_bytes = stored.size_bytes // lines, stored.row_stride * DTYPE_BYTES[stored.dtype]
+            for start in range(stored.offset_bytes, stored.offset_bytes + lines * step_bytes, step_bytes)[:lines]:
+                yield stored.file, start, start + line_bytes
 
 
 def cover_faults(made: Content, written: Iterable[Interval]) -> list[str]:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from dist_convert.boxes import Box
 from dist_convert.errors import PlanError
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
+from dist_convert.plan.blocks import BLOCK_BYTES, blocks
 from dist_convert.plan.geometry import Segment, segments, shard_size
-from dist_convert.plan.moves import BLOCK_BYTES, blocks, copies
+from dist_convert.plan.moves import copies
 from tests import checkpoints
 from tests.plan import arrays
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.layout import Grid
+from dist_convert.plan.assign import Assigned, assigned_blocks
+from dist_convert.plan.blocks import BLOCK_BYTES
 from dist_convert.plan.content import Content, content_digest
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
-from dist_convert.plan.moves import BLOCK_BYTES
+from dist_convert.plan.order import blocks_of_member
 from dist_convert.plan.plan import Plan, schedule_digest
 from dist_convert.plan.steps import Step
+from dist_convert.plan.teams import Team
 from dist_convert.plan.to_huggingface import plan_to_huggingface
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import DTYPE_BYTES
@@ -93,6 +96,73 @@ def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) 
             alone = [step for step in steps if not step.send_bytes]
             assert {write.writer for step in alone for write in step.writes} <= {member}
             assert {read.reader for step in alone for read in step.reads} <= {member}
+
+
+def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Assigned]:
+    """A team's blocks as one member takes them; without a member all of them, in the order of the plan."""
+    everything = (divided.content.sides, divided.content.moves, team, divided.visible, divided.done)
+    return list(assigned_blocks(*everything) if member is None else blocks_of_member(*everything, member))
+
+
+def movers_of(block: Assigned) -> set[int]:
+    return {read.reader for read in block.reads} | {write.writer for write in block.writes}
+
+
+@contents
+def test_a_member_leaves_out_what_another_moves_alone_and_sees_all_else_as_every_member_does(name: str) -> None:
+    for divided in divisions(CONTENTS[name], 1000 * MB):
+        for team in divided.teams:
+            in_order = blocks_of(divided, team)
+            for member in range(len(team.ranks)):
+                taken = blocks_of(divided, team, member)
+                assert len(set(taken)) == len(taken)
+                assert all(len(movers_of(block)) == 1 for block in set(in_order) - set(taken))
+                assert not any(movers_of(block) == {member} for block in set(in_order) - set(taken))
+                assert set(taken) <= set(in_order)
+                together = [block for block in taken if movers_of(block) != {member}]
+                assert together == [block for block in in_order if block in set(together)]
+
+
+def test_where_each_shard_is_one_member_s_no_other_goes_through_its_rows() -> None:
+    divided = plan(TP4, own(TP4, 4), "gather")
+    (team,) = divided.teams
+    others = [block for block in blocks_of(divided, team, 2) if movers_of(block) in ({0}, {1}, {3})]
+    assert others  # norms, of which every member has a copy
+    assert all("norm" in read.source.tensor for block in others for read in block.reads)
+
+
+@pytest.mark.parametrize("world", [4, 16, 32])  # with more than 4 a share has some rows of a shard, not all
+def test_what_a_member_moves_alone_is_spread_evenly_between_gathers(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_convert.plan.blocks.BLOCK_BYTES", 64 << 10)
+    made = content(replace(MODEL, layers=4, vocab=3200, padded_vocab=3200), Grid(tensor=4, expert_tensor=4))
+    divided = plan(made, own(made, world), "gather")
+    for team in divided.teams:
+        for member in range(len(team.ranks)):
+            together_bytes = alone_bytes = 0
+            passed: list[tuple[int, int]] = []
+            for block in blocks_of(divided, team, member):
+                size_bytes = sum(read.size_bytes for read in block.reads)
+                if movers_of(block) == {member}:
+                    alone_bytes += size_bytes
+                else:
+                    together_bytes += size_bytes
+                passed.append((alone_bytes, together_bytes))
+            parts = [(alone / alone_bytes, together / together_bytes) for alone, together in passed]
+            assert all(abs(alone - together) < 0.05 for alone, together in parts)
+
+
+def test_what_members_move_alone_begins_in_different_layers_for_each() -> None:
+    made = content(replace(MODEL, layers=16), Grid(tensor=4, expert_tensor=4))
+    divided = plan(made, own(made, 4), "gather")
+    (team,) = divided.teams
+    begun = []
+    for member in range(4):
+        alone = [block for block in blocks_of(divided, team, member) if movers_of(block) == {member}]
+        names = [block.writes[0].target.tensor for block in alone]
+        begun.append(next(name.split(".")[2] for name in names if "proj" in name))
+    assert begun == ["2", "6", "10", "14"]
 
 
 def test_members_take_turns_in_writing_what_they_gather() -> None:
