@@ -5,6 +5,7 @@ Facts: docs/formats.md, "Splitting over ranks".
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -53,12 +54,17 @@ def check_target(
         divided += [("the columns of an expert", a.ffn, "expert-tensor", grid.expert_tensor)]
     else:
         divided += [("the columns of the MLP", a.ffn, "tensor", grid.tensor)]
+    allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
+        "tensor": math.gcd(a.heads, a.padded_vocab, a.query_groups, 0 if a.experts else a.ffn),
+        "expert": a.experts,
+        "expert-tensor": math.gcd(a.ffn, grid.tensor),
+    }
     problems: list[ConversionError] = [
         UsageError(
             f"{what} cannot be divided over the {axis} parallel ranks",
             expected=f"a multiple of {ranks}",
             found=size,
-            remedy=f"choose another --target-{axis}-parallel-size",
+            remedy=f"choose a --target-{axis}-parallel-size that divides {allowed[axis]}",
         )
         for what, size, axis, ranks in divided
         if size % ranks

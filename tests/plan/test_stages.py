@@ -200,7 +200,21 @@ def test_a_target_is_refused_with_all_reasons_at_once() -> None:
         "two expert tensor parallel ranks would share the name of one file",
         "8 layers",
     ]
-    assert error.value.problems[0].remedy == "choose another --target-tensor-parallel-size"
+    assert [problem.remedy for problem in error.value.problems[:4]] == [
+        "choose a --target-tensor-parallel-size that divides 4",
+        "choose a --target-tensor-parallel-size that divides 4",
+        "choose a --target-tensor-parallel-size that divides 4",
+        "choose a --target-expert-parallel-size that divides 8",
+    ]
+
+
+def test_the_remedy_of_a_refused_size_is_a_size_that_is_accepted() -> None:
+    model = Architecture(**(vars(LLAMA) | {"heads": 24, "query_groups": 8}))
+    with pytest.raises(UsageError) as error:
+        check_target(model, Grid(tensor=16))
+    assert error.value.remedy == "choose a --target-tensor-parallel-size that divides 8"
+    for size in (1, 2, 4, 8):
+        check_target(model, Grid(tensor=size))
 
 
 def test_the_uneven_pipeline_that_was_asked_for_is_what_is_checked() -> None:
