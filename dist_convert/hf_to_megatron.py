@@ -11,7 +11,6 @@ from dist_convert.channel import Channel
 from dist_convert.errors import CheckpointNotFound, raise_together
 from dist_convert.hf_dialects import HEAD, hf_view, leftovers
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
-from dist_convert.layout import is_rank_directory
 from dist_convert.megatron_target import Extras, Given, MegatronTarget, header_of, lay_out_target, model_and_grid
 from dist_convert.metadata.target_args import args_json, read_margs, target_margs_json
 from dist_convert.metadata.target_tokenizer import target_tokenizer
@@ -94,7 +93,6 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         places=places,
         writable=writable,
         target_flag="--save-dir",
-        is_replaceable=lambda path: any(is_rank_directory(inside.name) for inside in path.iterdir()),
         notes=notes_to_megatron(job, target, given.margs, content, places, writable),
         make_files=make_files,
         finish=finish,

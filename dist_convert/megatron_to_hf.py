@@ -108,7 +108,6 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         places=places,
         writable=writable,
         target_flag="--save-path",
-        is_replaceable=lambda path: (path / "config.json").is_file(),
         notes=notes
         + notes_on(job, content, shards, tokenizer, style)
         + _notes_on_places(job, content, places, of_places),

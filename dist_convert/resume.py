@@ -24,6 +24,7 @@ from dist_convert.plan.node_local import local_name
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source_file import BACK_OR_ANEW, changed_files
 from dist_convert.records import TargetFile
+from dist_convert.report import names
 from dist_convert.task import Task
 from dist_convert.version import __version__
 from dist_convert.write.commit import check_target
@@ -41,7 +42,7 @@ from dist_convert.write.history import (
 )
 from dist_convert.write.identity import identity
 from dist_convert.write.journal import Journal, this_boot
-from dist_convert.write.manifest import is_complete, what_differs
+from dist_convert.write.manifest import is_complete, is_converted, unknown_files, what_differs
 from dist_convert.write.partial import check_partial, forget, is_committed, is_unfinished, is_void, note_void
 from dist_convert.write.skeleton import reserve_file
 
@@ -110,7 +111,6 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     free_bytes = check_target(
         task.target,
         task.source,
-        is_replaceable=task.is_replaceable,
         overwrite=job.overwrite,
         needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
         flag=task.target_flag,
@@ -118,6 +118,15 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     )
     check_partial(task.target, known, overwrite=job.overwrite)
     return free_bytes
+
+
+def notes_on_replacing(task: Task, job: Job | ToMegatronJob, rank: int) -> list[str]:
+    """What `--overwrite` is going to remove."""
+    if not job.overwrite or not is_converted(task.target) or has_name(task, job, rank):
+        return []
+    others = unknown_files(task.target)
+    besides = f", and with it what that has not made: {names(others)}" if others else ""
+    return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
 
 
 def goes_on(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:

@@ -32,7 +32,17 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.progress import show_progress
 from dist_convert.read.page_cache import pushes_others_out
 from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
-from dist_convert.resume import Start, all_written, begin, check_source, check_start, facts_of, goes_on, has_name
+from dist_convert.resume import (
+    Start,
+    all_written,
+    begin,
+    check_source,
+    check_start,
+    facts_of,
+    goes_on,
+    has_name,
+    notes_on_replacing,
+)  # fmt: skip
 from dist_convert.task import RunOptions, Task
 from dist_convert.timeline import Timeline
 from dist_convert.trace import traced
@@ -72,7 +82,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     if is_first:
         free_bytes = check_start(task, job, world.rank)
     if world.rank == 0:
-        for note in (*task.notes, *writers.notes):
+        for note in (*task.notes, *writers.notes, *notes_on_replacing(task, job, world.rank)):
             print(note, file=sys.stderr)
     if job.dry_run:
         is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))

@@ -13,6 +13,7 @@ from dist_convert.metadata.target_tokenizer import is_hub_name
 from dist_convert.plan.content import Content
 from dist_convert.plan.node_local import local_name
 from dist_convert.plan.stages import notes_on_target
+from dist_convert.read.checkpoint import TRACKER_FILE
 from dist_convert.report import human_notes
 
 _PIPELINE_LAYOUT = (
@@ -47,10 +48,20 @@ def notes_to_megatron(
     notes += _on_margs(job, target, margs or {})
     if job.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
-    notes += human_notes(content)
+    notes += _on_tracker(job) + human_notes(content)
     if job.verbose:
         notes.append(describe_origins(target.args))
     return notes + _on_tokenizer(job) + _on_places(job, places, writable)
+
+
+def _on_tracker(job: ToMegatronJob) -> list[str]:
+    """What training loads from this root changes, where the tracker file names another iteration."""
+    try:
+        old = (job.save_dir / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()[:40]
+    except OSError:
+        return []
+    new = "release" if job.iteration is None else str(job.iteration)
+    return [f"warning: {job.save_dir / TRACKER_FILE} names {old!r}, and will name {new!r}"] if old != new else []
 
 
 def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:

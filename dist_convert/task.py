@@ -55,7 +55,6 @@ class Task:
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
         writable: for each rank, the target files that it can write.
         target_flag: that named it, for messages.
-        is_replaceable: whether `--overwrite` may replace a directory.
         notes: for the user, before anything is written.
         make_files: makes the weights files in their final size below a directory, on the first rank of each place.
         finish: adds all that is no weight to a directory, given the known checksums by file; every rank calls it.
@@ -75,7 +74,6 @@ class Task:
     places: tuple[int, ...]
     writable: tuple[frozenset[str], ...]
     target_flag: str
-    is_replaceable: Callable[[Path], bool]
     notes: Sequence[str]
     make_files: Callable[[Path], None]
     finish: Callable[[Path, Mapping[str, Sequence[KnownRange]]], None]

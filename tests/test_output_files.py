@@ -198,9 +198,34 @@ def test_a_target_that_holds_something_is_refused_and_kept(tmp_path: Path, capsy
     message = capsys.readouterr().err
     assert "the target directory is not empty" in message
     assert f"{tmp_path}/out" in message
-    assert "--overwrite" in message
+    assert "remove the directory yourself" in message
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert listing(tmp_path / "out") == ["notes.txt"]
+
+
+def test_a_model_that_no_conversion_made_is_not_even_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", SMALL)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    (tmp_path / "out" / "conversion.json").unlink()
+    before = listing(tmp_path / "out")
+    assert convert(tmp_path / "in", tmp_path / "out", "--overwrite") == 1
+    assert "no conversion has made the target directory, so it is not replaced" in capsys.readouterr().err
+    assert listing(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_overwriting_says_first_what_goes_with_the_old_model(
+    dry_run: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", SMALL)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    (tmp_path / "out" / "evaluation.json").write_text("mine")
+    assert convert(tmp_path / "in", tmp_path / "out", "--overwrite", *["--dry-run"] * dry_run) == 0
+    said = f"replaces {tmp_path}/out, which an earlier conversion has made, and with it what that has not made: "
+    assert f"warning: {said}evaluation.json\n" in capsys.readouterr().err
+    assert (tmp_path / "out" / "evaluation.json").exists() == dry_run
 
 
 def test_a_directory_that_is_no_model_is_not_even_overwritten(

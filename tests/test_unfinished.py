@@ -120,7 +120,7 @@ def change_time(source: Path) -> str:
 
 
 def test_a_dry_run_says_that_what_is_unfinished_would_be_gone_on_with(runs: Runs, source: Path) -> None:
-    line = f"{source.parent}/out.partial is unfinished: of all this, what it has already would not be done again\n"
+    line = f"{source.parent}/out.partial is unfinished: of all this, what it has would not be done again\n"
     assert line not in runs.do(to_hf(source, "--dry-run")).stdout[0]
     kill(runs, to_hf(source))
     assert line in runs.do(to_hf(source, "--dry-run")).stdout[0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.file_writer import target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
+from dist_convert.write.manifest import MANIFEST_FILE, is_converted
 from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
 from dist_convert.write.sync import sync
 
@@ -18,7 +19,6 @@ def check_target(
     target: Path,
     source: Path,
     *,
-    is_replaceable: Callable[[Path], bool],
     overwrite: bool,
     needed_bytes: int,
     flag: str = "--save-path",
@@ -29,8 +29,7 @@ def check_target(
     Args:
         target: final path.
         source: the checkpoint, which must not lie inside the target, nor the target inside it.
-        is_replaceable: whether a directory looks like what an earlier conversion wrote.
-        overwrite: whether an existing target may be replaced.
+        overwrite: whether an existing target may be replaced, if a conversion has made it.
         needed_bytes: of all files together; an existing target's space is not free before the end.
         flag: that named the target, for messages.
         different: in what a complete conversion that is there is another one, for messages.
@@ -49,13 +48,14 @@ def check_target(
             found="a conversion: " + "; ".join(different)
             if different
             else f"{sum(1 for _ in target.iterdir())} entries",
-            remedy=f"choose another {flag}, or replace it with --overwrite",
+            remedy=f"choose another {flag}"
+            + (", or replace it with --overwrite" if is_converted(target) else ", or remove the directory yourself"),
         )
-    if overwrite and target.is_dir() and any(target.iterdir()) and not is_replaceable(target):
+    if overwrite and target.is_dir() and any(target.iterdir()) and not is_converted(target):
         raise TargetExists(
-            "the target directory does not look like a converted model, so it is not replaced",
+            "no conversion has made the target directory, so it is not replaced",
             file=str(target),
-            expected="what an earlier conversion wrote",
+            expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
             found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
             remedy=f"choose another {flag}, or remove the directory yourself",
         )

@@ -86,10 +86,12 @@ class FileWriter:
 
 def target_error(error: OSError, file: str) -> TargetError:
     """The error of ours for an operating system's refusal to write."""
-    kind = NotEnoughSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else TargetError
-    return kind(
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
+    return (NotEnoughSpace if is_full else TargetError)(
         "cannot write the target",
         file=file,
         found=error.strerror or str(error),
-        remedy="free space or choose another target; nothing is left under the final name",
+        remedy=f"{what}, or choose another target; nothing is left under the final name",
     )

@@ -82,6 +82,22 @@ def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -
     )
 
 
+def is_converted(target: Path) -> bool:
+    """Whether a directory is what some conversion has made, whatever is there besides."""
+    try:
+        manifest = json.loads((target / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+
+
+def unknown_files(target: Path) -> list[str]:
+    """The files of a converted directory that its manifest does not name."""
+    named = {MANIFEST_FILE, RESUMABLE, *json.loads((target / MANIFEST_FILE).read_bytes())["files"]}
+    here = (path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    return sorted(name for name in here if name not in named and not name.startswith(JOURNAL_DIRECTORY + "/"))
+
+
 def is_complete(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> bool:
     """Whether a directory is what a conversion of these facts leaves, by its manifest and the sizes of its files.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ OTHERS = {
     "release/mp_rank_00/model_optim_rng.pt": b"released",
     "notes.txt": b"a word on the run",
 }
+OTHER_ITERATIONS = {name: content for name, content in OTHERS.items() if not name.startswith("iter_0000001")}
 
 
-def make_root(root: Path) -> None:
+def make_root(root: Path, others: Mapping[str, bytes] = OTHERS) -> None:
     """A root with other iterations in it."""
-    for name, content in OTHERS.items():
+    for name, content in others.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     (root / TRACKER).write_text("1")
@@ -83,21 +85,44 @@ def test_an_iteration_that_exists_is_refused_and_left_as_it_is(
     make_hf(tmp_path / "hf", SMALL)
     make_root(tmp_path / "root")
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--iteration", "1") == 1
-    assert "--overwrite" in capsys.readouterr().err
+    assert "remove the directory yourself" in capsys.readouterr().err
     assert files(tmp_path / "root") == OTHERS | {TRACKER: b"1"}
 
 
-def test_overwriting_replaces_one_iteration_as_a_whole(tmp_path: Path) -> None:
+def test_overwriting_replaces_one_iteration_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = make_hf(tmp_path / "hf", SMALL)
-    make_root(tmp_path / "root")
+    make_root(tmp_path / "root", OTHER_ITERATIONS)
+    assert to_megatron(tmp_path / "hf", tmp_path / "root") == 0
+    (tmp_path / "root" / "iter_0000001" / "mp_rank_00" / "distrib_optim.pt").write_bytes(b"optimizer")
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite", grid=Grid(tp=2)) == 0
+    assert "what that has not made: mp_rank_00/distrib_optim.pt\n" in capsys.readouterr().err
     assert_same_shards(read_shards(tmp_path / "root"), expected_shards(SMALL, hf, Grid(tp=2)))
     found = files(tmp_path / "root")
-    kept = {name: content for name, content in OTHERS.items() if not name.startswith("iter_")}
-    assert {name: content for name, content in found.items() if not name.startswith("iter_")} == (
-        kept | {TRACKER: b"1", "target_megatron_args.json": found["target_megatron_args.json"]}
+    assert {name: content for name, content in found.items() if not name.startswith("iter_0000001")} == (
+        OTHER_ITERATIONS | {TRACKER: b"1", "target_megatron_args.json": found["target_megatron_args.json"]}
     )
     assert "iter_0000001/mp_rank_00/distrib_optim.pt" not in found
+
+
+def test_an_iteration_that_no_conversion_made_is_not_even_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", SMALL)
+    make_root(tmp_path / "root")
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite") == 1
+    assert "no conversion has made the target directory, so it is not replaced" in capsys.readouterr().err
+    assert files(tmp_path / "root") == OTHERS | {TRACKER: b"1"}
+
+
+def test_a_tracker_that_names_another_iteration_is_spoken_of_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", SMALL)
+    make_root(tmp_path / "root")
+    (tmp_path / "root" / TRACKER).write_text("500\n")
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", "--iteration", "7", "--dry-run") == 0
+    assert f"warning: {tmp_path}/root/{TRACKER} names '500', and will name '7'\n" in capsys.readouterr().err
+    assert (tmp_path / "root" / TRACKER).read_text() == "500\n"
 
 
 def test_a_directory_that_is_no_iteration_is_not_overwritten(tmp_path: Path) -> None:
@@ -113,10 +138,11 @@ def test_a_run_that_fails_leaves_the_old_tracker_and_every_iteration(flags: tupl
     tensors = hf_tensors(SMALL)
     tensors["model.norm.weight"][3] = 1e30  # fp16 cannot hold it, which only the data shows
     make_hf(tmp_path / "hf", SMALL, tensors)
-    make_root(tmp_path / "root")
+    others = OTHERS | {"iter_0000001/conversion.json": b'{"files": {}}'}
+    make_root(tmp_path / "root", others)
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--fp16") == 1
     found = {name: content for name, content in files(tmp_path / "root").items() if ".partial/" not in name}
-    assert found == OTHERS | {TRACKER: b"1"}
+    assert found == others | {TRACKER: b"1"}
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--overwrite") == 0  # over what the failed run left
     assert [name for name in files(tmp_path / "root") if ".partial" in name] == []
 

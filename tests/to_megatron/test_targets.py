@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     ),
     "less than a row of a head for each rank": (
         Model(heads=16, groups=1, head_dim=4, ffn=32), "--target-tensor-parallel-size 16",
-        ["choose another --target-tensor-parallel-size"],
+        ["choose a --target-tensor-parallel-size that divides"],
     ),
     "layers": (Model(), "--target-pipeline-parallel-size 3", ["4 layers cannot be divided over 3 pipeline ranks"]),
     "virtual stages": (

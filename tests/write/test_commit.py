@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def write(directory: Path, name: str, text: str) -> None:
     (directory / name).write_text(text)
 
 
+def write_model(directory: Path) -> None:
+    """What says that a conversion has made a directory."""
+    write(directory, "conversion.json", json.dumps({"files": {"config.json": {}}}))
+
+
 def beside(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir())
 
@@ -45,7 +51,6 @@ def check(target: Path, source: Path, *, overwrite: bool = False, needed_bytes: 
     return check_target(
         target,
         source,
-        is_replaceable=lambda path: (path / "config.json").is_file(),
         overwrite=overwrite,
         needed_bytes=needed_bytes,
     )
@@ -74,7 +79,7 @@ def test_a_file_is_never_replaced(target: Path, source: Path, overwrite: bool) -
 
 def test_a_directory_with_something_in_it_needs_overwrite(target: Path, source: Path) -> None:
     write(target, "config.json", "{}")
-    write(target, "model.safetensors", "")
+    write_model(target)
     with pytest.raises(TargetExists) as caught:
         check(target, source)
     assert (caught.value.file, caught.value.found) == (str(target), "2 entries")
@@ -89,9 +94,18 @@ def test_a_directory_that_holds_no_model_is_not_replaced_even_with_overwrite(tar
     assert caught.value.found == "data.csv, thesis.tex"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": []}'])
+def test_a_file_that_only_has_the_name_of_a_manifest_does_not_make_a_directory_replaceable(
+    text: str, target: Path, source: Path
+) -> None:
+    write(target, "conversion.json", text)
+    with pytest.raises(TargetExists, match="no conversion has made the target directory"):
+        check(target, source, overwrite=True)
+
+
 @pytest.mark.parametrize("inside", [".", "iter_0000100", "deep/iter_0000100"])
 def test_a_target_that_holds_the_checkpoint_is_refused(target: Path, inside: str) -> None:
-    write(target, "config.json", "{}")
+    write_model(target)
     checkpoint = target / inside
     checkpoint.mkdir(parents=True, exist_ok=True)
     with pytest.raises(UsageError) as caught:
@@ -100,7 +114,7 @@ def test_a_target_that_holds_the_checkpoint_is_refused(target: Path, inside: str
 
 
 def test_a_link_to_the_checkpoint_s_directory_is_seen_through(target: Path, source: Path) -> None:
-    write(source, "config.json", "{}")
+    write_model(source)
     target.parent.mkdir()
     target.symlink_to(source)
     with pytest.raises(UsageError, match="source lies where"):
