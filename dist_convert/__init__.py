@@ -1,4 +1,4 @@
-"""Converts checkpoints between Megatron-LM and Hugging Face, streamed by as many ranks as torchrun starts.
+"""Converts checkpoints between Megatron-LM and Hugging Face, streamed by many ranks.
 
 The command line is `dist-convert` (or `python -m dist_convert`). `inspect_checkpoint` reads headers only and needs
 neither torch nor an accelerator.

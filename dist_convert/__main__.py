@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_convert.errors import ConversionError, LostRank
 from dist_convert.flags import job_from_flags, parse
+from dist_convert.flags_ranks import ranks_to_start
 from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.flags_verify import verify_job_from_flags
 from dist_convert.job import Job, ToMegatronJob, VerifyJob
@@ -34,9 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending_at_once())
         try:
-            return _main(argv, stack)
-        except KeyboardInterrupt:
-            return stopped_by(signal.SIGINT)
+            exit_code = _heeding_ctrl_c(lambda: _main(argv, stack))
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever has read what is printed is gone; Python would say so at length
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            return 1
+        return exit_code
+
+
+def _heeding_ctrl_c(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return stopped_by(signal.SIGINT)
 
 
 def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
@@ -50,20 +62,45 @@ def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
             return _add_tokenizer(flags)
         if flags.command == "push":
             return _upload(flags.directory, flags.push_to_hub, flags.private)
-        job: Job | ToMegatronJob | VerifyJob
-        if flags.command == "hf-to-megatron":
-            job = to_megatron_job_from_flags(flags)
-            if os.environ.get("RANK", "0") == "0":
-                print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
-        elif flags.command == "verify":
-            job = verify_job_from_flags(flags)
-        else:
-            job = job_from_flags(flags)
+        ranks = ranks_to_start(flags)
+        if ranks > 1:
+            _job(flags)  # what is wrong with it is said before ranks are there
+            return _start_ranks(ranks, lambda: _heeding_ctrl_c(lambda: be_rank(flags, stack)))
+    except ConversionError as error:
+        return _fail_early(error)
+    except OSError as error:
+        return _fail_early(_refused(error))
+    return be_rank(flags, stack)
+
+
+def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    """Do a rank's part of a command that several ranks share, or all of it; the exit code."""
+    try:
+        job = _job(flags)
+        if flags.command == "hf-to-megatron" and os.environ.get("RANK", "0") == "0":
+            print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
     except ConversionError as error:
         return _fail_early(error)
     except OSError as error:
         return _fail_early(_refused(error))
     return _run(job, stack)
+
+
+def _job(flags: argparse.Namespace) -> Job | ToMegatronJob | VerifyJob:
+    if flags.command == "hf-to-megatron":
+        return to_megatron_job_from_flags(flags)
+    return verify_job_from_flags(flags) if flags.command == "verify" else job_from_flags(flags)
+
+
+def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, which nobody uses and a fork would lose
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    with importing():  # all that ranks import, once for all of them
+        import dist_convert.run
+        import dist_convert.verify.verify  # noqa: F401
+        from dist_convert.local_ranks import run_ranks
+
+    return run_ranks(ranks, run)
 
 
 def _fail_early(error: ConversionError) -> int:
@@ -180,6 +217,8 @@ def _refused(error: OSError) -> ConversionError:
     """An operating system's refusal outside of the reading and writing of weights, and where it was met."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]
     where = f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
+    if isinstance(error, BrokenPipeError):
+        return ConversionError("nobody reads what is printed", remedy="start it again with a reader that stays")
     return ConversionError(
         "the operating system refuses",
         file=str(error.filename or ""),

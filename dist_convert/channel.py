@@ -1,8 +1,8 @@
 """How ranks tell each other of progress, failure and signals while their main threads are busy.
 
-A thread on every rank watches torchrun's store. A rank that fails posts its message there and waits; rank 0 prints
-it once; then every rank leaves with the same exit code, instead of a crowd of broken connections. A signal to one rank
-is a failure of all, which leaves main threads some seconds to end between two steps.
+A thread on every rank watches the store where they meet. A rank that fails posts its message there and waits; rank 0
+prints it once; then every rank leaves with the same exit code, instead of a crowd of broken connections. A signal to
+one rank is a failure of all, which leaves main threads some seconds to end between two steps.
 """
 
 from __future__ import annotations
@@ -119,11 +119,10 @@ class Channel:
         Returns:
             The exit code of the failure that was reported first.
         """
+        self._closed.set()
         if self._failures is None:
-            self._closed.set()
             print(message, file=sys.stderr, flush=True)
             return exit_code
-        self._closed.set()
         try:
             return answer_within(2.5 * _PATIENCE_SECONDS, lambda: self._report_if_served(message, exit_code))
         except TimeoutError:
@@ -189,8 +188,10 @@ class Channel:
                 self._exchange_beats(self._failures)
                 if self._long_work is not None:
                     self._add(f"{self._long_work}/{self._rank}/alive", 1)
-            except DistError:
-                return  # the store is gone: torchrun is ending this run already
+            except DistError:  # the store is gone; what served it is ending this run, or has ended
+                if self._stopped_by is None or self._closed.wait(_GRACE_SECONDS):
+                    return
+                os._exit(128 + self._stopped_by)
 
     def _take_signal(self) -> None:
         if self._signals is not None and self._stopped_by is None:
@@ -228,10 +229,9 @@ class Channel:
             error.resume = RESUME
             failures.post(str(error), error.exit_code)
 
-    def _is_set(self, *keys: str) -> bool:
+    def _is_set(self, key: str) -> bool:
         with self._lock:
-            assert self._store is not None
-            return bool(self._store.check(list(keys)))
+            return self._store is not None and bool(self._store.check([key]))
 
     def _add(self, key: str, count: int) -> int:
         with self._lock:

@@ -49,8 +49,8 @@ class Failures:
             return self._store.check(["printed"])
 
     def print_once(self) -> None:
-        """Print the message, unless a rank has; one must have been posted."""
+        """Print the message, unless another process does; one must have been posted."""
         with self._lock:
-            if not self._store.check(["printed"]):
+            if self._store.add("printers", 1) == 1:
                 print(json.loads(self._store.get("failure"))["message"], file=sys.stderr, flush=True)
                 self._store.set("printed", "1")

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from dist_convert.errors import UsageError
 from dist_convert.flag_names import suggestion
 from dist_convert.flag_values import positive, repository, seconds, size
+from dist_convert.flags_ranks import add_ranks
 from dist_convert.job import DEVICES, PLACEMENTS, SOURCE_MODEL_TYPES, TARGET_DTYPES, VERIFICATIONS, Job
 from dist_convert.job_file import flags_of_file
 from dist_convert.rank_numbers import with_numbers
@@ -20,7 +21,10 @@ _REQUIRED = ("--load-path", "--save-path", "--load-dir", "--save-dir")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises its errors instead of exiting, so that one rank prints them."""
+    """Raises its errors instead of exiting, so that one rank prints them; knows flags by their whole names only."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
@@ -65,8 +69,8 @@ def _add_megatron_to_hf(commands: Any) -> None:
     command = commands.add_parser(
         "megatron-to-hf",
         help="convert a Megatron checkpoint to a Hugging Face directory",
-        description="Convert a Megatron checkpoint to a Hugging Face directory. Start it with torchrun to share the "
-        "work among ranks; alone it is one rank.",
+        description="Convert a Megatron checkpoint to a Hugging Face directory. --ranks or torchrun share the work "
+        "among ranks; alone it is one rank.",
         epilog="{rank}, {local_rank} and {node} in --load-path and --save-path are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")
@@ -148,6 +152,7 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         help="gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes "
         "(default: auto, direct on the CPU where every rank sees every file, else gather)",
     )
+    add_ranks(run)
     add_size(run, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
     add_timeout(run)
     run.add_argument(

@@ -22,8 +22,8 @@ def add_hf_to_megatron(commands: Any) -> None:
     command = commands.add_parser(
         "hf-to-megatron",
         help="convert a Hugging Face model to a Megatron checkpoint",
-        description="Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. Start it with "
-        "torchrun to share the work among ranks; alone it is one rank.",
+        description="Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. "
+        "--ranks or torchrun share the work among ranks; alone it is one rank.",
         epilog="{rank}, {local_rank} and {node} in --save-dir are replaced by this rank's numbers.",
     )
     source = command.add_argument_group("source")

@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_convert.flag_values import positive
 from dist_convert.flags import add_size, add_switch, add_timeout
+from dist_convert.flags_ranks import add_ranks
 from dist_convert.job import SAMPLE, VerifyJob
 from dist_convert.rank_numbers import with_numbers
 
@@ -31,7 +32,7 @@ def add_verify(commands: Any) -> None:
         help="compare two checkpoints of any kind: exit code 0 where they hold the same model, 1 where not",
         description="Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint at any grid: "
         "every tensor bit for bit (A rounded to B's dtype where they differ), all copies within each, config and "
-        "vocabulary. Start it with torchrun to share the work among ranks; alone it is one rank.",
+        "vocabulary. --ranks or torchrun share the work among ranks; alone it is one rank.",
         epilog="{rank}, {local_rank} and {node} in the paths are replaced by this rank's numbers.",
     )
     command.add_argument("a", metavar="A", help="the first checkpoint: what B was made from")
@@ -63,6 +64,7 @@ def add_verify(commands: Any) -> None:
         help=f"compare a share of the blocks (default: all; without a number {SAMPLE}), always the same ones, and the "
         "first and last block of every tensor, which of a small model are most",
     )
+    add_ranks(command)
     add_size(command, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
     add_timeout(command)
     command.add_argument("--json", action="store_true", help="print JSON, with every difference (default: text)")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
+from dist_convert.flag_names import suggestion
 
 
 def flags_of_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
@@ -47,8 +48,12 @@ def _check(parser: ArgumentParser, word: str, path: Path, key: str, value: objec
             raise UsageError(f"{key} needs a value", file=str(path), found=f"{key}: true") from error
         raise UsageError(error.what, file=str(path), found=f"{key}: {value}", remedy=error.remedy) from error
     if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(
-            f"{parser.prog}: unrecognized arguments: {word}", file=str(path), remedy=f"see {parser.prog} --help"
+            f"{parser.prog} has no flag for the key {key}",
+            file=str(path),
+            found=f"{key}: {value}",
+            remedy=f"see {parser.prog} --help{suggestion(unknown, known)}",
         )
 
 

@@ -141,7 +141,7 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
                 "shards: then save again with a newer Megatron-Core"
             )
         raise MissingShard(
-            f"{len(missing)} rank directories of {grid} are missing",
+            f"{len(missing)} rank {'directory' if len(missing) == 1 else 'directories'} of {grid} missing",
             expected=f"{SHARD_FILE} in {_some(missing)}",
             found=_some(sorted(names)) or "none",
             remedy=remedy,

@@ -17,7 +17,7 @@ from dist_convert.plan.steps import bytes_of
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.tokenizer.notes import notes_on_tokenizer, vocabulary_warnings
 from dist_convert.tokenizer.record import Style, Tokenizer
-from dist_convert.units import human_bytes
+from dist_convert.units import counted, human_bytes
 
 _LISTED = 8
 #: The most positions that a Llama is known to have with a theta of 10000.
@@ -132,9 +132,10 @@ def describe_plan(
         partial: what an earlier run of the same conversion has left, with which this one would go on, if there is any.
     """
     content = plan.content
+    ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.teams), "group")
     lines = [
-        f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, "
-        f"{len(plan.visible)} ranks in {len(plan.teams)} groups, plan {content_digest(content)[:16]}",
+        f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, {ranks} in {groups}, "
+        f"plan {content_digest(content)[:16]}",
         "",
         f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]
@@ -148,7 +149,7 @@ def describe_plan(
     lines += [
         "",
         f"{human_bytes(content.target_bytes)} to be written below {target}, {human_bytes(free_bytes)} free",
-        *([f"{partial} is unfinished: of all this, what it has already would not be done again"] if partial else []),
+        *([f"{partial} is unfinished: of all this, what it has would not be done again"] if partial else []),
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(lines)

@@ -22,6 +22,11 @@ def human_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things: 1 rank, 2 ranks."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of "5GB" (decimal), "5GiB" (binary) or "5000000000".
 

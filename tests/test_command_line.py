@@ -176,7 +176,24 @@ def test_a_misspelt_key_of_a_job_file_is_named_with_the_file(
 ) -> None:
     (tmp_path / "job.yaml").write_text("lod-path: x\n")
     assert main(["megatron-to-hf", "--config", str(tmp_path / "job.yaml")]) == 2
-    assert f"--lod-path=x\n  file:     {tmp_path}/job.yaml" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"no flag for the key lod-path\n  file:     {tmp_path}/job.yaml\n  found:    lod-path: x\n" in message
+    assert "perhaps --load-path for --lod-path" in message
+
+
+@pytest.mark.parametrize("command", [["inspect", "--json"], ["verify", "--json"]], ids=lambda words: words[0])
+def test_a_reader_that_leaves_is_no_reason_for_words_of_python(command: list[str], tmp_path: Path) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    paths = [str(tmp_path / "in")] * (2 if command[0] == "verify" else 1)
+    line = [sys.executable, "-m", "dist_convert", *command, *paths]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert "Exception" not in said
+    assert "Traceback" not in said
 
 
 def test_the_help_says_when_imported_experts_are_to_be_read_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_say
     with pytest.raises(MissingShard) as error:
         find_shards(Grid(tensor=8, expert=1, expert_tensor=1), ["mp_rank_00"])
     assert str(error.value) == (
-        "7 rank directories of TP8 PP1 VPP1 EP1 ETP1 are missing\n"
+        "7 rank directories of TP8 PP1 VPP1 EP1 ETP1 missing\n"
         "  expected: model_optim_rng.pt in mp_rank_01, mp_rank_02, mp_rank_03, mp_rank_04, mp_rank_05, mp_rank_06 "
         "and 1 more\n"
         "  found:    mp_rank_00\n"

@@ -90,7 +90,7 @@ def _sizes(architecture: Architecture) -> list[tuple[str, str]]:
         ("Layers", f"{a.layers:,}"),
         ("Hidden size", f"{a.hidden:,}"),
         ("Feed-forward size", f"{a.ffn:,}" + (" of each expert" if a.experts else "")),
-        ("Attention heads", f"{a.heads:,} of {a.head_dim:,}"),
+        ("Attention heads", f"{a.heads:,}, each of {a.head_dim:,}"),
         ("Key and value heads", f"{a.query_groups:,}"),
         ("Vocabulary", f"{a.vocab:,}" + (", tied embeddings" if a.tied else "")),
         ("Positions", f"{a.max_positions:,}"),

@@ -46,7 +46,8 @@ def how_to_add_tokenizer(tokenizer: Tokenizer, target: Path, *, instruct: bool, 
     flags = " --instruct" if instruct else ""
     flags += f" --source-model-type {model_type}" if model_type else ""
     command = f"dist-convert tokenizer PATH {shlex.quote(str(target))}{flags}"
-    return f"the target has no tokenizer; add one, a directory or a tokenizer.model, with: {command}"
+    what = "the target has no tokenizer, and its family's special ids"
+    return f"{what}; add one, a directory or a tokenizer.model, with: {command}"
 
 
 def vocabulary_warnings(claims: Mapping[str, int | None], rows: int, kept: int) -> list[str]:

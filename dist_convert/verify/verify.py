@@ -60,8 +60,13 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
     opened = [open_named(letter, which, world) for letter, which in zip("AB", whiches, strict=True)]
     a, b = catalogs(*opened)
     work = work_of(a, b, job.sample)
+
+    def progress(size_bytes: int) -> None:
+        channel.add_progress(size_bytes)
+        channel.doing("comparing")
+
     with show_progress(world, channel, work.size_bytes, "comparing"):
-        outcome = compare_all(a, b, work, world, channel.add_progress)
+        outcome = compare_all(a, b, work, world, progress)
     if world.rank == 0:
         print(as_json(outcome) if job.json else as_text(outcome), flush=True)
     return 0 if outcome.is_same else 1

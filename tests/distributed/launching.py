@@ -32,7 +32,7 @@ class Run:
 def environment(**more: str) -> dict[str, str]:
     """This process's environment for torchrun: one thread a rank, this tree importable, no leftovers of a launcher."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
+    return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
 
 
 def command(

@@ -65,11 +65,11 @@ def make_iterations(root: Path) -> None:
 
 CASES = {
     "a shard that no rank has": Case(
-        "1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing",
+        "1 rank directory of TP2 PP1 VPP1 EP1 ETP2 missing",
         lambda root: shutil.rmtree(shard(root, "both", 1).parent),
     ),
     "a shard that its only rank lacks": Case(
-        "1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing",
+        "1 rank directory of TP2 PP1 VPP1 EP1 ETP2 missing",
         lambda root: shutil.rmtree(shard(root, "rank1", 1).parent),
         load_path="rank{rank}",
         more=("--ckpt-dir-name", ITERATION),
@@ -85,7 +85,7 @@ CASES = {
     ),
     "no checkpoint for any rank": Case("the checkpoint directory does not exist", load_path="nowhere", exit_code=2),
     "no checkpoint for one rank": Case(
-        "1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing",
+        "1 rank directory of TP2 PP1 VPP1 EP1 ETP2 missing",
         lambda root: shutil.rmtree(root / "rank1"),
         load_path="rank{rank}",
     ),

@@ -82,7 +82,7 @@ def test_a_shard_that_is_on_no_host_is_named(two_hosts: Hosts) -> None:
     runs = two_hosts.torchrun(*job(two_hosts))
     assert all(run.returncode for run in runs)
     printed = "".join(run.stderr for run in runs)
-    assert printed.count("1 rank directories of TP2 PP1 VPP1 EP1 ETP2 are missing") == 1
+    assert printed.count("1 rank directory of TP2 PP1 VPP1 EP1 ETP2 missing") == 1
     assert "mp_rank_01" in printed
     assert not (two_hosts.root / "hf").exists()
 

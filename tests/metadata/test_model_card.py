@@ -39,7 +39,7 @@ def test_the_card_says_what_was_converted_from_what(tmp_path: Path) -> None:
         "Layers": "2",
         "Hidden size": "16",
         "Feed-forward size": "24 of each expert",
-        "Attention heads": "4 of 4",
+        "Attention heads": "4, each of 4",
         "Key and value heads": "4",
         "Vocabulary": "29",
         "Positions": "64",

@@ -45,18 +45,17 @@ def fill(file: Path) -> None:
 class FaultyChannel(dist_convert.channel.Channel):
     """A channel in which the first report of progress brings the fault."""
 
-    fault = ""
+    rank, fault = "", ""
 
     def add_progress(self, size_bytes: int) -> None:
         """Report, after the fault."""
-        if size_bytes and self.fault:
-            commit(self.fault)
-            self.fault = ""
+        if size_bytes and self.fault and os.environ["RANK"] == self.rank:
+            fault, self.fault = self.fault, ""
+            commit(fault)
         super().add_progress(size_bytes)
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == sys.argv[1]:
-        FaultyChannel.fault = sys.argv[2]
+    FaultyChannel.rank, FaultyChannel.fault = sys.argv[1:3]
     dist_convert.channel.Channel = FaultyChannel  # type: ignore[misc]
     sys.exit(main(sys.argv[3:]))
