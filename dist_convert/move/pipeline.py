@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +45,9 @@ class Progress(Protocol):
 
 #: Steps that are read, or being read, before they are gathered.
 _READ_AHEAD = 2
+
+#: Steps that are planned at a time, at most: after each read and write the processor's cache has forgotten the planner.
+_PLANNED_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def move(
                 crossing.wait()
             writing.append(writes.submit(write, crossing.step, crossing.slot))
 
-        steps = plan.steps(world.rank)
+        steps = _planned_ahead(plan.steps(world.rank))
         upcoming = next(steps, None)
         number = 0
         while upcoming is not None or reading or gathering:
@@ -181,6 +185,14 @@ def move(
     moved.seconds = time.perf_counter() - started
     moved.written_bytes = writer.written_bytes
     return moved
+
+
+def _planned_ahead(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, planned more and more at a time: the first ones are waited for."""
+    count = 1
+    while planned := list(islice(steps, count)):
+        yield from planned
+        count = min(2 * count, _PLANNED_AHEAD)
 
 
 def _thread(name: str) -> ThreadPoolExecutor:

@@ -16,7 +16,6 @@ import socket
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,11 @@ class Journal:
         """
         if self._failure is not None:
             raise self._failure
-        lines = [[*astuple(replace(window, file=local_name(window.file))), checksum] for window, checksum in written]
-        self._append({"wrote": lines}, {line[0] for line in lines})
+        lines = [
+            [local_name(window.file), window.offset_bytes, window.run_bytes, window.stride_bytes, window.runs, checksum]
+            for window, checksum in written
+        ]
+        self._append({"wrote": lines}, {local_name(window.file) for window, _ in written})
 
     def changed(self, kind: str, view: View, values: int) -> None:
         """Note values that a cast changed: `kind` is one of `history.CHANGES`, `view` is what was read.
