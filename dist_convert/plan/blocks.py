@@ -16,15 +16,6 @@ BLOCK_BYTES = 4 << 20
 _TILE_COLUMNS = 1024
 
 
-def blocks(sides: Sides, move: Move) -> Iterator[Block]:
-    """A move cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows together stay together.
-
-    The blocks of a part of a move are those of the whole, with fewer targets: their borders are the same.
-    """
-    for band in bands(sides, move):
-        yield from blocks_of_band(move, band)
-
-
 def bands(sides: Sides, move: Move) -> Iterator[Block]:
     """The copies of a whole move that are cut together: all of them where they lie side by side, else one by one."""
     listed = tuple(copies(sides, move))
@@ -43,7 +34,10 @@ def part_of(move: Move, band: Block) -> Block:
 
 
 def blocks_of_band(move: Move, band: Block) -> Iterator[Block]:
-    """The blocks of one of a move's `bands`."""
+    """One of a move's `bands` cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows stay together.
+
+    The blocks of a part of a move are those of the whole, with fewer targets: their borders are the same.
+    """
     for block in _blocks_of_whole(band):
         if kept := part_of(move, block):
             yield kept

@@ -43,7 +43,7 @@ def blocks_of_member(
     begun_bytes = own_bytes * (member + 1) // (len(team.ranks) + 1)
 
     def owned() -> Iterator[Assigned]:
-        for share in _from(team.shares, own_by_share, begun_bytes):
+        for share in _rotated(team.shares, own_by_share, begun_bytes):
             for band in bands_of_share(sides, moves, team, visible, share):
                 if band.owner == member:
                     yield from owned_blocks(band, share, team, visible)
@@ -59,7 +59,7 @@ def blocks_of_member(
     yield from own
 
 
-def _from(shares: Sequence[Share], own_by_share: Sequence[int], begun_bytes: int) -> Iterator[Share]:
+def _rotated(shares: Sequence[Share], own_by_share: Sequence[int], begun_bytes: int) -> Iterator[Share]:
     """The shares from where a member's own bytes are so many, those before at the end; the first may be cut for it."""
     before = 0
     for number, (share, own) in enumerate(zip(shares, own_by_share, strict=True)):

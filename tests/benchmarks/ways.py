@@ -97,29 +97,23 @@ class Ended:
     cpu_seconds: float
 
 
-def run_command(line: Sequence[str], *environments: Mapping[str, str]) -> Ended:
+def run_command(line: Sequence[str], environment: Mapping[str, str] | None = None) -> Ended:
     """Run a command, and count the CPU seconds of all processes that it started and waited for.
 
     Args:
         line: the command.
-        environments: one for each process that runs it, all at the same time; none for one process in this one's.
+        environment: of its process; None for this one's.
     """
-    cpu_seconds = 0.0
     with tempfile.TemporaryFile() as printed:
         began = time.monotonic()
-        processes = [
-            subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
-            for env in environments or (None,)
-        ]
-        for process in processes:
-            _, status, usage = os.wait4(process.pid, 0)
-            cpu_seconds += usage.ru_utime + usage.ru_stime
-            process.returncode = os.waitstatus_to_exitcode(status)
+        process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began
-        if code := next((process.returncode for process in processes if process.returncode), 0):
+        if process.returncode:
             printed.seek(0)
-            sys.exit(f"{' '.join(line)}\n{printed.read().decode(errors='replace')}\nexit code {code}")
-    return Ended(seconds, cpu_seconds)
+            sys.exit(f"{' '.join(line)}\n{printed.read().decode(errors='replace')}\nexit code {process.returncode}")
+    return Ended(seconds, usage.ru_utime + usage.ru_stime)
 
 
 def read_through(directory: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.boxes import Box
 from dist_convert.errors import PlanError
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
-from dist_convert.plan.blocks import BLOCK_BYTES, blocks
+from dist_convert.plan.blocks import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.plan.geometry import Segment, segments, shard_size
 from dist_convert.plan.moves import copies
 from tests import checkpoints
@@ -155,7 +155,12 @@ def test_blocks_of_large_tensors_rebuild_them_too(experts: str) -> None:
         hidden=1030, ffn=1100, layers=1, vocab=2050, padded_vocab=2052, experts=1, dtype=torch.float32
     )
     made = arrays.make(model, checkpoints.Grid(tp=2), experts=experts, max_shard_size_bytes=10_000_000)
-    listed = [block for move in made.content.moves for block in blocks(made.content.sides, move)]
+    listed = [
+        block
+        for move in made.content.moves
+        for band in bands(made.content.sides, move)
+        for block in blocks_of_band(move, band)
+    ]
     assert all(sum(copy.rows * copy.columns * 4 for copy in block) <= BLOCK_BYTES for block in listed)
     assert len(listed) > 2 * len(made.content.moves)
     arrays.assert_rebuilt(made, (copy for block in listed for copy in block))
