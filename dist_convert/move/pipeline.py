@@ -151,10 +151,13 @@ def move(
         number = 0
         while upcoming is not None or reading or gathering:
             if upcoming is not None and len(reading) < _READ_AHEAD:
+                while writing and writing[0].done():
+                    free.append(writing.popleft().result())
                 if not free:  # one is read and one gathered, so another is being written
                     progress.doing(f"writing step {number}")
                     with timeline.during("wait", "for the writer"):
                         free.append(writing.popleft().result())
+                # The one that was freed last, as the processor's cache may still have it.
                 reading.append(reads.submit(read, upcoming, free.pop()))
                 upcoming = next(steps, None)
                 continue

@@ -13,7 +13,11 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSp
 from dist_convert.write.skeleton import make_file
 
 INDEX_FILE = "model.safetensors.index.json"
-_HEADER_ALIGNMENT_BYTES = 8
+
+#: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
+#: like offsets: processors copy at half their speed where the file's is a few bytes further. The format wants eight.
+_DATA_ALIGNMENT_BYTES = 4096
+_LENGTH_BYTES = 8
 
 
 def _size_bytes(spec: TensorSpec) -> int:
@@ -64,8 +68,8 @@ def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
         places.append((spec, offset))
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT_BYTES)
-    prefix = len(text).to_bytes(8, "little") + text
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT_BYTES)
+    prefix = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     tensors = tuple(
         StoredTensor(tensor, name, dtype, shape, _row_major(shape), len(prefix) + offset)
         for (tensor, dtype, shape), offset in places

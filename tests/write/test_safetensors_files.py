@@ -27,7 +27,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def test_a_file_is_these_bytes_and_room_for_the_values() -> None:
+def test_a_file_is_these_bytes_blanks_to_the_end_of_a_page_and_room_for_the_values() -> None:
     [file] = lay_out_files([("bb", "BF16", (2, 3)), ("a", "F32", (5,))], 1000)
     text = (
         b'{"__metadata__":{"format":"pt"},'
@@ -37,11 +37,11 @@ def test_a_file_is_these_bytes_and_room_for_the_values() -> None:
     assert len(text) == 145
     assert file == TargetFile(
         name="model.safetensors",
-        header=b"\x98\x00\x00\x00\x00\x00\x00\x00" + text + b" " * 7,
-        size_bytes=8 + 152 + 32,
+        header=b"\xf8\x0f\x00\x00\x00\x00\x00\x00" + text + b" " * 3943,
+        size_bytes=4096 + 32,
         tensors=(
-            StoredTensor("a", "model.safetensors", "F32", (5,), (1,), 160),
-            StoredTensor("bb", "model.safetensors", "BF16", (2, 3), (3, 1), 180),
+            StoredTensor("a", "model.safetensors", "F32", (5,), (1,), 4096),
+            StoredTensor("bb", "model.safetensors", "BF16", (2, 3), (3, 1), 4116),
         ),
     )
 
@@ -76,7 +76,7 @@ def test_wider_elements_come_first_and_equally_wide_ones_keep_their_order() -> N
 @pytest.mark.parametrize("name", ["w" * length for length in range(1, 10)])
 def test_every_tensor_is_aligned_to_its_element_whatever_the_length_of_the_header(name: str) -> None:
     [file] = lay_out_files([(name, "U8", (3,)), *MIXED], 1000)
-    assert len(file.header) % 8 == 0
+    assert len(file.header) % 4096 == 0
     assert all(tensor.offset_bytes % DTYPE_BYTES[tensor.dtype] == 0 for tensor in file.tensors)
 
 
