@@ -151,8 +151,8 @@ def test_a_dry_run_says_which_weights_files_each_node_gets(runs: Runs, tmp_path:
     before = hashes_below(tmp_path)
     run = convert(runs, source, tmp_path, "--dry-run", ranks=4)
     assert run.exit_codes == [0] * 4
-    assert "own disk of ranks 0, 1: weights files 1-3 of 6, 225 kB\n" in run.printed
-    assert "own disk of ranks 2, 3: weights files 4-6 of 6, 225 kB\n" in run.printed
+    assert "own disk of ranks 0, 1: weights files 1-3 of 6, 235 kB\n" in run.printed
+    assert "own disk of ranks 2, 3: weights files 4-6 of 6, 235 kB\n" in run.printed
     assert hashes_below(tmp_path) == before
 
 
