@@ -11,7 +11,7 @@ from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
 from dist_convert.plan.content import Content, content_digest
-from dist_convert.plan.crossings import received_bytes
+from dist_convert.plan.crossings import messages, received_bytes
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of
 from dist_convert.read.megatron_shard import Shard
@@ -114,7 +114,7 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     for step in plan.steps(rank):
         read_bytes, written_bytes = bytes_of(step, member)
         all_read_bytes += read_bytes
-        all_received_bytes += received_bytes(step, member, plan.limits[number])
+        all_received_bytes += received_bytes(step, messages(step), member, plan.limits[number])
         all_written_bytes += written_bytes
     return [all_read_bytes, all_received_bytes, all_written_bytes, peak_memory_bytes()]
 

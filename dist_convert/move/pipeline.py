@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from dist_convert.move.buffers import CPU, Buffer, Slot, make_buffer, make_slot
 from dist_convert.move.exchange import Gatherer, World, begin_gather, make_gatherer
 from dist_convert.plan.assign import Write
 from dist_convert.plan.blocks import BLOCK_BYTES
-from dist_convert.plan.crossings import messages, received_bytes
+from dist_convert.plan.crossings import Message, messages, received_bytes
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
@@ -171,9 +171,10 @@ def move(
             wait = None
             if gatherer is not None and step.send_bytes:
                 progress.doing(f"gathering step {number}")
-                size_bytes = received_bytes(step, member, limit)
+                wanted = messages(step)
+                size_bytes = received_bytes(step, wanted, member, limit)
                 with timeline.during("gather", f"step {number}", size_bytes):
-                    wait = _begin_gather(gatherer, step, slot)
+                    wait = _begin_gather(gatherer, step, slot, wanted)
                 moved.gathered_bytes += size_bytes
             if wait is None:
                 writing.append(writes.submit(write, step, slot))
@@ -202,9 +203,9 @@ def _thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
-def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot) -> Callable[[], None] | None:
+def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot, wanted: Sequence[Message]) -> Callable[[], None] | None:
     received = slot.received.tensor[: step.send_bytes * gatherer.members]
-    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, messages(step))
+    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, wanted)
 
 
 def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.plan.blocks import bands, blocks_of_band, part_of
@@ -125,8 +125,7 @@ def _blocks_in_share(band: Band, share: Share) -> Iterator[Block]:
 
 
 def assigned_blocks(
-    sides: Sides,
-    moves: Sequence[Move],
+    bands_of: Callable[[Share], Iterable[Band]],
     team: Team,
     visible: Sequence[frozenset[str]],
     done: Done,
@@ -136,7 +135,7 @@ def assigned_blocks(
     """The team's blocks with the replica that is read, and the members that read and write; without what is done.
 
     Args:
-        sides, moves: the plan.
+        bands_of: what `bands_of_share` finds for a share of the team.
         team: its ranks and shares.
         visible: for each rank of the world, the files that it can read or write.
         done: what need not be written any more.
@@ -147,7 +146,7 @@ def assigned_blocks(
     # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
     read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
     for share in team.shares:
-        for band in bands_of_share(sides, moves, team, visible, share):
+        for band in bands_of(share):
             if band.owner is not None and leave_out_owned:
                 end_byte = band.start_byte + _target_bytes(band.kept)
                 is_all = share.first_byte <= band.start_byte and end_byte <= share.end_byte

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits
@@ -36,8 +37,8 @@ def messages(step: Step) -> list[Message]:
     return found
 
 
-def received_bytes(step: Step, member: int, limit: Limits) -> int:
-    """What a member receives in a step: on an accelerator all members' bytes, over gloo those that it writes."""
-    if not step.send_bytes or limit.on_accelerator:
+def received_bytes(step: Step, passed: Sequence[Message], member: int, limit: Limits) -> int:
+    """What a member receives in a step with such messages: on an accelerator all members' bytes, over gloo its own."""
+    if limit.on_accelerator:
         return step.send_bytes * limit.members
-    return sum(message.size_bytes for message in messages(step) if message.receiver == member)
+    return sum(message.size_bytes for message in passed if message.receiver == member)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
-from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, owned_blocks, readers_in_turn
+from dist_convert.plan.assign import Assigned, Band, assigned_blocks, bands_of_share, owned_blocks, readers_in_turn
 from dist_convert.plan.deal import Share
 from dist_convert.plan.done import Done
 from dist_convert.plan.moves import Move, Sides
@@ -28,12 +29,15 @@ def blocks_of_member(
     Where an earlier run has done some of it, all members go through all that is left, in the order of the plan.
 
     Args:
-        sides, moves, team, visible, done: as in `assigned_blocks`.
+        sides, moves: the plan.
+        team, visible, done: as in `assigned_blocks`.
         member: position in `team.ranks`.
     """
+    expand = partial(bands_of_share, sides, moves, team, visible)
     if len(team.ranks) == 1 or done.size_bytes:
-        yield from assigned_blocks(sides, moves, team, visible, done)
+        yield from assigned_blocks(expand, team, visible, done)
         return
+    bands_of = _for_two(expand)
     by_share = [_owned_bytes(sides, moves[share.move], share, team, visible) for share in team.shares]
     own_by_share = [of_member[member] for of_member in by_share]
     own_bytes = sum(own_by_share)
@@ -44,19 +48,32 @@ def blocks_of_member(
 
     def owned() -> Iterator[Assigned]:
         for share in _rotated(team.shares, own_by_share, begun_bytes):
-            for band in bands_of_share(sides, moves, team, visible, share):
+            for band in bands_of(share):
                 if band.owner == member:
                     yield from owned_blocks(band, share, team, visible)
 
     own = owned()
     own_passed_bytes = other_passed_bytes = 0
-    for block in assigned_blocks(sides, moves, team, visible, done, leave_out_owned=True):
+    for block in assigned_blocks(bands_of, team, visible, done, leave_out_owned=True):
         while own_passed_bytes * other_bytes < other_passed_bytes * own_bytes and (mine := next(own, None)):
             own_passed_bytes += _size_bytes(mine)
             yield mine
         other_passed_bytes += _size_bytes(block)
         yield block
     yield from own
+
+
+def _for_two(bands_of: Callable[[Share], Iterable[Band]]) -> Callable[[Share], Iterable[Band]]:
+    """The same for two who go through shares in different orders: who is first at one leaves its bands to the other."""
+    left: dict[Share, list[Band]] = {}
+
+    def bands(share: Share) -> Iterable[Band]:
+        known = left.pop(share, None)
+        if known is None:
+            known = left[share] = list(bands_of(share))
+        return known
+
+    return bands
 
 
 def _rotated(shares: Sequence[Share], own_by_share: Sequence[int], begun_bytes: int) -> Iterator[Share]:

@@ -20,11 +20,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_convert.plan.assign import assigned_blocks
+from dist_convert.plan.assign import assigned_blocks, bands_of_share
 from dist_convert.plan.content import Content
 from dist_convert.plan.crossings import messages
 from dist_convert.plan.plan import Plan, divide, schedule_digest
@@ -114,7 +115,8 @@ def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]
     team, content = plan.teams[number], plan.content
     members = len(team.ranks)
     read, written, received = [0] * members, [0] * members, [0] * members
-    for block in assigned_blocks(content.sides, content.moves, team, plan.visible, plan.done):
+    bands_of = partial(bands_of_share, content.sides, content.moves, team, plan.visible)
+    for block in assigned_blocks(bands_of, team, plan.visible, plan.done):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes
         for write in block.writes:

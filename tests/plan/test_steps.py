@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.layout import Grid
-from dist_convert.plan.assign import Assigned, assigned_blocks
+from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share
 from dist_convert.plan.blocks import BLOCK_BYTES
 from dist_convert.plan.content import Content, content_digest
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
@@ -100,8 +101,10 @@ def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) 
 
 def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Assigned]:
     """A team's blocks as one member takes them; without a member all of them, in the order of the plan."""
-    everything = (divided.content.sides, divided.content.moves, team, divided.visible, divided.done)
-    return list(assigned_blocks(*everything) if member is None else blocks_of_member(*everything, member))
+    sides, moves, visible, done = divided.content.sides, divided.content.moves, divided.visible, divided.done
+    if member is not None:
+        return list(blocks_of_member(sides, moves, team, visible, done, member))
+    return list(assigned_blocks(partial(bands_of_share, sides, moves, team, visible), team, visible, done))
 
 
 def movers_of(block: Assigned) -> set[int]:

@@ -197,7 +197,9 @@ def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_al
         divided = plan(made, own_shards(made, range(world), world), "gather")
         _, member, steps = next(headers.steps_by_rank(divided))
         gathered = Limits(0, 0, members=len(divided.teams[0].ranks), on_accelerator=True)
-        received_bytes.append(sum(crossings.received_bytes(step, member, gathered) for step in steps))
+        received_bytes.append(
+            sum(crossings.received_bytes(step, crossings.messages(step), member, gathered) for step in steps)
+        )
     # What is cut along columns, of the eight layers of a stage: output and down projections.
     whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)
     assert received_bytes == [whole_bytes, whole_bytes // 2, whole_bytes // 4]
