@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_convert.job import Job
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
-from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.content import Content
 from dist_convert.plan.crossings import messages, received_bytes
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of
@@ -135,7 +135,7 @@ def describe_plan(
     ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.teams), "group")
     lines = [
         f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, {ranks} in {groups}, "
-        f"plan {content_digest(content)[:16]}",
+        f"plan {content.digest[:16]}",
         "",
         f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]

@@ -17,7 +17,7 @@ import torch
 from dist_convert.errors import SourceChanged
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.move.exchange import World, gather_objects
-from dist_convert.plan.content import content_digest, digest
+from dist_convert.plan.content import digest
 from dist_convert.plan.deal_files import file_numbers
 from dist_convert.plan.done import Done
 from dist_convert.plan.node_local import local_name
@@ -56,7 +56,7 @@ def identity_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, An
     settings = dict(task.settings)
     if task.is_divided:
         settings["weights files here"] = file_numbers(task.content, task.writable[rank])
-    return identity(content_digest(task.content), task.source_identity, settings, flags, __version__)
+    return identity(task.content.digest, task.source_identity, settings, flags, __version__)
 
 
 def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from dist_convert.metadata.hf_config import TORCH_NAMES
 from dist_convert.models.architecture import Architecture
-from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.content import Content
 from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.version import __version__
 
@@ -44,7 +44,7 @@ def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
         ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
         ("Weights load with", "transformers 4.49 and later"),
         ("Tokenizer at conversion", _origin(tokenizer)),
-        ("Plan digest", f"`{content_digest(content)}`"),
+        ("Plan digest", f"`{content.digest}`"),
     ]
     model = [*_sizes(content.side.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
     return f"""---

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from dist_convert.plan.megatron import MegatronSide
@@ -52,25 +53,25 @@ class Content:
     def moved_bytes(self) -> int:
         return sum(move.written_bytes for move in self.moves)
 
+    @cached_property
+    def digest(self) -> str:
+        """Names what is converted into what: the same for any number of ranks, placement and budget.
 
-def content_digest(content: Content) -> str:
-    """Names what is converted into what: the same for any number of ranks, placement and budget.
-
-    Parts of moves (see `one_node`) name it as the whole ones do.
-    """
-    side = content.side
-    return digest(
-        {
-            "architecture": asdict(side.architecture),
-            "family": asdict(side.family),
-            "grid": asdict(side.grid),
-            "megatron": [[f, v, *sorted(map(_fields, t.values()))] for (f, v), t in sorted(side.tensors.items())],
-            "huggingface": [asdict(view) for view in dict.fromkeys(v for move in content.moves for v in move.hf)],
-            "target": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in content.files],
-            "directions": [content.sides.to_megatron, content.sides.add_to_norms, content.sides.repeat_last_row],
-            "permuted_experts": side.permuted_experts,
-        }
-    )
+        Parts of moves (see `one_node`) name it as the whole ones do.
+        """
+        side = self.side
+        return digest(
+            {
+                "architecture": asdict(side.architecture),
+                "family": asdict(side.family),
+                "grid": asdict(side.grid),
+                "megatron": [[f, v, *sorted(map(_fields, t.values()))] for (f, v), t in sorted(side.tensors.items())],
+                "huggingface": [asdict(view) for view in dict.fromkeys(v for move in self.moves for v in move.hf)],
+                "target": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],
+                "directions": [self.sides.to_megatron, self.sides.add_to_norms, self.sides.repeat_last_row],
+                "permuted_experts": side.permuted_experts,
+            }
+        )
 
 
 def _fields(tensor: StoredTensor) -> list[Any]:

@@ -82,7 +82,7 @@ def plan_moves(sides: Sides, hf: Mapping[str, View]) -> tuple[Move, ...]:
                 raise PlanError("two rows of the table name one tensor", tensor=name, found=parameter.name)
             taken.add(name)
         views = tuple(hf[name] for name in names)
-        stored = equal_copies(sides, parameter)
+        stored = _equal_copies(sides, parameter)
         shard_files = tuple(tuple(replica[0][1].file for replica in shard) for shard in stored)
         hf_files = tuple(dict.fromkeys(view.file for view in views))
         elements = sum(view.rows * view.columns for view in views)
@@ -127,7 +127,7 @@ def copies(sides: Sides, move: Move) -> Iterator[Copy]:
                 yield Copy((replace(last, rows=box.rows, row_stride=0),), views)
 
 
-def equal_copies(sides: Sides, parameter: Parameter) -> tuple[tuple[Replica, ...], ...]:
+def _equal_copies(sides: Sides, parameter: Parameter) -> tuple[tuple[Replica, ...], ...]:
     """Every shard's equal copies; a target's tied embedding has some on the last stage as well."""
     side, shards = sides.megatron, range(parameter.shards)
     more = [tied_replicas(side, parameter, shard) if sides.to_megatron else () for shard in shards]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 
-from dist_convert.plan.content import Content, content_digest, digest
+from dist_convert.plan.content import Content, digest
 from dist_convert.plan.done import NOTHING_DONE, Done, is_move_done
 from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
@@ -98,7 +98,7 @@ def schedule_digest(plan: Plan) -> str:
     return digest(
         {
             "version": __version__,
-            "content": content_digest(plan.content),
+            "content": plan.content.digest,
             "placement": plan.placement,
             "teams": [asdict(team) for team in plan.teams],
             "limits": [asdict(limit) for limit in plan.limits],

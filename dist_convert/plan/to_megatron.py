@@ -12,8 +12,8 @@ from dist_convert.models.architecture import Architecture
 from dist_convert.models.schema import Row
 from dist_convert.plan.content import Content
 from dist_convert.plan.geometry import part_size
-from dist_convert.plan.megatron import entries, megatron_side, parameters
-from dist_convert.plan.moves import Sides, check_cover, equal_copies, plan_moves
+from dist_convert.plan.megatron import entries, megatron_side
+from dist_convert.plan.moves import Move, Sides, check_cover, plan_moves
 from dist_convert.plan.node_local import local_name
 from dist_convert.read.megatron_shard import Shard
 from dist_convert.records import FLOAT_DTYPES, TargetFile, View
@@ -106,7 +106,7 @@ def plan_to_megatron(
     )
     moves = plan_moves(sides, parts)
     check_cover(side, moves)
-    _check_all_filled(sides, targets, extras)
+    _check_all_filled(moves, targets, extras)
     kept = {name: view.dtype for name, view in parts.items() if view.dtype != params_dtype}
     return Content(sides, targets, moves, params_dtype, target_dtype, kept, left_behind)
 
@@ -123,19 +123,17 @@ def _find_shards_at_places(grid: Grid, planned: Iterable[str]) -> ShardFiles:
     )
 
 
-def _check_all_filled(sides: Sides, targets: tuple[TargetFile, ...], extras: frozenset[tuple[str, str]]) -> None:
+def _check_all_filled(
+    moves: Iterable[Move], targets: tuple[TargetFile, ...], extras: frozenset[tuple[str, str]]
+) -> None:
     filled = {
-        (view.file, view.tensor)
-        for parameter in parameters(sides.megatron)
-        for shard in equal_copies(sides, parameter)
-        for replica in shard
-        for _, view in replica
-    }
+        (view.file, view.tensor) for move in moves for shard in move.stored for replica in shard for _, view in replica
+    } | extras
     raise_together(
         [
             PlanError("nothing fills a tensor of the target", tensor=tensor.name, file=file.name)
             for file in targets
             for tensor in file.tensors
-            if (file.name, tensor.name) not in filled | extras
+            if (file.name, tensor.name) not in filled
         ]
     )

@@ -18,7 +18,17 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.moves import copies
 from tests import checkpoints
 from tests.plan import arrays
-from tests.plan.headers import architecture, content, cover_faults, everyone, plan, steps_by_rank, written_intervals
+from tests.plan.headers import (
+    architecture,
+    content,
+    cover_faults,
+    everyone,
+    plan,
+    shards,
+    steps_by_rank,
+    way_back,
+    written_intervals,
+)
 
 MIXTRAL = architecture(experts=4, heads=8, query_groups=4)
 
@@ -128,3 +138,13 @@ def test_heads_that_the_query_groups_do_not_divide_leave_rows_out_and_are_named(
 def test_a_vocabulary_beyond_the_rows_of_its_shards_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"embedding\.word_embeddings\.weight"):
         content(architecture(vocab=33, padded_vocab=32))
+
+
+def test_a_tensor_of_the_target_that_nothing_fills_is_refused() -> None:
+    made = shards(architecture())
+    [(file, shard)] = made.items()
+    norm = shard.chunks[0]["decoder.final_layernorm.weight"]
+    more = {**shard.chunks[0], "decoder.other.weight": replace(norm, name="decoder.other.weight")}
+    with pytest.raises(ConversionError) as error:
+        way_back(content(architecture()), {file: replace(shard, chunks=(more,))}, architecture(), Grid())
+    assert (error.value.tensor, error.value.file) == ("decoder.other.weight", file)

@@ -15,7 +15,7 @@ from dist_convert.errors import BudgetTooSmall
 from dist_convert.layout import Grid
 from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share
 from dist_convert.plan.blocks import BLOCK_BYTES
-from dist_convert.plan.content import Content, content_digest
+from dist_convert.plan.content import Content
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
 from dist_convert.plan.order import blocks_of_member
 from dist_convert.plan.plan import Plan, schedule_digest
@@ -254,7 +254,7 @@ def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_t
             (4, "gather", 1000 * MB), (5, "gather", 1000 * MB), (4, "gather", 80 * MB),
         )
     ]  # fmt: skip
-    assert len({content_digest(made.content) for made in plans}) == 1
+    assert len({made.content.digest for made in plans}) == 1
     assert len({schedule_digest(made) for made in plans}) == len(plans)
 
 
@@ -278,8 +278,8 @@ def test_the_content_digest_tells_another_offset_dtype_or_file_size() -> None:
     elsewhere = {**made, file: replace(made[file], chunks=({**made[file].chunks[0], name: moved},))}
 
     def digest(headers: Mapping[str, Shard], dtype: str | None = None, size: int = 5_000 * MB) -> str:
-        return content_digest(plan_to_huggingface(headers, MODEL, target_dtype=dtype, max_shard_size_bytes=size))
+        return plan_to_huggingface(headers, MODEL, target_dtype=dtype, max_shard_size_bytes=size).digest
 
     digests = [digest(made), digest(elsewhere), digest(made, "F16"), digest(made, None, 100 * MB)]
-    assert digests[0] == content_digest(TP4)
+    assert digests[0] == TP4.digest
     assert len(set(digests)) == 4
