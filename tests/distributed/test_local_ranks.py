@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import Run, environment, flags, hashes
+from tests.distributed.launching import TIMEOUT_SECONDS, Run, environment, flags, hashes
 
 MODEL = Model(hidden=512, ffn=4096, heads=8, groups=4, head_dim=64, layers=2)  # about 25 MB
 HOW = "start the same command again; it goes on where this one stopped"
@@ -46,7 +46,7 @@ def run(*arguments: str, module: str = "dist_convert", **env: str) -> Run:
         env=environment(**env),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT_SECONDS,
         check=False,
     )
     return Run(done.returncode, done.stdout, done.stderr)
