@@ -90,6 +90,8 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
             yield start, f"{one.middle(start_seconds):.1f}"
         elif way.tool == "ours" and (way.source, way.placement) == ("plain", "direct"):
             yield from _judged(name, one, result)
+            least = ratio(one, cp, partial(Measured.least, value=data))
+            yield f"{name}, x cp, the quickest round of each", f"{least:.2f}"
             yield f"{name}, with final sync, to cp", synced_to_cp
             yield f"{name}, CPU s", f"{one.middle(lambda sample: sample.data_cpu_seconds):.2f}"
             start = f"{name}, whole command beside data, s (target {START_TARGET_SECONDS})"
