@@ -232,7 +232,8 @@ def test_a_signal_to_ranks_that_have_just_been_started_ends_them_with_one_line(
 def paused(tmp_path: Path, *job: str) -> Iterator[subprocess.Popen[str]]:
     """A command with two ranks, whose rank 1 waits for the file `go` after it has moved its first bytes."""
     wait = tmp_path / "wait"
-    until_go = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"
+    # Without `waits` the whole directory is gone: the test was over before this looked.
+    until_go = f"until [ -e {tmp_path}/go ] || ! [ -e {tmp_path}/waits ]; do sleep 0.05; done"
     wait.write_text(f"#!/bin/sh\ntrap '' TERM INT\ntouch {tmp_path}/waits\n{until_go}\n")
     wait.chmod(0o755)
     program = line("1", f"run:{wait}", *job, "--ranks", "2", module="tests.distributed.programs.faulty_rank")
