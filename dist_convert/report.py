@@ -114,9 +114,7 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     for step in plan.steps(rank):
         read_bytes, written_bytes = bytes_of(step, member)
         all_read_bytes += read_bytes
-        all_received_bytes += received_bytes(
-            step, messages(step) if step.send_bytes else [], member, plan.limits[number]
-        )
+        all_received_bytes += received_bytes(step, messages(step), member, plan.limits[number])
         all_written_bytes += written_bytes
     return [all_read_bytes, all_received_bytes, all_written_bytes, peak_memory_bytes()]
 

@@ -171,10 +171,10 @@ def move(
             wait = None
             if gatherer is not None and step.send_bytes:
                 progress.doing(f"gathering step {number}")
-                wanted = messages(step)
-                size_bytes = received_bytes(step, wanted, member, limit)
+                passed = messages(step)
+                size_bytes = received_bytes(step, passed, member, limit)
                 with timeline.during("gather", f"step {number}", size_bytes):
-                    wait = _begin_gather(gatherer, step, slot, wanted)
+                    wait = _begin_gather(gatherer, step, slot, passed)
                 moved.gathered_bytes += size_bytes
             if wait is None:
                 writing.append(writes.submit(write, step, slot))
@@ -203,9 +203,9 @@ def _thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
-def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot, wanted: Sequence[Message]) -> Callable[[], None] | None:
+def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot, passed: Sequence[Message]) -> Callable[[], None] | None:
     received = slot.received.tensor[: step.send_bytes * gatherer.members]
-    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, wanted)
+    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
 
 
 def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:

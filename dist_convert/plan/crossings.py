@@ -25,6 +25,8 @@ class Message:
 
 def messages(step: Step) -> list[Message]:
     """All messages of a step, in one order for all members; stretches that touch are one message."""
+    if not step.send_bytes:
+        return []
     needed = {(step.reads[part.read].reader, write.writer, part.read) for write in step.writes for part in write.parts}
     crossing = ((r, w, step.reads[n].offset_bytes, step.reads[n].size_bytes) for r, w, n in needed if r != w)
     found: list[Message] = []
@@ -38,7 +40,7 @@ def messages(step: Step) -> list[Message]:
 
 
 def received_bytes(step: Step, passed: Sequence[Message], member: int, limit: Limits) -> int:
-    """What a member receives in a step with such messages: on an accelerator all members' bytes, over gloo its own."""
+    """What a member receives in a step with such messages: of an accelerator all that is sent, over gloo its share."""
     if limit.on_accelerator:
         return step.send_bytes * limit.members
     return sum(message.size_bytes for message in passed if message.receiver == member)

@@ -37,7 +37,7 @@ def blocks_of_member(
     if len(team.ranks) == 1 or done.size_bytes:
         yield from assigned_blocks(expand, team, visible, done)
         return
-    bands_of = _for_two(expand)
+    bands_of = _expanded_once(expand)
     by_share = [_owned_bytes(sides, moves[share.move], share, team, visible) for share in team.shares]
     own_by_share = [of_member[member] for of_member in by_share]
     own_bytes = sum(own_by_share)
@@ -63,8 +63,11 @@ def blocks_of_member(
     yield from own
 
 
-def _for_two(bands_of: Callable[[Share], Iterable[Band]]) -> Callable[[Share], Iterable[Band]]:
-    """The same for two who go through shares in different orders: who is first at one leaves its bands to the other."""
+def _expanded_once(bands_of: Callable[[Share], Iterable[Band]]) -> Callable[[Share], Iterable[Band]]:
+    """The same for two who go through shares in different orders: who is first at one leaves its bands to the other.
+
+    Whoever asks once more gets the same again.
+    """
     left: dict[Share, list[Band]] = {}
 
     def bands(share: Share) -> Iterable[Band]:
