@@ -79,7 +79,12 @@ def check_target(
         )
     if not a.experts and grid.expert > 1:
         problems.append(
-            UsageError("a model without experts has no expert parallel ranks", expected=1, found=grid.expert)
+            UsageError(
+                "a model without experts has no expert parallel ranks",
+                expected=1,
+                found=grid.expert,
+                remedy="leave out --target-expert-parallel-size",
+            )
         )
     try:
         stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)

@@ -308,7 +308,8 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
         ["two expert tensor parallel ranks would share the name of one file", "found:    4"],
     ),
     "expert ranks of a dense model": (
-        Model(), "--target-expert-parallel-size 2", ["a model without experts has no expert parallel ranks"]
+        Model(), "--target-expert-parallel-size 2",
+        ["a model without experts has no expert parallel ranks", "leave out --target-expert-parallel-size"],
     ),
     "layers of virtual stages": (
         Model(), "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
