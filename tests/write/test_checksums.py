@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, PlanError
-from dist_convert.write.checksums import combine, patch_checksums, record_ranges
+from dist_convert.write.checksums import checksum_of, combine, patch_checksums, record_ranges
 from dist_convert.write.megatron_files import write_skeleton
 
 STATE = {
@@ -183,3 +183,23 @@ def test_parts_of_more_than_four_gibibytes_combine() -> None:
     zeros = (423114947, 5 << 30)
     assert combine([(0x12345678, 4), zeros]) == 243993493
     assert combine([(zlib.crc32(bytes(1 << 20)), 1 << 20)] * (5 << 10)) == 423114947
+
+
+@pytest.mark.parametrize(
+    "known",
+    [[], [(0, 100)], [(10, 20), (50, 50)], [(10, 20), (30, 5), (90, 10)], [(10, 40), (30, 30), (95, 20)]],
+    ids=["nothing", "all", "gaps", "neighbours", "an overlap and one that reaches beyond"],
+)
+@pytest.mark.parametrize(("start", "end"), [(0, 100), (10, 100), (5, 60)])
+def test_what_no_known_range_covers_is_read(known: list[tuple[int, int]], start: int, end: int, tmp_path: Path) -> None:
+    data = random.Random(7).randbytes(120)
+    (tmp_path / "file").write_bytes(data)
+    ranges = [(offset, size, zlib.crc32(data[offset : offset + size])) for offset, size in known]
+    assert checksum_of(tmp_path / "file", start, end, ranges) == zlib.crc32(data[start:end])
+
+
+def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(50))
+    with pytest.raises(CorruptFile, match="has become shorter") as caught:
+        checksum_of(tmp_path / "file", 0, 100, [])
+    assert (caught.value.file, caught.value.found) == (str(tmp_path / "file"), "50 bytes")

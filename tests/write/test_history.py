@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dist_convert.records import Window
 from dist_convert.write.history import History, history_of, joined, journals, last_run, read_journal
+from dist_convert.write.journal import Journal
 
 FILE, NAME = "model.safetensors", "run-00001-rank-00000"
 HERE = ("node7", "e1b0")
@@ -73,6 +75,29 @@ def test_a_line_that_was_written_while_its_mark_was_made_is_not_behind_it(tmp_pa
     first = [line(HEAD), line(wrote(0, b"abcd"))]
     write(tmp_path, [*first, line(wrote(8, b"ijkl")), line({"mark": sum(map(len, first))})])
     assert [window.offset_bytes for window, _ in counted(tmp_path, boots=[]).written] == [0]
+
+
+def test_a_mark_stands_for_the_lines_that_were_there_when_it_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".journal").mkdir()
+    (tmp_path / FILE).write_bytes(bytes(12))
+    journal = Journal(tmp_path, 1, 0)
+    journal.wrote([(Window(FILE, 0, 4), zlib.crc32(b"abcd"))])
+    fdatasync = os.fdatasync
+    late = [(Window(FILE, 8, 4), zlib.crc32(b"ijkl"))]
+
+    def written_meanwhile(descriptor: int) -> None:
+        fdatasync(descriptor)
+        if late:  # another thread's block, written after the file's data were forced to the disk
+            journal.wrote([late.pop()])
+
+    monkeypatch.setattr(os, "fdatasync", written_meanwhile)
+    journal.mark()
+    assert [window.offset_bytes for window, _ in counted(tmp_path, boots=[]).written] == [0]
+    journal.mark()
+    assert [window.offset_bytes for window, _ in counted(tmp_path, boots=[]).written] == [0, 8]
+    journal.close()
 
 
 def test_a_machine_that_has_no_name_of_its_boot_is_believed_up_to_its_mark_only(tmp_path: Path) -> None:
