@@ -1,0 +1,182 @@
+"""Do the tests notice? Twenty faults, one after the other, in a copy of the repository; each must make a test fail.
+
+    python -m tests.mutations [NAME...]     a few minutes; needs the environment of launch/test.sh
+
+A fault is a line of the package and what it is changed to. Where the line is not there any more, this says so: whoever
+changed the code puts the same mistake into the new code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: its name, a piece of code that stands once in the package, what replaces it, and who should notice."""
+
+    name: str
+    code: str
+    fault: str
+    tests: str
+
+
+GOLDEN = "tests/golden"
+MUTATIONS = (
+    Mutation(
+        "qkv-taken-in-the-order-of-parts",
+        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
+        '{"shards": shards, "query_groups": 1, "none": 1}[row.interleave]\n    rows_of_parts',
+        GOLDEN,
+    ),
+    Mutation(
+        "gate-and-up-not-per-shard",
+        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
+        '{"shards": 1, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
+        GOLDEN,
+    ),
+    Mutation(
+        "row-parallel-columns-shifted",
+        "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield Segment",
+        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield Segment",
+        GOLDEN,
+    ),
+    Mutation(
+        "padding-begins-a-row-late",
+        "first = min(rows, max(0, real_rows - shard * rows))",
+        "first = min(rows, max(0, real_rows - shard * rows) + 1)",
+        GOLDEN,
+    ),
+    Mutation("padding-repeats-the-first-row", "Box(move.hf[0].rows - 1, 0, 1,", "Box(0, 0, 1,", GOLDEN),
+    Mutation(
+        "norms-keep-what-is-stored",
+        "add = sides.add_to_norms if parameter.row.is_norm else 0",
+        "add = 0",
+        GOLDEN,
+    ),
+    Mutation(
+        "layers-of-stages-in-the-order-of-pipeline",
+        "for virtual in range(grid.virtual_pipeline):\n        for pipeline in range(grid.pipeline):",
+        "for pipeline in range(grid.pipeline):\n        for virtual in range(grid.virtual_pipeline):",
+        GOLDEN,
+    ),
+    Mutation(
+        "experts-of-the-wrong-rank",
+        "expert_shard = (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)\n            dense",
+        "expert_shard = (rank.pipeline, rank.expert, rank.tensor // grid.expert_tensor)\n            dense",
+        GOLDEN,
+    ),
+    Mutation(
+        "grouped-experts-not-transposed",
+        "row_stride, column_stride = 1, rows\n",
+        "row_stride, column_stride = columns, 1\n",
+        GOLDEN,
+    ),
+    Mutation("cover-check-sees-nothing", "if row != next_row:", "if False:", "tests/test_boxes.py"),
+    Mutation(
+        "a-block-forgets-its-last-row",
+        "Box(tile.row, 0, tile.rows, copy.columns)",
+        "Box(tile.row, 0, max(1, tile.rows - 1), copy.columns)",
+        "tests/golden tests/plan/test_coverage.py",
+    ),
+    Mutation(
+        "a-team-gets-less-than-its-share",
+        "end = start + share.end_byte - share.first_byte\n        begun",
+        "end = start + share.end_byte - share.first_byte - 1\n        begun",
+        "tests/plan/test_teams.py",
+    ),
+    Mutation(
+        "a-step-overfills-its-buffer",
+        "if any(self._filled.get(reader, 0) + size > self._limit_bytes",
+        "if any(self._filled.get(reader, 0) > self._limit_bytes",
+        "tests/plan/test_steps.py",
+    ),
+    Mutation(
+        "messages-are-cut-short",
+        "// ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # up to where",
+        "// 128) * 64  # up to where",
+        "tests/plan/test_crossings.py",
+    ),
+    Mutation(
+        "done-bytes-cover-one-more",
+        "self.ends[window.file][before - 1] >= window.offset_bytes + window.run_bytes",
+        "self.ends[window.file][before - 1] >= window.offset_bytes",
+        "tests/plan/test_done.py",
+    ),
+    Mutation(
+        "received-bytes-taken-from-the-wrong-member",
+        "(slot.received, read.reader * step.send_bytes + read.offset_bytes)",
+        "(slot.received, wanted.writer * step.send_bytes + read.offset_bytes)",
+        "tests/move tests/distributed/test_gather.py",
+    ),
+    Mutation(
+        "parts-placed-from-their-first-column",
+        "packed[:, part.column : part.column + part.columns]",
+        "packed[:, : part.columns]",
+        "tests/move tests/golden tests/distributed/test_gather.py",
+    ),
+    Mutation(
+        "checksums-without-the-gaps",
+        "parts.append(_read_checksum(file, position, offset))",
+        "pass",
+        "tests/write/test_checksums.py",
+    ),
+    Mutation(
+        "marks-count-what-came-later",
+        "safe_bytes = os.fstat(self._descriptor).st_size",
+        "safe_bytes = 1 << 40",
+        "tests/write/test_history.py",
+    ),
+    Mutation(
+        "a-target-is-replaced-unasked",
+        'if not overwrite:\n                raise TargetExists("the target appeared',
+        'if False:\n                raise TargetExists("the target appeared',
+        "tests/write/test_commit.py",
+    ),
+)
+
+
+def survivors(names: set[str]) -> list[str]:
+    """The faults that no test notices, or that cannot be made."""
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "repository"
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".venv", ".git", ".cache", "__pycache__"))
+        for mutation in MUTATIONS:
+            if names and mutation.name not in names:
+                continue
+            holders = [path for path in (copy / "dist_convert").rglob("*.py") if mutation.code in path.read_text()]
+            if len(holders) != 1 or holders[0].read_text().count(mutation.code) != 1:
+                found.append(f"{mutation.name}: the code stands in {len(holders)} files")
+            else:
+                original = holders[0].read_text()
+                holders[0].write_text(original.replace(mutation.code, mutation.fault))
+                if _passes(copy, mutation.tests.split()):
+                    found.append(f"{mutation.name}: {mutation.tests} pass")
+                holders[0].write_text(original)
+            print(
+                found[-1] if found and found[-1].startswith(mutation.name) else f"{mutation.name}: noticed", flush=True
+            )
+    return found
+
+
+def _passes(copy: Path, tests: list[str]) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # 2 and more: the tests did not run
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    left = survivors(set(sys.argv[1:]))
+    sys.exit("\n".join(["", "not noticed:", *left]) if left else 0)
