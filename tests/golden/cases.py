@@ -219,7 +219,8 @@ def _fused(model: Model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     return found
 
 
-def _sums(directory: Path, pattern: str) -> dict[str, str]:
+def sums(directory: Path, pattern: str) -> dict[str, str]:
+    """SHA-256 of the files below a directory that have such names."""
     files = sorted(directory.rglob(pattern))
     return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -228,11 +229,11 @@ def sums_to_hf(case: Case, directory: Path) -> dict[str, str]:
     """SHA-256 of each weights file of a conversion to Hugging Face, made below a directory."""
     make_megatron(directory / "megatron", case)
     assert convert(directory / "megatron", directory / "hf", *case.flags) == 0
-    return _sums(directory / "hf", "*.safetensors")
+    return sums(directory / "hf", "*.safetensors")
 
 
 def sums_to_megatron(case: Case, directory: Path) -> dict[str, str]:
     """SHA-256 of each rank's file of a conversion to Megatron, made below a directory."""
     make_huggingface(directory / "hf", case.model, case.stored)
     assert to_megatron(directory / "hf", directory / "megatron", *case.flags, grid=case.grid) == 0
-    return _sums(directory / "megatron", "*.pt")
+    return sums(directory / "megatron", "*.pt")
