@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_convert.cli.flags import job_from_flags, parse, ranks_to_start, verify_job_from_flags
+from dist_convert.cli.flags_to_megatron import notes_on_old_flags, to_megatron_job_from_flags
 from dist_convert.errors import ConversionError, LostRank
-from dist_convert.flags import job_from_flags, parse
-from dist_convert.flags_ranks import ranks_to_start
-from dist_convert.flags_to_megatron import to_megatron_job_from_flags
-from dist_convert.flags_verify import verify_job_from_flags
 from dist_convert.job import Job, ToMegatronJob, VerifyJob
-from dist_convert.old_flags import notes_on_old_flags
-from dist_convert.signals import Signals, ending_at_once, stopped_by
+from dist_convert.ranks.signals import Signals, ending_at_once, stopped_by
 
 if TYPE_CHECKING:
-    from dist_convert.channel import Channel
+    from dist_convert.ranks.channel import Channel
 
 #: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
 _SILENT_SHARE = 0.9
@@ -98,7 +95,7 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     with importing():  # all that ranks import, once for all of them
         import dist_convert.run
         import dist_convert.verify.verify  # noqa: F401
-        from dist_convert.local_ranks import run_ranks
+        from dist_convert.ranks.launch import run_ranks
 
     return run_ranks(ranks, run)
 
@@ -107,8 +104,7 @@ def _fail_early(error: ConversionError) -> int:
     """Report an error of flags or job files, which all ranks usually have, but sometimes one of them alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        from dist_convert.channel import Channel
-        from dist_convert.rendezvous import is_served_by_launcher
+        from dist_convert.ranks.channel import Channel, is_served_by_launcher
 
         if is_served_by_launcher():
             return Channel(rank, size).fail(str(error), error.exit_code)
@@ -127,8 +123,8 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:
-    from dist_convert.add_tokenizer import add_tokenizer
-    from dist_convert.flags_tokenizer import tokenizer_job_from_flags
+    from dist_convert.cli.flags import tokenizer_job_from_flags
+    from dist_convert.tokenizer.write import add_tokenizer
 
     if os.environ.get("RANK", "0") == "0":
         job = tokenizer_job_from_flags(flags)
@@ -140,8 +136,7 @@ def _upload(
     directory: Path, repository: str, private: bool, instruct: bool = False, model_type: str | None = None
 ) -> int:
     from dist_convert.tokenizer.huggingface import is_huggingface
-    from dist_convert.tokenizer.notes import how_to_add_tokenizer
-    from dist_convert.tokenizer.record import Tokenizer
+    from dist_convert.tokenizer.record import Tokenizer, how_to_add_tokenizer
     from dist_convert.write.hub import upload, upload_command
 
     if os.environ.get("RANK", "0") == "0":
@@ -157,10 +152,9 @@ def _upload(
 
 def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags and inspect do without
-        from dist_convert.channel import Channel
-        from dist_convert.device import limit_threads, return_freed_memory
-        from dist_convert.move.exchange import join_world, leave_world
-        from dist_convert.rendezvous import is_served_by_launcher
+        from dist_convert.ranks.channel import Channel, is_served_by_launcher
+        from dist_convert.ranks.collectives import join_world, leave_world
+        from dist_convert.ranks.device import limit_threads, return_freed_memory
         from dist_convert.run import convert
         from dist_convert.verify.verify import verify
 

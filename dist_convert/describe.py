@@ -8,29 +8,33 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.dialects import holds_no_weights, normalise
 from dist_convert.errors import CheckpointNotFound, ConversionError
-from dist_convert.layout import SHARD_FILE, Grid, grid_from_args, grid_ranks, missing_directories, rank_directory
-from dist_convert.metadata.megatron_args import architecture_from_args
+from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.grid import (
+    SHARD_FILE,
+    Grid,
+    grid_from_args,
+    grid_ranks,
+    missing_directories,
+    rank_directory,
+)
+from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row
-from dist_convert.other_dialects import describe_dialect
-from dist_convert.plan.geometry import part_shape
-from dist_convert.plan.megatron import count_layers, entries
-from dist_convert.read.checkpoint import (
+from dist_convert.plan.megatron import count_layers, entries, part_shape
+from dist_convert.read.huggingface import CONFIG_FILE, SAFETENSORS, check_inside, find_weights, read_weights_header
+from dist_convert.read.megatron import (
     TRACKER_FILE,
+    Shard,
     is_checkpoint,
     iteration_directory,
     rank_directory_bytes,
     rank_files,
+    read_shard,
 )
-from dist_convert.read.directory import no_directory
-from dist_convert.read.huggingface import CONFIG_FILE, find_weights, read_weights_header
-from dist_convert.read.json_file import read_json
-from dist_convert.read.megatron_shard import Shard, read_shard
-from dist_convert.read.weights_index import SAFETENSORS, check_inside
+from dist_convert.read.source import no_directory, read_json
 from dist_convert.units import human_bytes
-from dist_convert.write.unfinished import refuse_unfinished
+from dist_convert.write.partial import refuse_unfinished
 
 _LISTED = 8
 

@@ -7,20 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_convert.channel import Channel
 from dist_convert.errors import CheckpointNotFound, raise_together
-from dist_convert.hf_dialects import HEAD, hf_view, leftovers
+from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
+from dist_convert.formats.megatron.grid import check_rank_order, files_of_places
+from dist_convert.formats.megatron.target import (
+    Extras,
+    Given,
+    MegatronTarget,
+    header_of,
+    lay_out_target,
+    model_and_grid,
+    notes_to_megatron,
+)
+from dist_convert.formats.megatron.target_args import args_json, read_margs, target_margs_json, target_tokenizer
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
-from dist_convert.megatron_target import Extras, Given, MegatronTarget, header_of, lay_out_target, model_and_grid
-from dist_convert.metadata.target_args import args_json, read_margs, target_margs_json
-from dist_convert.metadata.target_tokenizer import target_tokenizer
 from dist_convert.models import FAMILIES
-from dist_convert.models.limits import MOST_LAYERS, is_size
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
-from dist_convert.move.exchange import World, gather_objects
-from dist_convert.plan.content import Content
-from dist_convert.plan.node_local import check_rank_order, files_of_places, local_name, name_at
-from dist_convert.plan.to_megatron import find_parts, plan_to_megatron, target_dtypes
+from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.plan.content import Content, find_parts, plan_to_megatron, target_dtypes
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.read.huggingface import (
@@ -32,17 +38,14 @@ from dist_convert.read.huggingface import (
     read_index,
     read_weights_header,
 )
-from dist_convert.read.tied_head import check_tied_head
-from dist_convert.read.zero_biases import all_are_zero
-from dist_convert.records import StoredTensor
-from dist_convert.target_notes import notes_to_megatron
+from dist_convert.read.values import all_are_zero, check_tied_head
+from dist_convert.records import StoredTensor, local_name, name_at
 from dist_convert.task import Task
-from dist_convert.write.checksums import KnownRange
+from dist_convert.write.checksums import KnownRange, seal
+from dist_convert.write.files import replace_text, write_tracker
 from dist_convert.write.megatron_files import write_skeleton
+from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.seal import seal
-from dist_convert.write.tracker import replace_text, write_tracker
-from dist_convert.write.unfinished import refuse_unfinished
 
 ARGS_FILE = "target_megatron_args.json"
 

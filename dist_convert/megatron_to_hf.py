@@ -8,31 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import InconsistentShards
+from dist_convert.formats.huggingface.metadata import write_metadata
+from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.megatron.capacity_bins import Bin, read_bins
 from dist_convert.job import TARGET_DTYPES, Job
-from dist_convert.metadata.capacity_bins import Bin, read_bins
-from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
-from dist_convert.metadata.write import write_metadata
-from dist_convert.move.exchange import World, gather_objects
-from dist_convert.plan.content import Content
-from dist_convert.plan.deal_files import deal_files, file_numbers, with_own_targets
-from dist_convert.plan.survey import check_same_run
-from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.checkpoint import NAME_FLAG, TRACKER_FILE, iteration_directory, rank_files, tracked_name
+from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
+from dist_convert.plan.megatron import check_same_run
+from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.megatron_shard import Shard, read_shard, shard_from_json, shard_to_json
+from dist_convert.read.megatron import (
+    NAME_FLAG,
+    TRACKER_FILE,
+    Shard,
+    iteration_directory,
+    rank_files,
+    read_shard,
+    shard_from_json,
+    shard_to_json,
+    tracked_name,
+)
 from dist_convert.report import notes_on
 from dist_convert.task import Task
 from dist_convert.tokenizer.find import find_tokenizer
 from dist_convert.tokenizer.huggingface import is_huggingface
-from dist_convert.tokenizer.notes import how_to_add_tokenizer
-from dist_convert.tokenizer.record import Tokenizer, style_for
+from dist_convert.tokenizer.record import Tokenizer, how_to_add_tokenizer, style_for
 from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.units import human_bytes
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
+from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import make_files
-from dist_convert.write.unfinished import refuse_unfinished
 
 
 def megatron_to_hf(job: Job, world: World) -> Task:

@@ -1,22 +1,24 @@
-"""What a conversion says of itself: notes before it, a dry run's plan, and one line at the end."""
+"""What a conversion says of itself: notes before it, a dry run's plan, at its end what was done and where time went."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dist_convert.formats.huggingface.config import TORCH_NAMES
+from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
 from dist_convert.job import Job
-from dist_convert.metadata.hf_config import TORCH_NAMES
-from dist_convert.metadata.megatron_args import model_type_from_args, true_vocab
+from dist_convert.move.timeline import PHASES
 from dist_convert.plan.content import Content
-from dist_convert.plan.crossings import messages, received_bytes
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import bytes_of
-from dist_convert.read.megatron_shard import Shard
-from dist_convert.tokenizer.notes import notes_on_tokenizer, vocabulary_warnings
-from dist_convert.tokenizer.record import Style, Tokenizer
+from dist_convert.plan.steps import bytes_of, messages, received_bytes
+from dist_convert.read.megatron import Shard
+from dist_convert.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, vocabulary_warnings
 from dist_convert.units import counted, human_bytes
 
 _LISTED = 8
@@ -160,3 +162,87 @@ def names(which: Iterable[str]) -> str:
     listed = list(which)
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     return ", ".join(listed[:_LISTED]) + more
+
+
+#: Of more ranks than this, only those that took longest are shown.
+_LISTED_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks together did. Bytes are sums over ranks, but for the peak memory, which is the worst rank's.
+
+    Attributes:
+        seconds: of all, from the first look at the target to its name.
+        profiles: for each rank, the seconds from its first byte to its last ("moved"), and those of each phase.
+        synced_seconds: that forcing the files to the disk took.
+    """
+
+    read_bytes: int
+    gathered_bytes: int
+    written_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    overflowed: Mapping[str, int]
+    rounded_norms: Mapping[str, int]
+    profiles: tuple[Mapping[str, float], ...] = ()
+    synced_seconds: float = 0.0
+
+    @staticmethod
+    def of_ranks(outcomes: Sequence[Mapping[str, Any]], seconds: float) -> Outcome:
+        """Add the ranks' own outcomes up."""
+        overflowed: Counter[str] = Counter()
+        rounded: Counter[str] = Counter()
+        for outcome in outcomes:
+            overflowed.update(outcome["overflowed"])
+            rounded.update(outcome["rounded_norms"])
+        return Outcome(
+            sum(outcome["read_bytes"] for outcome in outcomes),
+            sum(outcome["gathered_bytes"] for outcome in outcomes),
+            sum(outcome["written_bytes"] for outcome in outcomes),
+            max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
+            seconds,
+            dict(overflowed),
+            dict(rounded),
+            tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome),
+        )
+
+
+def outcome_text(target: Path, outcome: Outcome) -> str:
+    """What a conversion says at its end: where the time went, and a line that sums up."""
+    return "\n".join([*_profile_lines(outcome), _outcome_line(target, outcome)])
+
+
+def _profile_lines(outcome: Outcome) -> list[str]:
+    """Seconds of each rank, in columns; of many ranks those that took longest, and the mean."""
+    if not outcome.profiles:
+        return []
+    columns = ("moved", *PHASES)
+    rows = [(f"rank {rank}", profile) for rank, profile in enumerate(outcome.profiles)]
+    if len(rows) > _LISTED_RANKS:
+        rows = sorted(rows, key=lambda row: -row[1]["moved"])[: _LISTED_RANKS - 1]
+        rows.append(("mean", {c: sum(p[c] for p in outcome.profiles) / len(outcome.profiles) for c in columns}))
+    longest = max(profile["moved"] for profile in outcome.profiles)
+    rate = outcome.written_bytes / max(longest, 1e-9) / 1e9
+    return [
+        f"{'seconds':10}" + "".join(f"{column:>9}" for column in columns),
+        *(f"{name:10}" + "".join(f"{profile[column]:9.2f}" for column in columns) for name, profile in rows),
+        f"data moved in {longest:.2f} s, {rate:.2f} GB/s; forced to the disk in {outcome.synced_seconds:.2f} s",
+    ]
+
+
+def _outcome_line(target: Path, outcome: Outcome) -> str:
+    rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
+    line = (
+        f"{target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
+        f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
+        f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
+    )
+    if outcome.overflowed:
+        line += f"; {sum(outcome.overflowed.values())} values became infinite in {names(outcome.overflowed)}"
+    if outcome.rounded_norms:
+        line += (
+            f"; adding 1 was rounded in {sum(outcome.rounded_norms.values())} values of norms "
+            "(exact with --target-params-dtype fp32)"
+        )
+    return line

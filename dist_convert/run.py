@@ -3,7 +3,7 @@
     read headers -> plan -> (read bytes -> gather -> place -> write bytes)* -> checks -> commit
 
 `read` finds the checkpoint and its headers, `plan` turns them into box copies and deals those to ranks, `move` carries
-them out, `write` makes the target and gives it its name, `metadata` translates what is not a tensor. The two directions
+them out, `write` makes the target and gives it its name, `formats` knows what is no tensor. The two directions
 differ in `megatron_to_hf.py` and `hf_to_megatron.py`, which say what is read and written; this file moves it.
 """
 
@@ -16,45 +16,40 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from dist_convert.channel import Channel
 from dist_convert.errors import PlanError, ValueOverflow
 from dist_convert.hf_to_megatron import hf_to_megatron
-from dist_convert.hold import held_target
 from dist_convert.job import Job, ToMegatronJob
 from dist_convert.megatron_to_hf import megatron_to_hf
-from dist_convert.move.exchange import World, agree, barrier, gather_objects
 from dist_convert.move.pipeline import Moved, move
-from dist_convert.outcome import Outcome, outcome_text
+from dist_convert.move.timeline import Timeline, traced
 from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
-from dist_convert.plan.node_local import local_name
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.progress import show_progress
-from dist_convert.read.page_cache import pushes_others_out
-from dist_convert.report import describe_plan, load_of, peak_memory_bytes, resume_line
-from dist_convert.resume import (
-    Start,
-    all_written,
-    begin,
-    check_source,
-    check_start,
-    facts_of,
-    goes_on,
-    has_name,
-    notes_on_replacing,
-)  # fmt: skip
-from dist_convert.task import RunOptions, Task
-from dist_convert.timeline import Timeline
-from dist_convert.trace import traced
-from dist_convert.verify.conversion import prepare_check
+from dist_convert.ranks.channel import Channel, show_progress
+from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
+from dist_convert.read.source import pushes_others_out
+from dist_convert.records import local_name
+from dist_convert.report import Outcome, describe_plan, load_of, outcome_text, peak_memory_bytes, resume_line
+from dist_convert.task import RunOptions, Task, Writers, find_writers
+from dist_convert.verify.verify import prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
-from dist_convert.write.file_writer import target_error
-from dist_convert.write.history import History
-from dist_convert.write.journal import MARK_SECONDS
+from dist_convert.write.files import target_error
+from dist_convert.write.journal import MARK_SECONDS, History
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
-from dist_convert.write.spread import spread_files
-from dist_convert.writers import Writers, find_writers
+from dist_convert.write.places import spread_files
+from dist_convert.write.resume import (
+    Start,  # fmt: skip
+    all_written,  # fmt: skip
+    begin,  # fmt: skip
+    check_source,  # fmt: skip
+    check_start,  # fmt: skip
+    facts_of,  # fmt: skip
+    goes_on,  # fmt: skip
+    has_name,  # fmt: skip
+    held_target,
+    notes_on_replacing,  # fmt: skip
+)
 
 
 def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome | None:

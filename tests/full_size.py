@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_convert.models.architecture import Architecture
+from dist_convert.models.schema import Architecture
 from tests.checkpoints import Grid, Model, hf_shapes, training_args
 from tests.plan.headers import FULL_SIZE, chunk_shapes, directory, written_pairs
 from tests.to_megatron import config_of

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-from dist_convert.boxes import Box, cover_fault, intersect, runs, tiles
+from dist_convert.records import Box, cover_fault, intersect, runs, tiles
 
 sizes = st.integers(1, 12)
 boxes = st.builds(Box, st.integers(0, 5), st.integers(0, 5), st.integers(1, 4), st.integers(1, 4))

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore
 
-from dist_convert.channel import Channel
 from dist_convert.errors import ConversionError
+from dist_convert.ranks.channel import Channel
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dist_convert.__main__ import job_from_flags, main, parse
-from dist_convert.flags import build_parser
-from dist_convert.flags_to_megatron import to_megatron_job_from_flags
+from dist_convert.cli.flags import build_parser
+from dist_convert.cli.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.job import Job
 from tests.checkpoints import Model, make
 from tests.converting import assert_same, read_tensors

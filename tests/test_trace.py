@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dist_convert.outcome import Outcome, outcome_text
-from dist_convert.timeline import Stretch, Timeline
+from dist_convert.move.timeline import Stretch, Timeline
+from dist_convert.report import Outcome, outcome_text
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 

@@ -1,14 +1,6 @@
 """Llama 2, 3 and 3.1. Names and shapes: docs/formats.md, "Parameter names" and "Hugging Face side"."""
 
-from dist_convert.models.schema import (
-    Family,
-    ZeroTensor,
-    column_parallel,
-    norm,
-    part,
-    replicated,
-    row_parallel,
-)
+from dist_convert.models.schema import Family, ZeroTensor, column_parallel, norm, part, replicated, row_parallel
 
 MEGATRON = "decoder.layers.{layer}"
 HF = "model.layers.{layer}"

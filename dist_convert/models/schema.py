@@ -1,4 +1,4 @@
-"""What a model family's table is made of.
+"""The numbers that define a model, and what a model family's table is made of.
 
 A row says which Hugging Face tensors are stacked into one Megatron parameter, and how that parameter is cut over
 tensor parallel ranks. Shapes, shards, copies and checks in both directions follow from it. Names are templates with
@@ -12,7 +12,95 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from dist_convert.models.architecture import Architecture
+from dist_convert.errors import UnsupportedModel
+
+MOST_LAYERS = MOST_EXPERTS = 10_000
+#: Layers times experts; the largest models have a tenth of it.
+MOST_EXPERTS_OF_ALL_LAYERS = 1 << 18
+#: Rank directories of one checkpoint.
+MOST_RANKS = 1 << 17
+#: Of anything else, such as the width or the vocabulary.
+MOST = 1 << 40
+
+
+def is_size(value: object, most: int = MOST) -> bool:
+    """Whether a value from a file is a whole number that a model can have; 0 and None stand for its absence."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number, and neither infinite nor too large to compute with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def check_experts(layers: int, experts: int, file: str) -> None:
+    """Refuse more experts than can be planned.
+
+    Raises:
+        UnsupportedModel
+    """
+    if layers * experts > MOST_EXPERTS_OF_ALL_LAYERS:
+        raise UnsupportedModel(
+            "a model of impossible sizes",
+            file=file,
+            expected=f"at most {MOST_EXPERTS_OF_ALL_LAYERS} experts in all layers together",
+            found=f"{experts} in each of {layers} layers",
+            remedy="the file is damaged; take it anew from where it came from",
+        )
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's scaling of the rotary frequencies, transformers' `rope_type` "llama3"."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer with rotary embeddings, RMSNorm and gated MLPs or experts.
+
+    `ffn` is the width of one MLP, or of one expert where `experts` > 0. `qkv_bias` says that the query, key and value
+    projections have biases, `linear_bias` that the output projection and the MLP have them too.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    query_groups: int
+    head_dim: int
+    vocab: int
+    padded_vocab: int
+    max_positions: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    router_aux_loss: float = 0.0
+    sliding_window: int | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """The values of the size names that the tables in this package use."""
+        return {
+            "vocab": self.vocab,
+            "padded_vocab": self.padded_vocab,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "query_groups": self.query_groups,
+            "query": self.heads * self.head_dim,
+            "key_value": self.query_groups * self.head_dim,
+            "experts": self.experts,
+        }
+
 
 #: Whole on every rank; rows over ranks ("column parallel" in Megatron); columns over ranks ("row parallel").
 Split = Literal["replicated", "rows", "columns"]
@@ -34,7 +122,7 @@ class Row:
     """One Megatron parameter and the Hugging Face tensors stacked into it along the rows.
 
     Attributes:
-        megatron: the parameter's canonical name; other spellings are in `dialects`.
+        megatron: the parameter's canonical name; other spellings are in `formats.megatron.names`.
         parts: in the order in which they are stacked.
         split: how it is cut over ranks; experts over expert tensor parallel ranks, all else over tensor parallel ones.
         interleave: see `Interleave`.

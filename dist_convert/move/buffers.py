@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
-#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
-WIRE_DTYPE = torch.int32
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,3 @@ class Slot:
 def make_slot(data_bytes: int, received_bytes: int, device: torch.device = CPU) -> Slot:
     """Both buffers of a slot, for a device that gathers from the one into the other."""
     return Slot(make_buffer(data_bytes, device), make_buffer(received_bytes, device))
-
-
-@dataclass(frozen=True)
-class Staging:
-    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
-
-    send: torch.Tensor
-    received: torch.Tensor
-    stream: Any
-
-
-def make_staging(device: torch.device, send_bytes: int, members: int) -> Staging:
-    """Room on a device for what each of so many members sends to a gather."""
-    words = send_bytes // WIRE_DTYPE.itemsize
-    return Staging(
-        torch.empty(words, dtype=WIRE_DTYPE, device=device),
-        torch.empty(words * members, dtype=WIRE_DTYPE, device=device),
-        torch.get_device_module(device).Stream(),
-    )

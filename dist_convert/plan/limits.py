@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.plan.blocks import BLOCK_BYTES
-from dist_convert.plan.moves import Move
+from dist_convert.plan.moves import BLOCK_BYTES, Move
 from dist_convert.plan.teams import Team
 from dist_convert.units import human_bytes
 

@@ -8,15 +8,15 @@ derive the same gather steps in the same order; what each moves alone comes in b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.plan.assign import Assigned, Part, Read, Write
+from dist_convert.plan.assign import Assigned, Part, Read, Write, blocks_of_member
 from dist_convert.plan.done import Done
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits
 from dist_convert.plan.moves import Move, Sides
-from dist_convert.plan.order import blocks_of_member
 from dist_convert.plan.teams import Team
+from dist_convert.records import Message
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,26 @@ def bytes_of(step: Step, member: int) -> tuple[int, int]:
     read = sum(read.source.size_bytes for read in step.reads if read.reader == member)
     written = sum(write.target.size_bytes for write in step.writes if write.writer == member)
     return read, written
+
+
+def messages(step: Step) -> list[Message]:
+    """All messages of a step, in one order for all members; stretches that touch are one message."""
+    if not step.send_bytes:
+        return []
+    needed = {(step.reads[part.read].reader, write.writer, part.read) for write in step.writes for part in write.parts}
+    crossing = ((r, w, step.reads[n].offset_bytes, step.reads[n].size_bytes) for r, w, n in needed if r != w)
+    found: list[Message] = []
+    for sender, receiver, offset_bytes, size_bytes in sorted(crossing):
+        size_bytes = -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # up to where the next piece begins
+        if found and found[-1].leads_to(sender, receiver, offset_bytes):
+            found[-1] = replace(found[-1], size_bytes=found[-1].size_bytes + size_bytes)
+        else:
+            found.append(Message(sender, receiver, offset_bytes, size_bytes))
+    return found
+
+
+def received_bytes(step: Step, passed: Sequence[Message], member: int, limit: Limits) -> int:
+    """What a member receives in a step with such messages: of an accelerator all that is sent, over gloo its share."""
+    if limit.on_accelerator:
+        return step.send_bytes * limit.members
+    return sum(message.size_bytes for message in passed if message.receiver == member)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
-from dist_convert.move.exchange import World, gather_objects
-from dist_convert.read.same_file import sample_digest, stamp
-from dist_convert.read.source_file import Listing, reading
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.source import Listing, reading, sample_digest, stamp
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from types import MappingProxyType
 
 import torch
 
-from dist_convert.boxes import Box, runs
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.move.buffers import Buffer
-from dist_convert.read.source_file import Listing, check_unchanged, open_to_read, source_error
-from dist_convert.records import DTYPE_BYTES, View
+from dist_convert.read.source import Listing, check_unchanged, open_to_read, source_error
+from dist_convert.records import DTYPE_BYTES, Box, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_OPEN_FILES = 64
@@ -47,7 +46,7 @@ class FileReader:
         root: the directory.
         scratch: for values that are not read straight to where they go.
         known: files whose values count only if they have not changed after they were read.
-        is_last_use: what was read leaves the page cache, see `page_cache`.
+        is_last_use: what was read leaves the page cache, see `source.pushes_others_out`.
     """
 
     def __init__(

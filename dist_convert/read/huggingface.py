@@ -1,33 +1,188 @@
 """A Hugging Face directory: its config, its weights files, and where each of their tensors lies.
 
-Only headers are read. Names of files and the index: docs/formats.md, "Shards and index".
+Only headers are read. Names come from files that anybody may have made, so they must not lead out of the directory.
+Names of files and the index: docs/formats.md, "Shards and index"; headers: https://huggingface.co/docs/safetensors,
+"Format".
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dist_convert.errors import (
     CheckpointNotFound,
     ConversionError,
+    CorruptFile,
     InconsistentShards,
     MissingShard,
     MissingTensor,
     UnknownTensor,
     raise_together,
 )
-from dist_convert.read.checkpoint import is_checkpoint
-from dist_convert.read.directory import no_directory
-from dist_convert.read.json_file import read_json
-from dist_convert.read.pickled_weights import read_pickled_weights
-from dist_convert.read.safetensors_header import read_safetensors_header
-from dist_convert.read.weights_index import SAFETENSORS, check_inside, check_weights_name, read_index_file
-from dist_convert.records import StoredTensor
+from dist_convert.read.megatron import is_checkpoint
+from dist_convert.read.source import no_directory, read_json, reading
+from dist_convert.read.torch_file import read_pickled_weights
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+
+SAFETENSORS, PICKLED = ".safetensors", ".bin"
+_MAX_NAME_BYTES = 255
+
+
+def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
+    """The `weight_map` of an index: tensor -> file, every file inside the directory.
+
+    Raises:
+        CorruptFile: no weight map, or one that names something else than weights files inside the directory.
+    """
+    check_inside(directory, index_file)
+    weight_map = read_json(directory / index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFile(
+            "the index has no weight_map",
+            file=index_file,
+            expected="an object: tensor -> file",
+            found=type(weight_map).__name__ if not weight_map else "an empty one",
+            remedy="copy or download the file again",
+        )
+    for name in dict.fromkeys(map(str, weight_map.values())):
+        check_weights_name(directory, name, index_file)
+    wrong = next((tensor for tensor, name in weight_map.items() if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise CorruptFile(
+            "the index names no file for a tensor",
+            tensor=wrong,
+            file=index_file,
+            remedy="copy or download the file again",
+        )
+    return dict(weight_map)
+
+
+def check_weights_name(directory: Path, name: str, named_by: str) -> None:
+    """Refuse a name that is no weights file's, or leads out of the directory.
+
+    Raises:
+        CorruptFile: quoting the name, and the file `named_by` that has it.
+    """
+    path = PurePosixPath(name)
+    is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    is_possible = name.isprintable() and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+    if not is_plain or not is_possible or path.suffix not in (SAFETENSORS, PICKLED):
+        raise CorruptFile(
+            "not the name of a weights file",
+            file=named_by,
+            expected=f"a relative path inside the directory, ending in {SAFETENSORS} or {PICKLED}",
+            found=repr(name[:80]),
+            remedy="copy or download the file again",
+        )
+    check_inside(directory, name)
+
+
+def check_inside(directory: Path, name: str) -> None:
+    """Refuse a file that is a link to somewhere else.
+
+    Raises:
+        CorruptFile: naming what it leads to.
+    """
+    if _leaves(directory, name):
+        raise CorruptFile(
+            f"{name} is a link to a file outside the directory",
+            file=str(directory / name),
+            expected="a file in this directory, or the hub cache's own links to its blobs",
+            found=os.path.realpath(directory / name),
+            remedy="give the directory in which the file lies, or copy the file here",
+        )
+
+
+def _leaves(directory: Path, name: str) -> bool:
+    """Whether a link leads out of the directory, other than from a hub cache's snapshot to the cache's blobs."""
+    root = os.path.realpath(directory)
+    if Path(os.path.realpath(directory / name)).is_relative_to(root):
+        return False
+    inside = Path(os.path.realpath((directory / name).parent)) / PurePosixPath(name).name
+    snapshots = Path(root).parent
+    if snapshots.name != "snapshots" or not inside.is_relative_to(root) or not inside.is_symlink():
+        return True
+    blob = Path(os.path.normpath(inside.parent / os.readlink(inside)))
+    return blob.parent != snapshots.parent / "blobs"
+
+
+#: The limit of the safetensors library itself.
+MAX_HEADER_BYTES = 100_000_000
+_LIMIT = 1 << 62
+
+
+def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
+    """Every tensor of the file by name.
+
+    Args:
+        path: the file on this machine.
+        file: how messages and the tensors name it.
+
+    Raises:
+        CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
+        SourceError: the file cannot be read.
+    """
+    with reading(file), path.open("rb") as stream:
+        size_bytes = path.stat().st_size
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else b""
+    if not text:
+        raise CorruptFile(
+            "no safetensors header",
+            file=file,
+            expected=f"a header of at most {max(0, min(MAX_HEADER_BYTES, size_bytes - 8))} bytes",
+            found=f"{length} bytes",
+            remedy="copy the file again; this one is cut short or no safetensors file",
+        )
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        tensors = {
+            name: _stored(name, entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFile("damaged safetensors header", file=file, found=f"{type(error).__name__}: {error}") from error
+    position = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
+        if tensor.offset_bytes != position or position + tensor.size_bytes > size_bytes:
+            raise CorruptFile(
+                "a tensor does not follow the one before it, or lies outside the file",
+                tensor=tensor.name,
+                file=file,
+                expected=f"bytes from {position} on, up to {size_bytes} at most",
+                found=f"{tensor.offset_bytes}..{tensor.offset_bytes + tensor.size_bytes}",
+                remedy="copy the file again; this one is cut short or damaged",
+            )
+        position += tensor.size_bytes
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
+
+
+def _stored(name: str, entry: dict[str, Any], file: str, data_bytes: int) -> StoredTensor:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets]
+    whole = all(type(number) is int and 0 <= number < _LIMIT for number in numbers) and len(offsets) == 2
+    if not whole or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{name} has no known dtype, shape and data_offsets")
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    if offsets[1] - offsets[0] != step * DTYPE_BYTES[dtype]:
+        raise ValueError(f"{name} of shape {shape} does not fill its data_offsets {offsets}")
+    return StoredTensor(name, file, dtype, tuple(shape), tuple(reversed(strides)), data_bytes + offsets[0])
+
 
 CONFIG_FILE = "config.json"
 
@@ -154,7 +309,7 @@ def read_weights_header(path: Path, file: str) -> dict[str, StoredTensor]:
         file: its name relative to the directory.
 
     Raises:
-        CorruptFile, UnsafePickle, UnsupportedModel: see `safetensors_header` and `pickled_weights`.
+        CorruptFile, UnsafePickle, UnsupportedModel: see `read_safetensors_header` and `read_pickled_weights`.
     """
     if file.endswith(SAFETENSORS):
         return read_safetensors_header(path, file)

@@ -1,8 +1,8 @@
 """Reads a checkpoint's pickle without importing or calling anything that it names.
 
-Every global becomes an inert record that remembers its name and arguments. What is not on the lists of
-`pickle_globals` is refused: a checkpoint that tries to run code is reported, not half read. The pure Python unpickler
-is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
+Every global becomes an inert record that remembers its name and arguments. What is not on the lists below
+(docs/formats.md, "Pickled classes") is refused: a checkpoint that tries to run code is reported, not half read. The
+pure Python unpickler is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,128 @@ import pickle
 import signal
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dist_convert.errors import CorruptFile, UnsafePickle
-from dist_convert.read.pickle_globals import DTYPES, INERT_GLOBALS, INERT_PACKAGES, STORAGES
-from dist_convert.read.pickle_records import Dtype, Global, Inert, Storage, Tensor
+
+#: torch's storage classes and scalar types, by safetensors name.
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+    "UInt16Storage": "U16", "UInt32Storage": "U32", "UInt64Storage": "U64", "UntypedStorage": "U8",
+}  # fmt: skip
+DTYPES = {
+    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
+    "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64",
+}  # fmt: skip
+
+#: Everything below these packages may be named; it is neither imported nor called.
+INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
+_BUILTINS = {
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "long", "object",
+    "range", "set", "slice", "str", "tuple", "unicode", "xrange",
+}  # fmt: skip
+INERT_GLOBALS = {
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "argparse": {"Namespace"},
+    "__builtin__": _BUILTINS,
+    "builtins": _BUILTINS,
+    "collections": {"Counter", "defaultdict", "deque"},
+    "copyreg": {"_reconstructor"},
+    "copy_reg": {"_reconstructor"},
+    "datetime": {"datetime", "timedelta", "timezone"},
+    "fp16.loss_scaler": {"DynamicLossScaler", "LossScaler"},
+    "io": {"BytesIO"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy.dtypes": {"Float32DType", "Float64DType", "Int64DType", "UInt32DType", "UInt64DType"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "signal": {"Signals"},
+    "torch": {"Generator", "Size", "Tensor", "device"},
+    "torch._C": {"Generator"},
+    "torch._utils": {"_rebuild_device_tensor_from_numpy", "_rebuild_wrapper_subclass"},
+    "torch.nn.parameter": {"Parameter"},
+    "torch.optim.adam": {"Adam"},
+    "torch.optim.adamw": {"AdamW"},
+    "torch.serialization": {"_get_layout"},
+    "types": {"SimpleNamespace"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A `torch.dtype` in the pickle, by safetensors name and by torch's."""
+
+    name: str
+    torch_name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage that the pickle refers to: record `data/{key}` of the container."""
+
+    key: str
+    dtype: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor over a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Inert:
+    """Stands for an object of a class that is not imported; keeps what it was made from."""
+
+    __slots__ = ("arguments", "class_name", "state")
+
+    def __init__(self, class_name: str, arguments: tuple[Any, ...]) -> None:
+        self.class_name = class_name
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __call__(self, *arguments: Any) -> Inert:
+        """Stay inert where a pickle calls what it got from a call."""
+        return Inert(self.class_name, arguments)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Accept the items that some classes are filled with."""
+
+    def append(self, value: Any) -> None:
+        """Accept the list items that some classes are filled with."""
+
+    def extend(self, values: Any) -> None:
+        """Accept the list items that some classes are filled with."""
+
+    def __repr__(self) -> str:
+        return f"<{self.class_name}>"
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that the pickle names; calling it makes a record of the call."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Inert:
+        return Inert(self.name, arguments)
+
 
 #: Items in a dict key. Keys of checkpoints are names and numbers, and the nodes of nested tuples at most.
 _MAX_KEY_ITEMS = 64
@@ -202,3 +318,74 @@ def load(data: bytes, label: str) -> Any:
             found=f"{type(error).__name__}: {error}",
             remedy="copy the file again from the machine that saved it",
         ) from error
+
+
+#: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
+_ENUM_MEMBERS: dict[tuple[str, object], str] = {
+    ("ModelType", 1): "encoder_or_decoder",
+    ("AttnBackend", 1): "flash", ("AttnBackend", 2): "fused", ("AttnBackend", 3): "unfused",
+    ("AttnBackend", 4): "local", ("AttnBackend", 5): "auto",
+}  # fmt: skip
+
+#: Training arguments are some hundred values, a few levels deep. A pickle can share one list a million times.
+_MAX_DEPTH = 16
+_MAX_VALUES = 200_000
+_MAX_INTEGER_BITS = 1024
+_CUT = "..."
+
+
+def plain_dict(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Every value of a mapping as JSON, cut where it is deeper or larger than any training arguments."""
+    converter = _Converter()
+    return {converter.text(key): converter.plain(value, 0) for key, value in values.items()}
+
+
+class _Converter:
+    def __init__(self) -> None:
+        self._left = _MAX_VALUES
+
+    def plain(self, value: Any, depth: int) -> Any:
+        self._left -= 1
+        if depth > _MAX_DEPTH or self._left < 0:
+            return _CUT
+        if isinstance(value, bool | float | str) or value is None:
+            return value
+        if isinstance(value, int):
+            return value if value.bit_length() <= _MAX_INTEGER_BITS else _CUT
+        if isinstance(value, Dtype):
+            return value.torch_name
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self.plain(item, depth + 1) for item in self._affordable(value)]
+        if isinstance(value, Mapping):
+            items = self._affordable(value.items())
+            return {self.text(key): self.plain(item, depth + 1) for key, item in items}
+        if isinstance(value, Inert):
+            return self._inert(value, depth)
+        return f"<{type(value).__name__}>"
+
+    def _affordable(self, values: Any) -> list[Any]:
+        return [item for item, _ in zip(values, range(max(0, self._left)), strict=False)]
+
+    def text(self, value: Any) -> str:
+        """A short text for a key, an enum's value or a part of a path."""
+        if isinstance(value, str):
+            return value
+        small = isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() <= _MAX_INTEGER_BITS)
+        return str(value) if small or value is None else f"<{type(value).__name__}>"
+
+    def _inert(self, value: Inert, depth: int) -> Any:
+        short_name = value.class_name.rpartition(".")[2]
+        if short_name in ("Namespace", "SimpleNamespace") and isinstance(value.state, Mapping):
+            return self.plain(value.state, depth)
+        if "Path" in short_name:
+            return "/".join(self.text(part) for part in value.arguments).replace("//", "/")
+        if short_name in ("set", "frozenset", "list", "tuple") and value.arguments:
+            return self.plain(value.arguments[0], depth)
+        if value.class_name.endswith(".getattr") and len(value.arguments) == 2:
+            owner, member = value.arguments
+            named = owner.name.rpartition(".")[2] if isinstance(owner, Global) else self.text(owner)
+            return f"{named}.{self.text(member)}"
+        if len(value.arguments) == 1 and isinstance(value.arguments[0], int | str):
+            argument = value.arguments[0]
+            return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), self.text(argument))}"
+        return f"<{value.class_name}>"

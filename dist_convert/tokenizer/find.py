@@ -15,11 +15,17 @@ from typing import Any
 
 from dist_convert.errors import MissingPackage, SourceError, UsageError
 from dist_convert.read.hub import cached_snapshot
-from dist_convert.tokenizer.huggingface import CONFIG, FILES, is_huggingface, read_huggingface
-from dist_convert.tokenizer.llama2 import is_sentencepiece, read_sentencepiece
-from dist_convert.tokenizer.llama3 import is_tiktoken, read_tiktoken
+from dist_convert.tokenizer.build import is_sentencepiece, is_tiktoken, read_sentencepiece, read_tiktoken
+from dist_convert.tokenizer.huggingface import (
+    CONFIG,
+    FILES,
+    MODEL_FILE,
+    is_huggingface,
+    is_slow,
+    read_huggingface,
+    read_slow,
+)
 from dist_convert.tokenizer.record import Tokenizer
-from dist_convert.tokenizer.slow_directory import MODEL_FILE, is_slow, read_slow
 
 #: Arguments that may name the tokenizer; the last two are GPT2BPETokenizer's.
 _ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_file")

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dist_convert.boxes import Box
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.move.buffers import Buffer, make_buffer
-from dist_convert.plan.node_local import local_name
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, View
+from dist_convert.records import DTYPE_BYTES, Box, View, local_name
 from dist_convert.units import human_bytes
 from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block
 from dist_convert.verify.catalog import Checkpoint, Region, Whole

@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-from dist_convert.models.architecture import Architecture
+from dist_convert.models.schema import Architecture
 from dist_convert.records import DTYPE_BYTES
 from dist_convert.units import human_bytes
 from dist_convert.verify.blocks import Amount

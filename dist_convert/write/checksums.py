@@ -1,8 +1,8 @@
 """CRC-32 checksums of a `.pt` file's storages, for a file that was filled in place.
 
-torch stores a zip record's checksum after its data and in the central directory, and leaves both 0 where it skipped the
-data. Nothing in torch checks them; `unzip -t` does. Format: PKWARE's APPNOTE.TXT, 4.3.7 (local header), 4.3.9 (data
-descriptor) and 4.3.12 (central directory).
+torch stores a zip record's checksum after its data and in the central directory, and leaves both 0 where it skipped
+the data. Nothing in torch checks them; `unzip -t` does, and with them tests the file as a whole. Format: PKWARE's
+APPNOTE.TXT, 4.3.7 (local header), 4.3.9 (data descriptor) and 4.3.12 (central directory).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import BinaryIO
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile, PlanError
-from dist_convert.read.zip_container import data_offsets_bytes, open_container
-from dist_convert.write.file_writer import target_error
+from dist_convert.read.torch_file import data_offsets_bytes, open_container
+from dist_convert.write.files import target_error
 
 #: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
 KnownRange = tuple[int, int, int]
@@ -95,7 +95,7 @@ def record_ranges(path: Path, label: str) -> dict[str, tuple[int, int]]:
         label: how messages name it.
 
     Raises:
-        CorruptFile: see `zip_container`.
+        CorruptFile: see `read.torch_file`.
     """
     container = open_container(path, label)
     names = [name for name in container.records if name.startswith("data/")]
@@ -163,3 +163,19 @@ def _local_place(descriptor: int, header_offset_bytes: int, end_bytes: int, labe
     if found != _DESCRIPTOR_SIGNATURE:
         raise CorruptFile("no data descriptor behind a record", file=label, expected=_DESCRIPTOR_SIGNATURE, found=found)
     return end_bytes + len(_DESCRIPTOR_SIGNATURE)
+
+
+def seal(directory: Path, file: str, known: Sequence[KnownRange]) -> None:
+    """Patch the checksums of a complete file.
+
+    Args:
+        directory: that holds it.
+        file: its name in the directory.
+        known: checksums of ranges of the file, in ascending order. What they do not cover is read.
+
+    Raises:
+        CorruptFile, TargetError: see `checksums`.
+    """
+    path = directory / file
+    ranges = record_ranges(path, file)
+    patch_checksums(path, {name: checksum_of(path, at, at + size, known) for name, (at, size) in ranges.items()})

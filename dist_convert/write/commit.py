@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.files import sync, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, is_converted
 from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
-from dist_convert.write.sync import sync
 
 
 def check_target(

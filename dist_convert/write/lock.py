@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import TargetBusy
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.files import target_error
 from dist_convert.write.journal import this_boot
 
 BEAT_SECONDS = 5.0

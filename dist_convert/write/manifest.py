@@ -10,13 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_convert.read.json_file import read_json
+from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
-from dist_convert.write.file_writer import Written, target_error
-from dist_convert.write.identity import differences_of_complete
+from dist_convert.write.files import Written, replace_text, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY
-from dist_convert.write.partial import RESUMABLE
-from dist_convert.write.tracker import replace_text
+from dist_convert.write.partial import RESUMABLE, differences_of_complete
 
 MANIFEST_FILE = "conversion.json"
 

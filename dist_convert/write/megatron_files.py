@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 
 from dist_convert.errors import PlanError
-from dist_convert.metadata.target_args import TorchDtype
+from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TensorSpec
-from dist_convert.write.skeleton import make_file
+from dist_convert.write.files import make_file
 
 CHECKPOINT_VERSION = 3.0
 _PICKLE_PROTOCOL = 2  # torch.save's

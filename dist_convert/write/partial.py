@@ -1,7 +1,8 @@
 """`NAME.partial`, where a target is made, and the journal directory in it that says whose it is.
 
-Only a directory with such a journal is ever taken up or emptied. A new one appears under its name complete, journal and
-lock inside, so that of two conversions that start together one finds the other.
+Only a directory with such a journal is ever taken up or emptied, and never read as a checkpoint. A new one appears
+under its name complete, journal and lock inside, so that of two conversions that start together one finds the other.
+What it is made from stands in its identity, by which a later run knows whether it may go on with it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,104 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ResumeRefused, TargetExists
-from dist_convert.write.file_writer import target_error
-from dist_convert.write.identity import differences
+from dist_convert.errors import ResumeRefused, SourceError, TargetExists
+from dist_convert.read.megatron import TRACKER_FILE
+from dist_convert.units import human_bytes
+from dist_convert.write.files import sync, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
-from dist_convert.write.sync import sync
+
+FORMAT = 1
+#: Flags that may change from one run to the next without a word, because no byte depends on them.
+FREE_FLAGS = frozenset(
+    {
+        "device", "placement", "max_memory_per_rank_bytes", "dry_run", "overwrite", "verbose", "allow_overflow",
+        "push_to_hub", "private", "timeout_seconds", "verify", "trace", "save_per_node",
+    }
+)  # fmt: skip
+_SHOWN = 5
+
+
+def identity(
+    plan: str, source: Mapping[str, Any], settings: Mapping[str, Any], flags: Mapping[str, Any], version: str
+) -> dict[str, Any]:
+    """A record in JSON values.
+
+    Args:
+        plan: digest of the content.
+        source: file -> [size in bytes, time of the last change in ns, digest of the header].
+        settings: what else the bytes of weights files depend on.
+        flags: as the user gave them; only to say what changed.
+        version: of this package; only to say what changed.
+    """
+    return {
+        "format": FORMAT,
+        "plan": plan,
+        "source": {file: list(fields) for file, fields in sorted(source.items())},
+        "settings": dict(settings),
+        "flags": {name: value for name, value in flags.items() if name not in FREE_FLAGS},
+        "version": version,
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from going on where an earlier one stopped, for people; empty where nothing does."""
+    if old.get("format") != new["format"]:
+        return [f"format {old.get('format')} of the journal, {new['format']} now"]
+    found = [*_source_differences(old["source"], new["source"])]
+    if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
+        found = [
+            *_value_differences("--", old["flags"], new["flags"]),
+            *_value_differences("argument ", old["settings"], new["settings"]),
+        ] or [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
+    return _first(found)
+
+
+def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps a complete target from being what a run would make, for people; both are facts of a manifest."""
+    old_files, new_files = (
+        {file: tuple(known.values()) for file, known in facts["source"]["files"].items()} for facts in (old, new)
+    )
+    found = [*_source_differences(old_files, new_files), *_value_differences("--", old["flags"], new["flags"])]
+    if not found and (old["plan"], old["settings"]) != (new["plan"], new["settings"]):
+        found = ["its files are planned otherwise, or its arguments are others"]
+    return _first(found) or ["files that it had are gone or have other sizes"]
+
+
+def _first(found: list[str]) -> list[str]:
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return [*found[:_SHOWN], *more]
+
+
+def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for file in sorted(old.keys() | new.keys()):
+        if file not in new or file not in old:
+            yield f"{file} is {'new' if file in new else 'gone'}"
+            continue
+        (old_bytes, old_ns, old_header), (new_bytes, new_ns, new_header) = old[file], new[file]
+        if old_bytes != new_bytes:
+            yield f"{file} had {human_bytes(old_bytes)} ({old_bytes} bytes), now {new_bytes}"
+        elif old_ns != new_ns:
+            yield f"{file} was last changed {_time(old_ns)}, now {_time(new_ns)}"
+        elif old_header != new_header:
+            yield f"{file} has another header"
+
+
+def _value_differences(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            label = kind + (name.removesuffix("_bytes").replace("_", "-") if kind == "--" else name)
+            yield f"{label} was {old.get(name)}, now {new.get(name)}"
+
+
+def _time(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9).astimezone().isoformat(sep=" ", timespec="milliseconds")
+
 
 #: In the partial directory while starting again may be all it takes: what a job script looks for before it does.
 RESUMABLE = "resumable"
@@ -240,3 +329,34 @@ def used_bytes(partial: Path) -> int:
     if not is_ours(partial):
         return 0
     return sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+
+
+def refuse_unfinished(path: Path, name: str | None = None) -> None:
+    """Refuse to read what a conversion is making, or has left unfinished, under its own name or another.
+
+    Args:
+        path: a Hugging Face directory, or a Megatron checkpoint's root or iteration.
+        name: of the iteration in it.
+
+    Raises:
+        SourceError: naming the conversion's source, and how to go on with it.
+    """
+    for place in _places(path, name):
+        if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
+            flags = flags_of(place)
+            raise SourceError(
+                "an unfinished conversion, which is no checkpoint yet",
+                file=str(place),
+                found=f"what a conversion of {flags.get('load_path') or flags.get('load_dir')} has made so far",
+                remedy="wait for that conversion if it is at work, else start its command again: it goes on where it "
+                "stopped",
+            )
+
+
+def _places(path: Path, name: str | None) -> Iterator[Path]:
+    for place in (path, *([path / name] if name else [])):
+        yield place if os.path.lexists(place) else partial_of(place)
+    if name is None and path.is_dir() and not (path / TRACKER_FILE).exists():
+        iterations = sorted([*path.glob("iter_*"), *path.glob("release*")])
+        if all(place.name.endswith(PARTIAL_SUFFIX) for place in iterations):
+            yield from iterations

@@ -1,4 +1,8 @@
-"""Finds out which ranks see the target as one directory: a shared file system, or each node's own disk."""
+"""Where the target lies: one directory that all ranks see, or one on each node's own disk; and on what file system.
+
+Rank 0 makes what is no weight and spreads it to the other places, because only there everything may be found that it
+is made from: a tokenizer, for instance.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
-from dist_convert.move.exchange import World, gather_objects
+from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.write.commit import existing_parent
-from dist_convert.write.file_writer import target_error
+from dist_convert.write.files import target_error
+from dist_convert.write.journal import JOURNAL_DIRECTORY
+from dist_convert.write.partial import RESUMABLE
 
 _PROBE = ".dist_convert-"
 #: What is so much older than a run's own probe was left by a rank that was killed. By the file system's own clock.
@@ -91,3 +98,77 @@ def _remove_left_behind(parent: Path, probe: str) -> None:
             found = path.lstat()
             if stat.S_ISREG(found.st_mode) and not found.st_size and now - found.st_mtime > _LEFT_BEHIND_SECONDS:
                 path.unlink()
+
+
+#: Clients of these keep pages of a file for themselves: where two of them write parts of one page at the same time, one
+#: may send the other's part as it was before (docs/clusters.md, "Targets on NFS"). Names as in the kernel's mountinfo.
+ONE_WRITER = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "afs"})
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def file_system_type(path: Path) -> str:
+    """The type of the file system that holds a path, or the nearest thing above it; "" where nobody says."""
+    holder = path if os.path.lexists(path) else existing_parent(path)
+    try:
+        device = os.stat(holder).st_dev
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+    return types_by_device(mounts).get(f"{os.major(device)}:{os.minor(device)}", "")
+
+
+def types_by_device(mountinfo: str) -> dict[str, str]:
+    """The types of mounted file systems by their device, `major:minor`, which all mounts of one file system share.
+
+    Args:
+        mountinfo: number, parent, device, root, mount point and options of each mount, any number of optional fields, a
+            hyphen, type, source and more options; blanks inside of a field are octal
+            (https://www.kernel.org/doc/html/latest/filesystems/proc.html, "/proc/<pid>/mountinfo").
+    """
+    lines = [line.partition(" - ") for line in mountinfo.splitlines()]
+    return {mount.split()[2]: kind.split()[0] for mount, _, kind in lines if kind}
+
+
+_PIECE_BYTES = 4 << 20
+
+
+def spread_files(world: World, directory: Path, weights: frozenset[str], *, receives: bool) -> None:
+    """Copy all files of rank 0's directory, but for weights and journals, to the directories of some other ranks.
+
+    Args:
+        world: this rank; every rank takes part.
+        directory: in which the target is made, as this rank sees it.
+        weights: names of the weights files.
+        receives: whether this rank writes the copies.
+
+    Raises:
+        TargetError, NotEnoughSpace: the file system refuses.
+    """
+    mine = _sizes_bytes(directory, weights) if world.rank == 0 else []
+    files: list[tuple[str, int]] = [(name, size) for name, size in gather_objects(world, mine)[0]]
+    for name, size_bytes in files:
+        try:
+            _spread(world, directory / name, size_bytes, receives=receives)
+        except OSError as error:
+            raise target_error(error, str(directory / name)) from error
+
+
+def _sizes_bytes(directory: Path, weights: frozenset[str]) -> Sequence[tuple[str, int]]:
+    own = (JOURNAL_DIRECTORY + "/", RESUMABLE)
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return [
+        (name, path.stat().st_size) for name, path in files.items() if name not in weights and not name.startswith(own)
+    ]
+
+
+def _spread(world: World, path: Path, size_bytes: int, *, receives: bool) -> None:
+    if receives:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    is_used = receives or world.rank == 0
+    with path.open("wb" if receives else "rb") if is_used else contextlib.nullcontext() as file:
+        for first in range(0, size_bytes, _PIECE_BYTES):
+            count = min(_PIECE_BYTES, size_bytes - first)
+            piece = broadcast(world, file.read(count) if file is not None and not receives else b"", count)
+            if file is not None and receives:
+                file.write(piece)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec
-from dist_convert.write.skeleton import make_file
+from dist_convert.write.files import make_file
 
 INDEX_FILE = "model.safetensors.index.json"
 

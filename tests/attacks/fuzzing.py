@@ -27,14 +27,13 @@ from hypothesis import HealthCheck, given, seed, settings
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError
-from dist_convert.layout import grid_from_args
-from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
-from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
-from dist_convert.read.json_file import read_json
-from dist_convert.read.megatron_shard import read_shard, shard_to_json
-from dist_convert.read.pickled_weights import read_pickled_weights
-from dist_convert.read.safetensors_header import read_safetensors_header
-from dist_convert.read.weights_index import read_index_file
+from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.megatron.grid import grid_from_args
+from dist_convert.read.huggingface import read_index_file, read_safetensors_header
+from dist_convert.read.megatron import read_shard, shard_to_json
+from dist_convert.read.source import read_json
+from dist_convert.read.torch_file import read_pickled_weights
 from tests.attacks.damage import (
     Damaged,
     either,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import ConversionError
-from dist_convert.layout import grid_from_args
-from dist_convert.metadata.hf_architecture import architecture_from_config, config_vocab
-from dist_convert.metadata.megatron_args import architecture_from_args, true_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.megatron.grid import grid_from_args
 from tests.checkpoints import Model, training_args
 from tests.to_megatron import config_of
 

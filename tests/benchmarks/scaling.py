@@ -26,10 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.plan.assign import assigned_blocks, bands_of_share
-from dist_convert.plan.content import Content
-from dist_convert.plan.crossings import messages
+from dist_convert.plan.content import Content, plan_to_huggingface
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.plan.steps import messages
 from tests.plan.headers import FULL_SIZE, shards, way_back
 
 MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")

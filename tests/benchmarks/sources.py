@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dist_convert.layout import Grid
-from dist_convert.models.architecture import Architecture
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.models.schema import Architecture
 from tests import checkpoints
 from tests.checkpoints import State, hf_shapes, training_args
 from tests.full_size import model_of

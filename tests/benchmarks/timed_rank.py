@@ -25,10 +25,10 @@ from dist_convert.__main__ import importing, main
 
 with importing():  # as the command does
     import dist_convert.run
-    from dist_convert.move.exchange import World, barrier
     from dist_convert.move.pipeline import Moved
-    from dist_convert.plan.crossings import messages
     from dist_convert.plan.plan import Plan
+    from dist_convert.plan.steps import messages
+    from dist_convert.ranks.collectives import World, barrier
 
 from tests.benchmarks.machine import COPY
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.device import choose_device
 from dist_convert.errors import UsageError
+from dist_convert.ranks.device import choose_device
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.distributed.devices import ACCELERATORS, STAND_IN, environment_of

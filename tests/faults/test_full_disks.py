@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.write.skeleton import reserve_file
+from dist_convert.write.files import reserve_file
 from tests.distributed.interrupting import Run, Runs
 from tests.faults.conftest import (
     DIRECTIONS,

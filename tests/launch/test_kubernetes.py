@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_convert.flags import job_from_flags, parse
+from dist_convert.cli.flags import job_from_flags, parse
 from tests.distributed.launching import REPOSITORY
 
 training = pytest.importorskip("kubeflow.training.models", reason="kubeflow-training is not installed")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.channel import Channel
+from dist_convert.ranks.channel import Channel
 from dist_convert.records import View
-from dist_convert.write.file_writer import FileWriter, Written
+from dist_convert.write.files import FileWriter, Written
 from tests.checkpoints import Model, make
 from tests.converting import convert
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from dist_convert.metadata.megatron_args import architecture_from_args
-from dist_convert.plan.content import Content
-from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.megatron_shard import Shard
+from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.read.megatron import Shard
 from dist_convert.records import Copy, StoredTensor, View
 from tests import checkpoints
 from tests.plan.headers import row_major

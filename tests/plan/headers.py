@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
 
-from dist_convert.layout import Grid
-from dist_convert.models.architecture import Architecture
-from dist_convert.plan.content import Content
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.models.schema import Architecture
+from dist_convert.plan.content import Content, plan_to_huggingface, plan_to_megatron
 from dist_convert.plan.plan import Plan, divide
 from dist_convert.plan.steps import Step
-from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.plan.to_megatron import plan_to_megatron
-from dist_convert.read.megatron_shard import Shard
+from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES, StoredTensor, View
 
 ONE = Grid()

@@ -14,8 +14,8 @@ import time
 from itertools import pairwise
 from typing import Any
 
+from dist_convert.plan.content import plan_to_huggingface
 from dist_convert.plan.plan import divide, schedule_digest
-from dist_convert.plan.to_huggingface import plan_to_huggingface
 from tests.plan.headers import FULL_SIZE, Interval, cover_faults, shards, written_intervals
 
 

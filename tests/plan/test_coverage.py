@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from dist_convert.errors import ConversionError, Problems
-from dist_convert.layout import Grid
+from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
-from dist_convert.models.architecture import Architecture
 from dist_convert.models.llama import LLAMA, MLP
-from dist_convert.models.schema import Family, Row, ZeroTensor, norm, part
+from dist_convert.models.schema import Architecture, Family, Row, ZeroTensor, norm, part
 from dist_convert.plan.content import Content
 from dist_convert.plan.moves import copies
 from tests import checkpoints

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dist_convert.plan.assign import Part, Read, Write
-from dist_convert.plan.crossings import Message, messages, received_bytes
 from dist_convert.plan.limits import Limits
-from dist_convert.plan.steps import Step
-from dist_convert.records import View
+from dist_convert.plan.steps import Step, messages, received_bytes
+from dist_convert.records import Message, View
 
 
 def view(columns: int) -> View:

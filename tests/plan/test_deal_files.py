@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.layout import Grid
-from dist_convert.plan.content import Content
-from dist_convert.plan.deal_files import deal_files, file_numbers, with_own_targets
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.to_huggingface import plan_to_huggingface
 from tests.plan import headers
 from tests.plan.headers import FULL_SIZE, architecture, faults_of, files_of, steps_by_rank
 

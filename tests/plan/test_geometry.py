@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.boxes import Box
 from dist_convert.errors import PlanError
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
-from dist_convert.plan.blocks import BLOCK_BYTES, bands, blocks_of_band
-from dist_convert.plan.geometry import Segment, segments, shard_size
-from dist_convert.plan.moves import copies
+from dist_convert.plan.megatron import Segment, segments, shard_size
+from dist_convert.plan.moves import BLOCK_BYTES, bands, blocks_of_band, copies
+from dist_convert.records import Box
 from tests import checkpoints
 from tests.plan import arrays
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from dist_convert.layout import Grid
-from dist_convert.models.architecture import Architecture
-from dist_convert.plan.one_node import with_parts
-from dist_convert.plan.to_huggingface import plan_to_huggingface
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.models.schema import Architecture
+from dist_convert.plan.content import plan_to_huggingface
+from dist_convert.plan.file_owners import with_parts
 from tests.plan import headers
 
 SEQUENTIAL = headers.layer_shapes

@@ -12,17 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.layout import Grid
-from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share
-from dist_convert.plan.blocks import BLOCK_BYTES
-from dist_convert.plan.content import Content
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, blocks_of_member
+from dist_convert.plan.content import Content, plan_to_huggingface
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
-from dist_convert.plan.order import blocks_of_member
+from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan, schedule_digest
 from dist_convert.plan.steps import Step
 from dist_convert.plan.teams import Team
-from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.megatron_shard import Shard
+from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import architecture, content, everyone, files_of, plan, shards, steps_by_rank, written_intervals
 
@@ -138,7 +136,7 @@ def test_where_each_shard_is_one_member_s_no_other_goes_through_its_rows() -> No
 def test_what_a_member_moves_alone_is_spread_evenly_between_gathers(
     world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_convert.plan.blocks.BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr("dist_convert.plan.moves.BLOCK_BYTES", 64 << 10)
     made = content(replace(MODEL, layers=4, vocab=3200, padded_vocab=3200), Grid(tensor=4, expert_tensor=4))
     divided = plan(made, own(made, world), "gather")
     for team in divided.teams:

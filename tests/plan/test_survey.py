@@ -17,12 +17,11 @@ from dist_convert.errors import (
     UnsupportedModel,
     WrongShape,
 )
-from dist_convert.layout import Grid
-from dist_convert.models.architecture import Architecture
-from dist_convert.plan.content import Content
-from dist_convert.plan.survey import check_same_run
-from dist_convert.plan.to_huggingface import plan_to_huggingface
-from dist_convert.read.megatron_shard import Shard
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.models.schema import Architecture
+from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.megatron import check_same_run
+from dist_convert.read.megatron import Shard
 from dist_convert.records import StoredTensor
 from tests.plan.headers import architecture, row_major, shards
 

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import MissingShard, UsageError
-from dist_convert.layout import Grid
-from dist_convert.plan import crossings
+from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
 from dist_convert.plan.limits import Limits
-from dist_convert.plan.steps import bytes_of
+from dist_convert.plan.steps import bytes_of, messages, received_bytes
 from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan
 
@@ -192,14 +191,12 @@ def test_ranks_read_and_write_about_equally_much_where_some_weights_are_written_
 
 def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_all_gather() -> None:
     made = content(replace(LLAMA.side.architecture, layers=16), LLAMA.side.grid)
-    received_bytes = []
+    totals_bytes = []
     for world in (4, 8, 16):
         divided = plan(made, own_shards(made, range(world), world), "gather")
         _, member, steps = next(headers.steps_by_rank(divided))
         gathered = Limits(0, 0, members=len(divided.teams[0].ranks), on_accelerator=True)
-        received_bytes.append(
-            sum(crossings.received_bytes(step, crossings.messages(step), member, gathered) for step in steps)
-        )
+        totals_bytes.append(sum(received_bytes(step, messages(step), member, gathered) for step in steps))
     # What is cut along columns, of the eight layers of a stage: output and down projections.
     whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)
-    assert received_bytes == [whole_bytes, whole_bytes // 2, whole_bytes // 4]
+    assert totals_bytes == [whole_bytes, whole_bytes // 2, whole_bytes // 4]

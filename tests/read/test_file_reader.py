@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.errors import CorruptFile, PlanError, SourceChanged, SourceError, UnsupportedModel
 from dist_convert.move.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.read.same_file import stamp
-from dist_convert.read.source_file import changed_files
+from dist_convert.read.source import changed_files, stamp
 from dist_convert.records import View
 
 FILE = "mp_rank_00/model_optim_rng.pt"

@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, UnsafePickle
-from dist_convert.read.pickle_records import Dtype, Inert, Storage, Tensor
-from dist_convert.read.restricted_pickle import load
-from dist_convert.read.zip_container import open_container, read_small_record
+from dist_convert.read.restricted_pickle import Dtype, Inert, Storage, Tensor, load
+from dist_convert.read.torch_file import open_container, read_small_record
 
 #: torch.save writes protocol 2, where builtins are named `__builtin__`; pickle's own default is 4 or 5.
 PROTOCOLS = (2, 3, 4, 5)

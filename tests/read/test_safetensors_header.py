@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError, CorruptFile, SourceError
-from dist_convert.read import safetensors_header
-from dist_convert.read.safetensors_header import read_safetensors_header
+from dist_convert.read import huggingface
+from dist_convert.read.huggingface import read_safetensors_header
 
 FILE = "model-00001-of-00002.safetensors"
 
@@ -84,7 +84,7 @@ def test_a_header_of_impossible_length_is_refused_unread(length: int, tmp_path: 
 
 
 def test_a_header_above_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_header, "MAX_HEADER_BYTES", 20)
+    monkeypatch.setattr(huggingface, "MAX_HEADER_BYTES", 20)
     path = write(tmp_path / "f", json.dumps({"x": entry()}).encode(), 16)
     with pytest.raises(CorruptFile, match="no safetensors header"):
         read_safetensors_header(path, FILE)

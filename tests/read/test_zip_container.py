@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
-from dist_convert.read import zip_container
-from dist_convert.read.megatron_shard import read_shard
-from dist_convert.read.zip_container import data_offsets_bytes, open_container, read_small_record
+from dist_convert.read import torch_file
+from dist_convert.read.megatron import read_shard
+from dist_convert.read.torch_file import data_offsets_bytes, open_container, read_small_record
 
 LABEL = "mp_rank_00/model_optim_rng.pt"
 #: Where fields lie in a central directory header, and in a local one (APPNOTE.TXT, 4.3.12 and 4.3.7).
@@ -173,7 +173,7 @@ def test_a_zip_without_a_pickle_is_refused_with_what_is_expected(tmp_path: Path)
 
 
 def test_an_oversized_pickle_is_refused_before_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip_container, "MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
     with pytest.raises(CorruptFile) as caught:
         read_small_record(open_container(saved, LABEL), "data.pkl")
     assert caught.value.expected == "a record of at most 100 bytes"

@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoints import Grid, Model
 from tests.converting import convert
-from tests.metadata.test_capacity_bins import MOE, NAMES, save_with_bins
+from tests.formats.test_capacity_bins import MOE, NAMES, save_with_bins
 from tests.to_megatron import FILE, assert_same_shards, load, make_hf, read_shards, to_megatron
 
 LOAD = ("--load-capacity-bins", "--iteration", "4", "--saver-transformer-impl", "local")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dist_convert.__main__ import main
-from dist_convert.channel import Channel
+from dist_convert.cli.flags import parse
+from dist_convert.cli.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.errors import UsageError
-from dist_convert.flags import parse
-from dist_convert.flags_to_megatron import to_megatron_job_from_flags
 from dist_convert.hf_to_megatron import hf_to_megatron
 from dist_convert.job import ToMegatronJob
-from dist_convert.move.exchange import World
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import World
 from tests.checkpoints import Grid, Model, hf_tensors
 from tests.full_size import make_sparse_huggingface
 from tests.to_megatron import FILE, assert_same_shards, expected_shards, load, make_hf, read_shards

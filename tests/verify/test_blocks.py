@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.boxes import Box, cover_fault
 from dist_convert.errors import UsageError
-from dist_convert.models.architecture import Architecture
-from dist_convert.records import View
-from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block, blocks, is_sampled
+from dist_convert.models.schema import Architecture
+from dist_convert.records import Box, View, cover_fault
+from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
 from dist_convert.verify.catalog import Checkpoint, Region, Whole
-from dist_convert.verify.deal import deal
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, flip, verify

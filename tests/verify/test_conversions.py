@@ -9,10 +9,10 @@ import pytest
 
 from dist_convert.__main__ import main
 from dist_convert.models.schema import Row
-from dist_convert.plan import geometry, moves
-from dist_convert.plan.geometry import Segment
+from dist_convert.plan import megatron, moves
+from dist_convert.plan.megatron import Segment
 from dist_convert.records import View
-from dist_convert.write.file_writer import FileWriter, Written
+from dist_convert.write.files import FileWriter, Written
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.to_megatron import make_hf, to_megatron
@@ -62,7 +62,7 @@ def test_a_job_file_has_the_flag_as_true_or_as_a_word(tmp_path: Path, capsys: py
 
 def gate_and_up_exchanged(row: Row, sizes: dict[str, int], shards: int) -> Iterator[Segment]:
     """A mistake of planning: the parts of two-part rows change places."""
-    for segment in geometry.segments(row, sizes, shards):
+    for segment in megatron.segments(row, sizes, shards):
         part = 1 - segment.part if len(row.parts) == 2 else segment.part
         yield Segment(part, segment.hf, segment.shard, segment.megatron)
 

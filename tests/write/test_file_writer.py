@@ -10,7 +10,7 @@ import pytest
 
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import View
-from dist_convert.write.file_writer import FileWriter
+from dist_convert.write.files import FileWriter
 
 
 @pytest.fixture

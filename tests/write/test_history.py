@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from dist_convert.records import Window
-from dist_convert.write.history import History, history_of, joined, journals, last_run, read_journal
-from dist_convert.write.journal import Journal
+from dist_convert.write.journal import History, Journal, history_of, joined, journals, last_run, read_journal
 
 FILE, NAME = "model.safetensors", "run-00001-rank-00000"
 HERE = ("node7", "e1b0")

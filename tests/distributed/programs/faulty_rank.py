@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import dist_convert.channel
+import dist_convert.ranks.channel
 from dist_convert.__main__ import main
 
 
@@ -42,7 +42,7 @@ def fill(file: Path) -> None:
             output.write(bytes(4096))
 
 
-class FaultyChannel(dist_convert.channel.Channel):
+class FaultyChannel(dist_convert.ranks.channel.Channel):
     """A channel in which the first report of progress brings the fault."""
 
     rank, fault = "", ""
@@ -57,5 +57,5 @@ class FaultyChannel(dist_convert.channel.Channel):
 
 if __name__ == "__main__":
     FaultyChannel.rank, FaultyChannel.fault = sys.argv[1:3]
-    dist_convert.channel.Channel = FaultyChannel  # type: ignore[misc]
+    dist_convert.ranks.channel.Channel = FaultyChannel  # type: ignore[misc]
     sys.exit(main(sys.argv[3:]))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dist_convert.move import exchange
-from dist_convert.move.exchange import World, gather_objects, join_world, leave_world, make_gatherer
-from dist_convert.plan.crossings import Message
+from dist_convert.ranks import collectives
+from dist_convert.ranks.collectives import World, gather_objects, join_world, leave_world, make_gatherer
+from dist_convert.records import Message
 
 #: Bytes that each member sends: words of every kind, a single word, and more than one network packet.
 SIZES_BYTES = (256, 4, 1 << 18)
@@ -34,7 +34,7 @@ def gather(world: World, team: Sequence[int]) -> bytes:
         received = torch.zeros(size_bytes * len(team), dtype=torch.uint8)
         members = range(len(team))
         everything = [Message(one, other, 0, size_bytes) for one in members for other in members if one != other]
-        wait = exchange.begin_gather(gatherer, pattern(world.rank, size_bytes), received, everything)
+        wait = collectives.begin_gather(gatherer, pattern(world.rank, size_bytes), received, everything)
         assert wait is not None
         wait()
         own = team.index(world.rank) * size_bytes

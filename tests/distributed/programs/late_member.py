@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dist_convert.plan.blocks
+import dist_convert.plan.moves
 
-dist_convert.plan.blocks.BLOCK_BYTES = 4096
+dist_convert.plan.moves.BLOCK_BYTES = 4096
 
 import dist_convert.plan.limits  # noqa: E402  all others take the sizes from these two
 
@@ -23,7 +23,7 @@ dist_convert.plan.limits.STEP_BYTES = 16384
 
 from dist_convert.__main__ import main  # noqa: E402
 from dist_convert.read.file_reader import FileReader  # noqa: E402
-from dist_convert.write.file_writer import FileWriter  # noqa: E402
+from dist_convert.write.files import FileWriter  # noqa: E402
 
 #: Cut along its columns, so it is gathered; the first of its kind.
 FIRST_GATHERED = "decoder.layers.0.self_attention.linear_proj.weight"

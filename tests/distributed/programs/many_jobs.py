@@ -28,10 +28,10 @@ from torch.distributed import Store, TCPStore
 
 import dist_convert.run
 from dist_convert.__main__ import main as dist_convert_main
-from dist_convert.channel import Channel
 from dist_convert.job import Job
-from dist_convert.move.exchange import World
-from dist_convert.outcome import Outcome
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import World
+from dist_convert.report import Outcome
 from tests.distributed.programs.forked_store import end_store, fork_store
 
 #: A job that takes longer hangs; its process is killed by SIGALRM.

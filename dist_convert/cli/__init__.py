@@ -1,0 +1,1 @@
+"""The command line: flags, job files, and the records that they become."""

@@ -1,0 +1,1 @@
+"""What is known of each format: names, grids, args and configs."""

@@ -1,0 +1,1 @@
+"""Hugging Face directories: names, configs, and what else lies beside the weights."""

@@ -1,0 +1,360 @@
+"""`config.json` of transformers 4 or 5, read into an `Architecture` and written from one.
+
+Absent keys have transformers' values; what Megatron cannot compute is refused. What is written is readable by
+transformers 4.49 and 5, and written by hand because what transformers 5 saves is misread by 4.49 without an error
+(docs/formats.md, "config.json").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import (
+    MOST,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Architecture,
+    RopeScaling,
+    check_experts,
+    is_number,
+    is_size,
+)
+from dist_convert.tokenizer.record import Style, Tokenizer
+
+#: Defaults of LlamaConfig and MixtralConfig, alike in transformers 4.49 and 5.23, where a key is absent.
+_SHARED = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA = {"intermediate_size": 11008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+_MIXTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+_MIXTRAL |= {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
+_DEFAULTS: dict[str, dict[str, Any]] = {"llama": _SHARED | _LLAMA, "mixtral": _SHARED | _MIXTRAL}
+
+#: The only scaling of rotary frequencies that Megatron-Core has, with constants of its own.
+_LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_MOST = {"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS}
+_REPAIR = "take config.json anew from where the model came from"
+_NONE = "Megatron cannot train this model; there is nothing to convert to"
+
+
+class _Config:
+    """A config.json with its family's defaults, and the problems met while it is read."""
+
+    def __init__(self, config: Mapping[str, Any], file: str) -> None:
+        self.given = config
+        self.file = file
+        self.problems: list[ConversionError] = []
+        self.family = _family(config, file)
+        self.defaults = _DEFAULTS[self.family]
+
+    def refuse(self, what: str, *, expected: object, found: object, remedy: str = _NONE) -> None:
+        self.problems.append(UnsupportedModel(what, file=self.file, expected=expected, found=found, remedy=remedy))
+
+    def size(self, name: str) -> int:
+        value = self.given.get(name, self.defaults.get(name))
+        most = _MOST.get(name, MOST)
+        if not isinstance(value, int) or not value or not is_size(value, most):
+            expected = f"a positive whole number up to {most}"
+            self.refuse(f"{name} is no size", expected=expected, found=_shown(value), remedy=_REPAIR)
+            return 1
+        return value
+
+    def number(self, name: str, value: object = None, *, above: float = 0) -> float:
+        value = self.given.get(name, self.defaults[name]) if value is None else value
+        if not isinstance(value, int | float) or not is_number(value) or value <= above:
+            self.refuse(f"{name} is no number", expected=f"a number above {above}", found=_shown(value), remedy=_REPAIR)
+            return 1.0
+        return float(value)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
+
+
+def config_vocab(config: Mapping[str, Any], *, file: str) -> int:
+    """Rows of the embedding, without Megatron's padding.
+
+    Raises:
+        UnsupportedModel: not a supported family, or not a size.
+    """
+    read = _Config(config, file)
+    vocab = read.size("vocab_size")
+    raise_together(read.problems)
+    return vocab
+
+
+def architecture_from_config(
+    config: Mapping[str, Any], *, padded_vocab: int, file: str, zero_output_bias: bool = False
+) -> Architecture:
+    """The model that a config.json describes.
+
+    Args:
+        config: the file's content.
+        padded_vocab: rows of the embedding in Megatron, see `target_args.padded_vocab`.
+        file: where the config came from, for messages.
+        zero_output_bias: the output projections' biases are known to be zeros, and need no place in Megatron.
+
+    Raises:
+        UnsupportedModel: what Megatron cannot express. All reasons are reported together.
+    """
+    read = _Config(config, file)
+    experts = read.size("num_local_experts") if read.family == "mixtral" else 0
+    hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    query_groups, head_dim = _query_groups(read, heads), _head_dim(read, hidden, heads)
+    qkv_bias, linear_bias = (False, False) if experts else _biases(read, zero_output_bias)
+    theta, scaling = _rope(read)
+    _refuse_others(read)
+    architecture = Architecture(
+        family=read.family,
+        layers=read.size("num_hidden_layers"),
+        hidden=hidden,
+        ffn=read.size("intermediate_size"),
+        heads=heads,
+        query_groups=query_groups,
+        head_dim=head_dim,
+        vocab=read.size("vocab_size"),
+        padded_vocab=padded_vocab,
+        max_positions=read.size("max_position_embeddings"),
+        norm_epsilon=read.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=bool(config.get("tie_word_embeddings")),
+        qkv_bias=qkv_bias,
+        linear_bias=linear_bias,
+        experts=experts,
+        experts_per_token=read.size("num_experts_per_tok") if experts else 0,
+        router_aux_loss=read.number("router_aux_loss_coef", above=-1) if experts else 0.0,
+        sliding_window=read.size("sliding_window") if experts and config.get("sliding_window") is not None else None,
+    )
+    raise_together(read.problems)
+    check_experts(architecture.layers, architecture.experts, file)
+    return architecture
+
+
+def _family(config: Mapping[str, Any], file: str) -> str:
+    named = config.get("model_type")
+    classes = config.get("architectures") or []
+    classes = classes if isinstance(classes, list) else [classes]
+    for family in FAMILIES.values():
+        if named in (family.name, None) and (family.hf_class in classes or (not classes and named)):
+            return family.name
+    raise UnsupportedModel(
+        "not a model that can be converted",
+        file=file,
+        expected=" or ".join(f"{family.name} ({family.hf_class})" for family in FAMILIES.values()),
+        found=f"model_type={named!r}, architectures={classes!r}",
+    )
+
+
+def _query_groups(read: _Config, heads: int) -> int:
+    absent = read.given.get("num_key_value_heads", read.defaults.get("num_key_value_heads")) is None
+    groups = heads if absent else read.size("num_key_value_heads")
+    if not read.problems and heads % groups:
+        read.refuse(
+            "query heads cannot be shared out among the key and value heads",
+            expected="num_attention_heads divisible by num_key_value_heads",
+            found=f"{heads} and {groups}",
+            remedy=_REPAIR,
+        )
+    return groups
+
+
+def _head_dim(read: _Config, hidden: int, heads: int) -> int:
+    if read.given.get("head_dim") is not None:
+        return read.size("head_dim")
+    if not read.problems and hidden % heads:
+        read.refuse(
+            "the width of a head does not follow from the config",
+            expected="head_dim, or hidden_size divisible by num_attention_heads",
+            found=f"{hidden} and {heads}",
+            remedy=_REPAIR,
+        )
+    return hidden // heads
+
+
+def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
+    """(qkv_bias, linear_bias): Megatron has biases of Q, K and V alone, or of all linear layers."""
+    attention, mlp = bool(read.given.get("attention_bias")), bool(read.given.get("mlp_bias"))
+    if attention != mlp and not (attention and zero_output_bias):
+        missing = "mlp_bias" if attention else "attention_bias"
+        read.refuse(
+            "Megatron has biases in all linear layers (--add-bias-linear) or in Q, K and V alone (--add-qkv-bias)",
+            expected="attention_bias and mlp_bias alike",
+            found=f"attention_bias={attention}, mlp_bias={mlp}",
+            remedy=f"set {missing} true in config.json and add the missing biases to the model as zeros",
+        )
+    return attention, mlp
+
+
+def _refuse_others(read: _Config) -> None:
+    activation = read.given.get("hidden_act", "silu")
+    if activation != "silu":
+        read.refuse("Megatron's --swiglu is another activation", expected="hidden_act=silu", found=activation)
+    if read.given.get("quantization_config"):
+        read.refuse(
+            "the weights are quantised",
+            expected="no quantization_config",
+            found=read.given["quantization_config"],
+            remedy="load the model dequantised, save it in bfloat16, and convert that",
+        )
+
+
+def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from `rope_theta` and `rope_scaling` (version 4) or `rope_parameters` (version 5)."""
+    config, default = read.given, read.defaults["rope_theta"]
+    v4, v5 = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if not isinstance(v4, Mapping) or not isinstance(v5, Mapping) or any(isinstance(v, Mapping) for v in v5.values()):
+        found = f"rope_scaling={config.get('rope_scaling')!r}, rope_parameters={config.get('rope_parameters')!r}"
+        read.refuse("rotary parameters are not those of all layers", expected="one JSON object of numbers", found=found)
+        return 1.0, None
+    theta = config.get("rope_theta", v4.get("rope_theta", default if v4 else None))
+    if v5:
+        # Version 5 takes rope_scaling for all of rope_parameters, theta too; version 4 does not see rope_parameters.
+        new = v5.get("rope_theta", default if theta is None else theta)
+        if theta not in (None, new):
+            _refuse_both(read, f"rope_theta={theta}", f"rope_parameters with rope_theta={new}")
+        if "rope_scaling" in config and _kind(v4) != _kind(v5):
+            _refuse_both(read, f"rope_scaling={config['rope_scaling']}", f"rope_parameters={dict(v5)}")
+        theta = new
+    partial = [style.get("partial_rotary_factor") for style in (config, v4, v5)]
+    if not all(share in (None, 1) for share in partial):
+        read.refuse("a part of each head is not rotated", expected="partial_rotary_factor=1", found=partial)
+    return read.number("rope_theta", theta), _read_scaling(read, v5 or v4)
+
+
+def _refuse_both(read: _Config, old: str, new: str) -> None:
+    read.refuse(
+        "rotary parameters are given twice and disagree: transformers 4 and 5 read different ones",
+        expected="the same in both",
+        found=f"{old} and {new}",
+        remedy="remove the wrong one from config.json",
+    )
+
+
+def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
+    """What decides the scaling: its type, and the numbers of Llama 3.1's."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return (kind,) if kind == "default" else (kind, *map(rope.get, _LLAMA3))
+
+
+def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = _kind(rope)[0]
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        read.refuse("another scaling of rotary frequencies", expected="rope_type default or llama3", found=kind)
+    elif any(rope.get(name) != value for name, value in _LLAMA3.items()):
+        read.refuse(
+            "Megatron-Core's scaling of rotary frequencies has constants of its own",
+            expected=", ".join(f"{name}={value}" for name, value in _LLAMA3.items()),
+            found=", ".join(f"{name}={rope.get(name)}" for name in _LLAMA3),
+        )
+    return RopeScaling(8.0, 1.0, 4.0, 8192)
+
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+#: Tokens that end a turn of an instruct model: end_of_text, eom_id, eot_id.
+_LLAMA3_INSTRUCT_EOS = [128001, 128008, 128009]
+_LLAMA3_VOCAB = 128000
+
+
+def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tuple[int | None, int | list[int] | None]:
+    """Begin and end of text: what the tokenizer says, or what the family has where there is none.
+
+    Args:
+        vocab: rows of the model's embedding; ids from there on are None.
+        tokenizer: as found.
+        instruct: whether the tokens that end a turn of Llama 3 end the text, too.
+    """
+    is_unknown = tokenizer.kind == "none"
+    is_llama3 = vocab > _LLAMA3_VOCAB if is_unknown else tokenizer.is_llama3
+    bos, eos = tokenizer.bos, tokenizer.eos
+    if is_unknown:
+        bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else (1, 2)
+    ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
+    known = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
+    begin = bos if bos is not None and bos < vocab else None
+    return begin, known if len(known) > 1 else next(iter(known), None)
+
+
+def config_json(
+    architecture: Architecture, hf_class: str, dtype: str, bos: int | None, eos: int | Sequence[int] | None
+) -> dict[str, Any]:
+    """The config of a model, in the keys of transformers 4 and, where they differ, also of 5.
+
+    Args:
+        architecture: the model.
+        hf_class: transformers' class.
+        dtype: safetensors name of most weights.
+        bos, eos: token ids.
+    """
+    a = architecture
+    scaling = _written_scaling(a.rope_scaling)
+    config: dict[str, Any] = {
+        "architectures": [hf_class],
+        "model_type": a.family,
+        "vocab_size": a.vocab,
+        "hidden_size": a.hidden,
+        "intermediate_size": a.ffn,
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.query_groups,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_positions,
+        "rms_norm_eps": a.norm_epsilon,
+        "rope_theta": a.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": a.rope_theta, **(scaling or {"rope_type": "default"})},
+        "tie_word_embeddings": a.tied,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": TORCH_NAMES[dtype],
+        "dtype": TORCH_NAMES[dtype],
+        "use_cache": True,
+    }
+    if a.experts:
+        return config | {
+            "num_local_experts": a.experts,
+            "num_experts_per_tok": a.experts_per_token,
+            "router_aux_loss_coef": a.router_aux_loss,
+            "router_jitter_noise": 0.0,
+            "output_router_logits": False,
+            "sliding_window": a.sliding_window,
+        }
+    return config | {"attention_bias": a.qkv_bias, "mlp_bias": a.linear_bias, "pretraining_tp": 1}
+
+
+def _written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+
+
+def generation_config_json(
+    bos: int | None, eos: int | Sequence[int] | None, pad: int | None = None, *, sampling: bool
+) -> dict[str, Any]:
+    """How the model generates by default.
+
+    Args:
+        bos, eos, pad: token ids; without a pad token the key is left out.
+        sampling: whether it samples, as instruct models do.
+    """
+    config: dict[str, Any] = {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
+    config |= {} if pad is None else {"pad_token_id": pad}
+    return config | ({"do_sample": True, "temperature": 0.6, "top_p": 0.9} if sampling else {})
+
+
+def samples(style: Style) -> bool:
+    """Whether a dense model samples by default: instruct models of Llama do, Mistral's makers say nothing of it."""
+    return style.instruct and style.model_type.startswith("llama")

@@ -1,0 +1,210 @@
+"""Spellings of the same Hugging Face tensor: one file entry per expert or all experts fused, with and without a head.
+
+Tables in `models` use the names that every version of transformers reads and writes. Files may also hold what
+transformers 5 has in memory; checked by running transformers 5.23 on a Mixtral with F the width of an expert, h hidden
+and E experts:
+
+* `save_pretrained` writes the tables' names, and `save_pretrained(save_original_format=False)` writes
+  `mlp.gate.weight` [E, h], `mlp.experts.gate_up_proj` [E, 2F, h] (of each expert, rows 0..F are w1 and F..2F w3) and
+  `mlp.experts.down_proj` [E, h, F] (w2). It loads both.
+* a base model (`MixtralModel`, `LlamaModel`) is saved without `model.` in front of the names, and without a head.
+
+Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor names for Llama and Mixtral".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
+from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.names import Piece
+from dist_convert.models import llama
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View
+
+_CONFIG = "config.json"
+_BASE_MODEL = "model."
+_LAYER = llama.HF
+_MOE = f"{_LAYER}.block_sparse_moe"
+_EXPERT = f"{_MOE}.experts.{{expert}}"
+_FUSED = f"{_LAYER}.mlp"
+HEAD = "lm_head.weight"
+_ROTARY = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """A stored name, and which of how many equal row ranges of each expert in it is meant; 0: one matrix, no stack."""
+
+    name: str
+    part: int = 0
+    parts: int = 0
+
+
+#: Other spellings of a table's part.
+_SYNONYMS = {
+    f"{_MOE}.gate.weight": _Spelling(f"{_FUSED}.gate.weight"),
+    f"{_EXPERT}.w1.weight": _Spelling(f"{_FUSED}.experts.gate_up_proj", 0, 2),
+    f"{_EXPERT}.w3.weight": _Spelling(f"{_FUSED}.experts.gate_up_proj", 1, 2),
+    f"{_EXPERT}.w2.weight": _Spelling(f"{_FUSED}.experts.down_proj", 0, 1),
+}
+
+#: Tensors without a place in any family here: part of the name -> what they are.
+_HOMELESS = (
+    ((".q_norm.", ".k_norm."), "a norm of queries or keys"),
+    ((".weight_scale", ".input_scale", ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".SCB"), "quantisation"),
+    ((".lora_",), "an adapter that is not merged"),
+    ((".shared_expert",), "shared experts"),
+    ((".experts.", ".block_sparse_moe."), "experts"),
+    ((".bias",), "a bias"),
+    (("score.", "classifier.", "v_head."), "another head than a language model's"),
+)
+
+
+def _spellings(part: str, layer: int | None, expert: int | None) -> tuple[_Spelling, ...]:
+    templates = (_Spelling(part), *((_SYNONYMS[part],) if part in _SYNONYMS else ()))
+    whole = [replace(t, name=t.name.format(layer=layer, expert=expert)) for t in templates]
+    base = [replace(s, name=s.name.removeprefix(_BASE_MODEL)) for s in whole if s.name.startswith(_BASE_MODEL)]
+    return (*whole, *base)
+
+
+def hf_view(
+    part: str,
+    layer: int | None,
+    expert: int | None,
+    stored: Mapping[str, StoredTensor],
+    rows: int,
+    columns: int,
+    *,
+    experts: int = 0,
+) -> View:
+    """Where a table's part at one layer and expert is stored, as rows x columns.
+
+    Args:
+        part: the name template, a `Part.name`.
+        layer, expert: global numbers, for templates with `{layer}` and `{expert}`.
+        stored: all tensors of the model by name.
+        rows, columns: by config.json; vectors have one column.
+        experts: of each layer by config.json, the first dimension of fused experts.
+
+    Raises:
+        MissingTensor: under none of its names.
+        WrongShape: of another shape than config.json implies.
+        InconsistentShards: under two of its names.
+    """
+    spellings = _spellings(part, layer, expert)
+    present = [(spelling, stored[spelling.name]) for spelling in spellings if spelling.name in stored]
+    if not present:
+        raise _missing(spellings, rows, columns)
+    if len(present) > 1:
+        raise InconsistentShards(
+            f"{spellings[0].name} is stored twice",
+            tensor=spellings[0].name,
+            file=", ".join(dict.fromkeys(tensor.file for _, tensor in present)),
+            expected="one spelling of a tensor",
+            found=", ".join(tensor.name for _, tensor in present),
+            remedy="two saves are mixed in this directory; download or save the model again",
+        )
+    [(spelling, tensor)] = present
+    view = _view(spelling, tensor, expert, experts, rows, columns)
+    if view is None:
+        stacked = (experts, spelling.parts * rows, columns)
+        raise WrongShape(
+            f"wrong shape for {spellings[0].name}",
+            tensor=tensor.name,
+            file=tensor.file,
+            expected=f"{list(stacked) if spelling.parts else _shape(rows, columns)} from {_CONFIG}",
+            found=f"{list(tensor.shape)}",
+            remedy=f"{_CONFIG} is not this model's, or was changed; take both from the same place",
+        )
+    return view
+
+
+def _shape(rows: int, columns: int) -> list[int]:
+    return [rows] if columns == 1 else [rows, columns]
+
+
+def _view(
+    spelling: _Spelling, tensor: StoredTensor, expert: int | None, experts: int, rows: int, columns: int
+) -> View | None:
+    if spelling.parts == 0:
+        return megatron_names.view(Piece(tensor.name), tensor, rows, columns)
+    if expert is None or tensor.shape != (experts, spelling.parts * rows, columns):
+        return None
+    skipped = expert * tensor.strides[0] + spelling.part * rows * tensor.strides[1]
+    matrix = replace(
+        tensor,
+        shape=(rows, columns),
+        strides=tensor.strides[1:],
+        offset_bytes=tensor.offset_bytes + skipped * DTYPE_BYTES[tensor.dtype],
+    )
+    return megatron_names.view(Piece(tensor.name), matrix, rows, columns)
+
+
+def _missing(spellings: tuple[_Spelling, ...], rows: int, columns: int) -> MissingTensor:
+    name = spellings[0].name
+    remedy = f"the model is incomplete, or {_CONFIG} is of another one; download or save it again"
+    if name == HEAD:
+        remedy = (
+            "a base model was saved without its head: save the ...ForCausalLM model; "
+            f"if it shares the embedding, set tie_word_embeddings in {_CONFIG}"
+        )
+    return MissingTensor(
+        f"no tensor for {name}",
+        tensor=name,
+        expected=f"shape {_shape(rows, columns)}, under one of {', '.join(s.name for s in spellings)}",
+        found="nothing in any weights file",
+        remedy=remedy,
+    )
+
+
+def leftovers(
+    stored: Mapping[str, StoredTensor], used: Collection[str], *, hf_class: str, tied: bool
+) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
+    """The stored tensors that no part used: what is dropped on purpose, and a problem for each of the others.
+
+    Args:
+        stored: all tensors of the model by name.
+        used: names of the tensors that views name.
+        hf_class: of the family, for messages.
+        tied: whether config.json says that the head is the embedding; a stored head is then compared with it by
+            `read.values`.
+
+    Returns:
+        (reason, tensors, bytes) of what is dropped, and an `UnknownTensor` for each tensor that nothing explains.
+    """
+    counts: Counter[str] = Counter()
+    sizes_bytes: Counter[str] = Counter()
+    unknown: list[ConversionError] = []
+    for name, tensor in stored.items():
+        if name in used:
+            continue
+        reason = _reason_to_drop(name, tied=tied)
+        if reason is None:
+            unknown.append(_unknown(tensor, hf_class))
+        else:
+            counts[reason] += 1
+            sizes_bytes[reason] += tensor.size_bytes
+    return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)), unknown
+
+
+def _reason_to_drop(name: str, *, tied: bool) -> str | None:
+    if f".{name}".endswith(_ROTARY):
+        return "rotary_emb.inv_freq (computed from the config)"
+    if name == HEAD and tied:
+        return f"{HEAD} (tied to the embedding by {_CONFIG})"
+    return None
+
+
+def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
+    what = next((what for marks, what in _HOMELESS if any(mark in tensor.name for mark in marks)), "no part of any row")
+    return UnknownTensor(
+        f"{tensor.name} has no place in a {hf_class}",
+        tensor=tensor.name,
+        file=tensor.file,
+        expected=f"only tensors of {hf_class} with the sizes in {_CONFIG}",
+        found=f"{what}, shape {list(tensor.shape)}",
+        remedy="nothing is dropped silently: check num_hidden_layers and model_type, or remove the tensor",
+    )

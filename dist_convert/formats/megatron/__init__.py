@@ -1,0 +1,1 @@
+"""Megatron's checkpoints: grids, names, training arguments, capacity bins."""

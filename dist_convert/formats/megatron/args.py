@@ -1,0 +1,272 @@
+"""From the training arguments inside a Megatron checkpoint to an `Architecture`.
+
+Which argument means what, and why some values are refused: docs/formats.md, "Arguments that decide the model".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
+from dist_convert.models.schema import (
+    MOST,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Architecture,
+    RopeScaling,
+    check_experts,
+    is_number,
+    is_size,
+)
+
+#: Arguments that are computed with, and what they are at most.
+_SIZES = {"num_layers": MOST_LAYERS, "num_experts": MOST_EXPERTS} | dict.fromkeys(
+    ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+     "max_position_embeddings", "padded_vocab_size", "vocab_size", "moe_router_topk"), MOST,
+)  # fmt: skip
+_NUMBERS = ("norm_epsilon", "layernorm_epsilon", "rotary_base")
+
+
+def check_sizes(args: Mapping[str, Any], file: str) -> None:
+    """Refuse arguments that are no numbers of a model, before anything is computed with them.
+
+    Raises:
+        Problems, or the one problem there is: UnsupportedModel.
+    """
+    wrong = {name: f"a whole number up to {most}" for name, most in _SIZES.items() if not is_size(args.get(name), most)}
+    wrong |= {name: "a number" for name in _NUMBERS if args.get(name) is not None and not is_number(args[name])}
+    coefficient = args.get("moe_aux_loss_coeff")  # a list has one for each kind of balancing
+    if coefficient is not None and not all(
+        map(is_number, coefficient if isinstance(coefficient, list) else [coefficient])
+    ):
+        wrong["moe_aux_loss_coeff"] = "a number, or several"
+    raise_together(
+        [
+            UnsupportedModel(
+                f"the argument {name} is no size of a model",
+                file=file,
+                expected=expected,
+                found=repr(args[name])[:80],
+                remedy="the file is damaged; copy it again from where it was saved",
+            )
+            for name, expected in wrong.items()
+        ]
+    )
+    check_experts(args.get("num_layers") or 0, args.get("num_experts") or 0, file)
+
+
+#: Megatron-Core's constants of Llama 3.1's scaling of rotary frequencies.
+_LLAMA3_FACTOR = 8.0
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """An argument that must have one of these values, and why any other cannot be converted."""
+
+    name: str
+    allowed: tuple[object, ...]
+    why: str
+
+
+# An absent argument counts as allowed: older and newer Megatron versions know fewer or more of them.
+_DEMANDS = (
+    _Demand("position_embedding_type", ("rope",), "Llama and Mixtral have rotary positions only"),
+    _Demand("rotary_percent", (1, 1.0), "LlamaConfig has no partial rotary dimension"),
+    _Demand("rotary_interleaved", (False, None), "transformers rotates halves, not neighbouring pairs"),
+    _Demand("normalization", ("RMSNorm",), "Llama and Mixtral normalise by RMSNorm"),
+    _Demand("swiglu", (True,), "Llama and Mixtral have gated SiLU MLPs"),
+    _Demand("multi_latent_attention", (False, None), "neither family has latent attention"),
+    _Demand("mtp_num_layers", (None, 0), "neither family has multi-token prediction layers"),
+    _Demand("qk_layernorm", (False, None), "neither family has query and key norms"),
+    _Demand("qk_l2_norm", (False, None), "neither family normalises queries and keys"),
+    _Demand("no_rope_freq", (None, 0), "neither family has layers without rotary positions"),
+    _Demand("softmax_scale", (None,), "transformers scales attention by the root of head_dim"),
+    _Demand("attention_output_gate", (False, None), "neither family gates its attention output"),
+    _Demand("softmax_type", ("vanilla", None), "neither family has attention sinks"),
+    _Demand("apply_residual_connection_post_layernorm", (False, None), "both families are pre-norm"),
+    _Demand("apply_norm_post_sub_block", (False, None), "both families are pre-norm"),
+    _Demand("heterogeneous_layers_config_path", (None,), "all layers of both families are alike"),
+    _Demand("heterogeneous_layers_config_encoded_json", (None, ""), "all layers of both families are alike"),
+    _Demand("glu_linear_offset", (None, 0, 0.0), "transformers adds nothing to the up projection"),
+    _Demand("activation_func_clamp_value", (None,), "transformers does not clamp the activation"),
+    _Demand("use_mup", (False, None), "transformers knows no maximal update parametrisation"),
+    _Demand(
+        "rotary_seq_len_interpolation_factor",
+        (None, 1, 1.0),
+        "most Megatron versions ignore it, so it cannot be told whether the model was trained with it; if it was not, "
+        "save the checkpoint without the argument",
+    ),
+    _Demand("gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
+)
+_ROPE_SCALING_DEMANDS = (
+    _Demand("rope_scaling_factor", (8, 8.0), "training scripts pass the flag only, so models are trained with 8.0"),
+)
+_MOE_DEMANDS = (
+    _Demand("moe_router_pre_softmax", (False, None), "MixtralForCausalLM normalises the weights of the chosen experts"),
+    _Demand("moe_router_score_function", ("softmax", None), "MixtralForCausalLM scores by softmax"),
+    _Demand("moe_router_topk_scaling_factor", (None, 1, 1.0), "MixtralForCausalLM does not scale expert weights"),
+    _Demand("moe_router_num_groups", (None, 1), "MixtralForCausalLM does not group experts"),
+    _Demand("moe_layer_freq", (1, None), "every layer of Mixtral has experts"),
+    _Demand("moe_shared_expert_intermediate_size", (None, 0), "Mixtral has no shared experts"),
+    _Demand("moe_router_enable_expert_bias", (False, None), "Mixtral's router has no expert bias"),
+    _Demand("moe_mlp_glu_interleave_size", (None,), "gate and up rows alternate in blocks"),
+    _Demand("moe_apply_probs_on_input", (False, None), "MixtralForCausalLM weighs the experts' outputs"),
+)
+
+
+def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: str) -> Architecture:
+    """The model that the training arguments describe.
+
+    Args:
+        args: the checkpoint's `args` as JSON values.
+        vocab: true vocabulary size, if it is known from elsewhere (see `vocabulary`).
+        file: where the args came from, for messages.
+
+    Raises:
+        MissingArguments: an argument without which the model is not determined.
+        UnsupportedModel: options that have no counterpart in transformers. All are reported together.
+    """
+    check_sizes(args, file)
+    experts = args.get("num_experts") or 0
+    demands = _DEMANDS + (_MOE_DEMANDS if experts else ())
+    demands += _ROPE_SCALING_DEMANDS if args.get("use_rope_scaling") else ()
+    problems: list[ConversionError] = [
+        UnsupportedModel(
+            f"--{demand.name.replace('_', '-')} has a value that the target cannot express",
+            file=file,
+            expected=" or ".join(map(repr, demand.allowed)),
+            found=repr(args[demand.name]),
+            remedy=demand.why,
+        )
+        for demand in demands
+        if demand.name in args and _one_for_all(args[demand.name]) not in demand.allowed
+    ]
+    if experts and args.get("add_bias_linear"):
+        problems.append(
+            UnsupportedModel("Mixtral's experts and projections have no biases", file=file, found="add_bias_linear")
+        )
+    if experts and "sinkhorn" in str(args.get("moe_router_load_balancing_type")):
+        problems.append(
+            UnsupportedModel(
+                "--moe-router-load-balancing-type has a value that the target cannot express",
+                file=file,
+                expected="aux_loss or none",
+                found="sinkhorn",
+                remedy="sinkhorn does not normalise the weights of the chosen experts, MixtralForCausalLM does",
+            )
+        )
+    names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size")
+    absent = [name for name in names if not args.get(name)]
+    if absent:
+        problems.append(
+            MissingArguments(
+                "the checkpoint's args lack " + ", ".join(absent), file=file, remedy="save it with its full args"
+            )
+        )
+    raise_together(problems)
+    heads = args["num_attention_heads"]
+    padded_vocab = args["padded_vocab_size"]
+    return Architecture(
+        family="mixtral" if experts else "llama",
+        layers=args["num_layers"],
+        hidden=args["hidden_size"],
+        ffn=_ffn(args, experts),
+        heads=heads,
+        query_groups=_query_groups(args, heads),
+        head_dim=args.get("kv_channels") or args["hidden_size"] // heads,
+        vocab=vocab or args.get("vocab_size") or padded_vocab,
+        padded_vocab=padded_vocab,
+        max_positions=args["max_position_embeddings"],
+        norm_epsilon=float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5),
+        rope_theta=float(args.get("rotary_base") or 10000),
+        rope_scaling=_rope_scaling(args),
+        tied=not args.get("untie_embeddings_and_output_weights", False),
+        qkv_bias=bool(args.get("add_qkv_bias") or args.get("add_bias_linear")),
+        linear_bias=bool(args.get("add_bias_linear")),
+        experts=experts,
+        experts_per_token=(args.get("moe_router_topk") or 2) if experts else 0,
+        router_aux_loss=_first_number(args.get("moe_aux_loss_coeff")) if experts else 0.0,
+        sliding_window=_sliding_window(args, experts, file),
+    )
+
+
+def _one_for_all(value: Any) -> Any:
+    """The value that a list repeats for every layer, as `moe_layer_freq` may; anything else as it is."""
+    return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
+
+
+def _ffn(args: Mapping[str, Any], experts: int) -> int:
+    dense = args.get("ffn_hidden_size") or int((4 * args["hidden_size"] * 2 / 3) / 64) * 64
+    if experts and not args.get("moe_dynamic_hpu"):
+        return args.get("moe_ffn_hidden_size") or dense
+    return dense  # Habana's dynamic experts take ffn_hidden_size
+
+
+def _query_groups(args: Mapping[str, Any], heads: int) -> int:
+    # argparse leaves num_query_groups at 1 in args of models without grouped queries.
+    groups = args.get("num_query_groups") or 1
+    return groups if args.get("group_query_attention", groups > 1) else heads
+
+
+def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:
+    if not args.get("use_rope_scaling"):
+        return None
+    return RopeScaling(_LLAMA3_FACTOR, _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_POSITIONS)
+
+
+def _sliding_window(args: Mapping[str, Any], experts: int, file: str) -> int | None:
+    window = args.get("window_size")
+    if window in (None, [-1, 0], [-1, -1], [None, None]):
+        return None
+    is_uniform = args.get("window_attn_skip_freq") in (None, 0)
+    if (
+        experts
+        and is_uniform
+        and isinstance(window, list)
+        and window
+        and isinstance(window[0], int)
+        and is_size(window[0])
+    ):
+        return int(window[0]) + 1  # Megatron counts the tokens to the left, transformers the token itself as well
+    raise UnsupportedModel("LlamaConfig has no sliding window attention", file=file, found=f"window_size={window}")
+
+
+def _first_number(value: Any) -> float:
+    while isinstance(value, list):
+        value = value[0] if value else 0.0
+    return float(value) if is_number(value) else 0.0
+
+
+def true_vocab(
+    *, flag: int | None, args: Mapping[str, Any], tokenizer: int | None, padded: int, file: str
+) -> tuple[int, str]:
+    """The vocabulary without padding, and who said so. Authority: flag, args, tokenizer, else the padding is kept.
+
+    Raises:
+        UnsupportedModel: a true size above the padded one; UsageError where the flag says so.
+    """
+    claims: tuple[tuple[int | None, str], ...] = (
+        (flag, "--true-vocab-size"),
+        (args.get("vocab_size"), "args"),
+        (tokenizer, "tokenizer"),
+    )
+    size, who = next((size, who) for size, who in (*claims, (padded, "padded size")) if size)
+    if size > padded:
+        raise (UsageError if who == claims[0][1] else UnsupportedModel)(
+            f"the vocabulary size of {who} does not fit the embedding",
+            file=file,
+            expected=f"at most {padded} (padded_vocab_size)",
+            found=", ".join(f"{name} {claim if claim else 'unknown'}" for claim, name in claims),
+            remedy="give the right size with --true-vocab-size",
+        )
+    return size, who
+
+
+def model_type_from_args(args: Mapping[str, Any]) -> str | None:
+    """`--source-model-type` as far as the args decide it: mixtral by its experts, llama3.1 by its rope scaling."""
+    if args.get("num_experts"):
+        return "mixtral"
+    return "llama3.1" if args.get("use_rope_scaling") else None

@@ -1,0 +1,159 @@
+"""Habana's capacity bins: small tuning statistics, kept for a later conversion back to the same grid.
+
+They are written as `capacity_bins.pt` in the nesting that Habana's converter uses,
+`{name: {global layer: {pipeline: {expert: {tensor: tensor}}}}}` (docs/formats.md, "Capacity bins").
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UsageError
+from dist_convert.formats.megatron.grid import Chunk, Rank, rank_directory
+from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
+from dist_convert.plan.megatron import MegatronSide
+from dist_convert.read.file_reader import TORCH_DTYPES
+from dist_convert.read.megatron import Shard
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+
+FILE = "capacity_bins.pt"
+_DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
+
+#: (file, virtual stage, local layer, name, dtype, values): one bin tensor, as it travels between ranks.
+Bin = tuple[str, int, int, str, str, list[float]]
+
+
+def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
+    """Read the capacity bins of the shards that this rank answers for."""
+    found: list[Bin] = []
+    for shard in shards:
+        for virtual, chunk in enumerate(shard.chunks):
+            for stored_name, tensor in chunk.items():
+                prefix, _, name = normalise(stored_name).partition(CAPACITY_BINS)
+                layer = layer_of(prefix)
+                if name and layer is not None:
+                    found.append((shard.file, virtual, layer, name, tensor.dtype, _read(directory, tensor)))
+    return found
+
+
+def _read(directory: Path, tensor: StoredTensor) -> list[float]:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    with (directory / tensor.file).open("rb") as file:
+        file.seek(tensor.offset_bytes)
+        data = bytearray(file.read(span * DTYPE_BYTES[tensor.dtype]))
+    stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])
+    values: list[float] = stored.as_strided(tensor.shape, tensor.strides).flatten().tolist()
+    return values
+
+
+def write_bins(target: Path, side: MegatronSide, bins: Iterable[Bin]) -> None:
+    """Write the bins of all ranks as `capacity_bins.pt`; slots without one are empty dicts."""
+    places = dict(_places(side))
+    first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in side.chunks}
+    nested: dict[str, Any] = {}
+    for file, virtual, local_layer, name, dtype, values in bins:
+        rank = places[file]
+        layer = first_layer[rank.pipeline, virtual] + local_layer
+        slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(side))
+        slots[rank.pipeline][rank.expert][rank.tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
+    torch.save(nested, target / FILE)
+
+
+def _places(side: MegatronSide) -> Iterator[tuple[str, Rank]]:
+    for (pipeline, tensor), files in side.files.dense.items():
+        for expert in range(side.grid.expert):
+            rank = Rank(pipeline, tensor, expert)
+            yield from ((file, rank) for file in files if file.startswith(rank_directory(side.grid, rank) + "/"))
+
+
+def _empty_slots(side: MegatronSide) -> dict[int, Mapping[int, dict[int, Any]]]:
+    grid = side.grid
+    return {
+        pipeline: {expert: {tensor: {} for tensor in range(grid.tensor)} for expert in range(grid.expert)}
+        for pipeline in range(grid.pipeline)
+    }
+
+
+def load_bins(path: Path) -> dict[tuple[int, int, int, int, str], tuple[str, list[float]]]:
+    """The bins of a `capacity_bins.pt`: (layer, pipeline, expert, tensor, name) -> dtype and values.
+
+    Raises:
+        CheckpointNotFound: there is no such file.
+        CorruptFile: it is not of the nesting that `write_bins` writes.
+    """
+    if not path.is_file():
+        raise CheckpointNotFound(f"no {FILE}", file=str(path), remedy="leave --load-capacity-bins out")
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    try:
+        found = {
+            (layer, pipeline, expert, tensor, name): (names[values.dtype], values.tolist())
+            for name, layers in torch.load(path, weights_only=True).items()
+            for layer, pipelines in layers.items()
+            for pipeline, experts in pipelines.items()
+            for expert, tensors in experts.items()
+            for tensor, values in tensors.items()
+            if isinstance(values, torch.Tensor) and values.dim() == 1
+        }
+    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise CorruptFile("damaged capacity bins", file=str(path), found=f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise CorruptFile(
+            "no capacity bins in the file",
+            file=str(path),
+            expected="vectors, by name, layer, pipeline, expert and tensor rank",
+            remedy="leave --load-capacity-bins out",
+        )
+    return found
+
+
+def bins_of_rank(
+    bins: Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]], rank: Rank, chunks: Sequence[Chunk]
+) -> dict[int, dict[str, tuple[str, list[float]]]]:
+    """The bins that one rank's file holds: virtual stage -> name in the file -> dtype and values.
+
+    Args:
+        bins: of `load_bins`.
+        rank: of the file.
+        chunks: all chunks of the target.
+
+    Raises:
+        UsageError: the bins are of another grid; each rank has its own, so they fit no other.
+    """
+    found: dict[int, dict[str, tuple[str, list[float]]]] = {}
+    wanted = {layer: chunk for chunk in chunks if chunk.pipeline == rank.pipeline for layer in _layers(chunk)}
+    for (layer, pipeline, expert, tensor, name), values in bins.items():
+        if layer in wanted and pipeline != rank.pipeline:
+            raise other_grid(f"layer {layer} on pipeline rank {rank.pipeline}", f"pipeline rank {pipeline}")
+        if layer in wanted and (expert, tensor) == (rank.expert, rank.tensor):
+            chunk = wanted[layer]
+            found.setdefault(chunk.virtual, {})[capacity_bin(layer - chunk.first_layer, name)] = values
+    if bins and not found and wanted:
+        place = f"pipeline rank {rank.pipeline}, tensor rank {rank.tensor}, expert rank {rank.expert}"
+        raise other_grid(f"bins of {place}", "none")
+    return found
+
+
+def other_grid(expected: str, found: str) -> UsageError:
+    """The error for bins that were saved from another grid than the target's."""
+    return UsageError(
+        "the capacity bins are of another parallel grid",
+        file=FILE,
+        expected=expected,
+        found=found,
+        remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
+    )
+
+
+def _layers(chunk: Chunk) -> range:
+    return range(chunk.first_layer, chunk.first_layer + chunk.layers)
+
+
+def packed(dtype: str, values: Sequence[float]) -> bytes:
+    """The bytes of a bin tensor."""
+    data: bytes = torch.tensor(values, dtype=_DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+    return data

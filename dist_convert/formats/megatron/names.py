@@ -1,0 +1,274 @@
+"""Spellings of the same Megatron parameter: local, Transformer Engine and Habana names, grouped and dynamic experts.
+
+Tables in `models` use one canonical name for each parameter. Here each canonical name is given every spelling that a
+file may use, and each spelling says how the stored tensor is seen as the canonical rows x columns: names are generated
+and looked up, never parsed. Names that no table has are described to people at the end. Facts: docs/formats.md, "Norms
+and their spellings" and "Experts".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_convert.records import StoredTensor, View
+
+#: plain: as in the table. transposed: columns x rows. stacked: experts along a leading axis. grouped: all experts of
+#: a rank in one matrix whose memory is [expert][column][row].
+Storage = Literal["plain", "transposed", "stacked", "grouped"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor that holds all or some rows of a canonical shard.
+
+    Attributes:
+        name: the stored tensor's name, normalised.
+        storage: see `Storage`.
+        index, count: which of how many stacked or grouped experts.
+        part, parts: which of how many equal row ranges of the canonical shard it holds.
+    """
+
+    name: str
+    storage: Storage = "plain"
+    index: int = 0
+    count: int = 1
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to store a canonical parameter: a dialect's name, and the pieces that make it up."""
+
+    dialect: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class ExpertNumber:
+    """An expert's number in the model and within its expert parallel rank, and how many such a rank holds."""
+
+    overall: int
+    local: int
+    per_rank: int
+
+
+_LAYER = "decoder.layers.{layer}"
+_FC1 = f"{_LAYER}.mlp.experts.{{expert}}.linear_fc1.weight"
+_FC2 = f"{_LAYER}.mlp.experts.{{expert}}.linear_fc2.weight"
+
+#: Other names for a canonical parameter that is stored as it is, with the dialect that uses them.
+_SYNONYMS: dict[str, tuple[tuple[str, str], ...]] = {
+    f"{_LAYER}.input_layernorm.weight": (
+        ("transformer_engine", f"{_LAYER}.self_attention.linear_qkv.layer_norm_weight"),
+        ("habana", f"{_LAYER}.self_attention.linear_qkv.norm.weight"),
+    ),
+    f"{_LAYER}.pre_mlp_layernorm.weight": (
+        ("transformer_engine", f"{_LAYER}.mlp.linear_fc1.layer_norm_weight"),
+        ("habana", f"{_LAYER}.mlp.linear_fc1.norm.weight"),
+    ),
+    f"{_LAYER}.self_attention.linear_qkv.weight": (("habana", f"{_LAYER}.self_attention.linear_qkv.linear.weight"),),
+    f"{_LAYER}.mlp.linear_fc1.weight": (("habana", f"{_LAYER}.mlp.linear_fc1.linear.weight"),),
+}
+
+#: Ends of names that hold no weights.
+_NO_WEIGHTS = ("._extra_state", ".rotary_pos_emb.inv_freq", ".local_tokens_per_expert")
+CAPACITY_BINS = ".mlp.router.capacity_bins."
+_NO_WEIGHTS_INSIDE = (CAPACITY_BINS,)
+
+
+def capacity_bin(layer: int, name: str) -> str:
+    """The full name of a capacity bin tensor, by the layer's number in its file."""
+    return f"decoder.layers.{layer}{CAPACITY_BINS}{name}"
+
+
+def normalise(name: str) -> str:
+    """A stored name without the `module` and `_orig_mod` components that wrappers and torch.compile put in."""
+    components = [component for component in name.split(".") if component != "_orig_mod"]
+    while components[:1] == ["module"]:
+        components = components[1:]
+    return ".".join(components)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer, within its file, that a normalised name belongs to."""
+    stem, layers, number = (*name.split(".", 3), "", "", "")[:3]
+    return int(number) if (stem, layers) == ("decoder", "layers") and number.isdecimal() else None
+
+
+#: The embedding, and what its copy on the last of several pipeline stages is called where both are tied.
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def is_tied_copy(name: str) -> bool:
+    """Whether a tensor of a model with tied embeddings is the last stage's copy of the embedding."""
+    return name == TIED[1]
+
+
+def holds_no_weights(name: str) -> bool:
+    """Whether an entry is state that a converted model does not need (FP8 state, counters, capacity bins)."""
+    return f".{name}".endswith(_NO_WEIGHTS) or any(inside in name for inside in _NO_WEIGHTS_INSIDE)
+
+
+def has_fused_norm(name: str) -> bool:
+    """Whether a tensor is a norm that Transformer Engine fused into the linear layer behind it."""
+    return name.endswith(".layer_norm_weight")
+
+
+def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
+    """Every way in which a canonical parameter may be stored.
+
+    Args:
+        megatron: the canonical name template, a `Row.megatron`.
+        layer: number of the layer within the file, for templates with `{layer}`.
+        expert: for templates with `{expert}`.
+    """
+    if expert is None:
+        names = (("canonical", megatron), *_SYNONYMS.get(megatron, ()))
+        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in names)
+    if megatron not in (_FC1, _FC2):
+        raise AssertionError(f"no spellings are known for {megatron}")
+    experts = f"decoder.layers.{layer}.mlp.experts."
+    linear, grouped = ("linear_fc1", "weight1") if megatron == _FC1 else ("linear_fc2", "weight2")
+    dynamic = f"{experts}local_expert_{expert.overall}_{linear}"
+    found = [
+        Spelling("sequential", (Piece(f"{experts}local_experts.{expert.local}.{linear}.weight"),)),
+        Spelling("te-grouped", (Piece(f"{experts}{linear}.weight{expert.local}"),)),
+        Spelling("te-single", (Piece(f"{experts}{linear}.weight", "stacked", expert.local, expert.per_rank),)),
+        Spelling("grouped", (Piece(f"{experts}{grouped}", "grouped", expert.local, expert.per_rank),)),
+        Spelling("habana-dynamic", (Piece(f"{dynamic}_weight"),)),
+        Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
+    ]
+    storages: tuple[tuple[Storage, str], ...] = (
+        ("plain", "habana-dynamic"),
+        ("transposed", "habana-dynamic-transposed"),
+    )
+    for storage, dialect in storages:
+        if megatron == _FC1:
+            halves = (
+                Piece(f"{dynamic}1_weight", storage, part=0, parts=2),
+                Piece(f"{dynamic}2_weight", storage, part=1, parts=2),
+            )  # gate, up
+            found.append(Spelling(f"{dialect}-unfused", halves))
+    return tuple(found)
+
+
+def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str, has_experts: bool) -> Spelling:
+    """The spelling that a target wants.
+
+    Args:
+        found: all spellings of one parameter.
+        norms: "local", "transformer_engine" or "habana", which has the names of "local".
+        experts: "sequential", "te-grouped", "grouped" or "habana-dynamic".
+        has_experts: whether the model has experts; their norm is not fused by Transformer Engine.
+    """
+    listed = tuple(found)
+    fuses_nothing = has_experts and any("pre_mlp_layernorm" in piece.name for s in listed for piece in s.pieces)
+    fused = "transformer_engine" if norms == "transformer_engine" and not fuses_nothing else "canonical"
+    wanted = (experts, fused, "canonical")
+    return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
+
+
+def stored_shape(piece: Piece, rows: int, columns: int, *, is_vector: bool) -> tuple[int, ...]:
+    """The shape of the stored tensor that holds a piece of `rows` x `columns`: the inverse of `view`."""
+    if piece.storage == "grouped":
+        first = piece.name.endswith("weight1")
+        return (columns, piece.count * rows) if first else (piece.count * columns, rows)
+    if piece.storage == "stacked":
+        return (piece.count, rows, columns)
+    if piece.storage == "transposed":
+        return (columns, rows)
+    return (rows,) if is_vector else (rows, columns)
+
+
+def choose(found: Iterable[Spelling], *, permuted: bool) -> Spelling | None:
+    """The one spelling among those that fit the stored shapes; None when there is none or more than one.
+
+    Args:
+        found: spellings whose pieces are all stored with fitting shapes.
+        permuted: `moe_permuted_weights` of the args, which decides for square matrices only.
+    """
+    fitting = list(found)
+    if len(fitting) == 2 and fitting[1].dialect.startswith(f"{fitting[0].dialect.removesuffix('-unfused')}-transposed"):
+        return fitting[0] if permuted else fitting[1]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | None:
+    """A stored tensor seen as `rows` x `columns` of the canonical shard, or None where its shape does not fit.
+
+    Args:
+        piece: how it is stored.
+        stored: what the file holds under the piece's name.
+        rows, columns: of this piece; vectors have one column.
+    """
+    shape, strides = stored.shape, stored.strides
+    offset, row_stride, column_stride = 0, 0, 0
+    if piece.storage == "plain" and shape == (rows, columns):
+        row_stride, column_stride = strides
+    elif piece.storage == "plain" and shape == (rows,) and columns == 1:
+        row_stride, column_stride = strides[0], 1
+    elif piece.storage == "transposed" and shape == (columns, rows):
+        column_stride, row_stride = strides
+    elif piece.storage == "stacked" and shape == (piece.count, rows, columns):
+        offset = piece.index * strides[0]
+        row_stride, column_stride = strides[1:]
+    elif piece.storage == "grouped" and _is_grouped(piece, stored, rows, columns):
+        offset = piece.index * rows * columns
+        row_stride, column_stride = 1, rows
+    else:
+        return None
+    return View(
+        stored.file,
+        stored.name,
+        stored.dtype,
+        stored.offset_bytes + offset * (stored.size_bytes // max(1, stored.elements)),
+        rows,
+        columns,
+        row_stride,
+        column_stride,
+    )
+
+
+def _is_grouped(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> bool:
+    # weight1 is declared [hidden, experts x rows], weight2 [experts x columns, hidden]; the memory is alike.
+    shapes = ((columns, piece.count * rows), (piece.count * columns, rows))
+    return stored.shape in shapes and stored.strides == (stored.shape[1], 1)
+
+
+#: Parameters that exist in Megatron and have no place in any family here: part of the name -> what it is.
+_HOMELESS = (
+    (".q_layernorm.", "query layernorm (--qk-layernorm)"),
+    (".k_layernorm.", "key layernorm (--qk-layernorm)"),
+    (".shared_experts.", "shared experts (--moe-shared-expert-intermediate-size)"),
+    (".router.expert_bias", "the router's expert bias (--moe-router-enable-expert-bias)"),
+    (".router.bias", "the router's bias"),
+    ("mtp.", "multi-token prediction (--mtp-num-layers)"),
+    ("embedding.position_embeddings.", "learned position embeddings"),
+    (".experts.dynamic_mlp.", "FP8 dynamic experts (IntelFP8DynamicMLP)"),
+    ("layernorm.bias", "a LayerNorm bias"),
+    ("layer_norm_bias", "a LayerNorm bias"),
+    (".bias", "a bias"),
+)
+
+
+def describe_homeless(name: str) -> str:
+    """What a parameter is for which no table has a row."""
+    return next((what for part, what in _HOMELESS if part in f"{name}"), "a parameter that no table names")
+
+
+def describe_dialect(names: Iterable[str]) -> str:
+    """How a file spells its norms and experts, for people."""
+    listed = list(names)
+    fused = any(map(has_fused_norm, listed))
+    marks = (
+        (".experts.local_experts.", "sequential"),
+        (".experts.local_expert_", "habana-dynamic"),
+        (".experts.weight1", "grouped"),
+        (".experts.linear_fc1.weight", "te-grouped"),
+    )
+    experts = [what for mark, what in marks if any(mark in name for name in listed)]
+    norms = "transformer_engine norms" if fused else "local norms"
+    return ", ".join([norms, *(f"{what} experts" for what in experts)])

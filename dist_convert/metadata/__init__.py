@@ -1,1 +1,0 @@
-"""Translates what is not a tensor: args, configs, tokenizers, capacity bins."""

@@ -1,0 +1,201 @@
+"""Where a rank's time goes: seconds by phase for the final report, and `--trace FILE` with every stretch of it.
+
+A trace is for chrome://tracing and https://ui.perfetto.dev. Its format is the array of "Trace Event Format" (the
+document of that name by the Catapult project): one event a line, "X" for a stretch and "M" for names; times are
+microseconds. The closing bracket may be missing, so that what a failed conversion leaves can be looked at too.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import UsageError
+from dist_convert.ranks.collectives import World, barrier, gather_objects
+from dist_convert.write.partial import partial_of
+
+#: What is timed. A reader thread reads, the main thread gathers and waits for the others, a writer thread places and
+#: writes; so the seconds of all phases together exceed those that have passed.
+PHASES = ("read", "gather", "place", "write", "wait")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of one thread's time, in seconds of `time.perf_counter`.
+
+    Attributes:
+        phase: one of `PHASES`.
+        subject: the tensor or step that it was spent on.
+        size_bytes: that were read, received, placed or written; 0 where that means nothing.
+    """
+
+    phase: str
+    subject: str
+    start_seconds: float
+    end_seconds: float
+    size_bytes: int
+
+
+def _heard_by_nobody(stretch: Stretch) -> None:
+    """For a timeline that only adds up."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Adds up what each phase takes, and tells every stretch to who listens.
+
+    Attributes:
+        on_stretch: called from the thread whose time it was.
+    """
+
+    on_stretch: Callable[[Stretch], None] = _heard_by_nobody
+    _spent: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def during(self, phase: str, subject: str, size_bytes: int = 0) -> Iterator[None]:
+        """Count what the block takes, unless it fails."""
+        start = time.perf_counter()
+        yield
+        end = time.perf_counter()
+        self._spent[phase, threading.get_ident()] += end - start  # a key for each thread: none waits for another
+        self.on_stretch(Stretch(phase, subject, start, end, size_bytes))
+
+    def seconds(self) -> dict[str, float]:
+        """What each phase has taken, over all threads."""
+        return {phase: sum(s for (of, _), s in self._spent.items() if of == phase) for phase in PHASES}
+
+
+_BUFFER_BYTES = 64 << 10
+_FIRST_LINE = b"[\n"
+_THREADS = ("main", "reader", "writer")
+
+
+@contextmanager
+def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
+    """A timeline for the block, written to a file if there is a path.
+
+    The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`. A trace
+    that cannot be written any more is given up with a line that says so; the conversion goes on.
+
+    Args:
+        path: of the file, which may replace an earlier trace; None for a timeline that only adds up.
+        world: this rank.
+        target: of the conversion, which is renamed and replaced, so that no trace can lie in it.
+
+    Raises:
+        UsageError: the file cannot be made, or is something else than a trace.
+    """
+    if path is None:
+        yield Timeline()
+        return
+    if len(world.first_ranks) > 1:
+        path = path.with_name(f"{path.stem}-node{world.node}{path.suffix}")
+    is_first = world.rank in world.first_ranks
+    if is_first:
+        _make(path, target)
+    start_ns: int = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
+    trace = _Trace(path, world.rank, time.perf_counter() - (time.time_ns() - start_ns) / 1e9)
+    try:
+        yield Timeline(trace.add)
+    finally:
+        trace.close()
+    barrier(world)
+    if is_first:
+        last = {"pid": world.rank, "name": "process_sort_index", "ph": "M", "args": {"sort_index": world.rank}}
+        _append(path, json.dumps(last).encode() + b"]\n")
+
+
+def _make(path: Path, target: Path) -> None:
+    found = ""
+    try:
+        if any(path.absolute().is_relative_to(used) for used in (target, partial_of(target))):
+            found = f"a path inside of the target {target}"
+        elif path.exists() and not _is_trace(path):
+            found = "a file that is no trace"
+        else:
+            path.write_bytes(_FIRST_LINE)
+    except OSError as error:
+        found = error.strerror or str(error)
+    if found:
+        raise UsageError("the trace cannot be written", file=str(path), found=found, remedy="give another --trace")
+
+
+def _is_trace(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_FIRST_LINE)) == _FIRST_LINE
+
+
+def _append(path: Path, lines: bytes) -> bool:
+    """Add lines behind those of all ranks of the node, in one call, which no other one's lines come between.
+
+    Returns:
+        Whether that was possible.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            if os.write(descriptor, lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return True
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        print(f"{path}: the trace ends before the conversion: {error.strerror}", file=sys.stderr)
+        return False
+
+
+class _Trace:
+    """One rank's events on their way to the file; any thread may add one."""
+
+    def __init__(self, path: Path, rank: int, zero_seconds: float) -> None:
+        self._path = path
+        self._rank = rank
+        self._zero_seconds = zero_seconds
+        self._lock = threading.Lock()
+        self._lines: list[bytes] = []
+        self._size_bytes = 0
+        self._goes_on = True
+        self._put({"name": "process_name", "ph": "M", "args": {"name": f"rank {rank}"}})
+        for number, name in enumerate(_THREADS):
+            self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": name}})
+
+    def add(self, stretch: Stretch) -> None:
+        thread = threading.current_thread().name
+        self._put(
+            {
+                "name": stretch.phase,
+                "ph": "X",
+                "tid": next((number for number, name in enumerate(_THREADS) if thread.startswith(name)), 0),
+                "ts": round((stretch.start_seconds - self._zero_seconds) * 1e6, 1),
+                "dur": round((stretch.end_seconds - stretch.start_seconds) * 1e6, 1),
+                "args": {"what": stretch.subject, "bytes": stretch.size_bytes},
+            }
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _put(self, event: Mapping[str, Any]) -> None:
+        line = json.dumps({"pid": self._rank, **event}, separators=(",", ":")).encode() + b",\n"
+        with self._lock:
+            self._lines.append(line)
+            self._size_bytes += len(line)
+            if self._size_bytes >= _BUFFER_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._goes_on = self._goes_on and _append(self._path, b"".join(self._lines))
+        self._lines, self._size_bytes = [], 0

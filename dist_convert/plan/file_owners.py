@@ -1,0 +1,171 @@
+"""Which node writes which target files, where not every node may write each of them.
+
+On the nodes' own disks each weights file lies whole on one of them, with the name and the bytes that it has on a
+shared one. On NFS, for instance, all nodes see a file and only one may write it: what a parameter has in files of
+several nodes becomes a part for each of them, so that every node can read for itself what it writes.
+
+Pure: integers and strings. A place is a directory as some ranks see it; nodes that share a disk share a place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from dist_convert.plan.content import Content
+from dist_convert.plan.moves import Move, Sides, copies
+
+#: A place is as good for a file as the one that holds most of its source, if it holds this share of that.
+_ALIKE = 3 / 4
+
+
+def deal_files(
+    content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
+) -> tuple[frozenset[str], ...]:
+    """For each place, the weights files that lie there: where most of their source is, or else where least is written.
+
+    It depends on what each place sees, and not on how many ranks it has.
+
+    Args:
+        content: of the conversion.
+        visible: for each rank, the source files that it can read.
+        places: for each rank, the number of its place.
+    """
+    alike = places_alike(content, visible, places)
+    dealt: list[list[str]] = [[] for _ in range(max(places) + 1)]
+    filled_bytes = [0] * len(dealt)
+    for file in content.files:
+        chosen = min(alike[file.name], key=lambda place: filled_bytes[place])
+        dealt[chosen].append(file.name)
+        filled_bytes[chosen] += file.size_bytes
+    return tuple(map(frozenset, dealt))
+
+
+def places_alike(
+    content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """For each target file, the places that see about equally much of its source, and no place sees more of it.
+
+    Args:
+        content, visible, places: see `deal_files`.
+    """
+    numbers = range(max(places) + 1)
+    seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(places) if of == place)) for place in numbers]
+    held_bytes = {file.name: [0] * len(seen) for file in content.files}
+    for move in content.moves:
+        shares = [sum(any(file in files for file in home) for home in move.homes) for files in seen]
+        of_files = [(view.file, view.size_bytes) for view in move.hf]
+        if content.sides.to_megatron:
+            of_files = [(file, move.written_bytes // len(move.targets)) for file in move.targets]
+        for file, size_bytes in of_files:
+            for place, share in enumerate(shares):
+                held_bytes[file][place] += size_bytes * share // len(move.homes)
+    return {
+        file: tuple(place for place in numbers if held[place] >= _ALIKE * max(held))
+        for file, held in held_bytes.items()
+    }
+
+
+def with_own_targets(content: Content) -> Content:
+    """A content whose target files not every rank can write: whoever does a move must reach them."""
+    moves = tuple(replace(move, own_targets=tuple((file,) for file in move.targets)) for move in content.moves)
+    return replace(content, moves=moves)
+
+
+def file_numbers(content: Content, files: frozenset[str]) -> str:
+    """Which of the weights files some are, by their numbers from 1: `1-3, 5`."""
+    runs: list[list[int]] = []
+    for number, file in enumerate(content.files, start=1):
+        if file.name not in files:
+            continue
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
+
+
+def writable_by_one_node(
+    content: Content,
+    visible: Sequence[frozenset[str]],
+    writable: Sequence[frozenset[str]],
+    places: Sequence[int],
+    nodes: Sequence[int],
+) -> tuple[frozenset[str], ...]:
+    """For each rank, the target files that it writes: those of its place that are dealt to its node.
+
+    Args:
+        content: of the conversion.
+        visible: for each rank, the source files that it can read.
+        writable: for each rank, the target files where its target lies.
+        places: for each rank, the number of that place; where it does not matter who writes what, a negative one.
+        nodes: for each rank, the number of its node.
+    """
+    found = list(writable)
+    for place in sorted({place for place in places if place >= 0}):
+        ranks = [rank for rank, of_rank in enumerate(places) if of_rank == place]
+        names = sorted({nodes[rank] for rank in ranks})
+        numbers = [names.index(nodes[rank]) for rank in ranks]
+        node_of_file = _deal(content, [visible[rank] for rank in ranks], writable[ranks[0]], numbers)
+        for rank, number in zip(ranks, numbers, strict=True):
+            found[rank] = frozenset(file for file, node in node_of_file.items() if node == number)
+    return tuple(found)
+
+
+def _deal(
+    content: Content, visible: Sequence[frozenset[str]], files: frozenset[str], nodes: Sequence[int]
+) -> Mapping[str, int]:
+    """The node of each file: the one that sees most of its source; where all see alike, stretches of equal bytes.
+
+    Neighbours of a stretch share parameters: the files of a pipeline stage, and in it of an expert parallel rank.
+    """
+    alike = places_alike(content, visible, nodes)
+    sizes_bytes = {file.name: file.size_bytes for file in content.files if file.name in files}
+    by_experts = sorted(content.moves, key=lambda move: move.parameter.expert is None)
+    ordered = dict.fromkeys(file for move in by_experts for file in move.targets) | dict.fromkeys(sizes_bytes)
+    total_bytes, dealt_bytes = sum(sizes_bytes.values()), 0
+    count = max(nodes) + 1
+    filled_bytes = [0] * count
+    chosen: dict[str, int] = {}
+    for file in (file for file in ordered if file in sizes_bytes):
+        node = (2 * dealt_bytes + sizes_bytes[file]) * count // (2 * total_bytes)  # by the middle of the file
+        dealt_bytes += sizes_bytes[file]
+        if len(alike[file]) < count:
+            node = min(alike[file], key=lambda node: filled_bytes[node])
+        chosen[file] = node
+        filled_bytes[node] += sizes_bytes[file]
+    return chosen
+
+
+def with_parts(content: Content, writable: Sequence[frozenset[str]]) -> Content:
+    """A content whose every move can be done by the ranks that write one and the same of these sets of files."""
+    owners = {file: number for number, files in enumerate(dict.fromkeys(writable)) for file in files}
+    moves = tuple(part for move in content.moves for part in _parts(content.sides, move, owners))
+    return with_own_targets(replace(content, moves=moves))
+
+
+def _parts(sides: Sides, move: Move, owners: Mapping[str, int]) -> Iterator[Move]:
+    """A move for each owner of its target files."""
+    numbers = dict.fromkeys(owners[file] for file in move.targets)
+    if len(numbers) == 1:
+        yield move
+        return
+    size_bytes, written_bytes = Counter[int](), Counter[int]()
+    for copy in copies(sides, move):
+        of_owners = [owners[view.file] for view in copy.targets]
+        size_bytes.update(dict.fromkeys(of_owners, copy.targets[0].size_bytes))  # equal targets count once
+        for number in of_owners:
+            written_bytes[number] += copy.targets[0].size_bytes
+    for number in numbers:
+        if not size_bytes[number]:  # its shards are nothing but padding that stays zero
+            continue
+        others = {file for file in move.targets if owners[file] != number}
+        yield replace(
+            move,
+            size_bytes=size_bytes[number],
+            written_bytes=written_bytes[number],
+            targets=tuple(file for file in move.targets if file not in others),
+            needs=tuple(files for files in move.needs if others.isdisjoint(files)),
+            is_part=True,
+        )

@@ -1,0 +1,1 @@
+"""Ranks among each other: their world and its collectives, what they say beside those, how they are started."""

@@ -1,0 +1,266 @@
+"""Everything that ranks say to each other: the only file with collectives.
+
+Without a launcher there is one rank, no process group, and every function answers for that rank alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_convert.errors import PlanError, lost_contact
+from dist_convert.ranks.device import BACKENDS, choose_device
+from dist_convert.records import Message
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all ranks.
+
+    Attributes:
+        rank, size: of all.
+        nodes: for each rank, the number of its node.
+        device: that this rank's collectives use.
+        timeout_seconds: how long they wait for a silent rank.
+    """
+
+    rank: int
+    size: int
+    nodes: tuple[int, ...]
+    device: torch.device
+    timeout_seconds: float = 600.0
+
+    @property
+    def node(self) -> int:
+        return self.nodes[self.rank]
+
+    @property
+    def local_size(self) -> int:
+        return self.nodes.count(self.node)
+
+    @property
+    def first_ranks(self) -> list[int]:
+        """The first rank of each node, for what one rank does for all of its node."""
+        return [rank for rank, node in enumerate(self.nodes) if node not in self.nodes[:rank]]
+
+
+def join_world(device: str, timeout_seconds: float) -> World:
+    """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
+
+    Args:
+        device: as in `ranks.device.choose_device`.
+        timeout_seconds: after which a collective with a silent rank fails.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    nodes = _nodes(rank, size)
+    local_rank = int(os.environ.get("LOCAL_RANK", nodes[:rank].count(nodes[rank])))
+    return World(rank, size, nodes, choose_device(device, local_rank), timeout_seconds)
+
+
+def _nodes(rank: int, size: int) -> tuple[int, ...]:
+    """Every rank's node: as the launcher numbers them, or by host names where it does not say."""
+    if size == 1:
+        return (0,)
+    node, local_size = os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    if node is None and local_size is not None:
+        node = str(rank // int(local_size))
+    names: list[Any] = [None] * size
+    dist.all_gather_object(names, node or socket.gethostname())
+    if node is not None:
+        return tuple(map(int, names))
+    return tuple(map(list(dict.fromkeys(names)).index, names))
+
+
+def leave_world(world: World) -> None:
+    """Leave the process group, so that no backend warns at exit."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def gather_objects(world: World, mine: Any) -> list[Any]:
+    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device."""
+    if world.size == 1:
+        return [mine]
+    texts: list[Any] = [None] * world.size
+    with _named_loss():
+        dist.all_gather_object(texts, json.dumps(mine, separators=(",", ":")))
+    return [json.loads(text) for text in texts]
+
+
+@contextmanager
+def _named_loss() -> Iterator[None]:
+    """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise lost_contact(str(error).splitlines()[0]) from error
+
+
+def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
+    """Rank 0's bytes, so many of them, on every rank; others' are not used. They travel over gloo, on every device."""
+    if world.size == 1:
+        return mine
+    buffer = bytearray(mine if world.rank == 0 else size_bytes)
+    with _named_loss():
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=0)
+    return bytes(buffer)
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    gather_objects(world, None)
+
+
+def agree(world: World, digest: str) -> None:
+    """Check that all ranks made the same plan.
+
+    Raises:
+        PlanError: naming the first rank that differs.
+    """
+    digests = gather_objects(world, digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise PlanError(
+                "ranks made different plans",
+                expected=f"{digests[0][:16]} as on rank 0",
+                found=f"{other[:16]} on rank {rank}",
+                remedy="all ranks must run the same version with the same flags",
+            )
+
+
+def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """The process group of this rank's team; only its members take part. None for a team of one."""
+    if len(ranks) == 1:
+        return None
+    backend = BACKENDS[world.device.type]
+    if len(ranks) == world.size and backend == "gloo":
+        return dist.group.WORLD
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks),
+        timeout=timedelta(seconds=world.timeout_seconds),  # not inherited from the world
+        backend=backend,
+        use_local_synchronization=True,
+    )
+    return group
+
+
+@dataclass(frozen=True)
+class Gatherer:
+    """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one."""
+
+    group: dist.ProcessGroup
+    members: int
+    member: int
+    staging: Staging | None
+
+
+def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
+    """Prepare the gathers of a team, or None for a team of one.
+
+    Args:
+        world: this rank's world.
+        ranks: of the team.
+        send_bytes: the most that a member contributes to one gather.
+    """
+    group = make_team_group(world, ranks)
+    if group is None:
+        return None
+    staging = make_staging(world.device, send_bytes, len(ranks)) if world.device.type != "cpu" else None
+    return Gatherer(group, len(ranks), ranks.index(world.rank), staging)
+
+
+def begin_gather(
+    gatherer: Gatherer, send: torch.Tensor, received: torch.Tensor, wanted: Sequence[Message]
+) -> Callable[[], None] | None:
+    """Begin to bring to each member what it needs of the others' bytes.
+
+    An accelerator gathers all from all, at once. Over gloo only the messages go, straight from buffer to buffer, while
+    this rank does other things: gloo gathers through a hidden copy of everything, and takes three times as long.
+
+    Args:
+        gatherer: of the team.
+        send: uint8, a multiple of 4 bytes, the same size on every member.
+        received: uint8, `members` times as long: every member's bytes, in the order of members. What no message to this
+            member names is undefined.
+        wanted: the messages between all members, the same on each.
+
+    Returns:
+        What waits until all of it has come; both tensors are in use until then. None where it has come already.
+
+    Raises:
+        LostRank: at once, or from what is returned.
+    """
+    source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
+    with _named_loss():
+        if gatherer.staging is not None:
+            _gather_on_device(gatherer.group, gatherer.staging, source, target)
+            return None
+        works = _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
+
+    def wait() -> None:
+        with _named_loss():
+            for work in works:
+                work.wait()
+
+    return wait
+
+
+def _pass_messages(
+    gatherer: Gatherer, source: torch.Tensor, target: torch.Tensor, wanted: Sequence[Message]
+) -> list[dist.Work]:
+    works = []
+    for message in wanted:
+        first = message.offset_bytes // WIRE_DTYPE.itemsize
+        words = slice(first, first + message.size_bytes // WIRE_DTYPE.itemsize)
+        if message.receiver == gatherer.member:
+            into = target[message.sender, words]
+            works.append(dist.irecv(into, group=gatherer.group, group_src=message.sender))
+        elif message.sender == gatherer.member:
+            works.append(dist.isend(source[words], group=gatherer.group, group_dst=message.receiver))
+    return [work for work in works if work is not None]
+
+
+def _gather_on_device(group: dist.ProcessGroup, staging: Staging, source: torch.Tensor, target: torch.Tensor) -> None:
+    device_source, device_target = staging.send[: source.numel()], staging.received[: target.numel()]
+    with torch.get_device_module(device_source.device).stream(staging.stream):
+        device_source.copy_(source, non_blocking=True)
+        # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(device_target, device_source, group=group)
+        # This copy blocks: it ends the wait for all three, and has Gaudi's lazy mode carry them out.
+        target.copy_(device_target)
+
+
+#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
+WIRE_DTYPE = torch.int32
+
+
+@dataclass(frozen=True)
+class Staging:
+    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
+
+    send: torch.Tensor
+    received: torch.Tensor
+    stream: Any
+
+
+def make_staging(device: torch.device, send_bytes: int, members: int) -> Staging:
+    """Room on a device for what each of so many members sends to a gather."""
+    words = send_bytes // WIRE_DTYPE.itemsize
+    return Staging(
+        torch.empty(words, dtype=WIRE_DTYPE, device=device),
+        torch.empty(words * members, dtype=WIRE_DTYPE, device=device),
+        torch.get_device_module(device).Stream(),
+    )

@@ -1,0 +1,280 @@
+"""A checkpoint of Megatron's `torch` format on disk: its iteration, its rank files, and the header of each.
+
+Only headers are read: the pickle and the zip's directory. The optimizer's bytes are counted, not touched. Facts:
+docs/formats.md, "Rank directories", "The tracker file" and "Keys of the file".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CheckpointNotFound, CorruptFile, MissingArguments, UnsupportedModel
+from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
+from dist_convert.read.restricted_pickle import Inert, Tensor, plain_dict
+from dist_convert.read.source import no_directory, reading
+from dist_convert.read.torch_file import Container, open_saved, place_tensors
+from dist_convert.records import StoredTensor
+
+#: The flag that names an iteration, in most commands.
+NAME_FLAG = "--ckpt-dir-name"
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_MAX_DIGITS = 18
+_MAX_TRACKER_CHARACTERS = 1024
+
+
+def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG) -> Path:
+    """The directory of one iteration.
+
+    Args:
+        root: the checkpoint's root, or the iteration's directory itself.
+        name: such as "iter_0000004" or "release"; None asks the tracker file.
+        name_flag: that gives the name, for messages.
+
+    Raises:
+        CheckpointNotFound: no such directory, or no tracker.
+        CorruptFile: a tracker that names no iteration.
+        UnsupportedModel: a distributed checkpoint (`torch_dist` and its relatives).
+    """
+    if not root.is_dir():
+        raise no_directory(root, "checkpoint")
+    directory = root / (name or _tracked(root, name_flag))
+    if not directory.is_dir():
+        raise CheckpointNotFound(
+            "the iteration does not exist",
+            file=str(directory),
+            expected="one of: " + (", ".join(_iterations(root)) or "no iteration is here at all"),
+            found="nothing",
+            remedy=f"name an existing iteration with {name_flag}",
+        )
+    if not rank_files(directory) and _is_distributed(directory):
+        raise UnsupportedModel(
+            "a distributed checkpoint (torch_dist, torch_dcp or a relative)",
+            file=str(directory),
+            expected=f"Megatron's `torch` format, mp_rank_*/{SHARD_FILE}",
+            found="metadata.json or .metadata",
+            remedy="load it with Megatron-LM and save it with --ckpt-format torch (--ckpt-convert-format torch)",
+        )
+    return directory
+
+
+def tracked_name(root: Path, name_flag: str) -> str | None:
+    """The iteration that a tracker file here names; None where there is none, as on all nodes but the first."""
+    has_tracker = root.is_dir() and ((root / TRACKER_FILE).is_file() or rank_files(root))
+    return _tracked(root, name_flag) if has_tracker else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory looks like a Megatron checkpoint's root or like one of its iterations, of any format."""
+    return (path / TRACKER_FILE).is_file() or bool(rank_files(path)) or _is_distributed(path)
+
+
+def rank_directory_bytes(directory: Path, file: str) -> int:
+    """Bytes of all files in a rank file's directory, a distributed optimizer's own file among them."""
+    return sum(path.stat().st_size for path in (directory / file).parent.iterdir() if path.is_file())
+
+
+def _is_distributed(directory: Path) -> bool:
+    return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
+
+
+def _tracked(root: Path, name_flag: str) -> str:
+    if rank_files(root) or _is_distributed(root):
+        return "."
+    tracker = root / TRACKER_FILE
+    if not tracker.is_file() and (root / "config.json").is_file():
+        raise CheckpointNotFound(
+            "a Hugging Face directory, not a Megatron checkpoint",
+            file=str(root),
+            expected=f"{TRACKER_FILE} or mp_rank_* directories",
+            found="config.json",
+            remedy="give the Megatron checkpoint's root, or convert the other way with hf-to-megatron",
+        )
+    if not tracker.is_file():
+        raise CheckpointNotFound(
+            f"no {TRACKER_FILE}",
+            file=str(root),
+            expected="a Megatron checkpoint's root directory",
+            found=", ".join(_iterations(root)) or "no iteration",
+            remedy=f"check the path, or name the iteration with {name_flag}",
+        )
+    with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
+        text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
+    if text == "release":
+        return text
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise CorruptFile(
+            "the tracker file names no iteration",
+            file=str(tracker),
+            expected="a number, or the word release",
+            found="a link to something else" if _is_link_out(tracker) else repr(text[:40]),
+            remedy=f"name the iteration with {name_flag}",
+        )
+    return f"iter_{int(text):07d}"
+
+
+def _is_link_out(tracker: Path) -> bool:
+    """Whether a link leads out of the checkpoint, to a file that may be nobody's business."""
+    return not tracker.resolve().is_relative_to(tracker.parent.resolve())
+
+
+def _iterations(root: Path) -> list[str]:
+    names = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted(name for name in names if name == "release" or name.startswith("iter_"))
+
+
+def rank_files(directory: Path) -> dict[str, int]:
+    """The rank files of an iteration that this machine sees, with their sizes in bytes."""
+    found = {}
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            if is_rank_directory(path.name) and (path / SHARD_FILE).is_file():
+                found[f"{path.name}/{SHARD_FILE}"] = (path / SHARD_FILE).stat().st_size
+    return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one rank's file.
+
+    Attributes:
+        file: relative to the iteration's directory, `mp_rank_00/model_optim_rng.pt`.
+        size_bytes: of the whole file.
+        weights_bytes: of the model's tensors.
+        iteration: training step, or None.
+        args: the training arguments as JSON values.
+        chunks: per virtual pipeline stage, the stored tensors by their name in its model.
+        opaque: per virtual pipeline stage, the entries that are no tensors: name -> what they are.
+    """
+
+    file: str
+    size_bytes: int
+    weights_bytes: int
+    iteration: int | None
+    args: dict[str, Any]
+    chunks: tuple[dict[str, StoredTensor], ...]
+    opaque: tuple[dict[str, str], ...]
+
+
+def read_shard(path: Path, file: str) -> Shard:
+    """Read the header of one rank's file.
+
+    Args:
+        path: the file on this machine.
+        file: its name relative to the iteration's directory.
+
+    Raises:
+        CorruptFile, UnsafePickle: see `torch_file` and `restricted_pickle`.
+        MissingArguments: it holds no `args`.
+        UnsupportedModel: it is of a format or version that is not read.
+    """
+    container, saved = open_saved(path, file)
+    args = saved.get("args")
+    if not isinstance(args, Inert) or not isinstance(args.state, Mapping):
+        raise MissingArguments(
+            "the checkpoint has no args",
+            file=file,
+            expected="an argparse.Namespace under the key 'args'",
+            found=", ".join(map(str, saved)) or "an empty dict",
+            remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
+        )
+    _refuse_old_version(saved.get("checkpoint_version"), file)
+    models = _models(saved, file)
+    chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
+    iteration = saved.get("iteration")
+    return Shard(
+        file=file,
+        size_bytes=container.size_bytes,
+        weights_bytes=sum(tensor.size_bytes for chunk in chunks for tensor in chunk.values()),
+        iteration=iteration if isinstance(iteration, int) else None,
+        args=plain_dict(args.state),
+        chunks=chunks,
+        opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
+    )
+
+
+def _refuse_old_version(version: object, file: str) -> None:
+    number = version if isinstance(version, int | float) else 0
+    if number < 2:
+        raise UnsupportedModel(
+            "a checkpoint older than version 2 orders the rows of QKV differently",
+            file=file,
+            expected="checkpoint_version 2.0 or newer",
+            found=version,
+            remedy="load and save it once with a Megatron-LM of 2021 or later",
+        )
+
+
+def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
+    keys = ["model"] if "model" in saved else []
+    while keys[:1] != ["model"] and f"model{len(keys)}" in saved:
+        keys.append(f"model{len(keys)}")
+    models = [saved[key] for key in keys]
+    if not models or not all(isinstance(model, Mapping) for model in models):
+        raise CorruptFile(
+            "the file holds no model",
+            file=file,
+            expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
+            found=", ".join(map(str, saved)),
+        )
+    if any("language_model" in model for model in models):
+        raise UnsupportedModel(
+            "a checkpoint of Megatron's legacy model classes",
+            file=file,
+            expected='a flat dict of Megatron-Core\'s names (docs/formats.md, "Parameter names")',
+            found="language_model",
+            remedy="convert it to Megatron-Core first (tools/checkpoint/convert.py of Megatron-LM)",
+        )
+    return tuple({str(name): value for name, value in model.items()} for model in models)
+
+
+def _label(name: str, virtual: int, chunks: int) -> str:
+    """A name that is unique in its file: virtual stages repeat each other's names."""
+    return name if chunks == 1 else f"model{virtual}.{name}"
+
+
+def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container: Container) -> dict[str, StoredTensor]:
+    tensors = {name: value for name, value in models[virtual].items() if isinstance(value, Tensor)}
+    labels = {name: _label(name, virtual, len(models)) for name in tensors}
+    placed = place_tensors({labels[name]: tensor for name, tensor in tensors.items()}, container)
+    return {name: placed[label] for name, label in labels.items()}
+
+
+def _kind(value: object) -> str:
+    return value.class_name if isinstance(value, Inert) else type(value).__name__
+
+
+def shard_to_json(shard: Shard) -> dict[str, Any]:
+    """A compact JSON form, for sending headers between ranks."""
+    return {
+        "file": shard.file,
+        "size_bytes": shard.size_bytes,
+        "weights_bytes": shard.weights_bytes,
+        "iteration": shard.iteration,
+        "args": shard.args,
+        "chunks": [
+            [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in chunk.items()] for chunk in shard.chunks
+        ],
+        "opaque": shard.opaque,
+    }
+
+
+def shard_from_json(data: dict[str, Any]) -> Shard:
+    """The inverse of `shard_to_json`."""
+    count = len(data["chunks"])
+    chunks = tuple(
+        {
+            name: StoredTensor(
+                _label(name, virtual, count), data["file"], dtype, tuple(shape), tuple(strides), offset_bytes
+            )
+            for name, dtype, shape, strides, offset_bytes in chunk
+        }
+        for virtual, chunk in enumerate(data["chunks"])
+    )
+    return Shard(
+        data["file"], data["size_bytes"], data["weights_bytes"], data["iteration"], data["args"], chunks,
+        tuple(data["opaque"]),
+    )  # fmt: skip

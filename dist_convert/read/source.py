@@ -1,0 +1,210 @@
+"""A source's files: opened, read whole where they are small, known again, and what is said where that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CheckpointNotFound, CorruptFile, SourceChanged, SourceError
+
+#: For each file, its size in bytes, its inode and the time of its last change in ns: see `stamp`.
+Listing = Mapping[str, Sequence[int]]
+
+BACK_OR_ANEW = (
+    "let nothing write to the source, then start anew with --overwrite; or put the file back, with its time, and start "
+    "the same command again"
+)
+
+
+def source_error(error: OSError, file: str, *, tensor: str = "", expected: str = "") -> SourceError:
+    """The error of ours for an operating system's refusal to read."""
+    return SourceError(
+        "cannot read the source",
+        tensor=tensor,
+        file=file,
+        expected=expected,
+        found=error.strerror or str(error),
+        remedy="check its disk or network file system on every node",
+    )
+
+
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Within it a source file or directory is read.
+
+    Raises:
+        SourceError: for an `OSError` inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise source_error(error, str(file)) from error
+
+
+def check_unchanged(found: os.stat_result, known: Sequence[int], file: str, tensor: str = "") -> None:
+    """Compare what a file is now with what it was when its header was read.
+
+    By size and time, as a later run does: network file systems may give a file a new inode whenever they like.
+
+    Raises:
+        SourceChanged: it has been written to, or replaced.
+    """
+    size_bytes, _, modified_ns = known
+    if (found.st_size, found.st_mtime_ns) != (size_bytes, modified_ns):
+        raise SourceChanged(
+            "a source file has changed while it was read",
+            tensor=tensor,
+            file=file,
+            expected=f"{size_bytes} bytes, as when the conversion began",
+            found=f"{found.st_size} bytes"
+            + (", written to or replaced since" if found.st_size == size_bytes else ", cut or replaced since"),
+            remedy=BACK_OR_ANEW,
+        )
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor; a pipe that has come in the file's place keeps nobody waiting for its writer.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def changed_files(directory: Path, known: Listing) -> list[str]:
+    """Which files are not what they were; each is opened, which makes network file systems ask their server.
+
+    Raises:
+        SourceError: one cannot be opened.
+    """
+    changed = []
+    for file, before in known.items():
+        try:
+            with reading(file):
+                descriptor = open_to_read(directory / file)
+                try:
+                    check_unchanged(os.fstat(descriptor), before, file)
+                finally:
+                    os.close(descriptor)
+        except SourceChanged:
+            changed.append(file)
+    return changed
+
+
+_PIECES = 16
+_PIECE_BYTES = 4096
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, inode and time of the last change: equal wherever one shared file is looked at."""
+    found = path.stat()
+    return found.st_size, found.st_ino, found.st_mtime_ns
+
+
+def sample_digest(path: Path, file: str) -> str:
+    """SHA-256 of evenly spaced pieces, the first and the last bytes among them.
+
+    Weights of two trainings or of two iterations differ nearly everywhere, and so in any sample.
+
+    Args:
+        path: the file on this machine.
+        file: how messages name it.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with reading(file), path.open("rb") as opened:
+        last_bytes = max(0, path.stat().st_size - _PIECE_BYTES)
+        for number in range(_PIECES):
+            opened.seek(last_bytes * number // (_PIECES - 1))
+            digest.update(opened.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+#: Several times what the largest vocabularies need; an index of a million tensors.
+MAX_BYTES = 100_000_000
+
+
+def read_small_file(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        CorruptFile: it is larger than `MAX_BYTES`.
+        SourceError: it cannot be read.
+    """
+    with reading(path), path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise CorruptFile(
+            "a file that is too large for its kind", file=str(path), expected=f"at most {MAX_BYTES} bytes"
+        )
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CorruptFile: it holds something else, or too much.
+        SourceError: it cannot be read.
+    """
+    content = read_small_file(path)
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
+    if not isinstance(data, dict):
+        raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)
+    return data
+
+
+def no_directory(path: Path, kind: str) -> CheckpointNotFound:
+    """The error about a path that is no directory.
+
+    Args:
+        path: as it was given.
+        kind: of the directory, such as "checkpoint".
+    """
+    if path.exists():
+        return CheckpointNotFound(
+            f"a file, not a {kind} directory", file=str(path), remedy="give the directory that it lies in"
+        )
+    return CheckpointNotFound(
+        f"the {kind} directory does not exist", file=str(path), remedy="check the path on every node"
+    )
+
+
+_MEMORY = Path("/proc/meminfo")
+
+
+def pushes_others_out(streamed_bytes: int) -> bool:
+    """Whether so many bytes, read and written, need more pages than are free, so that other files lose theirs.
+
+    False where the system does not say what is free. Letting pages go takes a third of the time that reading them from
+    the cache takes, so it is done only where it saves somebody theirs.
+    """
+    try:
+        free_bytes = unused_bytes(_MEMORY.read_text(encoding="ascii"))
+    except OSError:
+        return False
+    return free_bytes is not None and streamed_bytes > free_bytes
+
+
+def unused_bytes(meminfo: str) -> int | None:
+    """The memory that nobody uses, not for a page cache either; None where the text does not have it.
+
+    Args:
+        meminfo: lines of names and kibibytes
+            (https://www.kernel.org/doc/html/latest/filesystems/proc.html, "meminfo").
+    """
+    for line in meminfo.splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemFree":
+            return int(value.split()[0]) * 1024
+    return None

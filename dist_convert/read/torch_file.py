@@ -1,0 +1,264 @@
+"""What `torch.save` wrote into a file: its zip container, the saved object, and where its tensors lie.
+
+Only the central directory and single local headers are read, never a record's data (except the pickle, on request).
+Format: https://docs.pytorch.org/docs/stable/notes/serialization.html and PKWARE's APPNOTE.TXT; storages:
+docs/formats.md, "Storages".
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dist_convert.errors import CorruptFile, UnsupportedModel
+from dist_convert.read.restricted_pickle import Tensor, load
+from dist_convert.read.source import reading, source_error
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+
+#: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
+MAX_PICKLE_BYTES = 256 << 20
+#: Encrypted, patch data, strong encryption (APPNOTE.TXT, 4.4.4).
+_FOREIGN_FLAGS = 0x61
+_UTF8_NAME = 0x800
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored record.
+
+    Attributes:
+        name: without the archive's folder.
+        header_offset_bytes: of its local header.
+        size_bytes: of its data.
+        limit_bytes: where the next local header or the directory begins; its data ends before.
+        path: its name in the local header.
+    """
+
+    name: str
+    header_offset_bytes: int
+    size_bytes: int
+    limit_bytes: int
+    path: bytes
+
+
+@dataclass(frozen=True)
+class Container:
+    """The records of one `.pt` file, by name."""
+
+    path: Path
+    label: str
+    size_bytes: int
+    records: dict[str, Record]
+
+
+def open_container(path: Path, label: str) -> Container:
+    """List the records of a `.pt` file after checking that they are stored, in bounds and do not overlap.
+
+    Args:
+        path: the file on this machine.
+        label: how messages name it.
+
+    Raises:
+        CorruptFile: not a zip, cut short, or with entries that torch never writes.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            directory_bytes = archive.start_dir
+    except OSError as error:
+        raise source_error(error, label) from error
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        if isinstance(error.__context__, OSError):  # as zipfile answers where the end cannot be read
+            raise source_error(error.__context__, label) from error
+        raise CorruptFile(
+            "not a complete torch checkpoint file",
+            file=label,
+            expected="the zip container of torch.save (torch 1.6 or newer)",
+            found=f"{error}, in {size_bytes} bytes",
+            remedy="copy the file again; if it was saved in the old format, load and save it with a current torch",
+        ) from error
+    records: dict[str, Record] = {}
+    for entry, following in zip(entries, [*entries, None][1:], strict=True):
+        end = entry.header_offset + _LOCAL_HEADER.size + entry.file_size
+        limit = following.header_offset if following else directory_bytes
+        name = entry.filename.partition("/")[2]
+        if (
+            entry.compress_type != zipfile.ZIP_STORED
+            or entry.compress_size != entry.file_size  # zipfile asks for so many bytes at once
+            or entry.flag_bits & _FOREIGN_FLAGS
+            or end > limit
+            or entry.header_offset < 0
+            or name in records
+        ):
+            raise CorruptFile(
+                f"zip entry {entry.filename!r} is not one that torch writes",
+                file=label,
+                expected=f"stored, unencrypted, named once, inside bytes {entry.header_offset}..{limit}",
+                found=f"compression {entry.compress_type} to {entry.compress_size} bytes, flags {entry.flag_bits:#x}, "
+                f"{entry.file_size} bytes",
+                remedy="copy the file again from the machine that saved it",
+            )
+        records[name] = Record(name, entry.header_offset, entry.file_size, limit, _stored_name(entry))
+    return Container(path, label, size_bytes, records)
+
+
+def _stored_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
+
+
+@contextmanager
+def _opened(container: Container) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(container.path) as archive:
+            yield archive
+    except OSError as error:
+        raise source_error(error, container.label) from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise CorruptFile("a record cannot be read", file=container.label, found=str(error)) from error
+
+
+def read_small_record(container: Container, name: str) -> bytes:
+    """The bytes of a small record such as `data.pkl`.
+
+    Raises:
+        CorruptFile: absent, too large, or with a wrong checksum.
+    """
+    record = container.records.get(name)
+    if record is None or record.size_bytes > MAX_PICKLE_BYTES:
+        raise CorruptFile(
+            f"no usable record {name!r}",
+            file=container.label,
+            expected=f"a record of at most {MAX_PICKLE_BYTES} bytes",
+            found="none" if record is None else f"{record.size_bytes} bytes",
+            remedy="check that this is a model_optim_rng.pt of Megatron's `torch` format",
+        )
+    with _opened(container) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name)
+        return archive.read(entry)
+
+
+def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]:
+    """Where the data of the named records begins in the file.
+
+    The local headers are read because torch pads each one to align its data.
+
+    Raises:
+        CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
+    """
+    with reading(container.label), container.path.open("rb") as file:
+        return {name: _data_offset_bytes(container, name, file) for name in names}
+
+
+def _data_offset_bytes(container: Container, name: str, file: BinaryIO) -> int:
+    record = container.records.get(name)
+    if record is None:
+        raise CorruptFile(f"storage {name!r} is absent", file=container.label, remedy="copy the file again")
+    file.seek(record.header_offset_bytes)
+    header = file.read(_LOCAL_HEADER.size)
+    whole = len(header) == _LOCAL_HEADER.size and header[:4] == b"PK\x03\x04"
+    path_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)[9:] if whole else (0, 0)
+    if file.read(path_bytes) != record.path or not _is_well_formed(file.read(extra_bytes)):
+        raise CorruptFile(f"damaged local header of {name!r}", file=container.label, remedy="copy the file again")
+    offset_bytes = file.tell()
+    if offset_bytes + record.size_bytes > record.limit_bytes:
+        raise CorruptFile(
+            f"storage {name!r} runs into the next record",
+            file=container.label,
+            expected=f"data up to byte {record.limit_bytes} at most",
+            found=f"{offset_bytes}..{offset_bytes + record.size_bytes}",
+            remedy="copy the file again; this one is damaged",
+        )
+    return offset_bytes
+
+
+def _is_well_formed(extra: bytes) -> bool:
+    """Whether extra fields, each an id, a length and data, fill their space exactly."""
+    at = 0
+    while at < len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)
+
+
+def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
+    """The container of a file, and the dict that was saved in it, with inert records in place of objects.
+
+    Args:
+        path: the file on this machine.
+        file: how messages name it.
+
+    Raises:
+        CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`; or it holds something else than a dict.
+        UnsupportedModel: saved on a big-endian machine.
+    """
+    container = open_container(path, file)
+    if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
+        raise UnsupportedModel("saved on a big-endian machine", file=file, expected="little endian")
+    saved = load(read_small_record(container, "data.pkl"), file)
+    if not isinstance(saved, Mapping):
+        raise CorruptFile("not a checkpoint file", file=file, expected="a dict", found=type(saved).__name__)
+    return container, saved
+
+
+def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[str, StoredTensor]:
+    """Where each tensor's first element is in the file, and how the others follow.
+
+    Args:
+        tensors: by the name that the places shall have.
+        container: of the file.
+
+    Raises:
+        CorruptFile: a tensor reaches past its storage, or a storage is damaged.
+    """
+    offsets_bytes = data_offsets_bytes(container, sorted({f"data/{t.storage.key}" for t in tensors.values()}))
+    stored = {}
+    for name, tensor in tensors.items():
+        record, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+        end_bytes = (tensor.offset + reach + 1) * DTYPE_BYTES[dtype] if all(tensor.shape) else 0
+        if end_bytes > container.records[record].size_bytes:
+            raise CorruptFile(
+                "a tensor reaches past its storage",
+                tensor=name,
+                file=container.label,
+                expected=f"at least {end_bytes} bytes in {record}",
+                found=f"{container.records[record].size_bytes} bytes",
+                remedy="copy the file again from where it was saved",
+            )
+        offset_bytes = offsets_bytes[record] + tensor.offset * DTYPE_BYTES[dtype]
+        stored[name] = StoredTensor(name, container.label, dtype, tensor.shape, tensor.strides, offset_bytes)
+    return stored
+
+
+def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
+    """Every tensor of the file, by name, with the strides that it was saved with.
+
+    Args:
+        path: the file on this machine.
+        file: how messages and the tensors name it.
+
+    Raises:
+        CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`; or a tensor outside its storage.
+        UnsupportedModel: no flat dict of tensors, or of a big-endian machine.
+    """
+    container, saved = open_saved(path, file)
+    others = [
+        f"{name}: {type(value).__name__}"
+        for name, value in saved.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise UnsupportedModel(
+            "a weights file that holds more than tensors by name",
+            file=file,
+            expected="the flat dict of tensors that save_pretrained writes",
+            found=", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else ""),
+            remedy="load the model with transformers and save it with save_pretrained",
+        )
+    return place_tensors(saved, container)

@@ -1,0 +1,324 @@
+"""Hugging Face tokenizers, built from what the model's makers publish: a SentencePiece model, or tiktoken's lines.
+
+Llama 2, Mistral and Mixtral have the former (the message is google/sentencepiece src/sentencepiece_model.proto), Llama
+3 the latter. Formats and special tokens: docs/formats.md, "Tokenizer files".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CorruptFile, MissingPackage, UnsupportedModel
+from dist_convert.read.source import read_small_file
+from dist_convert.tokenizer.record import Style, Tokenizer
+
+
+def require(module: str, path: Path) -> None:
+    """Check that a module is there, without importing it.
+
+    Args:
+        module: top-level package, or one inside a top-level package.
+        path: of the tokenizer file that needs it.
+
+    Raises:
+        MissingPackage
+    """
+    top = module.partition(".")[0]
+    if find_spec(top) is None or find_spec(module) is None:
+        package = {"google": "protobuf"}.get(top, top)
+        raise MissingPackage(
+            f"building a tokenizer from this file needs the package {package}",
+            file=str(path),
+            remedy=f"pip install {package}, or give the directory of a Hugging Face tokenizer",
+        )
+
+
+_BPE = 2  # TrainerSpec.ModelType
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
+_SPACE = "▁"
+
+
+def is_sentencepiece(start: bytes) -> bool:
+    """Whether a file that starts so may be a SentencePiece model: its first field is a piece, a message with text."""
+    return len(start) > 2 and start[0] == 0x0A and start[2] == 0x0A
+
+
+def read_sentencepiece(path: Path) -> Tokenizer:
+    """Size and special ids.
+
+    Raises:
+        CorruptFile: not a SentencePiece model.
+        UnsupportedModel: of another kind than Llama 2's.
+        MissingPackage: protobuf is not installed.
+    """
+    proto = _read(path)
+    trainer, size = proto.trainer_spec, len(proto.pieces)
+    _refuse_others(proto, path)
+    bos, eos, pad = (number if 0 <= number < size else None for number in _roles(trainer))
+    return Tokenizer("sentencepiece", path, size, bos, eos, pad, chat=_chat_of(proto))
+
+
+def _chat_of(proto: Any) -> str | None:
+    """Mistral's chat format where its tokens are control pieces, as they are from the second version on."""
+    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}
+    if not {"[INST]", "[/INST]"} <= control:
+        return None
+    return "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= control else "mistral v3"
+
+
+def _refuse_others(proto: Any, path: Path) -> None:
+    """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
+    types = {piece.type for piece in proto.pieces}
+    user_defined = _user_defined(proto)
+    moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
+    faults = (
+        (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
+        (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
+        (_UNUSED in types, "unused pieces"),
+        (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
+    )
+    found = [what for is_there, what in faults if is_there]
+    if found:
+        raise UnsupportedModel(
+            "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted",
+            file=str(path),
+            found=", ".join(found),
+            remedy="give the directory of a Hugging Face tokenizer",
+        )
+
+
+def _user_defined(proto: Any) -> list[str]:
+    return [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+
+
+def _roles(trainer: Any) -> tuple[int, int, int]:
+    return trainer.bos_id, trainer.eos_id, trainer.pad_id
+
+
+def _read(path: Path) -> Any:
+    require("google.protobuf", path)
+    from google.protobuf.message import DecodeError
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
+    try:
+        message.ParseFromString(read_small_file(path))
+    except DecodeError as error:
+        raise CorruptFile(
+            "not a SentencePiece model",
+            file=str(path),
+            found=str(error),
+            remedy="copy it again, or give another one with --tokenizer",
+        ) from error
+    return message
+
+
+def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
+    """A `tokenizers.Tokenizer` that puts begin-of-text in front, and which tokens begin, end and pad a text."""
+    from tokenizers import AddedToken, Tokenizer, models, processors
+
+    proto = _read(path)
+    trainer, pieces = proto.trainer_spec, proto.pieces
+    bos, eos, pad = (pieces[n].piece if 0 <= n < len(pieces) else None for n in _roles(trainer))
+    unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
+    model = models.BPE(
+        {piece.piece: number for number, piece in enumerate(pieces)},
+        _merges_by_score({piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=any(piece.type == _BYTE for piece in pieces),
+    )
+    tokenizer: Any = Tokenizer(model)
+    user_defined = _user_defined(proto)
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec, user_defined)
+    tokenizer.decoder = _decoder(proto.normalizer_spec)
+    special = (piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in user_defined])
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, trainer.bos_id)]
+        )
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unknown}
+    return tokenizer, {role: token for role, token in named.items() if token is not None}
+
+
+def _merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Which pairs become which piece, in the order of the pieces' scores.
+
+    A piece has one score, however it is put together: where its ways overlap, SentencePiece takes the leftmost. Longer
+    left parts first, so that runs of one character are cut alike (transformers' own converter has that order too).
+    """
+    ways = [
+        (-score, -cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for _, _, left, right in sorted(ways)]
+
+
+def _normalizer(spec: Any, user_defined: list[str]) -> Any:
+    """Spaces as SentencePiece writes them.
+
+    User-defined pieces are looked for in text that is normalized, where no further space goes in front of what follows
+    them. `tokenizers` normalizes the pieces themselves, too: a text that is one of them must stay as it is.
+    """
+    from tokenizers import Regex, normalizers
+
+    leading = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    trailing = [normalizers.Replace(Regex(f"{_SPACE}+\\z"), "")]
+    steps: list[Any] = leading if spec.remove_extra_whitespaces else []
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+        if user_defined:
+            alone = "|".join(map(re.escape, user_defined))
+            steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}(?=(?:{alone})\z)"), ""))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps + (trailing if spec.remove_extra_whitespaces else []))
+
+
+def _decoder(spec: Any) -> Any:
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else steps)
+
+
+BASE_TOKENS = 128000
+_SPECIAL_TOKENS = 256
+BEGIN, END, TURN_END, PADDING = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
+_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+")
+
+#: How text is cut before it is encoded (`models/llama3/tokenizer.py` in meta-llama/llama-models).
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+#: The named special tokens by their number after the base tokens; the others are reserved, counted up in order.
+_NAMED = {
+    "llama3": {0: BEGIN, 1: END, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: TURN_END},
+    "llama3.1": {
+        0: BEGIN, 1: END, 4: PADDING, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>",
+        9: TURN_END, 10: "<|python_tag|>",
+    },
+}  # fmt: skip
+
+
+def is_tiktoken(start: bytes) -> bool:
+    """Whether a file that starts so holds tiktoken's lines: a token in base64, a space, its id."""
+    return _LINE.fullmatch(start.split(b"\n", 1)[0].rstrip(b"\r")) is not None
+
+
+def read_tiktoken(path: Path) -> Tokenizer:
+    """Check the lines of the file; the special tokens, which it lacks, are counted.
+
+    Raises:
+        CorruptFile: lines that are not tiktoken's, or ids out of order.
+        UnsupportedModel: another vocabulary than Llama 3's.
+    """
+    _ids_of(path)
+    size, bos, eos = BASE_TOKENS + _SPECIAL_TOKENS, BASE_TOKENS, BASE_TOKENS + 1
+    return Tokenizer("tiktoken", path, size, bos, eos, is_llama3=True)
+
+
+def _ids_of(path: Path) -> dict[bytes, int]:
+    """The tokens and their ids. tiktoken's own reader keeps a copy by path, which may be of another file by now."""
+    ids: dict[bytes, int] = {}
+    for number, line in enumerate(read_small_file(path).splitlines()):
+        token = _token(line, number)
+        if not token or token in ids:
+            raise CorruptFile(
+                "the tokenizer file is damaged",
+                file=str(path),
+                expected=f"line {number + 1}: a token in base64 and its id, {number}",
+                found=repr(line[:60]) + (f", the token of id {ids[token]}" if token in ids else ""),
+                remedy="copy it again, or give another one with --tokenizer",
+            )
+        ids[token] = number
+    if len(ids) != BASE_TOKENS:
+        raise UnsupportedModel(
+            "only Llama 3's tokenizer can be built from tiktoken's lines",
+            file=str(path),
+            expected=f"{BASE_TOKENS} lines",
+            found=len(ids),
+            remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
+        )
+    return ids
+
+
+def _token(line: bytes, number: int) -> bytes:
+    """The token of a line; nothing where the line is damaged."""
+    if not _LINE.fullmatch(line):
+        return b""
+    token, id_ = line.split(b" ")
+    try:
+        return base64.b64decode(token, validate=True) if int(id_) == number else b""
+    except binascii.Error:
+        return b""
+
+
+def padding_id(tokenizer: Tokenizer, style: Style, vocab: int) -> int | None:
+    """The id that pads a text: a bare file leaves it to the model type; None beyond the vocabulary."""
+    has_padding = tokenizer.kind == "tiktoken" and style.model_type == "llama3.1"
+    pad = BASE_TOKENS + special_tokens("llama3.1").index(PADDING) if has_padding else tokenizer.pad
+    return pad if pad is not None and pad < vocab else None
+
+
+def special_tokens(model_type: str) -> list[str]:
+    """The 256 special tokens of "llama3" or "llama3.1" in the order of their ids."""
+    named = _NAMED[model_type]
+    reserved = (f"<|reserved_special_token_{number}|>" for number in range(_SPECIAL_TOKENS))
+    return [named.get(number) or next(reserved) for number in range(_SPECIAL_TOKENS)]
+
+
+def build_llama3(path: Path, model_type: str) -> Any:
+    """A `tokenizers.Tokenizer` that puts begin-of-text in front: what transformers' `TikTokenConverter` makes of it."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ids = _ids_of(path)
+    letters = _letters()
+    text = {token: "".join(letters[byte] for byte in token) for token in ids}
+    merges = [(text[left], text[right]) for left, right in _merges_by_id(ids)]
+    # A piece of text that is a token is that token, whichever merges lead to it: so does tiktoken.
+    model = models.BPE({text[token]: number for token, number in ids.items()}, merges, ignore_merges=True)
+    tokenizer: Any = Tokenizer(model)
+    split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_byte])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens(model_type)])
+    begin = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN}:0 $A:0 {BEGIN}:1 $B:1", special_tokens=[(BEGIN, BASE_TOKENS)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    return tokenizer
+
+
+def _merges_by_id(ids: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """All ways to cut each token in two tokens, by its id; ways of one token by the ids of the parts."""
+    merges = []
+    for token in ids:
+        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        found = [(left, right) for left, right in ways if left in ids and right in ids]
+        merges += sorted(found, key=lambda way: (ids[way[0]], ids[way[1]]))
+    return merges
+
+
+def _letters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: printable ones for themselves (GPT-2's)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def roles(model_type: str, *, instruct: bool) -> dict[str, str]:
+    """Which special tokens begin, end and pad a text."""
+    padding = {"pad_token": PADDING} if model_type == "llama3.1" else {}
+    return {"bos_token": BEGIN, "eos_token": TURN_END if instruct else END} | padding

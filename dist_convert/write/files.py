@@ -1,0 +1,217 @@
+"""Files of a target: made in their final size, written at positions, replaced as a whole, forced to the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+from isal import isal_zlib
+
+from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
+from dist_convert.read.megatron import TRACKER_FILE
+from dist_convert.records import View, Window, local_name
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory to the disk.
+
+    Raises:
+        OSError: it may not be there; trying again would say that it is.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_MAX_OPEN_FILES = 64
+
+#: Of one system call. For larger ones Linux looks for larger stretches of free memory, which can take seconds.
+_WRITE_BYTES = 1 << 20
+
+#: What was written, and the CRC-32 of its bytes; None where there are gaps between them.
+Written = tuple[Window, int | None]
+
+
+class FileWriter:
+    """Writes views of the files below one directory; keeps a limited number of them open.
+
+    Not for use by two threads at once.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.written_bytes = 0
+        self._root = root
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def write(self, view: View, packed: memoryview) -> Written:
+        """Write values that lie row after row in memory to where the view says; returns what to remember of it.
+
+        Raises:
+            PlanError: the columns of a row are apart in the file, or there are not as many values as the view has.
+            NotEnoughSpace, TargetError: the file system refuses.
+        """
+        if view.is_transposed:
+            raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
+        if len(packed) != view.size_bytes:
+            raise PlanError(
+                "not as many bytes as the window has",
+                tensor=view.tensor,
+                file=view.file,
+                expected=f"{view.size_bytes} bytes",
+                found=f"{len(packed)} bytes",
+            )
+        window = Window.of(view)
+        for run in range(window.runs):
+            line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
+            self._write_at(view.file, line, window.offset_bytes + run * window.stride_bytes)
+        self.written_bytes += len(packed)
+        return window, isal_zlib.crc32(packed) if window.runs == 1 else None
+
+    def _write_at(self, file: str, data: memoryview, offset_bytes: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                count = os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
+                if not count:
+                    raise OSError(errno.EIO, "nothing of it was written")
+                done += count
+            except OSError as error:
+                raise target_error(error, file) from error
+
+    def _descriptor(self, file: str) -> int:
+        descriptor = self._open.pop(file, None)
+        if descriptor is None:
+            descriptor = os.open(self._root / local_name(file), os.O_WRONLY)
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open[file] = descriptor
+        return descriptor
+
+
+def target_error(error: OSError, file: str) -> TargetError:
+    """The error of ours for an operating system's refusal to write."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
+    return (NotEnoughSpace if is_full else TargetError)(
+        "cannot write the target",
+        file=file,
+        found=error.strerror or str(error),
+        remedy=f"{what}, or choose another target; nothing is left under the final name",
+    )
+
+
+_REFUSALS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def make_file(path: Path, label: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
+    """Write all of a file that is no tensor's values, and give it its size; values that are there already stay.
+
+    Args:
+        path: of the file; directories above it are made.
+        label: how messages name it.
+        pieces: offset in bytes and content.
+        size_bytes: of the whole file.
+
+    Raises:
+        NotEnoughSpace, TargetError: the file system refuses, or the file is there and longer.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # NFS reads no page for it
+        try:
+            found_bytes = os.fstat(descriptor).st_size
+            if found_bytes > size_bytes:
+                raise TargetError(
+                    "an unfinished file is longer than it can be",
+                    file=label,
+                    expected=f"at most {size_bytes} bytes",
+                    found=f"{found_bytes} bytes",
+                    remedy="it is not cut; remove the partial directory, or start anew with --overwrite",
+                )
+            if found_bytes < size_bytes:
+                os.ftruncate(descriptor, size_bytes)
+            for offset_bytes, piece in pieces:
+                if os.pwrite(descriptor, piece, offset_bytes) != len(piece):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise target_error(error, label) from error
+
+
+def reserve_file(path: Path, label: str) -> bool:
+    """Have blocks of the disk behind all of a file, so that no write can find it full; values that are there stay.
+
+    By fallocate(2) itself: posix_fallocate falls back to writing, which may fall on what another rank has written.
+
+    Args:
+        path: of a file in its final size.
+        label: how messages name it.
+
+    Returns:
+        Whether the file system can promise that. Where it cannot, its free space has been compared before.
+
+    Raises:
+        NotEnoughSpace, TargetError: the file system refuses.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            size_bytes = os.fstat(descriptor).st_size
+            return not size_bytes or _fallocate(descriptor, size_bytes)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise target_error(error, label) from error
+
+
+def _fallocate(descriptor: int, size_bytes: int) -> bool:
+    """Whether the file system has reserved the space."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if call is None:
+        return False
+    off_t = ctypes.c_int64 if ctypes.sizeof(ctypes.c_long) == 8 else ctypes.c_long
+    call.argtypes = (ctypes.c_int, ctypes.c_int, off_t, off_t)
+    while call(descriptor, 0, 0, size_bytes):
+        number = ctypes.get_errno()
+        if number in _REFUSALS:
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return True
+
+
+def write_tracker(root: Path, iteration: int | None) -> None:
+    """Name an iteration, or a release where it is None, by replacing the file as a whole.
+
+    Raises:
+        TargetError, NotEnoughSpace: the file system refuses.
+    """
+    replace_text(root / TRACKER_FILE, "release" if iteration is None else str(iteration))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old one or the new one, and nothing between."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        sync(path.absolute().parent)
+    except OSError as error:
+        raise target_error(error, str(path)) from error

@@ -1,0 +1,299 @@
+"""Where a conversion begins, anew or where an earlier run was stopped, and how its target is held while it is made.
+
+At each place of the target (one on a shared file system, one for each node where nodes keep their own shards) the
+first rank takes the partial directory. Every journal is read by one rank that sees it, and all ranks learn what is
+done.
+
+The mark `resumable` says to job scripts that starting the same command again may be all it takes. It stays behind
+whoever is killed. A rank that ends with an error takes it away where somebody has to do something first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_convert.errors import (
+    RESUME,
+    ConversionError,
+    DifferentModel,
+    Interrupted,
+    LostRank,
+    SourceChanged,
+    ValueOverflow,
+)
+from dist_convert.job import Job, ToMegatronJob
+from dist_convert.plan.content import digest
+from dist_convert.plan.done import Done
+from dist_convert.plan.file_owners import file_numbers
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.discover import deal_headers
+from dist_convert.read.source import BACK_OR_ANEW, changed_files
+from dist_convert.records import TargetFile, local_name
+from dist_convert.report import names
+from dist_convert.task import Task
+from dist_convert.version import __version__
+from dist_convert.write.commit import check_target
+from dist_convert.write.files import Written, reserve_file, target_error
+from dist_convert.write.journal import (
+    CHANGES,
+    History,
+    Journal,
+    fields,
+    from_fields,
+    has_written,
+    history_of,
+    joined,
+    journals,
+    last_run,
+    read_journal,
+    this_boot,
+)
+from dist_convert.write.manifest import is_complete, is_converted, unknown_files, what_differs
+from dist_convert.write.partial import (
+    RESUMABLE,
+    check_partial,
+    claim,
+    forget,
+    identity,
+    is_committed,
+    is_ours,
+    is_unfinished,
+    is_void,
+    note_void,
+)
+
+#: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
+_PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
+
+
+def identity_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+    """What an unfinished target must have been made from, for this conversion to go on with it where a rank has it."""
+    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(job).items()}
+    settings = dict(task.settings)
+    if task.is_divided:
+        settings["weights files here"] = file_numbers(task.content, task.writable[rank])
+    return identity(task.content.digest, task.source_identity, settings, flags, __version__)
+
+
+def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+    """What the manifest says of a conversion; of a divided target the same as of one that all nodes share."""
+    known = identity_of(task, job, rank)
+    flags = {name: value for name, value in known["flags"].items() if name not in _PATHS}
+    names = ("size_bytes", "modified_ns", "header_sha256")
+    files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
+    return {
+        "direction": task.direction,
+        "versions": {"dist_convert": __version__, "torch": torch.__version__},
+        "plan": known["plan"],
+        "settings": digest(dict(task.settings)),
+        "flags": flags,
+        "source": {"path": str(task.source.absolute()), "files": files},
+    }
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a conversion begins.
+
+    Attributes:
+        run: its number among the runs that worked on the target, from 1.
+        history: what earlier runs did.
+        done: the bytes that they have written.
+        journal: of this rank.
+    """
+
+    run: int
+    history: History
+    done: Done
+    journal: Journal
+
+
+def has_name(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
+    """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
+    facts = facts_of(task, job, rank)
+    is_settled = not job.overwrite and is_complete(task.target, facts, task.elsewhere(rank))
+    return is_settled or is_committed(task.target, identity_of(task, job, rank))
+
+
+def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
+    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes.
+
+    Raises:
+        TargetError, NotEnoughSpace: see `commit.check_target` and `partial.check_partial`.
+    """
+    known = identity_of(task, job, rank)
+    if has_name(task, job, rank):
+        return shutil.disk_usage(task.target).free
+    free_bytes = check_target(
+        task.target,
+        task.source,
+        overwrite=job.overwrite,
+        needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
+        flag=task.target_flag,
+        different=what_differs(task.target, facts_of(task, job, rank)),
+    )
+    check_partial(task.target, known, overwrite=job.overwrite)
+    return free_bytes
+
+
+def notes_on_replacing(task: Task, job: Job | ToMegatronJob, rank: int) -> list[str]:
+    """What `--overwrite` is going to remove."""
+    if not job.overwrite or not is_converted(task.target) or has_name(task, job, rank):
+        return []
+    others = unknown_files(task.target)
+    besides = f", and with it what that has not made: {names(others)}" if others else ""
+    return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
+
+
+def goes_on(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
+    """Whether an earlier run has left what this conversion would go on with."""
+    return is_unfinished(task.partial, identity_of(task, job, rank))
+
+
+def begin(task: Task, world: World) -> Start:
+    """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
+    partial = task.partial
+    is_first = task.is_first_of_place(world.rank)
+    _forget_what_is_void(partial, world, is_first=is_first)
+    boots = gather_objects(world, list(this_boot()))
+    listings: list[list[str]] = gather_objects(world, journals(partial))
+    # Journals of two places may have one name, and are two.
+    seen = [{f"{task.places[rank]}/{name}": 0 for name in names} for rank, names in enumerate(listings)]
+    names = sorted(frozenset[str]().union(*seen))
+    run = last_run(name.partition("/")[2] for name in names) + 1
+    mine = [name.partition("/")[2] for name in deal_headers(names, seen)[world.rank]]
+    records = [_planned(read_journal(partial, name, boots), task.files_of(world.rank)) for name in mine]
+    damaged = [file.name for file in task.files_of(world.rank) if not _is_whole(partial, file.name, file.size_bytes)]
+    gathered = gather_objects(world, [records, damaged if is_first else []])
+    history = history_of(
+        [record for records, _ in gathered for record in records], [name for _, names in gathered for name in names]
+    )
+    if is_first:
+        task.make_files(partial)
+        for file in task.files_of(world.rank):
+            reserve_file(partial / local_name(file.name), file.name)
+    journal = Journal(partial, run, world.rank)
+    for name in damaged if is_first and run > 1 else ():
+        journal.lost(local_name(name), with_this_run=False)
+    gather_objects(world, None)
+    return Start(run, history, Done.of(window for window, _ in history.written), journal)
+
+
+def _forget_what_is_void(partial: Path, world: World, *, is_first: bool) -> None:
+    """Where an earlier run noted at any place that nothing counts of what was written, forget it at every place."""
+    if not any(gather_objects(world, is_void(partial))):
+        return
+    try:
+        if is_first:
+            forget(partial)
+        gather_objects(world, None)  # the note goes last: until then, the next run finds it
+        if is_first:
+            note_void(partial, is_void=False)
+    except OSError as error:
+        raise target_error(error, str(partial)) from error
+
+
+def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
+    """A journal's record with the plan's names of its place's files, and of no others."""
+    names = {local_name(file.name): file.name for file in files}
+    changes = {kind: record[kind] for kind in ("run", *CHANGES)}
+    return changes | {
+        kind: [[names[file], *rest] for file, *rest in record[kind] if file in names] for kind in ("wrote", "lost")
+    }
+
+
+def _is_whole(partial: Path, file: str, size_bytes: int) -> bool:
+    path = partial / local_name(file)
+    return path.is_file() and path.stat().st_size >= size_bytes
+
+
+def check_source(task: Task, world: World) -> None:
+    """Look at every source file once more: what was written counts only if none has changed since its header was read.
+
+    Raises:
+        SourceChanged: on every rank.
+    """
+    seen: list[list[str]] = gather_objects(world, changed_files(task.source, task.source_listing))
+    changed = sorted(frozenset[str]().union(*seen))
+    if not changed:
+        return
+    raise SourceChanged(
+        "a source file has changed while it was read",
+        file=changed[0],
+        expected="the size and time that it had when the conversion began",
+        found=f"others, as of {len(changed) - 1} more files" if changed[1:] else "others",
+        remedy=BACK_OR_ANEW,
+    )
+
+
+def all_written(world: World, mine: list[Written], history: History) -> list[Written]:
+    """What all runs of all ranks wrote, with its checksums."""
+    gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
+    return [*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is known of a target that this conversion holds.
+
+    Attributes:
+        is_complete: nothing is left to be written: at some place it has its name already.
+        has_name: at this rank's place.
+    """
+
+    is_complete: bool
+    has_name: bool
+
+
+@contextlib.contextmanager
+def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[Held]:
+    """Hold the target for this conversion; errors inside say how to go on with it.
+
+    Raises:
+        TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
+    """
+    lock, is_here, runs_before = None, False, 0
+    is_named = task.is_first_of_place(world.rank) and has_name(task, job, world.rank)
+    if task.is_first_of_place(world.rank) and (not is_named or is_ours(task.target)):
+        lock = claim(task.target, identity_of(task, job, world.rank), overwrite=job.overwrite)
+    try:
+        named = gather_objects(world, is_named)
+        has_its_name = named[task.places.index(task.places[world.rank])]
+        is_here, runs_before = not has_its_name, last_run(journals(task.partial))
+        yield Held(any(named), has_its_name)
+    except ConversionError as error:
+        if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
+            error.resume = RESUME
+        with contextlib.suppress(OSError):  # the same disk may refuse this too
+            if is_here:
+                _leave(task.partial, error, runs_before)
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
+    """Say beside what is unfinished what may become of it; any rank that sees it may."""
+    if isinstance(error, DifferentModel | SourceChanged):
+        note_void(partial, is_void=True)
+    if not _may_pass(error, partial, runs_before):
+        (partial / RESUMABLE).unlink(missing_ok=True)
+
+
+def _may_pass(error: ConversionError, partial: Path, runs_before: int) -> bool:
+    """Whether the next run may get further though nobody does anything.
+
+    A fault of a disk or of a network may be over then; of one that stays, each run that meets it has less left to write
+    before it, until one has nothing.
+    """
+    if isinstance(error, Interrupted | LostRank):
+        return True
+    return isinstance(error.__cause__, OSError) and has_written(partial, runs_before)

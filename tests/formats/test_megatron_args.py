@@ -1,0 +1,252 @@
+"""The training arguments inside a checkpoint: which are needed, which are refused, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_convert.errors import MissingArguments, Problems, UnsupportedModel
+from dist_convert.formats.megatron.args import architecture_from_args
+from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
+from tests.converting import convert
+
+LLAMA, MIXTRAL = Model(layers=1), Model(layers=1, experts=2)
+
+#: What neither family can express.
+REFUSED: list[tuple[str, Any]] = [
+    ("position_embedding_type", "learned_absolute"),
+    ("position_embedding_type", "yarn"),
+    ("position_embedding_type", "none"),
+    ("rotary_percent", 0.5),
+    ("rotary_interleaved", True),
+    ("rotary_seq_len_interpolation_factor", 4),
+    ("normalization", "LayerNorm"),
+    ("swiglu", False),
+    ("multi_latent_attention", True),
+    ("mtp_num_layers", 1),
+    ("qk_layernorm", True),
+    ("qk_l2_norm", True),
+    ("no_rope_freq", [0, 1]),
+    ("attention_output_gate", True),
+    ("softmax_type", "off-by-one"),
+    ("apply_residual_connection_post_layernorm", True),
+    ("apply_norm_post_sub_block", True),
+    ("heterogeneous_layers_config_path", "/layers.json"),
+    ("use_mup", True),
+    ("gtp_weight_remat_size", 2),
+]
+REFUSED_OF_EXPERTS: list[tuple[str, Any]] = [
+    ("moe_router_pre_softmax", True),
+    ("moe_router_score_function", "sigmoid"),
+    ("moe_router_load_balancing_type", "sinkhorn"),
+    ("moe_router_topk_scaling_factor", 2.5),
+    ("moe_router_num_groups", 2),
+    ("moe_router_enable_expert_bias", True),
+    ("moe_layer_freq", [0, 1]),
+    ("moe_layer_freq", 2),
+    ("moe_shared_expert_intermediate_size", 24),
+    ("moe_mlp_glu_interleave_size", 4),
+    ("moe_apply_probs_on_input", True),
+    ("add_bias_linear", True),
+]
+#: What training leaves in the args of a plain Llama or Mixtral, one version or another.
+HARMLESS: list[tuple[str, Any]] = [
+    ("multi_latent_attention", False),
+    ("mtp_num_layers", None),
+    ("no_rope_freq", None),
+    ("rotary_seq_len_interpolation_factor", None),
+    ("moe_layer_freq", 1),
+    ("moe_router_score_function", "softmax"),
+    ("moe_router_load_balancing_type", "aux_loss"),
+    ("moe_shared_expert_intermediate_size", None),
+    ("window_size", None),
+    ("softmax_type", "vanilla"),
+    ("apply_layernorm_1p", False),
+    ("rope_scaling_factor", 8.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "value"),
+    [*((LLAMA, *pair) for pair in REFUSED), *((MIXTRAL, *pair) for pair in [*REFUSED, *REFUSED_OF_EXPERTS])],
+    ids=lambda value: ("mixtral" if value.experts else "llama") if isinstance(value, Model) else str(value),
+)
+def test_an_argument_without_a_place_in_the_family_is_refused_by_name(
+    model: Model, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", model, **{name: value})
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert name in err.replace("-", "_")
+    assert "mp_rank_00/model_optim_rng.pt" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), HARMLESS, ids=str)
+def test_an_argument_at_the_value_of_a_plain_model_is_no_obstacle(name: str, value: Any, tmp_path: Path) -> None:
+    make(tmp_path / "in", MIXTRAL, **{name: value})
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+
+
+def test_all_refused_arguments_are_reported_together() -> None:
+    args = vars(training_args(LLAMA, normalization="LayerNorm", swiglu=False, num_layers=None))
+    with pytest.raises(Problems) as caught:
+        architecture_from_args(args, vocab=None, file="shard")
+    assert [type(problem) for problem in caught.value.problems] == [
+        UnsupportedModel,
+        UnsupportedModel,
+        MissingArguments,
+    ]
+
+
+def test_a_window_of_attention_is_refused_for_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", LLAMA, window_size=(4095, 0))
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert "window_size=[4095, 0]" in capsys.readouterr().err
+
+
+def test_a_rope_factor_that_training_did_not_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", LLAMA, use_rope_scaling=True, rope_scaling_factor=32.0)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "--rope-scaling-factor" in err
+    assert "found:    32.0" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size"]
+)
+def test_an_absent_argument_that_decides_the_model_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = training_args(LLAMA)
+    delattr(args, name)
+    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert f"the checkpoint's args lack {name}\n" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_args_is_refused_with_what_it_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), None)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("the checkpoint has no args\n")
+    assert "file:     mp_rank_00/model_optim_rng.pt\n" in err
+    assert "expected: an argparse.Namespace under the key 'args'\n" in err
+    assert "found:    checkpoint_version, iteration, model\n" in err
+    assert "remedy:   " in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_older_versions_may_be_absent(tmp_path: Path) -> None:
+    args = training_args(LLAMA)
+    for name in (
+        "position_embedding_type", "rotary_percent", "rotary_interleaved", "use_rope_scaling", "add_qkv_bias",
+        "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+        "num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size", "tokenizer_model",
+    ):  # fmt: skip
+        delattr(args, name)
+    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "model", "args", "decided"),
+    [
+        ("mixtral", LLAMA, {}, "llama without rope scaling"),
+        ("llama3.1", LLAMA, {}, "llama without rope scaling"),
+        ("llama2", LLAMA, {"use_rope_scaling": True}, "llama3.1"),
+        ("llama3", LLAMA, {"use_rope_scaling": True}, "llama3.1"),
+        ("llama3.1", MIXTRAL, {}, "mixtral"),
+    ],
+)
+def test_a_model_type_that_the_args_contradict_is_a_warning_with_both(
+    said: str, model: Model, args: dict[str, Any], decided: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", model, **args)
+    assert convert(tmp_path / "in", tmp_path / "out", "--source-model-type", said) == 0
+    assert (
+        f"warning: --source-model-type says {said}, the checkpoint's args say {decided}; the args are followed\n"
+    ) in capsys.readouterr().err
+    family = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
+    assert family == ("mixtral" if model.experts else "llama")
+
+
+@pytest.mark.parametrize(
+    ("said", "model", "args"),
+    [
+        ("mixtral", MIXTRAL, {}),
+        ("llama2", LLAMA, {}),
+        ("llama3", LLAMA, {}),
+        ("llama3.1", LLAMA, {"use_rope_scaling": True}),
+    ],
+)
+def test_a_model_type_that_the_args_allow_is_no_warning(
+    said: str, model: Model, args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", model, **args)
+    assert convert(tmp_path / "in", tmp_path / "out", "--source-model-type", said) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "positions"),
+    [
+        (LLAMA, {"rotary_base": 10000, "max_position_embeddings": 8192}, 8192),
+        (LLAMA, {"rotary_base": 10000, "max_position_embeddings": 131072}, 131072),
+        (MIXTRAL, {"rotary_base": 10000, "max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_a_theta_that_an_importer_has_left_out_is_a_warning(
+    model: Model, args: dict[str, Any], positions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", model, **args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert (
+        f"warning: rope_theta is 10000, without rope_scaling, according to the args, for {positions} positions; "
+        "Habana's importer leaves that"
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [{"rotary_base": 10000, "max_position_embeddings": 4096}, {"rotary_base": 500000}])
+def test_a_theta_that_a_model_may_have_is_no_warning(
+    args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LLAMA, **args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_all_arguments_are_kept_in_the_json_form_that_vars_would_have(tmp_path: Path) -> None:
+    model, grid = Model(layers=2), Grid(tp=2, pp=2)
+    args = training_args(
+        model,
+        grid,
+        data_path=["0.5", "/data/books", "0.5", "/data/code"],
+        adam_eps=1e-8,
+        train_iters=500_000,
+        exit_signal=None,
+        profile_ranks=[0],
+        lr_decay_style="cosine",
+        load=Path("/ckpts/llama"),
+        main_grads_dtype=torch.float32,
+        betas=(0.9, 0.95),
+        nested={"rank": {"0": [1, 2.5, None]}},
+        text="Ärger „und“ \n\t 漢字",
+        huge=1 << 80,
+    )
+    save(tmp_path / "in", megatron_shards(model, hf_tensors(model), grid), args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert isinstance(args, Namespace)
+    expected = json.loads(json.dumps(vars(args), default=str))
+    assert json.loads((tmp_path / "out" / "source_megatron_args.json").read_text()) == expected
+    assert expected["params_dtype"] == "torch.bfloat16"
+    assert expected["load"] == "/ckpts/llama"
