@@ -19,9 +19,9 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
+from dist_convert.formats.torch.survey import count_layers
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Row
-from dist_convert.plan.megatron import count_layers, entries, part_shape
+from dist_convert.models.schema import Row, entries, part_shape
 from dist_convert.read.huggingface import CONFIG_FILE, SAFETENSORS, check_inside, find_weights, read_weights_header
 from dist_convert.read.megatron import (
     TRACKER_FILE,

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, raise_together
-from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
+from dist_convert.errors import CheckpointNotFound
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog
+from dist_convert.formats.huggingface.names import HEAD
+from dist_convert.formats.huggingface.open import HuggingFaceModel, open_huggingface
 from dist_convert.formats.megatron.grid import check_rank_order, files_of_places
-from dist_convert.formats.megatron.target import (
+from dist_convert.formats.torch.survey import files_of_headers, open_catalog
+from dist_convert.formats.torch.target import (
     Extras,
     Given,
     MegatronTarget,
@@ -19,27 +22,17 @@ from dist_convert.formats.megatron.target import (
     model_and_grid,
     notes_to_megatron,
 )
-from dist_convert.formats.megatron.target_args import args_json, read_margs, target_margs_json, target_tokenizer
+from dist_convert.formats.torch.target_args import args_json, read_margs, target_margs_json, target_tokenizer
+from dist_convert.formats.torch.target_shards import target_dtypes
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
-from dist_convert.models import FAMILIES
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
-from dist_convert.plan.content import Content, find_parts, plan_to_megatron, target_dtypes
+from dist_convert.plan.content import Content, plan_content
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
-from dist_convert.read.huggingface import (
-    HuggingFaceFiles,
-    check_index,
-    headers_from_json,
-    headers_to_json,
-    read_directory,
-    read_index,
-    read_weights_header,
-)
 from dist_convert.read.values import all_are_zero, check_tied_head
-from dist_convert.records import StoredTensor, local_name, name_at
+from dist_convert.records import local_name, name_at
 from dist_convert.task import Task
 from dist_convert.write.checksums import KnownRange, seal
 from dist_convert.write.files import replace_text, write_tracker
@@ -56,18 +49,17 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     Raises:
         SourceError, UsageError: all that the headers and flags show to be wrong.
     """
-    directory = _fetch(job, world, channel)
-    seen = read_directory(directory)
-    found, stored = discover_tensors(directory, seen, world)
+    model = open_huggingface(_fetch(job, world, channel), world)
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
     places = _places(job, world, job.save_dir / name)
-    given = _given(job, world, directory)
-    biases = _output_biases(seen.config)
-    zeros = biases if all_are_zero(world, directory, found.visible, stored, biases) else set()
-    target, content, writable = _plan(job, directory, seen, stored, zeros, given, places, world.nodes)
-    if target.architecture.tied and HEAD in stored:  # the embedding comes first in every table
-        check_tied_head(world, directory, found.visible, content.moves[0].hf[0], stored[HEAD])
+    given = _given(job, world, model.directory)
+    biases = _output_biases(model.config)
+    zeros = biases if all_are_zero(world, model.directory, model.found.visible, model.stored, biases) else set()
+    source, target, content, writable = _plan(job, model, zeros, given, places, world.nodes)
+    if source.architecture.tied and HEAD in model.stored:
+        [embedding] = next(iter(source.views.values()))  # it comes first in every table
+        check_tied_head(world, model.directory, model.found.visible, embedding, model.stored[HEAD])
     at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
 
     def make_files(partial: Path) -> None:
@@ -87,11 +79,11 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     return Task(
         content=content,
         direction="hf-to-megatron",
-        source=directory,
-        source_identity=found.identity,
-        source_listing=found.listing,
+        source=model.directory,
+        source_identity=model.found.identity,
+        source_listing=model.found.listing,
         settings=json.loads(args_json(target.args)) | {"iteration": iteration},
-        visible=found.visible,
+        visible=model.found.visible,
         target=job.save_dir / name,
         places=places,
         writable=writable,
@@ -102,28 +94,6 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         publish=publish,
         last_words=str,
     )
-
-
-def discover_tensors(
-    directory: Path, seen: HuggingFaceFiles, world: World
-) -> tuple[Discovery, dict[str, StoredTensor]]:
-    """Every stored tensor by its name, whichever rank sees it.
-
-    Raises:
-        SourceError: a damaged file, or files that are not those of the index.
-    """
-    found = discover(
-        world,
-        directory,
-        seen.sizes_bytes,
-        lambda file: headers_to_json({file: read_weights_header(directory / file, file)}),
-        expected=f"safetensors or pytorch_model files in {directory}",
-    )
-    headers = {file: headers_from_json(header)[file] for file, header in found.headers.items()}
-    index = read_index(directory)
-    if index is not None:
-        check_index(index, headers)
-    return found, {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
 
 
 def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
@@ -174,53 +144,42 @@ def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:
 
 def _plan(
     job: ToMegatronJob,
-    directory: Path,
-    seen: HuggingFaceFiles,
-    stored: Mapping[str, StoredTensor],
+    model: HuggingFaceModel,
     zeros: set[str],
     given: Given,
     places: Sequence[int],
     nodes: Sequence[int],
-) -> tuple[MegatronTarget, Content, tuple[frozenset[str], ...]]:
-    """The target, all that is copied, and for each rank the target files that it can write."""
-    architecture, grid, stages = model_and_grid(job, seen, given.margs, zero_output_bias=bool(zeros))
-    parts, missing = find_parts(
-        architecture,
-        lambda name, layer, expert, rows, columns: hf_view(
-            name, layer, expert, stored, rows, columns, experts=architecture.experts
-        ),
-    )
-    left_behind, unknown = leftovers(
-        stored,
-        {view.tensor for view in parts.values()} | {problem.tensor for problem in missing} | zeros,
-        hf_class=FAMILIES[architecture.family].hf_class,
-        tied=architecture.tied,
-    )
-    raise_together([*missing, *unknown])
+) -> tuple[HuggingFaceCatalog, MegatronTarget, Content, tuple[frozenset[str], ...]]:
+    """The source, the target, all that is copied, and for each rank the target files that it can write."""
+    architecture, grid, stages = model_and_grid(job, model.config, given.margs, zero_output_bias=bool(zeros))
+    source, left_behind = model.catalog(zero_output_bias=bool(zeros))
     if zeros:
-        size_bytes = sum(stored[name].size_bytes for name in zeros)
+        size_bytes = sum(model.stored[name].size_bytes for name in zeros)
         left_behind = (*left_behind, ("output bias of attention (all zeros)", len(zeros), size_bytes))
     wanted = TARGET_DTYPES[job.target_params_dtype]
-    params_dtype, dtypes = target_dtypes(architecture, parts, wanted)
-    target = lay_out_target(job, directory, given, architecture, grid, stages, wanted or params_dtype, dtypes)
+    params_dtype, dtypes = target_dtypes(source, wanted)
+    target = lay_out_target(job, model.directory, given, architecture, grid, stages, wanted or params_dtype, dtypes)
     of_places: tuple[frozenset[str], ...] = (frozenset(target.files),)
     if max(places) and job.target_ranks_per_node:
         check_rank_order(given.margs)
         held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
         of_places = tuple(frozenset(name_at(place, file) for file in files) for place, files in enumerate(held))
     planned = sorted(frozenset[str]().union(*of_places))
-    content = plan_to_megatron(
-        parts,
-        {file: header_of(target, job, file) for file in planned},
-        architecture,
-        grid,
+    headers = {file: header_of(target, job, file) for file in planned}
+    shards, _ = open_catalog(headers, architecture, with_tied_copies=True)
+    content = plan_content(
+        source,
+        shards,
+        files_of_headers(headers),
+        title=shards.title,
         params_dtype=params_dtype,
         target_dtype=wanted,
+        kept_dtypes={name: meta.dtype for name, meta in source.tensors.items() if meta.dtype != params_dtype},
+        left_behind=left_behind,
         repeat_last_row=job.vocab_padding == "last-row",
         extras=frozenset((file, name) for file in planned for of, name in target.extras if of == local_name(file)),
-        left_behind=left_behind,
     )
-    return target, content, tuple(of_places[place] for place in places)
+    return source, target, content, tuple(of_places[place] for place in places)
 
 
 def _output_biases(config: Mapping[str, Any]) -> set[str]:

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from dist_convert.errors import InconsistentShards
+from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
 from dist_convert.formats.huggingface.metadata import write_metadata
-from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
-from dist_convert.formats.megatron.capacity_bins import Bin, read_bins
+from dist_convert.formats.torch.capacity_bins import Bin, read_bins
+from dist_convert.formats.torch.open import open_torch
 from dist_convert.job import TARGET_DTYPES, Job
-from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.model import Where
+from dist_convert.plan.content import Content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
-from dist_convert.plan.megatron import check_same_run
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.megatron import (
-    NAME_FLAG,
-    TRACKER_FILE,
-    Shard,
-    iteration_directory,
-    rank_files,
-    read_shard,
-    shard_from_json,
-    shard_to_json,
-    tracked_name,
-)
 from dist_convert.report import notes_on
 from dist_convert.task import Task
-from dist_convert.tokenizer.find import find_tokenizer
 from dist_convert.tokenizer.huggingface import is_huggingface
-from dist_convert.tokenizer.record import Tokenizer, how_to_add_tokenizer, style_for
+from dist_convert.tokenizer.record import how_to_add_tokenizer, style_for
 from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.units import human_bytes
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.safetensors_files import make_files
+from dist_convert.write.safetensors_files import lay_out_files, make_files
 
 
 def megatron_to_hf(job: Job, world: World) -> Task:
@@ -53,21 +38,23 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(job.save_path, job.push_to_hub, private=job.private))
     refuse_unfinished(job.load_path, job.ckpt_dir_name)
-    directory = shared_iteration(job.load_path, job.ckpt_dir_name, world)
-    found, shards = discover_shards(directory, world)
-    file = min(shards)
-    args = shards[file].args
-    tokenizer = _share_tokenizer(job, world, args, directory)
-    padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
-    vocab, _ = true_vocab(flag=job.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
+    where = Where(job.load_path, job.ckpt_dir_name, job.habana_imported_experts, job.true_vocab_size, job.tokenizer)
+    model = open_torch(where, world)
+    directory, found, shards, args, tokenizer = model.directory, model.found, model.shards, model.args, model.tokenizer
     if job.push_to_hub and tokenizer.kind == "none":
         notes.append("warning: the model is uploaded without a tokenizer")
-    content = plan_to_huggingface(
-        shards,
-        architecture_from_args(args, vocab=vocab, file=file),
-        target_dtype=TARGET_DTYPES[job.target_params_dtype],
-        max_shard_size_bytes=job.max_shard_size_bytes,
-        imported_experts=job.habana_imported_experts,
+    source, left_behind = model.catalog()
+    target_dtype = TARGET_DTYPES[job.target_params_dtype]
+    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), job.max_shard_size_bytes)
+    content = plan_content(
+        source,
+        catalog_of_files(source.architecture, files),
+        files,
+        title=source.title,
+        params_dtype=source.params_dtype,
+        target_dtype=target_dtype,
+        kept_dtypes=source.kept_dtypes,
+        left_behind=left_behind,
     )
 
     places = _places(job, world)
@@ -79,7 +66,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     writable = tuple(of_places[place] for place in places)
     mine = [shards[name] for name in found.headers_of[world.rank]]
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
-    style = style_for(tokenizer, content.side.architecture, job.source_model_type, instruct=job.instruct)
+    style = style_for(tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
 
     def make_all_files(partial: Path) -> None:
         if world.rank == 0:
@@ -89,7 +76,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
         if world.rank == 0:
             together = [bin for of_rank in bins for bin in of_rank]
-            write_metadata(partial, job, content, directory, args, tokenizer, style, together)
+            write_metadata(partial, job, content, source, directory, args, tokenizer, style, together)
 
     def last_words() -> str:
         if job.push_to_hub:  # after an upload it is said there
@@ -116,7 +103,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         writable=writable,
         target_flag="--save-path",
         notes=notes
-        + notes_on(job, content, shards, tokenizer, style)
+        + notes_on(job, content, source.architecture, shards, tokenizer, style)
         + _notes_on_places(job, content, places, of_places),
         make_files=make_all_files,
         finish=finish,
@@ -156,56 +143,3 @@ def _notes_on_places(
             f"{file_numbers(content, files)} of {len(content.files)}, {human_bytes(size_bytes)}"
         )
     return notes
-
-
-def discover_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
-    """Every shard's header, by file, whichever rank sees it.
-
-    Raises:
-        SourceError: no shard is here, or they are not of one run.
-    """
-    found = discover(
-        world,
-        directory,
-        rank_files(directory) if directory.is_dir() else (),
-        lambda file: shard_to_json(read_shard(directory / file, file)),
-        expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
-    )
-    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
-    check_same_run(shards.values())
-    return found, shards
-
-
-def shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:
-    """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
-
-    Args:
-        root, name, name_flag: see `iteration_directory`.
-        world: this rank.
-
-    Raises:
-        InconsistentShards: trackers name different iterations.
-        CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
-    """
-    if name is None:
-        tracked = [named for named in gather_objects(world, tracked_name(root, name_flag)) if named is not None]
-        if len(set(tracked)) > 1:
-            raise InconsistentShards(
-                "tracker files of different nodes name different iterations",
-                file=TRACKER_FILE,
-                found=", ".join(sorted(set(tracked))),
-                remedy=f"name the iteration with {name_flag}",
-            )
-        name = tracked[0] if tracked else None
-    is_here = name is not None and (root / name).is_dir()
-    anywhere = any(gather_objects(world, is_here))
-    if is_here or not anywhere:
-        return iteration_directory(root, name, name_flag)
-    return root / name if name else root
-
-
-def _share_tokenizer(job: Job, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:
-    """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
-    found = find_tokenizer(job.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
-    shared = gather_objects(world, asdict(replace(found, path=None)))[0]
-    return Tokenizer(**{**shared, "path": found.path})

@@ -13,6 +13,7 @@ from typing import Any
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
 from dist_convert.job import Job
+from dist_convert.models.schema import Architecture
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan
@@ -41,10 +42,16 @@ def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
     return f"{partial}: {human_bytes(done_bytes)} of {human_bytes(all_bytes)} are there already; going on"
 
 
-def notes_on(job: Job, content: Content, shards: Mapping[str, Shard], tokenizer: Tokenizer, style: Style) -> list[str]:
+def notes_on(
+    job: Job,
+    content: Content,
+    architecture: Architecture,
+    shards: Mapping[str, Shard],
+    tokenizer: Tokenizer,
+    style: Style,
+) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
     args = shards[min(shards)].args
-    architecture = content.side.architecture
     notes = []
     decided = model_type_from_args(args)
     if job.source_model_type and _contradicts(job.source_model_type, decided):
@@ -136,8 +143,7 @@ def describe_plan(
     content = plan.content
     ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.teams), "group")
     lines = [
-        f"{content.side.family.hf_class}, {content.side.grid}, {plan.placement} placement, {ranks} in {groups}, "
-        f"plan {content.digest[:16]}",
+        f"{content.title}, {plan.placement} placement, {ranks} in {groups}, plan {content.digest[:16]}",
         "",
         f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]

@@ -151,6 +151,6 @@ def find_writers(task: Task, world: World) -> Writers:
     of_nodes = dict(zip(world.nodes, writable, strict=True))
     idle = sum(not files for files in of_nodes.values())
     if idle:
-        what = "a larger grid" if task.content.sides.to_megatron else "smaller files (--max-shard-size)"
+        what = "a larger grid" if task.content.ends.target.is_owned else "smaller files (--max-shard-size)"
         note += f"; {idle} of {len(of_nodes)} nodes have none, {what} would share the work"
     return Writers(with_parts(task.content, writable), writable, (note,))

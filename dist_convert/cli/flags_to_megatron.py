@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_convert.cli.flags import add_run_flags, add_switch, positive, positive_or_zero, with_numbers
 from dist_convert.errors import UsageError
-from dist_convert.formats.megatron.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
+from dist_convert.formats.torch.target_args import EXPERT_LAYOUTS, TRANSFORMER_IMPLS
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 
 #: Flag -> why it means nothing any more.

@@ -7,7 +7,7 @@ tensor parallel ranks. Shapes, shards, copies and checks in both directions foll
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -179,15 +179,42 @@ class Family:
     after: tuple[Entry, ...]
 
 
-def moves_of_layer(entries: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:
+def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
+    """All table entries that apply, with layer and expert numbers, in the order in which tensors are written."""
+    for entry in family.before:
+        yield entry, None, None
+    for layer in range(architecture.layers):
+        for entry, expert in _entries_of_layer(family.layer, architecture.experts):
+            if entry.applies_to(architecture):
+                yield entry, layer, expert
+    for entry in family.after:
+        if entry.applies_to(architecture):
+            yield entry, None, None
+
+
+def _entries_of_layer(listed: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:
     """The entries of one layer with the expert number of each, one expert after the other."""
-    for has_expert, group in groupby(
-        entries, key=lambda entry: isinstance(entry, Row) and "{expert}" in entry.megatron
-    ):
-        listed = tuple(group)
+    for has_expert, group in groupby(listed, key=lambda entry: isinstance(entry, Row) and "{expert}" in entry.megatron):
+        alike = tuple(group)
         for expert in range(experts) if has_expert else (None,):
-            for entry in listed:
+            for entry in alike:
                 yield entry, expert
+
+
+def parts_of(entry: Entry) -> tuple[Part, ...]:
+    """The Hugging Face tensors of a table entry."""
+    return entry.parts if isinstance(entry, Row) else (entry.part,)
+
+
+def part_shape(part: Part, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Elements per dimension of a Hugging Face tensor."""
+    return tuple(sizes[dim] for dim in part.dims)
+
+
+def part_size(part: Part, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Rows and columns of a Hugging Face tensor; a vector has one column."""
+    shape = part_shape(part, sizes)
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
 def part(name: str, dims: str) -> Part:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from dist_convert.plan.copies import Ends, Transfer, bands, blocks_of_band, part_of
 from dist_convert.plan.done import Done
 from dist_convert.plan.limits import able_readers, readers_of
-from dist_convert.plan.moves import Move, Sides, bands, blocks_of_band, part_of
 from dist_convert.plan.teams import Share, Team
 from dist_convert.records import DTYPE_BYTES, Block, Copy, View, Window, side_by_side
 
@@ -68,18 +68,18 @@ class Assigned:
 
 @dataclass(frozen=True)
 class Band:
-    """Copies of a move that are cut together (`moves.bands`), of which a share has some blocks at least.
+    """Copies that are cut together (`copies.bands`), of which a share has some blocks at least.
 
     Attributes:
-        move: that they belong to.
+        transfer: that they belong to.
         whole: the copies.
-        kept: those of them, and of their targets, that the move itself has; fewer where it is a part.
-        start_byte: of the move, where they begin.
-        readers: of the move.
+        kept: those of them, and of their targets, that the transfer itself has; fewer where it is a part.
+        start_byte: of the transfer, where they begin.
+        readers: of the transfer.
         owner: the one member that reads and writes all of them, where that is known whatever has been dealt before.
     """
 
-    move: Move
+    transfer: Transfer
     whole: Block
     kept: Block
     start_byte: int
@@ -87,24 +87,26 @@ class Band:
     owner: int | None
 
 
-def readers_in_turn(sides: Sides, move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each of a move's homes, the members that read it in turn: a Hugging Face file is nobody's own."""
-    return (able_readers if sides.to_megatron else readers_of)(move, team, visible)
+def readers_in_turn(
+    ends: Ends, transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]
+) -> list[tuple[int, ...]]:
+    """For each piece of the source, the members that read it in turn: what has no owner, all that see it."""
+    return (readers_of if ends.source.is_owned else able_readers)(transfer, team, visible)
 
 
 def bands_of_share(
-    sides: Sides, moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]], share: Share
+    ends: Ends, transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]], share: Share
 ) -> Iterator[Band]:
     """The bands that a share of a team has blocks of, with the member that moves those alone."""
-    move = moves[share.move]
+    transfer = transfers[share.transfer]
     seen = [visible[rank] for rank in team.ranks]
-    readers = dict(zip(move.homes, readers_in_turn(sides, move, team, visible), strict=True))
+    readers = dict(zip(transfer.source_files, readers_in_turn(ends, transfer, team, visible), strict=True))
     end = 0
-    for whole in bands(sides, move):
-        kept = part_of(move, whole)
+    for whole in bands(ends, transfer.names):
+        kept = part_of(transfer, whole)
         start, end = end, end + _target_bytes(kept)
         if share.first_byte < end and start < share.end_byte:
-            yield Band(move, whole, kept, start, readers, _owner(kept, readers, seen))
+            yield Band(transfer, whole, kept, start, readers, _owner(kept, readers, seen))
 
 
 def owned_blocks(band: Band, share: Share, team: Team, visible: Sequence[frozenset[str]]) -> Iterator[Assigned]:
@@ -117,7 +119,7 @@ def owned_blocks(band: Band, share: Share, team: Team, visible: Sequence[frozens
 
 def _blocks_in_share(band: Band, share: Share) -> Iterator[Block]:
     start = band.start_byte
-    for block in blocks_of_band(band.move, band.whole):
+    for block in blocks_of_band(band.transfer, band.whole):
         first, start = start, start + _target_bytes(block)
         if share.first_byte <= first < share.end_byte:
             yield block
@@ -237,8 +239,8 @@ def _writer(target: View, alone: int | None, seen: Sequence[frozenset[str]], wri
 
 
 def blocks_of_member(
-    sides: Sides,
-    moves: Sequence[Move],
+    ends: Ends,
+    transfers: Sequence[Transfer],
     team: Team,
     visible: Sequence[frozenset[str]],
     done: Done,
@@ -252,16 +254,16 @@ def blocks_of_member(
     Where an earlier run has done some of it, all members go through all that is left, in the order of the plan.
 
     Args:
-        sides, moves: the plan.
+        ends, transfers: the plan.
         team, visible, done: as in `assigned_blocks`.
         member: position in `team.ranks`.
     """
-    expand = partial(bands_of_share, sides, moves, team, visible)
+    expand = partial(bands_of_share, ends, transfers, team, visible)
     if len(team.ranks) == 1 or done.size_bytes:
         yield from assigned_blocks(expand, team, visible, done)
         return
     bands_of = _expanded_once(expand)
-    by_share = [_owned_bytes(sides, moves[share.move], share, team, visible) for share in team.shares]
+    by_share = [_owned_bytes(ends, transfers[share.transfer], share, team, visible) for share in team.shares]
     own_by_share = [of_member[member] for of_member in by_share]
     own_bytes = sum(own_by_share)
     # What crosses, and the little that turns out to be one member's only when it is dealt.
@@ -317,22 +319,24 @@ def _rotated(shares: Sequence[Share], own_by_share: Sequence[int], begun_bytes: 
     yield from shares
 
 
-def _owned_bytes(sides: Sides, move: Move, share: Share, team: Team, visible: Sequence[frozenset[str]]) -> list[int]:
+def _owned_bytes(
+    ends: Ends, transfer: Transfer, share: Share, team: Team, visible: Sequence[frozenset[str]]
+) -> list[int]:
     """About what each member moves alone of a share. It paces: where it is wrong, some comes early or late.
 
-    Nothing is expanded for it: shards of rows follow each other, and are taken as equally long, as in `deal`. What lies
-    in several Hugging Face files is not told apart: where members see different ones, their own comes last.
+    Nothing is expanded for it. What lies in several files without owners is not told apart: where members see different
+    ones, their own comes last.
     """
     owned = [0] * len(team.ranks)
-    readers = readers_in_turn(sides, move, team, visible)
-    if len(set(readers)) == 1:
-        readers = readers[:1]
-    elif sides.to_megatron or move.parameter.row.split == "columns":
+    readers = readers_in_turn(ends, transfer, team, visible)
+    if transfer.crosses or (not ends.source.is_owned and len(set(readers)) > 1):
         return owned
-    for shard, members in enumerate(readers):
-        first, end = (move.size_bytes * part // len(readers) for part in (shard, shard + 1))
-        if len(members) == 1 and visible[team.ranks[members[0]]].issuperset(move.targets):
+    first = 0
+    for piece, end in transfer.stretches:
+        members = readers[piece]
+        if len(members) == 1 and visible[team.ranks[members[0]]].issuperset(transfer.target_files):
             owned[members[0]] += max(0, min(end, share.end_byte) - max(first, share.first_byte))
+        first = end
     return owned
 
 

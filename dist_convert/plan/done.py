@@ -9,8 +9,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dist_convert.plan.moves import Move, Sides
-from dist_convert.records import View, Window
+from dist_convert.plan.copies import Ends, Transfer
+from dist_convert.records import Window
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Done:
 NOTHING_DONE = Done()
 
 
-def is_move_done(sides: Sides, move: Move, done: Done) -> bool:
-    """Whether nothing of a move is left to do; False also where only its single blocks can tell."""
+def is_transfer_done(ends: Ends, transfer: Transfer, done: Done) -> bool:
+    """Whether nothing of a transfer is left to do; False also where only its single blocks can tell."""
     if not done.size_bytes:
         return False
-    targets: Iterable[View] = move.hf
-    if sides.to_megatron:
-        targets = (view for shard in move.stored for replica in shard for _, view in replica)
-    return all(done.covers(Window.of(view)) for view in targets if view.file in move.targets)
+    regions = [region for name in transfer.names for region in ends.target.regions(name)]
+    if ends.repeat_last_row:
+        regions += [region for name in transfer.names for region in ends.target.padding(name)]
+    views = [view for region in regions for view in region.replicas if view.file in transfer.target_files]
+    return all(done.covers(Window.of(view)) for view in views)

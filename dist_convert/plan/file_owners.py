@@ -9,12 +9,11 @@ Pure: integers and strings. A place is a directory as some ranks see it; nodes t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dist_convert.plan.content import Content
-from dist_convert.plan.moves import Move, Sides, copies
+from dist_convert.plan.copies import Ends, Transfer, bands, part_of, transfer_of
 
 #: A place is as good for a file as the one that holds most of its source, if it holds this share of that.
 _ALIKE = 3 / 4
@@ -53,14 +52,11 @@ def places_alike(
     numbers = range(max(places) + 1)
     seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(places) if of == place)) for place in numbers]
     held_bytes = {file.name: [0] * len(seen) for file in content.files}
-    for move in content.moves:
-        shares = [sum(any(file in files for file in home) for home in move.homes) for files in seen]
-        of_files = [(view.file, view.size_bytes) for view in move.hf]
-        if content.sides.to_megatron:
-            of_files = [(file, move.written_bytes // len(move.targets)) for file in move.targets]
-        for file, size_bytes in of_files:
+    for transfer in content.transfers:
+        shares = [sum(any(f in files for f in piece) for piece in transfer.source_files) for files in seen]
+        for file, size_bytes in zip(transfer.target_files, transfer.target_bytes, strict=True):
             for place, share in enumerate(shares):
-                held_bytes[file][place] += size_bytes * share // len(move.homes)
+                held_bytes[file][place] += size_bytes * share // len(transfer.source_files)
     return {
         file: tuple(place for place in numbers if held[place] >= _ALIKE * max(held))
         for file, held in held_bytes.items()
@@ -68,9 +64,9 @@ def places_alike(
 
 
 def with_own_targets(content: Content) -> Content:
-    """A content whose target files not every rank can write: whoever does a move must reach them."""
-    moves = tuple(replace(move, own_targets=tuple((file,) for file in move.targets)) for move in content.moves)
-    return replace(content, moves=moves)
+    """A content whose target files not every rank can write: whoever does a transfer must reach them."""
+    own = ((transfer, tuple((file,) for file in transfer.target_files)) for transfer in content.transfers)
+    return replace(content, transfers=tuple(replace(transfer, own_targets=files) for transfer, files in own))
 
 
 def file_numbers(content: Content, files: frozenset[str]) -> str:
@@ -122,8 +118,8 @@ def _deal(
     """
     alike = places_alike(content, visible, nodes)
     sizes_bytes = {file.name: file.size_bytes for file in content.files if file.name in files}
-    by_experts = sorted(content.moves, key=lambda move: move.parameter.expert is None)
-    ordered = dict.fromkeys(file for move in by_experts for file in move.targets) | dict.fromkeys(sizes_bytes)
+    by_experts = sorted(content.transfers, key=lambda transfer: len(transfer.target_files))
+    ordered = dict.fromkeys(f for transfer in by_experts for f in transfer.target_files) | dict.fromkeys(sizes_bytes)
     total_bytes, dealt_bytes = sum(sizes_bytes.values()), 0
     count = max(nodes) + 1
     filled_bytes = [0] * count
@@ -139,33 +135,21 @@ def _deal(
 
 
 def with_parts(content: Content, writable: Sequence[frozenset[str]]) -> Content:
-    """A content whose every move can be done by the ranks that write one and the same of these sets of files."""
+    """A content whose every transfer can be done by the ranks that write one and the same of these sets of files."""
     owners = {file: number for number, files in enumerate(dict.fromkeys(writable)) for file in files}
-    moves = tuple(part for move in content.moves for part in _parts(content.sides, move, owners))
-    return with_own_targets(replace(content, moves=moves))
+    parts = tuple(part for transfer in content.transfers for part in _parts(content.ends, transfer, owners))
+    return with_own_targets(replace(content, transfers=parts))
 
 
-def _parts(sides: Sides, move: Move, owners: Mapping[str, int]) -> Iterator[Move]:
-    """A move for each owner of its target files."""
-    numbers = dict.fromkeys(owners[file] for file in move.targets)
+def _parts(ends: Ends, transfer: Transfer, owners: Mapping[str, int]) -> Iterator[Transfer]:
+    """A transfer for each owner of its target files."""
+    numbers = dict.fromkeys(owners[file] for file in transfer.target_files)
     if len(numbers) == 1:
-        yield move
+        yield transfer
         return
-    size_bytes, written_bytes = Counter[int](), Counter[int]()
-    for copy in copies(sides, move):
-        of_owners = [owners[view.file] for view in copy.targets]
-        size_bytes.update(dict.fromkeys(of_owners, copy.targets[0].size_bytes))  # equal targets count once
-        for number in of_owners:
-            written_bytes[number] += copy.targets[0].size_bytes
+    whole = bands(ends, transfer.names)
     for number in numbers:
-        if not size_bytes[number]:  # its shards are nothing but padding that stays zero
-            continue
-        others = {file for file in move.targets if owners[file] != number}
-        yield replace(
-            move,
-            size_bytes=size_bytes[number],
-            written_bytes=written_bytes[number],
-            targets=tuple(file for file in move.targets if file not in others),
-            needs=tuple(files for files in move.needs if others.isdisjoint(files)),
-            is_part=True,
-        )
+        own = tuple(file for file in transfer.target_files if owners[file] == number)
+        part = replace(transfer, target_files=own, is_part=True)
+        kept = [band for band in (part_of(part, band) for band in whole) if band]
+        yield replace(transfer_of(ends, transfer.names, kept), is_part=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.plan.moves import BLOCK_BYTES, Move
+from dist_convert.plan.copies import BLOCK_BYTES, Transfer
 from dist_convert.plan.teams import Team
 from dist_convert.units import human_bytes
 
@@ -112,36 +112,35 @@ def check_budget(budget_bytes: int, needed_bytes: int, placement: str) -> None:
         )
 
 
-def largest_send_bytes(moves: Sequence[Move], team: Team, visible: Sequence[frozenset[str]]) -> int:
+def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]]) -> int:
     """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
     if len(team.ranks) == 1:
         return 0
     reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
     largest_bytes = 0
-    distinct = {
-        (moves[share.move].all_needs, moves[share.move].parameter.row.split): share.move for share in team.shares
-    }
-    for move in (moves[number] for number in distinct.values()):
-        readers = readers_of(move, team, visible)
+    shared = [transfers[share.transfer] for share in team.shares]
+    distinct = {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}
+    for transfer in distinct.values():
+        readers = readers_of(transfer, team, visible)
         pieces = max(Counter(member for members in readers for member in members).values())
-        if not reached_by_all.issuperset(move.targets):
+        if not reached_by_all.issuperset(transfer.target_files):
             largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
-        elif move.parameter.row.split == "columns" and len(readers) > 1:
+        elif transfer.crosses and len(readers) > 1:
             largest_bytes = max(largest_bytes, BLOCK_BYTES * pieces // len(readers) + pieces * ALIGNMENT_BYTES)
     return -(-largest_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def able_readers(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each piece of a move's source, the members that see it."""
+def able_readers(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """For each piece of a transfer's source, the members that see it."""
     return [
         tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
-        for files in move.homes
+        for files in transfer.source_files
     ]
 
 
-def readers_of(move: Move, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each shard of a move, the members that read it in turn: each member owns as few shards as possible."""
-    eligible = able_readers(move, team, visible)
+def readers_of(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+    """For each piece of the source, the members that read it in turn: each member owns as few shards as possible."""
+    eligible = able_readers(transfer, team, visible)
     readers = []
     for shard, members in enumerate(eligible):
         alike = [other for other, others in enumerate(eligible) if others == members]

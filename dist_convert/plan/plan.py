@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 
 from dist_convert.plan.content import Content, digest
-from dist_convert.plan.done import NOTHING_DONE, Done, is_move_done
+from dist_convert.plan.done import NOTHING_DONE, Done, is_transfer_done
 from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.teams import Team, form_teams
@@ -45,8 +45,8 @@ class Plan:
         """What a rank does, in order; expanded while it is iterated."""
         number, member = self.place_of(rank)
         return steps_of_rank(
-            self.content.sides,
-            self.content.moves,
+            self.content.ends,
+            self.content.transfers,
             self.teams[number],
             member,
             self.visible,
@@ -81,9 +81,11 @@ def divide(
     """
     every_file = frozenset(file.name for file in content.files)
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
-    finished = frozenset(n for n, move in enumerate(content.moves) if is_move_done(content.sides, move, done))
-    teams = form_teams(content.moves, visible, placement, finished)
-    least_send_bytes = [largest_send_bytes(content.moves, team, visible) for team in teams]
+    finished = frozenset(
+        n for n, transfer in enumerate(content.transfers) if is_transfer_done(content.ends, transfer, done)
+    )
+    teams = form_teams(content.transfers, visible, placement, finished)
+    least_send_bytes = [largest_send_bytes(content.transfers, team, visible) for team in teams]
     needs = [(len(team.ranks), send_bytes) for team, send_bytes in zip(teams, least_send_bytes, strict=True)]
     check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs), placement)
     sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)

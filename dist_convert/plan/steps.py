@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.assign import Assigned, Part, Read, Write, blocks_of_member
+from dist_convert.plan.copies import Ends, Transfer
 from dist_convert.plan.done import Done
 from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits
-from dist_convert.plan.moves import Move, Sides
 from dist_convert.plan.teams import Team
 from dist_convert.records import Message
 
@@ -29,8 +29,8 @@ class Step:
 
 
 def steps_of_rank(
-    sides: Sides,
-    moves: Sequence[Move],
+    ends: Ends,
+    transfers: Sequence[Transfer],
     team: Team,
     member: int,
     visible: Sequence[frozenset[str]],
@@ -40,7 +40,7 @@ def steps_of_rank(
     """The steps of one member of a team, in order.
 
     Args:
-        sides, moves: the plan.
+        ends, transfers: the plan.
         team: its ranks and shares.
         member: position in `team.ranks`.
         visible: for each rank of the world, the files that it can read or write.
@@ -52,7 +52,7 @@ def steps_of_rank(
     """
     local = _Packer(limit.step_bytes, crosses=False)
     crossing = _Packer(limit.send_bytes, crosses=True)
-    for block in blocks_of_member(sides, moves, team, visible, done, member):
+    for block in blocks_of_member(ends, transfers, team, visible, done, member):
         readers = {read.reader for read in block.reads}
         if readers == {write.writer for write in block.writes} and len(readers) == 1:
             if readers == {member}:

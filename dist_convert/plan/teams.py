@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from dist_convert.errors import MissingShard, UsageError
-from dist_convert.plan.moves import Move
+from dist_convert.plan.copies import Transfer
 
 #: Sets of files of which a team must see one each.
 Homes = tuple[tuple[str, ...], ...]
@@ -21,9 +21,12 @@ Homes = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Share:
-    """The blocks of one move that start at bytes `first_byte` up to (not including) `end_byte` of the move."""
+    """The blocks of one transfer that start at bytes `first_byte` up to (not including) `end_byte` of it.
 
-    move: int
+    `transfer` is its number in the plan.
+    """
+
+    transfer: int
     first_byte: int
     end_byte: int
 
@@ -40,23 +43,23 @@ def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[
 
 @dataclass(frozen=True)
 class _Kind:
-    """Bytes of moves that every team gets its part of, so that all members of all teams have about equally much to do.
+    """Bytes of transfers that every team gets its part of, so that all members of all teams have about equally much.
 
     Attributes:
         teams: that can do them.
         copies: how often each byte is written.
-        split: of the parameter, which decides what is gathered; "" where nothing is.
-        shard: whose rows they are, as members may see one shard only; 0 where that does not matter.
+        crosses: whether a team of several ranks gathers them.
+        piece: number of the source's piece that they lie in, as members may see one only; 0 where that does not matter.
     """
 
     teams: tuple[int, ...]
     copies: int
-    split: str
-    shard: int
+    crosses: bool
+    piece: int
 
 
 def deal(
-    moves: Sequence[Move],
+    transfers: Sequence[Transfer],
     groups: Sequence[tuple[int, ...]],
     bridges: Sequence[tuple[int, ...]],
     visible: Sequence[frozenset[str]],
@@ -65,57 +68,57 @@ def deal(
     """Cut each kind of bytes into contiguous stretches, in proportion to the teams' ranks.
 
     Args:
-        moves: all moves of the plan.
+        transfers: all of the plan.
         groups: the ranks of each team.
         bridges: those of them that do only what no other can.
         visible: for each rank, the files that it can reach.
-        finished: numbers of the moves that need no team any more.
+        finished: numbers of the transfers that need no team any more.
 
     Returns:
         For each team, its shares.
 
     Raises:
-        UsageError: no team sees all that a move needs.
+        UsageError: no team sees all that a transfer needs.
     """
     teams_seeing: dict[frozenset[str], list[int]] = {}
     for team, ranks in enumerate(groups):
         teams_seeing.setdefault(union(ranks, visible), []).append(team)
     able: dict[Homes, tuple[int, ...]] = {}
     kinds: dict[_Kind, list[Share]] = {}
-    for number, move in enumerate(moves):
+    for number, transfer in enumerate(transfers):
         if number in finished:
             continue
-        needs = move.all_needs
+        needs = transfer.all_needs
         if needs not in able:
             seeing = [team for files, of in teams_seeing.items() if sees_all(needs, files) for team in of]
             able[needs] = tuple(sorted([team for team in seeing if groups[team] not in bridges] or seeing))
         teams = able[needs]
         if not teams:
             raise UsageError(
-                f"no rank alone sees all shards of {move.parameter.name}",
+                f"no rank alone sees all shards of {', '.join(transfer.names)}",
                 expected="every rank sees every file, for --placement direct",
                 found="files on the disks of different machines",
                 remedy="use --placement gather",
             )
-        split = move.parameter.row.split if any(len(groups[team]) > 1 for team in teams) else ""
-        shards = move.parameter.shards if split == "rows" else 1  # the order of `moves.copies`
-        for shard in range(shards):
-            first, end = (move.size_bytes * part // shards for part in (shard, shard + 1))
-            kind = _Kind(teams, move.written_bytes // move.size_bytes, split, shard)
-            kinds.setdefault(kind, []).append(Share(number, first, end))
+        crosses = transfer.crosses and any(len(groups[team]) > 1 for team in teams)
+        copies = transfer.written_bytes // transfer.size_bytes
+        first = 0
+        for piece, end in transfer.stretches:
+            kinds.setdefault(_Kind(teams, copies, crosses, piece), []).append(Share(number, first, end))
+            first = end
     shares: list[list[Share]] = [[] for _ in groups]
     for kind, whole in kinds.items():
         for position, share in _stretches(whole, [len(groups[team]) for team in kind.teams]):
             shares[kind.teams[position]].append(share)
-    # In the order of moves, what is gathered comes between what is not, and both go on at the same time.
-    return [_joined(sorted(of_team, key=lambda share: (share.move, share.first_byte))) for of_team in shares]
+    # In the order of transfers, what is gathered comes between what is not, and both go on at the same time.
+    return [_joined(sorted(of_team, key=lambda share: (share.transfer, share.first_byte))) for of_team in shares]
 
 
 def _joined(shares: Sequence[Share]) -> list[Share]:
-    """Shares that follow each other in one move as one: a move is expanded once for each share of it."""
+    """Shares that follow each other in one transfer as one: it is expanded once for each share of it."""
     joined: list[Share] = []
     for share in shares:
-        if joined and (joined[-1].move, joined[-1].end_byte) == (share.move, share.first_byte):
+        if joined and (joined[-1].transfer, joined[-1].end_byte) == (share.transfer, share.first_byte):
             joined[-1] = replace(joined[-1], end_byte=share.end_byte)
         else:
             joined.append(share)
@@ -133,7 +136,7 @@ def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple
         for position in range(begun - 1, bisect_left(borders, end, hi=len(weights))):
             first, last = max(borders[position], start), min(borders[position + 1], end)
             if first < last:
-                yield position, Share(share.move, share.first_byte + first - start, share.first_byte + last - start)
+                yield position, Share(share.transfer, share.first_byte + first - start, share.first_byte + last - start)
         start = end
 
 
@@ -146,18 +149,18 @@ class Team:
 
 
 def form_teams(
-    moves: Sequence[Move],
+    transfers: Sequence[Transfer],
     visible: Sequence[frozenset[str]],
     placement: str,
     finished: frozenset[int] = frozenset(),
 ) -> tuple[Team, ...]:
-    """Divide the ranks into teams, and the moves' bytes over the teams.
+    """Divide the ranks into teams, and the transfers' bytes over the teams.
 
     Args:
-        moves: all moves of the plan.
+        transfers: all of the plan.
         visible: for each rank, the shard files that it can read.
         placement: "gather" or "direct".
-        finished: numbers of the moves that need no team any more.
+        finished: numbers of the transfers that need no team any more.
 
     Raises:
         MissingShard: a shard that no rank sees.
@@ -167,31 +170,40 @@ def form_teams(
     if placement == "direct":
         groups: list[tuple[int, ...]] = [(rank,) for rank in range(len(visible))]
     else:
-        groups, bridges = _gather_groups(moves, visible)
-    shares = deal(moves, groups, bridges, visible, finished)
+        groups, bridges = _gather_groups(transfers, visible)
+    shares = deal(transfers, groups, bridges, visible, finished)
     return tuple(Team(ranks, tuple(listed)) for ranks, listed in zip(groups, shares, strict=True))
 
 
-def _shard_sets(moves: Sequence[Move]) -> tuple[Homes, ...]:
-    """The distinct tensor parallel sets: of the experts where there are any, else of the layers."""
-    with_experts = [move for move in moves if move.parameter.expert is not None]
-    most = max(len(move.needs) for move in with_experts or moves)
-    return tuple(dict.fromkeys(move.needs for move in with_experts or moves if len(move.needs) == most))
+def _shard_sets(transfers: Sequence[Transfer]) -> tuple[Homes, ...]:
+    """The distinct sets of files that are needed together: of those with fewest replicas, the ones with most members.
+
+    They are the tensor parallel sets of the experts where there are any, else of the layers.
+    """
+    fewest = min(map(_replicas, transfers))
+    alike = [transfer for transfer in transfers if _replicas(transfer) == fewest]
+    most = max(len(transfer.needs) for transfer in alike)
+    return tuple(dict.fromkeys(transfer.needs for transfer in alike if len(transfer.needs) == most))
+
+
+def _replicas(transfer: Transfer) -> float:
+    """How often each piece is stored in the source, times how often it is written."""
+    return sum(map(len, transfer.needs)) / len(transfer.needs) * transfer.written_bytes / transfer.size_bytes
 
 
 def _gather_groups(
-    moves: Sequence[Move], visible: Sequence[frozenset[str]]
+    transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Ranks that see the same files, merged where only several of them together see a whole set of shards.
 
     Both are split again, for what a rank receives grows with what its team gathers. Where ranks of nodes could do most
-    moves alone, and few cross the nodes' own disks, each lends some ranks to teams for those, which are also returned
-    on their own.
+    transfers alone, and few cross the nodes' own disks, each lends some ranks to teams for those, which are returned on
+    their own as well.
     """
     classes = _classes(range(len(visible)), visible)
     whole = [*classes]
     merged: list[tuple[int, ...]] = []
-    for homes in dict.fromkeys(move.all_needs for move in moves):
+    for homes in dict.fromkeys(transfer.all_needs for transfer in transfers):
         candidates = whole + merged
         if any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
             continue
@@ -200,13 +212,13 @@ def _gather_groups(
         merged = [ranks for ranks in merged if ranks not in chosen]
         merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
     bridges: list[tuple[int, ...]] = []
-    for ranks in [*merged] if any(move.own_targets for move in moves) else []:
-        kept, lent = _lend([part for part in classes if part[0] in ranks], moves, visible)
+    for ranks in [*merged] if any(transfer.own_targets for transfer in transfers) else []:
+        kept, lent = _lend([part for part in classes if part[0] in ranks], transfers, visible)
         if kept:
             merged.remove(ranks)
             whole += kept
             bridges += lent
-    sets = _shard_sets(moves)
+    sets = _shard_sets(transfers)
     split = [team for ranks in whole for team in _split(ranks, sets, visible)]
     split += [team for ranks in merged for team in _split_merged(ranks, visible)]
     return sorted(split + bridges), bridges
@@ -221,20 +233,20 @@ def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[tu
 
 
 def _lend(
-    classes: Sequence[tuple[int, ...]], moves: Sequence[Move], visible: Sequence[frozenset[str]]
+    classes: Sequence[tuple[int, ...]], transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """What classes of a merged team keep, and the teams of ranks that they lend: one for each set of classes that
-    together do moves which none of them can do alone.
+    together do transfers which none of them can do alone.
 
     A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that.
     """
     alone_bytes: Counter[tuple[int, ...]] = Counter()
     crossing_bytes: Counter[tuple[tuple[int, ...], ...]] = Counter()
-    for move in moves:
-        able = [part for part in classes if sees_all(move.all_needs, visible[part[0]])]
-        alone_bytes.update(dict.fromkeys(able, move.size_bytes))
-        if not able and sees_all(move.all_needs, union([part[0] for part in classes], visible)):
-            crossing_bytes[tuple(sorted(_cover(move.all_needs, [*classes], visible)))] += move.size_bytes
+    for transfer in transfers:
+        able = [part for part in classes if sees_all(transfer.all_needs, visible[part[0]])]
+        alone_bytes.update(dict.fromkeys(able, transfer.size_bytes))
+        if not able and sees_all(transfer.all_needs, union([part[0] for part in classes], visible)):
+            crossing_bytes[tuple(sorted(_cover(transfer.all_needs, [*classes], visible)))] += transfer.size_bytes
     kept = {part: part for part in classes}
     lent: list[tuple[int, ...]] = []
     for bridged, size_bytes in crossing_bytes.items():

@@ -13,13 +13,11 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
+from dist_convert.model import NAME_FLAG
 from dist_convert.read.restricted_pickle import Inert, Tensor, plain_dict
 from dist_convert.read.source import no_directory, reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
 from dist_convert.records import StoredTensor
-
-#: The flag that names an iteration, in most commands.
-NAME_FLAG = "--ckpt-dir-name"
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 
 from dist_convert.errors import UsageError
+from dist_convert.model import Region
 from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
-from dist_convert.verify.catalog import Checkpoint, Region
+from dist_convert.verify.catalog import Checkpoint
 
 #: Bytes of one block in the wider of its two dtypes.
 BLOCK_BYTES = 2 << 20
@@ -66,7 +67,7 @@ class Block:
     @property
     def size_bytes(self) -> int:
         """Of everything that is read: every copy on both sides."""
-        return sum(view.size_bytes for region in (*self.a, *self.b) for view in region.copies)
+        return sum(view.size_bytes for region in (*self.a, *self.b) for view in region.replicas)
 
 
 def shared_tensors(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -83,7 +84,7 @@ def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
     """
     for name in shared_tensors(a, b):
         regions_a, regions_b = a.regions(name), b.regions(name)
-        copies = [view for region in (*regions_a, *regions_b) for view in region.copies]
+        copies = [view for region in (*regions_a, *regions_b) for view in region.replicas]
         if not copies:
             continue
         tensor = a.tensors[name]
@@ -99,8 +100,8 @@ def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
 
 def whole_block(tensor: str, box: Box, a: tuple[Region, ...], b: tuple[Region, ...]) -> Block:
     """A block with every copy of what it compares."""
-    every = [sum(view.size_bytes for region in regions for view in region.copies) for regions in (a, b)]
-    further = [sum(view.size_bytes for region in regions for view in region.copies[1:]) for regions in (a, b)]
+    every = [sum(view.size_bytes for region in regions for view in region.replicas) for regions in (a, b)]
+    further = [sum(view.size_bytes for region in regions for view in region.replicas[1:]) for regions in (a, b)]
     return Block(tensor, box, a, b, Amount(box.elements, *every, *further))
 
 
@@ -110,14 +111,14 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
     return drawn < share * (1 << 64)
 
 
-def cut(regions: tuple[Region, ...], box: Box) -> tuple[Region, ...]:
+def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
     """The regions that lie in a box, and of each what lies in it."""
     found = []
     for region in regions:
         inside = intersect(region.box, box)
         if inside is not None:
             window = Box(inside.row - region.box.row, inside.column - region.box.column, inside.rows, inside.columns)
-            found.append(Region(inside, tuple(view.window(window) for view in region.copies)))
+            found.append(Region(inside, tuple(view.window(window) for view in region.replicas), region.add))
     return tuple(found)
 
 
@@ -149,7 +150,7 @@ def _seen(block: Block, sights: _Sights) -> Iterator[tuple[tuple[int, ...], Bloc
     if len(sights) == 1:
         yield next(iter(sights.values())), block
         return
-    files_a, files_b = ({v.file for region in regions for v in region.copies} for regions in (block.a, block.b))
+    files_a, files_b = ({v.file for region in regions for v in region.replicas} for regions in (block.a, block.b))
     ranks = [rank for (in_a, in_b), seeing in sights.items() if files_a <= in_a and files_b <= in_b for rank in seeing]
     if ranks:
         yield tuple(sorted(ranks)), block
@@ -166,20 +167,23 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
     done_a: set[View] = set()
     done_b: set[View] = set()
     for (in_a, in_b), ranks in sights.items():
-        copies_a = tuple(view for view in a.copies if view.file in in_a)
-        copies_b = tuple(view for view in b.copies if view.file in in_b)
-        is_visible = bool(copies_a or not a.copies) and bool(copies_b or not b.copies)
+        copies_a = tuple(view for view in a.replicas if view.file in in_a)
+        copies_b = tuple(view for view in b.replicas if view.file in in_b)
+        is_visible = bool(copies_a or not a.replicas) and bool(copies_b or not b.replicas)
         new_a, new_b = set(copies_a) - done_a, set(copies_b) - done_b
         if is_visible and (new_a or new_b):
             is_first = not done_a and not done_b
             bytes_a, bytes_b = (sum(view.size_bytes for view in new) for new in (new_a, new_b))
-            first_a, first_b = ((r.copies[0].size_bytes if r.copies and is_first else 0) for r in (a, b))
+            first_a, first_b = ((r.replicas[0].size_bytes if r.replicas and is_first else 0) for r in (a, b))
             amount = Amount(box.elements * is_first, bytes_a, bytes_b, bytes_a - first_a, bytes_b - first_b)
             between = "A and B" if is_first else "copies of A and B on another node"
-            yield ranks, Block(tensor, box, (Region(box, copies_a),), (Region(box, copies_b),), amount, between)
+            yield (
+                ranks,
+                Block(tensor, box, (Region(box, copies_a, a.add),), (Region(box, copies_b, b.add),), amount, between),
+            )
             done_a |= new_a
             done_b |= new_b
-    missed = [view for view in (*a.copies, *b.copies) if view not in done_a | done_b]
+    missed = [view for view in (*a.replicas, *b.replicas) if view not in done_a | done_b]
     if missed:
         raise UsageError(
             "no rank sees both this file of one checkpoint and its counterpart in the other",
@@ -192,4 +196,4 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
 
 
 def _files(region: Region) -> str:
-    return ", ".join(view.file for view in region.copies[:8]) or "nothing"
+    return ", ".join(view.file for view in region.replicas[:8]) or "nothing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dist_convert.errors import BudgetTooSmall
+from dist_convert.model import Region
 from dist_convert.move.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.records import DTYPE_BYTES, Box, View, local_name
 from dist_convert.units import human_bytes
 from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block
-from dist_convert.verify.catalog import Checkpoint, Region, Whole
+from dist_convert.verify.catalog import Checkpoint
 
 #: Integers as wide as each item, in which bits are compared.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -111,8 +112,8 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
         side_b = _Side("B", b, reader_b, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
         for block in mine:
             target = b.tensors[block.tensor]
-            reading = pool.submit(_load, side_a, block.a, block.box, a.tensors[block.tensor], target.dtype)
-            values_b, found_b = _load(side_b, block.b, block.box, target, target.dtype)
+            reading = pool.submit(_load, side_a, block.a, block, target.dtype)
+            values_b, found_b = _load(side_b, block.b, block, target.dtype)
             values_a, found_a = reading.result()
             for found in (*found_a, *found_b, _cross(a, b, block, values_a, values_b)):
                 compared.add(found)
@@ -121,22 +122,21 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
     return compared
 
 
-def _load(
-    side: _Side, regions: tuple[Region, ...], box: Box, tensor: Whole, dtype: str
-) -> tuple[torch.Tensor, list[Difference]]:
+def _load(side: _Side, regions: Sequence[Region], block: Block, dtype: str) -> tuple[torch.Tensor, list[Difference]]:
     """A block's values in a dtype, as rows x columns, and how the copies of its regions differ."""
-    found = [difference for region in regions for difference in _compare_copies(side, region, tensor)]
+    box = block.box
+    found = [difference for region in regions for difference in _compare_copies(side, region, block.tensor)]
     item_bytes = DTYPE_BYTES[dtype]
     matrix = side.whole.tensor[: box.elements * item_bytes].view(TORCH_DTYPES[dtype]).view(box.rows, box.columns)
     for region in regions:
         row, column = region.box.row - box.row, region.box.column - box.column
-        if region.copies and region.box.columns == box.columns:
+        if region.replicas and region.box.columns == box.columns:
             offset_bytes = row * box.columns * item_bytes
-            side.reader.read(_here(side, region.copies[0]), dtype, tensor.add, side.whole, offset_bytes)
+            side.reader.read(_here(side, region.replicas[0]), dtype, region.add, side.whole, offset_bytes)
             continue
         window = matrix[row : row + region.box.rows, column : column + region.box.columns]
-        if region.copies:
-            window.copy_(_read(side, region.copies[0], dtype, tensor.add, side.first))
+        if region.replicas:
+            window.copy_(_read(side, region.replicas[0], dtype, region.add, side.first))
         else:
             window.zero_()
     return matrix, found
@@ -153,16 +153,16 @@ def _read(side: _Side, view: View, dtype: str, add: int, buffer: Buffer) -> torc
     return buffer.tensor[:size_bytes].view(TORCH_DTYPES[dtype]).view(view.rows, view.columns)
 
 
-def _compare_copies(side: _Side, region: Region, tensor: Whole) -> list[Difference]:
+def _compare_copies(side: _Side, region: Region, tensor: str) -> list[Difference]:
     """Compare every other copy with the first, as they are stored."""
     found = []
-    if len(region.copies) > 1:
-        one = region.copies[0]
+    if len(region.replicas) > 1:
+        one = region.replicas[0]
         first = _read(side, one, one.dtype, 0, side.first)
-        for view in region.copies[1:]:
+        for view in region.replicas[1:]:
             other = _read(side, view, one.dtype, 0, side.other)
             difference = _difference(
-                tensor.name, region.box, first, other, f"two copies in {side.letter}", (one.file, view.file)
+                tensor, region.box, first, other, f"two copies in {side.letter}", (one.file, view.file)
             )
             found += [difference] if difference else []
     return found
@@ -170,21 +170,22 @@ def _compare_copies(side: _Side, region: Region, tensor: Whole) -> list[Differen
 
 def _cross(a: Checkpoint, b: Checkpoint, block: Block, first: torch.Tensor, second: torch.Tensor) -> Difference | None:
     of_a, of_b = a.tensors[block.tensor], b.tensors[block.tensor]
-    rounds = of_a.dtype != of_b.dtype or of_a.add != of_b.add
+    adds = {region.add for region in (*block.a, *block.b)}
+    rounds = of_a.dtype != of_b.dtype or len(adds) > 1
     found = _difference(block.tensor, block.box, first, second, block.between, ("", ""), any_nan=rounds)
     if found is not None:
         found.files = (_file_at(block.a, found.index), _file_at(block.b, found.index))
     return found
 
 
-def _file_at(regions: tuple[Region, ...], index: tuple[int, ...]) -> str:
+def _file_at(regions: Sequence[Region], index: tuple[int, ...]) -> str:
     row, column = index
     here = (
         region
         for region in regions
         if region.box.row <= row < region.box.row_end and region.box.column <= column < region.box.column_end
     )
-    copies = next(here).copies
+    copies = next(here).replicas
     return copies[0].file if copies else ""
 
 

@@ -13,17 +13,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError
+from dist_convert.errors import DifferentModel, PlanError, UsageError
 from dist_convert.job import SAMPLE, Job, ToMegatronJob, VerifyJob
+from dist_convert.model import Where
 from dist_convert.ranks.channel import Channel, show_progress
 from dist_convert.ranks.collectives import World, agree, gather_objects
-from dist_convert.read.huggingface import CONFIG_FILE
-from dist_convert.read.source import no_directory
 from dist_convert.task import Task
 from dist_convert.verify.blocks import Amount, deal
-from dist_convert.verify.catalog import Checkpoint, Opened, Which
+from dist_convert.verify.catalog import Checkpoint
 from dist_convert.verify.compare import Compared, Difference, check_budget, compare
-from dist_convert.verify.open import open_huggingface, open_megatron, with_every_copy
+from dist_convert.verify.open import checkpoints, open_named
 from dist_convert.verify.outcome import Outcome, as_json, as_text, describe_sample, differences, outcome_of
 from dist_convert.write.partial import refuse_unfinished
 
@@ -38,15 +37,15 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
         ConversionError: see `errors`; a checkpoint that is incomplete, damaged or of no supported model.
     """
     check_budget(job.max_memory_per_rank_bytes)
-    whiches = [
-        Which(
+    wheres = [
+        Where(
             job.a,
             job.ckpt_dir_name_a,
             job.habana_imported_experts_a,
             job.true_vocab_size,
             name_flag="--ckpt-dir-name-a",
         ),
-        Which(
+        Where(
             job.b,
             job.ckpt_dir_name_b,
             job.habana_imported_experts_b,
@@ -54,10 +53,10 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
             name_flag="--ckpt-dir-name-b",
         ),
     ]
-    for which in whiches:
-        refuse_unfinished(which.path, which.ckpt_dir_name)
-    opened = [open_named(letter, which, world) for letter, which in zip("AB", whiches, strict=True)]
-    a, b = catalogs(*opened)
+    for where in wheres:
+        refuse_unfinished(where.path, where.ckpt_dir_name)
+    opened = [open_named(letter, where, world) for letter, where in zip("AB", wheres, strict=True)]
+    a, b = checkpoints(opened[0], opened[1], world)
     work = work_of(a, b, job.sample)
 
     def progress(size_bytes: int) -> None:
@@ -69,43 +68,6 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
     if world.rank == 0:
         print(as_json(outcome) if job.json else as_text(outcome), flush=True)
     return 0 if outcome.is_same else 1
-
-
-def open_named(letter: str, which: Which, world: World) -> Opened:
-    """Read the headers of a checkpoint of either kind; errors say which of the two it is.
-
-    Raises:
-        SourceError: all that the headers show to be wrong.
-    """
-    try:
-        if any(gather_objects(world, (which.path / CONFIG_FILE).is_file())):
-            opened = open_huggingface(which.path, world)
-        elif any(gather_objects(world, which.path.is_dir())):
-            opened = open_megatron(which, world)
-        else:
-            raise no_directory(which.path, "checkpoint")
-    except ConversionError as error:
-        error.what = f"{letter} ({which.path}): {error.what}"
-        raise
-    if which.is_shared:
-        return opened
-    return Opened(opened.vocab, lambda vocab: with_every_copy(opened.catalog(vocab), world))
-
-
-def catalogs(first: Opened, second: Opened) -> tuple[Checkpoint, Checkpoint]:
-    """Both checkpoints; one that does not say the size of its vocabulary takes the other's.
-
-    Raises:
-        SourceError: tensors that are missing, unknown or of another shape than the config says.
-    """
-    found = []
-    for letter, mine, other in (("A", first, second), ("B", second, first)):
-        try:
-            found.append(mine.catalog(other.vocab))
-        except ConversionError as error:
-            error.what = f"{letter}: {error.what}"
-            raise
-    return found[0], found[1]
 
 
 @dataclass(frozen=True)
@@ -192,18 +154,19 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
     sample = SAMPLE if job.verify == "sample" else Fraction(1)
-    which = Which(task.source)
+    where = Where(task.source)
     if isinstance(job, Job):
-        which = Which(
+        where = Where(
             task.source,
             habana_imported_experts=job.habana_imported_experts,
             true_vocab_size=job.true_vocab_size,
             tokenizer=job.tokenizer,
         )
-    source = open_named("source", which, world)
+    source = open_named("source", where, world)
 
     def check(directory: Path) -> None:
-        a, b = catalogs(source, open_named("target", Which(directory, is_shared=not any(task.places)), world))
+        target = open_named("target", Where(directory), world)
+        a, b = checkpoints(source, target, world, is_shared=not any(task.places))
         outcome = compare_all(a, b, work_of(a, b, sample), world, lambda _: None)
         if not outcome.is_same:
             raise _different(task, directory, outcome)

@@ -23,7 +23,8 @@ from dist_convert.write.files import sync, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
 
-FORMAT = 1
+#: Of the digests in an identity and in a manifest: 2 since copies are the intersection of two catalogs.
+FORMAT = 2
 #: Flags that may change from one run to the next without a word, because no byte depends on them.
 FREE_FLAGS = frozenset(
     {
@@ -59,7 +60,7 @@ def identity(
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps a run from going on where an earlier one stopped, for people; empty where nothing does."""
     if old.get("format") != new["format"]:
-        return [f"format {old.get('format')} of the journal, {new['format']} now"]
+        return [_other_format(old, new)]
     found = [*_source_differences(old["source"], new["source"])]
     if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
         found = [
@@ -71,6 +72,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps a complete target from being what a run would make, for people; both are facts of a manifest."""
+    if old.get("format") != new["format"]:
+        return [_other_format(old, new)]
     old_files, new_files = (
         {file: tuple(known.values()) for file, known in facts["source"]["files"].items()} for facts in (old, new)
     )
@@ -78,6 +81,11 @@ def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> l
     if not found and (old["plan"], old["settings"]) != (new["plan"], new["settings"]):
         found = ["its files are planned otherwise, or its arguments are others"]
     return _first(found) or ["files that it had are gone or have other sizes"]
+
+
+def _other_format(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    formats = f"format {old.get('format', 1)}, {new['format']} now"
+    return f"made by an earlier version, which alone can go on with it ({formats})"
 
 
 def _first(found: list[str]) -> list[str]:

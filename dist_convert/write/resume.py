@@ -89,6 +89,7 @@ def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
     names = ("size_bytes", "modified_ns", "header_sha256")
     files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
     return {
+        "format": known["format"],
         "direction": task.direction,
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],

@@ -26,10 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.plan.assign import assigned_blocks, bands_of_share
-from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.plan.steps import messages
-from tests.plan.headers import FULL_SIZE, shards, way_back
+from tests.plan.headers import FULL_SIZE, plan_to_huggingface, plan_to_megatron, shards
 
 MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")
 DIRECTIONS = ("megatron-to-hf", "hf-to-megatron")
@@ -80,17 +80,17 @@ def planned(name: str, direction: str) -> tuple[Content, float]:
     model, grid, layers = FULL_SIZE[name]
     headers = shards(model, grid, layers)
     started = time.process_time()
-    content = plan_to_huggingface(headers, model, target_dtype=None, max_shard_size_bytes=5_000_000_000)
+    content = plan_to_huggingface(headers, model)
     if direction == "hf-to-megatron":
         started = time.process_time()
-        content = way_back(content, headers, model, grid)
+        content = plan_to_megatron(content, headers, model)
     return content, time.process_time() - started
 
 
 def visible(content: Content, placement: str, ranks: int) -> list[frozenset[str]]:
     """The source files that each rank sees."""
-    files = sorted({file for move in content.moves for files in move.homes for file in files})
-    if placement != "gather own" or content.sides.to_megatron:
+    files = sorted({file for one in content.transfers for files in one.source_files for file in files})
+    if placement != "gather own" or content.ends.target.is_owned:
         return [frozenset(files)] * ranks
     return [frozenset(files[rank % len(files) :: ranks]) for rank in range(ranks)]
 
@@ -114,7 +114,7 @@ def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]
     team, content = plan.teams[number], plan.content
     members = len(team.ranks)
     read, written, received = [0] * members, [0] * members, [0] * members
-    bands_of = partial(bands_of_share, content.sides, content.moves, team, plan.visible)
+    bands_of = partial(bands_of_share, content.ends, content.transfers, team, plan.visible)
     for block in assigned_blocks(bands_of, team, plan.visible, plan.done):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes

@@ -221,8 +221,12 @@ def _fused(model: Model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 def sums(directory: Path, pattern: str) -> dict[str, str]:
     """SHA-256 of the files below a directory that have such names."""
-    files = sorted(directory.rglob(pattern))
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = sorted(path for path in directory.rglob(pattern) if path.is_file())
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
 
 
 def sums_to_hf(case: Case, directory: Path) -> dict[str, str]:

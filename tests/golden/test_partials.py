@@ -1,4 +1,4 @@
-"""What version 0.1.0 left unfinished is gone on with: `partials/` is what it had written when it was stopped.
+"""What version 0.1.0 left unfinished is refused by name, and not touched: `partials/` is what it had written.
 
 Its sources are made anew by `cases`, and get the time of their last change that is recorded in its journal.
 """
@@ -19,6 +19,11 @@ from tests.golden.test_sums import RECORDED
 from tests.to_megatron import to_megatron
 
 PARTIALS = Path(__file__).parent / "partials"
+REFUSAL = """an unfinished conversion of something else is where the target is made
+  file:     {}
+  found:    made by an earlier version, which alone can go on with it (format 1, 2 now)
+  remedy:   undo that change to go on with it, or start anew with --overwrite
+"""
 CHANGED_NS = 1_700_000_000_000_000_000
 SAME_TORCH = pytest.mark.skipif(torch.__version__ != RECORDED["torch"], reason=f"of torch {RECORDED['torch']}'s files")
 
@@ -29,24 +34,31 @@ def set_time(source: Path) -> None:
 
 
 @SAME_TORCH
-def test_an_unfinished_hugging_face_directory_is_gone_on_with(
+def test_an_unfinished_hugging_face_directory_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = TO_HF["llama-local-tp2-pp2"]
     make_megatron(tmp_path / "in", case)
     set_time(tmp_path / "in")
     shutil.copytree(PARTIALS / "to_hf", tmp_path / "out.partial")
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert "out.partial: 11.5 kB of 17.5 kB are there already" in capsys.readouterr().err
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert REFUSAL.format(tmp_path / "out.partial") in capsys.readouterr().err
+    assert sums(tmp_path / "out.partial", "*") == sums(PARTIALS / "to_hf", "*")
+    assert convert(tmp_path / "in", tmp_path / "out", "--overwrite") == 0
     assert sums(tmp_path / "out", "*.safetensors") == RECORDED["to_hf"][case.name]
 
 
 @SAME_TORCH
-def test_an_unfinished_megatron_checkpoint_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_megatron_checkpoint_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_huggingface(tmp_path / "in", LLAMA)
     set_time(tmp_path / "in")
     shutil.copytree(PARTIALS / "to_megatron", tmp_path / "out" / "iter_0000001.partial")
     norms = ("--saver-transformer-impl", "local")
-    assert to_megatron(tmp_path / "in", tmp_path / "out", *norms, grid=Grid(tp=2, pp=2)) == 0
-    assert "iter_0000001.partial: 11.8 kB of 18 kB are there already" in capsys.readouterr().err
+    partial = tmp_path / "out" / "iter_0000001.partial"
+    assert to_megatron(tmp_path / "in", tmp_path / "out", *norms, grid=Grid(tp=2, pp=2)) == 1
+    assert REFUSAL.format(partial) in capsys.readouterr().err
+    assert sums(partial, "*") == sums(PARTIALS / "to_megatron", "*")
+    assert to_megatron(tmp_path / "in", tmp_path / "out", *norms, "--overwrite", grid=Grid(tp=2, pp=2)) == 0
     assert sums(tmp_path / "out", "*.pt") == RECORDED["to_megatron"]["llama-local-tp2-pp2"]

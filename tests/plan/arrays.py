@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 
 from dist_convert.formats.megatron.args import architecture_from_args
-from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.content import Content
+from dist_convert.plan.copies import bands
 from dist_convert.read.megatron import Shard
 from dist_convert.records import Copy, StoredTensor, View
 from tests import checkpoints
-from tests.plan.headers import row_major
+from tests.plan.headers import plan_to_huggingface, row_major
 
 #: File -> its bytes as float32 numbers; what is not a tensor is NaN.
 Image = dict[str, np.ndarray]
@@ -52,7 +53,7 @@ def make(
     args = vars(checkpoints.training_args(model, grid, moe_permuted_weights="transposed" not in experts))
     source, shards = _stored_back_to_front(saved, args)
     architecture = architecture_from_args(args, vocab=None, file="")
-    content = plan_to_huggingface(shards, architecture, target_dtype=None, max_shard_size_bytes=max_shard_size_bytes)
+    content = plan_to_huggingface(shards, architecture, max_shard_size_bytes=max_shard_size_bytes)
     return Made(content, source, {name: tensor.numpy() for name, tensor in hf.items()})
 
 
@@ -77,6 +78,13 @@ def _stored_back_to_front(
         opaque: tuple[dict[str, str], ...] = tuple({} for _ in chunks)
         shards[file] = Shard(file, image[file].nbytes, 0, 4, args, tuple(stored), opaque)
     return image, shards
+
+
+def copies(content: Content) -> Iterator[Copy]:
+    """All copies of a conversion."""
+    for transfer in content.transfers:
+        for band in bands(content.ends, transfer.names):
+            yield from band
 
 
 def seen(image: Image, view: View, item_bytes: int = 4) -> np.ndarray:

@@ -10,13 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
 
+from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.models.schema import Architecture
-from dist_convert.plan.content import Content, plan_to_huggingface, plan_to_megatron
+from dist_convert.plan.content import Content, plan_content
 from dist_convert.plan.plan import Plan, divide
 from dist_convert.plan.steps import Step
 from dist_convert.read.megatron import Shard
-from dist_convert.records import DTYPE_BYTES, StoredTensor, View
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.write.safetensors_files import lay_out_files
 
 ONE = Grid()
 
@@ -176,37 +180,59 @@ def shards(
     return made
 
 
+def plan_to_huggingface(
+    made: Mapping[str, Shard],
+    a: Architecture,
+    *,
+    target_dtype: str | None = None,
+    max_shard_size_bytes: int = 5_000_000_000,
+) -> Content:
+    """What a checkpoint is converted into."""
+    source, left_behind = open_catalog(made, a)
+    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), max_shard_size_bytes)
+    return plan_content(
+        source,
+        catalog_of_files(a, files),
+        files,
+        title=source.title,
+        params_dtype=source.params_dtype,
+        target_dtype=target_dtype,
+        kept_dtypes=source.kept_dtypes,
+        left_behind=left_behind,
+    )
+
+
+def plan_to_megatron(
+    to_hf: Content, made: Mapping[str, Shard], a: Architecture, *, repeat_last_row: bool = True
+) -> Content:
+    """What a conversion of some shards makes is converted into their files."""
+    target, _ = open_catalog(made, a, with_tied_copies=True)
+    return plan_content(
+        catalog_of_files(a, to_hf.files),
+        target,
+        files_of_headers(made),
+        title=target.title,
+        params_dtype="BF16",
+        repeat_last_row=repeat_last_row,
+    )
+
+
 def content(
     a: Architecture, grid: Grid = ONE, layers: Sequence[int] | None = None, target_dtype: str | None = None
 ) -> Content:
     """What the checkpoint of `shards` is converted into, in files of 5 GB."""
-    made = shards(a, grid, layers)
-    return plan_to_huggingface(made, a, target_dtype=target_dtype, max_shard_size_bytes=5_000_000_000)
+    return plan_to_huggingface(shards(a, grid, layers), a, target_dtype=target_dtype)
 
 
 def content_to_megatron(a: Architecture, grid: Grid = ONE, layers: Sequence[int] | None = None) -> Content:
     """The way back: what `content` makes of a checkpoint is converted into the files of that checkpoint."""
-    return way_back(content(a, grid, layers), shards(a, grid, layers), a, grid)
-
-
-def way_back(to_hf: Content, made: Mapping[str, Shard], a: Architecture, grid: Grid) -> Content:
-    """What a conversion of some shards makes is converted into their files."""
-    return plan_to_megatron(
-        {tensor.name: View.of(tensor) for file in to_hf.files for tensor in file.tensors},
-        made,
-        a,
-        grid,
-        params_dtype="BF16",
-        target_dtype=None,
-        repeat_last_row=True,
-        extras=frozenset(),
-        left_behind=(),
-    )
+    return plan_to_megatron(content(a, grid, layers), shards(a, grid, layers), a)
 
 
 def files_of(made: Content) -> tuple[str, ...]:
     """Every file of the checkpoint, sorted."""
-    return tuple(sorted({file for file, _ in made.side.tensors}))
+    ends = (made.ends.source, made.ends.target)
+    return tuple(sorted({file for end in ends if isinstance(end, TorchCatalog) for file, _ in end.stored}))
 
 
 def everyone(made: Content, world: int) -> tuple[frozenset[str], ...]:

@@ -14,9 +14,8 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from dist_convert.plan.content import plan_to_huggingface
 from dist_convert.plan.plan import divide, schedule_digest
-from tests.plan.headers import FULL_SIZE, Interval, cover_faults, shards, written_intervals
+from tests.plan.headers import FULL_SIZE, Interval, cover_faults, plan_to_huggingface, shards, written_intervals
 
 
 def planned(name: str, placement: str, world: int, most_ranks: int | None = None) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def planned(name: str, placement: str, world: int, most_ranks: int | None = None
     visible = [everything if placement == "direct" else frozenset([files[r % len(files)]]) for r in range(world)]
 
     started = time.process_time()
-    content = plan_to_huggingface(headers, model, target_dtype=None, max_shard_size_bytes=5_000_000_000)
+    content = plan_to_huggingface(headers, model)
     plan = divide(content, visible, placement=placement, budget_bytes=1_000_000_000)
     schedule_digest(plan)
     plan_seconds = time.process_time() - started

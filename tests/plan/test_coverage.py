@@ -10,11 +10,11 @@ import torch
 
 from dist_convert.errors import ConversionError, Problems
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
 from dist_convert.models.llama import LLAMA, MLP
 from dist_convert.models.schema import Architecture, Family, Row, ZeroTensor, norm, part
 from dist_convert.plan.content import Content
-from dist_convert.plan.moves import copies
 from tests import checkpoints
 from tests.plan import arrays
 from tests.plan.headers import (
@@ -23,9 +23,9 @@ from tests.plan.headers import (
     cover_faults,
     everyone,
     plan,
+    plan_to_megatron,
     shards,
     steps_by_rank,
-    way_back,
     written_intervals,
 )
 
@@ -66,15 +66,15 @@ def test_every_stored_element_is_read_once_from_each_equal_copy_but_for_padding_
     model: checkpoints.Model, grid: checkpoints.Grid
 ) -> None:
     made = arrays.make(replace(model, dtype=torch.float32), grid)
-    side = made.content.side
+    source = made.content.ends.source
+    assert isinstance(source, TorchCatalog)
     counts = {file: np.zeros(len(numbers), np.int64) for file, numbers in made.source.items()}
-    for move in made.content.moves:
-        for copy in copies(made.content.sides, move):
-            for view in copy.sources:
-                arrays.seen(counts, view, item_bytes=8)[:] += 1
+    for copy in arrays.copies(made.content):
+        for view in copy.sources:
+            arrays.seen(counts, view, item_bytes=8)[:] += 1
     expected = {file: np.zeros(len(numbers), np.int64) for file, numbers in made.source.items()}
     shard_rows = model.padded_vocab // grid.tp
-    for (file, _), tensors in side.tensors.items():
+    for (file, _), tensors in source.stored.items():
         tensor_rank = int(file.split("_")[2][:2])
         for name, tensor in tensors.items():
             rows = tensor.shape[0]
@@ -145,5 +145,5 @@ def test_a_tensor_of_the_target_that_nothing_fills_is_refused() -> None:
     norm = shard.chunks[0]["decoder.final_layernorm.weight"]
     more = {**shard.chunks[0], "decoder.other.weight": replace(norm, name="decoder.other.weight")}
     with pytest.raises(ConversionError) as error:
-        way_back(content(architecture()), {file: replace(shard, chunks=(more,))}, architecture(), Grid())
+        plan_to_megatron(content(architecture()), {file: replace(shard, chunks=(more,))}, architecture())
     assert (error.value.tensor, error.value.file) == ("decoder.other.weight", file)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.plan.plan import Plan
 from tests.plan import headers
-from tests.plan.headers import FULL_SIZE, architecture, faults_of, files_of, steps_by_rank
+from tests.plan.headers import FULL_SIZE, architecture, faults_of, files_of, plan_to_huggingface, steps_by_rank
 
 LLAMA_70B = headers.content(*FULL_SIZE["Llama-3.1-70B TP8 PP4"])
 STAGES = [frozenset(file for file in files_of(LLAMA_70B) if f"_{stage:03d}/" in file) for stage in range(4)]
@@ -23,7 +23,7 @@ def small(max_shard_size_bytes: int = 3000) -> Content:
     """A Llama at TP2 x PP2 in 7 files."""
     sizes = architecture()
     shards = headers.shards(sizes, Grid(tensor=2, pipeline=2, expert_tensor=2))
-    return plan_to_huggingface(shards, sizes, target_dtype=None, max_shard_size_bytes=max_shard_size_bytes)
+    return plan_to_huggingface(shards, sizes, max_shard_size_bytes=max_shard_size_bytes)
 
 
 def divided(made: Content, visible: Sequence[frozenset[str]], places: Sequence[int]) -> Plan:

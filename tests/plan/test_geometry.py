@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import PlanError
+from dist_convert.formats.torch.geometry import Place, places, shard_size
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
-from dist_convert.plan.megatron import Segment, segments, shard_size
-from dist_convert.plan.moves import BLOCK_BYTES, bands, blocks_of_band, copies
+from dist_convert.models.schema import Row
+from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box
 from tests import checkpoints
 from tests.plan import arrays
@@ -22,16 +23,18 @@ QUERY, KEY, VALUE = 0, 1, 2
 GATE, UP = 0, 1
 
 
-def rows_of(found: list[Segment]) -> list[tuple[int, int, int, int, int]]:
-    """(part, first row in the part, shard, first row in the shard, rows): boxes of whole rows."""
-    assert all(s.hf.columns == s.megatron.columns and s.hf.column == s.megatron.column == 0 for s in found)
-    assert all(s.hf.rows == s.megatron.rows for s in found)
-    return [(s.part, s.hf.row, s.shard, s.megatron.row, s.hf.rows) for s in found]
+def rows_of(row: Row, sizes: dict[str, int], shards: int) -> list[tuple[int, int, int, int, int]]:
+    """(part, first row in the part, shard, first row in the shard, rows) in the order of the shards' rows."""
+    found = [(number, place) for number in range(len(row.parts)) for place in places(row, number, sizes, shards)]
+    assert all(p.box.columns == p.inside.columns and p.box.column == p.inside.column == 0 for _, p in found)
+    assert all(p.box.rows == p.inside.rows for _, p in found)
+    in_order = sorted(found, key=lambda one: (one[1].shard, one[1].inside.row))
+    return [(number, p.box.row, p.shard, p.inside.row, p.box.rows) for number, p in in_order]
 
 
 def test_qkv_rows_come_group_by_group_and_a_shard_holds_whole_groups() -> None:
     sizes = {"query": 8, "key_value": 4, "hidden": 3, "query_groups": 2}  # 4 heads of 2 rows, 2 groups
-    assert rows_of(list(segments(QKV, sizes, 2))) == [
+    assert rows_of(QKV, sizes, 2) == [
         (QUERY, 0, 0, 0, 4), (KEY, 0, 0, 4, 2), (VALUE, 0, 0, 6, 2),
         (QUERY, 4, 1, 0, 4), (KEY, 2, 1, 4, 2), (VALUE, 2, 1, 6, 2),
     ]  # fmt: skip
@@ -39,21 +42,21 @@ def test_qkv_rows_come_group_by_group_and_a_shard_holds_whole_groups() -> None:
 
 def test_with_fewer_groups_than_shards_a_shard_holds_part_of_a_group() -> None:
     sizes = {"query": 4, "key_value": 2, "hidden": 3, "query_groups": 1}  # 2 heads of 2 rows, 1 group: 8 rows
-    assert rows_of(list(segments(QKV, sizes, 4))) == [
+    assert rows_of(QKV, sizes, 4) == [
         (QUERY, 0, 0, 0, 2), (QUERY, 2, 1, 0, 2), (KEY, 0, 2, 0, 2), (VALUE, 0, 3, 0, 2),
     ]  # fmt: skip
 
 
 def test_the_border_of_two_shards_may_cut_a_head() -> None:
     sizes = {"query": 2, "key_value": 2, "hidden": 3, "query_groups": 1}  # 1 head of 2 rows: 6 rows
-    assert rows_of(list(segments(QKV, sizes, 2))) == [
+    assert rows_of(QKV, sizes, 2) == [
         (QUERY, 0, 0, 0, 2), (KEY, 0, 0, 2, 1), (KEY, 1, 1, 0, 1), (VALUE, 0, 1, 1, 2),
     ]  # fmt: skip
 
 
 def test_each_shard_of_a_gated_mlp_holds_its_gate_rows_and_then_its_up_rows() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
-    assert rows_of(list(segments(MLP[0], sizes, 2))) == [
+    assert rows_of(MLP[0], sizes, 2) == [
         (GATE, 0, 0, 0, 2), (UP, 0, 0, 2, 2), (GATE, 2, 1, 0, 2), (UP, 2, 1, 2, 2),
     ]  # fmt: skip
 
@@ -61,21 +64,21 @@ def test_each_shard_of_a_gated_mlp_holds_its_gate_rows_and_then_its_up_rows() ->
 def test_without_interleave_the_stacked_gate_and_up_rows_are_cut_plainly() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
     plain = replace(MLP[0], interleave="none")
-    assert rows_of(list(segments(plain, sizes, 2))) == [(GATE, 0, 0, 0, 4), (UP, 0, 1, 0, 4)]
+    assert rows_of(plain, sizes, 2) == [(GATE, 0, 0, 0, 4), (UP, 0, 1, 0, 4)]
 
 
 def test_columns_are_cut_into_equal_shards() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
-    assert list(segments(MLP[2], sizes, 2)) == [
-        Segment(0, Box(0, 0, 3, 2), 0, Box(0, 0, 3, 2)),
-        Segment(0, Box(0, 2, 3, 2), 1, Box(0, 0, 3, 2)),
+    assert list(places(MLP[2], 0, sizes, 2)) == [
+        Place(Box(0, 0, 3, 2), 0, Box(0, 0, 3, 2)),
+        Place(Box(0, 2, 3, 2), 1, Box(0, 0, 3, 2)),
     ]
 
 
 def test_padding_rows_of_the_vocabulary_belong_to_no_tensor_even_where_they_fill_a_shard() -> None:
     sizes = {"vocab": 5, "padded_vocab": 12, "hidden": 3, "query_groups": 1}
     assert shard_size(EMBEDDING[0], sizes, 4) == (3, 3)
-    assert rows_of(list(segments(EMBEDDING[0], sizes, 4))) == [(0, 0, 0, 0, 3), (0, 3, 1, 0, 2)]
+    assert rows_of(EMBEDDING[0], sizes, 4) == [(0, 0, 0, 0, 3), (0, 3, 1, 0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +118,7 @@ def models(draw: st.DrawFn, tensor: int, stages: int, experts: int = 0) -> check
 
 def rebuilt(model: checkpoints.Model, grid: checkpoints.Grid, **spelled: str) -> None:
     made = arrays.make(model, grid, **spelled)
-    sides = made.content.sides
-    arrays.assert_rebuilt(made, (copy for move in made.content.moves for copy in copies(sides, move)))
+    arrays.assert_rebuilt(made, arrays.copies(made.content))
 
 
 @given(
@@ -156,10 +158,10 @@ def test_blocks_of_large_tensors_rebuild_them_too(experts: str) -> None:
     made = arrays.make(model, checkpoints.Grid(tp=2), experts=experts, max_shard_size_bytes=10_000_000)
     listed = [
         block
-        for move in made.content.moves
-        for band in bands(made.content.sides, move)
-        for block in blocks_of_band(move, band)
+        for transfer in made.content.transfers
+        for band in bands(made.content.ends, transfer.names)
+        for block in blocks_of_band(transfer, band)
     ]
     assert all(sum(copy.rows * copy.columns * 4 for copy in block) <= BLOCK_BYTES for block in listed)
-    assert len(listed) > 2 * len(made.content.moves)
+    assert len(listed) > 2 * len(made.content.transfers)
     arrays.assert_rebuilt(made, (copy for block in listed for copy in block))

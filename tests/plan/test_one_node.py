@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.plan.content import Content, plan_to_huggingface, plan_to_megatron
+from dist_convert.plan.content import Content
 from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers, with_parts, writable_by_one_node
 from dist_convert.plan.plan import Plan, divide
@@ -32,17 +32,13 @@ MODELS = {
 def to_hf(model: str) -> Content:
     """One of `MODELS`: a Llama at TP2 x PP2 in 7 files, say, or a Mixtral at TP2 x EP4 x ETP1 in 30."""
     sizes, grid = MODELS[model]
-    return plan_to_huggingface(headers.shards(sizes, grid), sizes, target_dtype=None, max_shard_size_bytes=3000)
+    return headers.plan_to_huggingface(headers.shards(sizes, grid), sizes, max_shard_size_bytes=3000)
 
 
 def to_megatron(model: str, *, repeats: bool = True) -> Content:
     """The way back: `repeats` says whether padding rows of the vocabulary repeat the last one."""
     sizes, grid = MODELS[model]
-    parts = {tensor.name: View.of(tensor) for file in to_hf(model).files for tensor in file.tensors}
-    return plan_to_megatron(
-        parts, headers.shards(sizes, grid), sizes, grid, params_dtype="BF16", target_dtype=None,
-        repeat_last_row=repeats, extras=frozenset(), left_behind=(),
-    )  # fmt: skip
+    return headers.plan_to_megatron(to_hf(model), headers.shards(sizes, grid), sizes, repeat_last_row=repeats)
 
 
 CONTENTS = {
@@ -55,7 +51,7 @@ each_content_or_holes = pytest.mark.parametrize("name", CONTENTS | WITH_HOLES)
 
 
 def sources_of(made: Content) -> list[str]:
-    return sorted({file for move in made.moves for home in move.homes for file in home})
+    return sorted({file for one in made.transfers for files in one.source_files for file in files})
 
 
 def everyone(made: Content, nodes: Sequence[int]) -> list[frozenset[str]]:
@@ -118,8 +114,8 @@ def test_whatever_nodes_see_of_the_source_every_byte_is_written_once_and_every_f
 @each_content_or_holes
 def test_parts_move_as_many_bytes_as_the_whole_and_have_its_digest(name: str) -> None:
     made = (CONTENTS | WITH_HOLES)[name]
-    parts = with_parts(made, dealt(made, everyone(made, range(3)), range(3)))
-    assert len(parts.moves) > len(made.moves)
+    parts = with_parts(made, dealt(made, everyone(made, range(4)), range(4)))
+    assert len(parts.transfers) > len(made.transfers)
     assert parts.moved_bytes == made.moved_bytes
     assert parts.digest == made.digest
 
@@ -218,6 +214,6 @@ def test_a_part_is_done_when_its_own_files_are() -> None:
         parts, everyone(made, range(2)), placement="direct", budget_bytes=10**9, writable=writable,
         done=Done.of(first),
     )  # fmt: skip
-    by_team = {rank: [move for move, _ in groupby(plan.teams[rank].shares)] for rank in range(2)}
+    by_team = {rank: [share for share, _ in groupby(plan.teams[rank].shares)] for rank in range(2)}
     assert by_team[0] == []
     assert by_team[1]

@@ -8,7 +8,6 @@ import pytest
 
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models.schema import Architecture
-from dist_convert.plan.content import plan_to_huggingface
 from dist_convert.plan.file_owners import with_parts
 from tests.plan import headers
 
@@ -36,10 +35,10 @@ def test_members_that_see_different_sources_agree_on_parts_with_unequal_numbers_
         experts=4,
     )  # fmt: skip
     made = headers.shards(model, grid)
-    to_hf = plan_to_huggingface(made, model, target_dtype=None, max_shard_size_bytes=100_000_000)
-    back = headers.way_back(to_hf, made, model, grid)
+    to_hf = headers.plan_to_huggingface(made, model, max_shard_size_bytes=100_000_000)
+    back = headers.plan_to_megatron(to_hf, made, model)
     nodes = [0] * draw.choice([2, 3]) + [1]
-    sources = sorted({file for move in back.moves for home in move.homes for file in home})
+    sources = sorted({file for one in back.transfers for files in one.source_files for file in files})
     visible: list[set[str]] = [set() for _ in nodes]
     for file in sources:
         for rank in draw.sample(range(len(nodes)), draw.choice([1, 2])):

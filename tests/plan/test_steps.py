@@ -14,23 +14,34 @@ from hypothesis import strategies as st
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, blocks_of_member
-from dist_convert.plan.content import Content, plan_to_huggingface
+from dist_convert.plan.content import Content
+from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
-from dist_convert.plan.moves import BLOCK_BYTES
 from dist_convert.plan.plan import Plan, schedule_digest
 from dist_convert.plan.steps import Step
 from dist_convert.plan.teams import Team
 from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES
-from tests.plan.headers import architecture, content, everyone, files_of, plan, shards, steps_by_rank, written_intervals
+from tests.plan.headers import (
+    architecture,
+    content,
+    everyone,
+    files_of,
+    plan,
+    plan_to_huggingface,
+    shards,
+    steps_by_rank,
+    written_intervals,
+)
 
 MB = 1_000_000
 MODEL = architecture(
     layers=2, hidden=1024, ffn=4096, heads=16, query_groups=8, head_dim=64, vocab=32000, padded_vocab=32256
 )
-TP4 = content(MODEL, Grid(tensor=4, expert_tensor=4))
+TP4_GRID = Grid(tensor=4, expert_tensor=4)
+TP4 = content(MODEL, TP4_GRID)
 TP2_PP2 = content(MODEL, Grid(tensor=2, pipeline=2, expert_tensor=2))
-TO_FP32 = content(MODEL, Grid(tensor=4, expert_tensor=4), target_dtype="F32")
+TO_FP32 = content(MODEL, TP4_GRID, target_dtype="F32")
 CONTENTS = {"TP4": TP4, "TP2 PP2": TP2_PP2, "TP4 to fp32": TO_FP32}
 contents = pytest.mark.parametrize("name", CONTENTS)
 budgets = pytest.mark.parametrize("budget_bytes", [100 * MB, 200 * MB, 1000 * MB])
@@ -99,10 +110,10 @@ def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) 
 
 def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Assigned]:
     """A team's blocks as one member takes them; without a member all of them, in the order of the plan."""
-    sides, moves, visible, done = divided.content.sides, divided.content.moves, divided.visible, divided.done
+    ends, transfers, visible, done = divided.content.ends, divided.content.transfers, divided.visible, divided.done
     if member is not None:
-        return list(blocks_of_member(sides, moves, team, visible, done, member))
-    return list(assigned_blocks(partial(bands_of_share, sides, moves, team, visible), team, visible, done))
+        return list(blocks_of_member(ends, transfers, team, visible, done, member))
+    return list(assigned_blocks(partial(bands_of_share, ends, transfers, team, visible), team, visible, done))
 
 
 def movers_of(block: Assigned) -> set[int]:
@@ -136,7 +147,7 @@ def test_where_each_shard_is_one_member_s_no_other_goes_through_its_rows() -> No
 def test_what_a_member_moves_alone_is_spread_evenly_between_gathers(
     world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_convert.plan.moves.BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr("dist_convert.plan.copies.BLOCK_BYTES", 64 << 10)
     made = content(replace(MODEL, layers=4, vocab=3200, padded_vocab=3200), Grid(tensor=4, expert_tensor=4))
     divided = plan(made, own(made, world), "gather")
     for team in divided.teams:
@@ -246,7 +257,7 @@ def test_the_budget_holds_an_accelerators_staging_and_pinned_memory_in_powers_of
 
 def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_the_schedule_digest_is_not() -> None:
     plans = [
-        plan(content(MODEL, TP4.side.grid), everyone(TP4, world), placement, budget_bytes)
+        plan(content(MODEL, TP4_GRID), everyone(TP4, world), placement, budget_bytes)
         for world, placement, budget_bytes in (
             (1, "direct", 1000 * MB), (4, "direct", 1000 * MB), (5, "direct", 1000 * MB),
             (4, "gather", 1000 * MB), (5, "gather", 1000 * MB), (4, "gather", 80 * MB),
@@ -257,7 +268,7 @@ def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_t
 
 
 def test_two_ranks_that_plan_for_themselves_agree() -> None:
-    first, second = (plan(content(MODEL, TP4.side.grid), everyone(TP4, 4), "gather") for _ in range(2))
+    first, second = (plan(content(MODEL, TP4_GRID), everyone(TP4, 4), "gather") for _ in range(2))
     assert schedule_digest(first) == schedule_digest(second)
 
 
@@ -269,7 +280,7 @@ def test_ranks_of_different_versions_do_not_agree(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_content_digest_tells_another_offset_dtype_or_file_size() -> None:
-    made = shards(MODEL, TP4.side.grid)
+    made = shards(MODEL, TP4_GRID)
     file, name = "mp_rank_02/model_optim_rng.pt", "decoder.layers.1.mlp.linear_fc2.weight"
     tensor = made[file].chunks[0][name]
     moved = replace(tensor, offset_bytes=tensor.offset_bytes + DTYPE_BYTES[tensor.dtype])

@@ -18,12 +18,12 @@ from dist_convert.errors import (
     WrongShape,
 )
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.survey import check_same_run
 from dist_convert.models.schema import Architecture
-from dist_convert.plan.content import Content, plan_to_huggingface
-from dist_convert.plan.megatron import check_same_run
+from dist_convert.plan.content import Content
 from dist_convert.read.megatron import Shard
 from dist_convert.records import StoredTensor
-from tests.plan.headers import architecture, row_major, shards
+from tests.plan.headers import architecture, plan_to_huggingface, row_major, shards
 
 FIRST, SECOND = "mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"
 TP2 = Grid(tensor=2, expert_tensor=2)

@@ -19,11 +19,13 @@ from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan
 
 #: Large enough that matrices are several blocks of 4 MiB; only headers are made.
+TP2_PP2 = Grid(tensor=2, pipeline=2, expert_tensor=2)
+ETP1 = Grid(tensor=2, expert=4, expert_tensor=1)
 LLAMA = content(
     architecture(
         layers=2, hidden=1024, ffn=4096, heads=16, query_groups=8, head_dim=64, vocab=32000, padded_vocab=32256
     ),
-    Grid(tensor=2, pipeline=2, expert_tensor=2),
+    TP2_PP2,
 )
 MIXTRAL = content(
     architecture(
@@ -32,7 +34,7 @@ MIXTRAL = content(
     ),
     Grid(tensor=2, expert=2, expert_tensor=2),
 )  # fmt: skip
-MIXTRAL_ETP1 = content(MIXTRAL.side.architecture, Grid(tensor=2, expert=4, expert_tensor=1))
+MIXTRAL_ETP1 = content(MIXTRAL.ends.target.architecture, ETP1)
 CONTENTS = {"Llama TP2 PP2": LLAMA, "Mixtral TP2 EP2": MIXTRAL, "Mixtral TP2 EP4 ETP1": MIXTRAL_ETP1}
 contents = pytest.mark.parametrize("made", CONTENTS.values(), ids=CONTENTS.keys())
 
@@ -117,8 +119,8 @@ def test_a_team_that_has_all_of_a_weight_has_it_as_one_share() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     (team,) = plan(LLAMA, ranks, "gather").teams
-    assert [(share.move, share.first_byte, share.end_byte) for share in team.shares] == [
-        (number, 0, move.size_bytes) for number, move in enumerate(LLAMA.moves)
+    assert [(share.transfer, share.first_byte, share.end_byte) for share in team.shares] == [
+        (number, 0, one.size_bytes) for number, one in enumerate(LLAMA.transfers)
     ]
 
 
@@ -178,8 +180,8 @@ def test_ranks_write_about_equally_much(made: Content, placement: str, world: in
 def test_ranks_read_and_write_about_equally_much_where_some_weights_are_written_to_several_shards(
     placement: str, world: int
 ) -> None:
-    made = headers.content_to_megatron(MIXTRAL_ETP1.side.architecture, MIXTRAL_ETP1.side.grid)
-    visible = [frozenset(file for move in made.moves for files in move.homes for file in files)] * world
+    made = headers.content_to_megatron(MIXTRAL_ETP1.ends.target.architecture, ETP1)
+    visible = [frozenset(file for one in made.transfers for files in one.source_files for file in files)] * world
     read, written = [0] * world, [0] * world
     for rank, member, steps in headers.steps_by_rank(plan(made, visible, placement)):
         read[rank], written[rank] = map(sum, zip(*(bytes_of(step, member) for step in steps), strict=True))
@@ -190,7 +192,7 @@ def test_ranks_read_and_write_about_equally_much_where_some_weights_are_written_
 
 
 def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_all_gather() -> None:
-    made = content(replace(LLAMA.side.architecture, layers=16), LLAMA.side.grid)
+    made = content(replace(LLAMA.ends.target.architecture, layers=16), TP2_PP2)
     totals_bytes = []
     for world in (4, 8, 16):
         divided = plan(made, own_shards(made, range(world), world), "gather")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import pytest
 
 from dist_convert.__main__ import main
 from dist_convert.errors import UsageError
+from dist_convert.model import Region, TensorMeta
 from dist_convert.models.schema import Architecture
 from dist_convert.records import Box, View, cover_fault
 from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
-from dist_convert.verify.catalog import Checkpoint, Region, Whole
+from dist_convert.verify.catalog import Checkpoint
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, flip, verify
@@ -25,23 +26,36 @@ ARCHITECTURE = Architecture("llama", 1, 16, 16, 1, 1, 16, 9, 9, 9, 1e-5, 1e4)
 ALL = Fraction(1)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A catalog whose regions are listed."""
+
+    tensors: dict[str, TensorMeta]
+    listed: dict[str, tuple[Region, ...]]
+    architecture: Architecture = ARCHITECTURE
+    is_owned: bool = True
+
+    def regions(self, name: str) -> tuple[Region, ...]:
+        return self.listed[name]
+
+    def padding(self, name: str) -> tuple[Region, ...]:
+        return ()
+
+
 def checkpoint(
     tensors: dict[str, tuple[int, int]], files: dict[str, tuple[str, ...]], visible: list[set[str]], dtype: str = "BF16"
 ) -> Checkpoint:
     """Tensors by shape, in equal horizontal parts, one in each of their files."""
 
-    def regions(name: str) -> tuple[Region, ...]:
-        rows, columns = tensors[name]
+    found = {}
+    for name, (rows, columns) in tensors.items():
         part = rows // len(files[name])
-        return tuple(
+        found[name] = tuple(
             Region(Box(n * part, 0, part, columns), (View(file, name, dtype, 0, part, columns, columns, 1),))
             for n, file in enumerate(files[name])
         )
-
-    whole = {name: Whole(name, shape, dtype) for name, shape in tensors.items()}
-    return Checkpoint(
-        Path("somewhere"), "a test's", ARCHITECTURE, True, whole, regions, 0, tuple(map(frozenset, visible))
-    )
+    catalog = Listed({name: TensorMeta(shape, dtype) for name, shape in tensors.items()}, found)
+    return Checkpoint(Path("somewhere"), "a test's", True, catalog, tuple(map(frozenset, visible)))
 
 
 def alone(tensors: dict[str, tuple[int, int]], dtype: str = "BF16", ranks: int = 1) -> Checkpoint:
@@ -66,7 +80,7 @@ def test_a_block_has_the_parts_of_every_region_that_it_meets() -> None:
     b = checkpoint({"t": (8, 16)}, {"t": ("first", "second")}, [{"first", "second"}])
     [block] = cut(a, b)
     assert [region.box for region in block.a] == [Box(0, 0, 8, 16)]
-    assert [(region.box, region.copies[0].file) for region in block.b] == [
+    assert [(region.box, region.replicas[0].file) for region in block.b] == [
         (Box(0, 0, 4, 16), "first"),
         (Box(4, 0, 4, 16), "second"),
     ]
@@ -115,15 +129,15 @@ def test_a_block_that_no_rank_sees_as_a_whole_is_cut_at_the_borders_of_its_files
 
 def test_copies_on_several_nodes_are_each_compared_there_and_counted_once() -> None:
     one = alone({"t": (4, 4)}, ranks=3)
-    view = one.regions("t")[0].copies[0]
+    view = one.regions("t")[0].replicas[0]
     copies = tuple(replace(view, file=f"shard {n}") for n in range(3))
     a = replace(
         one,
-        regions=lambda _: (Region(Box(0, 0, 4, 4), copies),),
+        catalog=Listed({"t": TensorMeta((4, 4), "BF16")}, {"t": (Region(Box(0, 0, 4, 4), copies),)}),
         visible=(frozenset({"shard 0", "shard 1"}), frozenset({"shard 2"}), frozenset({"shard 2"})),
     )
     dealt = list(deal(a, one, ALL))
-    assert [(rank, [v.file for v in block.a[0].copies]) for rank, block in dealt] == [
+    assert [(rank, [v.file for v in block.a[0].replicas]) for rank, block in dealt] == [
         (0, ["shard 0", "shard 1"]),
         (1, ["shard 2"]),
     ]

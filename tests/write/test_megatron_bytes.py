@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.formats.megatron.target_args import TorchDtype
+from dist_convert.formats.torch.target_args import TorchDtype
 from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton
 from dist_convert.write.safetensors_files import TensorSpec
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dist_convert.errors import PlanError, TargetError
-from dist_convert.formats.megatron.target_args import TorchDtype
+from dist_convert.formats.torch.target_args import TorchDtype
 from dist_convert.read.megatron import read_shard
 from dist_convert.records import DTYPE_BYTES
 from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton

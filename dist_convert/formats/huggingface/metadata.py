@@ -23,7 +23,8 @@ from dist_convert.formats.huggingface.config import (
     samples,
     special_token_ids,
 )
-from dist_convert.formats.megatron.capacity_bins import Bin, write_bins
+from dist_convert.formats.torch.capacity_bins import Bin, write_bins
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.job import Job
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content
@@ -35,15 +36,15 @@ from dist_convert.write.safetensors_files import INDEX_FILE, index_json
 CARD_FILE = "README.md"
 
 
-def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
+def model_card(content: Content, source: TorchCatalog, checkpoint: Path, tokenizer: Tokenizer) -> str:
     """The text of the card.
 
     Args:
-        content: what was converted.
+        content, source: what was converted.
         checkpoint: directory of the iteration that was read; only its name and its parent's are told.
         tokenizer: as this rank found it; only its name is told.
     """
-    hf_class = content.side.family.hf_class
+    hf_class = source.family.hf_class
     checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
     elements: Counter[str] = Counter()
     for file in content.files:
@@ -52,18 +53,18 @@ def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
     conversion = [
         ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
-        ("Format", f"Megatron-LM `torch`, {content.side.grid}, {TORCH_NAMES[content.params_dtype]}"),
+        ("Format", f"Megatron-LM `torch`, {source.grid}, {TORCH_NAMES[content.params_dtype]}"),
         ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
         ("Weights load with", "transformers 4.49 and later"),
         ("Tokenizer at conversion", _origin(tokenizer)),
         ("Plan digest", f"`{content.digest}`"),
     ]
-    model = [*_sizes(content.side.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
+    model = [*_sizes(source.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {content.side.family.name}
+- {source.family.name}
 - megatron-lm
 - dist_convert
 ---
@@ -127,6 +128,7 @@ def write_metadata(
     partial: Path,
     job: Job,
     content: Content,
+    source: TorchCatalog,
     checkpoint: Path,
     args: Mapping[str, object],
     tokenizer: Tokenizer,
@@ -138,28 +140,28 @@ def write_metadata(
     Args:
         partial: the directory.
         job: what was asked for.
-        content: what was converted.
+        content, source: what was converted.
         checkpoint: directory of the iteration that it was read from.
         args: the checkpoint's training arguments.
         tokenizer: whose special ids the configs take over.
         style: of a tokenizer that is built.
         bins: of all ranks; written only where the job asks for them.
     """
-    architecture = content.side.architecture
+    architecture = source.architecture
     bos, eos = special_token_ids(architecture.vocab, tokenizer, instruct=job.instruct)
     pad = padding_id(tokenizer, style, architecture.vocab)
-    sampling = samples(style) and content.side.family.name == "llama"
+    sampling = samples(style) and source.family.name == "llama"
     _write_json(
-        partial / "config.json", config_json(architecture, content.side.family.hf_class, _main_dtype(content), bos, eos)
+        partial / "config.json", config_json(architecture, source.family.hf_class, _main_dtype(content), bos, eos)
     )
     _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
     _write_json(partial / ARGS_FILE, dict(args))
     index = index_json(content.files)
     if index is not None:
         (partial / INDEX_FILE).write_text(index, encoding="utf-8")
-    (partial / CARD_FILE).write_text(model_card(content, checkpoint, tokenizer), encoding="utf-8")
+    (partial / CARD_FILE).write_text(model_card(content, source, checkpoint, tokenizer), encoding="utf-8")
     if job.save_capacity_bins:
-        write_bins(partial, content.side, bins)
+        write_bins(partial, source, bins)
 
 
 def _main_dtype(content: Content) -> str:

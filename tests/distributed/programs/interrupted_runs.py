@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import dist_convert.plan.moves
+import dist_convert.plan.copies
 
-dist_convert.plan.moves.BLOCK_BYTES = 4096
+dist_convert.plan.copies.BLOCK_BYTES = 4096
 
 import dist_convert.plan.limits  # noqa: E402  all others take the sizes from these two
 

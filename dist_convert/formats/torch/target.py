@@ -11,8 +11,6 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, Problems, UsageError, raise_together
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
-from dist_convert.formats.megatron.capacity_bins import FILE as BINS_FILE
-from dist_convert.formats.megatron.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     Chunk,
@@ -25,19 +23,20 @@ from dist_convert.formats.megatron.grid import (
     stage_layers,
     virtual_stages,
 )
-from dist_convert.formats.megatron.target_args import (
+from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
+from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
+from dist_convert.formats.torch.target_args import (
     TargetArgs,
     describe_origins,
     is_hub_name,
     padded_vocab,
     target_args,
 )
-from dist_convert.formats.megatron.target_shards import TargetDialect, lay_out_shards, written_ranks
+from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.job import ToMegatronJob, given_flags
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content
-from dist_convert.read.huggingface import HuggingFaceFiles
 from dist_convert.read.megatron import TRACKER_FILE, Shard
 from dist_convert.records import TensorSpec, local_name
 from dist_convert.report import human_notes
@@ -101,13 +100,13 @@ class MegatronTarget:
 
 
 def model_and_grid(
-    job: ToMegatronJob, seen: HuggingFaceFiles, margs: Mapping[str, Any] | None, *, zero_output_bias: bool
+    job: ToMegatronJob, config: Mapping[str, Any], margs: Mapping[str, Any] | None, *, zero_output_bias: bool
 ) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
     """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
 
     Args:
         job: the flags.
-        seen: the config.
+        config: of the source.
         margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
         zero_output_bias: the output projections' biases are zeros, and need no place in Megatron.
 
@@ -116,10 +115,10 @@ def model_and_grid(
     """
     tensor = _size(job.target_tensor_parallel_size, margs, "tensor_model_parallel_size") or 1
     pipeline = _size(job.target_pipeline_parallel_size, margs, "pipeline_model_parallel_size") or 1
-    vocab = config_vocab(seen.config, file=_CONFIG)
+    vocab = config_vocab(config, file=_CONFIG)
     padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
     architecture = architecture_from_config(
-        seen.config, padded_vocab=padded, file=_CONFIG, zero_output_bias=zero_output_bias
+        config, padded_vocab=padded, file=_CONFIG, zero_output_bias=zero_output_bias
     )
     problems: list[ConversionError] = []
     if job.true_vocab_size not in (None, vocab):

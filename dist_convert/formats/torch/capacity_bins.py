@@ -16,7 +16,7 @@ import torch
 from dist_convert.errors import CheckpointNotFound, CorruptFile, UsageError
 from dist_convert.formats.megatron.grid import Chunk, Rank, rank_directory
 from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
-from dist_convert.plan.megatron import MegatronSide
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.read.file_reader import TORCH_DTYPES
 from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES, StoredTensor
@@ -51,28 +51,28 @@ def _read(directory: Path, tensor: StoredTensor) -> list[float]:
     return values
 
 
-def write_bins(target: Path, side: MegatronSide, bins: Iterable[Bin]) -> None:
+def write_bins(target: Path, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
     """Write the bins of all ranks as `capacity_bins.pt`; slots without one are empty dicts."""
-    places = dict(_places(side))
-    first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in side.chunks}
+    places = dict(_places(catalog))
+    first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in catalog.chunks}
     nested: dict[str, Any] = {}
     for file, virtual, local_layer, name, dtype, values in bins:
         rank = places[file]
         layer = first_layer[rank.pipeline, virtual] + local_layer
-        slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(side))
+        slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(catalog))
         slots[rank.pipeline][rank.expert][rank.tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
     torch.save(nested, target / FILE)
 
 
-def _places(side: MegatronSide) -> Iterator[tuple[str, Rank]]:
-    for (pipeline, tensor), files in side.files.dense.items():
-        for expert in range(side.grid.expert):
+def _places(catalog: TorchCatalog) -> Iterator[tuple[str, Rank]]:
+    for (pipeline, tensor), files in catalog.files.dense.items():
+        for expert in range(catalog.grid.expert):
             rank = Rank(pipeline, tensor, expert)
-            yield from ((file, rank) for file in files if file.startswith(rank_directory(side.grid, rank) + "/"))
+            yield from ((file, rank) for file in files if file.startswith(rank_directory(catalog.grid, rank) + "/"))
 
 
-def _empty_slots(side: MegatronSide) -> dict[int, Mapping[int, dict[int, Any]]]:
-    grid = side.grid
+def _empty_slots(catalog: TorchCatalog) -> dict[int, Mapping[int, dict[int, Any]]]:
+    grid = catalog.grid
     return {
         pipeline: {expert: {tensor: {} for tensor in range(grid.tensor)} for expert in range(grid.expert)}
         for pipeline in range(grid.pipeline)

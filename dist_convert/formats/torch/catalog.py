@@ -1,0 +1,295 @@
+"""A checkpoint of Megatron's `torch` format as a catalog: where each box of each tensor is stored, in which files.
+
+It serves a source, from the headers of its files, and a target, from those that its files will have (`survey`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
+from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
+from dist_convert.formats.megatron.names import ExpertNumber, Piece, Spelling
+from dist_convert.formats.torch.geometry import Place, padding_places, places, shard_count, shard_size
+from dist_convert.model import Region, TensorMeta
+from dist_convert.models.schema import Architecture, Family, Row, entries
+from dist_convert.records import Box, StoredTensor, View, intersect
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter: a table row at one layer and expert, in `shards` different shards."""
+
+    row: Row
+    layer: int | None
+    expert: int | None
+    shards: int
+
+    @property
+    def name(self) -> str:
+        """Canonical name with global numbers."""
+        return self.row.megatron.format(layer=self.layer, expert=self.expert)
+
+
+#: A shard's stored pieces in one file: the first row that each holds, and where it is.
+Replica = tuple[tuple[int, View], ...]
+
+
+@dataclass(frozen=True)
+class TorchCatalog:
+    """A `Catalog` of rank files.
+
+    Attributes:
+        architecture, family, grid: the model, its table, and how it is cut.
+        chunks: which layers each virtual pipeline stage holds.
+        files: which files hold which shard.
+        stored: each tensor by file and virtual stage, then by its normalised name.
+        permuted_experts: Habana's dynamic experts are stored as rows x columns.
+        add_to_norms: 1 where norms are stored as gamma - 1.
+        with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
+        tensors: the logical tensors.
+        parameters: of each tensor, the parameter that it is stacked into, and its number there; without one, zeros.
+        params_dtype: in which most bytes are stored.
+    """
+
+    architecture: Architecture
+    family: Family
+    grid: Grid
+    chunks: tuple[Chunk, ...]
+    files: ShardFiles
+    stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
+    permuted_experts: bool = False
+    add_to_norms: int = 0
+    with_tied_copies: bool = False
+    tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
+    params_dtype: str = ""
+
+    @property
+    def is_owned(self) -> bool:
+        return True
+
+    def regions(self, name: str) -> Sequence[Region]:
+        """See `Catalog`; replicas are in the order of their files' ranks."""
+        meta = self.tensors[name]
+        if name not in self.parameters:
+            return (Region(meta.box, ()),)
+        parameter, number = self.parameters[name]
+        return tuple(self._stored(parameter, places(parameter.row, number, self._sizes, parameter.shards)))
+
+    def padding(self, name: str) -> Sequence[Region]:
+        """See `Catalog`."""
+        if name not in self.parameters:
+            return ()
+        parameter, _ = self.parameters[name]
+        return tuple(self._stored(parameter, padding_places(parameter.row, self._sizes, parameter.shards)))
+
+    @property
+    def title(self) -> str:
+        """The model and the grid, for people."""
+        return f"{self.family.hf_class}, {self.grid}"
+
+    @property
+    def kept_dtypes(self) -> dict[str, str]:
+        """The parameters that are not stored in the dtype of most, with theirs."""
+        dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
+        return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
+
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        return self.architecture.sizes()
+
+    def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
+        """A region for each stored piece of each place."""
+        add = self.add_to_norms if parameter.row.is_norm else 0
+        found: dict[int, tuple[Replica, ...]] = {}
+        for place in wanted:
+            if place.shard not in found:
+                found[place.shard] = equal_replicas(self, parameter, place.shard)
+            for number, (row, view) in enumerate(found[place.shard][0]):
+                inside = intersect(place.inside, Box(row, 0, view.rows, view.columns))
+                if inside is not None:
+                    window = Box(inside.row - row, inside.column, inside.rows, inside.columns)
+                    box = Box(
+                        place.box.row + inside.row - place.inside.row,
+                        place.box.column + inside.column - place.inside.column,
+                        inside.rows,
+                        inside.columns,
+                    )
+                    yield Region(box, tuple(r[number][1].window(window) for r in found[place.shard]), add)
+
+
+def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
+    """Where one shard of a parameter is stored, once for every file that has it, in the same pieces.
+
+    Raises:
+        MissingTensor, WrongShape: naming the tensor and the file.
+        InconsistentShards: equal copies of a shard are stored in different pieces.
+    """
+    found = replicas(catalog, parameter, shard)
+    if catalog.with_tied_copies:
+        found += _tied_replicas(catalog, parameter, shard)
+    if len({tuple((row, view.rows) for row, view in replica) for replica in found}) > 1:
+        raise InconsistentShards(
+            "equal copies are stored in different layouts",
+            tensor=parameter.name,
+            file=", ".join(replica[0][1].file for replica in found),
+        )
+    return found
+
+
+def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
+    """All Megatron parameters of the model."""
+    for entry, layer, expert in entries(catalog.family, catalog.architecture):
+        if isinstance(entry, Row):
+            yield parameter_of(entry, layer, expert, catalog.grid)
+
+
+def parameter_of(row: Row, layer: int | None, expert: int | None, grid: Grid) -> Parameter:
+    """A table row at one layer and expert, on a grid."""
+    return Parameter(row, layer, expert, shard_count(row, grid.tensor if expert is None else grid.expert_tensor))
+
+
+def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
+    """The files that hold equal copies of one shard of a parameter."""
+    pipeline = _chunk(catalog, parameter).pipeline
+    if parameter.expert is not None:
+        rank = parameter.expert // (catalog.architecture.experts // catalog.grid.expert)
+        return catalog.files.experts[pipeline, rank, shard]
+    if parameter.row.split == "replicated":
+        return tuple(file for tensor in range(catalog.grid.tensor) for file in catalog.files.dense[pipeline, tensor])
+    return catalog.files.dense[pipeline, shard]
+
+
+def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
+    """The virtual pipeline stage that holds a parameter."""
+    if parameter.layer is not None:
+        layer = parameter.layer
+        return next(c for c in catalog.chunks if c.first_layer <= layer < c.first_layer + c.layers)
+    # An explicit layout may put embedding and head on any stage, so their names are looked for.
+    holders = [
+        c for c in catalog.chunks if parameter.name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]
+    ]
+    outermost = 0 if parameter.row in catalog.family.before else -1
+    return (holders or catalog.chunks)[outermost]
+
+
+def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, ...]:
+    chunk = _chunk(catalog, parameter)
+    layer = None if parameter.layer is None else parameter.layer - chunk.first_layer
+    number = None
+    if parameter.expert is not None:
+        per_rank = catalog.architecture.experts // catalog.grid.expert
+        number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
+    return megatron_names.spellings(parameter.row.megatron, layer, number)
+
+
+def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spelling) -> Replica | None:
+    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+    if any(piece.name not in stored for piece in spelling.pieces):
+        return None
+    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    found = []
+    for piece in spelling.pieces:
+        piece_rows = rows // piece.parts
+        seen = megatron_names.view(piece, stored[piece.name], piece_rows, columns)
+        if seen is None:
+            return None
+        found.append((piece.part * piece_rows, seen))
+    return tuple(found)
+
+
+def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> dict[Spelling, Replica]:
+    """The spellings whose pieces a file stores in fitting shapes, and where."""
+    found = ((spelling, _views(catalog, parameter, file, spelling)) for spelling in _spellings(catalog, parameter))
+    return {spelling: views for spelling, views in found if views is not None}
+
+
+def replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
+    """Where one shard of a parameter is stored, once for every file that has it.
+
+    Raises:
+        MissingTensor, WrongShape: naming the tensor and the file.
+    """
+    found = []
+    for file in files_of(catalog, parameter, shard):
+        fitting = fitting_spellings(catalog, parameter, file)
+        found.append(fitting[_chosen(catalog, parameter, file, fitting)])
+    return tuple(found)
+
+
+def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str, fitting: Mapping[Spelling, Replica]) -> Spelling:
+    spelling = megatron_names.choose(fitting, permuted=catalog.permuted_experts)
+    if spelling is None:
+        raise _not_found(catalog, parameter, file)
+    return spelling
+
+
+def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor, int, int]]:
+    """The stored tensors that hold a shard of a parameter in one file, and how many rows and columns of it each."""
+    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    spelling = _chosen(catalog, parameter, file, fitting_spellings(catalog, parameter, file))
+    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+    return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in spelling.pieces]
+
+
+def stored_as(catalog: TorchCatalog, parameter: Parameter, shard: int) -> set[tuple[str, str]]:
+    """(file, tensor) of everything that any spelling of a shard names, whether it fits or not."""
+    virtual = _chunk(catalog, parameter).virtual
+    names = [piece.name for spelling in _spellings(catalog, parameter) for piece in spelling.pieces]
+    return {
+        (file, catalog.stored[file, virtual][name].name)
+        for file in files_of(catalog, parameter, shard)
+        for name in names
+        if name in catalog.stored[file, virtual]
+    }
+
+
+def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
+    """The copies of the embedding's shard that the last pipeline stage holds where both are tied and apart."""
+    original, copy = megatron_names.TIED
+    last = catalog.chunks[-1]
+    if parameter.name != original or not catalog.architecture.tied or last == catalog.chunks[0]:
+        return ()
+    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    found = []
+    for file in catalog.files.dense[last.pipeline, shard]:
+        stored = catalog.stored[file, last.virtual].get(copy)
+        seen = megatron_names.view(Piece(copy), stored, rows, columns) if stored else None
+        if seen is not None:
+            found.append(((0, seen),))
+    return tuple(found)
+
+
+def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> ConversionError:
+    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+    spelled = _spellings(catalog, parameter)
+    present = [stored[piece.name] for s in spelled for piece in s.pieces if piece.name in stored]
+    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    shape = [rows] if columns == 1 else [rows, columns]
+    if not present:
+        return MissingTensor(
+            f"no tensor for {parameter.name}",
+            tensor=spelled[0].pieces[0].name,
+            file=file,
+            expected=f"shape {shape}, under one of {', '.join(dict.fromkeys(s.pieces[0].name for s in spelled))}",
+            found="nothing",
+            remedy="the shard is incomplete or of another model; copy it again",
+        )
+    if len({tensor.name for tensor in present}) > 1 and len(fitting_spellings(catalog, parameter, file)) > 1:
+        return InconsistentShards(
+            f"{parameter.name} is stored twice", file=file, found=", ".join(sorted({t.name for t in present}))
+        )
+    remedy = "the shard is of another model, or the args are not those it was trained with"
+    if parameter.expert is not None and catalog.grid.expert_tensor < catalog.grid.tensor:
+        remedy += "; if Habana's converter imported this checkpoint, add --habana-imported-experts"
+    return WrongShape(
+        f"wrong shape for {parameter.name}",
+        tensor=present[0].name,
+        file=file,
+        expected=f"{shape} from the args and {catalog.grid}",
+        found=f"{list(present[0].shape)}",
+        remedy=remedy,
+    )

@@ -1,0 +1,326 @@
+"""Opens a checkpoint of Megatron's `torch` format from the headers of its files, a source's or a target's.
+
+Every parameter is found and every stored tensor accounted for. All that the headers show to be wrong is raised
+together: missing, unknown and misshapen tensors, with their files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from dist_convert.errors import (
+    ConversionError,
+    InconsistentShards,
+    MissingTensor,
+    PlanError,
+    UnknownTensor,
+    UnsupportedModel,
+    WrongShape,
+    raise_together,
+)
+from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, find_shards, grid_from_args, place_chunks
+from dist_convert.formats.megatron.names import describe_homeless
+from dist_convert.formats.torch.catalog import (
+    Parameter,
+    TorchCatalog,
+    equal_replicas,
+    files_of,
+    fitting_spellings,
+    parameter_of,
+    parameters,
+    stored_as,
+)
+from dist_convert.formats.torch.geometry import cover_faults
+from dist_convert.model import LeftBehind, TensorMeta
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Architecture, Family, Row, entries, part_shape, parts_of
+from dist_convert.read.megatron import Shard
+from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, View, local_name
+
+#: Args that must be the same in every shard; they decide where bytes go.
+_SAME_IN_ALL = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "padded_vocab_size", "num_experts", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "rotary_base", "params_dtype", "vocab_size",
+    "untie_embeddings_and_output_weights", "norm_epsilon", "use_rope_scaling", "moe_router_topk", "apply_layernorm_1p",
+    "group_query_attention", "max_position_embeddings", "add_bias_linear", "add_qkv_bias", "moe_ffn_hidden_size",
+)  # fmt: skip
+
+
+def check_same_run(shards: Iterable[Shard]) -> None:
+    """Refuse shards whose iteration or sizes differ.
+
+    Raises:
+        InconsistentShards: naming the first file and the one that differs from it.
+    """
+    listed = sorted(shards, key=lambda shard: shard.file)
+    first = listed[0]
+    problems = []
+    for shard in listed[1:]:
+        pairs = [("iteration", first.iteration, shard.iteration)]
+        pairs += [(name, first.args.get(name), shard.args.get(name)) for name in _SAME_IN_ALL]
+        pairs += [("number of models", len(first.chunks), len(shard.chunks))]
+        problems += [
+            InconsistentShards(
+                f"two shards disagree about {name}",
+                file=shard.file,
+                expected=f"{expected!r} as in {first.file}",
+                found=repr(found),
+                remedy="shards of different runs or iterations were mixed; copy this one again",
+            )
+            for name, expected, found in pairs
+            if expected != found
+        ]
+    raise_together(problems)
+
+
+def open_catalog(
+    shards: Mapping[str, Shard],
+    architecture: Architecture,
+    *,
+    imported_experts: bool = False,
+    with_tied_copies: bool = False,
+) -> tuple[TorchCatalog, LeftBehind]:
+    """A checkpoint from the headers of its files, and what of it holds no weights.
+
+    Args:
+        shards: the headers, by file. On the nodes' own disks a file may be at several places, under `name_at` each.
+        architecture: the model, with the true vocabulary size.
+        imported_experts: the experts were written by an importer that did not interleave gate and up rows over
+            tensor parallel ranks (docs/formats.md, "Known defects of earlier tools").
+        with_tied_copies: see `TorchCatalog`.
+
+    Raises:
+        Problems, or the one problem there is: all that the headers show to be wrong.
+    """
+    first = shards[min(shards)]
+    grid = grid_from_args(first.args, len(first.chunks), imported_experts=imported_experts)
+    files = _find_files(grid, shards)
+    family = FAMILIES[architecture.family]
+    stored = {
+        (shard.file, virtual): {megatron_names.normalise(name): tensor for name, tensor in chunk.items()}
+        for shard in shards.values()
+        for virtual, chunk in enumerate(shard.chunks)
+    }
+    catalog = TorchCatalog(
+        architecture,
+        _without_expert_interleave(family) if imported_experts else family,
+        grid,
+        _place_layers(architecture, grid, files, stored),
+        files,
+        stored,
+        add_to_norms=_added_to_norms(shards),
+        with_tied_copies=with_tied_copies,
+    )
+    permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
+    return _survey(replace(catalog, permuted_experts=permuted), shards)
+
+
+def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:
+    """Rank files that are to be written, by their headers."""
+    return tuple(
+        TargetFile(file, b"", shard.size_bytes, tuple(t for chunk in shard.chunks for t in chunk.values()))
+        for file, shard in sorted(shards.items())
+    )
+
+
+def _find_files(grid: Grid, found: Iterable[str]) -> ShardFiles:
+    """The files of each shard: those at several places are equal copies."""
+    at: dict[str, list[str]] = {}
+    for file in sorted(found):
+        at.setdefault(local_name(file), []).append(file)
+    files = find_shards(grid, [file.partition("/")[0] for file in at])
+    return ShardFiles(
+        {shard: tuple(name for file in holding for name in at[file]) for shard, holding in files.dense.items()},
+        {shard: tuple(name for file in holding for name in at[file]) for shard, holding in files.experts.items()},
+    )
+
+
+def _place_layers(
+    architecture: Architecture,
+    grid: Grid,
+    files: ShardFiles,
+    stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]],
+) -> tuple[Chunk, ...]:
+    """Which layers each chunk holds, counted in the names of its tensors."""
+    first_file = {pipeline: stage[0] for (pipeline, tensor), stage in files.dense.items() if tensor == 0}
+    layers_of = {
+        (pipeline, virtual): count_layers(stored[file, virtual])
+        for pipeline, file in first_file.items()
+        for virtual in range(grid.virtual_pipeline)
+    }
+    found = sum(layers_of.values())
+    if found != architecture.layers:
+        raise UnsupportedModel(
+            "the files hold another number of layers than the args say",
+            expected=f"num_layers={architecture.layers}",
+            found=f"{found}: " + ", ".join(f"stage {p} model{v}: {n}" for (p, v), n in layers_of.items()),
+            remedy="a pipeline stage is incomplete or of another run",
+        )
+    return place_chunks(grid, layers_of)
+
+
+def _without_expert_interleave(family: Family) -> Family:
+    """A family whose experts' gate and up rows are not interleaved over tensor parallel ranks."""
+    layer = tuple(
+        replace(entry, interleave="none") if isinstance(entry, Row) and "{expert}" in entry.megatron else entry
+        for entry in family.layer
+    )
+    return replace(family, layer=layer)
+
+
+def _added_to_norms(shards: Mapping[str, Shard]) -> int:
+    """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
+
+    Raises:
+        UnsupportedModel: the args ask for it, but nothing shows whether the norm's class obeyed.
+    """
+    args = shards[min(shards)].args
+    if not args.get("apply_layernorm_1p"):
+        return 0
+    fused = any(megatron_names.has_fused_norm(name) for s in shards.values() for chunk in s.chunks for name in chunk)
+    is_habana = "use_fused_rmsnorm" in args
+    if fused != is_habana:
+        return int(fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
+    raise UnsupportedModel(
+        "it cannot be told whether the norms are stored as gamma - 1",
+        file=min(shards),
+        expected="--apply-layernorm-1p with one kind of norm in all layers",
+        found="norms of Transformer Engine beside Habana's" if fused else "norms that refuse --apply-layernorm-1p",
+        remedy="save the checkpoint without --apply-layernorm-1p",
+    )
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Layers in one chunk, from the normalised names of its tensors."""
+    return max((layer + 1 for name in names if (layer := megatron_names.layer_of(name)) is not None), default=0)
+
+
+def _experts_are_permuted(catalog: TorchCatalog, flag: bool) -> bool:
+    """Whether Habana's dynamic experts are stored as rows x columns: by the shape of any that is not square."""
+    for parameter in parameters(catalog):
+        if parameter.expert is not None:
+            for file in files_of(catalog, parameter, 0):
+                fitting = list(fitting_spellings(catalog, parameter, file))
+                if len(fitting) == 1 and fitting[0].dialect.startswith("habana-dynamic"):
+                    return "transposed" not in fitting[0].dialect
+            if parameter.expert:
+                break  # the first expert's two matrices have been seen
+    return flag
+
+
+def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCatalog, LeftBehind]:
+    """The catalog with its tensors, and what is dropped on purpose."""
+    problems: list[ConversionError] = []
+    dtypes: dict[str, str] = {}
+    used: set[tuple[str, str]] = set()
+    bytes_of: Counter[str] = Counter()
+    for parameter in parameters(catalog):
+        for shard in range(parameter.shards):
+            try:
+                found = equal_replicas(catalog, parameter, shard)
+            except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
+                problems.append(problem)
+                used |= stored_as(catalog, parameter, shard)
+                continue
+            for view in (view for replica in found for _, view in replica):
+                used.add((view.file, view.tensor))
+                problems += _dtype_problems(view, dtypes.setdefault(parameter.name, view.dtype))
+            bytes_of[found[0][0][1].dtype] += sum(view.size_bytes for _, view in found[0])
+    left_behind, unknown = _leftovers(catalog, shards, used)
+    raise_together(problems + unknown)
+    raise_together(list(_cover_problems(catalog)))
+    return _with_tensors(catalog, dtypes, bytes_of.most_common(1)[0][0]), left_behind
+
+
+def _cover_problems(catalog: TorchCatalog) -> Iterator[PlanError]:
+    """Layers and experts repeat the geometry of a row, which depends on nothing else."""
+    checked: dict[tuple[int, int], list[str]] = {}
+    for parameter in parameters(catalog):
+        key = (id(parameter.row), parameter.shards)
+        if key not in checked:
+            checked[key] = list(cover_faults(parameter.row, catalog.architecture.sizes(), parameter.shards))
+        for fault in checked[key]:
+            yield PlanError("the plan does not cover a tensor exactly", tensor=parameter.name, found=fault)
+
+
+def _with_tensors(catalog: TorchCatalog, dtypes: Mapping[str, str], params_dtype: str) -> TorchCatalog:
+    """Every tensor of the tables, and the parameter that it is stacked into.
+
+    Raises:
+        PlanError: two rows name one tensor.
+    """
+    sizes = catalog.architecture.sizes()
+    tensors: dict[str, TensorMeta] = {}
+    stacked: dict[str, tuple[Parameter, int]] = {}
+    for entry, layer, expert in entries(catalog.family, catalog.architecture):
+        parameter = parameter_of(entry, layer, expert, catalog.grid) if isinstance(entry, Row) else None
+        for number, part in enumerate(parts_of(entry)):
+            name = part.name.format(layer=layer, expert=expert)
+            if name in tensors:
+                raise PlanError("two rows of the table name one tensor", tensor=name)
+            dtype = dtypes[parameter.name] if parameter else params_dtype
+            tensors[name] = TensorMeta(part_shape(part, sizes), dtype)
+            if parameter:
+                stacked[name] = (parameter, number)
+    return replace(catalog, tensors=tensors, parameters=stacked, params_dtype=params_dtype)
+
+
+def _dtype_problems(view: View, expected: str) -> list[ConversionError]:
+    if view.dtype == expected and view.dtype in FLOAT_DTYPES:
+        return []
+    return [
+        WrongShape(
+            "a weight of an unexpected dtype",
+            tensor=view.tensor,
+            file=view.file,
+            expected=f"{expected if expected in FLOAT_DTYPES else ' or '.join(FLOAT_DTYPES)} in every shard",
+            found=view.dtype,
+            remedy="quantised and mixed shards are not converted; save the checkpoint in bf16, fp16 or fp32",
+        )
+    ]
+
+
+def _leftovers(
+    catalog: TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]]
+) -> tuple[LeftBehind, list[ConversionError]]:
+    counts: Counter[str] = Counter()
+    sizes_bytes: Counter[str] = Counter()
+    unknown: list[ConversionError] = []
+    for shard in shards.values():
+        for chunk, opaque in zip(shard.chunks, shard.opaque, strict=True):
+            unused = {name: tensor for name, tensor in chunk.items() if (shard.file, tensor.name) not in used}
+            names = {name: tensor.size_bytes for name, tensor in unused.items()}
+            for name, size_bytes in {**names, **dict.fromkeys(opaque, 0)}.items():
+                reason = _reason_to_drop(catalog, megatron_names.normalise(name))
+                if reason is None:
+                    unknown.append(_unknown(catalog, shard.file, name, opaque.get(name)))
+                else:
+                    counts[reason] += 1
+                    sizes_bytes[reason] += size_bytes
+    return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)), unknown
+
+
+def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
+    if megatron_names.CAPACITY_BINS in name:
+        return "capacity bins (statistics of training)"
+    if megatron_names.holds_no_weights(name):
+        return "extra state (no weights)"
+    if megatron_names.is_tied_copy(name) and catalog.architecture.tied and catalog.chunks[-1] != catalog.chunks[0]:
+        return "output layer (equal to the embedding that it is tied to)"
+    return None
+
+
+def _unknown(catalog: TorchCatalog, file: str, name: str, kind: str | None) -> ConversionError:
+    what = f"an entry of class {kind}" if kind else describe_homeless(megatron_names.normalise(name))
+    return UnknownTensor(
+        f"{name} has no place in a {catalog.family.name} model",
+        tensor=name,
+        file=file,
+        expected=f"only parameters of {catalog.family.hf_class}",
+        found=what,
+        remedy="nothing is dropped silently: convert with a family that has this parameter",
+    )

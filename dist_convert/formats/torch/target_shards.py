@@ -1,0 +1,140 @@
+"""What each file of a Megatron target holds: names, dtypes and shapes, in the spelling that the user chose.
+
+Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, rank_directory
+from dist_convert.formats.megatron.names import ExpertNumber
+from dist_convert.formats.torch.catalog import Parameter, parameter_of
+from dist_convert.formats.torch.geometry import shard_size
+from dist_convert.model import Catalog
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Architecture, Family, Row, entries
+from dist_convert.records import DTYPE_BYTES, TensorSpec
+
+
+@dataclass(frozen=True)
+class TargetDialect:
+    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), and of its experts."""
+
+    norms: str = "transformer_engine"
+    experts: str = "sequential"
+
+
+def written_ranks(grid: Grid) -> list[Rank]:
+    """The ranks whose files exist: with ETP < TP only some pairs of tensor and expert rank occur in a stage."""
+    in_stage = math.lcm(grid.tensor, grid.expert_tensor * grid.expert)
+    pairs = dict.fromkeys((r % grid.tensor, r // grid.expert_tensor % grid.expert) for r in range(in_stage))
+    return [Rank(pipeline, tensor, expert) for pipeline in range(grid.pipeline) for tensor, expert in sorted(pairs)]
+
+
+def lay_out_shards(
+    architecture: Architecture,
+    family: Family,
+    grid: Grid,
+    chunks: Sequence[Chunk],
+    dialect: TargetDialect,
+    dtypes: Mapping[str, str],
+) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
+    """The tensors of every rank file, by file and virtual stage, in the order of Megatron's own state dicts.
+
+    Args:
+        architecture, family, grid: what is written, and how it is split.
+        chunks: where the layers go, in the order in which a token meets them.
+        dialect: how norms and experts are spelled.
+        dtypes: safetensors name of each parameter's dtype, by canonical name.
+    """
+    chunk_of = {c.first_layer + n: c for c in chunks for n in range(c.layers)}
+    specs: dict[tuple[Chunk, int], list[TensorSpec]] = {(c, rank): [] for c in chunks for rank in range(grid.expert)}
+    for entry, layer, expert in entries(family, architecture):
+        if not isinstance(entry, Row):
+            continue
+        parameter = parameter_of(entry, layer, expert, grid)
+        outermost = chunks[0] if entry in family.before else chunks[-1]
+        chunk = outermost if layer is None else chunk_of[layer]
+        found = _specs(parameter, architecture, grid, chunk, dialect, dtypes[parameter.name])
+        for rank in range(grid.expert) if expert is None else (expert // (architecture.experts // grid.expert),):
+            specs[chunk, rank] += found
+    original, copy = megatron_names.TIED
+    if architecture.tied and chunks[-1] != chunks[0]:  # the last stage keeps a copy where both are tied and apart
+        [embedding] = [spec for spec in specs[chunks[0], 0] if spec[0] == original]
+        for rank in range(grid.expert):
+            specs[chunks[-1], rank].append((copy, *embedding[1:]))
+    in_stage = {
+        stage: sorted((chunk for chunk in chunks if chunk.pipeline == stage), key=lambda chunk: chunk.virtual)
+        for stage in range(grid.pipeline)
+    }
+    return {
+        f"{rank_directory(grid, rank)}/{SHARD_FILE}": tuple(
+            tuple(specs[chunk, rank.expert]) for chunk in in_stage[rank.pipeline]
+        )
+        for rank in written_ranks(grid)
+    }
+
+
+def _specs(
+    parameter: Parameter, architecture: Architecture, grid: Grid, chunk: Chunk, dialect: TargetDialect, dtype: str
+) -> list[TensorSpec]:
+    layer = None if parameter.layer is None else parameter.layer - chunk.first_layer
+    number = None
+    if parameter.expert is not None:
+        per_rank = architecture.experts // grid.expert
+        number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
+    spelling = megatron_names.spelling_for(
+        megatron_names.spellings(parameter.row.megatron, layer, number),
+        norms=dialect.norms,
+        experts=dialect.experts,
+        has_experts=architecture.experts > 0,
+    )
+    rows, columns = shard_size(parameter.row, architecture.sizes(), parameter.shards)
+    is_vector = len(parameter.row.parts[0].dims) == 1
+    return [
+        (piece.name, dtype, megatron_names.stored_shape(piece, rows // piece.parts, columns, is_vector=is_vector))
+        for piece in spelling.pieces
+        if piece.index == 0  # stacked and grouped experts share one tensor
+    ]
+
+
+def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[str, str]]:
+    """The dtype of most of the source, and for each Megatron parameter the dtype that it is written in.
+
+    Args:
+        source: of the same family.
+        target_dtype: what the former becomes; tensors of other dtypes keep theirs. None keeps all.
+
+    Raises:
+        UnsupportedModel: a parameter whose parts are stored in several dtypes.
+    """
+    bytes_of: Counter[str] = Counter()
+    for meta in source.tensors.values():
+        bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
+    main = bytes_of.most_common(1)[0][0]
+    problems: list[ConversionError] = []
+    dtypes = {}
+    for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
+        if isinstance(entry, Row):
+            names = [part.name.format(layer=layer, expert=expert) for part in entry.parts]
+            stored = sorted({source.tensors[name].dtype for name in names})
+            if len(stored) > 1:
+                problems.append(
+                    UnsupportedModel(
+                        "tensors that become one Megatron parameter need one dtype",
+                        tensor=", ".join(names),
+                        file=next(view.file for region in source.regions(names[0]) for view in region.replicas),
+                        found=", ".join(stored),
+                        remedy="save the model in one dtype",
+                    )
+                )
+            name = entry.megatron.format(layer=layer, expert=expert)
+            dtypes[name] = target_dtype if target_dtype and stored[0] == main else stored[0]
+    raise_together(problems)
+    return main, dtypes

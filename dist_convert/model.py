@@ -1,0 +1,99 @@
+"""What a checkpoint of any format is: logical tensors, and for each the boxes of it that lie somewhere.
+
+Logical tensors are the smallest units (query, key and value apart; one for each layer and expert), named as in the
+published layout of Hugging Face with one entry for each expert. How a file stacks, cuts or transposes them is its
+format's business: a format says of each box of a tensor where it is stored, and which places hold equal replicas. A
+conversion is the intersection of two such catalogs (`plan.copies`), a verification their comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dist_convert.models.schema import Architecture
+from dist_convert.records import Box, View
+
+#: The flag that names an iteration, in most commands.
+NAME_FLAG = "--ckpt-dir-name"
+
+
+@dataclass(frozen=True)
+class Where:
+    """A checkpoint to be opened: its path, and how it is to be read.
+
+    Attributes:
+        path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
+        ckpt_dir_name: the iteration; None asks the tracker file.
+        habana_imported_experts: its experts are those of Habana's importer, not interleaved over ranks.
+        true_vocab_size: tokens without padding; None asks the args, then the tokenizer.
+        tokenizer: its directory, where the args' own path is not here.
+        name_flag: that gives `ckpt_dir_name`, for messages.
+    """
+
+    path: Path
+    ckpt_dir_name: str | None = None
+    habana_imported_experts: bool = False
+    true_vocab_size: int | None = None
+    tokenizer: Path | None = None
+    name_flag: str = NAME_FLAG
+
+
+#: What of a checkpoint is no part of the model, or is dropped on purpose: (reason, tensors, bytes).
+LeftBehind = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """A logical tensor: elements per dimension (one or two), and the safetensors name of the dtype it is stored in."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+    @property
+    def box(self) -> Box:
+        """All of it."""
+        return Box(0, 0, self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a logical tensor and every place that holds it; without places it is all zeros, which no file holds.
+
+    `add` is what is added to the stored values to get the tensor's: 1 for norms that are stored as gamma - 1.
+    """
+
+    box: Box
+    replicas: tuple[View, ...]
+    add: int = 0
+
+
+class Catalog(Protocol):
+    """The logical tensors of a checkpoint, to be read or to be written."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorMeta]:
+        """Every tensor by its name, in the order of the family's table."""
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether its files are shards, each with an owner that reads or writes it, and not anyone's as the others."""
+
+    def regions(self, name: str) -> Sequence[Region]:
+        """The regions of a tensor, in the order of its rows; they cover it once. Made on request and never kept."""
+
+    def padding(self, name: str) -> Sequence[Region]:
+        """What is stored behind the tensor's last row, such as padding of the vocabulary."""

@@ -1,0 +1,112 @@
+"""Single elements of tensors, found in Megatron's shards by a formula that knows neither regions nor boxes.
+
+Both sides of a comparison, and the conversion before it, take the places of a tensor from one kind of catalog. If that
+were wrong in the same way for reading and for writing, the copies would agree. So some elements of each tensor are
+located once more, from the tables and the stored shapes alone, by what docs/formats.md says in "Attention and the
+query-group interleave", "MLP and the gate-up interleave" and "Experts".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from dist_convert.errors import PlanError
+from dist_convert.formats.megatron.names import Piece
+from dist_convert.formats.torch.catalog import Parameter, TorchCatalog, files_of, stored_pieces
+from dist_convert.model import Region
+from dist_convert.models.schema import part_size
+from dist_convert.records import DTYPE_BYTES, StoredTensor
+
+#: Of each tensor, the first and the last among them.
+_ELEMENTS = 64
+
+
+def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
+    """Compare where the catalog says that some elements of tensors are stored with where the formula says it.
+
+    Raises:
+        PlanError: naming the first tensor of which an element lies elsewhere.
+    """
+    for name in names:
+        meta, regions = catalog.tensors[name], catalog.regions(name)
+        for index in _drawn(name, meta.rows * meta.columns) if name in catalog.parameters else ():
+            row, column = divmod(index, meta.columns)
+            found = _in_regions(regions, row, column)
+            for file, expected in _by_formula(catalog, name, row, column):
+                if found.get(file) != expected:
+                    raise PlanError(
+                        f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
+                        tensor=name,
+                        file=file,
+                        expected=f"byte {expected}",
+                        found=f"byte {found.get(file)}",
+                        remedy="this is a mistake of dist_convert, please report it; do not use what was written",
+                    )
+
+
+def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, int]:
+    """Where a catalog has an element: file -> byte."""
+    for region in regions:
+        down, right = row - region.box.row, column - region.box.column
+        if 0 <= down < region.box.rows and 0 <= right < region.box.columns:
+            return {
+                v.file: v.offset_bytes + (down * v.row_stride + right * v.column_stride) * DTYPE_BYTES[v.dtype]
+                for v in region.replicas
+            }
+    return {}
+
+
+def _by_formula(catalog: TorchCatalog, name: str, row: int, column: int) -> Iterator[tuple[str, int]]:
+    """Where the layout has an element: each file, and the byte in it."""
+    parameter, number = catalog.parameters[name]
+    shard, inside, across = shard_element(parameter, number, catalog.architecture.sizes(), row, column)
+    for file in files_of(catalog, parameter, shard):
+        yield file, _offset_bytes(stored_pieces(catalog, parameter, file), inside, across)
+
+
+def shard_element(
+    parameter: Parameter, number: int, sizes: Mapping[str, int], row: int, column: int
+) -> tuple[int, int, int]:
+    """The shard that holds an element of a parameter's tensor, and the element's row and column in it.
+
+    Args:
+        parameter: that the tensor is stacked into.
+        number: of the tensor among those that are stacked.
+        sizes: see `Architecture.sizes`.
+        row, column: of the element in the tensor.
+    """
+    table, shards = parameter.row, parameter.shards
+    if table.split == "replicated":
+        return 0, row, column
+    if table.split == "columns":
+        width = part_size(table.parts[number], sizes)[1] // shards
+        return column // width, row, column % width
+    turns = {"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[table.interleave]
+    heights = [part_size(part, sizes)[0] // turns for part in table.parts]  # of each tensor in a turn
+    turn, within = divmod(row, heights[number])
+    stacked_rows = sizes[table.padded_rows] if table.padded_rows else turns * sum(heights)
+    shard, inside = divmod(turn * sum(heights) + sum(heights[:number]) + within, stacked_rows // shards)
+    return shard, inside, column
+
+
+def _offset_bytes(pieces: Sequence[tuple[Piece, StoredTensor, int, int]], row: int, column: int) -> int:
+    """Where an element of a shard lies in its file: of one of the pieces that hold so many rows and columns each."""
+    for piece, stored, rows, columns in pieces:
+        if row // rows == piece.part:
+            at = row - piece.part * rows
+            if piece.storage == "grouped":  # memory is [expert][column][row]
+                elements = (piece.index * columns + column) * rows + at
+            else:
+                index = {"plain": (at, column), "transposed": (column, at), "stacked": (piece.index, at, column)}
+                used = index[piece.storage][: len(stored.shape)]
+                elements = sum(i * stride for i, stride in zip(used, stored.strides, strict=True))
+            return stored.offset_bytes + elements * DTYPE_BYTES[stored.dtype]
+    raise PlanError("a row beyond its shard", found=row)
+
+
+def _drawn(name: str, elements: int) -> Iterator[int]:
+    """Numbers of elements: the first, the last, and others by a hash, the same in every run."""
+    yield from {0, elements - 1}
+    digest = hashlib.shake_256(name.encode()).digest(8 * (_ELEMENTS - 2))
+    yield from (int.from_bytes(digest[at : at + 8], "big") % elements for at in range(0, len(digest), 8))
