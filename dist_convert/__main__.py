@@ -93,7 +93,7 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, which nobody uses and a fork would lose
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     with importing():  # all that ranks import, once for all of them
-        import dist_convert.run
+        import dist_convert.api
         import dist_convert.verify.verify  # noqa: F401
         from dist_convert.ranks.launch import run_ranks
 
@@ -124,7 +124,7 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:
     from dist_convert.cli.flags import tokenizer_job_from_flags
-    from dist_convert.tokenizer.write import add_tokenizer
+    from dist_convert.tokenizer.add import add_tokenizer
 
     if os.environ.get("RANK", "0") == "0":
         job = tokenizer_job_from_flags(flags)
@@ -152,10 +152,10 @@ def _upload(
 
 def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags and inspect do without
+        from dist_convert.api import convert
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
-        from dist_convert.run import convert
         from dist_convert.verify.verify import verify
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from dist_convert.formats.huggingface.open import HuggingFaceModel, open_hugging
 from dist_convert.formats.megatron.grid import check_rank_order, files_of_places
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.formats.torch.target import (
-    Extras,
     Given,
-    MegatronTarget,
+    TorchTarget,
     header_of,
     lay_out_target,
     model_and_grid,
     notes_to_megatron,
 )
-from dist_convert.formats.torch.target_args import args_json, read_margs, target_margs_json, target_tokenizer
+from dist_convert.formats.torch.target_args import read_margs, target_tokenizer
 from dist_convert.formats.torch.target_shards import target_dtypes
 from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
@@ -34,13 +32,8 @@ from dist_convert.read.hub import fetched_directory, local_directory, revision_o
 from dist_convert.read.values import all_are_zero, check_tied_head
 from dist_convert.records import local_name, name_at
 from dist_convert.task import Task
-from dist_convert.write.checksums import KnownRange, seal
-from dist_convert.write.files import replace_text, write_tracker
-from dist_convert.write.megatron_files import write_skeleton
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
-
-ARGS_FILE = "target_megatron_args.json"
 
 
 def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
@@ -60,21 +53,6 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     if source.architecture.tied and HEAD in model.stored:
         [embedding] = next(iter(source.views.values()))  # it comes first in every table
         check_tied_head(world, model.directory, model.found.visible, embedding, model.stored[HEAD])
-    at_my_place = [rank for rank, place in enumerate(places) if place == places[world.rank]]
-
-    def make_files(partial: Path) -> None:
-        for file in sorted(map(local_name, writable[world.rank])):
-            write_skeleton(partial / file, target.args.values, iteration or 0, target.files[file])
-
-    def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
-        for number, file in enumerate(sorted(writable[world.rank])):
-            if at_my_place[number % len(at_my_place)] == world.rank:
-                _write_extras(partial, file, content, target.extras)
-                seal(partial, local_name(file), known.get(file, ()))
-
-    def publish() -> None:
-        replace_text(job.save_dir / ARGS_FILE, target_margs_json(target.args))
-        write_tracker(job.save_dir, iteration)
 
     return Task(
         content=content,
@@ -82,17 +60,13 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         source=model.directory,
         source_identity=model.found.identity,
         source_listing=model.found.listing,
-        settings=json.loads(args_json(target.args)) | {"iteration": iteration},
         visible=model.found.visible,
         target=job.save_dir / name,
         places=places,
         writable=writable,
         target_flag="--save-dir",
         notes=notes_to_megatron(job, target, given.margs, content, places, writable),
-        make_files=make_files,
-        finish=finish,
-        publish=publish,
-        last_words=str,
+        layout=target,
     )
 
 
@@ -149,7 +123,7 @@ def _plan(
     given: Given,
     places: Sequence[int],
     nodes: Sequence[int],
-) -> tuple[HuggingFaceCatalog, MegatronTarget, Content, tuple[frozenset[str], ...]]:
+) -> tuple[HuggingFaceCatalog, TorchTarget, Content, tuple[frozenset[str], ...]]:
     """The source, the target, all that is copied, and for each rank the target files that it can write."""
     architecture, grid, stages = model_and_grid(job, model.config, given.margs, zero_output_bias=bool(zeros))
     source, left_behind = model.catalog(zero_output_bias=bool(zeros))
@@ -189,12 +163,3 @@ def _output_biases(config: Mapping[str, Any]) -> set[str]:
     if not has_biases or not isinstance(layers, int) or not is_size(layers, MOST_LAYERS):
         return set()
     return {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)}
-
-
-def _write_extras(partial: Path, file: str, content: Content, extras: Extras) -> None:
-    tensors = {tensor.name: tensor for target in content.files if target.name == file for tensor in target.tensors}
-    wanted = {name: data for (of_file, name), data in extras.items() if of_file == local_name(file)}
-    with (partial / local_name(file)).open("r+b") as output:
-        for name, data in wanted.items():
-            output.seek(tensors[name].offset_bytes)
-            output.write(data)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
-from dist_convert.formats.huggingface.metadata import write_metadata
+from dist_convert.formats.huggingface.target import HuggingFaceTarget
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.open import open_torch
 from dist_convert.job import TARGET_DTYPES, Job
@@ -16,15 +15,12 @@ from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_tar
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.report import notes_on
 from dist_convert.task import Task
-from dist_convert.tokenizer.huggingface import is_huggingface
-from dist_convert.tokenizer.record import how_to_add_tokenizer, style_for
-from dist_convert.tokenizer.write import write_tokenizer
+from dist_convert.tokenizer.record import style_for
 from dist_convert.units import human_bytes
-from dist_convert.write.checksums import KnownRange
 from dist_convert.write.hub import check_upload
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.safetensors_files import lay_out_files, make_files
+from dist_convert.write.safetensors_files import lay_out_files
 
 
 def megatron_to_hf(job: Job, world: World) -> Task:
@@ -68,35 +64,13 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     bins: list[list[Bin]] = gather_objects(world, read_bins(directory, mine) if job.save_capacity_bins else [])
     style = style_for(tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
 
-    def make_all_files(partial: Path) -> None:
-        if world.rank == 0:
-            write_tokenizer(tokenizer, style, partial)  # before the weights, so that what fails here fails early
-        make_files(partial, [file for file in content.files if file.name in writable[world.rank]])
-
-    def finish(partial: Path, known: Mapping[str, Sequence[KnownRange]]) -> None:
-        if world.rank == 0:
-            together = [bin for of_rank in bins for bin in of_rank]
-            write_metadata(partial, job, content, source, directory, args, tokenizer, style, together)
-
-    def last_words() -> str:
-        if job.push_to_hub:  # after an upload it is said there
-            return ""
-        to_do = [
-            f"{job.save_path} is a part of the model on each of {len(of_places)} disks: copy them into one directory"
-        ]
-        to_do = to_do if is_divided else []
-        if not is_huggingface(job.save_path):
-            model_type = job.source_model_type
-            to_do.append(how_to_add_tokenizer(tokenizer, job.save_path, instruct=job.instruct, model_type=model_type))
-        return "\n".join(filter(None, to_do))
-
+    together = [bin for of_rank in bins for bin in of_rank]
     return Task(
         content=content,
         direction="megatron-to-hf",
         source=directory,
         source_identity=found.identity,
         source_listing=found.listing,
-        settings={},
         visible=found.visible,
         target=job.save_path,
         places=places,
@@ -105,10 +79,9 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         notes=notes
         + notes_on(job, content, source.architecture, shards, tokenizer, style)
         + _notes_on_places(job, content, places, of_places),
-        make_files=make_all_files,
-        finish=finish,
-        publish=lambda: None,
-        last_words=last_words,
+        layout=HuggingFaceTarget(
+            job, content, source, directory, args, tokenizer, style, together, disks=len(of_places)
+        ),
         is_divided=is_divided,
     )
 

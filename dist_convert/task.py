@@ -6,17 +6,17 @@ node only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from dist_convert.formats.format import Target
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import with_parts, writable_by_one_node
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import Listing
 from dist_convert.records import TargetFile
-from dist_convert.write.checksums import KnownRange
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
 
@@ -56,17 +56,13 @@ class Task:
         source: directory of the source files, as this rank sees it.
         source_identity: of each source file, its size in bytes, the time of its last change in ns, and its header.
         source_listing: of the source files that this rank sees, what they were when their headers were read.
-        settings: what the weights files' bytes depend on besides, in JSON values.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
         writable: for each rank, the target files that it can write.
         target_flag: that named it, for messages.
         notes: for the user, before anything is written.
-        make_files: makes the weights files in their final size below a directory, on the first rank of each place.
-        finish: adds all that is no weight to a directory, given the known checksums by file; every rank calls it.
-        publish: what follows the renaming, on the first rank of each place.
-        last_words: gives a line for the user at the very end, if there is something left to do, else nothing.
+        layout: what is made, besides the weights.
         is_divided: the places hold parts of one target: each has some of its weights files, and a copy of all else.
     """
 
@@ -75,17 +71,13 @@ class Task:
     source: Path
     source_identity: Mapping[str, tuple[int, int, str]]
     source_listing: Listing
-    settings: Mapping[str, Any]
     visible: tuple[frozenset[str], ...]
     target: Path
     places: tuple[int, ...]
     writable: tuple[frozenset[str], ...]
     target_flag: str
     notes: Sequence[str]
-    make_files: Callable[[Path], None]
-    finish: Callable[[Path, Mapping[str, Sequence[KnownRange]]], None]
-    publish: Callable[[], None]
-    last_words: Callable[[], str]
+    layout: Target
     is_divided: bool = False
 
     @property

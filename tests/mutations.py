@@ -33,20 +33,20 @@ GOLDEN = "tests/golden"
 MUTATIONS = (
     Mutation(
         "qkv-taken-in-the-order-of-parts",
-        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
-        '{"shards": shards, "query_groups": 1, "none": 1}[row.interleave]\n    rows_of_parts',
+        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
+        '{"shards": shards, "query_groups": 1, "none": 1}[row.interleave]\n    heights',
         GOLDEN,
     ),
     Mutation(
         "gate-and-up-not-per-shard",
-        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
-        '{"shards": 1, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    rows_of_parts',
+        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
+        '{"shards": 1, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
         GOLDEN,
     ),
     Mutation(
         "row-parallel-columns-shifted",
-        "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield Segment",
-        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield Segment",
+        "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield Place",
+        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield Place",
         GOLDEN,
     ),
     Mutation(
@@ -55,11 +55,11 @@ MUTATIONS = (
         "first = min(rows, max(0, real_rows - shard * rows) + 1)",
         GOLDEN,
     ),
-    Mutation("padding-repeats-the-first-row", "Box(move.hf[0].rows - 1, 0, 1,", "Box(0, 0, 1,", GOLDEN),
+    Mutation("padding-repeats-the-first-row", "last = ends.source.tensors[name].rows - 1", "last = 0", GOLDEN),
     Mutation(
         "norms-keep-what-is-stored",
-        "add = sides.add_to_norms if parameter.row.is_norm else 0",
-        "add = 0",
+        "_window(want, box), have.add - want.add)",
+        "_window(want, box))",
         GOLDEN,
     ),
     Mutation(

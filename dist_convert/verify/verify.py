@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import DifferentModel, PlanError, UsageError
+from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.formats.torch.open import TorchModel
 from dist_convert.job import SAMPLE, Job, ToMegatronJob, VerifyJob
 from dist_convert.model import Where
 from dist_convert.ranks.channel import Channel, show_progress
@@ -140,20 +142,29 @@ def _from_json(data: dict[str, Any]) -> Compared:
 _SHOWN = 8
 
 
-def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callable[[Path], None]:
-    """Get ready to compare a conversion's target with its source; the result does so, on every rank.
+@dataclass(frozen=True)
+class Check:
+    """A comparison of a conversion's target with its source that has been prepared.
 
-    Nothing of the conversion's plan is used: both sides are described anew from the headers of their files. The result
-    takes the directory where the target is.
+    Attributes:
+        source: its headers, read anew: nothing of the conversion's plan is used.
+        sample: share of the blocks.
+    """
+
+    source: HuggingFaceModel | TorchModel
+    sample: Fraction
+
+
+def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Check | None:
+    """Get ready to compare a conversion's target with its source; None where that was not asked for.
 
     Raises:
-        BudgetTooSmall, UsageError: the comparison could not be made. The result raises `DifferentModel`.
+        BudgetTooSmall, UsageError: the comparison could not be made.
     """
     if job.verify is None:
-        return lambda _: None
+        return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    sample = SAMPLE if job.verify == "sample" else Fraction(1)
     where = Where(task.source)
     if isinstance(job, Job):
         where = Where(
@@ -162,18 +173,23 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Callabl
             true_vocab_size=job.true_vocab_size,
             tokenizer=job.tokenizer,
         )
-    source = open_named("source", where, world)
+    return Check(open_named("source", where, world), SAMPLE if job.verify == "sample" else Fraction(1))
 
-    def check(directory: Path) -> None:
-        target = open_named("target", Where(directory), world)
-        a, b = checkpoints(source, target, world, is_shared=not any(task.places))
-        outcome = compare_all(a, b, work_of(a, b, sample), world, lambda _: None)
-        if not outcome.is_same:
-            raise _different(task, directory, outcome)
-        if world.rank == 0:
-            print(_line(task, outcome), file=sys.stderr)
 
-    return check
+def compare_with_source(check: Check, task: Task, directory: Path, world: World) -> None:
+    """Compare what lies in a directory with what it was made from, on every rank.
+
+    Raises:
+        DifferentModel: they are not the same model.
+        SourceError: a file cannot be read, or is damaged.
+    """
+    target = open_named("target", Where(directory), world)
+    a, b = checkpoints(check.source, target, world, is_shared=not any(task.places))
+    outcome = compare_all(a, b, work_of(a, b, check.sample), world, lambda _: None)
+    if not outcome.is_same:
+        raise _different(task, directory, outcome)
+    if world.rank == 0:
+        print(_line(task, outcome), file=sys.stderr)
 
 
 def _check_sights(task: Task) -> None:

@@ -76,7 +76,7 @@ _PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
 def identity_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
     """What an unfinished target must have been made from, for this conversion to go on with it where a rank has it."""
     flags = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(job).items()}
-    settings = dict(task.settings)
+    settings = dict(task.layout.settings)
     if task.is_divided:
         settings["weights files here"] = file_numbers(task.content, task.writable[rank])
     return identity(task.content.digest, task.source_identity, settings, flags, __version__)
@@ -93,7 +93,7 @@ def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
         "direction": task.direction,
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
-        "settings": digest(dict(task.settings)),
+        "settings": digest(dict(task.layout.settings)),
         "flags": flags,
         "source": {"path": str(task.source.absolute()), "files": files},
     }
@@ -177,7 +177,7 @@ def begin(task: Task, world: World) -> Start:
         [record for records, _ in gathered for record in records], [name for _, names in gathered for name in names]
     )
     if is_first:
-        task.make_files(partial)
+        task.layout.make_files(partial, task.files_of(world.rank), is_first=world.rank == 0)
         for file in task.files_of(world.rank):
             reserve_file(partial / local_name(file.name), file.name)
     journal = Journal(partial, run, world.rank)

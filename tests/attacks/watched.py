@@ -137,7 +137,7 @@ def fork(words: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Import what conversions import, and watch what is asked for."""
-    import dist_convert.run
+    import dist_convert.api
     import dist_convert.verify.verify  # noqa: F401
 
     for line in sys.stdin:

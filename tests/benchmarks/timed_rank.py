@@ -5,7 +5,7 @@ the CPU seconds that it used in between (`moved_cpu_seconds`), the clock when fi
 ranks that see to that), the bytes that it received from others (`gathered_bytes`) and its peak resident memory
 (`peak_bytes`); after a dry run, sending rank, receiving rank and bytes of its team's messages, step by step
 (`messages`). The clock is the machine's monotonic one, the same for all ranks. Functions are wrapped where
-`dist_convert.run` calls them; nothing inside is touched.
+`dist_convert.api` calls them; nothing inside is touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import dist_convert.__main__
 from dist_convert.__main__ import importing, main
 
 with importing():  # as the command does
-    import dist_convert.run
+    import dist_convert.api
     from dist_convert.move.pipeline import Moved
     from dist_convert.plan.plan import Plan
     from dist_convert.plan.steps import messages
@@ -112,7 +112,7 @@ def peak_bytes() -> int:
 
 if __name__ == "__main__":
     seen: dict[str, Any] = {}
-    run = vars(dist_convert.run)
+    run = vars(dist_convert.api)
     run["move"] = timed(run["move"], "moved", seen)
     first = Path(sys.argv[1]) / COPY_FIRST
     if first.exists():

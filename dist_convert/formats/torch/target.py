@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +28,12 @@ from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.formats.torch.target_args import (
     TargetArgs,
+    args_json,
     describe_origins,
     is_hub_name,
     padded_vocab,
     target_args,
+    target_margs_json,
 )
 from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.job import ToMegatronJob, given_flags
@@ -38,9 +41,13 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content
 from dist_convert.read.megatron import TRACKER_FILE, Shard
-from dist_convert.records import TensorSpec, local_name
+from dist_convert.records import TargetFile, TensorSpec, local_name
 from dist_convert.report import human_notes
-from dist_convert.write.megatron_files import lay_out_skeleton
+from dist_convert.write.checksums import KnownRange, seal
+from dist_convert.write.files import replace_text, write_tracker
+from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton
+
+ARGS_FILE = "target_megatron_args.json"
 
 #: --model-size -> layers, hidden size, width of the MLP, vocabulary.
 _SIZES = {
@@ -88,15 +95,57 @@ class Given:
 
 
 @dataclass(frozen=True)
-class MegatronTarget:
-    """A Megatron checkpoint to be made: its model, grid, layers by chunk, args, and the tensors of each file."""
+class TorchTarget:
+    """A checkpoint of rank files that is to be made; a `Target`.
 
+    Attributes:
+        root: the checkpoint's, below which the iteration is made.
+        iteration: its number; None for a release.
+        architecture, grid, chunks, args: its model, its parallel sizes, its layers by chunk, its training arguments.
+        files: the tensors of each rank file, by virtual stage.
+        extras: values that are in the target beside the weights.
+    """
+
+    root: Path
+    iteration: int | None
     architecture: Architecture
     grid: Grid
     chunks: tuple[Chunk, ...]
     args: TargetArgs
     files: Mapping[str, tuple[tuple[TensorSpec, ...], ...]]
     extras: Extras
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        args: dict[str, Any] = json.loads(args_json(self.args))
+        return args | {"iteration": self.iteration}
+
+    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+        """See `Target`."""
+        for name in (local_name(file.name) for file in files):
+            write_skeleton(partial / name, self.args.values, self.iteration or 0, self.files[name])
+
+    def complete(
+        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
+    ) -> None:
+        """See `Target`: what is in the files beside the weights, and the checksums of all that is in them."""
+        for file in files:
+            name = local_name(file.name)
+            tensors = {tensor.name: tensor for tensor in file.tensors}
+            with (partial / name).open("r+b") as output:
+                for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
+                    output.seek(tensors[tensor].offset_bytes)
+                    output.write(data)
+            seal(partial, name, known.get(file.name, ()))
+
+    def publish(self) -> None:
+        """Name this iteration as the newest, and describe it beside the others."""
+        replace_text(self.root / ARGS_FILE, target_margs_json(self.args))
+        write_tracker(self.root, self.iteration)
+
+    def to_do(self) -> str:
+        """See `Target`."""
+        return ""
 
 
 def model_and_grid(
@@ -176,7 +225,7 @@ def lay_out_target(
     stages: tuple[tuple[int, ...], ...],
     params_dtype: str,
     dtypes: Mapping[str, str],
-) -> MegatronTarget:
+) -> TorchTarget:
     """The args of the target and the tensors of each of its files.
 
     Args:
@@ -210,7 +259,7 @@ def lay_out_target(
     dialect = TargetDialect(job.saver_transformer_impl, job.expert_layout)
     files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
     if not job.load_capacity_bins:
-        return MegatronTarget(architecture, grid, chunks, args, files, {})
+        return TorchTarget(job.save_dir, job.iteration, architecture, grid, chunks, args, files, {})
     if not architecture.experts or job.expert_layout == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
@@ -236,10 +285,10 @@ def lay_out_target(
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
     if taken != len(bins):
         raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
-    return MegatronTarget(architecture, grid, chunks, args, files, extras)
+    return TorchTarget(job.save_dir, job.iteration, architecture, grid, chunks, args, files, extras)
 
 
-def header_of(target: MegatronTarget, job: ToMegatronJob, file: str) -> Shard:
+def header_of(target: TorchTarget, job: ToMegatronJob, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
     iteration = job.iteration or 0
     skeleton = lay_out_skeleton(target.args.values, iteration, target.files[local_name(file)], file)
@@ -260,7 +309,7 @@ _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 def notes_to_megatron(
     job: ToMegatronJob,
-    target: MegatronTarget,
+    target: TorchTarget,
     margs: Mapping[str, Any] | None,
     content: Content,
     places: Sequence[int],
@@ -299,7 +348,7 @@ def _on_tracker(job: ToMegatronJob) -> list[str]:
     return [f"warning: {job.save_dir / TRACKER_FILE} names {old!r}, and will name {new!r}"] if old != new else []
 
 
-def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:
+def _on_spelling(job: ToMegatronJob, target: TorchTarget) -> list[str]:
     if not target.architecture.experts:
         given = {"--expert-layout": job.expert_layout != "sequential"}
         given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
@@ -313,7 +362,7 @@ def _on_spelling(job: ToMegatronJob, target: MegatronTarget) -> list[str]:
     return []
 
 
-def _on_margs(job: ToMegatronJob, target: MegatronTarget, margs: Mapping[str, Any]) -> list[str]:
+def _on_margs(job: ToMegatronJob, target: TorchTarget, margs: Mapping[str, Any]) -> list[str]:
     """What a margs file says of the layout besides the two sizes that are taken from it, and the target does not have.
 
     The target's own args describe it as it is; a command line of the earlier training would not fit it.

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
-import dist_convert.run
+import dist_convert.api
 from dist_convert.__main__ import main as dist_convert_main
 from dist_convert.job import Job
 from dist_convert.ranks.channel import Channel
@@ -67,7 +67,7 @@ def record_collectives() -> list[tuple[str, str, list[int]]]:
 
 def run_job(flags: list[str], record: Path) -> int:
     """Run one command line in this process; returns its exit code. `record` gets the outcome."""
-    convert = dist_convert.run.convert
+    convert = dist_convert.api.convert
 
     def convert_recorded(job: Job, world: World, channel: Channel) -> Outcome | None:
         seen = record_collectives()
@@ -75,7 +75,7 @@ def run_job(flags: list[str], record: Path) -> int:
         record.write_text(json.dumps({"outcome": outcome and dataclasses.asdict(outcome), "seen": seen}))
         return outcome
 
-    dist_convert.run.convert = convert_recorded
+    dist_convert.api.convert = convert_recorded
     return dist_convert_main([flag.replace("{RANK}", os.environ["RANK"]) for flag in flags])
 
 

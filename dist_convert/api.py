@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dist_convert.errors import PlanError, ValueOverflow
@@ -31,7 +32,7 @@ from dist_convert.read.source import pushes_others_out
 from dist_convert.records import local_name
 from dist_convert.report import Outcome, describe_plan, load_of, outcome_text, peak_memory_bytes, resume_line
 from dist_convert.task import RunOptions, Task, Writers, find_writers
-from dist_convert.verify.verify import prepare_check
+from dist_convert.verify.verify import compare_with_source, prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
@@ -39,16 +40,17 @@ from dist_convert.write.journal import MARK_SECONDS, History
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
-    Start,  # fmt: skip
-    all_written,  # fmt: skip
-    begin,  # fmt: skip
-    check_source,  # fmt: skip
-    check_start,  # fmt: skip
-    facts_of,  # fmt: skip
-    goes_on,  # fmt: skip
-    has_name,  # fmt: skip
+    Held,
+    Start,
+    all_written,
+    begin,
+    check_source,
+    check_start,
+    facts_of,
+    goes_on,
+    has_name,
     held_target,
-    notes_on_replacing,  # fmt: skip
+    notes_on_replacing,
 )
 
 
@@ -93,29 +95,30 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     with traced(job.trace, world, task.target) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
             outcome = _make(task, writers, job, plan, world, channel, timeline)
-        check(task.target if held.has_name else task.partial)
+        if check is not None:
+            compare_with_source(check, task, task.target if held.has_name else task.partial, world)
         channel.doing("giving the target its name")
         firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
-
-        def give_name() -> None:
-            if not held.has_name:
-                commit(task.partial, task.target, overwrite=job.overwrite)
-
         # No place speaks of the target before every place has it.
-        channel.run_on(firsts, "commit", give_name, job.timeout_seconds)
+        channel.run_on(firsts, "commit", partial(_give_name, task, held, job), job.timeout_seconds)
         if is_first:
-            task.publish()
+            task.layout.publish()
         barrier(world)
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if world.rank == 0:
             print(_done_before(task) if held.is_complete else outcome_text(task.target, outcome), file=sys.stderr)
-            if words := task.last_words():
+            if words := task.layout.to_do():
                 print(words, file=sys.stderr)
         if is_first:
             settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
     if is_first:
         sweep(task.target)
     return outcome
+
+
+def _give_name(task: Task, held: Held, job: RunOptions) -> None:
+    if not held.has_name:
+        commit(task.partial, task.target, overwrite=job.overwrite)
 
 
 def _done_before(task: Task) -> str:
@@ -147,17 +150,17 @@ def _make(
     timeline: Timeline,
 ) -> Outcome:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
-    content, partial = task.content, task.partial
+    content, directory = task.content, task.partial
     start = begin(task, world)
     with closing(start.journal) as journal:
         if start.done.size_bytes:
             if world.rank == 0:
-                print(resume_line(partial, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
+                print(resume_line(directory, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
             plan = _divide(task, writers, job, world, plan.placement, start.done)
         with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
-                plan, world, task.source, task.source_listing, partial, journal, channel, timeline,
+                plan, world, task.source, task.source_listing, directory, journal, channel, timeline,
                 is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
@@ -167,13 +170,13 @@ def _make(
         channel.doing("completing files")
         known = known_ranges(all_written(world, moved.windows, start.history))
         try:
-            task.finish(partial, known)
+            task.layout.complete(directory, task.my_share(world.rank), known, is_first=world.rank == 0)
         except OSError as error:
-            raise target_error(error, str(error.filename or partial)) from error
+            raise target_error(error, str(error.filename or directory)) from error
         _describe(task, job, world, known)
         names = [local_name(file.name) for file in task.files_of(world.rank)]
         started = time.monotonic()
-        channel.run_on(world.first_ranks, "sync", lambda: sync_files(partial, names, journal), job.timeout_seconds)
+        channel.run_on(world.first_ranks, "sync", partial(sync_files, directory, names, journal), job.timeout_seconds)
     return replace(Outcome.of_ranks(outcomes, 0.0), synced_seconds=time.monotonic() - started)
 
 

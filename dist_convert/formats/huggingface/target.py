@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face target: config, index, args of the source, capacity bins, model card.
+"""A Hugging Face target, and what lies beside its weights: config, index, args of the source, bins, model card.
 
 The card's front matter is what the Hugging Face Hub reads (https://huggingface.co/docs/hub/model-cards). It holds no
 date and no path, so that the same checkpoint gives the same card on every machine; a license is not known, so none is
@@ -11,8 +11,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +30,14 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.job import Job
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content
+from dist_convert.records import TargetFile
 from dist_convert.tokenizer.build import padding_id
-from dist_convert.tokenizer.record import Style, Tokenizer
+from dist_convert.tokenizer.huggingface import is_huggingface
+from dist_convert.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
+from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.version import __version__
-from dist_convert.write.safetensors_files import INDEX_FILE, index_json
+from dist_convert.write.checksums import KnownRange
+from dist_convert.write.safetensors_files import INDEX_FILE, index_json, make_files
 
 CARD_FILE = "README.md"
 
@@ -124,44 +130,79 @@ def _code(name: str) -> str:
 ARGS_FILE = "source_megatron_args.json"
 
 
-def write_metadata(
-    partial: Path,
-    job: Job,
-    content: Content,
-    source: TorchCatalog,
-    checkpoint: Path,
-    args: Mapping[str, object],
-    tokenizer: Tokenizer,
-    style: Style,
-    bins: Sequence[Bin],
-) -> None:
-    """Write configs, index, model card, training arguments and capacity bins into the partial directory.
+@dataclass(frozen=True)
+class HuggingFaceTarget:
+    """A Hugging Face directory that is to be made; a `Target`.
 
-    Args:
-        partial: the directory.
+    Attributes:
         job: what was asked for.
-        content, source: what was converted.
-        checkpoint: directory of the iteration that it was read from.
+        content, source: what is converted.
+        checkpoint: directory of the iteration that it is read from.
         args: the checkpoint's training arguments.
-        tokenizer: whose special ids the configs take over.
+        tokenizer: whose files are copied, or of which it is built; the configs take over its special ids.
         style: of a tokenizer that is built.
-        bins: of all ranks; written only where the job asks for them.
+        bins: capacity bins of all ranks; written only where the job asks for them.
+        disks: how many hold a part of the target each.
     """
-    architecture = source.architecture
-    bos, eos = special_token_ids(architecture.vocab, tokenizer, instruct=job.instruct)
-    pad = padding_id(tokenizer, style, architecture.vocab)
-    sampling = samples(style) and source.family.name == "llama"
-    _write_json(
-        partial / "config.json", config_json(architecture, source.family.hf_class, _main_dtype(content), bos, eos)
-    )
-    _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
-    _write_json(partial / ARGS_FILE, dict(args))
-    index = index_json(content.files)
-    if index is not None:
-        (partial / INDEX_FILE).write_text(index, encoding="utf-8")
-    (partial / CARD_FILE).write_text(model_card(content, source, checkpoint, tokenizer), encoding="utf-8")
-    if job.save_capacity_bins:
-        write_bins(partial, source, bins)
+
+    job: Job
+    content: Content
+    source: TorchCatalog
+    checkpoint: Path
+    args: Mapping[str, object]
+    tokenizer: Tokenizer
+    style: Style
+    bins: Sequence[Bin]
+    disks: int = 1
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+        """See `Target`."""
+        if is_first:
+            write_tokenizer(self.tokenizer, self.style, partial)  # first, so that what fails here fails early
+        make_files(partial, files)
+
+    def complete(
+        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
+    ) -> None:
+        """Write configs, index, model card, training arguments and capacity bins into the partial directory."""
+        if not is_first:
+            return
+        architecture, hf_class = self.source.architecture, self.source.family.hf_class
+        bos, eos = special_token_ids(architecture.vocab, self.tokenizer, instruct=self.job.instruct)
+        pad = padding_id(self.tokenizer, self.style, architecture.vocab)
+        sampling = samples(self.style) and self.source.family.name == "llama"
+        _write_json(partial / "config.json", config_json(architecture, hf_class, _main_dtype(self.content), bos, eos))
+        _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
+        _write_json(partial / ARGS_FILE, dict(self.args))
+        index = index_json(self.content.files)
+        if index is not None:
+            (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+        card = model_card(self.content, self.source, self.checkpoint, self.tokenizer)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        if self.job.save_capacity_bins:
+            write_bins(partial, self.source, self.bins)
+
+    def publish(self) -> None:
+        """See `Target`."""
+
+    def to_do(self) -> str:
+        """See `Target`; after an upload it is said there."""
+        job, lines = self.job, []
+        if job.push_to_hub:
+            return ""
+        if self.disks > 1:
+            lines.append(
+                f"{job.save_path} is a part of the model on each of {self.disks} disks: copy them into one directory"
+            )
+        if not is_huggingface(job.save_path):
+            model_type = job.source_model_type
+            how = how_to_add_tokenizer(self.tokenizer, job.save_path, instruct=job.instruct, model_type=model_type)
+            lines.append(how)
+        return "\n".join(filter(None, lines))
 
 
 def _main_dtype(content: Content) -> str:

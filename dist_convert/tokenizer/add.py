@@ -1,0 +1,146 @@
+"""`dist-convert tokenizer`: gives a converted model its tokenizer, or another one, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import TargetError, TargetExists, UsageError
+from dist_convert.formats.huggingface.config import generation_config_json, samples, special_token_ids
+from dist_convert.formats.huggingface.target import ARGS_FILE
+from dist_convert.job import TokenizerJob
+from dist_convert.read.huggingface import CONFIG_FILE
+from dist_convert.read.source import read_json
+from dist_convert.tokenizer.build import padding_id
+from dist_convert.tokenizer.find import named_tokenizer
+from dist_convert.tokenizer.huggingface import (
+    TEMPLATES,
+    files_of,
+)
+from dist_convert.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
+from dist_convert.tokenizer.write import write_tokenizer
+from dist_convert.write.files import sync, target_error
+from dist_convert.write.manifest import renew_manifest
+from dist_convert.write.partial import refuse_unfinished
+
+_GENERATION_FILE = "generation_config.json"
+_PARTIAL = ".tokenizer.partial"
+
+
+def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
+    """Write the tokenizer into the model's directory and its special ids into the model's configs.
+
+    Returns:
+        The names of all files that are new or changed.
+
+    Raises:
+        UsageError: the source is no tokenizer, or the target no model.
+        SourceError: the tokenizer cannot be converted.
+        TargetExists: the target has a tokenizer, and `--overwrite` was not given.
+        MissingPackage, TargetError
+    """
+    config = _config_of(job.target)
+    tokenizer = named_tokenizer(job.source, "SRC")
+    old = files_of(job.target)
+    _check_target(job, tokenizer, old)
+    style = style_of(
+        tokenizer,
+        job.source_model_type,
+        is_mixtral=config.get("model_type") == "mixtral",
+        scales_rope=bool(config.get("rope_scaling")),
+        max_positions=int(config.get("max_position_embeddings") or 0),
+        instruct=job.instruct,
+    )
+    rows = int(config.get("vocab_size") or 0)
+    args = read_json(job.target / ARGS_FILE) if (job.target / ARGS_FILE).is_file() else {}
+    notes = notes_on_tokenizer(tokenizer, style, job.source_model_type)
+    notes += vocabulary_warnings({"tokenizer": tokenizer.size, "args": args.get("vocab_size")}, rows, rows)
+    print(*notes, sep="\n", file=sys.stderr)
+
+    generation = job.target / _GENERATION_FILE
+    old_generation = read_json(generation) if generation.is_file() else {}
+    changed = _with_ids(config, old_generation, tokenizer, style)
+    partial = job.target / _PARTIAL
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        names = write_tokenizer(tokenizer, style, partial)
+        for name, data in changed.items():
+            (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in (*names, *changed):
+            sync(partial / name)
+        for name in (*names, *changed):
+            (job.target / name).parent.mkdir(exist_ok=True)
+            os.replace(partial / name, job.target / name)
+    except OSError as error:
+        raise target_error(error, str(error.filename or job.target)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # an upload would take it along
+    renew_manifest(job.target, gone=old, fresh=(*names, *changed))
+    _remove(job.target, [name for name in old if name not in names])
+    return (*names, *changed)
+
+
+def _remove(target: Path, obsolete: Sequence[str]) -> None:
+    """Remove what only the old tokenizer had, now that the new one is complete."""
+    try:
+        for name in obsolete:
+            (target / name).unlink(missing_ok=True)
+        if (target / TEMPLATES).is_dir() and not any((target / TEMPLATES).iterdir()):
+            (target / TEMPLATES).rmdir()
+    except OSError as error:
+        raise TargetError(
+            "the new tokenizer is written, but a file of the old one cannot be removed",
+            file=str(error.filename or target),
+            found=error.strerror or str(error),
+            remedy="remove it, or repeat the command with --overwrite",
+        ) from error
+
+
+def _config_of(target: Path) -> dict[str, Any]:
+    refuse_unfinished(target)
+    path = target / CONFIG_FILE
+    if not path.is_file():
+        raise UsageError(
+            "DST is not a converted model",
+            file=str(target),
+            expected=f"a Hugging Face directory with {CONFIG_FILE}",
+            found="no such directory" if not target.is_dir() else f"no {CONFIG_FILE}",
+            remedy="give the --save-path of the conversion",
+        )
+    return read_json(path)
+
+
+def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...]) -> None:
+    source = tokenizer.path
+    if source is not None and tokenizer.kind in ("huggingface", "slow") and source.resolve() == job.target.resolve():
+        raise UsageError("SRC and DST are the same directory", file=str(source))
+    if old and not job.overwrite:
+        raise TargetExists(
+            "the model has a tokenizer",
+            file=str(job.target),
+            found=", ".join(old),
+            remedy="replace it with --overwrite",
+        )
+
+
+def _with_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
+) -> dict[str, dict[str, Any]]:
+    """File name to content: the configs with the tokenizer's special ids, all else as it was."""
+    rows = int(config.get("vocab_size") or 0)
+    ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
+    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
+    sampling = samples(style) and config.get("model_type") == "llama"
+    generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
+    generates |= generation_config_json(bos, eos, padding_id(tokenizer, style, rows), sampling=sampling)
+    return {
+        CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos},
+        _GENERATION_FILE: generates,
+    }
