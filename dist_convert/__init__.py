@@ -6,7 +6,7 @@ neither torch nor an accelerator.
 
 from dist_convert.describe import inspect_checkpoint
 from dist_convert.errors import ConversionError
-from dist_convert.job import Job
+from dist_convert.options import Options
 from dist_convert.version import __version__
 
-__all__ = ["ConversionError", "Job", "__version__", "inspect_checkpoint"]
+__all__ = ["ConversionError", "Options", "__version__", "inspect_checkpoint"]

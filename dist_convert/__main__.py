@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_convert.cli.flags import job_from_flags, parse, ranks_to_start, verify_job_from_flags
-from dist_convert.cli.flags_to_megatron import notes_on_old_flags, to_megatron_job_from_flags
+from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, verify_job_from_flags
+from dist_convert.cli.old_flags import notes_on_old_flags
 from dist_convert.errors import ConversionError, LostRank
-from dist_convert.job import Job, ToMegatronJob, VerifyJob
+from dist_convert.options import Options, VerifyJob
 from dist_convert.ranks.signals import Signals, ending_at_once, stopped_by
 
 if TYPE_CHECKING:
@@ -83,10 +83,8 @@ def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return _run(job, stack)
 
 
-def _job(flags: argparse.Namespace) -> Job | ToMegatronJob | VerifyJob:
-    if flags.command == "hf-to-megatron":
-        return to_megatron_job_from_flags(flags)
-    return verify_job_from_flags(flags) if flags.command == "verify" else job_from_flags(flags)
+def _job(flags: argparse.Namespace) -> Options | VerifyJob:
+    return verify_job_from_flags(flags) if flags.command == "verify" else options_from_flags(flags)
 
 
 def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
@@ -150,7 +148,7 @@ def _upload(
     return 0
 
 
-def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> int:
+def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags and inspect do without
         from dist_convert.api import convert
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
@@ -181,8 +179,8 @@ def _run(job: Job | ToMegatronJob | VerifyJob, stack: contextlib.ExitStack) -> i
         leave_world(world)
         channel = None  # an upload may take hours, for which no other rank waits,
         stack.close()  # and which signals end
-        if isinstance(job, Job) and job.push_to_hub and not job.dry_run:
-            _upload(job.save_path, job.push_to_hub, job.private, job.instruct, job.source_model_type)
+        if isinstance(job, Options) and job.push_to_hub and not job.dry_run:
+            _upload(job.target, job.push_to_hub, job.private, job.instruct, job.source_model_type)
     except ConversionError as error:
         if isinstance(error, LostRank) and channel is not None:
             channel.explain(error)

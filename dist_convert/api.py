@@ -19,10 +19,10 @@ from typing import Any
 
 from dist_convert.errors import PlanError, ValueOverflow
 from dist_convert.hf_to_megatron import hf_to_megatron
-from dist_convert.job import Job, ToMegatronJob
 from dist_convert.megatron_to_hf import megatron_to_hf
 from dist_convert.move.pipeline import Moved, move
 from dist_convert.move.timeline import Timeline, traced
+from dist_convert.options import TORCH, Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
@@ -31,7 +31,7 @@ from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import local_name
 from dist_convert.report import Outcome, describe_plan, load_of, outcome_text, peak_memory_bytes, resume_line
-from dist_convert.task import RunOptions, Task, Writers, find_writers
+from dist_convert.task import Task, Writers, find_writers
 from dist_convert.verify.verify import compare_with_source, prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
@@ -54,11 +54,11 @@ from dist_convert.write.resume import (
 )
 
 
-def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome | None:
+def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
     """Convert a checkpoint, together with all other ranks.
 
     Args:
-        job: what to convert, and in which direction.
+        job: what to convert, and into which format.
         world: this rank among the others.
         channel: for progress, and for what takes longer than a collective waits.
 
@@ -68,7 +68,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     Raises:
         ConversionError: see `errors`; nothing is left under the target's name.
     """
-    task = hf_to_megatron(job, world, channel) if isinstance(job, ToMegatronJob) else megatron_to_hf(job, world)
+    task = hf_to_megatron(job, world, channel) if job.to == TORCH else megatron_to_hf(job, world)
     placement = choose_placement(job.placement, world, task.visible, task.places)
     writers = find_writers(task, world)
     plan = _divide(task, writers, job, world, placement, NOTHING_DONE)
@@ -116,7 +116,7 @@ def convert(job: Job | ToMegatronJob, world: World, channel: Channel) -> Outcome
     return outcome
 
 
-def _give_name(task: Task, held: Held, job: RunOptions) -> None:
+def _give_name(task: Task, held: Held, job: Options) -> None:
     if not held.has_name:
         commit(task.partial, task.target, overwrite=job.overwrite)
 
@@ -125,7 +125,7 @@ def _done_before(task: Task) -> str:
     return f"{task.target} is complete already, by an earlier run of this conversion"
 
 
-def _divide(task: Task, writers: Writers, job: RunOptions, world: World, placement: str, done: Done) -> Plan:
+def _divide(task: Task, writers: Writers, job: Options, world: World, placement: str, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank."""
     plan = divide(
         writers.content,
@@ -143,7 +143,7 @@ def _divide(task: Task, writers: Writers, job: RunOptions, world: World, placeme
 def _make(
     task: Task,
     writers: Writers,
-    job: Job | ToMegatronJob,
+    job: Options,
     plan: Plan,
     world: World,
     channel: Channel,
@@ -180,7 +180,7 @@ def _make(
     return replace(Outcome.of_ranks(outcomes, 0.0), synced_seconds=time.monotonic() - started)
 
 
-def _describe(task: Task, job: Job | ToMegatronJob, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
+def _describe(task: Task, job: Options, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
     """Write the manifest at every place, and what else a divided target has everywhere."""
     records = {
         file.name: file_record(task.partial / local_name(file.name), known.get(file.name, ()))
@@ -223,7 +223,7 @@ def _earlier_outcome(history: History) -> dict[str, object]:
     return {"read_bytes": 0, "gathered_bytes": 0, "written_bytes": 0, "peak_memory_bytes": 0, **history.changed}
 
 
-def _check_outcomes(job: RunOptions, content: Content, start: Start, outcomes: Sequence[dict[str, object]]) -> None:
+def _check_outcomes(job: Options, content: Content, start: Start, outcomes: Sequence[dict[str, object]]) -> None:
     """Every byte of the plan must have been written, by this run or an earlier one, and no value lost its size.
 
     Raises:

@@ -22,9 +22,9 @@ from dist_convert.formats.torch.target import (
 )
 from dist_convert.formats.torch.target_args import read_margs, target_tokenizer
 from dist_convert.formats.torch.target_shards import target_dtypes
-from dist_convert.job import TARGET_DTYPES, ToMegatronJob
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, plan_content
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World, gather_objects
@@ -36,7 +36,7 @@ from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.places import find_places, refuse_several_places
 
 
-def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
+def hf_to_megatron(job: Options, world: World, channel: Channel) -> Task:
     """Read the model's headers and work out the Megatron checkpoint that it becomes.
 
     Raises:
@@ -45,7 +45,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     model = open_huggingface(_fetch(job, world, channel), world)
     iteration = job.iteration
     name = "release" if iteration is None else f"iter_{iteration:07d}"
-    places = _places(job, world, job.save_dir / name)
+    places = _places(job, world, job.target / name)
     given = _given(job, world, model.directory)
     biases = _output_biases(model.config)
     zeros = biases if all_are_zero(world, model.directory, model.found.visible, model.stored, biases) else set()
@@ -61,7 +61,7 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
         source_identity=model.found.identity,
         source_listing=model.found.listing,
         visible=model.found.visible,
-        target=job.save_dir / name,
+        target=job.target / name,
         places=places,
         writable=writable,
         target_flag="--save-dir",
@@ -70,26 +70,26 @@ def hf_to_megatron(job: ToMegatronJob, world: World, channel: Channel) -> Task:
     )
 
 
-def _fetch(job: ToMegatronJob, world: World, channel: Channel) -> Path:
+def _fetch(job: Options, world: World, channel: Channel) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
-    refuse_unfinished(Path(job.load_dir))
-    is_here: list[bool] = gather_objects(world, Path(job.load_dir).is_dir())
+    refuse_unfinished(Path(job.source))
+    is_here: list[bool] = gather_objects(world, Path(job.source).is_dir())
     if all(is_here):
-        return Path(job.load_dir)
+        return Path(job.source)
     if any(is_here):
         raise CheckpointNotFound(
             "the Hugging Face directory is not on every node",
-            file=job.load_dir,
+            file=job.source,
             expected="a directory on every rank, with config.json and those of the weights files that are there",
             found=f"nothing on rank {is_here.index(False)}",
             remedy="copy it there, or give a hub id; check --load-dir on every node",
         )
-    name: str = gather_objects(world, revision_on_hub(job.load_dir) if world.rank == 0 else "")[0]
+    name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
     channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
     return fetched_directory(name)
 
 
-def _given(job: ToMegatronJob, world: World, directory: Path) -> Given:
+def _given(job: Options, world: World, directory: Path) -> Given:
     """Rank 0's answer for all: paths may lead elsewhere on other nodes, and all ranks must write the same args.
 
     Raises:
@@ -98,11 +98,11 @@ def _given(job: ToMegatronJob, world: World, directory: Path) -> Given:
     mine: list[Any] = []
     if world.rank == 0:
         margs = read_margs(job.source_margs_file) if job.source_margs_file else None
-        mine = [margs, *target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.load_dir, directory, margs)]
+        mine = [margs, *target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, directory, margs)]
     return Given(*gather_objects(world, mine)[0])
 
 
-def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:
+def _places(job: Options, world: World, target: Path) -> tuple[int, ...]:
     """For each rank, the number of the place where its target lies.
 
     Raises:
@@ -117,7 +117,7 @@ def _places(job: ToMegatronJob, world: World, target: Path) -> tuple[int, ...]:
 
 
 def _plan(
-    job: ToMegatronJob,
+    job: Options,
     model: HuggingFaceModel,
     zeros: set[str],
     given: Given,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
 from dist_convert.formats.huggingface.target import HuggingFaceTarget
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.open import open_torch
-from dist_convert.job import TARGET_DTYPES, Job
 from dist_convert.model import Where
+from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
@@ -23,7 +24,7 @@ from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.safetensors_files import lay_out_files
 
 
-def megatron_to_hf(job: Job, world: World) -> Task:
+def megatron_to_hf(job: Options, world: World) -> Task:
     """Read the shards' headers and work out the Hugging Face directory that they become.
 
     Raises:
@@ -32,9 +33,9 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     """
     notes = []
     if job.push_to_hub and world.rank == 0:
-        notes.append(check_upload(job.save_path, job.push_to_hub, private=job.private))
-    refuse_unfinished(job.load_path, job.ckpt_dir_name)
-    where = Where(job.load_path, job.ckpt_dir_name, job.habana_imported_experts, job.true_vocab_size, job.tokenizer)
+        notes.append(check_upload(job.target, job.push_to_hub, private=job.private))
+    refuse_unfinished(Path(job.source), job.ckpt_dir_name)
+    where = Where(Path(job.source), job.ckpt_dir_name, job.habana_imported_experts, job.true_vocab_size, job.tokenizer)
     model = open_torch(where, world)
     directory, found, shards, args, tokenizer = model.directory, model.found, model.shards, model.args, model.tokenizer
     if job.push_to_hub and tokenizer.kind == "none":
@@ -72,7 +73,7 @@ def megatron_to_hf(job: Job, world: World) -> Task:
         source_identity=found.identity,
         source_listing=found.listing,
         visible=found.visible,
-        target=job.save_path,
+        target=job.target,
         places=places,
         writable=writable,
         target_flag="--save-path",
@@ -86,22 +87,22 @@ def megatron_to_hf(job: Job, world: World) -> Task:
     )
 
 
-def _places(job: Job, world: World) -> tuple[int, ...]:
+def _places(job: Options, world: World) -> tuple[int, ...]:
     """For each rank, the number of the place where its target lies.
 
     Raises:
         TargetError: nodes see different targets, and no flag says that this is meant.
     """
-    places = find_places(world, job.save_path, "--save-path")
+    places = find_places(world, job.target, "--save-path")
     if not job.save_per_node:
         refuse_several_places(
-            places, job.save_path, "--save-path", ", or give --save-per-node if each node is to keep some of the files"
+            places, job.target, "--save-path", ", or give --save-per-node if each node is to keep some of the files"
         )
     return places
 
 
 def _notes_on_places(
-    job: Job, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
+    job: Options, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
 ) -> list[str]:
     if not job.save_per_node:
         return []

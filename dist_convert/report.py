@@ -12,9 +12,9 @@ from typing import Any
 
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
-from dist_convert.job import Job
 from dist_convert.models.schema import Architecture
 from dist_convert.move.timeline import PHASES
+from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes
@@ -43,7 +43,7 @@ def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
 
 
 def notes_on(
-    job: Job,
+    job: Options,
     content: Content,
     architecture: Architecture,
     shards: Mapping[str, Shard],

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from dist_convert.formats.format import Target
 from dist_convert.plan.content import Content
@@ -19,31 +18,6 @@ from dist_convert.read.source import Listing
 from dist_convert.records import TargetFile
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
-
-
-class RunOptions(Protocol):
-    """The part of a job that does not depend on the direction; sizes in bytes."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def placement(self) -> str: ...
-    @property
-    def max_memory_per_rank_bytes(self) -> int: ...
-    @property
-    def dry_run(self) -> bool: ...
-    @property
-    def overwrite(self) -> bool: ...
-    @property
-    def allow_overflow(self) -> bool: ...
-    @property
-    def verify(self) -> str | None: ...
-    @property
-    def trace(self) -> Path | None: ...
-    @property
-    def target_params_dtype(self) -> str: ...
-    @property
-    def timeout_seconds(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from dist_convert.__main__ import job_from_flags, main, parse
+from dist_convert.__main__ import main, options_from_flags, parse
 from dist_convert.cli.flags import build_parser
-from dist_convert.cli.flags_to_megatron import to_megatron_job_from_flags
-from dist_convert.job import Job
+from dist_convert.options import Options
 from tests.checkpoints import Model, make
 from tests.converting import assert_same, read_tensors
 
@@ -23,8 +22,8 @@ UNSAID = ("the same", "instead of", "no effect", "checked against", "is refused"
 PATHS = ("--load-path", "/in", "--save-path", "/out")
 
 
-def job(*flags: str) -> Job:
-    return job_from_flags(parse(["megatron-to-hf", *flags]))
+def job(*flags: str) -> Options:
+    return options_from_flags(parse(["megatron-to-hf", *flags]))
 
 
 def job_file(tmp_path: Path, text: str) -> str:
@@ -34,9 +33,10 @@ def job_file(tmp_path: Path, text: str) -> str:
 
 
 def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() -> None:
-    assert job(*PATHS) == Job(
-        load_path=Path("/in"),
-        save_path=Path("/out"),
+    assert job(*PATHS) == Options(
+        "huggingface",
+        source="/in",
+        target=Path("/out"),
         ckpt_dir_name=None,
         target_params_dtype="bf16",
         source_model_type=None,
@@ -230,16 +230,42 @@ def test_a_job_file_may_hold_any_flag_with_dashes_or_underscores(dash: str, tmp_
     """
     lines = [line.strip() for line in text.strip().splitlines()]
     text = "\n".join(f"{line.partition(':')[0].replace('-', dash)}:{line.partition(':')[2]}" for line in lines)
-    assert job("--config", job_file(tmp_path, text)) == Job(
-        Path("/in"), Path("/out"), "release", "fp32", "llama3.1", True, True, 2_000_000_000, 32000, Path("/tokenizer"),
-        True, True, "cpu", "gather", 512_000_000, True, True, "org/name", True, 3600,
-    )  # fmt: skip
+    assert job("--config", job_file(tmp_path, text)) == Options(
+        "huggingface",
+        source="/in",
+        target=Path("/out"),
+        ckpt_dir_name="release",
+        target_params_dtype="fp32",
+        source_model_type="llama3.1",
+        instruct=True,
+        save_capacity_bins=True,
+        max_shard_size_bytes=2_000_000_000,
+        true_vocab_size=32000,
+        tokenizer=Path("/tokenizer"),
+        habana_imported_experts=True,
+        allow_overflow=True,
+        device="cpu",
+        placement="gather",
+        max_memory_per_rank_bytes=512_000_000,
+        dry_run=True,
+        overwrite=True,
+        push_to_hub="org/name",
+        private=True,
+        timeout_seconds=3600,
+    )
 
 
 def test_a_flag_on_the_command_line_wins_over_the_job_file(tmp_path: Path) -> None:
     file = job_file(tmp_path, "load-path: /in\nsave-path: /out\nmax-shard-size: 1GB\ninstruct: true\n")
     wanted = job("--config", file, "--save-path", "/elsewhere", "--max-shard-size", "3GB", "--no-instruct")
-    assert wanted == Job(Path("/in"), Path("/elsewhere"), max_shard_size_bytes=3_000_000_000, instruct=False)
+    assert wanted == Options(
+        "huggingface",
+        "/in",
+        target=Path("/elsewhere"),
+        target_params_dtype="bf16",
+        max_shard_size_bytes=3_000_000_000,
+        instruct=False,
+    )
 
 
 def test_the_command_line_switches_off_the_verification_that_a_job_file_asks_for(tmp_path: Path) -> None:
@@ -249,9 +275,9 @@ def test_the_command_line_switches_off_the_verification_that_a_job_file_asks_for
 
 def test_of_flags_that_exclude_each_other_the_command_line_wins_over_the_job_file(tmp_path: Path) -> None:
     file = job_file(tmp_path, "load-dir: /in\nsave-dir: /out\nbf16: true\nrelease: true\n")
-    wanted = to_megatron_job_from_flags(parse(["hf-to-megatron", "--config", file, "--fp16", "--iteration", "3"]))
+    wanted = options_from_flags(parse(["hf-to-megatron", "--config", file, "--fp16", "--iteration", "3"]))
     assert (wanted.target_params_dtype, wanted.iteration) == ("fp16", 3)
-    assert to_megatron_job_from_flags(parse(["hf-to-megatron", "--config", file])).iteration is None
+    assert options_from_flags(parse(["hf-to-megatron", "--config", file])).iteration is None
 
 
 def test_a_job_file_with_flags_that_exclude_each_other_is_named(
@@ -281,7 +307,7 @@ def test_an_empty_or_false_entry_of_a_job_file_is_as_if_absent(tmp_path: Path) -
 
 def test_a_value_of_a_job_file_may_begin_with_a_dash(tmp_path: Path) -> None:
     file = job_file(tmp_path, "load-path: -odd-name\nsave-path: /out\n")
-    assert job("--config", file).load_path == Path("-odd-name")
+    assert job("--config", file).source == "-odd-name"
 
 
 @pytest.mark.parametrize(
@@ -326,13 +352,13 @@ def test_rank_local_rank_and_node_are_filled_into_the_load_path(monkeypatch: pyt
     for name, number in {"RANK": "13", "LOCAL_RANK": "5", "GROUP_RANK": "1"}.items():
         monkeypatch.setenv(name, number)
     wanted = job("--load-path", "/node{node}/disk{local_rank}/of{rank}", "--save-path", "/out")
-    assert wanted.load_path == Path("/node1/disk5/of13")
+    assert wanted.source == "/node1/disk5/of13"
 
 
 def test_rank_local_rank_and_node_are_0_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert job("--load-path", "/{node}/{local_rank}/{rank}", "--save-path", "/out").load_path == Path("/0/0/0")
+    assert job("--load-path", "/{node}/{local_rank}/{rank}", "--save-path", "/out").source == "/0/0/0"
 
 
 def test_the_module_converts_as_one_rank_without_torchrun(tmp_path: Path) -> None:

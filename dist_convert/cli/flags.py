@@ -1,27 +1,32 @@
-"""The flags of every command but `hf-to-megatron`, on the command line and in YAML files, and their checked values."""
+"""The flags of every command, on the command line and in YAML files, and their checked values."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import Field
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_convert.cli.old_flags import add_old_flags
 from dist_convert.errors import UsageError
-from dist_convert.job import (
-    DEVICES,
-    PLACEMENTS,
+from dist_convert.options import (
+    COMMANDS,
+    HUGGINGFACE,
     SAMPLE,
     SOURCE_MODEL_TYPES,
-    TARGET_DTYPES,
-    VERIFICATIONS,
-    Job,
+    TORCH,
+    Option,
+    Options,
     TokenizerJob,
     VerifyJob,
+    default_of,
+    flag_of,
+    options_to,
 )
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
@@ -338,10 +343,6 @@ def add_push(commands: Any) -> None:
     add_switch(push, "--private", "for members only; a public repository is refused")
 
 
-#: Flags without which no command that has them can start.
-_REQUIRED = ("--load-path", "--save-path", "--load-dir", "--save-dir")
-
-
 class Parser(argparse.ArgumentParser):
     """Raises its errors instead of exiting, so that one rank prints them; knows flags by their whole names only."""
 
@@ -357,10 +358,10 @@ def add_switch(group: Any, flag: str, help_text: str) -> None:
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=f"{help_text} (default: off)")
 
 
-def add_size(group: Any, flag: str, default: str, help_text: str) -> None:
+def add_size(group: Any, flag: str, default: str, help_text: str, dest: str | None = None) -> None:
     """A flag that takes a size in bytes."""
     shown = f"{help_text}, such as 512MB or 2GiB (default: {default})"
-    group.add_argument(flag, metavar="SIZE", type=size, default=default, help=shown)
+    group.add_argument(flag, metavar="SIZE", dest=dest, type=size, default=default, help=shown)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -368,10 +369,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from dist_convert.cli.flags_to_megatron import add_hf_to_megatron  # they use the types above
-
-    _add_megatron_to_hf(commands)
-    add_hf_to_megatron(commands)
+    _add_conversion(commands, HUGGINGFACE)
+    add_old_flags(_add_conversion(commands, TORCH))
     add_tokenizer_command(commands)
     add_push(commands)
     add_verify(commands)
@@ -384,66 +383,63 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
-def _add_megatron_to_hf(commands: Any) -> None:
-    command = commands.add_parser(
-        "megatron-to-hf",
-        help="convert a Megatron checkpoint to a Hugging Face directory",
-        description="Convert a Megatron checkpoint to a Hugging Face directory. --ranks or torchrun share the work "
+def _add_conversion(commands: Any, to: str) -> argparse.ArgumentParser:
+    """The command that makes a format, with the flags of its options."""
+    command: argparse.ArgumentParser = commands.add_parser(COMMANDS[to], **_CONVERSIONS[to])
+    groups = {name: command.add_argument_group(name) for name in ("source", "target", "run")}
+    for one, known in options_to(to):
+        _add_option(groups[known.group], one, known, to)
+    add_ranks(groups["run"])
+    groups["run"].add_argument(
+        "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
+    )
+    return command
+
+
+_CONVERSIONS: dict[str, dict[str, str]] = {
+    HUGGINGFACE: {
+        "help": "convert a Megatron checkpoint to a Hugging Face directory",
+        "description": "Convert a Megatron checkpoint to a Hugging Face directory. --ranks or torchrun share the work "
         "among ranks; alone it is one rank.",
-        epilog="{rank}, {local_rank} and {node} in --load-path and --save-path are replaced by this rank's numbers.",
-    )
-    source = command.add_argument_group("source")
-    source.add_argument("--load-path", metavar="PATH", help="(required) root of the Megatron checkpoint")
-    source.add_argument(
-        "--ckpt-dir-name", metavar="NAME", help="iteration directory, such as iter_0000004 (default: the tracker file)"
-    )
-    said = (
-        "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win (default: "
-        "from the args)"
-    )
-    source.add_argument("--source-model-type", choices=SOURCE_MODEL_TYPES, help=said)
-    source.add_argument(
-        "--true-vocab-size", metavar="N", type=positive, help="tokens without padding (default: args, then tokenizer)"
-    )
-    which = (
-        "directory, tokenizer.model, or org/name of a model in the hub's cache (default: what the args name, here or "
-        "beside the checkpoint)"
-    )
-    source.add_argument("--tokenizer", metavar="PATH", type=Path, help=which)
-    add_switch(
-        source,
-        "--habana-imported-experts",
-        "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
-        "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
-        "that was trained since",
-    )
-    target = command.add_argument_group("target")
-    target.add_argument("--save-path", metavar="PATH", help="(required) Hugging Face directory to be made")
-    add_switch(
-        target,
-        "--save-per-node",
-        "--save-path lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
-        "no weights; all nodes' directories copied into one are the model",
-    )
-    target.add_argument(
-        "--target-params-dtype",
-        choices=tuple(TARGET_DTYPES),
-        default="bf16",
-        help="dtype of the weights stored in the checkpoint's params dtype; others keep theirs (default: bf16)",
-    )
-    add_switch(target, "--allow-overflow", "accept values that become infinite in fp16")
-    add_size(target, "--max-shard-size", "5GB", "of a weights file, at most")
-    add_switch(target, "--instruct", "write end-of-turn tokens, sampling defaults, chat template of an instruct model")
-    add_switch(target, "--save-capacity-bins", "write Habana's capacity_bins.pt")
-    add_switch(target, "--overwrite", "replace an existing target")
-    target.add_argument(
-        "--push-to-hub",
-        metavar="org/name",
-        type=repository,
-        help="upload the finished directory to this repository, which is made if it is not there (default: no upload)",
-    )
-    add_switch(target, "--private", "with --push-to-hub: for members only; a public repository is refused")
-    add_run_flags(command)
+        "epilog": "{rank}, {local_rank} and {node} in --load-path and --save-path are replaced by this rank's numbers.",
+    },
+    TORCH: {
+        "help": "convert a Hugging Face model to a Megatron checkpoint",
+        "description": "Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. "
+        "--ranks or torchrun share the work among ranks; alone it is one rank.",
+        "epilog": "{rank}, {local_rank} and {node} in --save-dir are replaced by this rank's numbers.",
+    },
+}
+
+
+def _add_option(group: Any, one: Field[Any], known: Option, to: str) -> None:
+    """The flags of one option."""
+    constants = (known.constants or {}).get(to, {})
+    if constants and known.const is None:
+        group = group.add_mutually_exclusive_group()
+    flags = (known.flags or {}).get(to) or (flag_of(one, to),)
+    text, shown = (said if isinstance(said, str) else said.get(to, "") for said in (known.help, known.shown))
+    if known.kind == "switch":
+        add_switch(group, flags[0], text)
+    elif known.kind == "size":
+        add_size(group, flags[0], shown, text, dest=one.name)
+    else:
+        how: dict[str, Any] = {"nargs": "?", "const": known.const} if known.const else {}
+        how |= {"choices": known.choices} if known.choices else {"metavar": known.metavar, "type": _TYPES[known.kind]}
+        default = None if one.name in _PATHS else default_of(one, to)
+        group.add_argument(
+            *flags, dest=one.name, default=default, help=text + (f" (default: {shown})" if shown else ""), **how
+        )
+    for flag, (value, meaning) in constants.items():
+        group.add_argument(flag, dest=one.name, action="store_const", const=value, help=meaning)
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "text": str, "path": Path, "count": positive, "number": positive_or_zero, "seconds": seconds,
+    "repository": repository,
+}  # fmt: skip
+#: Options without which no conversion can start.
+_PATHS = ("source", "target")
 
 
 def add_timeout(group: Any) -> None:
@@ -455,44 +451,6 @@ def add_timeout(group: Any) -> None:
         type=seconds,
         default=600,
         help="that ranks wait for one of them that is silent (default: 600)",
-    )
-
-
-def add_run_flags(command: argparse.ArgumentParser) -> None:
-    """Flags that both directions have."""
-    run = command.add_argument_group("run")
-    run.add_argument(
-        "--device", choices=DEVICES, default="auto", help="that collectives use (default: auto, what is there)"
-    )
-    run.add_argument(
-        "--placement",
-        choices=PLACEMENTS,
-        default="auto",
-        help="gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes "
-        "(default: auto, direct on the CPU where every rank sees every file, else gather)",
-    )
-    add_ranks(run)
-    add_size(run, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
-    add_timeout(run)
-    run.add_argument(
-        "--verify",
-        nargs="?",
-        choices=VERIFICATIONS,
-        const="full",
-        help="compare what was written with the source before it gets its name: all of it, or a sample (default: off)",
-    )
-    run.add_argument(
-        "--no-verify", dest="verify", action="store_const", const=None, help="do not (default: as the job file says)"
-    )
-    run.add_argument(
-        "--trace",
-        metavar="FILE",
-        type=Path,
-        help="write down where the time of every rank goes, in Chrome's trace format (default: off)",
-    )
-    add_switch(run, "--dry-run", "show what each rank would do; exit 0 if it would start")
-    run.add_argument(
-        "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
     )
 
 
@@ -516,49 +474,42 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{program}: unrecognized arguments: {' '.join(unknown)}",
             remedy=f"see {program} --help{suggestion(unknown, known)}",
         )
-    missing = [flag for flag in _REQUIRED if getattr(flags, flag[2:].replace("-", "_"), "") is None]
+    to = _FORMATS.get(flags.command)
+    missing = (
+        [flag_of(o, to) for o, _ in options_to(to) if o.name in _PATHS and not getattr(flags, o.name)] if to else []
+    )
     if missing:  # checked here: argparse would name these first, and hide a misspelt one
         raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
     return flags
 
 
-def job_from_flags(flags: argparse.Namespace) -> Job:
-    """The job of `megatron-to-hf`.
+_FORMATS = {command: to for to, command in COMMANDS.items()}
+
+
+def options_from_flags(flags: argparse.Namespace) -> Options:
+    """The options of a conversion.
 
     Raises:
-        UsageError: a flag that has no meaning without another.
+        UsageError: a flag that has no meaning without another, or flags that exclude each other.
     """
-    if flags.private and not flags.push_to_hub:
+    to = _FORMATS[flags.command]
+    values = {one.name: getattr(flags, one.name) for one, _ in options_to(to)}
+    source = with_numbers(flags.source) if to == HUGGINGFACE else flags.source
+    options = Options(to, **{**values, "source": source, "target": Path(with_numbers(flags.target)).resolve()})
+    if options.private and not options.push_to_hub:
         raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
-    if flags.push_to_hub and flags.save_per_node:
+    if options.push_to_hub and options.save_per_node:
         raise UsageError(
             "no node has all files to upload",
             found="--push-to-hub with --save-per-node",
             remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: dist-convert "
-            f"push DIRECTORY {flags.push_to_hub}",
+            f"push DIRECTORY {options.push_to_hub}",
         )
-    return Job(
-        load_path=Path(with_numbers(flags.load_path)),
-        save_path=Path(with_numbers(flags.save_path)).resolve(),
-        save_per_node=flags.save_per_node,
-        ckpt_dir_name=flags.ckpt_dir_name,
-        target_params_dtype=flags.target_params_dtype,
-        source_model_type=flags.source_model_type,
-        instruct=flags.instruct,
-        save_capacity_bins=flags.save_capacity_bins,
-        max_shard_size_bytes=flags.max_shard_size,
-        true_vocab_size=flags.true_vocab_size,
-        tokenizer=flags.tokenizer,
-        habana_imported_experts=flags.habana_imported_experts,
-        allow_overflow=flags.allow_overflow,
-        device=flags.device,
-        placement=flags.placement,
-        max_memory_per_rank_bytes=flags.max_memory_per_rank,
-        dry_run=flags.dry_run,
-        overwrite=flags.overwrite,
-        push_to_hub=flags.push_to_hub,
-        private=flags.private,
-        timeout_seconds=flags.timeout_seconds,
-        verify=flags.verify,
-        trace=flags.trace,
-    )
+    sayings = ("pipeline_model_parallel_layout", "target_virtual_pipeline_parallel_size",
+               "num_layers_per_virtual_pipeline_stage")  # fmt: skip
+    given = [f"--{name.replace('_', '-')}" for name in sayings if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise UsageError(
+            "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
+        )
+    return options

@@ -13,7 +13,7 @@ from typing import Any
 from dist_convert.errors import TargetError, TargetExists, UsageError
 from dist_convert.formats.huggingface.config import generation_config_json, samples, special_token_ids
 from dist_convert.formats.huggingface.target import ARGS_FILE
-from dist_convert.job import TokenizerJob
+from dist_convert.options import TokenizerJob
 from dist_convert.read.huggingface import CONFIG_FILE
 from dist_convert.read.source import read_json
 from dist_convert.tokenizer.build import padding_id

@@ -16,8 +16,8 @@ from typing import Any
 from dist_convert.errors import DifferentModel, PlanError, UsageError
 from dist_convert.formats.huggingface.open import HuggingFaceModel
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.job import SAMPLE, Job, ToMegatronJob, VerifyJob
 from dist_convert.model import Where
+from dist_convert.options import HUGGINGFACE, SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Channel, show_progress
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.task import Task
@@ -155,7 +155,7 @@ class Check:
     sample: Fraction
 
 
-def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Check | None:
+def prepare_check(job: Options, task: Task, world: World) -> Check | None:
     """Get ready to compare a conversion's target with its source; None where that was not asked for.
 
     Raises:
@@ -166,7 +166,7 @@ def prepare_check(job: Job | ToMegatronJob, task: Task, world: World) -> Check |
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
     where = Where(task.source)
-    if isinstance(job, Job):
+    if job.to == HUGGINGFACE:
         where = Where(
             task.source,
             habana_imported_experts=job.habana_imported_experts,

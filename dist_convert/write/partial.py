@@ -25,13 +25,6 @@ from dist_convert.write.lock import Lock, check_unlocked
 
 #: Of the digests in an identity and in a manifest: 2 since copies are the intersection of two catalogs.
 FORMAT = 2
-#: Flags that may change from one run to the next without a word, because no byte depends on them.
-FREE_FLAGS = frozenset(
-    {
-        "device", "placement", "max_memory_per_rank_bytes", "dry_run", "overwrite", "verbose", "allow_overflow",
-        "push_to_hub", "private", "timeout_seconds", "verify", "trace", "save_per_node",
-    }
-)  # fmt: skip
 _SHOWN = 5
 
 
@@ -52,7 +45,7 @@ def identity(
         "plan": plan,
         "source": {file: list(fields) for file, fields in sorted(source.items())},
         "settings": dict(settings),
-        "flags": {name: value for name, value in flags.items() if name not in FREE_FLAGS},
+        "flags": dict(flags),
         "version": version,
     }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dist_convert.errors import (
     SourceChanged,
     ValueOverflow,
 )
-from dist_convert.job import Job, ToMegatronJob
+from dist_convert.options import Options, fingerprint
 from dist_convert.plan.content import digest
 from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers
@@ -73,16 +73,15 @@ from dist_convert.write.partial import (
 _PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
 
 
-def identity_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+def identity_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
     """What an unfinished target must have been made from, for this conversion to go on with it where a rank has it."""
-    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(job).items()}
     settings = dict(task.layout.settings)
     if task.is_divided:
         settings["weights files here"] = file_numbers(task.content, task.writable[rank])
-    return identity(task.content.digest, task.source_identity, settings, flags, __version__)
+    return identity(task.content.digest, task.source_identity, settings, fingerprint(job), __version__)
 
 
-def facts_of(task: Task, job: Job | ToMegatronJob, rank: int) -> dict[str, Any]:
+def facts_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
     """What the manifest says of a conversion; of a divided target the same as of one that all nodes share."""
     known = identity_of(task, job, rank)
     flags = {name: value for name, value in known["flags"].items() if name not in _PATHS}
@@ -116,14 +115,14 @@ class Start:
     journal: Journal
 
 
-def has_name(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
+def has_name(task: Task, job: Options, rank: int) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
     facts = facts_of(task, job, rank)
     is_settled = not job.overwrite and is_complete(task.target, facts, task.elsewhere(rank))
     return is_settled or is_committed(task.target, identity_of(task, job, rank))
 
 
-def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
+def check_start(task: Task, job: Options, rank: int) -> int:
     """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes.
 
     Raises:
@@ -144,7 +143,7 @@ def check_start(task: Task, job: Job | ToMegatronJob, rank: int) -> int:
     return free_bytes
 
 
-def notes_on_replacing(task: Task, job: Job | ToMegatronJob, rank: int) -> list[str]:
+def notes_on_replacing(task: Task, job: Options, rank: int) -> list[str]:
     """What `--overwrite` is going to remove."""
     if not job.overwrite or not is_converted(task.target) or has_name(task, job, rank):
         return []
@@ -153,7 +152,7 @@ def notes_on_replacing(task: Task, job: Job | ToMegatronJob, rank: int) -> list[
     return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
 
 
-def goes_on(task: Task, job: Job | ToMegatronJob, rank: int) -> bool:
+def goes_on(task: Task, job: Options, rank: int) -> bool:
     """Whether an earlier run has left what this conversion would go on with."""
     return is_unfinished(task.partial, identity_of(task, job, rank))
 
@@ -254,7 +253,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def held_target(task: Task, job: Job | ToMegatronJob, world: World) -> Iterator[Held]:
+def held_target(task: Task, job: Options, world: World) -> Iterator[Held]:
     """Hold the target for this conversion; errors inside say how to go on with it.
 
     Raises:

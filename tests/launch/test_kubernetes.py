@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dist_convert.cli.flags import job_from_flags, parse
+from dist_convert.cli.flags import options_from_flags, parse
 from tests.distributed.launching import REPOSITORY
 
 training = pytest.importorskip("kubeflow.training.models", reason="kubeflow-training is not installed")
@@ -85,9 +86,9 @@ def test_the_arguments_are_a_command_line_of_ours(name: str) -> None:
     arguments = [container["args"] for container in containers(name) if "args" in container]
     assert arguments
     for words in arguments:
-        parsed = job_from_flags(parse(words))
-        assert parsed.load_path.is_relative_to("/shared")
-        assert parsed.save_path.is_relative_to("/shared")
+        parsed = options_from_flags(parse(words))
+        assert Path(parsed.source).is_relative_to("/shared")
+        assert parsed.target.is_relative_to("/shared")
 
 
 @pytest.mark.parametrize("name", JOBS)

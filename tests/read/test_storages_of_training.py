@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_convert.api import convert as convert_job
-from dist_convert.job import Job
+from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import join_world
 from dist_convert.report import Outcome
@@ -25,7 +25,7 @@ GRID_NAMES = ["one file", "TP2 PP2 VPP2", "Mixtral TP2 EP2"]
 
 
 def outcome_of(source: Path, target: Path, **flags: Any) -> Outcome:
-    job = Job(load_path=source, save_path=target, target_params_dtype="keep", **flags)
+    job = Options("huggingface", str(source), target=target, target_params_dtype="keep", **flags)
     outcome = convert_job(job, join_world("cpu", 60.0), Channel(0, 1))
     assert outcome is not None
     return outcome

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from dist_convert.__main__ import main
-from dist_convert.cli.flags import parse
-from dist_convert.cli.flags_to_megatron import to_megatron_job_from_flags
+from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.errors import UsageError
 from dist_convert.hf_to_megatron import hf_to_megatron
-from dist_convert.job import ToMegatronJob
+from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
 from tests.checkpoints import Grid, Model, hf_tensors
@@ -41,8 +40,8 @@ def words(command: str, hf: Path, **values: Any) -> list[str]:
     return ["hf-to-megatron", *command.format(hf=hf, save=hf.parent / "megatron", **values).split()]
 
 
-def job(*flags: str) -> ToMegatronJob:
-    return to_megatron_job_from_flags(parse(["hf-to-megatron", "--load-dir", "/hf", "--save-dir", "/out", *flags]))
+def job(*flags: str) -> Options:
+    return options_from_flags(parse(["hf-to-megatron", "--load-dir", "/hf", "--save-dir", "/out", *flags]))
 
 
 LLAMA3_70B = Model(
@@ -53,7 +52,7 @@ LLAMA3_70B = Model(
 def test_the_old_llama_command_plans_a_model_of_70_billion(tmp_path: Path) -> None:
     make_sparse_huggingface(tmp_path / "hf", LLAMA3_70B, files=30)
     (tmp_path / "hf" / "source_megatron_args.json").write_text(json.dumps(MARGS))
-    asked = to_megatron_job_from_flags(parse(words(LLAMA_COMMAND, tmp_path / "hf", TP=8, PP=4)))
+    asked = options_from_flags(parse(words(LLAMA_COMMAND, tmp_path / "hf", TP=8, PP=4)))
     task = hf_to_megatron(asked, ALONE, Channel(0, 1))
     assert len(task.content.files) == 32
     # As published; the rows of padding to 128 x 8 (768 in the embedding, 768 in the head); 161 norms on 7 more ranks.
@@ -137,7 +136,7 @@ def test_a_model_size_is_compared_with_the_config(size: str, fits: bool, tmp_pat
     )
     make_sparse_huggingface(tmp_path / "hf", llama3_8b, files=2)
     flags = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), "--model-size", size]
-    asked = to_megatron_job_from_flags(parse(["hf-to-megatron", *flags]))
+    asked = options_from_flags(parse(["hf-to-megatron", *flags]))
     if fits:
         assert len(hf_to_megatron(asked, ALONE, Channel(0, 1)).content.files) == 1
     else:

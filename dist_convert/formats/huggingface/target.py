@@ -27,8 +27,8 @@ from dist_convert.formats.huggingface.config import (
 )
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.job import Job
 from dist_convert.models.schema import Architecture
+from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.records import TargetFile
 from dist_convert.tokenizer.build import padding_id
@@ -145,7 +145,7 @@ class HuggingFaceTarget:
         disks: how many hold a part of the target each.
     """
 
-    job: Job
+    job: Options
     content: Content
     source: TorchCatalog
     checkpoint: Path
@@ -196,11 +196,11 @@ class HuggingFaceTarget:
             return ""
         if self.disks > 1:
             lines.append(
-                f"{job.save_path} is a part of the model on each of {self.disks} disks: copy them into one directory"
+                f"{job.target} is a part of the model on each of {self.disks} disks: copy them into one directory"
             )
-        if not is_huggingface(job.save_path):
+        if not is_huggingface(job.target):
             model_type = job.source_model_type
-            how = how_to_add_tokenizer(self.tokenizer, job.save_path, instruct=job.instruct, model_type=model_type)
+            how = how_to_add_tokenizer(self.tokenizer, job.target, instruct=job.instruct, model_type=model_type)
             lines.append(how)
         return "\n".join(filter(None, lines))
 

@@ -36,9 +36,9 @@ from dist_convert.formats.torch.target_args import (
     target_margs_json,
 )
 from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
-from dist_convert.job import ToMegatronJob, given_flags
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
+from dist_convert.options import Options, given_flags
 from dist_convert.plan.content import Content
 from dist_convert.read.megatron import TRACKER_FILE, Shard
 from dist_convert.records import TargetFile, TensorSpec, local_name
@@ -149,7 +149,7 @@ class TorchTarget:
 
 
 def model_and_grid(
-    job: ToMegatronJob, config: Mapping[str, Any], margs: Mapping[str, Any] | None, *, zero_output_bias: bool
+    job: Options, config: Mapping[str, Any], margs: Mapping[str, Any] | None, *, zero_output_bias: bool
 ) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
     """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
 
@@ -217,7 +217,7 @@ def _size(flag: int | None, margs: Mapping[str, Any] | None, name: str) -> int |
 
 
 def lay_out_target(
-    job: ToMegatronJob,
+    job: Options,
     directory: Path,
     given: Given,
     architecture: Architecture,
@@ -259,7 +259,7 @@ def lay_out_target(
     dialect = TargetDialect(job.saver_transformer_impl, job.expert_layout)
     files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
     if not job.load_capacity_bins:
-        return TorchTarget(job.save_dir, job.iteration, architecture, grid, chunks, args, files, {})
+        return TorchTarget(job.target, job.iteration, architecture, grid, chunks, args, files, {})
     if not architecture.experts or job.expert_layout == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
@@ -285,10 +285,10 @@ def lay_out_target(
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
     if taken != len(bins):
         raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
-    return TorchTarget(job.save_dir, job.iteration, architecture, grid, chunks, args, files, extras)
+    return TorchTarget(job.target, job.iteration, architecture, grid, chunks, args, files, extras)
 
 
-def header_of(target: TorchTarget, job: ToMegatronJob, file: str) -> Shard:
+def header_of(target: TorchTarget, job: Options, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
     iteration = job.iteration or 0
     skeleton = lay_out_skeleton(target.args.values, iteration, target.files[local_name(file)], file)
@@ -308,7 +308,7 @@ _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
 def notes_to_megatron(
-    job: ToMegatronJob,
+    job: Options,
     target: TorchTarget,
     margs: Mapping[str, Any] | None,
     content: Content,
@@ -338,17 +338,17 @@ def notes_to_megatron(
     return notes + _on_tokenizer(job) + _on_places(job, places, writable)
 
 
-def _on_tracker(job: ToMegatronJob) -> list[str]:
+def _on_tracker(job: Options) -> list[str]:
     """What training loads from this root changes, where the tracker file names another iteration."""
     try:
-        old = (job.save_dir / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()[:40]
+        old = (job.target / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()[:40]
     except OSError:
         return []
     new = "release" if job.iteration is None else str(job.iteration)
-    return [f"warning: {job.save_dir / TRACKER_FILE} names {old!r}, and will name {new!r}"] if old != new else []
+    return [f"warning: {job.target / TRACKER_FILE} names {old!r}, and will name {new!r}"] if old != new else []
 
 
-def _on_spelling(job: ToMegatronJob, target: TorchTarget) -> list[str]:
+def _on_spelling(job: Options, target: TorchTarget) -> list[str]:
     if not target.architecture.experts:
         given = {"--expert-layout": job.expert_layout != "sequential"}
         given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
@@ -362,7 +362,7 @@ def _on_spelling(job: ToMegatronJob, target: TorchTarget) -> list[str]:
     return []
 
 
-def _on_margs(job: ToMegatronJob, target: TorchTarget, margs: Mapping[str, Any]) -> list[str]:
+def _on_margs(job: Options, target: TorchTarget, margs: Mapping[str, Any]) -> list[str]:
     """What a margs file says of the layout besides the two sizes that are taken from it, and the target does not have.
 
     The target's own args describe it as it is; a command line of the earlier training would not fit it.
@@ -382,7 +382,7 @@ def _on_margs(job: ToMegatronJob, target: TorchTarget, margs: Mapping[str, Any])
     ]
 
 
-def _on_tokenizer(job: ToMegatronJob) -> list[str]:
+def _on_tokenizer(job: Options) -> list[str]:
     """The training may run on other machines, which have the tokenizer's path: no error."""
     asked = job.tokenizer_model
     if asked is None or os.path.lexists(asked) or is_hub_name(asked):
@@ -393,7 +393,7 @@ def _on_tokenizer(job: ToMegatronJob) -> list[str]:
     ]
 
 
-def _on_places(job: ToMegatronJob, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
+def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
     if job.target_ranks_per_node is None:
         return []
     if not max(places):

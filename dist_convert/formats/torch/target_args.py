@@ -212,9 +212,6 @@ def expert_values(layout: str) -> Found:
     return {name: (value, "flag --expert-layout") for name, value in values.items()}
 
 
-EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
-TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
-
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
 ORIGINS = "origins_of_arguments"
 
@@ -302,8 +299,8 @@ def target_args(
         margs: content of the margs file, if one was given. It never overrules the model or the target.
         tokenizer_model: see `target_tokenizer`.
         tokenizer_type: as given by the flag.
-        transformer_impl: one of `TRANSFORMER_IMPLS`.
-        expert_layout: one of `EXPERT_LAYOUTS`; matters for experts only.
+        transformer_impl: one of `options.TRANSFORMER_IMPLS`.
+        expert_layout: one of `options.EXPERT_LAYOUTS`; matters for experts only.
         first, last, layout: the uneven pipeline that was asked for.
         given: the flags that the user gave; what others decide is said to be their default.
 

@@ -28,7 +28,7 @@ from torch.distributed import Store, TCPStore
 
 import dist_convert.api
 from dist_convert.__main__ import main as dist_convert_main
-from dist_convert.job import Job
+from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
 from dist_convert.report import Outcome
@@ -69,7 +69,7 @@ def run_job(flags: list[str], record: Path) -> int:
     """Run one command line in this process; returns its exit code. `record` gets the outcome."""
     convert = dist_convert.api.convert
 
-    def convert_recorded(job: Job, world: World, channel: Channel) -> Outcome | None:
+    def convert_recorded(job: Options, world: World, channel: Channel) -> Outcome | None:
         seen = record_collectives()
         outcome = convert(job, world, channel)
         record.write_text(json.dumps({"outcome": outcome and dataclasses.asdict(outcome), "seen": seen}))

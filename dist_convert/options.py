@@ -1,0 +1,411 @@
+"""What a conversion can be asked for: one table, from which flags, job files, help, API and fingerprint follow.
+
+A field's name is the flag's, with the unit that the flag's value has. Sizes are in bytes. Paths are as this rank sees
+them (`{rank}` and its like already filled in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+HUGGINGFACE, TORCH = "huggingface", "torch"
+#: The commands, by the format that they make.
+COMMANDS = {HUGGINGFACE: "megatron-to-hf", TORCH: "hf-to-megatron"}
+
+#: `target_params_dtype` in safetensors names; `keep` leaves every tensor as it is stored.
+TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
+SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
+#: Spellings of norms and of experts in a Megatron checkpoint.
+TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
+EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
+#: What `verify` compares: every block, or a share.
+VERIFICATIONS = ("full", "sample")
+SAMPLE = Fraction(1, 16)
+
+Kind = Literal["text", "path", "count", "number", "size", "seconds", "switch", "repository"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of one field of `Options`.
+
+    Attributes:
+        help: a fragment for `--help`; where the commands differ, by the format that they make.
+        group: under which it is listed.
+        to: the formats whose command has it.
+        kind: of its values.
+        shown: the default, in the words of the help.
+        choices: of a text.
+        flags: other names than the field's, by the format.
+        metavar: of its value in the help.
+        const: the value that a flag without a value stands for, where it may have none.
+        constants: by the format, further flags that stand for a value each, and what the help says of them.
+        is_free: no byte of the target depends on it, so that it may change from one run to the next without a word.
+    """
+
+    help: str | Mapping[str, str]
+    group: Literal["source", "target", "run"]
+    to: tuple[str, ...] = (HUGGINGFACE, TORCH)
+    kind: Kind = "text"
+    shown: str | Mapping[str, str] = ""
+    choices: tuple[str, ...] = ()
+    flags: Mapping[str, tuple[str, ...]] | None = None
+    metavar: str | None = None
+    const: str | None = None
+    constants: Mapping[str, Mapping[str, tuple[str | None, str]]] | None = None
+    is_free: bool = False
+
+
+def _option(default: Any, help: str | Mapping[str, str], group: Literal["source", "target", "run"], **how: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, group, **how)})
+
+
+def _to_hf(default: Any, help: str, group: Literal["source", "target", "run"], **how: Any) -> Any:
+    return _option(default, help, group, to=(HUGGINGFACE,), **how)
+
+
+def _to_torch(default: Any, help: str, group: Literal["source", "target", "run"], **how: Any) -> Any:
+    return _option(default, help, group, to=(TORCH,), **how)
+
+
+@dataclass(frozen=True)
+class Options:
+    """One conversion; see the help of each field. `iteration` is None for a release."""
+
+    to: str
+    source: str = _option(
+        "",
+        {
+            HUGGINGFACE: "(required) root of the Megatron checkpoint",
+            TORCH: "(required) Hugging Face directory, or a hub id (org/name[@revision])",
+        },
+        "source",
+        flags={HUGGINGFACE: ("--load-path",), TORCH: ("--load-dir",)},
+        metavar="PATH",
+    )
+    ckpt_dir_name: str | None = _to_hf(
+        None, "iteration directory, such as iter_0000004", "source", shown="the tracker file", metavar="NAME"
+    )
+    source_model_type: str | None = _to_hf(
+        None,
+        "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win",
+        "source",
+        shown="from the args",
+        choices=SOURCE_MODEL_TYPES,
+    )
+    source_margs_file: Path | None = _to_torch(
+        None,
+        "source_megatron_args.json of an earlier conversion",
+        "source",
+        kind="path",
+        shown="args follow from config.json",
+        metavar="FILE",
+    )
+    load_capacity_bins: bool = _to_torch(False, "take over capacity_bins.pt (same grid only)", "source", kind="switch")
+    true_vocab_size: int | None = _option(
+        None,
+        {HUGGINGFACE: "tokens without padding", TORCH: "checked against the config"},
+        "source",
+        kind="count",
+        shown={HUGGINGFACE: "args, then tokenizer"},
+        metavar="N",
+    )
+    tokenizer: Path | None = _to_hf(
+        None,
+        "directory, tokenizer.model, or org/name of a model in the hub's cache",
+        "source",
+        kind="path",
+        shown="what the args name, here or beside the checkpoint",
+        metavar="PATH",
+    )
+    tokenizer_model: str | None = _to_torch(
+        None, "path or hub id (org/name), for the args", "source", shown="the model's own", metavar="PATH"
+    )
+    tokenizer_type: str | None = _to_torch(
+        None, "Megatron's name of its kind", "source", shown="by the model", metavar="NAME"
+    )
+    habana_imported_experts: bool = _to_hf(
+        False,
+        "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
+        "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
+        "that was trained since",
+        "source",
+        kind="switch",
+    )
+    target: Path = _option(
+        Path(),
+        {
+            HUGGINGFACE: "(required) Hugging Face directory to be made",
+            TORCH: "(required) root of the Megatron checkpoint",
+        },
+        "target",
+        flags={HUGGINGFACE: ("--save-path",), TORCH: ("--save-dir",)},
+        metavar="PATH",
+    )
+    save_per_node: bool = _to_hf(
+        False,
+        "--save-path lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
+        "no weights; all nodes' directories copied into one are the model",
+        "target",
+        kind="switch",
+        is_free=True,
+    )
+    iteration: int | None = _to_torch(
+        1,
+        "number of the iteration",
+        "target",
+        kind="number",
+        shown="1",
+        metavar="N",
+        constants={TORCH: {"--release": (None, "write a release instead of an iteration")}},
+    )
+    target_tensor_parallel_size: int | None = _to_torch(
+        None, "tensor parallel ranks", "target", kind="count", shown="the margs file's, else 1", metavar="N"
+    )
+    target_pipeline_parallel_size: int | None = _to_torch(
+        None, "pipeline parallel ranks", "target", kind="count", shown="the margs file's, else 1", metavar="N"
+    )
+    target_virtual_pipeline_parallel_size: int | None = _to_torch(
+        None, "virtual stages", "target", kind="count", shown="1", metavar="N"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = _to_torch(
+        None, "the same, by layers of a stage", "target", kind="count", metavar="N"
+    )
+    target_expert_parallel_size: int | None = _to_torch(
+        None,
+        "expert parallel ranks",
+        "target",
+        kind="count",
+        shown="1",
+        metavar="N",
+        flags={TORCH: ("--target-expert-parallel-size", "--target-expert-paralell-size")},  # as the old tool spells it
+    )
+    target_expert_tensor_parallel_size: int | None = _to_torch(
+        None, "tensor parallel ranks within an expert", "target", kind="count", shown="the tensor size", metavar="N"
+    )
+    decoder_first_pipeline_num_layers: int | None = _to_torch(
+        None, "layers of the first stage", "target", kind="count", shown="even", metavar="N"
+    )
+    decoder_last_pipeline_num_layers: int | None = _to_torch(
+        None, "layers of the last stage", "target", kind="count", shown="even", metavar="N"
+    )
+    pipeline_model_parallel_layout: str | None = _to_torch(
+        None, "stages one by one, such as Ettt|(tttt|)*2ttL", "target", shown="even", metavar="LAYOUT"
+    )
+    target_ranks_per_node: int | None = _to_torch(
+        None,
+        "--save-dir lies on each node's own disk, and training will run N processes on each of these nodes: a node "
+        "gets the rank directories that its processes load",
+        "target",
+        kind="count",
+        shown="--save-dir is shared",
+        metavar="N",
+    )
+    make_vocab_size_divisible_by: int = _to_torch(
+        128,
+        "the vocabulary is padded to a multiple of it on every tensor parallel rank",
+        "target",
+        kind="count",
+        shown="128",
+        metavar="N",
+    )
+    vocab_padding: str = _to_torch(
+        "last-row", "what padding rows hold", "target", shown="last-row", choices=("last-row", "zeros")
+    )
+    target_params_dtype: str = _option(
+        "keep",
+        {
+            HUGGINGFACE: "dtype of the weights stored in the checkpoint's params dtype; others keep theirs",
+            TORCH: "dtype of the weights stored in the model's main dtype; others keep theirs",
+        },
+        "target",
+        shown={HUGGINGFACE: "bf16", TORCH: "keep"},
+        choices=tuple(TARGET_DTYPES),
+        constants={
+            TORCH: {
+                "--bf16": ("bf16", "the same as --target-params-dtype bf16"),
+                "--fp16": ("fp16", "the same as --target-params-dtype fp16"),
+            }
+        },
+    )
+    allow_overflow: bool = _option(
+        False, "accept values that become infinite in fp16", "target", kind="switch", is_free=True
+    )
+    max_shard_size_bytes: int = _to_hf(5_000_000_000, "of a weights file, at most", "target", kind="size", shown="5GB")
+    saver_transformer_impl: str = _to_torch(
+        "transformer_engine",
+        "spelling of the norms",
+        "target",
+        shown="transformer_engine",
+        choices=TRANSFORMER_IMPLS,
+    )
+    expert_layout: str = _to_torch(
+        "sequential", "spelling of the experts", "target", shown="sequential", choices=EXPERT_LAYOUTS
+    )
+    instruct: bool = _to_hf(
+        False,
+        "write end-of-turn tokens, sampling defaults, chat template of an instruct model",
+        "target",
+        kind="switch",
+    )
+    save_capacity_bins: bool = _to_hf(False, "write Habana's capacity_bins.pt", "target", kind="switch")
+    overwrite: bool = _option(
+        False,
+        {HUGGINGFACE: "replace an existing target", TORCH: "replace this iteration if it exists"},
+        "target",
+        kind="switch",
+        is_free=True,
+    )
+    push_to_hub: str | None = _to_hf(
+        None,
+        "upload the finished directory to this repository, which is made if it is not there",
+        "target",
+        kind="repository",
+        shown="no upload",
+        metavar="org/name",
+        is_free=True,
+    )
+    private: bool = _to_hf(
+        False,
+        "with --push-to-hub: for members only; a public repository is refused",
+        "target",
+        kind="switch",
+        is_free=True,
+    )
+    model_size: str | None = _to_torch(None, "such as llama3-70B: checked against the config", "target", metavar="NAME")
+    device: str = _option(
+        "auto",
+        "that collectives use",
+        "run",
+        shown="auto, what is there",
+        choices=("auto", "cpu", "cuda", "hpu"),
+        is_free=True,
+    )
+    placement: str = _option(
+        "auto",
+        "gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes",
+        "run",
+        shown="auto, direct on the CPU where every rank sees every file, else gather",
+        choices=("auto", "gather", "direct"),
+        is_free=True,
+    )
+    max_memory_per_rank_bytes: int = _option(
+        1_000_000_000, "of the buffers of each rank", "run", kind="size", shown="1GB", is_free=True
+    )
+    timeout_seconds: int = _option(
+        600,
+        "that ranks wait for one of them that is silent",
+        "run",
+        kind="seconds",
+        shown="600",
+        metavar="SECONDS",
+        is_free=True,
+    )
+    verify: str | None = _option(
+        None,
+        "compare what was written with the source before it gets its name: all of it, or a sample",
+        "run",
+        shown="off",
+        choices=VERIFICATIONS,
+        const="full",
+        constants={to: {"--no-verify": (None, "do not (default: as the job file says)")} for to in COMMANDS},
+        is_free=True,
+    )
+    trace: Path | None = _option(
+        None,
+        "write down where the time of every rank goes, in Chrome's trace format",
+        "run",
+        kind="path",
+        shown="off",
+        metavar="FILE",
+        is_free=True,
+    )
+    dry_run: bool = _option(
+        False, "show what each rank would do; exit 0 if it would start", "run", kind="switch", is_free=True
+    )
+    verbose: bool = _to_torch(
+        False, "say where each of the target's args comes from", "run", kind="switch", is_free=True
+    )
+
+
+#: Defaults that depend on the format that is made.
+_DEFAULTS: Mapping[tuple[str, str], Any] = {("target_params_dtype", HUGGINGFACE): "bf16"}
+
+
+def options_to(to: str) -> Iterator[tuple[Field[Any], Option]]:
+    """The fields that a conversion to a format has, and what is known of each."""
+    for one in fields(Options):
+        known = one.metadata.get("option")
+        if known is not None and to in known.to:
+            yield one, known
+
+
+def default_of(one: Field[Any], to: str) -> Any:
+    """A field's default in conversions to a format."""
+    return _DEFAULTS.get((one.name, to), one.default)
+
+
+def flag_of(one: Field[Any], to: str) -> str:
+    """The flag of a field in the command that makes a format."""
+    known: Option = one.metadata["option"]
+    own = "--" + one.name.removesuffix("_bytes").removesuffix("_seconds").replace("_", "-")
+    return (known.flags or {}).get(to, (own,))[0]
+
+
+def given_flags(options: Options) -> frozenset[str]:
+    """The flags that differ from their defaults, such as "--target-params-dtype"."""
+    found = set()
+    for one, known in options_to(options.to):
+        value = getattr(options, one.name)
+        if value != default_of(one, options.to):
+            constants = (known.constants or {}).get(options.to, {})
+            found.add(
+                next((f for f, (const, _) in constants.items() if const is value is None), flag_of(one, options.to))
+            )
+    return frozenset(found)
+
+
+def fingerprint(options: Options) -> dict[str, Any]:
+    """What was asked for as far as the target depends on it, by the flags' names, in JSON values."""
+    found = {}
+    for one, known in options_to(options.to):
+        if not known.is_free:
+            name = flag_of(one, options.to)[2:].replace("-", "_") if known.flags else one.name
+            value = getattr(options, one.name)
+            found[name] = value if isinstance(value, int | float) else str(value)
+    return found
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """A comparison of two checkpoints. Field names are the flags' names; see `--help` for each.
+
+    Sizes are in bytes. Paths are as this rank sees them (`{rank}` and its like already filled in).
+    """
+
+    a: Path
+    b: Path
+    ckpt_dir_name_a: str | None = None
+    ckpt_dir_name_b: str | None = None
+    habana_imported_experts_a: bool = False
+    habana_imported_experts_b: bool = False
+    true_vocab_size: int | None = None
+    sample: Fraction = Fraction(1)
+    max_memory_per_rank_bytes: int = 1_000_000_000
+    json: bool = False
+    timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """One tokenizer for a model that is converted already. Field names are the flags' names; see `--help` for each."""
+
+    source: Path
+    target: Path
+    source_model_type: str | None = None
+    instruct: bool = False
+    overwrite: bool = False
