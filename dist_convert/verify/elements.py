@@ -31,18 +31,26 @@ def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
     for name in names:
         meta, regions = catalog.tensors[name], catalog.regions(name)
         for index in _drawn(name, meta.rows * meta.columns) if name in catalog.parameters else ():
-            row, column = divmod(index, meta.columns)
-            found = _in_regions(regions, row, column)
-            for file, expected in _by_formula(catalog, name, row, column):
-                if found.get(file) != expected:
-                    raise PlanError(
-                        f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
-                        tensor=name,
-                        file=file,
-                        expected=f"byte {expected}",
-                        found=f"byte {found.get(file)}",
-                        remedy="this is a mistake of dist_convert, please report it; do not use what was written",
-                    )
+            check_element(catalog, name, regions, *divmod(index, meta.columns))
+
+
+def check_element(catalog: TorchCatalog, name: str, regions: Sequence[Region], row: int, column: int) -> None:
+    """Compare where a tensor's regions have one of its elements with where the formula has it.
+
+    Raises:
+        PlanError: they are two places, or a file that has the element is not among the regions'.
+    """
+    found = _in_regions(regions, row, column)
+    for file, expected in _by_formula(catalog, name, row, column):
+        if found.get(file) != expected:
+            raise PlanError(
+                f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
+                tensor=name,
+                file=file,
+                expected=f"byte {expected}",
+                found=f"byte {found.get(file)}",
+                remedy="this is a mistake of dist_convert, please report it; do not use what was written",
+            )
 
 
 def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, int]:

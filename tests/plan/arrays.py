@@ -13,6 +13,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 
 from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import bands
 from dist_convert.read.megatron import Shard
@@ -78,6 +79,13 @@ def _stored_back_to_front(
         opaque: tuple[dict[str, str], ...] = tuple({} for _ in chunks)
         shards[file] = Shard(file, image[file].nbytes, 0, 4, args, tuple(stored), opaque)
     return image, shards
+
+
+def shards_of(made: Made) -> TorchCatalog:
+    """The catalog of its files."""
+    catalog = made.content.ends.source
+    assert isinstance(catalog, TorchCatalog)
+    return catalog
 
 
 def copies(content: Content) -> Iterator[Copy]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dist_convert.models.llama import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box
+from dist_convert.verify.elements import check_element
 from tests import checkpoints
 from tests.plan import arrays
 
@@ -119,6 +121,11 @@ def models(draw: st.DrawFn, tensor: int, stages: int, experts: int = 0) -> check
 def rebuilt(model: checkpoints.Model, grid: checkpoints.Grid, **spelled: str) -> None:
     made = arrays.make(model, grid, **spelled)
     arrays.assert_rebuilt(made, arrays.copies(made.content))
+    catalog = arrays.shards_of(made)
+    for name, meta in catalog.tensors.items():
+        regions = catalog.regions(name)
+        for row, column in product(range(meta.rows), range(meta.columns) if name in catalog.parameters else ()):
+            check_element(catalog, name, regions, row, column)
 
 
 @given(
@@ -127,7 +134,9 @@ def rebuilt(model: checkpoints.Model, grid: checkpoints.Grid, **spelled: str) ->
     norms=st.sampled_from(["local", "te", "habana-fused"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_copies_of_any_llama_rebuild_every_tensor(data: st.DataObject, grid: checkpoints.Grid, norms: str) -> None:
+def test_the_copies_of_any_llama_rebuild_every_tensor_and_each_element_lies_where_the_formula_has_it(
+    data: st.DataObject, grid: checkpoints.Grid, norms: str
+) -> None:
     rebuilt(data.draw(models(grid.tp, grid.pp * grid.vpp)), grid, norms=norms)
 
 
@@ -142,7 +151,7 @@ EXPERT_GRIDS = [(1, 1, 1), (2, 1, 2), (1, 4, 1), (2, 2, 2), (2, 4, 1), (4, 2, 2)
 
 @given(data=st.data(), sizes=st.sampled_from(EXPERT_GRIDS), pp=st.integers(1, 2), experts=st.sampled_from(EXPERTS))
 @settings(max_examples=80, deadline=None)
-def test_the_copies_of_any_mixtral_rebuild_every_tensor(
+def test_the_copies_of_any_mixtral_rebuild_every_tensor_and_each_element_lies_where_the_formula_has_it(
     data: st.DataObject, sizes: tuple[int, int, int], pp: int, experts: str
 ) -> None:
     tensor, expert, expert_tensor = sizes
