@@ -53,7 +53,7 @@ def identity(
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps a run from going on where an earlier one stopped, for people; empty where nothing does."""
     if old.get("format") != new["format"]:
-        return [_other_format(old, new)]
+        return [f"{_other_version(old, new)}, which alone can go on with it"]
     found = [*_source_differences(old["source"], new["source"])]
     if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
         found = [
@@ -66,7 +66,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps a complete target from being what a run would make, for people; both are facts of a manifest."""
     if old.get("format") != new["format"]:
-        return [_other_format(old, new)]
+        return [f"complete, and {_other_version(old, new)}"]
     old_files, new_files = (
         {file: tuple(known.values()) for file, known in facts["source"]["files"].items()} for facts in (old, new)
     )
@@ -76,9 +76,8 @@ def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> l
     return _first(found) or ["files that it had are gone or have other sizes"]
 
 
-def _other_format(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    formats = f"format {old.get('format', 1)}, {new['format']} now"
-    return f"made by an earlier version, which alone can go on with it ({formats})"
+def _other_version(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return f"made by another version (format {old.get('format', 1)}, {new['format']} now)"
 
 
 def _first(found: list[str]) -> list[str]:

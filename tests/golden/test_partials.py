@@ -5,6 +5,7 @@ Its sources are made anew by `cases`, and get the time of their last change that
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.to_megatron import to_megatron
 PARTIALS = Path(__file__).parent / "partials"
 REFUSAL = """an unfinished conversion of something else is where the target is made
   file:     {}
-  found:    made by an earlier version, which alone can go on with it (format 1, 2 now)
+  found:    made by another version (format 1, 2 now), which alone can go on with it
   remedy:   undo that change to go on with it, or start anew with --overwrite
 """
 CHANGED_NS = 1_700_000_000_000_000_000
@@ -62,3 +63,15 @@ def test_an_unfinished_megatron_checkpoint_is_refused_by_name(
     assert sums(partial, "*") == sums(PARTIALS / "to_megatron", "*")
     assert to_megatron(tmp_path / "in", tmp_path / "out", *norms, "--overwrite", grid=Grid(tp=2, pp=2)) == 0
     assert sums(tmp_path / "out", "*.pt") == RECORDED["to_megatron"]["llama-local-tp2-pp2"]
+
+
+def test_a_complete_target_of_another_format_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_megatron(tmp_path / "in", TO_HF["llama-local-tp2-pp2"])
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert manifest.pop("format") == 2
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(manifest))
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert "a conversion: complete, and made by another version (format 1, 2 now)" in capsys.readouterr().err
