@@ -33,14 +33,14 @@ GOLDEN = "tests/golden"
 MUTATIONS = (
     Mutation(
         "qkv-taken-in-the-order-of-parts",
-        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
-        '{"shards": shards, "query_groups": 1, "none": 1}[row.interleave]\n    heights',
+        'return sizes["query_groups"]',
+        "return 1",
         GOLDEN,
     ),
     Mutation(
         "gate-and-up-not-per-shard",
-        '{"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
-        '{"shards": 1, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]\n    heights',
+        "return shards if is_per_shard",
+        "return 1 if is_per_shard",
         GOLDEN,
     ),
     Mutation(

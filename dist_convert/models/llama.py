@@ -9,7 +9,6 @@ EMBEDDING = (
     column_parallel(
         "embedding.word_embeddings.weight",
         part("model.embed_tokens.weight", "vocab hidden"),
-        interleave="none",
         padded_rows="padded_vocab",
     ),
 )
@@ -18,7 +17,6 @@ FINAL_NORM_AND_HEAD = (
     column_parallel(
         "output_layer.weight",
         part("lm_head.weight", "vocab hidden"),
-        interleave="none",
         padded_rows="padded_vocab",
         unless="tied",
     ),
@@ -30,14 +28,14 @@ QKV = column_parallel(
     part(f"{HF}.self_attn.q_proj.weight", "query hidden"),
     part(f"{HF}.self_attn.k_proj.weight", "key_value hidden"),
     part(f"{HF}.self_attn.v_proj.weight", "key_value hidden"),
-    interleave="query_groups",
+    by_query_group=True,
 )
 QKV_BIAS = column_parallel(
     f"{MEGATRON}.self_attention.linear_qkv.bias",
     part(f"{HF}.self_attn.q_proj.bias", "query"),
     part(f"{HF}.self_attn.k_proj.bias", "key_value"),
     part(f"{HF}.self_attn.v_proj.bias", "key_value"),
-    interleave="query_groups",
+    by_query_group=True,
     when="qkv_bias",
 )
 OUTPUT = row_parallel(

@@ -105,9 +105,6 @@ class Architecture:
 #: Whole on every rank; rows over ranks ("column parallel" in Megatron); columns over ranks ("row parallel").
 Split = Literal["replicated", "rows", "columns"]
 
-#: In which order the parts' rows alternate: per tensor parallel shard, per query group, or not at all.
-Interleave = Literal["shards", "query_groups", "none"]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -125,7 +122,7 @@ class Row:
         megatron: the parameter's canonical name; other spellings are in `formats.megatron.names`.
         parts: in the order in which they are stacked.
         split: how it is cut over ranks; experts over expert tensor parallel ranks, all else over tensor parallel ones.
-        interleave: see `Interleave`.
+        by_query_group: the parts' rows alternate, those of one query group after those of the other.
         padded_rows: size name of its rows where padding follows the parts' rows, as in the vocabulary.
         is_norm: whether "stored as gamma - 1" may apply to it.
         when, unless: names of boolean fields of `Architecture` that switch the row on or off.
@@ -134,7 +131,7 @@ class Row:
     megatron: str
     parts: tuple[Part, ...]
     split: Split = "replicated"
-    interleave: Interleave = "none"
+    by_query_group: bool = False
     padded_rows: str | None = None
     is_norm: bool = False
     when: str | None = None
@@ -235,13 +232,13 @@ def replicated(megatron: str, hf: Part, *, when: str | None = None) -> Row:
 def column_parallel(
     megatron: str,
     *parts: Part,
-    interleave: Interleave = "shards",
+    by_query_group: bool = False,
     padded_rows: str | None = None,
     when: str | None = None,
     unless: str | None = None,
 ) -> Row:
     """A parameter whose output rows are divided over ranks (Megatron's ColumnParallelLinear)."""
-    return Row(megatron, parts, "rows", interleave, padded_rows, when=when, unless=unless)
+    return Row(megatron, parts, "rows", by_query_group, padded_rows, when=when, unless=unless)
 
 
 def row_parallel(megatron: str, hf: Part) -> Row:

@@ -90,7 +90,11 @@ def shard_element(
     if table.split == "columns":
         width = part_size(table.parts[number], sizes)[1] // shards
         return column // width, row, column % width
-    turns = {"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[table.interleave]
+    turns = 1
+    if table.by_query_group:
+        turns = sizes["query_groups"]
+    elif parameter.is_per_shard and len(table.parts) > 1:
+        turns = shards
     heights = [part_size(part, sizes)[0] // turns for part in table.parts]  # of each tensor in a turn
     turn, within = divmod(row, heights[number])
     stacked_rows = sizes[table.padded_rows] if table.padded_rows else turns * sum(heights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -25,9 +24,9 @@ QUERY, KEY, VALUE = 0, 1, 2
 GATE, UP = 0, 1
 
 
-def rows_of(row: Row, sizes: dict[str, int], shards: int) -> list[tuple[int, int, int, int, int]]:
+def rows_of(row: Row, sizes: dict[str, int], shards: int, **how: bool) -> list[tuple[int, int, int, int, int]]:
     """(part, first row in the part, shard, first row in the shard, rows) in the order of the shards' rows."""
-    found = [(number, place) for number in range(len(row.parts)) for place in places(row, number, sizes, shards)]
+    found = [(number, p) for number in range(len(row.parts)) for p in places(row, number, sizes, shards, **how)]
     assert all(p.box.columns == p.inside.columns and p.box.column == p.inside.column == 0 for _, p in found)
     assert all(p.box.rows == p.inside.rows for _, p in found)
     in_order = sorted(found, key=lambda one: (one[1].shard, one[1].inside.row))
@@ -65,8 +64,7 @@ def test_each_shard_of_a_gated_mlp_holds_its_gate_rows_and_then_its_up_rows() ->
 
 def test_without_interleave_the_stacked_gate_and_up_rows_are_cut_plainly() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
-    plain = replace(MLP[0], interleave="none")
-    assert rows_of(plain, sizes, 2) == [(GATE, 0, 0, 0, 4), (UP, 0, 1, 0, 4)]
+    assert rows_of(MLP[0], sizes, 2, is_per_shard=False) == [(GATE, 0, 0, 0, 4), (UP, 0, 1, 0, 4)]
 
 
 def test_columns_are_cut_into_equal_shards() -> None:

@@ -60,9 +60,12 @@ def test_a_job_file_has_the_flag_as_true_or_as_a_word(tmp_path: Path, capsys: py
     assert [f"{tmp_path}/{name}: verified" in said for name in ("full", "share", "none")] == [True, True, False]
 
 
-def gate_and_up_exchanged(row: Row, part: int, sizes: Mapping[str, int], shards: int) -> Iterator[Place]:
+def gate_and_up_exchanged(
+    row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool
+) -> Iterator[Place]:
     """A mistake of the catalog, which a conversion and both sides of its verification share."""
-    return geometry.places(row, 1 - part if len(row.parts) == 2 else part, sizes, shards)
+    other = 1 - part if len(row.parts) == 2 else part
+    return geometry.places(row, other, sizes, shards, is_per_shard=is_per_shard)
 
 
 @pytest.mark.parametrize("direction", ["to hf", "to megatron"])

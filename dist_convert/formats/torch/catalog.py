@@ -20,12 +20,16 @@ from dist_convert.records import Box, StoredTensor, View, intersect
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter: a table row at one layer and expert, in `shards` different shards."""
+    """One Megatron parameter: a table row at one layer and expert, in `shards` different shards.
+
+    `is_per_shard`: see `geometry.places`.
+    """
 
     row: Row
     layer: int | None
     expert: int | None
     shards: int
+    is_per_shard: bool = True
 
     @property
     def name(self) -> str:
@@ -46,6 +50,7 @@ class TorchCatalog:
         chunks: which layers each virtual pipeline stage holds.
         files: which files hold which shard.
         stored: each tensor by file and virtual stage, then by its normalised name.
+        imported_experts: see `survey.open_catalog`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         add_to_norms: 1 where norms are stored as gamma - 1.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
@@ -60,6 +65,7 @@ class TorchCatalog:
     chunks: tuple[Chunk, ...]
     files: ShardFiles
     stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
+    imported_experts: bool = False
     permuted_experts: bool = False
     add_to_norms: int = 0
     with_tied_copies: bool = False
@@ -77,7 +83,9 @@ class TorchCatalog:
         if name not in self.parameters:
             return (Region(meta.box, ()),)
         parameter, number = self.parameters[name]
-        return tuple(self._stored(parameter, places(parameter.row, number, self._sizes, parameter.shards)))
+        row, sizes, shards = parameter.row, self._sizes, parameter.shards
+        wanted = places(row, number, sizes, shards, is_per_shard=parameter.is_per_shard)
+        return tuple(self._stored(parameter, wanted))
 
     def padding(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
@@ -144,12 +152,21 @@ def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
     """All Megatron parameters of the model."""
     for entry, layer, expert in entries(catalog.family, catalog.architecture):
         if isinstance(entry, Row):
-            yield parameter_of(entry, layer, expert, catalog.grid)
+            yield parameter_of(entry, layer, expert, catalog.grid, imported_experts=catalog.imported_experts)
 
 
-def parameter_of(row: Row, layer: int | None, expert: int | None, grid: Grid) -> Parameter:
+def parameter_of(
+    row: Row, layer: int | None, expert: int | None, grid: Grid, *, imported_experts: bool = False
+) -> Parameter:
     """A table row at one layer and expert, on a grid."""
-    return Parameter(row, layer, expert, shard_count(row, grid.tensor if expert is None else grid.expert_tensor))
+    shards = shard_count(row, grid.tensor if expert is None else grid.expert_tensor)
+    return Parameter(row, layer, expert, shards, is_per_shard=expert is None or not imported_experts)
+
+
+def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
+    """Rows and columns of each shard of a parameter."""
+    sizes = catalog.architecture.sizes()
+    return shard_size(parameter.row, sizes, parameter.shards, is_per_shard=parameter.is_per_shard)
 
 
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
@@ -190,7 +207,7 @@ def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spe
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     if any(piece.name not in stored for piece in spelling.pieces):
         return None
-    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    rows, columns = shard_size_of(catalog, parameter)
     found = []
     for piece in spelling.pieces:
         piece_rows = rows // piece.parts
@@ -229,7 +246,7 @@ def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str, fitting: Map
 
 def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor, int, int]]:
     """The stored tensors that hold a shard of a parameter in one file, and how many rows and columns of it each."""
-    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    rows, columns = shard_size_of(catalog, parameter)
     spelling = _chosen(catalog, parameter, file, fitting_spellings(catalog, parameter, file))
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in spelling.pieces]
@@ -253,7 +270,7 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     last = catalog.chunks[-1]
     if parameter.name != original or not catalog.architecture.tied or last == catalog.chunks[0]:
         return ()
-    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    rows, columns = shard_size_of(catalog, parameter)
     found = []
     for file in catalog.files.dense[last.pipeline, shard]:
         stored = catalog.stored[file, last.virtual].get(copy)
@@ -267,7 +284,7 @@ def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> Conver
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     spelled = _spellings(catalog, parameter)
     present = [stored[piece.name] for s in spelled for piece in s.pieces if piece.name in stored]
-    rows, columns = shard_size(parameter.row, catalog.architecture.sizes(), parameter.shards)
+    rows, columns = shard_size_of(catalog, parameter)
     shape = [rows] if columns == 1 else [rows, columns]
     if not present:
         return MissingTensor(

@@ -27,8 +27,15 @@ def shard_count(row: Row, tensor_parallel: int) -> int:
     return 1 if row.split == "replicated" else tensor_parallel
 
 
-def shard_size(row: Row, sizes: Mapping[str, int], shards: int) -> tuple[int, int]:
-    """Rows and columns of each shard of a Megatron parameter.
+def _turns(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool) -> int:
+    """How often the rows of a parameter's tensors follow each other."""
+    if row.by_query_group:
+        return sizes["query_groups"]
+    return shards if is_per_shard and row.split == "rows" and len(row.parts) > 1 else 1
+
+
+def shard_size(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> tuple[int, int]:
+    """Rows and columns of each shard of a Megatron parameter; the arguments are those of `places`.
 
     Raises:
         PlanError: the parameter cannot be cut into that many equal shards.
@@ -37,7 +44,8 @@ def shard_size(row: Row, sizes: Mapping[str, int], shards: int) -> tuple[int, in
     rows = sizes[row.padded_rows] if row.padded_rows else rows
     columns = part_size(row.parts[0], sizes)[1]
     length = {"rows": rows, "columns": columns, "replicated": shards}[row.split]
-    uneven = row.interleave == "shards" and any(part_size(part, sizes)[0] % shards for part in row.parts)
+    turns = _turns(row, sizes, shards, is_per_shard=is_per_shard)
+    uneven = not row.by_query_group and any(part_size(part, sizes)[0] % turns for part in row.parts)
     if length % shards or uneven:
         raise PlanError(
             f"cannot be cut into {shards} equal shards",
@@ -52,7 +60,7 @@ def shard_size(row: Row, sizes: Mapping[str, int], shards: int) -> tuple[int, in
     )
 
 
-def places(row: Row, part: int, sizes: Mapping[str, int], shards: int) -> Iterator[Place]:
+def places(row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> Iterator[Place]:
     """Every place of one tensor of a parameter, in the order of its rows, or of its columns where those are cut.
 
     Args:
@@ -60,15 +68,17 @@ def places(row: Row, part: int, sizes: Mapping[str, int], shards: int) -> Iterat
         part: number of the tensor in the row's parts.
         sizes: see `Architecture.sizes`.
         shards: different shards of the parameter.
+        is_per_shard: tensors that are stacked and cut in rows are cut first and stacked in each shard, as Megatron does
+            with gate and up, and not stacked first. Where they alternate by query groups it makes no difference.
     """
     rows, columns = part_size(row.parts[part], sizes)
-    shard_rows, shard_columns = shard_size(row, sizes, shards)
+    shard_rows, shard_columns = shard_size(row, sizes, shards, is_per_shard=is_per_shard)
     if row.split != "rows":
         for shard in range(shards):
             box = Box(0, shard * shard_columns, rows, shard_columns)
             yield Place(box, shard, Box(0, 0, rows, shard_columns))
         return
-    turns = {"shards": shards, "query_groups": sizes["query_groups"], "none": 1}[row.interleave]
+    turns = _turns(row, sizes, shards, is_per_shard=is_per_shard)
     heights = [part_size(other, sizes)[0] // turns for other in row.parts]
     for turn in range(turns):
         stacked_row, end = turn * sum(heights) + sum(heights[:part]), turn * sum(heights) + sum(heights[: part + 1])
@@ -93,15 +103,15 @@ def padding_places(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[
             yield Place(Box(shard * rows + first, 0, count, columns), shard, Box(first, 0, count, columns))
 
 
-def cover_faults(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[str]:
+def cover_faults(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> Iterator[str]:
     """Why the places do not cover the tensors of a parameter, and its shards, exactly once each."""
-    listed = [list(places(row, number, sizes, shards)) for number in range(len(row.parts))]
+    listed = [list(places(row, number, sizes, shards, is_per_shard=is_per_shard)) for number in range(len(row.parts))]
     every = [place for of_part in listed for place in of_part] + list(padding_places(row, sizes, shards))
     faults = ["rows lie beyond the last shard" if any(place.shard >= shards for place in every) else None]
     faults += [
         cover_fault((place.box for place in of_part), *part_size(part, sizes))
         for part, of_part in zip(row.parts, listed, strict=True)
     ]
-    size = shard_size(row, sizes, shards)
+    size = shard_size(row, sizes, shards, is_per_shard=is_per_shard)
     faults += [cover_fault((place.inside for place in every if place.shard == s), *size) for s in range(shards)]
     yield from (fault for fault in faults if fault is not None)

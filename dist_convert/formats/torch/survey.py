@@ -36,7 +36,7 @@ from dist_convert.formats.torch.catalog import (
 from dist_convert.formats.torch.geometry import cover_faults
 from dist_convert.model import LeftBehind, TensorMeta
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture, Family, Row, entries, part_shape, parts_of
+from dist_convert.models.schema import Architecture, Row, entries, part_shape, parts_of
 from dist_convert.read.megatron import Shard
 from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, View, local_name
 
@@ -99,7 +99,6 @@ def open_catalog(
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=imported_experts)
     files = _find_files(grid, shards)
-    family = FAMILIES[architecture.family]
     stored = {
         (shard.file, virtual): {megatron_names.normalise(name): tensor for name, tensor in chunk.items()}
         for shard in shards.values()
@@ -107,11 +106,12 @@ def open_catalog(
     }
     catalog = TorchCatalog(
         architecture,
-        _without_expert_interleave(family) if imported_experts else family,
+        FAMILIES[architecture.family],
         grid,
         _place_layers(architecture, grid, files, stored),
         files,
         stored,
+        imported_experts=imported_experts,
         add_to_norms=_added_to_norms(shards),
         with_tied_copies=with_tied_copies,
     )
@@ -161,15 +161,6 @@ def _place_layers(
             remedy="a pipeline stage is incomplete or of another run",
         )
     return place_chunks(grid, layers_of)
-
-
-def _without_expert_interleave(family: Family) -> Family:
-    """A family whose experts' gate and up rows are not interleaved over tensor parallel ranks."""
-    layer = tuple(
-        replace(entry, interleave="none") if isinstance(entry, Row) and "{expert}" in entry.megatron else entry
-        for entry in family.layer
-    )
-    return replace(family, layer=layer)
 
 
 def _added_to_norms(shards: Mapping[str, Shard]) -> int:
@@ -240,9 +231,11 @@ def _cover_problems(catalog: TorchCatalog) -> Iterator[PlanError]:
     """Layers and experts repeat the geometry of a row, which depends on nothing else."""
     checked: dict[tuple[int, int], list[str]] = {}
     for parameter in parameters(catalog):
-        key = (id(parameter.row), parameter.shards)
+        row, shards = parameter.row, parameter.shards
+        key = (id(row), shards)
         if key not in checked:
-            checked[key] = list(cover_faults(parameter.row, catalog.architecture.sizes(), parameter.shards))
+            sizes = catalog.architecture.sizes()
+            checked[key] = list(cover_faults(row, sizes, shards, is_per_shard=parameter.is_per_shard))
         for fault in checked[key]:
             yield PlanError("the plan does not cover a tensor exactly", tensor=parameter.name, found=fault)
 
@@ -256,8 +249,11 @@ def _with_tensors(catalog: TorchCatalog, dtypes: Mapping[str, str], params_dtype
     sizes = catalog.architecture.sizes()
     tensors: dict[str, TensorMeta] = {}
     stacked: dict[str, tuple[Parameter, int]] = {}
+    imported = catalog.imported_experts
     for entry, layer, expert in entries(catalog.family, catalog.architecture):
-        parameter = parameter_of(entry, layer, expert, catalog.grid) if isinstance(entry, Row) else None
+        parameter = None
+        if isinstance(entry, Row):
+            parameter = parameter_of(entry, layer, expert, catalog.grid, imported_experts=imported)
         for number, part in enumerate(parts_of(entry)):
             name = part.name.format(layer=layer, expert=expert)
             if name in tensors:
