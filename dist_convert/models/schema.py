@@ -160,17 +160,67 @@ Entry = Row | ZeroTensor
 
 
 @dataclass(frozen=True)
+class Key:
+    """A fact about a model under its names.
+
+    Attributes:
+        field: of `Architecture`.
+        config: the key of a config.json; "" where that has none.
+        arg: the training argument; "" where it is not that value by itself.
+        kind: a whole number, another number, or yes and no.
+        default: transformers', where a config.json lacks the key; None where the value then follows from others.
+        arg_default: Megatron's, where the args lack it.
+        most: of a size.
+        is_opposite: the argument is true where the key is false.
+    """
+
+    field: str
+    config: str
+    arg: str = ""
+    kind: Literal["size", "number", "flag"] = "size"
+    default: int | float | None = None
+    arg_default: int | float | None = None
+    most: int = MOST
+    is_opposite: bool = False
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A training argument that has one meaning in all models of a family; args that lack it mean the same.
+
+    Attributes:
+        arg: its name.
+        allowed: the values that have the meaning.
+        why: nothing else can be converted.
+        is_written: into the args of a target, as the first of these.
+        when: the argument that has to be true for this one to matter.
+    """
+
+    arg: str
+    allowed: tuple[object, ...]
+    why: str
+    is_written: bool = False
+    when: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
-    """A model family: its table in the order in which tensors are written, and what its config is called.
+    """A model family: its names and facts, and its table in the order in which tensors are written.
 
     Attributes:
         name: key in the registry, and `model_type` of its config.json.
         hf_class: `architectures` of its config.json.
+        keys: what its config.json and its training arguments say.
+        pins: see `Pin`.
+        config: what every config.json of it says besides.
         before, layer, after: rows before the layers, of each layer, and after them.
     """
 
     name: str
     hf_class: str
+    keys: tuple[Key, ...]
+    pins: tuple[Pin, ...]
+    config: Mapping[str, object]
     before: tuple[Entry, ...]
     layer: tuple[Entry, ...]
     after: tuple[Entry, ...]

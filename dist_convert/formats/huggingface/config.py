@@ -13,10 +13,9 @@ from typing import Any
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
-    MOST,
-    MOST_EXPERTS,
-    MOST_LAYERS,
     Architecture,
+    Family,
+    Key,
     RopeScaling,
     check_experts,
     is_number,
@@ -24,16 +23,8 @@ from dist_convert.models.schema import (
 )
 from dist_convert.tokenizer.record import Style, Tokenizer
 
-#: Defaults of LlamaConfig and MixtralConfig, alike in transformers 4.49 and 5.23, where a key is absent.
-_SHARED = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-_LLAMA = {"intermediate_size": 11008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
-_MIXTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-_MIXTRAL |= {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
-_DEFAULTS: dict[str, dict[str, Any]] = {"llama": _SHARED | _LLAMA, "mixtral": _SHARED | _MIXTRAL}
-
 #: The only scaling of rotary frequencies that Megatron-Core has, with constants of its own.
 _LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-_MOST = {"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS}
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -46,14 +37,13 @@ class _Config:
         self.file = file
         self.problems: list[ConversionError] = []
         self.family = _family(config, file)
-        self.defaults = _DEFAULTS[self.family]
+        self.keys = {key.config: key for key in self.family.keys if key.config}
 
     def refuse(self, what: str, *, expected: object, found: object, remedy: str = _NONE) -> None:
         self.problems.append(UnsupportedModel(what, file=self.file, expected=expected, found=found, remedy=remedy))
 
     def size(self, name: str) -> int:
-        value = self.given.get(name, self.defaults.get(name))
-        most = _MOST.get(name, MOST)
+        value, most = self.given.get(name, self.keys[name].default), self.keys[name].most
         if not isinstance(value, int) or not value or not is_size(value, most):
             expected = f"a positive whole number up to {most}"
             self.refuse(f"{name} is no size", expected=expected, found=_shown(value), remedy=_REPAIR)
@@ -61,11 +51,17 @@ class _Config:
         return value
 
     def number(self, name: str, value: object = None, *, above: float = 0) -> float:
-        value = self.given.get(name, self.defaults[name]) if value is None else value
+        value = self.given.get(name, self.keys[name].default) if value is None else value
         if not isinstance(value, int | float) or not is_number(value) or value <= above:
             self.refuse(f"{name} is no number", expected=f"a number above {above}", found=_shown(value), remedy=_REPAIR)
             return 1.0
         return float(value)
+
+    def value(self, key: Key) -> int | float:
+        """What a key says by itself."""
+        if key.kind == "flag":
+            return bool(self.given.get(key.config))
+        return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
 
 def _shown(value: object) -> str:
@@ -99,46 +95,35 @@ def architecture_from_config(
         UnsupportedModel: what Megatron cannot express. All reasons are reported together.
     """
     read = _Config(config, file)
-    experts = read.size("num_local_experts") if read.family == "mixtral" else 0
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-    query_groups, head_dim = _query_groups(read, heads), _head_dim(read, hidden, heads)
-    qkv_bias, linear_bias = (False, False) if experts else _biases(read, zero_output_bias)
-    theta, scaling = _rope(read)
+    values: dict[str, Any] = {
+        "hidden": hidden,
+        "heads": heads,
+        "query_groups": _query_groups(read, heads),
+        "head_dim": _head_dim(read, hidden, heads),
+    }
+    if "attention_bias" in read.keys:
+        values["qkv_bias"], values["linear_bias"] = _biases(read, zero_output_bias)
+    if "router_aux_loss_coef" in read.keys:
+        values["router_aux_loss"] = read.number("router_aux_loss_coef", above=-1)
+    if config.get("sliding_window") is None or "sliding_window" not in read.keys:
+        values["sliding_window"] = None
+    values["rope_theta"], scaling = _rope(read)
     _refuse_others(read)
-    architecture = Architecture(
-        family=read.family,
-        layers=read.size("num_hidden_layers"),
-        hidden=hidden,
-        ffn=read.size("intermediate_size"),
-        heads=heads,
-        query_groups=query_groups,
-        head_dim=head_dim,
-        vocab=read.size("vocab_size"),
-        padded_vocab=padded_vocab,
-        max_positions=read.size("max_position_embeddings"),
-        norm_epsilon=read.number("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=bool(config.get("tie_word_embeddings")),
-        qkv_bias=qkv_bias,
-        linear_bias=linear_bias,
-        experts=experts,
-        experts_per_token=read.size("num_experts_per_tok") if experts else 0,
-        router_aux_loss=read.number("router_aux_loss_coef", above=-1) if experts else 0.0,
-        sliding_window=read.size("sliding_window") if experts and config.get("sliding_window") is not None else None,
-    )
+    values |= {key.field: read.value(key) for key in read.keys.values() if key.field not in values}
     raise_together(read.problems)
+    architecture = Architecture(family=read.family.name, padded_vocab=padded_vocab, rope_scaling=scaling, **values)
     check_experts(architecture.layers, architecture.experts, file)
     return architecture
 
 
-def _family(config: Mapping[str, Any], file: str) -> str:
+def _family(config: Mapping[str, Any], file: str) -> Family:
     named = config.get("model_type")
     classes = config.get("architectures") or []
     classes = classes if isinstance(classes, list) else [classes]
     for family in FAMILIES.values():
         if named in (family.name, None) and (family.hf_class in classes or (not classes and named)):
-            return family.name
+            return family
     raise UnsupportedModel(
         "not a model that can be converted",
         file=file,
@@ -148,7 +133,7 @@ def _family(config: Mapping[str, Any], file: str) -> str:
 
 
 def _query_groups(read: _Config, heads: int) -> int:
-    absent = read.given.get("num_key_value_heads", read.defaults.get("num_key_value_heads")) is None
+    absent = read.given.get("num_key_value_heads", read.keys["num_key_value_heads"].default) is None
     groups = heads if absent else read.size("num_key_value_heads")
     if not read.problems and heads % groups:
         read.refuse(
@@ -202,7 +187,7 @@ def _refuse_others(read: _Config) -> None:
 
 def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` (version 4) or `rope_parameters` (version 5)."""
-    config, default = read.given, read.defaults["rope_theta"]
+    config, default = read.given, read.keys["rope_theta"].default
     v4, v5 = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if not isinstance(v4, Mapping) or not isinstance(v5, Mapping) or any(isinstance(v, Mapping) for v in v5.values()):
         found = f"rope_scaling={config.get('rope_scaling')!r}, rope_parameters={config.get('rope_parameters')!r}"
@@ -280,35 +265,24 @@ def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tu
 
 
 def config_json(
-    architecture: Architecture, hf_class: str, dtype: str, bos: int | None, eos: int | Sequence[int] | None
+    architecture: Architecture, dtype: str, bos: int | None, eos: int | Sequence[int] | None
 ) -> dict[str, Any]:
     """The config of a model, in the keys of transformers 4 and, where they differ, also of 5.
 
     Args:
         architecture: the model.
-        hf_class: transformers' class.
         dtype: safetensors name of most weights.
         bos, eos: token ids.
     """
-    a = architecture
-    scaling = _written_scaling(a.rope_scaling)
-    config: dict[str, Any] = {
-        "architectures": [hf_class],
-        "model_type": a.family,
-        "vocab_size": a.vocab,
-        "hidden_size": a.hidden,
-        "intermediate_size": a.ffn,
-        "num_hidden_layers": a.layers,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.query_groups,
-        "head_dim": a.head_dim,
+    family = FAMILIES[architecture.family]
+    scaling = _written_scaling(architecture.rope_scaling)
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.name,
+        **{key.config: getattr(architecture, key.field) for key in family.keys if key.config},
         "hidden_act": "silu",
-        "max_position_embeddings": a.max_positions,
-        "rms_norm_eps": a.norm_epsilon,
-        "rope_theta": a.rope_theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": a.rope_theta, **(scaling or {"rope_type": "default"})},
-        "tie_word_embeddings": a.tied,
+        "rope_parameters": {"rope_theta": architecture.rope_theta, **(scaling or {"rope_type": "default"})},
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "bos_token_id": bos,
@@ -316,17 +290,8 @@ def config_json(
         "torch_dtype": TORCH_NAMES[dtype],
         "dtype": TORCH_NAMES[dtype],
         "use_cache": True,
+        **family.config,
     }
-    if a.experts:
-        return config | {
-            "num_local_experts": a.experts,
-            "num_experts_per_tok": a.experts_per_token,
-            "router_aux_loss_coef": a.router_aux_loss,
-            "router_jitter_noise": 0.0,
-            "output_router_logits": False,
-            "sliding_window": a.sliding_window,
-        }
-    return config | {"attention_bias": a.qkv_bias, "mlp_bias": a.linear_bias, "pretraining_tp": 1}
 
 
 def _written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -171,11 +171,11 @@ class HuggingFaceTarget:
         """Write configs, index, model card, training arguments and capacity bins into the partial directory."""
         if not is_first:
             return
-        architecture, hf_class = self.source.architecture, self.source.family.hf_class
+        architecture = self.source.architecture
         bos, eos = special_token_ids(architecture.vocab, self.tokenizer, instruct=self.job.instruct)
         pad = padding_id(self.tokenizer, self.style, architecture.vocab)
         sampling = samples(self.style) and self.source.family.name == "llama"
-        _write_json(partial / "config.json", config_json(architecture, hf_class, _main_dtype(self.content), bos, eos))
+        _write_json(partial / "config.json", config_json(architecture, _main_dtype(self.content), bos, eos))
         _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
         _write_json(partial / ARGS_FILE, dict(self.args))
         index = index_json(self.content.files)

@@ -6,15 +6,14 @@ Which argument means what, and why some values are refused: docs/formats.md, "Ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
+from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
     MOST,
-    MOST_EXPERTS,
-    MOST_LAYERS,
     Architecture,
+    Key,
     RopeScaling,
     check_experts,
     is_number,
@@ -22,11 +21,13 @@ from dist_convert.models.schema import (
 )
 
 #: Arguments that are computed with, and what they are at most.
-_SIZES = {"num_layers": MOST_LAYERS, "num_experts": MOST_EXPERTS} | dict.fromkeys(
-    ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-     "max_position_embeddings", "padded_vocab_size", "vocab_size", "moe_router_topk"), MOST,
-)  # fmt: skip
-_NUMBERS = ("norm_epsilon", "layernorm_epsilon", "rotary_base")
+_SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
+    key.arg: key.most for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "size"
+}
+_NUMBERS = dict.fromkeys(
+    ["layernorm_epsilon"]
+    + [key.arg for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "number"]
+)
 
 
 def check_sizes(args: Mapping[str, Any], file: str) -> None:
@@ -62,61 +63,6 @@ _LLAMA3_FACTOR = 8.0
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 
 
-@dataclass(frozen=True)
-class _Demand:
-    """An argument that must have one of these values, and why any other cannot be converted."""
-
-    name: str
-    allowed: tuple[object, ...]
-    why: str
-
-
-# An absent argument counts as allowed: older and newer Megatron versions know fewer or more of them.
-_DEMANDS = (
-    _Demand("position_embedding_type", ("rope",), "Llama and Mixtral have rotary positions only"),
-    _Demand("rotary_percent", (1, 1.0), "LlamaConfig has no partial rotary dimension"),
-    _Demand("rotary_interleaved", (False, None), "transformers rotates halves, not neighbouring pairs"),
-    _Demand("normalization", ("RMSNorm",), "Llama and Mixtral normalise by RMSNorm"),
-    _Demand("swiglu", (True,), "Llama and Mixtral have gated SiLU MLPs"),
-    _Demand("multi_latent_attention", (False, None), "neither family has latent attention"),
-    _Demand("mtp_num_layers", (None, 0), "neither family has multi-token prediction layers"),
-    _Demand("qk_layernorm", (False, None), "neither family has query and key norms"),
-    _Demand("qk_l2_norm", (False, None), "neither family normalises queries and keys"),
-    _Demand("no_rope_freq", (None, 0), "neither family has layers without rotary positions"),
-    _Demand("softmax_scale", (None,), "transformers scales attention by the root of head_dim"),
-    _Demand("attention_output_gate", (False, None), "neither family gates its attention output"),
-    _Demand("softmax_type", ("vanilla", None), "neither family has attention sinks"),
-    _Demand("apply_residual_connection_post_layernorm", (False, None), "both families are pre-norm"),
-    _Demand("apply_norm_post_sub_block", (False, None), "both families are pre-norm"),
-    _Demand("heterogeneous_layers_config_path", (None,), "all layers of both families are alike"),
-    _Demand("heterogeneous_layers_config_encoded_json", (None, ""), "all layers of both families are alike"),
-    _Demand("glu_linear_offset", (None, 0, 0.0), "transformers adds nothing to the up projection"),
-    _Demand("activation_func_clamp_value", (None,), "transformers does not clamp the activation"),
-    _Demand("use_mup", (False, None), "transformers knows no maximal update parametrisation"),
-    _Demand(
-        "rotary_seq_len_interpolation_factor",
-        (None, 1, 1.0),
-        "most Megatron versions ignore it, so it cannot be told whether the model was trained with it; if it was not, "
-        "save the checkpoint without the argument",
-    ),
-    _Demand("gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
-)
-_ROPE_SCALING_DEMANDS = (
-    _Demand("rope_scaling_factor", (8, 8.0), "training scripts pass the flag only, so models are trained with 8.0"),
-)
-_MOE_DEMANDS = (
-    _Demand("moe_router_pre_softmax", (False, None), "MixtralForCausalLM normalises the weights of the chosen experts"),
-    _Demand("moe_router_score_function", ("softmax", None), "MixtralForCausalLM scores by softmax"),
-    _Demand("moe_router_topk_scaling_factor", (None, 1, 1.0), "MixtralForCausalLM does not scale expert weights"),
-    _Demand("moe_router_num_groups", (None, 1), "MixtralForCausalLM does not group experts"),
-    _Demand("moe_layer_freq", (1, None), "every layer of Mixtral has experts"),
-    _Demand("moe_shared_expert_intermediate_size", (None, 0), "Mixtral has no shared experts"),
-    _Demand("moe_router_enable_expert_bias", (False, None), "Mixtral's router has no expert bias"),
-    _Demand("moe_mlp_glu_interleave_size", (None,), "gate and up rows alternate in blocks"),
-    _Demand("moe_apply_probs_on_input", (False, None), "MixtralForCausalLM weighs the experts' outputs"),
-)
-
-
 def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: str) -> Architecture:
     """The model that the training arguments describe.
 
@@ -131,18 +77,17 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
     """
     check_sizes(args, file)
     experts = args.get("num_experts") or 0
-    demands = _DEMANDS + (_MOE_DEMANDS if experts else ())
-    demands += _ROPE_SCALING_DEMANDS if args.get("use_rope_scaling") else ()
+    family = FAMILIES["mixtral" if experts else "llama"]
     problems: list[ConversionError] = [
         UnsupportedModel(
-            f"--{demand.name.replace('_', '-')} has a value that the target cannot express",
+            f"--{pin.arg.replace('_', '-')} has a value that the target cannot express",
             file=file,
-            expected=" or ".join(map(repr, demand.allowed)),
-            found=repr(args[demand.name]),
-            remedy=demand.why,
+            expected=" or ".join(map(repr, pin.allowed)),
+            found=repr(args[pin.arg]),
+            remedy=pin.why,
         )
-        for demand in demands
-        if demand.name in args and _one_for_all(args[demand.name]) not in demand.allowed
+        for pin in family.pins
+        if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
     ]
     if experts and args.get("add_bias_linear"):
         problems.append(
@@ -168,29 +113,32 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
         )
     raise_together(problems)
     heads = args["num_attention_heads"]
-    padded_vocab = args["padded_vocab_size"]
+    plain = {key.field: _value(key, args) for key in family.keys if key.arg}
     return Architecture(
-        family="mixtral" if experts else "llama",
-        layers=args["num_layers"],
-        hidden=args["hidden_size"],
-        ffn=_ffn(args, experts),
-        heads=heads,
-        query_groups=_query_groups(args, heads),
-        head_dim=args.get("kv_channels") or args["hidden_size"] // heads,
-        vocab=vocab or args.get("vocab_size") or padded_vocab,
-        padded_vocab=padded_vocab,
-        max_positions=args["max_position_embeddings"],
-        norm_epsilon=float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5),
-        rope_theta=float(args.get("rotary_base") or 10000),
-        rope_scaling=_rope_scaling(args),
-        tied=not args.get("untie_embeddings_and_output_weights", False),
-        qkv_bias=bool(args.get("add_qkv_bias") or args.get("add_bias_linear")),
-        linear_bias=bool(args.get("add_bias_linear")),
-        experts=experts,
-        experts_per_token=(args.get("moe_router_topk") or 2) if experts else 0,
-        router_aux_loss=_first_number(args.get("moe_aux_loss_coeff")) if experts else 0.0,
-        sliding_window=_sliding_window(args, experts, file),
+        **plain
+        | {
+            "family": family.name,
+            "ffn": _ffn(args, experts),
+            "query_groups": _query_groups(args, heads),
+            "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
+            "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
+            "padded_vocab": args["padded_vocab_size"],
+            "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or plain["norm_epsilon"]),
+            "rope_scaling": _rope_scaling(args),
+            "qkv_bias": plain["qkv_bias"] or plain["linear_bias"],
+            "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if experts else 0.0,
+            "sliding_window": _sliding_window(args, experts, file),
+        }
     )
+
+
+def _value(key: Key, args: Mapping[str, Any]) -> Any:
+    """A fact as the argument that bears it has it."""
+    value = args.get(key.arg)
+    if key.kind == "flag":
+        return bool(value) != key.is_opposite
+    value = value or key.arg_default
+    return value if key.kind == "size" else float(value or 0)
 
 
 def _one_for_all(value: Any) -> Any:

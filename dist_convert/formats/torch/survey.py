@@ -40,13 +40,11 @@ from dist_convert.models.schema import Architecture, Row, entries, part_shape, p
 from dist_convert.read.megatron import Shard
 from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, View, local_name
 
-#: Args that must be the same in every shard; they decide where bytes go.
+#: Args that must be the same in every shard besides those of the families; they decide where bytes go.
 _SAME_IN_ALL = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "padded_vocab_size", "num_experts", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "expert_model_parallel_size", "expert_tensor_parallel_size", "rotary_base", "params_dtype", "vocab_size",
-    "untie_embeddings_and_output_weights", "norm_epsilon", "use_rope_scaling", "moe_router_topk", "apply_layernorm_1p",
-    "group_query_attention", "max_position_embeddings", "add_bias_linear", "add_qkv_bias", "moe_ffn_hidden_size",
+    "padded_vocab_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "params_dtype", "use_rope_scaling", "apply_layernorm_1p", "group_query_attention",
+    "moe_ffn_hidden_size",
 )  # fmt: skip
 
 
@@ -59,9 +57,11 @@ def check_same_run(shards: Iterable[Shard]) -> None:
     listed = sorted(shards, key=lambda shard: shard.file)
     first = listed[0]
     problems = []
+    names = dict.fromkeys(key.arg for family in FAMILIES.values() for key in family.keys if key.arg)
+    names |= dict.fromkeys((*_SAME_IN_ALL, *(pin.arg for family in FAMILIES.values() for pin in family.pins)))
     for shard in listed[1:]:
         pairs = [("iteration", first.iteration, shard.iteration)]
-        pairs += [(name, first.args.get(name), shard.args.get(name)) for name in _SAME_IN_ALL]
+        pairs += [(name, first.args.get(name), shard.args.get(name)) for name in names]
         pairs += [("number of models", len(first.chunks), len(shard.chunks))]
         problems += [
             InconsistentShards(

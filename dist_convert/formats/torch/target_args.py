@@ -20,6 +20,7 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
 from dist_convert.read.source import read_json
 
@@ -72,48 +73,25 @@ def default_values(a: Architecture, tokenizer_model: str | None) -> Found:
 
 def model_values(a: Architecture) -> dict[str, object]:
     """What config.json decides, with what it implies in Megatron's words."""
-    theta = int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta
-    experts: dict[str, object] = {
-        "moe_layer_freq": 1,
-        "moe_router_topk": a.experts_per_token,
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_enable_expert_bias": False,
-        "moe_shared_expert_intermediate_size": None,
-    }
-    return {
-        "num_layers": a.layers,
-        "hidden_size": a.hidden,
-        "ffn_hidden_size": a.ffn,
-        "num_attention_heads": a.heads,
-        "group_query_attention": a.query_groups != a.heads,
-        "num_query_groups": a.query_groups,
-        "kv_channels": a.head_dim,
-        "max_position_embeddings": a.max_positions,
-        "position_embedding_type": "rope",
-        "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
-        "rotary_base": theta,
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": None,
-        "use_rope_scaling": a.rope_scaling is not None,
-        "rope_scaling_factor": 8.0,
-        "window_size": None if a.sliding_window is None else (a.sliding_window - 1, 0),  # without the token itself
-        "normalization": "RMSNorm",
-        "norm_epsilon": a.norm_epsilon,
-        "apply_layernorm_1p": False,
-        "qk_layernorm": False,
-        "swiglu": True,
-        "squared_relu": False,
-        "add_bias_linear": a.linear_bias,
-        "add_qkv_bias": a.qkv_bias,
-        "untie_embeddings_and_output_weights": not a.tied,
-        "multi_latent_attention": False,
-        "mtp_num_layers": None,
-        "num_experts": a.experts or None,
-        "moe_ffn_hidden_size": a.ffn if a.experts else None,
-    } | (experts if a.experts else {})
+    family = FAMILIES[a.family]
+    facts = {key.arg: getattr(a, key.field) for key in family.keys if key.arg}
+    facts |= {key.arg: not facts[key.arg] for key in family.keys if key.is_opposite}
+    pinned = {pin.arg: pin.allowed[0] for pin in family.pins if pin.is_written}
+    return (
+        facts
+        | pinned
+        | {
+            "group_query_attention": a.query_groups != a.heads,
+            "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
+            "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
+            "use_rope_scaling": a.rope_scaling is not None,
+            "window_size": None if a.sliding_window is None else (a.sliding_window - 1, 0),  # without the token itself
+            "apply_layernorm_1p": False,
+            "squared_relu": False,
+            "num_experts": a.experts or None,
+            "moe_ffn_hidden_size": a.ffn if a.experts else None,
+        }
+    )
 
 
 def vocabulary_values(a: Architecture, vocab: int, divisible_by: int) -> Found:
