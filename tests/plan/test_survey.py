@@ -222,6 +222,8 @@ def another(**changes: Any) -> Callable[[Shard], Shard]:
     [
         (another(iteration=8), "iteration", "8"),
         (another(args={**shards(architecture(), TP2)[FIRST].args, "num_layers": 6}), "num_layers", "6"),
+        (another(args={**shards(architecture(), TP2)[FIRST].args, "norm_epsilon": 0.5}), "norm_epsilon", "0.5"),
+        (another(args={**shards(architecture(), TP2)[FIRST].args, "qk_layernorm": True}), "qk_layernorm", "True"),
         (another(chunks=({}, {}), opaque=({}, {})), "number of models", "2"),
     ],
 )
