@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,3 +56,45 @@ def test_a_single_rank_works_and_returns() -> None:
     worked: list[str] = []
     Channel(0, 1).run_on([0], "a test", lambda: worked.append("done"), timeout_seconds=1)
     assert worked == ["done"]
+
+
+BUSY_RANK = """
+import time
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.signals import Signals
+
+signals = Signals()
+with signals.caught():
+    channel = Channel(0, 2, signals)
+    print("ready", flush=True)
+    while True:
+        time.sleep(1)
+"""
+STORE = """
+import time
+from torch.distributed import TCPStore
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_busy_rank_heeds_a_signal_that_comes_after_the_store_is_gone() -> None:
+    store = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
+    assert store.stdout is not None
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.stdout.readline().strip()}
+    rank = subprocess.Popen([sys.executable, "-c", BUSY_RANK], env=environment, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    try:
+        assert rank.stdout.readline() == "ready\n"
+        store.kill()
+        store.wait()
+        time.sleep(2)  # until the rank has noticed
+        rank.send_signal(signal.SIGTERM)
+        assert rank.wait(timeout=60) == 143
+    finally:
+        store.kill()
+        rank.kill()
+        store.communicate()
+        rank.communicate()

@@ -403,9 +403,17 @@ class Channel:
                 if self._long_work is not None:
                     self._add(f"{self._long_work}/{self._rank}/alive", 1)
             except DistError:  # the store is gone; what served it is ending this run, or has ended
-                if self._stopped_by is None or self._closed.wait(_GRACE_SECONDS):
-                    return
-                os._exit(128 + self._stopped_by)
+                self._watch_signals()
+                return
+
+    def _watch_signals(self) -> None:
+        """Heed signals without a store; the one that tells of the launcher's end comes after its connections broke."""
+        while self._stopped_by is None:
+            if self._closed.wait(_POLL_SECONDS):
+                return
+            self._take_signal()
+        if not self._closed.wait(_GRACE_SECONDS):
+            os._exit(128 + self._stopped_by)
 
     def _take_signal(self) -> None:
         if self._signals is not None and self._stopped_by is None:
