@@ -21,6 +21,9 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor
 #: Of each tensor, the first and the last among them.
 _ELEMENTS = 64
 
+#: By shard and file, see `stored_pieces`.
+PiecesOfShards = dict[int, dict[str, list[tuple[Piece, StoredTensor, int, int]]]]
+
 
 def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
     """Compare where the catalog says that some elements of tensors are stored with where the formula says it.
@@ -30,47 +33,60 @@ def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
     """
     for name in names:
         meta, regions = catalog.tensors[name], catalog.regions(name)
+        pieces: PiecesOfShards = {}
         for index in _drawn(name, meta.rows * meta.columns) if name in catalog.parameters else ():
-            check_element(catalog, name, regions, *divmod(index, meta.columns))
+            check_element(catalog, name, regions, pieces, *divmod(index, meta.columns))
 
 
-def check_element(catalog: TorchCatalog, name: str, regions: Sequence[Region], row: int, column: int) -> None:
+def check_element(
+    catalog: TorchCatalog, name: str, regions: Sequence[Region], pieces: PiecesOfShards, row: int, column: int
+) -> None:
     """Compare where a tensor's regions have one of its elements with where the formula has it.
+
+    Args:
+        catalog, name, regions: the tensor.
+        pieces: what is known of its shards; more is added.
+        row, column: the element.
 
     Raises:
         PlanError: they are two places, or a file that has the element is not among the regions'.
     """
     found = _in_regions(regions, row, column)
-    for file, expected in _by_formula(catalog, name, row, column):
-        if found.get(file) != expected:
+    for file, expected in _by_formula(catalog, name, pieces, row, column):
+        if expected not in found.get(file, []):
             raise PlanError(
                 f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
                 tensor=name,
                 file=file,
                 expected=f"byte {expected}",
-                found=f"byte {found.get(file)}",
+                found=f"byte {', '.join(map(str, found.get(file, []))) or 'nowhere'}",
                 remedy="this is a mistake of dist_convert, please report it; do not use what was written",
             )
 
 
-def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, int]:
-    """Where a catalog has an element: file -> byte."""
+def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, list[int]]:
+    """Where a catalog has an element: file -> bytes; a copy that a tied model keeps may be in the same file."""
+    found: dict[str, list[int]] = {}
     for region in regions:
         down, right = row - region.box.row, column - region.box.column
         if 0 <= down < region.box.rows and 0 <= right < region.box.columns:
-            return {
-                v.file: v.offset_bytes + (down * v.row_stride + right * v.column_stride) * DTYPE_BYTES[v.dtype]
-                for v in region.replicas
-            }
-    return {}
+            for v in region.replicas:
+                elements = down * v.row_stride + right * v.column_stride
+                found.setdefault(v.file, []).append(v.offset_bytes + elements * DTYPE_BYTES[v.dtype])
+    return found
 
 
-def _by_formula(catalog: TorchCatalog, name: str, row: int, column: int) -> Iterator[tuple[str, int]]:
+def _by_formula(
+    catalog: TorchCatalog, name: str, pieces: PiecesOfShards, row: int, column: int
+) -> Iterator[tuple[str, int]]:
     """Where the layout has an element: each file, and the byte in it."""
     parameter, number = catalog.parameters[name]
     shard, inside, across = shard_element(parameter, number, catalog.architecture.sizes(), row, column)
-    for file in files_of(catalog, parameter, shard):
-        yield file, _offset_bytes(stored_pieces(catalog, parameter, file), inside, across)
+    if shard not in pieces:
+        files = files_of(catalog, parameter, shard)
+        pieces[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
+    for file, of_file in pieces[shard].items():
+        yield file, _offset_bytes(of_file, inside, across)
 
 
 def shard_element(

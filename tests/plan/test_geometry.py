@@ -16,7 +16,7 @@ from dist_convert.models.llama import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box
-from dist_convert.verify.elements import check_element
+from dist_convert.verify.elements import PiecesOfShards, check_element
 from tests import checkpoints
 from tests.plan import arrays
 
@@ -122,8 +122,9 @@ def rebuilt(model: checkpoints.Model, grid: checkpoints.Grid, **spelled: str) ->
     catalog = arrays.shards_of(made)
     for name, meta in catalog.tensors.items():
         regions = catalog.regions(name)
+        pieces: PiecesOfShards = {}
         for row, column in product(range(meta.rows), range(meta.columns) if name in catalog.parameters else ()):
-            check_element(catalog, name, regions, row, column)
+            check_element(catalog, name, regions, pieces, row, column)
 
 
 @given(
