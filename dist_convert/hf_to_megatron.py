@@ -148,7 +148,11 @@ def _plan(
         title=shards.title,
         params_dtype=params_dtype,
         target_dtype=wanted,
-        kept_dtypes={name: meta.dtype for name, meta in source.tensors.items() if meta.dtype != params_dtype},
+        kept_dtypes={
+            name: meta.dtype
+            for name, meta in source.tensors.items()
+            if name in shards.parameters and meta.dtype != params_dtype
+        },
         left_behind=left_behind,
         repeat_last_row=job.vocab_padding == "last-row",
         extras=frozenset((file, name) for file in planned for of, name in target.extras if of == local_name(file)),

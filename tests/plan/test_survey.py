@@ -100,6 +100,17 @@ def test_the_message_of_several_problems_counts_them_and_lists_each() -> None:
     )
 
 
+def test_norms_that_may_be_stored_as_gamma_minus_one_hide_no_other_problem() -> None:
+    made = shards(architecture(layers=2), TP2)
+    for shard in made.values():
+        shard.args["apply_layernorm_1p"] = True
+    (problem,) = refused(made, architecture(layers=2))
+    assert str(problem).startswith("it cannot be told whether the norms are stored as gamma - 1")
+    bend(made, FIRST, **{FC2: None})
+    (problem,) = refused(made, architecture(layers=2))
+    assert (type(problem), problem.tensor) == (MissingTensor, FC2)
+
+
 def test_a_single_problem_is_raised_as_itself() -> None:
     made = shards(architecture(), TP2)
     bend(made, SECOND, **{FC2: None})

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,24 @@ def test_output_biases_of_zeros_are_left_behind(tmp_path: Path, capsys: pytest.C
     make_hf(tmp_path / "hf", model, biased(model, torch.zeros(16).bfloat16()), attention_bias=True)
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 0
     assert "left behind: 2 x output bias of attention (all zeros)" in capsys.readouterr().err
+
+
+def test_output_biases_of_zeros_have_no_say_in_the_dtype_of_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Model(hidden=16, ffn=24, layers=1, tied=True, qkv_bias=True)
+    rest_bytes = sum(2 * value.numel() for name, value in hf_tensors(plain).items() if "embed" not in name)
+    rows = rest_bytes // (4 * plain.hidden)  # as F32 the embedding has a few bytes less than the rest in BF16
+    model = replace(plain, vocab=rows, padded_vocab=rows)
+    tensors = biased(model, torch.zeros(16))
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float()
+    make_hf(tmp_path / "hf", model, tensors, attention_bias=True)
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--target-params-dtype", "fp16") == 0
+    [chunks] = read_shards(tmp_path / "megatron").values()
+    assert {str(value.dtype) for name, value in chunks[0].items() if "embedding" not in name} == {"torch.float16"}
+    assert chunks[0]["embedding.word_embeddings.weight"].dtype == torch.float32
+    said = capsys.readouterr().err
+    assert "1 parameters are not stored in BF16 and keep their dtype: model.embed_tokens.weight\n" in said
 
 
 def test_output_biases_that_are_not_zeros_are_not_taken_for_zeros_however_they_are_stored(

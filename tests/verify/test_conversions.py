@@ -13,7 +13,7 @@ from dist_convert.formats.torch.geometry import Place
 from dist_convert.models.schema import Row
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
-from tests.checkpoints import Grid, Model, make
+from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import convert
 from tests.to_megatron import make_hf, to_megatron
 
@@ -34,6 +34,21 @@ def test_a_right_conversion_is_verified_and_gets_its_name(
         f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 18 config fields are the source's{sample}"
         for name in ("hf", "back/iter_0000001")
     ]
+
+
+def test_a_tied_copy_in_a_dtype_of_its_own_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, grid = Model(tied=True), Grid(pp=2)
+    shards = megatron_shards(model, hf_tensors(model), grid)
+    [last] = [chunks[-1] for chunks in shards.values() if "output_layer.weight" in chunks[-1]]
+    copy = last["output_layer.weight"]
+    assert copy is not None
+    last["output_layer.weight"] = copy.float()
+    save(tmp_path / "megatron", shards, training_args(model, grid))
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--verify", "--target-params-dtype", "keep") == 0
+    last["output_layer.weight"] = copy.float() * 1.5
+    save(tmp_path / "other", shards, training_args(model, grid))
+    assert convert(tmp_path / "other", tmp_path / "other-hf", "--verify", "--target-params-dtype", "keep") == 1
+    assert "model.embed_tokens.weight" in capsys.readouterr().err
 
 
 def test_without_the_flag_nothing_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

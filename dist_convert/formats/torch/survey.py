@@ -112,11 +112,11 @@ def open_catalog(
         files,
         stored,
         imported_experts=imported_experts,
-        add_to_norms=_added_to_norms(shards),
         with_tied_copies=with_tied_copies,
     )
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
-    return _survey(replace(catalog, permuted_experts=permuted), shards)
+    surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
+    return replace(surveyed, add_to_norms=_added_to_norms(shards)), left_behind
 
 
 def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:
@@ -217,9 +217,11 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
                 problems.append(problem)
                 used |= stored_as(catalog, parameter, shard)
                 continue
-            for view in (view for replica in found for _, view in replica):
+            own = len(files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
+            for number, view in ((number, view) for number, replica in enumerate(found) for _, view in replica):
                 used.add((view.file, view.tensor))
-                problems += _dtype_problems(view, dtypes.setdefault(parameter.name, view.dtype))
+                expected = dtypes.setdefault(parameter.name, view.dtype) if number < own else view.dtype
+                problems += _dtype_problems(view, expected)
             bytes_of[found[0][0][1].dtype] += sum(view.size_bytes for _, view in found[0])
     left_behind, unknown = _leftovers(catalog, shards, used)
     raise_together(problems + unknown)

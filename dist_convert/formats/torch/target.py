@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +119,8 @@ class TorchTarget:
     @property
     def settings(self) -> Mapping[str, Any]:
         args: dict[str, Any] = json.loads(args_json(self.args))
-        return args | {"iteration": self.iteration}
+        bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
+        return args | {"iteration": self.iteration} | ({BINS_FILE: bins} if self.extras else {})
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""

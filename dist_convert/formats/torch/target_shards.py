@@ -105,7 +105,7 @@ def _specs(
 
 
 def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[str, str]]:
-    """The dtype of most of the source, and for each Megatron parameter the dtype that it is written in.
+    """The dtype of most of what is written, and for each Megatron parameter the dtype that it is written in.
 
     Args:
         source: of the same family.
@@ -115,14 +115,13 @@ def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[
         UnsupportedModel: a parameter whose parts are stored in several dtypes.
     """
     bytes_of: Counter[str] = Counter()
-    for meta in source.tensors.values():
-        bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
-    main = bytes_of.most_common(1)[0][0]
     problems: list[ConversionError] = []
-    dtypes = {}
+    found: dict[str, str] = {}
     for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
         if isinstance(entry, Row):
             names = [part.name.format(layer=layer, expert=expert) for part in entry.parts]
+            for meta in map(source.tensors.__getitem__, names):
+                bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
             stored = sorted({source.tensors[name].dtype for name in names})
             if len(stored) > 1:
                 problems.append(
@@ -134,7 +133,7 @@ def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[
                         remedy="save the model in one dtype",
                     )
                 )
-            name = entry.megatron.format(layer=layer, expert=expert)
-            dtypes[name] = target_dtype if target_dtype and stored[0] == main else stored[0]
+            found[entry.megatron.format(layer=layer, expert=expert)] = stored[0]
     raise_together(problems)
-    return main, dtypes
+    main = bytes_of.most_common(1)[0][0]
+    return main, {name: target_dtype if target_dtype and dtype == main else dtype for name, dtype in found.items()}
