@@ -339,3 +339,16 @@ def test_a_replaced_target_keeps_its_name_or_has_it_back_whenever_the_run_is_kil
     assert runs.do(to_hf(source, "--overwrite")).exit_codes == [0]
     assert (out / "model.safetensors").read_bytes() == (source.parent / "new" / "model.safetensors").read_bytes()
     assert sorted(path.name for path in source.parent.iterdir()) == ["in", "new", "old", "out"]
+
+
+def test_one_of_a_later_format_is_refused_and_left_as_it_is(runs: Runs, source: Path) -> None:
+    kill(runs, to_hf(source))
+    partial = source.parent / "out.partial"
+    identity = partial / ".journal" / "identity.json"
+    assert json.loads(identity.read_text())["format"] == 2
+    identity.write_text(json.dumps({**json.loads(identity.read_text()), "format": 3}))
+    before = hashes_below(partial)
+    run = runs.do(to_hf(source))
+    assert run.exit_codes == [1]
+    assert "made by another version (format 3, 2 now), which alone can go on with it" in run.printed
+    assert hashes_below(partial) == before

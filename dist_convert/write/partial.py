@@ -203,7 +203,7 @@ def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool)
             "an unfinished conversion of something else is where the target is made",
             file=str(partial),
             found="; ".join(different),
-            remedy="undo that change to go on with it, or start anew with --overwrite",
+            remedy="to go on with it, start it as it was begun; or start anew with --overwrite",
         )
 
 

@@ -250,3 +250,18 @@ def test_all_arguments_are_kept_in_the_json_form_that_vars_would_have(tmp_path: 
     assert json.loads((tmp_path / "out" / "source_megatron_args.json").read_text()) == expected
     assert expected["params_dtype"] == "torch.bfloat16"
     assert expected["load"] == "/ckpts/llama"
+
+
+def test_shards_that_disagree_about_what_the_model_computes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", MIXTRAL, Grid(tp=2))
+    [second] = tmp_path.glob("in/*/mp_rank_01/model_optim_rng.pt")
+    saved = torch.load(second, weights_only=False)
+    saved["args"].moe_router_pre_softmax = True
+    torch.save(saved, second)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "two shards disagree about moe_router_pre_softmax" in err
+    assert "file:     mp_rank_01/model_optim_rng.pt\n" in err
+    assert not (tmp_path / "out").exists()

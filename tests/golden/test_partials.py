@@ -23,7 +23,7 @@ PARTIALS = Path(__file__).parent / "partials"
 REFUSAL = """an unfinished conversion of something else is where the target is made
   file:     {}
   found:    made by another version (format 1, 2 now), which alone can go on with it
-  remedy:   undo that change to go on with it, or start anew with --overwrite
+  remedy:   to go on with it, start it as it was begun; or start anew with --overwrite
 """
 CHANGED_NS = 1_700_000_000_000_000_000
 SAME_TORCH = pytest.mark.skipif(torch.__version__ != RECORDED["torch"], reason=f"of torch {RECORDED['torch']}'s files")

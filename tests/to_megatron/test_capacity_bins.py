@@ -9,6 +9,7 @@ import torch
 
 from tests.checkpoints import Grid, Model
 from tests.converting import convert
+from tests.distributed.interrupting import Runs
 from tests.formats.test_capacity_bins import MOE, NAMES, save_with_bins
 from tests.to_megatron import FILE, assert_same_shards, load, make_hf, read_shards, to_megatron
 
@@ -117,3 +118,22 @@ def test_bins_are_refused_where_training_has_no_place_for_them(
     make_hf(tmp_path / "hf", model)
     assert to_megatron(tmp_path / "hf", tmp_path / "out", LOAD[0], "--expert-layout", "habana-dynamic") == 2
     assert "the target has no place for capacity bins" in capsys.readouterr().err
+
+
+def test_bins_that_were_replaced_while_a_conversion_lay_unfinished_are_refused(runs: Runs, tmp_path: Path) -> None:
+    save_and_convert(tmp_path, Grid())
+    bins = tmp_path / "hf" / "capacity_bins.pt"
+    flags = ["hf-to-megatron", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "back"), *LOAD]
+    flags += ["--device", "cpu"]
+    assert runs.do(flags, rank=0, moment=20, signals=["SIGKILL"]).exit_codes == [-9]
+    old = bins.read_bytes()
+    bins.unlink()
+    save_with_bins(tmp_path / "other", Grid(), torch.int32)
+    assert convert(tmp_path / "other", tmp_path / "other-hf", "--save-capacity-bins") == 0
+    bins.write_bytes((tmp_path / "other-hf" / "capacity_bins.pt").read_bytes())
+    run = runs.do(flags)
+    assert run.exit_codes == [1]
+    assert "an unfinished conversion of something else" in run.printed
+    assert "argument capacity_bins.pt was" in run.printed
+    bins.write_bytes(old)
+    assert runs.do(flags).exit_codes == [0]
