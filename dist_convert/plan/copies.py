@@ -130,13 +130,14 @@ def bands(ends: Ends, names: Sequence[str]) -> list[Block]:
 
 
 def _bands(ends: Ends, regions: Mapping[str, _Both]) -> list[Block]:
-    found = [band for name, both in regions.items() for band in _bands_of_tensor(ends, name, both)]
+    found = [band for both in regions.values() for band in _bands_of_tensor(both)]
+    found += [band for name, (source, _) in regions.items() for band in _bands_of_padding(ends, name, source)]
     if ends.source.is_owned:
         return sorted(found, key=lambda band: (band[0].sources[0].file, band[0].sources[0].offset_bytes))
     return sorted(found, key=lambda band: (band[0].targets[0].file, band[0].targets[0].offset_bytes))
 
 
-def _bands_of_tensor(ends: Ends, name: str, both: _Both) -> Iterator[Block]:
+def _bands_of_tensor(both: _Both) -> Iterator[Block]:
     found = list(_intersection(*both))
     yield from ((common.copy,) for common in found if not common.is_wide)
     wide = [common for common in found if common.is_wide]
@@ -151,14 +152,32 @@ def _bands_of_tensor(ends: Ends, name: str, both: _Both) -> Iterator[Block]:
             band.append(common)
         if band:
             yield tuple(one.copy for one in band)
+
+
+def _bands_of_padding(ends: Ends, name: str, source: Sequence[Region]) -> Iterator[Block]:
+    """The source's padding as far as both sides have it; behind it the tensor's last row, or zeros."""
+    wanted = ends.target.padding(name)
+    if not wanted:
+        return
+    known = ends.source.padding(name)
+    yield from _bands_of_tensor((known, wanted))
     if ends.repeat_last_row:
-        yield from ((copy,) for copy in _repeated_rows(ends, name, both[0]))
+        end = max((region.box.row_end for region in known), default=0)
+        beyond = [_rows_from(want, end) for want in wanted if want.box.row_end > end]
+        yield from ((copy,) for copy in _repeated_rows(ends, name, source, beyond))
 
 
-def _repeated_rows(ends: Ends, name: str, source: Sequence[Region]) -> Iterator[Copy]:
+def _rows_from(region: Region, first: int) -> Region:
+    """What of a region lies at a row of the tensor or below it."""
+    row = max(first, region.box.row)
+    box = replace(region.box, row=row, rows=region.box.row_end - row)
+    return replace(region, box=box, replicas=_window(region, box))
+
+
+def _repeated_rows(ends: Ends, name: str, source: Sequence[Region], wanted: Sequence[Region]) -> Iterator[Copy]:
     """The tensor's last row for each row of padding."""
     last = ends.source.tensors[name].rows - 1
-    for want in ends.target.padding(name):
+    for want in wanted:
         for have in (region for region in source if region.box.row_end > last and region.replicas):
             row = replace(have.box, row=last, rows=1)
             box = intersect(replace(want.box, row=last, rows=1), row)

@@ -50,12 +50,8 @@ def planned(source: Made, target: Made) -> list[Block]:
 
 
 def copied(source: Made, target: Made, blocks: list[Block]) -> Image:
-    """The target's files after all copies; what no copy writes is NaN, but for the vocabulary's padding."""
+    """The target's files after all copies; what no copy writes is NaN."""
     image: Image = {file: np.full_like(values, np.nan) for file, values in target.source.items()}
-    shards = as_target(target)
-    for name in shards.tensors:
-        for view in (view for region in shards.padding(name) for view in region.replicas):
-            arrays.seen(image, view)[:] = arrays.seen(target.source, view)
     for copy in (copy for block in blocks for copy in block):
         for view in copy.targets:
             assert np.isnan(arrays.seen(image, view)).all(), f"written twice: {view}"
