@@ -2,9 +2,8 @@
 
     read headers -> plan -> (read bytes -> gather -> place -> write bytes)* -> checks -> commit
 
-`read` finds the checkpoint and its headers, `plan` turns them into box copies and deals those to ranks, `move` carries
-them out, `write` makes the target and gives it its name, `formats` knows what is no tensor. The two directions
-differ in `megatron_to_hf.py` and `hf_to_megatron.py`, which say what is read and written; this file moves it.
+`formats` opens the source, whatever it is; `to_huggingface` and `to_torch` say what is made of it; `plan` intersects
+both ends and deals the copies to ranks, `move` carries them out, `write` makes the target and gives it its name.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from functools import partial
 from typing import Any
 
 from dist_convert.errors import PlanError, ValueOverflow
-from dist_convert.hf_to_megatron import hf_to_megatron
-from dist_convert.megatron_to_hf import megatron_to_hf
+from dist_convert.formats.open import open_source
 from dist_convert.move.pipeline import Moved, move
 from dist_convert.move.timeline import Timeline, traced
-from dist_convert.options import TORCH, Options
+from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
 from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
@@ -32,6 +30,8 @@ from dist_convert.read.source import pushes_others_out
 from dist_convert.records import local_name
 from dist_convert.report import Outcome, describe_plan, load_of, outcome_text, peak_memory_bytes, resume_line
 from dist_convert.task import Task, Writers, find_writers
+from dist_convert.to_huggingface import to_huggingface
+from dist_convert.to_torch import to_torch
 from dist_convert.verify.verify import compare_with_source, prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
@@ -68,7 +68,10 @@ def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
     Raises:
         ConversionError: see `errors`; nothing is left under the target's name.
     """
-    task = hf_to_megatron(job, world, channel) if job.to == TORCH else megatron_to_hf(job, world)
+    model = open_source(job, world, channel)
+    check_applies(job, HUGGINGFACE if model.args is None else TORCH)
+    task = to_torch(job, model, world) if job.to == TORCH else to_huggingface(job, model, world)
+    job = task.job
     placement = choose_placement(job.placement, world, task.visible, task.places)
     writers = find_writers(task, world)
     plan = _divide(task, writers, job, world, placement, NOTHING_DONE)
@@ -106,7 +109,8 @@ def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
         barrier(world)
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if world.rank == 0:
-            print(_done_before(task) if held.is_complete else outcome_text(task.target, outcome), file=sys.stderr)
+            done = outcome_text(task.target, outcome, task.content.left_behind)
+            print(_done_before(task) if held.is_complete else done, file=sys.stderr)
             if words := task.layout.to_do():
                 print(words, file=sys.stderr)
         if is_first:

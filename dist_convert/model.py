@@ -89,6 +89,18 @@ class Catalog(Protocol):
         """Every tensor by its name, in the order of the family's table."""
 
     @property
+    def title(self) -> str:
+        """The model, and how it is cut, for people."""
+
+    @property
+    def params_dtype(self) -> str:
+        """The safetensors name of the dtype in which most of it is stored."""
+
+    @property
+    def kept_dtypes(self) -> Mapping[str, str]:
+        """What is stored in other dtypes, by its name in the format, with its dtype."""
+
+    @property
     def is_owned(self) -> bool:
         """Whether its files are shards, each with an owner that reads or writes it, and not anyone's as the others."""
 

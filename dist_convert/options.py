@@ -12,9 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_convert.errors import UsageError
+
 HUGGINGFACE, TORCH = "huggingface", "torch"
-#: The commands, by the format that they make.
-COMMANDS = {HUGGINGFACE: "megatron-to-hf", TORCH: "hf-to-megatron"}
+FORMATS = (HUGGINGFACE, TORCH)
+#: An iteration without a number.
+RELEASE = "release"
+#: The commands that convert: of every format into any, and the two that are bound to a pair, by (source, target).
+CONVERT = "convert"
+PAIRS = {"megatron-to-hf": (TORCH, HUGGINGFACE), "hf-to-megatron": (HUGGINGFACE, TORCH)}
+COMMANDS = (CONVERT, *PAIRS)
 
 #: `target_params_dtype` in safetensors names; `keep` leaves every tensor as it is stored.
 TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
@@ -26,7 +33,7 @@ EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
 VERIFICATIONS = ("full", "sample")
 SAMPLE = Fraction(1, 16)
 
-Kind = Literal["text", "path", "count", "number", "size", "seconds", "switch", "repository"]
+Kind = Literal["text", "path", "count", "iteration", "size", "seconds", "switch", "repository"]
 
 
 @dataclass(frozen=True)
@@ -34,24 +41,25 @@ class Option:
     """What is known of one field of `Options`.
 
     Attributes:
-        help: a fragment for `--help`; where the commands differ, by the format that they make.
+        help: a fragment for `--help`; where the commands differ, by their names.
         group: under which it is listed.
-        to: the formats whose command has it.
+        source, to: the formats of conversions that have it.
         kind: of its values.
         shown: the default, in the words of the help.
         choices: of a text.
-        flags: other names than the field's, by the format.
+        flags: other names than the field's, by the command.
         metavar: of its value in the help.
         const: the value that a flag without a value stands for, where it may have none.
-        constants: by the format, further flags that stand for a value each, and what the help says of them.
+        constants: by the command, further flags that stand for a value each, and what the help says of them.
         is_free: no byte of the target depends on it, so that it may change from one run to the next without a word.
     """
 
     help: str | Mapping[str, str]
     group: Literal["source", "target", "run"]
-    to: tuple[str, ...] = (HUGGINGFACE, TORCH)
+    source: tuple[str, ...] = FORMATS
+    to: tuple[str, ...] = FORMATS
     kind: Kind = "text"
-    shown: str | Mapping[str, str] = ""
+    shown: str = ""
     choices: tuple[str, ...] = ()
     flags: Mapping[str, tuple[str, ...]] | None = None
     metavar: str | None = None
@@ -72,28 +80,36 @@ def _to_torch(default: Any, help: str, group: Literal["source", "target", "run"]
     return _option(default, help, group, to=(TORCH,), **how)
 
 
+def _of_torch(default: Any, help: str, group: Literal["source", "target", "run"], **how: Any) -> Any:
+    return _option(default, help, group, source=(TORCH,), **how)
+
+
 @dataclass(frozen=True)
 class Options:
-    """One conversion; see the help of each field. `iteration` is None for a release."""
+    """One conversion; see the help of each field. `command` is how it was asked for, in whose words errors speak."""
 
     to: str
+    command: str = field(default=CONVERT, kw_only=True)
     source: str = _option(
         "",
         {
-            HUGGINGFACE: "(required) root of the Megatron checkpoint",
-            TORCH: "(required) Hugging Face directory, or a hub id (org/name[@revision])",
+            CONVERT: "checkpoint of either kind: root or iteration of Megatron's, Hugging Face directory, or a hub id "
+            "(org/name[@revision])",
+            "megatron-to-hf": "(required) root of the Megatron checkpoint",
+            "hf-to-megatron": "(required) Hugging Face directory, or a hub id (org/name[@revision])",
         },
         "source",
-        flags={HUGGINGFACE: ("--load-path",), TORCH: ("--load-dir",)},
+        flags={"megatron-to-hf": ("--load-path",), "hf-to-megatron": ("--load-dir",)},
         metavar="PATH",
     )
-    ckpt_dir_name: str | None = _to_hf(
+    ckpt_dir_name: str | None = _of_torch(
         None, "iteration directory, such as iter_0000004", "source", shown="the tracker file", metavar="NAME"
     )
     source_model_type: str | None = _to_hf(
         None,
         "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win",
         "source",
+        source=(TORCH,),
         shown="from the args",
         choices=SOURCE_MODEL_TYPES,
     )
@@ -101,20 +117,23 @@ class Options:
         None,
         "source_megatron_args.json of an earlier conversion",
         "source",
+        source=(HUGGINGFACE,),
         kind="path",
         shown="args follow from config.json",
         metavar="FILE",
     )
-    load_capacity_bins: bool = _to_torch(False, "take over capacity_bins.pt (same grid only)", "source", kind="switch")
+    load_capacity_bins: bool = _to_torch(
+        False, "take over capacity_bins.pt (same grid only)", "source", source=(HUGGINGFACE,), kind="switch"
+    )
     true_vocab_size: int | None = _option(
         None,
-        {HUGGINGFACE: "tokens without padding", TORCH: "checked against the config"},
+        "tokens without padding; a Hugging Face model's are checked against it",
         "source",
         kind="count",
-        shown={HUGGINGFACE: "args, then tokenizer"},
+        shown="args, then tokenizer",
         metavar="N",
     )
-    tokenizer: Path | None = _to_hf(
+    tokenizer: Path | None = _of_torch(
         None,
         "directory, tokenizer.model, or org/name of a model in the hub's cache",
         "source",
@@ -128,7 +147,7 @@ class Options:
     tokenizer_type: str | None = _to_torch(
         None, "Megatron's name of its kind", "source", shown="by the model", metavar="NAME"
     )
-    habana_imported_experts: bool = _to_hf(
+    habana_imported_experts: bool = _of_torch(
         False,
         "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
         "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
@@ -139,38 +158,46 @@ class Options:
     target: Path = _option(
         Path(),
         {
-            HUGGINGFACE: "(required) Hugging Face directory to be made",
-            TORCH: "(required) root of the Megatron checkpoint",
+            CONVERT: "what is made: a Hugging Face directory, or the root of a Megatron checkpoint",
+            "megatron-to-hf": "(required) Hugging Face directory to be made",
+            "hf-to-megatron": "(required) root of the Megatron checkpoint",
         },
         "target",
-        flags={HUGGINGFACE: ("--save-path",), TORCH: ("--save-dir",)},
+        flags={"megatron-to-hf": ("--save-path",), "hf-to-megatron": ("--save-dir",)},
         metavar="PATH",
     )
     save_per_node: bool = _to_hf(
         False,
-        "--save-path lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
+        "the target lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
         "no weights; all nodes' directories copied into one are the model",
         "target",
         kind="switch",
         is_free=True,
     )
-    iteration: int | None = _to_torch(
-        1,
+    iteration: int | str | None = _to_torch(
+        None,
         "number of the iteration",
         "target",
-        kind="number",
-        shown="1",
+        kind="iteration",
+        shown="the source's, else 1",
         metavar="N",
-        constants={TORCH: {"--release": (None, "write a release instead of an iteration")}},
+        constants={
+            command: {"--release": (RELEASE, "write a release instead of an iteration")} for command in COMMANDS
+        },
     )
     target_tensor_parallel_size: int | None = _to_torch(
-        None, "tensor parallel ranks", "target", kind="count", shown="the margs file's, else 1", metavar="N"
+        None, "tensor parallel ranks", "target", kind="count", shown="the source's, else 1", metavar="N"
     )
     target_pipeline_parallel_size: int | None = _to_torch(
-        None, "pipeline parallel ranks", "target", kind="count", shown="the margs file's, else 1", metavar="N"
+        None, "pipeline parallel ranks", "target", kind="count", shown="the source's, else 1", metavar="N"
     )
     target_virtual_pipeline_parallel_size: int | None = _to_torch(
-        None, "virtual stages", "target", kind="count", shown="1", metavar="N"
+        None,
+        "virtual stages",
+        "target",
+        kind="count",
+        shown="those of a source whose pipeline is kept, else 1",
+        metavar="N",
     )
     num_layers_per_virtual_pipeline_stage: int | None = _to_torch(
         None, "the same, by layers of a stage", "target", kind="count", metavar="N"
@@ -180,9 +207,11 @@ class Options:
         "expert parallel ranks",
         "target",
         kind="count",
-        shown="1",
+        shown="a Megatron source's, else 1",
         metavar="N",
-        flags={TORCH: ("--target-expert-parallel-size", "--target-expert-paralell-size")},  # as the old tool spells it
+        flags={  # as the old tool spells it
+            "hf-to-megatron": ("--target-expert-parallel-size", "--target-expert-paralell-size")
+        },
     )
     target_expert_tensor_parallel_size: int | None = _to_torch(
         None, "tensor parallel ranks within an expert", "target", kind="count", shown="the tensor size", metavar="N"
@@ -198,35 +227,32 @@ class Options:
     )
     target_ranks_per_node: int | None = _to_torch(
         None,
-        "--save-dir lies on each node's own disk, and training will run N processes on each of these nodes: a node "
+        "the target lies on each node's own disk, and training will run N processes on each of these nodes: a node "
         "gets the rank directories that its processes load",
         "target",
         kind="count",
-        shown="--save-dir is shared",
+        shown="the target is shared",
         metavar="N",
     )
-    make_vocab_size_divisible_by: int = _to_torch(
-        128,
+    make_vocab_size_divisible_by: int | None = _to_torch(
+        None,
         "the vocabulary is padded to a multiple of it on every tensor parallel rank",
         "target",
         kind="count",
-        shown="128",
+        shown="a Megatron source's, else 128",
         metavar="N",
     )
     vocab_padding: str = _to_torch(
         "last-row", "what padding rows hold", "target", shown="last-row", choices=("last-row", "zeros")
     )
-    target_params_dtype: str = _option(
-        "keep",
-        {
-            HUGGINGFACE: "dtype of the weights stored in the checkpoint's params dtype; others keep theirs",
-            TORCH: "dtype of the weights stored in the model's main dtype; others keep theirs",
-        },
+    target_params_dtype: str | None = _option(
+        None,
+        "dtype of the weights stored in the dtype of most; others keep theirs",
         "target",
-        shown={HUGGINGFACE: "bf16", TORCH: "keep"},
+        shown="bf16 from Megatron to Hugging Face, else keep",
         choices=tuple(TARGET_DTYPES),
         constants={
-            TORCH: {
+            "hf-to-megatron": {
                 "--bf16": ("bf16", "the same as --target-params-dtype bf16"),
                 "--fp16": ("fp16", "the same as --target-params-dtype fp16"),
             }
@@ -236,26 +262,33 @@ class Options:
         False, "accept values that become infinite in fp16", "target", kind="switch", is_free=True
     )
     max_shard_size_bytes: int = _to_hf(5_000_000_000, "of a weights file, at most", "target", kind="size", shown="5GB")
-    saver_transformer_impl: str = _to_torch(
-        "transformer_engine",
+    saver_transformer_impl: str | None = _to_torch(
+        None,
         "spelling of the norms",
         "target",
-        shown="transformer_engine",
+        shown="a Megatron source's, else transformer_engine",
         choices=TRANSFORMER_IMPLS,
     )
-    expert_layout: str = _to_torch(
-        "sequential", "spelling of the experts", "target", shown="sequential", choices=EXPERT_LAYOUTS
+    expert_layout: str | None = _to_torch(
+        None,
+        "spelling of the experts",
+        "target",
+        shown="a Megatron source's, else sequential",
+        choices=EXPERT_LAYOUTS,
     )
     instruct: bool = _to_hf(
         False,
         "write end-of-turn tokens, sampling defaults, chat template of an instruct model",
         "target",
+        source=(TORCH,),
         kind="switch",
     )
-    save_capacity_bins: bool = _to_hf(False, "write Habana's capacity_bins.pt", "target", kind="switch")
+    save_capacity_bins: bool = _to_hf(
+        False, "write Habana's capacity_bins.pt", "target", source=(TORCH,), kind="switch"
+    )
     overwrite: bool = _option(
         False,
-        {HUGGINGFACE: "replace an existing target", TORCH: "replace this iteration if it exists"},
+        "replace an existing target, of a Megatron checkpoint this iteration",
         "target",
         kind="switch",
         is_free=True,
@@ -276,7 +309,9 @@ class Options:
         kind="switch",
         is_free=True,
     )
-    model_size: str | None = _to_torch(None, "such as llama3-70B: checked against the config", "target", metavar="NAME")
+    model_size: str | None = _to_torch(
+        None, "such as llama3-70B: checked against the config", "target", source=(HUGGINGFACE,), metavar="NAME"
+    )
     device: str = _option(
         "auto",
         "that collectives use",
@@ -312,7 +347,7 @@ class Options:
         shown="off",
         choices=VERIFICATIONS,
         const="full",
-        constants={to: {"--no-verify": (None, "do not (default: as the job file says)")} for to in COMMANDS},
+        constants={command: {"--no-verify": (None, "do not (default: as the job file says)")} for command in COMMANDS},
         is_free=True,
     )
     trace: Path | None = _option(
@@ -332,52 +367,109 @@ class Options:
     )
 
 
-#: Defaults that depend on the format that is made.
-_DEFAULTS: Mapping[tuple[str, str], Any] = {("target_params_dtype", HUGGINGFACE): "bf16"}
-
-
-def options_to(to: str) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields that a conversion to a format has, and what is known of each."""
-    for one in fields(Options):
-        known = one.metadata.get("option")
-        if known is not None and to in known.to:
+def options_of(command: str) -> Iterator[tuple[Field[Any], Option]]:
+    """The fields that a command has, and what is known of each."""
+    source, to = PAIRS.get(command, ("", ""))
+    for one, known in _options():
+        if command == CONVERT or (source in known.source and to in known.to):
             yield one, known
 
 
-def default_of(one: Field[Any], to: str) -> Any:
-    """A field's default in conversions to a format."""
-    return _DEFAULTS.get((one.name, to), one.default)
+def _options() -> Iterator[tuple[Field[Any], Option]]:
+    yield from ((one, one.metadata["option"]) for one in fields(Options) if "option" in one.metadata)
 
 
-def flag_of(one: Field[Any], to: str) -> str:
-    """The flag of a field in the command that makes a format."""
+def flag_of(one: Field[Any], command: str) -> str:
+    """The flag of a field in a command; source and target are arguments without a flag in `convert`."""
     known: Option = one.metadata["option"]
+    if command == CONVERT and one.name in POSITIONAL:
+        return POSITIONAL[one.name]
     own = "--" + one.name.removesuffix("_bytes").removesuffix("_seconds").replace("_", "-")
-    return (known.flags or {}).get(to, (own,))[0]
+    return (known.flags or {}).get(command, (own,))[0]
+
+
+#: How `convert` calls its two arguments.
+POSITIONAL = {"source": "SRC", "target": "DST"}
+
+
+def path_flags(options: Options) -> tuple[str, str]:
+    """What named the source and the target, for messages."""
+    source, target = (one for one, _ in _options() if one.name in POSITIONAL)
+    return flag_of(source, options.command), flag_of(target, options.command)
 
 
 def given_flags(options: Options) -> frozenset[str]:
     """The flags that differ from their defaults, such as "--target-params-dtype"."""
     found = set()
-    for one, known in options_to(options.to):
+    for one, known in options_of(options.command):
         value = getattr(options, one.name)
-        if value != default_of(one, options.to):
-            constants = (known.constants or {}).get(options.to, {})
-            found.add(
-                next((f for f, (const, _) in constants.items() if const is value is None), flag_of(one, options.to))
-            )
+        if value != one.default:
+            constants = (known.constants or {}).get(options.command, {})
+            said = (flag for flag, (const, _) in constants.items() if const == value and known.kind == "iteration")
+            found.add(next(said, flag_of(one, options.command)))
     return frozenset(found)
 
 
-def fingerprint(options: Options) -> dict[str, Any]:
-    """What was asked for as far as the target depends on it, by the flags' names, in JSON values."""
-    found = {}
-    for one, known in options_to(options.to):
-        if not known.is_free:
-            name = flag_of(one, options.to)[2:].replace("-", "_") if known.flags else one.name
-            value = getattr(options, one.name)
-            found[name] = value if isinstance(value, int | float) else str(value)
-    return found
+def check_together(options: Options) -> None:
+    """Refuse options that have no meaning without another, or exclude each other.
+
+    Raises:
+        UsageError
+    """
+    if options.private and not options.push_to_hub:
+        raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
+    if options.push_to_hub and options.save_per_node:
+        raise UsageError(
+            "no node has all files to upload",
+            found="--push-to-hub with --save-per-node",
+            remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: dist-convert "
+            f"push DIRECTORY {options.push_to_hub}",
+        )
+    sayings = ("pipeline_model_parallel_layout", "target_virtual_pipeline_parallel_size",
+               "num_layers_per_virtual_pipeline_stage")  # fmt: skip
+    given = [f"--{name.replace('_', '-')}" for name in sayings if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise UsageError(
+            "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
+        )
+
+
+def check_applies(options: Options, source: str) -> None:
+    """Refuse options that have no meaning between two formats.
+
+    Args:
+        options: as they were given.
+        source: the format of the source.
+
+    Raises:
+        UsageError: all of them together.
+    """
+    idle = [
+        flag_of(one, options.command)
+        for one, known in options_of(options.command)
+        if getattr(options, one.name) != one.default and not (source in known.source and options.to in known.to)
+    ]
+    if idle:
+        raise UsageError(
+            f"no meaning in a conversion from {source} to {options.to}",
+            found=", ".join(idle),
+            remedy="leave it out" if len(idle) == 1 else "leave them out",
+        )
+
+
+def fingerprint(options: Options, source: str) -> dict[str, Any]:
+    """What was asked for as far as the target depends on it, by the fields' names, in JSON values.
+
+    Args:
+        options: with what stands where they say nothing.
+        source: the format of the source.
+    """
+    values = {
+        one.name: getattr(options, one.name)
+        for one, known in _options()
+        if source in known.source and options.to in known.to and not known.is_free
+    }
+    return {name: value if isinstance(value, int | float) else str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

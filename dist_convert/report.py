@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
+from dist_convert.model import LeftBehind
 from dist_convert.models.schema import Architecture
 from dist_convert.move.timeline import PHASES
 from dist_convert.options import Options
@@ -214,9 +215,12 @@ class Outcome:
         )
 
 
-def outcome_text(target: Path, outcome: Outcome) -> str:
+def outcome_text(target: Path, outcome: Outcome, left_behind: LeftBehind = ()) -> str:
     """What a conversion says at its end: where the time went, and a line that sums up."""
-    return "\n".join([*_profile_lines(outcome), _outcome_line(target, outcome)])
+    line = _outcome_line(target, outcome)
+    if left_behind:
+        line += f"; left behind: {', '.join(f'{what} ({human_bytes(size)})' for what, _, size in left_behind)}"
+    return "\n".join([*_profile_lines(outcome), line])
 
 
 def _profile_lines(outcome: Outcome) -> list[str]:

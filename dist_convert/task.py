@@ -1,7 +1,6 @@
-"""What a direction contributes to a conversion, and which ranks write which of its files.
+"""One conversion as its source and its target's format describe it, and which ranks write which of its files.
 
-`run` does the rest, alike for both directions. All ranks write any file, but where a file system takes a file from one
-node only.
+All ranks write any file, but where a file system takes a file from one node only.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_convert.formats.format import Target
+from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import with_parts, writable_by_one_node
 from dist_convert.ranks.collectives import World, gather_objects
@@ -25,8 +25,9 @@ class Task:
     """One conversion, ready to be divided over ranks.
 
     Attributes:
+        job: what was asked for, with what the source or the defaults say where no flag does.
         content: every byte that is read and written.
-        direction: the command's name.
+        source_format: of the source; the target's is `job.to`.
         source: directory of the source files, as this rank sees it.
         source_identity: of each source file, its size in bytes, the time of its last change in ns, and its header.
         source_listing: of the source files that this rank sees, what they were when their headers were read.
@@ -34,14 +35,14 @@ class Task:
         target: the directory that gets its name when it is complete.
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
         writable: for each rank, the target files that it can write.
-        target_flag: that named it, for messages.
         notes: for the user, before anything is written.
         layout: what is made, besides the weights.
         is_divided: the places hold parts of one target: each has some of its weights files, and a copy of all else.
     """
 
+    job: Options
     content: Content
-    direction: str
+    source_format: str
     source: Path
     source_identity: Mapping[str, tuple[int, int, str]]
     source_listing: Listing
@@ -49,7 +50,6 @@ class Task:
     target: Path
     places: tuple[int, ...]
     writable: tuple[frozenset[str], ...]
-    target_flag: str
     notes: Sequence[str]
     layout: Target
     is_divided: bool = False

@@ -38,7 +38,8 @@ def test_only_the_two_paths_are_required_and_every_other_flag_has_a_default() ->
         source="/in",
         target=Path("/out"),
         ckpt_dir_name=None,
-        target_params_dtype="bf16",
+        command="megatron-to-hf",
+        target_params_dtype=None,
         source_model_type=None,
         instruct=False,
         save_capacity_bins=False,
@@ -232,6 +233,7 @@ def test_a_job_file_may_hold_any_flag_with_dashes_or_underscores(dash: str, tmp_
     text = "\n".join(f"{line.partition(':')[0].replace('-', dash)}:{line.partition(':')[2]}" for line in lines)
     assert job("--config", job_file(tmp_path, text)) == Options(
         "huggingface",
+        command="megatron-to-hf",
         source="/in",
         target=Path("/out"),
         ckpt_dir_name="release",
@@ -261,8 +263,8 @@ def test_a_flag_on_the_command_line_wins_over_the_job_file(tmp_path: Path) -> No
     assert wanted == Options(
         "huggingface",
         "/in",
+        command="megatron-to-hf",
         target=Path("/elsewhere"),
-        target_params_dtype="bf16",
         max_shard_size_bytes=3_000_000_000,
         instruct=False,
     )
@@ -277,7 +279,7 @@ def test_of_flags_that_exclude_each_other_the_command_line_wins_over_the_job_fil
     file = job_file(tmp_path, "load-dir: /in\nsave-dir: /out\nbf16: true\nrelease: true\n")
     wanted = options_from_flags(parse(["hf-to-megatron", "--config", file, "--fp16", "--iteration", "3"]))
     assert (wanted.target_params_dtype, wanted.iteration) == ("fp16", 3)
-    assert options_from_flags(parse(["hf-to-megatron", "--config", file])).iteration is None
+    assert options_from_flags(parse(["hf-to-megatron", "--config", file])).iteration == "release"
 
 
 def test_a_job_file_with_flags_that_exclude_each_other_is_named(

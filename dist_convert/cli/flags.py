@@ -16,17 +16,20 @@ from dist_convert.cli.old_flags import add_old_flags
 from dist_convert.errors import UsageError
 from dist_convert.options import (
     COMMANDS,
-    HUGGINGFACE,
+    CONVERT,
+    FORMATS,
+    PAIRS,
+    POSITIONAL,
+    RELEASE,
     SAMPLE,
     SOURCE_MODEL_TYPES,
-    TORCH,
     Option,
     Options,
     TokenizerJob,
     VerifyJob,
-    default_of,
+    check_together,
     flag_of,
-    options_to,
+    options_of,
 )
 from dist_convert.units import parse_bytes
 from dist_convert.version import __version__
@@ -71,9 +74,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def positive_or_zero(text: str) -> int:
-    """A whole number of 0 or more."""
-    return 0 if text == "0" else positive(text)
+def iteration(text: str) -> int | str:
+    """A whole number of 0 or more, or the word release."""
+    return RELEASE if text == RELEASE else 0 if text == "0" else positive(text)
 
 
 def seconds(text: str) -> int:
@@ -366,11 +369,12 @@ def add_size(group: Any, flag: str, default: str, help_text: str, dest: str | No
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
-    parser = Parser(prog="dist-convert", description="Convert checkpoints between Megatron-LM and Hugging Face.")
+    parser = Parser(prog="dist-convert", description="Convert checkpoints of Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_conversion(commands, HUGGINGFACE)
-    add_old_flags(_add_conversion(commands, TORCH))
+    for command in COMMANDS:
+        _add_conversion(commands, command)
+    add_old_flags(commands.choices["hf-to-megatron"])
     add_tokenizer_command(commands)
     add_push(commands)
     add_verify(commands)
@@ -383,63 +387,69 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
-def _add_conversion(commands: Any, to: str) -> argparse.ArgumentParser:
-    """The command that makes a format, with the flags of its options."""
-    command: argparse.ArgumentParser = commands.add_parser(COMMANDS[to], **_CONVERSIONS[to])
-    groups = {name: command.add_argument_group(name) for name in ("source", "target", "run")}
-    for one, known in options_to(to):
-        _add_option(groups[known.group], one, known, to)
+def _add_conversion(commands: Any, name: str) -> None:
+    """A command that converts, with the flags of its options."""
+    what, how = _CONVERSIONS[name]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what[0].lower() + what[1:],
+        description=f"{what}. {how}--ranks or torchrun share the work among ranks; alone it is one rank.",
+        epilog="{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers.",
+    )
+    groups = {group: command.add_argument_group(group) for group in ("source", "target", "run")}
+    if name == CONVERT:
+        groups["target"].add_argument("--to", choices=FORMATS, help="(required) the format that is made")
+    for one, known in options_of(name):
+        _add_option(groups[known.group], one, known, name)
     add_ranks(groups["run"])
     groups["run"].add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
     )
-    return command
 
 
-_CONVERSIONS: dict[str, dict[str, str]] = {
-    HUGGINGFACE: {
-        "help": "convert a Megatron checkpoint to a Hugging Face directory",
-        "description": "Convert a Megatron checkpoint to a Hugging Face directory. --ranks or torchrun share the work "
-        "among ranks; alone it is one rank.",
-        "epilog": "{rank}, {local_rank} and {node} in --load-path and --save-path are replaced by this rank's numbers.",
-    },
-    TORCH: {
-        "help": "convert a Hugging Face model to a Megatron checkpoint",
-        "description": "Convert a Hugging Face model to a Megatron checkpoint at any parallel grid. "
-        "--ranks or torchrun share the work among ranks; alone it is one rank.",
-        "epilog": "{rank}, {local_rank} and {node} in --save-dir are replaced by this rank's numbers.",
-    },
+#: What a command does, and more of it.
+_CONVERSIONS = {
+    CONVERT: (
+        "Convert a checkpoint of any kind to another kind, grid, dtype or size of files",
+        "What the source is is found out. ",
+    ),
+    "megatron-to-hf": ("Convert a Megatron checkpoint to a Hugging Face directory", ""),
+    "hf-to-megatron": ("Convert a Hugging Face model to a Megatron checkpoint at any parallel grid", ""),
 }
 
 
-def _add_option(group: Any, one: Field[Any], known: Option, to: str) -> None:
+def _add_option(group: Any, one: Field[Any], known: Option, command: str) -> None:
     """The flags of one option."""
-    constants = (known.constants or {}).get(to, {})
+    constants = (known.constants or {}).get(command, {})
     if constants and known.const is None:
         group = group.add_mutually_exclusive_group()
-    flags = (known.flags or {}).get(to) or (flag_of(one, to),)
-    text, shown = (said if isinstance(said, str) else said.get(to, "") for said in (known.help, known.shown))
+    flags = (known.flags or {}).get(command) or (flag_of(one, command),)
+    text = known.help if isinstance(known.help, str) else known.help[command]
+    if command == CONVERT and one.name in POSITIONAL:
+        # The flag is what a job file has in the argument's place.
+        group.add_argument(one.name, metavar=POSITIONAL[one.name], nargs="?", default=argparse.SUPPRESS, help=text)
+        group.add_argument(f"--{one.name}", help=argparse.SUPPRESS)
+        return
+    if command == CONVERT and len(known.to) == 1:
+        text += f"; --to {known.to[0]}"
     if known.kind == "switch":
         add_switch(group, flags[0], text)
     elif known.kind == "size":
-        add_size(group, flags[0], shown, text, dest=one.name)
+        add_size(group, flags[0], known.shown, text, dest=one.name)
     else:
         how: dict[str, Any] = {"nargs": "?", "const": known.const} if known.const else {}
         how |= {"choices": known.choices} if known.choices else {"metavar": known.metavar, "type": _TYPES[known.kind]}
-        default = None if one.name in _PATHS else default_of(one, to)
-        group.add_argument(
-            *flags, dest=one.name, default=default, help=text + (f" (default: {shown})" if shown else ""), **how
-        )
+        default = None if one.name in POSITIONAL else one.default
+        shown = f" (default: {known.shown})" if known.shown else ""
+        group.add_argument(*flags, dest=one.name, default=default, help=text + shown, **how)
     for flag, (value, meaning) in constants.items():
         group.add_argument(flag, dest=one.name, action="store_const", const=value, help=meaning)
 
 
 _TYPES: dict[str, Callable[[str], Any]] = {
-    "text": str, "path": Path, "count": positive, "number": positive_or_zero, "seconds": seconds,
+    "text": str, "path": Path, "count": positive, "iteration": iteration, "seconds": seconds,
     "repository": repository,
 }  # fmt: skip
-#: Options without which no conversion can start.
-_PATHS = ("source", "target")
 
 
 def add_timeout(group: Any) -> None:
@@ -464,7 +474,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     finder.add_argument("--config", type=Path)
     config = finder.parse_known_args([*argv[1:]])[0].config
     parser, commands = build_parser()
-    if config and argv[0] in ("megatron-to-hf", "hf-to-megatron"):
+    if config and argv[0] in COMMANDS:
         commands[argv[0]].set_defaults(**flags_of_file(commands[argv[0]], config))
     flags, unknown = parser.parse_known_args([*argv])
     program = f"dist-convert {flags.command}"
@@ -474,42 +484,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{program}: unrecognized arguments: {' '.join(unknown)}",
             remedy=f"see {program} --help{suggestion(unknown, known)}",
         )
-    to = _FORMATS.get(flags.command)
-    missing = (
-        [flag_of(o, to) for o, _ in options_to(to) if o.name in _PATHS and not getattr(flags, o.name)] if to else []
-    )
+    missing = []
+    if flags.command in COMMANDS:
+        missing = [
+            flag_of(one, flags.command)
+            for one, _ in options_of(flags.command)
+            if one.name in POSITIONAL and not getattr(flags, one.name, None)
+        ]
+        missing += ["--to"] if flags.command == CONVERT and not flags.to else []
     if missing:  # checked here: argparse would name these first, and hide a misspelt one
         raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
     return flags
-
-
-_FORMATS = {command: to for to, command in COMMANDS.items()}
 
 
 def options_from_flags(flags: argparse.Namespace) -> Options:
     """The options of a conversion.
 
     Raises:
-        UsageError: a flag that has no meaning without another, or flags that exclude each other.
+        UsageError: see `check_together`.
     """
-    to = _FORMATS[flags.command]
-    values = {one.name: getattr(flags, one.name) for one, _ in options_to(to)}
-    source = with_numbers(flags.source) if to == HUGGINGFACE else flags.source
-    options = Options(to, **{**values, "source": source, "target": Path(with_numbers(flags.target)).resolve()})
-    if options.private and not options.push_to_hub:
-        raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
-    if options.push_to_hub and options.save_per_node:
-        raise UsageError(
-            "no node has all files to upload",
-            found="--push-to-hub with --save-per-node",
-            remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: dist-convert "
-            f"push DIRECTORY {options.push_to_hub}",
-        )
-    sayings = ("pipeline_model_parallel_layout", "target_virtual_pipeline_parallel_size",
-               "num_layers_per_virtual_pipeline_stage")  # fmt: skip
-    given = [f"--{name.replace('_', '-')}" for name in sayings if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise UsageError(
-            "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
-        )
+    to = flags.to if flags.command == CONVERT else PAIRS[flags.command][1]
+    values = {one.name: getattr(flags, one.name) for one, _ in options_of(flags.command)}
+    values |= {"source": with_numbers(flags.source), "target": Path(with_numbers(flags.target)).resolve()}
+    options = Options(to, command=flags.command, **values)
+    check_together(options)
     return options

@@ -55,6 +55,6 @@ def notes_on_old_flags(flags: argparse.Namespace) -> list[str]:
         )
     given = [name for name in _WITHOUT_MEANING if getattr(flags, name, None) is not None]
     notes = [f"--{name.replace('_', '-')} has no effect: {_WITHOUT_MEANING[name]}" for name in given]
-    if given and flags.saver_transformer_impl == "transformer_engine":
+    if given and flags.saver_transformer_impl in (None, "transformer_engine"):
         notes.append("norms get the names of NVIDIA's Transformer Engine; Gaudi needs --saver-transformer-impl habana")
     return notes

@@ -1,4 +1,4 @@
-"""What a conversion asks of a target's format, besides its catalog: its files, and all that is no weight."""
+"""What a conversion asks of a format: of a source what its headers say, of a target its files beside the weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dist_convert.model import Catalog, LeftBehind
+from dist_convert.read.discover import Discovery
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
+
+
+class Model(Protocol):
+    """A checkpoint of some format whose headers are read, on every rank."""
+
+    @property
+    def directory(self) -> Path:
+        """Of its files, as this rank sees it."""
+
+    @property
+    def found(self) -> Discovery:
+        """Its files, and which rank sees them."""
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens without padding; None where nobody says."""
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The content of config.json; None where the format has none."""
+
+    @property
+    def args(self) -> Mapping[str, Any] | None:
+        """The training arguments; None where the format has none."""
+
+    def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[Catalog, LeftBehind]:
+        """The checkpoint as a catalog, and what of it is no part of the model.
+
+        Args:
+            vocab: tokens without padding, for a checkpoint that does not say; None takes the padded size.
+            with_tied_copies: further copies of a tied embedding count as replicas of it.
+
+        Raises:
+            SourceError: all that the headers show to be wrong.
+        """
 
 
 class Target(Protocol):

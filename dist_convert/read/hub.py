@@ -69,7 +69,7 @@ def _repository_and_revision(name: str) -> tuple[str, str | None]:
             file=name,
             expected="a directory, or org/name[@revision] on the Hugging Face Hub",
             found="a directory, but not on every node" if path.is_dir() else "a file" if path.exists() else "nothing",
-            remedy="check --load-dir on every node",
+            remedy="check the path on every node",
         )
     return repository, revision or None
 

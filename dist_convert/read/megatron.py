@@ -7,7 +7,7 @@ docs/formats.md, "Rank directories", "The tracker file" and "Keys of the file".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dist_convert.model import NAME_FLAG
 from dist_convert.read.restricted_pickle import Inert, Tensor, plain_dict
 from dist_convert.read.source import no_directory, reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
-from dist_convert.records import StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
@@ -68,6 +68,16 @@ def tracked_name(root: Path, name_flag: str) -> str | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory looks like a Megatron checkpoint's root or like one of its iterations, of any format."""
     return (path / TRACKER_FILE).is_file() or bool(rank_files(path)) or _is_distributed(path)
+
+
+def files_beside(directory: Path, file: str) -> dict[str, int]:
+    """The other files in a rank file's directory, with their bytes: a distributed optimizer's own file."""
+    with reading(file):
+        return {
+            path.name: path.stat().st_size
+            for path in (directory / file).parent.iterdir()
+            if path.is_file() and path.name != SHARD_FILE
+        }
 
 
 def rank_directory_bytes(directory: Path, file: str) -> int:
@@ -146,6 +156,7 @@ class Shard:
         args: the training arguments as JSON values.
         chunks: per virtual pipeline stage, the stored tensors by their name in its model.
         opaque: per virtual pipeline stage, the entries that are no tensors: name -> what they are.
+        others: what training keeps beside the model: key of the file -> its tensors, and their bytes.
     """
 
     file: str
@@ -155,6 +166,7 @@ class Shard:
     args: dict[str, Any]
     chunks: tuple[dict[str, StoredTensor], ...]
     opaque: tuple[dict[str, str], ...]
+    others: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def read_shard(path: Path, file: str) -> Shard:
@@ -191,7 +203,33 @@ def read_shard(path: Path, file: str) -> Shard:
         args=plain_dict(args.state),
         chunks=chunks,
         opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
+        others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
     )
+
+
+#: Keys of a file that describe its model or hold it; with virtual stages there is model0, model1 and so on.
+_OF_MODEL = ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", "model")
+
+
+def _is_beside(name: str) -> bool:
+    return name not in _OF_MODEL and not name.removeprefix("model").isdecimal()
+
+
+def _amount(saved: Any) -> tuple[int, int]:
+    """How many tensors a value holds, at any depth, and the bytes of their storages."""
+    waiting, seen, tensors, storages = [saved], set[int](), 0, dict[str, int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors += 1
+            storages[value.storage.key] = value.storage.elements * DTYPE_BYTES.get(value.storage.dtype, 1)
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, Mapping) else value
+        elif isinstance(value, Inert) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [value.arguments, value.state]
+    return tensors, sum(storages.values())
 
 
 def _refuse_old_version(version: object, file: str) -> None:
@@ -257,6 +295,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
             [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in chunk.items()] for chunk in shard.chunks
         ],
         "opaque": shard.opaque,
+        "others": shard.others,
     }
 
 
@@ -274,5 +313,5 @@ def shard_from_json(data: dict[str, Any]) -> Shard:
     )
     return Shard(
         data["file"], data["size_bytes"], data["weights_bytes"], data["iteration"], data["args"], chunks,
-        tuple(data["opaque"]),
+        tuple(data["opaque"]), data["others"],
     )  # fmt: skip

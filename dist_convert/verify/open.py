@@ -9,39 +9,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import ConversionError
-from dist_convert.formats.huggingface.open import HuggingFaceModel, open_huggingface
-from dist_convert.formats.torch.open import TorchModel, open_torch
+from dist_convert.formats.format import Model
+from dist_convert.formats.open import open_checkpoint
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.open import TorchModel
 from dist_convert.model import Catalog, Region, TensorMeta, Where
 from dist_convert.models.schema import Architecture
-from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.ranks.collectives import World
 from dist_convert.read.discover import gather_listings
-from dist_convert.read.huggingface import CONFIG_FILE
-from dist_convert.read.source import no_directory, stamp
+from dist_convert.read.source import stamp
 from dist_convert.records import View, name_at
 from dist_convert.verify.catalog import Checkpoint
 from dist_convert.verify.elements import check_elements
 
 
-def open_named(letter: str, where: Where, world: World) -> HuggingFaceModel | TorchModel:
+def open_named(letter: str, where: Where, world: World) -> Model:
     """Read the headers of a checkpoint; errors say which of the two it is.
 
     Raises:
         SourceError: all that the headers show to be wrong.
     """
     try:
-        if any(gather_objects(world, (where.path / CONFIG_FILE).is_file())):
-            return open_huggingface(where.path, world)
-        if any(gather_objects(world, where.path.is_dir())):
-            return open_torch(where, world)
-        raise no_directory(where.path, "checkpoint")
+        return open_checkpoint(where, world)
     except ConversionError as error:
         error.what = f"{letter} ({where.path}): {error.what}"
         raise
 
 
 def checkpoints(
-    first: HuggingFaceModel | TorchModel,
-    second: HuggingFaceModel | TorchModel,
+    first: Model,
+    second: Model,
     world: World,
     *,
     is_shared: bool = False,
@@ -67,15 +64,14 @@ def checkpoints(
     return found[0], found[1]
 
 
-def _checkpoint(model: HuggingFaceModel | TorchModel, vocab: int | None, world: World) -> Checkpoint:
-    if isinstance(model, HuggingFaceModel):
-        catalog, _ = model.catalog(with_tied_copies=True)
-        return Checkpoint(model.directory, "Hugging Face", True, catalog, model.found.visible)
-    shards, _ = model.catalog(vocab, with_tied_copies=True)
-    check_elements(shards, list(shards.tensors)[world.rank :: world.size])
-    iteration = model.shards[min(model.shards)].iteration
-    kind = f"Megatron {shards.grid}" + ("" if iteration is None else f", iteration {iteration}")
-    return Checkpoint(model.directory, kind, model.vocab is not None, shards, model.found.visible)
+def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
+    catalog, _ = model.catalog(vocab, with_tied_copies=True)
+    kind = "Hugging Face"
+    if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
+        check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
+        iteration = model.shards[min(model.shards)].iteration
+        kind = f"Megatron {catalog.grid}" + ("" if iteration is None else f", iteration {iteration}")
+    return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,18 @@ class _EveryCopy:
     @property
     def architecture(self) -> Architecture:
         return self.catalog.architecture
+
+    @property
+    def title(self) -> str:
+        return self.catalog.title
+
+    @property
+    def params_dtype(self) -> str:
+        return self.catalog.params_dtype
+
+    @property
+    def kept_dtypes(self) -> Mapping[str, str]:
+        return self.catalog.kept_dtypes
 
     @property
     def tensors(self) -> Mapping[str, TensorMeta]:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import DifferentModel, PlanError, UsageError
-from dist_convert.formats.huggingface.open import HuggingFaceModel
-from dist_convert.formats.torch.open import TorchModel
+from dist_convert.formats.format import Model
 from dist_convert.model import Where
-from dist_convert.options import HUGGINGFACE, SAMPLE, Options, VerifyJob
+from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Channel, show_progress
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.task import Task
@@ -151,7 +150,7 @@ class Check:
         sample: share of the blocks.
     """
 
-    source: HuggingFaceModel | TorchModel
+    source: Model
     sample: Fraction
 
 
@@ -165,14 +164,12 @@ def prepare_check(job: Options, task: Task, world: World) -> Check | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = Where(task.source)
-    if job.to == HUGGINGFACE:
-        where = Where(
-            task.source,
-            habana_imported_experts=job.habana_imported_experts,
-            true_vocab_size=job.true_vocab_size,
-            tokenizer=job.tokenizer,
-        )
+    where = Where(
+        task.source,
+        habana_imported_experts=job.habana_imported_experts,
+        true_vocab_size=job.true_vocab_size,
+        tokenizer=job.tokenizer,
+    )
     return Check(open_named("source", where, world), SAMPLE if job.verify == "sample" else Fraction(1))
 
 

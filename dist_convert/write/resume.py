@@ -28,7 +28,7 @@ from dist_convert.errors import (
     SourceChanged,
     ValueOverflow,
 )
-from dist_convert.options import Options, fingerprint
+from dist_convert.options import Options, fingerprint, path_flags
 from dist_convert.plan.content import digest
 from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers
@@ -70,7 +70,7 @@ from dist_convert.write.partial import (
 )
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
-_PATHS = frozenset({"load_path", "load_dir", "save_path", "save_dir"})
+_PATHS = frozenset({"source", "target"})
 
 
 def identity_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def identity_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
     settings = dict(task.layout.settings)
     if task.is_divided:
         settings["weights files here"] = file_numbers(task.content, task.writable[rank])
-    return identity(task.content.digest, task.source_identity, settings, fingerprint(job), __version__)
+    asked = fingerprint(job, task.source_format)
+    return identity(task.content.digest, task.source_identity, settings, asked, __version__)
 
 
 def facts_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def facts_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
     files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
     return {
         "format": known["format"],
-        "direction": task.direction,
+        "conversion": f"{task.source_format} to {job.to}",
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
         "settings": digest(dict(task.layout.settings)),
@@ -136,7 +137,7 @@ def check_start(task: Task, job: Options, rank: int) -> int:
         task.source,
         overwrite=job.overwrite,
         needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
-        flag=task.target_flag,
+        flag=path_flags(job)[1],
         different=what_differs(task.target, facts_of(task, job, rank)),
     )
     check_partial(task.target, known, overwrite=job.overwrite)

@@ -6,6 +6,7 @@ File format: https://huggingface.co/docs/safetensors ("Format"); names and index
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def make_files(directory: Path, files: Sequence[TargetFile]) -> None:
     """
     for file in files:
         make_file(directory / file.name, file.name, [(0, file.header)], file.size_bytes)
+
+
+def stored_dtype(files: Sequence[TargetFile]) -> str:
+    """The safetensors name of the dtype in which most bytes are stored."""
+    sizes: Counter[str] = Counter()
+    for file in files:
+        for tensor in file.tensors:
+            sizes[tensor.dtype] += tensor.size_bytes
+    return sizes.most_common(1)[0][0]
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

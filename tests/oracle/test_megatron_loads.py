@@ -1,7 +1,7 @@
-"""Megatron-Core loads what hf-to-megatron writes, strictly on every rank, and computes what transformers computes.
+"""Megatron-Core loads what conversions write, strictly on every rank, and computes what transformers computes.
 
-The models are those of `cases.py`, as Hugging Face directories that were made of Megatron's own checkpoints; so the
-checkpoint that Megatron itself wrote at a target's grid says what every one of its tensors must be.
+The models are those of `cases.py`: Megatron's own checkpoints, and Hugging Face directories that were made of them; so
+the checkpoint that Megatron itself wrote at a target's grid says what every one of its tensors must be.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,20 @@ KNOWN = {case.name: case for case in CASES + LOSSY_CASES}
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to be written: at a case's grid, of the model in `source`, with more flags."""
+    """A checkpoint to be written: at a case's grid, of the model in `source`, with more flags.
+
+    `resharded` is the Megatron checkpoint that it is made of: the oracle's own, or another target's name. Without one
+    it is made of the Hugging Face directory.
+    """
 
     name: str
     case: OracleCase
     source: str
     flags: tuple[str, ...] = ()
     pipeline: tuple[str, ...] | None = None  # instead of the case's own virtual and uneven stages
+    resharded: str = ""
 
-    def command(self, directory: Path) -> list[str]:
+    def command(self, directory: Path, oracle: Path) -> list[str]:
         """The command line that writes it."""
         case, pipeline = self.case, self.pipeline
         if pipeline is None:
@@ -43,14 +48,16 @@ class Target:
             if case.first_stage_layers:
                 pipeline += ("--decoder-first-pipeline-num-layers", str(case.first_stage_layers))
                 pipeline += ("--decoder-last-pipeline-num-layers", str(case.last_stage_layers))
+        target = str(directory / self.name / "megatron")
+        words = ["hf-to-megatron", "--load-dir", str(directory / f"{self.source}-hf"), "--save-dir", target]
+        words += ["--saver-transformer-impl", "local"]
+        if self.resharded:
+            is_own = (oracle / self.resharded).is_dir()
+            source = oracle / self.resharded if is_own else directory / self.resharded / "megatron"
+            words = ["convert", str(source), target, "--to", "torch"]
         return [
-            *("hf-to-megatron", "--device", "cpu", "--saver-transformer-impl", "local"),
-            *(
-                "--load-dir",
-                str(directory / f"{self.source}-hf"),
-                "--save-dir",
-                str(directory / self.name / "megatron"),
-            ),
+            *words,
+            *("--device", "cpu"),
             *("--target-tensor-parallel-size", str(case.tensor_parallel)),
             *("--target-pipeline-parallel-size", str(case.pipeline_parallel)),
             *("--target-expert-parallel-size", str(case.expert_parallel)),
@@ -75,7 +82,30 @@ OTHER_STAGES = [
     Target("llama-vpp2-layout", KNOWN["llama-pp2-vpp2"], "llama-pp2-vpp2", pipeline=(LAYOUT, "Et|(tt|)*2t*3L")),
     Target("llama-lone-ends", KNOWN["llama-pp4-uneven"], "llama-pp4-uneven", pipeline=(LAYOUT, "E|t*6|t*2|L")),
 ]
-TARGETS = [*SAME_GRID, *OTHERS, *OTHER_STAGES]
+RESHARDED = [
+    Target(f"{source}-to-{target}", KNOWN[target], target, resharded=source)
+    for source, target in (
+        ("llama-tp2-pp2", "llama-tp4"), ("llama-tp4", "llama-tp2-pp2"), ("llama-tp2-pp2", "llama-tp2-pp2-vpp2"),
+        ("llama-tp2-pp2-vpp2", "llama-tp1"), ("llama-tp2-pp2-flat-storage", "llama-tp4"),
+        ("llama-pp2-vpp2", "llama-pp4-uneven"), ("llama-pp4-uneven", "llama-pp2-vpp2"),
+        ("llama-tied-tp2-pp2", "llama-tied"), ("llama-tied", "llama-tied-tp2-pp2"),
+        ("mixtral-tp2-ep2", "mixtral-tp2-ep2-etp1"), ("mixtral-tp2-ep2-etp1", "mixtral-tp2-pp2-ep2"),
+        ("mixtral-tp2-pp2-ep2", "mixtral-grouped-tp2-ep2"), ("mixtral-grouped-tp2-ep2", "mixtral-tp1"),
+    )
+]  # fmt: skip
+_MIXTRAL = KNOWN["mixtral-tp1"]
+_PADDED = KNOWN["llama-padded-vocab-tp4"]
+#: Grids at which Megatron itself has written none of these; the last is made of one of ours.
+OTHER_GRIDS = [
+    Target("padded-vocab-tp2", replace(_PADDED, tensor_parallel=2), _PADDED.name, resharded=_PADDED.name),
+    Target(
+        "mixtral-ep4-etp1", replace(_MIXTRAL, tensor_parallel=2, expert_parallel=4, expert_tensor_parallel=1),
+        "mixtral-tp1", resharded="mixtral-tp2-ep2",
+    ),
+    Target("mixtral-tp4", replace(_MIXTRAL, tensor_parallel=4), "mixtral-tp1", resharded="mixtral-ep4-etp1"),
+]  # fmt: skip
+WRITTEN_BY_MEGATRON = [*SAME_GRID, *OTHERS, *RESHARDED]
+TARGETS = [*WRITTEN_BY_MEGATRON, *OTHER_STAGES, *OTHER_GRIDS]
 
 #: What decides which model Megatron-LM builds and what it computes (docs/formats.md). The biases of Q, K and V need no
 #: --add-qkv-bias beside --add-bias-linear; whether the model has them, loading shows.
@@ -111,7 +141,7 @@ def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         paths = ["--load-path", str(oracle / source), "--save-path", str(directory / f"{source}-hf")]
         assert main(["megatron-to-hf", *paths, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
     for target in TARGETS:
-        assert main(target.command(directory)) == 0, target
+        assert main(target.command(directory, oracle)) == 0, target
     return directory
 
 
@@ -157,7 +187,7 @@ def test_megatron_loads_every_rank_strictly_and_gives_the_logits_of_transformers
     assert torch.equal(megatron.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("target", SAME_GRID + OTHERS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", WRITTEN_BY_MEGATRON, ids=lambda target: target.name)
 def test_every_tensor_is_bit_for_bit_the_one_that_megatron_wrote_itself(
     target: Target, oracle: Path, written: Path
 ) -> None:
@@ -183,7 +213,7 @@ def test_every_tensor_is_bit_for_bit_the_one_that_megatron_wrote_itself(
             assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("target", SAME_GRID + OTHERS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", WRITTEN_BY_MEGATRON, ids=lambda target: target.name)
 def test_the_args_describe_the_model_and_the_grid_as_megatron_did(target: Target, oracle: Path, written: Path) -> None:
     original = vars(torch.load(_files(oracle / target.case.name)[0], weights_only=False)["args"])
     names = [*DECIDING_ARGS, *(DECIDING_EXPERT_ARGS if target.case.experts else ())]

@@ -106,7 +106,7 @@ def test_a_missing_path_that_is_no_hub_id_is_not_asked_for(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointNotFound, match=r"directory does not exist(?s:.*)check --load-dir on every node"):
+    with pytest.raises(CheckpointNotFound, match=r"directory does not exist(?s:.*)check the path on every node"):
         local_directory(name)
 
 

@@ -12,10 +12,12 @@ import torch
 from dist_convert.__main__ import main
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.errors import UsageError
-from dist_convert.hf_to_megatron import hf_to_megatron
+from dist_convert.formats.open import open_source
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
+from dist_convert.task import Task
+from dist_convert.to_torch import to_torch
 from tests.checkpoints import Grid, Model, hf_tensors
 from tests.full_size import make_sparse_huggingface
 from tests.to_megatron import FILE, assert_same_shards, expected_shards, load, make_hf, read_shards
@@ -44,6 +46,10 @@ def job(*flags: str) -> Options:
     return options_from_flags(parse(["hf-to-megatron", "--load-dir", "/hf", "--save-dir", "/out", *flags]))
 
 
+def plan(asked: Options) -> Task:
+    return to_torch(asked, open_source(asked, ALONE, Channel(0, 1)), ALONE)
+
+
 LLAMA3_70B = Model(
     hidden=8192, ffn=28672, heads=64, groups=8, head_dim=128, layers=80, vocab=128256, padded_vocab=128256
 )
@@ -53,7 +59,7 @@ def test_the_old_llama_command_plans_a_model_of_70_billion(tmp_path: Path) -> No
     make_sparse_huggingface(tmp_path / "hf", LLAMA3_70B, files=30)
     (tmp_path / "hf" / "source_megatron_args.json").write_text(json.dumps(MARGS))
     asked = options_from_flags(parse(words(LLAMA_COMMAND, tmp_path / "hf", TP=8, PP=4)))
-    task = hf_to_megatron(asked, ALONE, Channel(0, 1))
+    task = plan(asked)
     assert len(task.content.files) == 32
     # As published; the rows of padding to 128 x 8 (768 in the embedding, 768 in the head); 161 norms on 7 more ranks.
     assert task.content.moved_bytes == 2 * (70_553_706_496 + 2 * 768 * 8192 + 161 * 7 * 8192)
@@ -70,7 +76,7 @@ def test_the_old_llama_command_converts_but_for_the_size_that_is_not_its_models(
     asked = words(LLAMA_COMMAND, tmp_path / "hf", TP=2, PP=2)
     assert main(asked) == 2
     message = capsys.readouterr().err
-    assert "--model-size is not the model in --load-dir" in message
+    assert "--model-size is not the model in the source" in message
     assert [number for number in ("llama3-70B", "80", "8192", "28672", "128256") if number not in message] == []
     assert not (tmp_path / "megatron").exists()
     assert main([word for word in asked if word not in ("--model-size", "llama3-70B")]) == 0
@@ -138,10 +144,10 @@ def test_a_model_size_is_compared_with_the_config(size: str, fits: bool, tmp_pat
     flags = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out"), "--model-size", size]
     asked = options_from_flags(parse(["hf-to-megatron", *flags]))
     if fits:
-        assert len(hf_to_megatron(asked, ALONE, Channel(0, 1)).content.files) == 1
+        assert len(plan(asked).content.files) == 1
     else:
-        with pytest.raises(UsageError, match="--model-size is not the model in --load-dir"):
-            hf_to_megatron(asked, ALONE, Channel(0, 1))
+        with pytest.raises(UsageError, match="--model-size is not the model in the source"):
+            plan(asked)
 
 
 @pytest.mark.parametrize(("size", "code"), [("29", 0), ("30", 2)])
@@ -201,7 +207,7 @@ def test_a_job_file_holds_any_flag_and_the_command_line_wins(tmp_path: Path) -> 
     [
         ("bf16: true", ("--target-params-dtype", "fp32"), "target_params_dtype", "fp32"),
         ("bf16: true", ("--fp16",), "target_params_dtype", "fp16"),
-        ("iteration: 7", ("--release",), "iteration", None),
+        ("iteration: 7", ("--release",), "iteration", "release"),
     ],
 )
 def test_the_command_line_wins_over_a_job_files_flag_that_excludes_its_own(

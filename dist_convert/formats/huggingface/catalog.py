@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.formats.huggingface.names import hf_view, leftovers
 from dist_convert.model import Catalog, LeftBehind, Region, TensorMeta
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
-from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, TensorSpec, View
+from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, TargetFile, TensorSpec, View
 
 
 @dataclass(frozen=True)
 class HuggingFaceCatalog:
-    """A `Catalog` of weights files; `views` are the places of each tensor as rows x columns."""
+    """A `Catalog` of weights files.
+
+    Attributes:
+        architecture, tensors: the model, and the logical tensors.
+        views: the places of each tensor as rows x columns.
+        optional: names of tensors that another format may have no place for, as they are zeros.
+    """
 
     architecture: Architecture
     tensors: Mapping[str, TensorMeta]
     views: Mapping[str, tuple[View, ...]]
+    optional: frozenset[str] = frozenset()
+
+    @property
+    def title(self) -> str:
+        return f"{FAMILIES[self.architecture.family].hf_class}, Hugging Face"
+
+    @cached_property
+    def params_dtype(self) -> str:
+        bytes_of: Counter[str] = Counter()
+        for name, meta in self.tensors.items():
+            if name not in self.optional:
+                bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
+        return bytes_of.most_common(1)[0][0]
+
+    @property
+    def kept_dtypes(self) -> dict[str, str]:
+        stored = {name: meta.dtype for name, meta in self.tensors.items() if name not in self.optional}
+        return {name: dtype for name, dtype in stored.items() if dtype != self.params_dtype}
 
     @property
     def is_owned(self) -> bool:
@@ -71,6 +97,7 @@ def open_catalog(
     family, sizes = FAMILIES[architecture.family], architecture.sizes()
     tensors: dict[str, TensorMeta] = {}
     views: dict[str, tuple[View, ...]] = {}
+    optional: set[str] = set()
     problems: list[ConversionError] = []
     for entry, layer, expert in entries(family, architecture):
         for part in parts_of(entry):
@@ -80,6 +107,8 @@ def open_catalog(
             except ConversionError as problem:
                 problems.append(problem)
                 continue
+            if not isinstance(entry, Row):
+                optional.add(name)
             if view.dtype not in FLOAT_DTYPES:
                 problems.append(_no_float(view))
             tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype), (view,)
@@ -88,7 +117,7 @@ def open_catalog(
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
     left_behind, unknown = leftovers(stored, used, hf_class=family.hf_class, tied=architecture.tied)
     raise_together([*problems, *unknown])
-    return HuggingFaceCatalog(architecture, tensors, views), left_behind
+    return HuggingFaceCatalog(architecture, tensors, views, frozenset(optional)), left_behind
 
 
 def _with_head(

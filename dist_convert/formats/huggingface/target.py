@@ -27,6 +27,8 @@ from dist_convert.formats.huggingface.config import (
 )
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.model import Catalog
+from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
@@ -37,12 +39,12 @@ from dist_convert.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
 from dist_convert.tokenizer.write import write_tokenizer
 from dist_convert.version import __version__
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.safetensors_files import INDEX_FILE, index_json, make_files
+from dist_convert.write.safetensors_files import INDEX_FILE, index_json, make_files, stored_dtype
 
 CARD_FILE = "README.md"
 
 
-def model_card(content: Content, source: TorchCatalog, checkpoint: Path, tokenizer: Tokenizer) -> str:
+def model_card(content: Content, source: Catalog, checkpoint: Path, tokenizer: Tokenizer) -> str:
     """The text of the card.
 
     Args:
@@ -50,7 +52,8 @@ def model_card(content: Content, source: TorchCatalog, checkpoint: Path, tokeniz
         checkpoint: directory of the iteration that was read; only its name and its parent's are told.
         tokenizer: as this rank found it; only its name is told.
     """
-    hf_class = source.family.hf_class
+    hf_class, family = FAMILIES[source.architecture.family].hf_class, source.architecture.family
+    grid = source.title.removeprefix(f"{hf_class}, ")
     checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
     elements: Counter[str] = Counter()
     for file in content.files:
@@ -59,7 +62,7 @@ def model_card(content: Content, source: TorchCatalog, checkpoint: Path, tokeniz
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
     conversion = [
         ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
-        ("Format", f"Megatron-LM `torch`, {source.grid}, {TORCH_NAMES[content.params_dtype]}"),
+        ("Format", f"Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]}"),
         ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
         ("Weights load with", "transformers 4.49 and later"),
         ("Tokenizer at conversion", _origin(tokenizer)),
@@ -70,7 +73,7 @@ def model_card(content: Content, source: TorchCatalog, checkpoint: Path, tokeniz
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {source.family.name}
+- {family}
 - megatron-lm
 - dist_convert
 ---
@@ -141,18 +144,18 @@ class HuggingFaceTarget:
         args: the checkpoint's training arguments.
         tokenizer: whose files are copied, or of which it is built; the configs take over its special ids.
         style: of a tokenizer that is built.
-        bins: capacity bins of all ranks; written only where the job asks for them.
+        bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
         disks: how many hold a part of the target each.
     """
 
     job: Options
     content: Content
-    source: TorchCatalog
+    source: Catalog
     checkpoint: Path
     args: Mapping[str, object]
     tokenizer: Tokenizer
     style: Style
-    bins: Sequence[Bin]
+    bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
 
     @property
@@ -174,8 +177,8 @@ class HuggingFaceTarget:
         architecture = self.source.architecture
         bos, eos = special_token_ids(architecture.vocab, self.tokenizer, instruct=self.job.instruct)
         pad = padding_id(self.tokenizer, self.style, architecture.vocab)
-        sampling = samples(self.style) and self.source.family.name == "llama"
-        _write_json(partial / "config.json", config_json(architecture, _main_dtype(self.content), bos, eos))
+        sampling = samples(self.style) and architecture.family == "llama"
+        _write_json(partial / "config.json", config_json(architecture, stored_dtype(self.content.files), bos, eos))
         _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
         _write_json(partial / ARGS_FILE, dict(self.args))
         index = index_json(self.content.files)
@@ -183,8 +186,8 @@ class HuggingFaceTarget:
             (partial / INDEX_FILE).write_text(index, encoding="utf-8")
         card = model_card(self.content, self.source, self.checkpoint, self.tokenizer)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        if self.job.save_capacity_bins:
-            write_bins(partial, self.source, self.bins)
+        if self.bins is not None:
+            write_bins(partial, *self.bins)
 
     def publish(self) -> None:
         """See `Target`."""
@@ -203,14 +206,6 @@ class HuggingFaceTarget:
             how = how_to_add_tokenizer(self.tokenizer, job.target, instruct=job.instruct, model_type=model_type)
             lines.append(how)
         return "\n".join(filter(None, lines))
-
-
-def _main_dtype(content: Content) -> str:
-    sizes: Counter[str] = Counter()
-    for file in content.files:
-        for tensor in file.tensors:
-            sizes[tensor.dtype] += tensor.size_bytes
-    return sizes.most_common(1)[0][0]
 
 
 def _write_json(path: Path, data: Mapping[str, object]) -> None:

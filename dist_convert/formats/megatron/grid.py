@@ -272,7 +272,7 @@ def check_rank_order(args: Mapping[str, Any] | None) -> None:
             "training with use_tp_pp_dp_mapping puts other rank directories on a node",
             expected="Megatron's default order of ranks",
             found="use_tp_pp_dp_mapping in the margs file",
-            remedy="set it to false there, or convert to a shared --save-dir and copy the directories to their nodes",
+            remedy="set it to false there, or convert to a shared directory and copy the directories to their nodes",
         )
 
 
@@ -307,6 +307,7 @@ def check_target(
     first: int | None = None,
     last: int | None = None,
     layout: str | None = None,
+    kept: tuple[tuple[int, ...], ...] | None = None,
 ) -> None:
     """Refuse a target that cannot exist.
 
@@ -314,6 +315,7 @@ def check_target(
         architecture: the model.
         grid: parallel sizes of the target.
         first, last, layout: see `stage_layers`.
+        kept: the layers of each chunk where a source's stay as they are, which needs no other arguments.
 
     Raises:
         UsageError: with the reason; all reasons are reported together.
@@ -334,7 +336,7 @@ def check_target(
     else:
         divided += [("the columns of the MLP", a.ffn, "tensor", grid.tensor)]
     allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
-        "tensor": math.gcd(a.heads, a.padded_vocab, a.query_groups, 0 if a.experts else a.ffn),
+        "tensor": math.gcd(a.heads, a.query_groups, 0 if a.experts else a.ffn),  # the vocabulary is padded for any
         "expert": a.experts,
         "expert-tensor": math.gcd(a.ffn, grid.tensor),
     }
@@ -366,7 +368,8 @@ def check_target(
             )
         )
     try:
-        stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
+        if kept is None:
+            stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
     except UsageError as problem:
         problems.append(problem)
     raise_together(problems)

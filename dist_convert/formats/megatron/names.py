@@ -259,16 +259,23 @@ def describe_homeless(name: str) -> str:
     return next((what for part, what in _HOMELESS if part in f"{name}"), "a parameter that no table names")
 
 
+#: A part of the names of experts -> their spelling.
+_EXPERTS = {
+    ".experts.local_experts.": "sequential",
+    ".experts.local_expert_": "habana-dynamic",
+    ".experts.weight1": "grouped",
+    ".experts.linear_fc1.weight": "te-grouped",
+}
+
+
+def dialect_of(names: Iterable[str]) -> tuple[str, str]:
+    """How names spell norms and experts: what a target of the same spelling is asked for with."""
+    listed = list(names)
+    experts = [what for mark, what in _EXPERTS.items() if any(mark in name for name in listed)]
+    return "transformer_engine" if any(map(has_fused_norm, listed)) else "local", experts[0] if experts else ""
+
+
 def describe_dialect(names: Iterable[str]) -> str:
     """How a file spells its norms and experts, for people."""
-    listed = list(names)
-    fused = any(map(has_fused_norm, listed))
-    marks = (
-        (".experts.local_experts.", "sequential"),
-        (".experts.local_expert_", "habana-dynamic"),
-        (".experts.weight1", "grouped"),
-        (".experts.linear_fc1.weight", "te-grouped"),
-    )
-    experts = [what for mark, what in marks if any(mark in name for name in listed)]
-    norms = "transformer_engine norms" if fused else "local norms"
-    return ", ".join([norms, *(f"{what} experts" for what in experts)])
+    norms, experts = dialect_of(names)
+    return f"{norms} norms" + (f", {experts} experts" if experts else "")

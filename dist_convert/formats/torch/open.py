@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.megatron import (
     TRACKER_FILE,
     Shard,
+    files_beside,
     iteration_directory,
     rank_files,
     read_shard,
@@ -39,6 +41,7 @@ class TorchModel:
         tokenizer: the one that the args or the user name, as rank 0 sees it.
         vocab: tokens without padding; None where nobody says.
         imported_experts: see `survey.open_catalog`.
+        beside: further files in the rank directories.
     """
 
     directory: Path
@@ -47,6 +50,11 @@ class TorchModel:
     tokenizer: Tokenizer
     vocab: int | None
     imported_experts: bool = False
+    beside: LeftBehind = ()
+
+    @property
+    def config(self) -> None:
+        return None
 
     @property
     def args(self) -> dict[str, Any]:
@@ -54,22 +62,15 @@ class TorchModel:
         return self.shards[min(self.shards)].args
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
-        """The checkpoint as a catalog, and what of it holds no weights.
-
-        Args:
-            vocab: tokens without padding, for a checkpoint that does not say; None takes the padded size.
-            with_tied_copies: see `TorchCatalog`.
-
-        Raises:
-            SourceError: all that the headers show to be wrong.
-        """
+        """See `Model`."""
         file = min(self.shards)
         padded = architecture_from_args(self.args, vocab=None, file=file).padded_vocab
         size = min(self.vocab or vocab or padded, padded)
         architecture = architecture_from_args(self.args, vocab=size, file=file)
-        return open_catalog(
+        catalog, left_behind = open_catalog(
             self.shards, architecture, imported_experts=self.imported_experts, with_tied_copies=with_tied_copies
         )
+        return catalog, (*left_behind, *self.beside)
 
 
 def open_torch(where: Where, world: World) -> TorchModel:
@@ -94,7 +95,18 @@ def open_torch(where: Where, world: World) -> TorchModel:
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
     vocab, who = true_vocab(flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
     says = None if who == "padded size" else vocab
-    return TorchModel(directory, found, shards, tokenizer, says, where.habana_imported_experts)
+    beside = _beside(world, directory, found.headers_of[world.rank])
+    return TorchModel(directory, found, shards, tokenizer, says, where.habana_imported_experts, beside)
+
+
+def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:
+    """Files in the rank directories that hold no weights, each counted by the rank that read the header beside it."""
+    counts, sizes_bytes = Counter[str](), Counter[str]()
+    listings: list[list[dict[str, int]]] = gather_objects(world, [files_beside(directory, file) for file in mine])
+    for name, size_bytes in (item for of_rank in listings for found in of_rank for item in found.items()):
+        counts[name] += 1
+        sizes_bytes[name] += size_bytes
+    return tuple((name, counts[name], sizes_bytes[name]) for name in sorted(counts))
 
 
 def _share_tokenizer(where: Where, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:

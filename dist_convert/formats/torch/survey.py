@@ -289,6 +289,9 @@ def _leftovers(
     sizes_bytes: Counter[str] = Counter()
     unknown: list[ConversionError] = []
     for shard in shards.values():
+        for name, (count, size_bytes) in shard.others.items():
+            counts[name] += count
+            sizes_bytes[name] += size_bytes
         for chunk, opaque in zip(shard.chunks, shard.opaque, strict=True):
             unused = {name: tensor for name, tensor in chunk.items() if (shard.file, tensor.name) not in used}
             names = {name: tensor.size_bytes for name, tensor in unused.items()}

@@ -7,12 +7,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError, Problems, UsageError, raise_together
-from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     Chunk,
@@ -25,9 +24,13 @@ from dist_convert.formats.megatron.grid import (
     stage_layers,
     virtual_stages,
 )
+from dist_convert.formats.megatron.names import dialect_of
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.target_args import (
+    PIPELINE_LAYOUT,
     TargetArgs,
     args_json,
     describe_origins,
@@ -39,7 +42,7 @@ from dist_convert.formats.torch.target_args import (
 from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
-from dist_convert.options import Options, given_flags
+from dist_convert.options import RELEASE, Options, given_flags, path_flags
 from dist_convert.plan.content import Content
 from dist_convert.read.megatron import TRACKER_FILE, Shard
 from dist_convert.records import TargetFile, TensorSpec, local_name
@@ -73,10 +76,10 @@ def check_model_size(model_size: str | None, architecture: Architecture) -> None
     found = (architecture.layers, architecture.hidden, architecture.ffn, architecture.vocab)
     if expected != found:
         raise UsageError(
-            "--model-size is not the model in --load-dir",
+            "--model-size is not the model in the source",
             expected=f"{model_size}: layers, hidden size, MLP width and vocabulary {expected}",
             found=f"{found}",
-            remedy="give the right --load-dir, or leave --model-size out",
+            remedy="give the right source, or leave --model-size out",
         )
 
 
@@ -84,15 +87,6 @@ _CONFIG = "config.json"
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
 Extras = Mapping[tuple[str, str], bytes]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What files say of a target beside the flags: the margs file, if one was given, and the tokenizer's."""
-
-    margs: Mapping[str, Any] | None
-    tokenizer_model: str | None
-    tokenizer_type: str | None
 
 
 @dataclass(frozen=True)
@@ -150,29 +144,102 @@ class TorchTarget:
         return ""
 
 
-def model_and_grid(
-    job: Options, config: Mapping[str, Any], margs: Mapping[str, Any] | None, *, zero_output_bias: bool
-) -> tuple[Architecture, Grid, tuple[tuple[int, ...], ...]]:
-    """The model that the config describes, the grid that the flags ask for, and the layers of each chunk.
+@dataclass(frozen=True)
+class Own:
+    """What a Megatron source says of itself, which its target keeps where no flag says otherwise.
+
+    Attributes:
+        args: its training arguments.
+        grid, chunks: its parallel sizes, and its layers by chunk.
+        iteration: its number; None for a release.
+        dialect: how it spells norms and experts.
+    """
+
+    args: Mapping[str, Any]
+    grid: Grid
+    chunks: tuple[Chunk, ...]
+    iteration: int | None
+    dialect: TargetDialect
+
+
+def own_of(model: TorchModel, catalog: TorchCatalog) -> Own:
+    """What a source says of itself."""
+    first = model.shards[min(model.shards)]
+    is_release = model.directory.resolve().name == RELEASE
+    names = [name for shard in model.shards.values() for chunk in shard.chunks for name in chunk]
+    norms, experts = dialect_of(names)
+    iteration = None if is_release else first.iteration or 0
+    return Own(model.args, catalog.grid, catalog.chunks, iteration, TargetDialect(norms, experts or "sequential"))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What files say of a target beside the flags: the margs file, the tokenizer's, and a Megatron source.
+
+    Attributes:
+        margs: content of the margs file, if one was given.
+        tokenizer_model, tokenizer_type: see `target_tokenizer`.
+        vocab: tokens without padding; None where nobody says.
+        own: what a Megatron source says of itself.
+    """
+
+    margs: Mapping[str, Any] | None
+    tokenizer_model: str | None
+    tokenizer_type: str | None
+    vocab: int | None = None
+    own: Own | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a target is to be, whoever says so: the flags, its Megatron source or its margs file, or the defaults.
+
+    Attributes:
+        iteration: its number; None for a release.
+        divisible_by: what the padded vocabulary is a multiple of, on each tensor parallel rank.
+        dialect: how norms and experts are spelled.
+        grid: its parallel sizes.
+        stages: layers of each chunk, see `stage_layers`.
+        keeps_pipeline: the stages are those of a Megatron source, and so are the arguments that describe them.
+    """
+
+    iteration: int | None
+    divisible_by: int
+    dialect: TargetDialect
+    grid: Grid
+    stages: tuple[tuple[int, ...], ...]
+    keeps_pipeline: bool = False
+
+
+_PIPELINE_OPTIONS = (
+    "target_pipeline_parallel_size", "target_virtual_pipeline_parallel_size", "num_layers_per_virtual_pipeline_stage",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
+)  # fmt: skip
+
+
+def settle_target(
+    job: Options, source: Architecture, vocab: int | None, margs: Mapping[str, Any] | None, own: Own | None
+) -> tuple[Architecture, Settings]:
+    """The model as it is padded for the target, and what the target is to be.
 
     Args:
         job: the flags.
-        config: of the source.
+        source: the model as it is read.
+        vocab: its tokens, as the source itself says; None where it does not.
         margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
-        zero_output_bias: the output projections' biases are zeros, and need no place in Megatron.
+        own: what a Megatron source says of itself; None for others.
 
     Raises:
-        UsageError, UnsupportedModel: a target that cannot exist, or a model that Megatron cannot express.
+        UsageError: a target that cannot exist; all reasons are reported together.
     """
-    tensor = _size(job.target_tensor_parallel_size, margs, "tensor_model_parallel_size") or 1
-    pipeline = _size(job.target_pipeline_parallel_size, margs, "pipeline_model_parallel_size") or 1
-    vocab = config_vocab(config, file=_CONFIG)
-    padded = padded_vocab(vocab, job.make_vocab_size_divisible_by, tensor)
-    architecture = architecture_from_config(
-        config, padded_vocab=padded, file=_CONFIG, zero_output_bias=zero_output_bias
-    )
+    theirs = own.args if own else margs
+    tensor = job.target_tensor_parallel_size or _size(theirs, "tensor_model_parallel_size") or 1
+    pipeline = job.target_pipeline_parallel_size or _size(theirs, "pipeline_model_parallel_size") or 1
+    own_divisor = _size(own.args, "make_vocab_size_divisible_by") if own else None
+    divisible_by = job.make_vocab_size_divisible_by or own_divisor or 128
+    architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
     problems: list[ConversionError] = []
-    if job.true_vocab_size not in (None, vocab):
+    if own is None and job.true_vocab_size not in (None, vocab):
         problems.append(
             UsageError(
                 "--true-vocab-size is not the model's",
@@ -183,6 +250,7 @@ def model_and_grid(
             )
         )
     layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
+    keeps_pipeline = own is not None and all(getattr(job, name) is None for name in _PIPELINE_OPTIONS)
     with _collected(problems):
         check_model_size(job.model_size, architecture)
     with _collected(problems):
@@ -190,15 +258,40 @@ def model_and_grid(
             virtual = max(1, layout_stages(layout) // pipeline)
         elif job.num_layers_per_virtual_pipeline_stage:
             virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
+        elif own and keeps_pipeline:
+            virtual = own.grid.virtual_pipeline
     stages_are_known = not problems
-    expert_tensor = (job.target_expert_tensor_parallel_size or tensor) if architecture.experts else tensor
-    grid = Grid(tensor, pipeline, virtual, job.target_expert_parallel_size or 1, expert_tensor)
+    expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
+    if architecture.experts:
+        expert_tensor = job.target_expert_tensor_parallel_size or tensor
+        if own:
+            expert = job.target_expert_parallel_size or own.grid.expert
+            is_apart = own.grid.expert_tensor != own.grid.tensor
+            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else tensor)
+    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
+    kept = tuple(
+        tuple(chunk.layers for chunk in own.chunks if chunk.virtual == v) for v in range(virtual)
+    ) if own and keeps_pipeline else None  # fmt: skip
     with _collected(problems):
-        check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None)
+        check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None, kept=kept)
     raise_together(problems)
-    stages = stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
-    return architecture, grid, stages
+    stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
+    spelled = own.dialect if own else TargetDialect()
+    return architecture, Settings(
+        _iteration(job, own),
+        divisible_by,
+        TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts),
+        grid,
+        stages,
+        keeps_pipeline,
+    )
+
+
+def _iteration(job: Options, own: Own | None) -> int | None:
+    if job.iteration is None:
+        return own.iteration if own else 1
+    return None if job.iteration == RELEASE else int(job.iteration)
 
 
 @contextmanager
@@ -212,10 +305,10 @@ def _collected(problems: list[ConversionError]) -> Iterator[None]:
         problems.append(problem)
 
 
-def _size(flag: int | None, margs: Mapping[str, Any] | None, name: str) -> int | None:
-    """A parallel size: the flag's, else the one that the margs file's training had."""
-    theirs = (margs or {}).get(name)
-    return flag or (theirs if type(theirs) is int and theirs > 0 else None)
+def _size(args: Mapping[str, Any] | None, name: str) -> int | None:
+    """A parallel size that some training had."""
+    theirs = (args or {}).get(name)
+    return theirs if type(theirs) is int and theirs > 0 else None
 
 
 def lay_out_target(
@@ -223,9 +316,8 @@ def lay_out_target(
     directory: Path,
     given: Given,
     architecture: Architecture,
-    grid: Grid,
-    stages: tuple[tuple[int, ...], ...],
-    params_dtype: str,
+    settings: Settings,
+    params_dtype: str | None,
     dtypes: Mapping[str, str],
 ) -> TorchTarget:
     """The args of the target and the tensors of each of its files.
@@ -233,40 +325,43 @@ def lay_out_target(
     Args:
         job: what was asked for.
         directory: of the source, for its capacity bins.
-        given: what files say beside the flags.
-        architecture, grid, stages: of `model_and_grid`.
-        params_dtype: safetensors name of most weights.
+        given: what files and the source say beside the flags.
+        architecture, settings: of `settle_target`.
+        params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
         dtypes: of each parameter, by canonical name.
     """
+    grid, stages, dialect = settings.grid, settings.stages, settings.dialect
+    kept = given.own.dialect if given.own else TargetDialect("", "")
     args = target_args(
         architecture,
         grid=grid,
         stages=stages,
         params_dtype=params_dtype,
-        iteration=job.iteration,
-        vocab=architecture.vocab,
-        make_vocab_size_divisible_by=job.make_vocab_size_divisible_by,
+        iteration=settings.iteration,
+        vocab=given.vocab,
+        make_vocab_size_divisible_by=settings.divisible_by,
         margs=given.margs,
+        own=given.own.args if given.own else None,
         tokenizer_model=given.tokenizer_model,
         tokenizer_type=given.tokenizer_type,
-        transformer_impl=job.saver_transformer_impl,
-        expert_layout=job.expert_layout,
+        transformer_impl=dialect.norms if dialect.norms != kept.norms else None,
+        expert_layout=dialect.experts if dialect.experts != kept.experts else None,
         first=job.decoder_first_pipeline_num_layers,
         last=job.decoder_last_pipeline_num_layers,
         layout=job.pipeline_model_parallel_layout,
+        keeps_pipeline=settings.keeps_pipeline,
         given=given_flags(job),
     )
     layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
     chunks = place_chunks(grid, layers_of)
-    dialect = TargetDialect(job.saver_transformer_impl, job.expert_layout)
     files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
     if not job.load_capacity_bins:
-        return TorchTarget(job.target, job.iteration, architecture, grid, chunks, args, files, {})
-    if not architecture.experts or job.expert_layout == "habana-dynamic":
+        return TorchTarget(job.target, settings.iteration, architecture, grid, chunks, args, files, {})
+    if not architecture.experts or dialect.experts == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
             expected="experts, in another layout than habana-dynamic",
-            found=f"--expert-layout {job.expert_layout}" if architecture.experts else "a model without experts",
+            found=f"--expert-layout {dialect.experts}" if architecture.experts else "a model without experts",
             remedy="leave --load-capacity-bins out",
         )
     bins = load_bins(directory / BINS_FILE)
@@ -287,12 +382,12 @@ def lay_out_target(
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
     if taken != len(bins):
         raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
-    return TorchTarget(job.target, job.iteration, architecture, grid, chunks, args, files, extras)
+    return TorchTarget(job.target, settings.iteration, architecture, grid, chunks, args, files, extras)
 
 
-def header_of(target: TorchTarget, job: Options, file: str) -> Shard:
+def header_of(target: TorchTarget, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
-    iteration = job.iteration or 0
+    iteration = target.iteration or 0
     skeleton = lay_out_skeleton(target.args.values, iteration, target.files[local_name(file)], file)
     weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
     nothing: dict[str, str] = {}
@@ -302,17 +397,14 @@ def header_of(target: TorchTarget, job: Options, file: str) -> Shard:
     )  # fmt: skip
 
 
-_PIPELINE_LAYOUT = (
-    "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
-)  # fmt: skip
 _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
 def notes_to_megatron(
     job: Options,
     target: TorchTarget,
-    margs: Mapping[str, Any] | None,
+    settings: Settings,
+    given: Given,
     content: Content,
     places: Sequence[int],
     writable: Sequence[frozenset[str]],
@@ -321,41 +413,51 @@ def notes_to_megatron(
 
     Args:
         job: what was asked for.
-        target, content: what will be written.
-        margs: content of the margs file, if one was given.
+        target, settings, content: what will be written.
+        given: what files and the source say beside the flags.
         places, writable: for each rank, where its target lies, and the files that it can write.
     """
-    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
-    sizes = {"tensor": (job.target_tensor_parallel_size, target.grid.tensor)}
-    sizes["pipeline"] = job.target_pipeline_parallel_size, target.grid.pipeline
+    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target, settings)]
+    sizes = {
+        "tensor": (job.target_tensor_parallel_size, target.grid.tensor),
+        "pipeline": (job.target_pipeline_parallel_size, target.grid.pipeline),
+        "expert": (job.target_expert_parallel_size, target.grid.expert),
+    }
     taken = [f"{axis} {size}" for axis, (flag, size) in sizes.items() if flag is None and size > 1]
-    if job.source_margs_file and taken:
-        notes.append(f"parallel sizes of {job.source_margs_file.name}, as no flag gives them: {', '.join(taken)}")
-    notes += _on_margs(job, target, margs or {})
-    if job.iteration == 0:
+    whose = job.source_margs_file.name if job.source_margs_file else "the source"
+    if taken:
+        notes.append(f"parallel sizes of {whose}, as no flag gives them: {', '.join(taken)}")
+    notes += _on_margs(job, target, given.margs or {})
+    if given.own and given.vocab is None:
+        notes.append(
+            f"warning: nobody says how many tokens the vocabulary has: all {target.architecture.vocab} rows are kept; "
+            "give --true-vocab-size if training is to pad it anew"
+        )
+    if settings.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
-    notes += _on_tracker(job) + human_notes(content)
+    notes += _on_tracker(target) + human_notes(content)
     if job.verbose:
         notes.append(describe_origins(target.args))
     return notes + _on_tokenizer(job) + _on_places(job, places, writable)
 
 
-def _on_tracker(job: Options) -> list[str]:
+def _on_tracker(target: TorchTarget) -> list[str]:
     """What training loads from this root changes, where the tracker file names another iteration."""
+    tracker = target.root / TRACKER_FILE
     try:
-        old = (job.target / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()[:40]
+        old = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
     except OSError:
         return []
-    new = "release" if job.iteration is None else str(job.iteration)
-    return [f"warning: {job.target / TRACKER_FILE} names {old!r}, and will name {new!r}"] if old != new else []
+    new = RELEASE if target.iteration is None else str(target.iteration)
+    return [f"warning: {tracker} names {old!r}, and will name {new!r}"] if old != new else []
 
 
-def _on_spelling(job: Options, target: TorchTarget) -> list[str]:
+def _on_spelling(job: Options, target: TorchTarget, settings: Settings) -> list[str]:
     if not target.architecture.experts:
-        given = {"--expert-layout": job.expert_layout != "sequential"}
+        given = {"--expert-layout": job.expert_layout not in (None, "sequential")}
         given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
         return [f"{flag} has no effect: the model has no experts" for flag, is_given in given.items() if is_given]
-    experts, norms = job.expert_layout, job.saver_transformer_impl
+    experts, norms = settings.dialect.experts, settings.dialect.norms
     if (experts, norms) in (("te-grouped", "local"), ("habana-dynamic", "transformer_engine")):
         return [
             f"warning: no version of Megatron has {experts} experts beside the norms of {norms}; te-grouped goes with "
@@ -370,7 +472,7 @@ def _on_margs(job: Options, target: TorchTarget, margs: Mapping[str, Any]) -> li
     The target's own args describe it as it is; a command line of the earlier training would not fit it.
     """
     is_taken = job.target_pipeline_parallel_size is None and target.grid.pipeline > 1
-    names = (*(_PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
+    names = (*(PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
     left = [
         f"{name} {margs[name]} ({target.args.values.get(name)} here)"
         for name in names
@@ -399,7 +501,7 @@ def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset
     if job.target_ranks_per_node is None:
         return []
     if not max(places):
-        return ["--target-ranks-per-node has no effect: all ranks see one and the same --save-dir"]
+        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
     notes = []
     for place in range(max(places) + 1):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]

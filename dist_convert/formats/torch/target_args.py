@@ -12,11 +12,11 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
@@ -26,6 +26,7 @@ from dist_convert.read.source import read_json
 
 #: Where a value can be from.
 CONFIG, MARGS, DEFAULT, PARALLEL = "config.json", "--source-margs-file", "default", "the parallel sizes"
+SOURCE = "the source's args"
 #: Flags that say how many virtual stages there are.
 _VIRTUAL_FLAGS = (
     "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
@@ -94,10 +95,10 @@ def model_values(a: Architecture) -> dict[str, object]:
     )
 
 
-def vocabulary_values(a: Architecture, vocab: int, divisible_by: int) -> Found:
+def vocabulary_values(a: Architecture, vocab: int | None, divisible_by: int) -> Found:
     """Sizes of the vocabulary, `vocab` without padding (docs/formats.md, "Vocabulary padding")."""
-    return {
-        "vocab_size": (vocab, CONFIG),
+    known: Found = {"vocab_size": (vocab, CONFIG)} if vocab else {}
+    return known | {
         "padded_vocab_size": (a.padded_vocab, "flag --make-vocab-size-divisible-by"),
         "make_vocab_size_divisible_by": (divisible_by, "flag --make-vocab-size-divisible-by"),
     }
@@ -158,26 +159,26 @@ def parallel_values(
     }
 
 
-def run_values(iteration: int | None, transformer_impl: str) -> Found:
-    """What is true of the files: no optimizer, no random state, and no samples seen."""
-    values = {
-        "ckpt_format": "torch",
-        "use_dist_ckpt": False,
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "skipped_train_samples": 0,
-    }
-    impl = "local" if transformer_impl == "local" else "transformer_engine"  # what Habana's modules go by, too
+def run_values(iteration: int | None, *, is_trained: bool) -> Found:
+    """What is true of the files: no optimizer, no random state, and no samples seen where nothing was trained."""
+    values: dict[str, object] = {
+        "ckpt_format": "torch", "use_dist_ckpt": False, "no_save_optim": True, "no_save_rng": True
+    }  # fmt: skip
+    if not is_trained:
+        values |= dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0)
     return {name: (value, DEFAULT) for name, value in values.items()} | {
         "iteration": (iteration or 0, "flag --release" if iteration is None else "flag --iteration"),
-        "transformer_impl": (impl, "flag --saver-transformer-impl"),
     }
 
 
-def expert_values(layout: str) -> Found:
-    """Which class of experts the tensors' names belong to (docs/formats.md, "Experts")."""
+def norm_values(transformer_impl: str) -> Found:
+    """Which class of norms the tensors' names belong to."""
+    impl = "local" if transformer_impl == "local" else "transformer_engine"  # what Habana's modules go by, too
+    return {"transformer_impl": (impl, "flag --saver-transformer-impl")}
+
+
+def expert_values(layout: str, ffn: int) -> Found:
+    """Which class of experts the tensors' names belong to (docs/formats.md, "Experts"), of that width."""
     dynamic = layout == "habana-dynamic"
     values: dict[str, object] = {
         "moe_grouped_gemm": layout in ("te-grouped", "grouped"),
@@ -187,7 +188,9 @@ def expert_values(layout: str) -> Found:
         "moe_permuted_weights": dynamic,
         "moe_fused_weights": dynamic,
     } | ({"moe_capacity_bins_num": 0} if dynamic else {})
-    return {name: (value, "flag --expert-layout") for name, value in values.items()}
+    of_layout: Found = {name: (value, "flag --expert-layout") for name, value in values.items()}
+    # Habana's dynamic experts take the one, all others the other.
+    return of_layout | dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), (ffn, CONFIG))
 
 
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
@@ -250,18 +253,20 @@ def target_args(
     *,
     grid: Grid,
     stages: tuple[tuple[int, ...], ...],
-    params_dtype: str,
+    params_dtype: str | None,
     iteration: int | None,
-    vocab: int,
+    vocab: int | None,
     make_vocab_size_divisible_by: int,
     margs: Mapping[str, Any] | None,
     tokenizer_model: str | None,
     tokenizer_type: str | None,
-    transformer_impl: str = "transformer_engine",
-    expert_layout: str = "sequential",
+    own: Mapping[str, Any] | None = None,
+    transformer_impl: str | None = "transformer_engine",
+    expert_layout: str | None = "sequential",
     first: int | None = None,
     last: int | None = None,
     layout: str | None = None,
+    keeps_pipeline: bool = False,
     given: Collection[str] = (),
 ) -> TargetArgs:
     """Everything that Megatron-LM needs to go on from the target with --use-checkpoint-args.
@@ -270,40 +275,53 @@ def target_args(
         architecture: the model.
         grid: parallel sizes of the target.
         stages: layers of each chunk, see `stage_layers`.
-        params_dtype: safetensors name, "BF16".
+        params_dtype: safetensors name, "BF16"; None keeps what a Megatron source's args say.
         iteration: None for a release.
-        vocab: true size, without padding.
+        vocab: true size, without padding; None where nobody says.
         make_vocab_size_divisible_by: what the padded size is a multiple of, on each tensor parallel rank.
         margs: content of the margs file, if one was given. It never overrules the model or the target.
         tokenizer_model: see `target_tokenizer`.
         tokenizer_type: as given by the flag.
-        transformer_impl: one of `options.TRANSFORMER_IMPLS`.
-        expert_layout: one of `options.EXPERT_LAYOUTS`; matters for experts only.
+        own: the training arguments of a Megatron source, of which all are kept but those of the target's layout.
+        transformer_impl: one of `options.TRANSFORMER_IMPLS`; None keeps the source's.
+        expert_layout: one of `options.EXPERT_LAYOUTS`, which matters for experts only; None keeps the source's.
         first, last, layout: the uneven pipeline that was asked for.
+        keeps_pipeline: the stages are the source's, as its own arguments describe them.
         given: the flags that the user gave; what others decide is said to be their default.
 
     Raises:
         UnsupportedModel: the margs file describes a model that the weights are not of.
     """
-    found = default_values(architecture, tokenizer_model)
-    origins = {}
-    excluded = MIXTRAL_EXCLUDED if architecture.experts else LLAMA_EXCLUDED
-    for name, value in sorted((margs or {}).items()):
+    origins: dict[str, str] = {}
+    if own is None:
+        found = default_values(architecture, tokenizer_model)
+        excluded = MIXTRAL_EXCLUDED if architecture.experts else LLAMA_EXCLUDED
+        said, whose = margs or {}, MARGS
+        fixed = {name: (value, CONFIG) for name, value in model_values(architecture).items()}
+    else:
+        found, excluded, said, whose = {}, frozenset(), own, SOURCE
+        fixed = {}
+    for name, value in sorted(said.items()):
         if name in excluded:
-            origins[name] = f"not taken from {MARGS}: it is of the run that saved the file"
+            origins[name] = f"not taken from {whose}: it is of the run that saved the file"
         elif value is None and name in found:
             continue
         elif _is_object(value):
-            origins[name] = f"dropped: {value} of {MARGS} is an object that only Megatron can make"
+            origins[name] = f"dropped: {value} of {whose} is an object that only Megatron can make"
         else:
-            found[name] = _with_dtype(value), MARGS
-    fixed = {name: (value, CONFIG) for name, value in model_values(architecture).items()}
-    fixed |= vocabulary_values(architecture, vocab, make_vocab_size_divisible_by) | precision_values(params_dtype)
-    fixed |= parallel_values(architecture, grid, stages, first, last, layout, given) | run_values(
-        iteration, transformer_impl
-    )
-    if architecture.experts:
-        fixed |= expert_values(expert_layout)
+            found[name] = _with_dtype(value), whose
+    fixed |= vocabulary_values(architecture, vocab, make_vocab_size_divisible_by)
+    fixed |= precision_values(params_dtype) if params_dtype else {}
+    parallel = parallel_values(architecture, grid, stages, first, last, layout, given)
+    if own is not None:
+        parallel |= _of_own(own, grid, architecture, keeps_pipeline=keeps_pipeline)
+    fixed |= parallel | run_values(iteration, is_trained=own is not None)
+    if transformer_impl:
+        fixed |= norm_values(transformer_impl)
+        if own is not None:  # the target's are stored as gamma
+            fixed["apply_layernorm_1p"] = False, "flag --saver-transformer-impl"
+    if architecture.experts and expert_layout:
+        fixed |= expert_values(expert_layout, architecture.ffn)
     if tokenizer_model is not None:
         fixed["tokenizer_model"] = tokenizer_model, _of_flag("--tokenizer-model", given, "the model's own")
     if tokenizer_type is not None:
@@ -311,15 +329,35 @@ def target_args(
     for name, (value, origin) in fixed.items():
         if origin.startswith("flag "):
             flag = origin.removeprefix("flag ")
-            is_theirs = margs is not None and name in TAKEN_SIZES and margs.get(name) == value
-            origin = _of_flag(flag, given, MARGS if is_theirs else f"default of {flag}")
+            is_theirs = (own is not None or name in TAKEN_SIZES) and name in said and said[name] == value
+            origin = _of_flag(flag, given, whose if is_theirs else f"default of {flag}")
         theirs = found.get(name, (value, DEFAULT))
-        differs = theirs[1] == MARGS and _plain(theirs[0]) != _plain(value)
-        found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {MARGS} says)" if differs else origin
+        differs = theirs[1] == whose and _plain(theirs[0]) != _plain(value)
+        found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {whose} says)" if differs else origin
     origins |= {name: origin for name, (_, origin) in found.items()}
     args = TargetArgs({name: found[name][0] for name in sorted(found)}, dict(sorted(origins.items())))
-    architecture_from_args(json.loads(args_json(args)), vocab=vocab, file=MARGS)
+    described = architecture_from_args(json.loads(args_json(args)), vocab=vocab, file=whose)
+    if own is not None and described != replace(architecture, vocab=described.vocab):
+        raise PlanError("the target's args describe another model", expected=architecture, found=described)
     return args
+
+
+def _of_own(own: Mapping[str, Any], grid: Grid, a: Architecture, *, keeps_pipeline: bool) -> Found:
+    """Arguments of the layout that a source's own decide, where it stays or has nothing to do with it."""
+    found: Found = {}
+    if grid.tensor > 1 and own.get("sequence_parallel"):
+        found["sequence_parallel"] = True, SOURCE
+    if keeps_pipeline:
+        found |= {name: (own[name], SOURCE) for name in PIPELINE_LAYOUT if name in own}
+    return found
+
+
+#: What the layers of stages that are not alike follow from, besides the pipeline parallel size.
+PIPELINE_LAYOUT = (
+    "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 
 
 def _of_flag(flag: str, given: Collection[str], otherwise: str) -> str:

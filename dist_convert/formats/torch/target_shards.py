@@ -6,7 +6,6 @@ Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from dist_convert.formats.torch.geometry import shard_size
 from dist_convert.model import Catalog
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture, Family, Row, entries
-from dist_convert.records import DTYPE_BYTES, TensorSpec
+from dist_convert.records import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -104,24 +103,21 @@ def _specs(
     ]
 
 
-def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[str, str]]:
-    """The dtype of most of what is written, and for each Megatron parameter the dtype that it is written in.
+def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:
+    """For each Megatron parameter the dtype that it is written in.
 
     Args:
         source: of the same family.
-        target_dtype: what the former becomes; tensors of other dtypes keep theirs. None keeps all.
+        target_dtype: what most of it becomes; tensors of other dtypes keep theirs. None keeps all.
 
     Raises:
         UnsupportedModel: a parameter whose parts are stored in several dtypes.
     """
-    bytes_of: Counter[str] = Counter()
     problems: list[ConversionError] = []
     found: dict[str, str] = {}
     for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
         if isinstance(entry, Row):
             names = [part.name.format(layer=layer, expert=expert) for part in entry.parts]
-            for meta in map(source.tensors.__getitem__, names):
-                bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
             stored = sorted({source.tensors[name].dtype for name in names})
             if len(stored) > 1:
                 problems.append(
@@ -135,5 +131,5 @@ def target_dtypes(source: Catalog, target_dtype: str | None) -> tuple[str, dict[
                 )
             found[entry.megatron.format(layer=layer, expert=expert)] = stored[0]
     raise_together(problems)
-    main = bytes_of.most_common(1)[0][0]
-    return main, {name: target_dtype if target_dtype and dtype == main else dtype for name, dtype in found.items()}
+    main = source.params_dtype
+    return {name: target_dtype if target_dtype and dtype == main else dtype for name, dtype in found.items()}

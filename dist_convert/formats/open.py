@@ -1,0 +1,65 @@
+"""Opens a checkpoint of whatever format it is, from the headers of its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_convert.errors import CheckpointNotFound
+from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.open import open_huggingface
+from dist_convert.formats.torch.open import open_torch
+from dist_convert.model import Where
+from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
+from dist_convert.read.huggingface import CONFIG_FILE
+from dist_convert.read.source import no_directory
+from dist_convert.write.partial import refuse_unfinished
+
+
+def open_checkpoint(where: Where, world: World) -> Model:
+    """Read the headers of a checkpoint; what one rank sees of it tells all which format it has.
+
+    Raises:
+        SourceError: all that the headers show to be wrong.
+    """
+    if any(gather_objects(world, (where.path / CONFIG_FILE).is_file())):
+        return open_huggingface(where.path, world)
+    if any(gather_objects(world, where.path.is_dir())):
+        return open_torch(where, world)
+    raise no_directory(where.path, "checkpoint")
+
+
+def open_source(job: Options, world: World, channel: Channel) -> Model:
+    """Read the headers of a conversion's source, which a hub may have.
+
+    Raises:
+        SourceError: there is none, or all that the headers show to be wrong.
+    """
+    where = Where(Path(job.source), job.ckpt_dir_name, job.habana_imported_experts, job.true_vocab_size, job.tokenizer)
+    refuse_unfinished(where.path, where.ckpt_dir_name)
+    source = PAIRS[job.command][0] if job.command != CONVERT else ""
+    if source == TORCH:
+        return open_torch(where, world)
+    if source == HUGGINGFACE or not any(gather_objects(world, where.path.is_dir())):
+        return open_huggingface(_fetch(job, world, channel), world)
+    return open_checkpoint(where, world)
+
+
+def _fetch(job: Options, world: World, channel: Channel) -> Path:
+    """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
+    is_here: list[bool] = gather_objects(world, Path(job.source).is_dir())
+    if all(is_here):
+        return Path(job.source)
+    if any(is_here):
+        raise CheckpointNotFound(
+            "the Hugging Face directory is not on every node",
+            file=job.source,
+            expected="a directory on every rank, with config.json and those of the weights files that are there",
+            found=f"nothing on rank {is_here.index(False)}",
+            remedy=f"copy it there, or give a hub id; check {path_flags(job)[0]} on every node",
+        )
+    name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
+    channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
+    return fetched_directory(name)

@@ -1,0 +1,137 @@
+"""What becomes a Hugging Face directory: what is read, what is written, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dist_convert.formats.format import Model, Target
+from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
+from dist_convert.formats.huggingface.target import HuggingFaceTarget
+from dist_convert.formats.huggingface.target_copy import HuggingFaceCopy, files_to_copy
+from dist_convert.formats.torch.capacity_bins import Bin, read_bins
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.open import TorchModel
+from dist_convert.model import Catalog
+from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.plan.content import Content, plan_content
+from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.report import human_notes, names, notes_on
+from dist_convert.task import Task
+from dist_convert.tokenizer.record import style_for
+from dist_convert.units import human_bytes
+from dist_convert.write.hub import check_upload
+from dist_convert.write.places import find_places, refuse_several_places
+from dist_convert.write.safetensors_files import lay_out_files
+
+
+def to_huggingface(job: Options, model: Model, world: World) -> Task:
+    """Work out the Hugging Face directory that a model becomes.
+
+    Raises:
+        SourceError: all that the headers show to be wrong.
+        UploadError: what can be known now of an upload that would not start.
+    """
+    notes = []
+    if job.push_to_hub and world.rank == 0:
+        notes.append(check_upload(job.target, job.push_to_hub, private=job.private))
+    source, left_behind = model.catalog()
+    job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
+    target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
+    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), job.max_shard_size_bytes)
+    content = plan_content(
+        source,
+        catalog_of_files(source.architecture, files),
+        files,
+        title=source.title,
+        params_dtype=source.params_dtype,
+        target_dtype=target_dtype,
+        kept_dtypes=source.kept_dtypes,
+        left_behind=left_behind,
+    )
+    if isinstance(model, HuggingFaceModel):
+        check_tied(model, source, world)
+
+    places = _places(job, world)
+    of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
+    is_divided = bool(max(places))
+    if is_divided:
+        content = with_own_targets(content)
+        of_places = deal_files(content, model.found.visible, places)
+    layout, more_notes = _layout(job, model, source, content, world, disks=len(of_places))
+    return Task(
+        job=job,
+        content=content,
+        source_format=TORCH if model.args else HUGGINGFACE,
+        source=model.directory,
+        source_identity=model.found.identity,
+        source_listing=model.found.listing,
+        visible=model.found.visible,
+        target=job.target,
+        places=places,
+        writable=tuple(of_places[place] for place in places),
+        notes=notes + more_notes + _notes_on_places(job, content, places, of_places),
+        layout=layout,
+        is_divided=is_divided,
+    )
+
+
+def _layout(
+    job: Options, model: Model, source: Catalog, content: Content, world: World, *, disks: int
+) -> tuple[Target, list[str]]:
+    """What is made beside the weights, and what the user should know of it all."""
+    if isinstance(model, HuggingFaceModel):
+        copied, others = files_to_copy(model.directory)
+        notes = human_notes(content)
+        notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
+        return HuggingFaceCopy(job, content, source.architecture, model.directory, model.config, copied, disks), notes
+    if not isinstance(model, TorchModel):
+        raise TypeError(model)
+    bins = None
+    if job.save_capacity_bins and isinstance(source, TorchCatalog):
+        mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
+        of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
+        bins = source, [bin for of_rank in of_ranks for bin in of_rank]
+    style = style_for(model.tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
+    notes = notes_on(job, content, source.architecture, model.shards, model.tokenizer, style)
+    if job.push_to_hub and model.tokenizer.kind == "none":
+        notes.insert(0, "warning: the model is uploaded without a tokenizer")
+    layout = HuggingFaceTarget(
+        job, content, source, model.directory, model.args, model.tokenizer, style, bins, disks=disks
+    )
+    return layout, notes
+
+
+def _places(job: Options, world: World) -> tuple[int, ...]:
+    """For each rank, the number of the place where its target lies.
+
+    Raises:
+        TargetError: nodes see different targets, and no flag says that this is meant.
+    """
+    flag = path_flags(job)[1]
+    places = find_places(world, job.target, flag)
+    if not job.save_per_node:
+        refuse_several_places(
+            places, job.target, flag, ", or give --save-per-node if each node is to keep some of the files"
+        )
+    return places
+
+
+def _notes_on_places(
+    job: Options, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
+) -> list[str]:
+    if not job.save_per_node:
+        return []
+    if len(of_places) == 1:
+        return [f"--save-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
+    notes = []
+    for place, files in enumerate(of_places):
+        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+        size_bytes = sum(file.size_bytes for file in content.files if file.name in files)
+        notes.append(
+            f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: weights files "
+            f"{file_numbers(content, files)} of {len(content.files)}, {human_bytes(size_bytes)}"
+        )
+    return notes
