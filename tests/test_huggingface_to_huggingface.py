@@ -103,9 +103,8 @@ def test_the_config_keeps_what_it_says_and_both_versions_of_transformers_find_th
     (tmp_path / "source" / "config.json").write_text(json.dumps(before))
     assert rewrite(tmp_path / "source", tmp_path / "target") == 0
     after = config(tmp_path / "target")
-    assert {name: after[name] for name in before if name != "dtype"} == {
-        n: v for n, v in before.items() if n != "dtype"
-    }
+    del before["dtype"]
+    assert {name: after[name] for name in before} == before
     assert after["rope_theta"] == 500000.0
 
 
@@ -120,8 +119,7 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path, capsys: pyt
 
 def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = hf_tensors(Model(tied=True))
-    make_hf(
-        tmp_path / "source", Model(tied=True), {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
-    )
+    other = tensors["model.embed_tokens.weight"] + 1
+    make_hf(tmp_path / "source", Model(tied=True), {**tensors, "lm_head.weight": other})
     assert rewrite(tmp_path / "source", tmp_path / "target") == 1
     assert "a head that is not its embedding" in capsys.readouterr().err
