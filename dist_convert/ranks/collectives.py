@@ -53,6 +53,11 @@ class World:
         return [rank for rank, node in enumerate(self.nodes) if node not in self.nodes[:rank]]
 
 
+def alone() -> World:
+    """A rank without others, which gathers nothing."""
+    return World(0, 1, (0,), torch.device("cpu"))
+
+
 def join_world(device: str, timeout_seconds: float) -> World:
     """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
 

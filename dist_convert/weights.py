@@ -1,0 +1,314 @@
+"""A checkpoint of any format, read lazily from Python under the names that Hugging Face publishes.
+
+Only headers are read on opening. A tensor is put together from its shards when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_convert.errors import BudgetTooSmall, UsageError
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, special_token_ids
+from dist_convert.formats.open import open_checkpoint
+from dist_convert.formats.torch.open import TorchModel
+from dist_convert.model import Catalog, Region, Where
+from dist_convert.move.buffers import Buffer, make_buffer
+from dist_convert.ranks.collectives import alone
+from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
+from dist_convert.read.source import Listing
+from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
+from dist_convert.units import human_bytes, parse_bytes
+from dist_convert.write.partial import refuse_unfinished
+
+#: What is read at once where values are cast or put beside others.
+_BLOCK_BYTES = 4 << 20
+_TILE_COLUMNS = 512
+_READERS = 2
+#: Buffers of `tensors(reuse=True)`: one in the caller's hands, the others being filled.
+_BUFFERS = _READERS + 1
+
+_NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
+
+
+def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu") -> Weights:
+    """See `dist_convert.open`."""
+    refuse_unfinished(where.path, where.ckpt_dir_name)
+    model = open_checkpoint(where, alone())
+    catalog, _ = model.catalog()
+    config = model.config
+    if isinstance(model, TorchModel):
+        bos, eos = special_token_ids(catalog.architecture.vocab, model.tokenizer, instruct=False)
+        config = config_json(catalog.architecture, _safetensors_name(dtype) or catalog.params_dtype, bos, eos)
+    return Weights(
+        model.directory, config or {}, catalog, model.found.listing, _safetensors_name(dtype), torch.device(device)
+    )
+
+
+def _safetensors_name(dtype: torch.dtype | str | None) -> str | None:
+    if dtype is None:
+        return None
+    by_name = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+    name = _NAMES.get(dtype) if isinstance(dtype, torch.dtype) else by_name.get(dtype.removeprefix("torch."))
+    if name is None:
+        raise UsageError("not a dtype of weights", expected=", ".join(by_name), found=str(dtype))
+    return name
+
+
+class Weights:
+    """An open checkpoint; made by `dist_convert.open`. It can be pickled, and used by several threads.
+
+    Attributes:
+        config: the Hugging Face config of the model.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        catalog: Catalog,
+        listing: Listing,
+        dtype: str | None,
+        device: torch.device,
+    ) -> None:
+        self.config = dict(config)
+        self._directory = directory
+        self._catalog = catalog
+        self._listing = listing
+        self._dtype = dtype
+        self._device = device
+        self._lock = threading.Lock()
+        self._reader: _Reader | None = None
+        self._process = 0
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay with the process that has opened them."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reader")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock, self._reader = threading.Lock(), None
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            if self._reader is not None and self._process == os.getpid():
+                self._reader.close()
+            self._reader = None
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, in the order of the layers."""
+        return list(self._catalog.tensors)
+
+    def get_slice(self, name: str) -> Slice:
+        """A tensor of which parts can be read, as `safetensors.safe_open` has it.
+
+        Raises:
+            KeyError: no tensor of that name.
+        """
+        return Slice(self, name, self._catalog.tensors[name].shape)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor.
+
+        Raises:
+            KeyError: no tensor of that name.
+            SourceError: a file cannot be read, has changed, or ends early.
+        """
+        return self.read(name, self._catalog.tensors[name].box).view(self._catalog.tensors[name].shape)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A box of a tensor, as rows x columns."""
+        found = torch.empty(box.rows, box.columns, dtype=TORCH_DTYPES[self._dtype_of(name)])
+        with self._lock:
+            if self._reader is None or self._process != os.getpid():
+                self._reader, self._process = self._new_reader(), os.getpid()
+            self._reader.read(self._catalog.regions(name), self._dtype_of(name), box, _buffer(found))
+        return found.to(self._device)
+
+    def tensors(self, max_memory: str | int = "1GB", *, reuse: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor with its name, in the order of the files, read ahead of the one that is looked at.
+
+        Args:
+            max_memory: of the tensors that are being read, in bytes or with a unit.
+            reuse: give views of buffers that are used again: a tensor is valid until the next one is asked for.
+
+        Raises:
+            BudgetTooSmall: it does not hold the largest tensor.
+            SourceError: see `get_tensor`.
+        """
+        budget_bytes = parse_bytes(str(max_memory))
+        sizes = {name: self._size_bytes(name) for name in self._catalog.tensors}
+        largest = max(sizes, key=lambda name: sizes[name])
+        if sizes[largest] > budget_bytes:
+            raise BudgetTooSmall(
+                "the memory does not hold the largest tensor",
+                tensor=largest,
+                expected=f"max_memory of {human_bytes(sizes[largest])} or more",
+                found=human_bytes(budget_bytes),
+            )
+        return self._stream(sorted(sizes, key=self._place), sizes, budget_bytes, reuse=reuse)
+
+    def _stream(
+        self, names: list[str], sizes: Mapping[str, int], budget_bytes: int, *, reuse: bool
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        largest_bytes = max(sizes.values())
+        count = min(_BUFFERS, budget_bytes // largest_bytes)
+        free = deque(make_buffer(largest_bytes) for _ in range(count)) if reuse else deque[Buffer]()
+        readers = deque(self._new_reader() for _ in range(_READERS))
+        waiting, reading = deque(names), deque[tuple[str, Buffer | None, Future[torch.Tensor]]]()
+        read_bytes = 0
+
+        def read(name: str, buffer: Buffer | None) -> torch.Tensor:
+            reader = readers.popleft()  # of a deque, which threads share
+            try:
+                meta, dtype = self._catalog.tensors[name], self._dtype_of(name)
+                if buffer is None:
+                    tensor = torch.empty(meta.shape, dtype=TORCH_DTYPES[dtype])
+                    buffer = _buffer(tensor)
+                else:
+                    tensor = buffer.tensor[: sizes[name]].view(TORCH_DTYPES[dtype]).view(meta.shape)
+                reader.read(self._catalog.regions(name), dtype, meta.box, buffer)
+                return tensor
+            finally:
+                readers.append(reader)
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as threads:
+            try:
+                while waiting or reading:
+                    while waiting and (free if reuse else read_bytes + sizes[waiting[0]] <= budget_bytes):
+                        name = waiting.popleft()
+                        buffer = free.popleft() if reuse else None
+                        reading.append((name, buffer, threads.submit(read, name, buffer)))
+                        read_bytes += sizes[name]
+                    name, buffer, future = reading.popleft()
+                    tensor = future.result()
+                    read_bytes -= sizes[name]
+                    yield name, tensor.to(self._device)
+                    del tensor, future
+                    if buffer is not None:
+                        free.append(buffer)
+            finally:
+                threads.shutdown(cancel_futures=True)
+                for reader in readers:
+                    reader.close()
+
+    def _place(self, name: str) -> tuple[str, int]:
+        view = next((view for region in self._catalog.regions(name) for view in region.replicas), None)
+        return (view.file, view.offset_bytes) if view else ("", 0)
+
+    def _dtype_of(self, name: str) -> str:
+        return self._dtype or self._catalog.tensors[name].dtype
+
+    def _size_bytes(self, name: str) -> int:
+        return self._catalog.tensors[name].box.elements * DTYPE_BYTES[self._dtype_of(name)]
+
+    def _new_reader(self) -> _Reader:
+        return _Reader(self._directory, self._listing)
+
+
+class Slice:
+    """A tensor that is read in parts: `slice[:64]`, `slice[3, 8:16]`."""
+
+    def __init__(self, weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+        self._weights, self._name, self._shape = weights, name, shape
+
+    def get_shape(self) -> list[int]:
+        """Its sizes."""
+        return list(self._shape)
+
+    def __getitem__(self, wanted: Any) -> torch.Tensor:
+        """The rows and columns that are asked for, by numbers and by slices, as of a torch.Tensor."""
+        indices = wanted if isinstance(wanted, tuple) else (wanted,)
+        if len(indices) > len(self._shape) or any(not isinstance(index, int | slice) for index in indices):
+            raise IndexError(f"{self._name} has {len(self._shape)} dimensions; asked for {wanted!r}")
+        spans: list[range] = []
+        later: list[int | torch.Tensor] = []
+        for size, index in zip(self._shape, (*indices, *[slice(None)] * (2 - len(indices))), strict=False):
+            chosen = range(size)[index]
+            if isinstance(chosen, int):
+                spans.append(range(chosen, chosen + 1))
+                later.append(0)
+            else:  # with steps, all from the first to the last is read
+                first, end = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
+                spans.append(range(first, end))
+                later.append(torch.tensor([number - first for number in chosen], dtype=torch.long))
+        rows, columns = spans[0], spans[1] if len(spans) > 1 else range(1)
+        found = self._weights.read(self._name, Box(rows.start, columns.start, len(rows), len(columns)))
+        found = found if len(spans) > 1 else found[:, 0]
+        for dimension in reversed(range(len(later))):
+            index = later[dimension]
+            if isinstance(index, int):
+                found = found.select(dimension, index)
+            elif len(index) != found.shape[dimension]:
+                found = found.index_select(dimension, index.to(found.device))
+        return found
+
+
+class _Reader:
+    """Puts boxes of tensors together; for one thread at a time."""
+
+    def __init__(self, directory: Path, listing: Listing) -> None:
+        self._files = FileReader(directory, make_buffer(2 * _BLOCK_BYTES), listing)
+        self._block = make_buffer(_BLOCK_BYTES)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def read(self, regions: Any, dtype: str, box: Box, target: Buffer) -> None:
+        """Fill a buffer with a box of a tensor, row by row.
+
+        Args:
+            regions: of the tensor.
+            dtype: safetensors name of the values in the buffer.
+            box: what is read.
+            target: the buffer, which is large enough.
+        """
+        item_bytes = DTYPE_BYTES[dtype]
+        values = target.tensor[: box.elements * item_bytes].view(TORCH_DTYPES[dtype]).view(box.rows, box.columns)
+        for region in regions:
+            common = intersect(region.box, box)
+            if common is None:
+                continue
+            row, column = common.row - box.row, common.column - box.column
+            part = values[row : row + common.rows, column : column + common.columns]
+            if not region.replicas:
+                part.zero_()
+                continue
+            view = _window(region, common)
+            if view.is_dense and view.dtype == dtype and not region.add and common.columns == box.columns:
+                self._files.read(view, dtype, 0, target, row * box.columns * item_bytes)
+            else:
+                self._read_blocks(view, dtype, region.add, part)
+
+    def _read_blocks(self, view: View, dtype: str, add: int, part: torch.Tensor) -> None:
+        columns = min(view.columns, _TILE_COLUMNS) if view.is_transposed else view.columns
+        rows = max(1, _BLOCK_BYTES // (columns * max(DTYPE_BYTES[dtype], DTYPE_BYTES[view.dtype])))
+        for tile in tiles(view.rows, view.columns, rows, columns):
+            self._files.read(view.window(tile), dtype, add, self._block, 0)
+            size_bytes = tile.elements * DTYPE_BYTES[dtype]
+            block = self._block.tensor[:size_bytes].view(TORCH_DTYPES[dtype]).view(tile.rows, tile.columns)
+            part[tile.row : tile.row_end, tile.column : tile.column_end] = block
+
+
+def _window(region: Region, common: Box) -> View:
+    inside = Box(common.row - region.box.row, common.column - region.box.column, common.rows, common.columns)
+    return region.replicas[0].window(inside)
+
+
+def _buffer(tensor: torch.Tensor) -> Buffer:
+    data = tensor.view(-1).view(torch.uint8)
+    return Buffer(data.numpy().data, data)
