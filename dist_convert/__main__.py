@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, verify_job_from_flags
 from dist_convert.cli.old_flags import notes_on_old_flags
-from dist_convert.errors import ConversionError, LostRank
+from dist_convert.errors import ConversionError, LostRank, error_details
+from dist_convert.listener import JsonLog, Listener, TextLog, as_json_line
 from dist_convert.options import Options, VerifyJob
 from dist_convert.ranks.signals import Signals, ending_at_once, stopped_by
 
@@ -92,7 +93,7 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     with importing():  # all that ranks import, once for all of them
         import dist_convert.api
-        import dist_convert.verify.verify  # noqa: F401
+        import dist_convert.compare.verify  # noqa: F401
         from dist_convert.ranks.launch import run_ranks
 
     return run_ranks(ranks, run)
@@ -151,17 +152,24 @@ def _upload(
 def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags and inspect do without
         from dist_convert.api import convert
+        from dist_convert.compare.outcome import Outcome
+        from dist_convert.compare.outcome import as_json as outcome_json
+        from dist_convert.compare.outcome import as_text as outcome_text
+        from dist_convert.compare.verify import verify
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
-        from dist_convert.verify.verify import verify
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def connect() -> Channel:
         signals = Signals()
         stack.enter_context(signals.caught())
-        return Channel(rank, size, signals, _SILENT_SHARE * job.timeout_seconds)
+        return Channel(rank, size, signals, _SILENT_SHARE * job.timeout_seconds, _listener(job))
+
+    def show(outcome: Outcome, as_json: bool) -> None:
+        if rank == 0:
+            print(outcome_json(outcome) if as_json else outcome_text(outcome), flush=True)
 
     channel = connect() if size == 1 or is_served_by_launcher() else None
     try:
@@ -172,7 +180,9 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         return_freed_memory()
         exit_code = 0
         if isinstance(job, VerifyJob):
-            exit_code = verify(job, world, channel)
+            outcome = verify(job, world, channel)
+            show(outcome, job.json)
+            exit_code = 0 if outcome.is_same else 1
         else:
             convert(job, world, channel)
         channel.close()
@@ -184,14 +194,22 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     except ConversionError as error:
         if isinstance(error, LostRank) and channel is not None:
             channel.explain(error)
-        return _fail(channel, str(error), error.exit_code)
+        return _fail(channel, error, job)
     except KeyboardInterrupt:
         raise
     except OSError as error:
-        return _fail(channel, str(_refused(error)), 1)
+        return _fail(channel, _refused(error), job)
     except BaseException:
-        return _fail(channel, f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}", 1)
+        found = f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}"
+        return _fail(channel, ConversionError(found), job)
     return exit_code
+
+
+def _listener(job: Options | VerifyJob) -> Listener:
+    if isinstance(job, Options):
+        kind = JsonLog if job.log_format == "json" else TextLog
+        return kind(job.log_interval_seconds)
+    return TextLog()
 
 
 @contextlib.contextmanager
@@ -219,11 +237,15 @@ def _refused(error: OSError) -> ConversionError:
     )
 
 
-def _fail(channel: Channel | None, message: str, exit_code: int) -> int:
+def _fail(channel: Channel | None, error: ConversionError, job: Options | VerifyJob) -> int:
+    """Report an error, once for all ranks; the exit code."""
+    message = str(error)
+    if isinstance(job, Options) and job.log_format == "json":
+        message = as_json_line("error", message, **error_details(error))
     if channel is not None:
-        return channel.fail(message, exit_code)
+        return channel.fail(message, error.exit_code)
     print(message, file=sys.stderr)
-    return exit_code
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ both ends and deals the copies to ranks, `move` carries them out, `write` makes 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from dist_convert.compare.verify import compare_with_source, prepare_check
 from dist_convert.errors import PlanError, ValueOverflow
 from dist_convert.formats.open import open_source
 from dist_convert.move.pipeline import Moved, move
@@ -24,15 +24,22 @@ from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
 from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.ranks.channel import Channel, show_progress
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
+from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import local_name
-from dist_convert.report import Outcome, describe_plan, load_of, outcome_text, peak_memory_bytes, resume_line
+from dist_convert.report import (
+    Report,
+    describe_plan,
+    load_of,
+    peak_memory_bytes,
+    report_details,
+    report_text,
+    resume_line,
+)
 from dist_convert.task import Task, Writers, find_writers
 from dist_convert.to_huggingface import to_huggingface
 from dist_convert.to_torch import to_torch
-from dist_convert.verify.verify import compare_with_source, prepare_check
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
@@ -54,7 +61,7 @@ from dist_convert.write.resume import (
 )
 
 
-def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
+def convert(job: Options, world: World, channel: Control) -> Report:
     """Convert a checkpoint, together with all other ranks.
 
     Args:
@@ -63,7 +70,7 @@ def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
         channel: for progress, and for what takes longer than a collective waits.
 
     Returns:
-        What was done, on every rank; None after a dry run.
+        What was done, on every rank.
 
     Raises:
         ConversionError: see `errors`; nothing is left under the target's name.
@@ -81,25 +88,35 @@ def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
     free_bytes = 0
     if is_first:
         free_bytes = check_start(task, job, world.rank)
-    if world.rank == 0:
-        for note in (*task.notes, *writers.notes, *notes_on_replacing(task, job, world.rank)):
-            print(note, file=sys.stderr)
+    notes = (*task.notes, *writers.notes, *notes_on_replacing(task, job, world.rank))
+    for note in notes:
+        channel.say("note", note)
+    report = Report(
+        source=task.source,
+        target=task.target,
+        source_format=task.source_format,
+        target_format=job.to,
+        left_behind=task.content.left_behind,
+        notes=notes,
+    )
     if job.dry_run:
         is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
-        if world.rank == 0:
-            unfinished = task.partial if goes_on(task, job, world.rank) else None
-            print(_done_before(task) if is_done else describe_plan(task.target, plan, loads, free_bytes, unfinished))
+        unfinished = task.partial if goes_on(task, job, world.rank) else None
+        report = replace(report, was_complete=is_done, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
+        channel.say("plan", report.plan, report=report_details(report))
         barrier(world)
-        return None
+        return report
 
     started = time.monotonic()
-    outcome = Outcome.of_ranks([], 0.0)
     with traced(job.trace, world, task.target) as timeline, held_target(task, job, world) as held:
         if not held.is_complete:
-            outcome = _make(task, writers, job, plan, world, channel, timeline)
+            done = _make(task, writers, job, plan, world, channel, timeline)
+            facts = ("source", "target", "source_format", "target_format", "left_behind", "notes")
+            report = replace(done, **{name: getattr(report, name) for name in facts})
         if check is not None:
-            compare_with_source(check, task, task.target if held.has_name else task.partial, world)
+            directory = task.target if held.has_name else task.partial
+            channel.say("verified", compare_with_source(check, task, directory, world))
         channel.doing("giving the target its name")
         firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
         # No place speaks of the target before every place has it.
@@ -107,26 +124,20 @@ def convert(job: Options, world: World, channel: Channel) -> Outcome | None:
         if is_first:
             task.layout.publish()
         barrier(world)
-        outcome = replace(outcome, seconds=time.monotonic() - started)
-        if world.rank == 0:
-            done = outcome_text(task.target, outcome, task.content.left_behind)
-            print(_done_before(task) if held.is_complete else done, file=sys.stderr)
-            if words := task.layout.to_do():
-                print(words, file=sys.stderr)
+        report = replace(report, seconds=time.monotonic() - started, was_complete=held.is_complete)
+        channel.say("done", report_text(report), report=report_details(report))
+        if words := task.layout.to_do():
+            channel.say("to do", words)
         if is_first:
             settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
     if is_first:
         sweep(task.target)
-    return outcome
+    return report
 
 
 def _give_name(task: Task, held: Held, job: Options) -> None:
     if not held.has_name:
         commit(task.partial, task.target, overwrite=job.overwrite)
-
-
-def _done_before(task: Task) -> str:
-    return f"{task.target} is complete already, by an earlier run of this conversion"
 
 
 def _divide(task: Task, writers: Writers, job: Options, world: World, placement: str, done: Done) -> Plan:
@@ -150,18 +161,18 @@ def _make(
     job: Options,
     plan: Plan,
     world: World,
-    channel: Channel,
+    channel: Control,
     timeline: Timeline,
-) -> Outcome:
+) -> Report:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, directory = task.content, task.partial
     start = begin(task, world)
     with closing(start.journal) as journal:
         if start.done.size_bytes:
-            if world.rank == 0:
-                print(resume_line(directory, start.done.size_bytes, content.moved_bytes), file=sys.stderr)
+            channel.say("resumed", resume_line(directory, start.done.size_bytes, content.moved_bytes))
             plan = _divide(task, writers, job, world, plan.placement, start.done)
-        with show_progress(world, channel, content.moved_bytes - start.done.size_bytes), journal.marked(MARK_SECONDS):
+        left_bytes = content.moved_bytes - start.done.size_bytes
+        with channel.progress(left_bytes, "converting"), journal.marked(MARK_SECONDS):
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
                 plan, world, task.source, task.source_listing, directory, journal, channel, timeline,
@@ -181,7 +192,7 @@ def _make(
         names = [local_name(file.name) for file in task.files_of(world.rank)]
         started = time.monotonic()
         channel.run_on(world.first_ranks, "sync", partial(sync_files, directory, names, journal), job.timeout_seconds)
-    return replace(Outcome.of_ranks(outcomes, 0.0), synced_seconds=time.monotonic() - started)
+    return replace(Report.of_ranks(outcomes), synced_seconds=time.monotonic() - started)
 
 
 def _describe(task: Task, job: Options, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
@@ -233,7 +244,7 @@ def _check_outcomes(job: Options, content: Content, start: Start, outcomes: Sequ
     Raises:
         PlanError, ValueOverflow
     """
-    total = Outcome.of_ranks(outcomes, 0.0)
+    total = Report.of_ranks(outcomes)
     written_bytes = start.done.size_bytes + total.written_bytes
     if written_bytes != content.moved_bytes:
         raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)

@@ -28,6 +28,7 @@
     ├── UploadError                 the hub cannot take the model; what was converted is complete
     ├── DifferentModel              `--verify` found that the target is not the model of the source
     ├── Interrupted                 a signal, SIGTERM or SIGINT (exit code 143 or 130)
+    │   └── Cancelled               the program that called `convert` ended it
     ├── LostRank                    another rank has ended, hangs, or cannot be reached
     ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step (exit code 2)
     └── Problems                    several of the above, found together before the first byte moved
@@ -36,7 +37,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 #: How to go on where an unfinished target is left.
 RESUME = "start the same command again; it goes on where this one stopped"
@@ -72,6 +74,8 @@ class ConversionError(Exception):
         self.remedy = remedy
         #: How to go on, where an unfinished target is left that can be gone on with.
         self.resume = ""
+        #: Of the rank that met it, where that is another one; None otherwise.
+        self.rank: int | None = None
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -190,6 +194,14 @@ class Interrupted(ConversionError):
         self.resume = RESUME
 
 
+class Cancelled(Interrupted):
+    """The program that asked for the conversion ended it between two steps."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGINT)
+        self.what = "cancelled"
+
+
 class LostRank(ConversionError):
     """Another rank has ended, hangs, or cannot be reached."""
 
@@ -215,6 +227,36 @@ class Problems(ConversionError):
         hidden = len(self.problems) - self.SHOWN
         lines = [self.what, *(str(problem) for problem in self.problems[: self.SHOWN])]
         return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
+
+
+def error_details(error: ConversionError) -> dict[str, Any]:
+    """An error's class and its parts, in JSON values."""
+    what = str(error) if isinstance(error, Problems) else error.what
+    return {"class": type(error).__name__, "what": what, "exit_code": error.exit_code} | {
+        label: getattr(error, label) for label in _LABELS
+    }
+
+
+def error_from_details(details: Mapping[str, Any]) -> ConversionError:
+    """The error that was met elsewhere. Several together are one whose text is all of theirs."""
+    kinds = {kind.__name__: kind for kind in _all_kinds(ConversionError)}
+    kind = kinds.get(details["class"], ConversionError)
+    if issubclass(kind, Cancelled):
+        error: ConversionError = Cancelled()
+    elif issubclass(kind, Interrupted):
+        error = Interrupted(details["exit_code"] - 128)
+    else:
+        error = (ConversionError if issubclass(kind, Problems) else kind)(details["what"])
+    for label in _LABELS:
+        setattr(error, label, details[label])
+    error.exit_code = details["exit_code"]
+    return error
+
+
+def _all_kinds(kind: type[ConversionError]) -> Iterator[type[ConversionError]]:
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from _all_kinds(derived)
 
 
 def lost_contact(found: str) -> LostRank:

@@ -6,13 +6,13 @@ them (`{rank}` and its like already filled in).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import ConversionError, UsageError, raise_together
 
 HUGGINGFACE, TORCH = "huggingface", "torch"
 FORMATS = (HUGGINGFACE, TORCH)
@@ -32,6 +32,9 @@ EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
 #: What `verify` compares: every block, or a share.
 VERIFICATIONS = ("full", "sample")
 SAMPLE = Fraction(1, 16)
+LOG_FORMATS = ("text", "json")
+#: What is far larger does not fit into the libraries' counters.
+MOST_SECONDS = 1_000_000
 
 Kind = Literal["text", "path", "count", "iteration", "size", "seconds", "switch", "repository"]
 
@@ -359,6 +362,23 @@ class Options:
         metavar="FILE",
         is_free=True,
     )
+    log_format: str = _option(
+        "text",
+        "text for people, or a JSON object a line for programs: notes, progress, the report or the error",
+        "run",
+        shown="text",
+        choices=LOG_FORMATS,
+        is_free=True,
+    )
+    log_interval_seconds: int = _option(
+        30,
+        "between two lines of progress where standard error is no terminal",
+        "run",
+        kind="seconds",
+        shown="30",
+        metavar="SECONDS",
+        is_free=True,
+    )
     dry_run: bool = _option(
         False, "show what each rank would do; exit 0 if it would start", "run", kind="switch", is_free=True
     )
@@ -432,6 +452,42 @@ def check_together(options: Options) -> None:
         raise UsageError(
             "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
         )
+
+
+#: Kinds of values -> what they are, and how that is told.
+_KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text", lambda value: isinstance(value, str)),
+    "repository": ("text", lambda value: isinstance(value, str)),
+    "path": ("a path", lambda value: isinstance(value, Path)),
+    "switch": ("True or False", lambda value: isinstance(value, bool)),
+    "count": ("a whole number of 1 or more", lambda value: type(value) is int and value > 0),
+    "size": ("bytes, or text with a unit", lambda value: type(value) is int and value > 0),
+    "seconds": (f"whole seconds up to {MOST_SECONDS}", lambda value: type(value) is int and 0 < value <= MOST_SECONDS),
+    "iteration": (
+        f"a whole number of 0 or more, or {RELEASE!r}",
+        lambda value: value == RELEASE or (type(value) is int and value >= 0),
+    ),
+}
+
+
+def check_values(options: Options) -> None:
+    """Refuse values that the command line would not take, for options that come from a program.
+
+    Raises:
+        UsageError: all of them together; see `check_together`.
+    """
+    problems: list[ConversionError] = []
+    for one, known in _options():
+        value = getattr(options, one.name)
+        if value == one.default or one.name in POSITIONAL:
+            continue
+        expected, fits = _KINDS[known.kind]
+        if known.choices:
+            expected = " or ".join(map(repr, known.choices))
+        if value not in known.choices if known.choices else not fits(value):
+            problems.append(UsageError(f"{one.name} has a wrong value", expected=expected, found=repr(value)))
+    raise_together(problems)
+    check_together(options)
 
 
 def check_applies(options: Options, source: str) -> None:

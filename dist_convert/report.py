@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,19 @@ def load_of(plan: Plan, rank: int) -> list[int]:
 
 
 def describe_plan(
-    target: Path, plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int, partial: Path | None = None
+    plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int, report: Report, partial: Path | None = None
 ) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
     Args:
-        target: of the conversion.
         plan: of the conversion.
         loads: of each rank, from `load_of`.
         free_bytes: where the target would be.
+        report: what is known of the conversion.
         partial: what an earlier run of the same conversion has left, with which this one would go on, if there is any.
     """
+    if report.was_complete:
+        return report_text(report)
     content = plan.content
     ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.teams), "group")
     lines = [
@@ -157,7 +159,7 @@ def describe_plan(
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [
         "",
-        f"{human_bytes(content.target_bytes)} to be written below {target}, {human_bytes(free_bytes)} free",
+        f"{human_bytes(content.target_bytes)} to be written below {report.target}, {human_bytes(free_bytes)} free",
         *([f"{partial} is unfinished: of all this, what it has would not be done again"] if partial else []),
         "dry run: the conversion would start; nothing was written",
     ]
@@ -176,54 +178,87 @@ _LISTED_RANKS = 8
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What all ranks together did. Bytes are sums over ranks, but for the peak memory, which is the worst rank's.
+class Report:
+    """What a conversion was, and what all its ranks did.
+
+    Bytes are sums over ranks, but for the peak memory, which is the worst rank's.
 
     Attributes:
         seconds: of all, from the first look at the target to its name.
+        overflowed: finite values that became infinite, by tensor.
+        rounded_norms: weights of norms that adding 1 could not represent exactly, by tensor.
         profiles: for each rank, the seconds from its first byte to its last ("moved"), and those of each phase.
         synced_seconds: that forcing the files to the disk took.
+        source, target: directories; of a Megatron checkpoint, its iteration's.
+        source_format, target_format: such as "torch".
+        left_behind: what of the source is no part of the target: (what, how many, bytes).
+        was_complete: an earlier run has made all of the target, and this one wrote nothing.
+        plan: of a dry run, which writes nothing: who would do what, for people.
+        notes: what the user should know.
     """
 
-    read_bytes: int
-    gathered_bytes: int
-    written_bytes: int
-    peak_memory_bytes: int
-    seconds: float
-    overflowed: Mapping[str, int]
-    rounded_norms: Mapping[str, int]
+    read_bytes: int = 0
+    gathered_bytes: int = 0
+    written_bytes: int = 0
+    peak_memory_bytes: int = 0
+    seconds: float = 0.0
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+    rounded_norms: Mapping[str, int] = field(default_factory=dict)
     profiles: tuple[Mapping[str, float], ...] = ()
     synced_seconds: float = 0.0
+    source: Path = Path()
+    target: Path = Path()
+    source_format: str = ""
+    target_format: str = ""
+    left_behind: LeftBehind = ()
+    was_complete: bool = False
+    plan: str = ""
+    notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of_ranks(outcomes: Sequence[Mapping[str, Any]], seconds: float) -> Outcome:
+    def of_ranks(outcomes: Sequence[Mapping[str, Any]]) -> Report:
         """Add the ranks' own outcomes up."""
         overflowed: Counter[str] = Counter()
         rounded: Counter[str] = Counter()
         for outcome in outcomes:
             overflowed.update(outcome["overflowed"])
             rounded.update(outcome["rounded_norms"])
-        return Outcome(
+        return Report(
             sum(outcome["read_bytes"] for outcome in outcomes),
             sum(outcome["gathered_bytes"] for outcome in outcomes),
             sum(outcome["written_bytes"] for outcome in outcomes),
             max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
-            seconds,
-            dict(overflowed),
-            dict(rounded),
-            tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome),
+            overflowed=dict(overflowed),
+            rounded_norms=dict(rounded),
+            profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome),
         )
 
 
-def outcome_text(target: Path, outcome: Outcome, left_behind: LeftBehind = ()) -> str:
+def report_text(report: Report) -> str:
     """What a conversion says at its end: where the time went, and a line that sums up."""
-    line = _outcome_line(target, outcome)
-    if left_behind:
-        line += f"; left behind: {', '.join(f'{what} ({human_bytes(size)})' for what, _, size in left_behind)}"
-    return "\n".join([*_profile_lines(outcome), line])
+    if report.was_complete:
+        return f"{report.target} is complete already, by an earlier run of this conversion"
+    line = _outcome_line(report)
+    if report.left_behind:
+        line += f"; left behind: {', '.join(f'{what} ({human_bytes(size)})' for what, _, size in report.left_behind)}"
+    return "\n".join([*_profile_lines(report), line])
 
 
-def _profile_lines(outcome: Outcome) -> list[str]:
+def report_details(report: Report) -> dict[str, Any]:
+    """A report in JSON values."""
+    return {**asdict(report), "source": str(report.source), "target": str(report.target)}
+
+
+def report_from_details(details: Mapping[str, Any]) -> Report:
+    """The inverse of `report_details`; keys that are no fields are ignored."""
+    known = {one.name: details[one.name] for one in fields(Report)}
+    tuples = {name: tuple(known[name]) for name in ("profiles", "notes")}
+    left_behind = tuple((what, count, size_bytes) for what, count, size_bytes in known["left_behind"])
+    paths = {name: Path(known[name]) for name in ("source", "target")}
+    return Report(**{**known, **tuples, **paths, "left_behind": left_behind})
+
+
+def _profile_lines(outcome: Report) -> list[str]:
     """Seconds of each rank, in columns; of many ranks those that took longest, and the mean."""
     if not outcome.profiles:
         return []
@@ -241,10 +276,10 @@ def _profile_lines(outcome: Outcome) -> list[str]:
     ]
 
 
-def _outcome_line(target: Path, outcome: Outcome) -> str:
+def _outcome_line(outcome: Report) -> str:
     rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
     line = (
-        f"{target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
+        f"{outcome.target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
         f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
         f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
     )

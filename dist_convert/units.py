@@ -43,3 +43,10 @@ def parse_bytes(text: str) -> int:
         what = "not a size" if size_bytes <= 0 else f"a size of {size_bytes} bytes, because it has no unit"
         raise UsageError(what, expected="a number with a unit, such as 5GB or 512MiB", found=repr(text))
     return size_bytes
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds below two minutes, minutes below two hours, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

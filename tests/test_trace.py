@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dist_convert.move.timeline import Stretch, Timeline
-from dist_convert.report import Outcome, outcome_text
+from dist_convert.report import Report, report_text
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 
@@ -26,12 +26,12 @@ def stretches(trace: Path) -> list[dict[str, Any]]:
     return [event for event in json.loads(trace.read_text()) if event["ph"] == "X"]
 
 
-def outcome(ranks: int) -> Outcome:
+def outcome(ranks: int) -> Report:
     profiles = [
         {"moved": 2.0 + rank, "read": 1.0, "gather": 0.5, "place": 0.25, "write": 1.5, "wait": 1.75}
         for rank in range(ranks)
     ]
-    return Outcome(10**9, 0, 6 * 10**9, 200_000_000, 10.0, {}, {}, tuple(profiles), 4.0)
+    return Report(10**9, 0, 6 * 10**9, 200_000_000, 10.0, {}, {}, tuple(profiles), 4.0, target=Path("/out"))
 
 
 def test_a_timeline_adds_up_what_each_phase_takes_and_tells_every_stretch() -> None:
@@ -47,7 +47,7 @@ def test_a_timeline_adds_up_what_each_phase_takes_and_tells_every_stretch() -> N
 
 
 def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> None:
-    assert outcome_text(Path("/out"), outcome(2)).splitlines() == [
+    assert report_text(outcome(2)).splitlines() == [
         "seconds       moved     read   gather    place    write     wait",
         "rank 0         2.00     1.00     0.50     0.25     1.50     1.75",
         "rank 1         3.00     1.00     0.50     0.25     1.50     1.75",
@@ -57,7 +57,7 @@ def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> No
 
 
 def test_of_many_ranks_the_end_shows_those_that_took_longest_and_the_mean() -> None:
-    shown = outcome_text(Path("/out"), outcome(1024)).splitlines()
+    shown = report_text(outcome(1024)).splitlines()
     assert [line.split()[:3] for line in shown[1:4]] == [["rank", str(n), f"{n + 2}.00"] for n in (1023, 1022, 1021)]
     assert shown[8].split() == ["mean", "513.50", "1.00", "0.50", "0.25", "1.50", "1.75"]
     assert len(shown) == 11

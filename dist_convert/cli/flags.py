@@ -18,6 +18,7 @@ from dist_convert.options import (
     COMMANDS,
     CONVERT,
     FORMATS,
+    MOST_SECONDS,
     PAIRS,
     POSITIONAL,
     RELEASE,
@@ -55,10 +56,6 @@ def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
     return f"; perhaps {', '.join(meant)}" if meant else ""
 
 
-#: Of `--timeout`; what is far larger does not fit into the libraries' counters.
-_MOST_SECONDS = 1_000_000
-
-
 def size(text: str) -> int:
     """A size with a unit, in bytes."""
     try:
@@ -81,8 +78,8 @@ def iteration(text: str) -> int | str:
 
 def seconds(text: str) -> int:
     """Whole seconds, from 1 to about eleven days."""
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"not a whole number of seconds from 1 to {_MOST_SECONDS}: {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"not a whole number of seconds from 1 to {MOST_SECONDS}: {text!r}")
     return int(text)
 
 

@@ -10,8 +10,8 @@ from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.torch.open import open_torch
 from dist_convert.model import Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
-from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.ranks.embedded import Control
 from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.read.huggingface import CONFIG_FILE
 from dist_convert.read.source import no_directory
@@ -31,7 +31,7 @@ def open_checkpoint(where: Where, world: World) -> Model:
     raise no_directory(where.path, "checkpoint")
 
 
-def open_source(job: Options, world: World, channel: Channel) -> Model:
+def open_source(job: Options, world: World, channel: Control) -> Model:
     """Read the headers of a conversion's source, which a hub may have.
 
     Raises:
@@ -47,7 +47,7 @@ def open_source(job: Options, world: World, channel: Channel) -> Model:
     return open_checkpoint(where, world)
 
 
-def _fetch(job: Options, world: World, channel: Channel) -> Path:
+def _fetch(job: Options, world: World, channel: Control) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
     is_here: list[bool] = gather_objects(world, Path(job.source).is_dir())
     if all(is_here):

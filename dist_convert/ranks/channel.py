@@ -25,8 +25,8 @@ from typing import Any, Protocol
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
+from dist_convert.listener import Listener, TextLog
 from dist_convert.ranks.answer import answer_within
-from dist_convert.ranks.collectives import World
 from dist_convert.ranks.signals import Signals
 
 
@@ -252,10 +252,19 @@ class Channel:
         rank, size: of the world.
         signals: that end the conversion.
         silent_seconds: after which a rank that is not heard of, or stays in one step, has failed.
+        listener: hears what rank 0 says; None: standard error.
     """
 
-    def __init__(self, rank: int, size: int, signals: Signals | None = None, silent_seconds: float = math.inf) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        signals: Signals | None = None,
+        silent_seconds: float = math.inf,
+        listener: Listener | None = None,
+    ) -> None:
         self._rank = rank
+        self._listener = listener or TextLog()
         self._signals = signals
         self._lock = threading.Lock()  # of the store, whose calls do not return while a network is cut
         self._count_lock = threading.Lock()
@@ -285,9 +294,22 @@ class Channel:
         if self._stopped_by is not None:
             raise Interrupted(self._stopped_by)
 
-    def show_progress(self, on_progress: Callable[[int], None] | None) -> None:
-        """Call back with the bytes of all ranks, now and then, on this rank; None ends that."""
-        self._on_progress = on_progress
+    def say(self, event: str, text: str, **details: Any) -> None:
+        """See `Control`."""
+        if self._rank == 0:
+            self._listener.say(event, text, **details)
+
+    @contextmanager
+    def progress(self, total_bytes: int, what: str) -> Iterator[None]:
+        """See `Control`."""
+        if self._rank != 0:
+            yield
+            return
+        with self._listener.progress(total_bytes, what) as update:
+            self._on_progress = update
+            yield
+            self._on_progress = None
+            update(total_bytes)  # the last counts of other ranks may still be on their way
 
     def add_progress(self, size_bytes: int) -> None:
         """Count bytes that this rank has written; any thread may call it."""
@@ -470,29 +492,3 @@ class Channel:
                 all_bytes = self._store.add("written", new_bytes)
         if self._on_progress is not None:
             self._on_progress(all_bytes)
-
-
-@contextmanager
-def show_progress(world: World, channel: Channel, total_bytes: int, what: str = "converting") -> Iterator[None]:
-    """Show what all ranks together have written until the block ends.
-
-    Args:
-        world: this rank.
-        channel: that carries the ranks' counts.
-        total_bytes: of the work of all ranks.
-        what: is done, before the bar.
-    """
-    if world.rank != 0 or not sys.stderr.isatty():
-        yield
-        return
-    from tqdm import tqdm  # only here: most runs have no terminal
-
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
-
-        def update(all_bytes: int) -> None:
-            bar.update(all_bytes - bar.n)
-
-        channel.show_progress(update)
-        yield
-        channel.show_progress(None)
-        update(total_bytes)  # the last counts of other ranks may still be on their way

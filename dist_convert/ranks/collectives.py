@@ -9,17 +9,27 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_convert.errors import PlanError, lost_contact
-from dist_convert.ranks.device import BACKENDS, choose_device
+from dist_convert.errors import (
+    ConversionError,
+    LostRank,
+    PlanError,
+    error_details,
+    error_from_details,
+    lost_contact,
+)
+from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.records import Message
+
+ProcessGroup = dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class World:
         nodes: for each rank, the number of its node.
         device: that this rank's collectives use.
         timeout_seconds: how long they wait for a silent rank.
+        group: of all of them, over gloo; None: the default group, where there are several.
     """
 
     rank: int
@@ -38,6 +49,7 @@ class World:
     nodes: tuple[int, ...]
     device: torch.device
     timeout_seconds: float = 600.0
+    group: dist.ProcessGroup | None = None
 
     @property
     def node(self) -> int:
@@ -74,6 +86,54 @@ def join_world(device: str, timeout_seconds: float) -> World:
     return World(rank, size, nodes, choose_device(device, local_rank), timeout_seconds)
 
 
+@contextmanager
+def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[World]:
+    """The ranks of a process group that a program has made, for as long as the block lasts.
+
+    They talk over a gloo group of their own. Bytes are gathered over the backend of the program's group, on the device
+    that the program has chosen.
+
+    An error of one rank is raised on all of them, at the point where they would next hear of each other.
+
+    Args:
+        group: every rank of it enters the block.
+        timeout_seconds: after which a collective with a silent rank fails.
+    """
+    control = _group_of(tuple(dist.get_process_group_ranks(group)), "gloo", timeout_seconds, group)
+    names: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, socket.gethostname(), group=control)
+    nodes = tuple(map(list(dict.fromkeys(names)).index, names))
+    device = current_device(dist.get_backend(group))
+    world = World(dist.get_rank(group), len(names), nodes, device, timeout_seconds, control)
+    try:
+        yield world
+    except ConversionError as error:
+        if error.rank is None:
+            _tell(world, error)
+        if isinstance(error, LostRank):
+            _group_of.cache_clear()  # its connections may be broken
+        raise
+
+
+@cache
+def _group_of(members: tuple[int, ...], backend: str, timeout_seconds: float, within: ProcessGroup) -> ProcessGroup:
+    """A group of some ranks of a program, made once; others take no part.
+
+    It lasts as long as the program's own: torch gives a later one of the same ranks the name of one that was
+    destroyed, and meets its dead connections in the store.
+
+    Args:
+        members: ranks of the whole program.
+        backend: that it uses.
+        timeout_seconds: which is not inherited.
+        within: the group that they are of, which a program may make anew.
+    """
+    group: ProcessGroup = dist.new_group(
+        list(members), timeout=timedelta(seconds=timeout_seconds), backend=backend, use_local_synchronization=True
+    )
+    return group
+
+
 def _nodes(rank: int, size: int) -> tuple[int, ...]:
     """Every rank's node: as the launcher numbers them, or by host names where it does not say."""
     if size == 1:
@@ -95,12 +155,33 @@ def leave_world(world: World) -> None:
 
 
 def gather_objects(world: World, mine: Any) -> list[Any]:
-    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device."""
+    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device.
+
+    Raises:
+        LostRank: another rank is gone, or silent for too long.
+        ConversionError: another rank tells of it, see `joined_group`.
+    """
     if world.size == 1:
         return [mine]
+    said = _exchange(world, ["value", mine])
+    for rank, (kind, content) in enumerate(said):
+        if kind == "error":
+            error = error_from_details(content)
+            error.rank = rank
+            raise error
+    return [content for _, content in said]
+
+
+def _tell(world: World, error: ConversionError) -> None:
+    """Tell the others of an error; what they say meanwhile is lost."""
+    with suppress(LostRank):
+        _exchange(world, ["error", error_details(error)])
+
+
+def _exchange(world: World, mine: Any) -> list[Any]:
     texts: list[Any] = [None] * world.size
     with _named_loss():
-        dist.all_gather_object(texts, json.dumps(mine, separators=(",", ":")))
+        dist.all_gather_object(texts, json.dumps(mine, separators=(",", ":")), group=world.group)
     return [json.loads(text) for text in texts]
 
 
@@ -119,7 +200,7 @@ def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
         return mine
     buffer = bytearray(mine if world.rank == 0 else size_bytes)
     with _named_loss():
-        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=0)
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), group=world.group, group_src=0)
     return bytes(buffer)
 
 
@@ -150,15 +231,11 @@ def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | N
     if len(ranks) == 1:
         return None
     backend = BACKENDS[world.device.type]
+    whole = world.group or dist.group.WORLD
     if len(ranks) == world.size and backend == "gloo":
-        return dist.group.WORLD
-    group: dist.ProcessGroup = dist.new_group(
-        list(ranks),
-        timeout=timedelta(seconds=world.timeout_seconds),  # not inherited from the world
-        backend=backend,
-        use_local_synchronization=True,
-    )
-    return group
+        return whole
+    members = dist.get_process_group_ranks(whole)
+    return _group_of(tuple(members[rank] for rank in ranks), backend, world.timeout_seconds, whole)
 
 
 @dataclass(frozen=True)

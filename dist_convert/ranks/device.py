@@ -55,6 +55,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def current_device(backend: str) -> torch.device:
+    """The device that a program has chosen for the collectives of a backend."""
+    kind = next((device for device, name in BACKENDS.items() if name == backend), "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def _hpu(local_rank: int) -> torch.device:
     cards = _hpu_cards()
     if not cards:

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_convert.compare.elements import PiecesOfShards, check_element
 from dist_convert.errors import PlanError
 from dist_convert.formats.torch.geometry import Place, places, shard_size
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box
-from dist_convert.verify.elements import PiecesOfShards, check_element
 from tests import checkpoints
 from tests.plan import arrays
 

@@ -14,7 +14,7 @@ from dist_convert.api import convert as convert_job
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import join_world
-from dist_convert.report import Outcome
+from dist_convert.report import Report
 from tests.checkpoints import Grid, Model, State, hf_tensors, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 
@@ -24,11 +24,9 @@ GRIDS = [
 GRID_NAMES = ["one file", "TP2 PP2 VPP2", "Mixtral TP2 EP2"]
 
 
-def outcome_of(source: Path, target: Path, **flags: Any) -> Outcome:
+def outcome_of(source: Path, target: Path, **flags: Any) -> Report:
     job = Options("huggingface", str(source), target=target, target_params_dtype="keep", **flags)
-    outcome = convert_job(job, join_world("cpu", 60.0), Channel(0, 1))
-    assert outcome is not None
-    return outcome
+    return convert_job(job, join_world("cpu", 60.0), Channel(0, 1))
 
 
 def bytes_of_files(target: Path) -> dict[str, bytes]:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
+from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
+from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import UsageError
 from dist_convert.model import Region, TensorMeta
 from dist_convert.models.schema import Architecture
 from dist_convert.records import Box, View, cover_fault
-from dist_convert.verify.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
-from dist_convert.verify.catalog import Checkpoint
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, flip, verify

@@ -8,7 +8,6 @@ to `.json`: the exit code and, where it converted, the outcome and the collectiv
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import functools
 import json
@@ -31,7 +30,7 @@ from dist_convert.__main__ import main as dist_convert_main
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
-from dist_convert.report import Outcome
+from dist_convert.report import Report, report_details
 from tests.distributed.programs.forked_store import end_store, fork_store
 
 #: A job that takes longer hangs; its process is killed by SIGALRM.
@@ -69,10 +68,10 @@ def run_job(flags: list[str], record: Path) -> int:
     """Run one command line in this process; returns its exit code. `record` gets the outcome."""
     convert = dist_convert.api.convert
 
-    def convert_recorded(job: Options, world: World, channel: Channel) -> Outcome | None:
+    def convert_recorded(job: Options, world: World, channel: Channel) -> Report:
         seen = record_collectives()
         outcome = convert(job, world, channel)
-        record.write_text(json.dumps({"outcome": outcome and dataclasses.asdict(outcome), "seen": seen}))
+        record.write_text(json.dumps({"outcome": report_details(outcome), "seen": seen}))
         return outcome
 
     dist_convert.api.convert = convert_recorded

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.elements import check_elements
 from dist_convert.errors import ConversionError
 from dist_convert.formats.format import Model
 from dist_convert.formats.open import open_checkpoint
@@ -19,8 +21,6 @@ from dist_convert.ranks.collectives import World
 from dist_convert.read.discover import gather_listings
 from dist_convert.read.source import stamp
 from dist_convert.records import View, name_at
-from dist_convert.verify.catalog import Checkpoint
-from dist_convert.verify.elements import check_elements
 
 
 def open_named(letter: str, where: Where, world: World) -> Model:

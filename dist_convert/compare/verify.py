@@ -6,33 +6,29 @@ read headers -> name every tensor and where it lies -> deal blocks to ranks -> r
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from dist_convert.compare.blocks import Amount, deal
+from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.compare import Compared, Difference, check_budget, compare
+from dist_convert.compare.open import checkpoints, open_named
+from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
 from dist_convert.errors import DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
 from dist_convert.model import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
-from dist_convert.ranks.channel import Channel, show_progress
 from dist_convert.ranks.collectives import World, agree, gather_objects
+from dist_convert.ranks.embedded import Control
 from dist_convert.task import Task
-from dist_convert.verify.blocks import Amount, deal
-from dist_convert.verify.catalog import Checkpoint
-from dist_convert.verify.compare import Compared, Difference, check_budget, compare
-from dist_convert.verify.open import checkpoints, open_named
-from dist_convert.verify.outcome import Outcome, as_json, as_text, describe_sample, differences, outcome_of
 from dist_convert.write.partial import refuse_unfinished
 
 
-def verify(job: VerifyJob, world: World, channel: Channel) -> int:
-    """Compare two checkpoints, together with all other ranks; rank 0 prints the report.
-
-    Returns:
-        The exit code: 0 the same model, 1 a different one.
+def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
+    """Compare two checkpoints, together with all other ranks; every rank gets the same outcome.
 
     Raises:
         ConversionError: see `errors`; a checkpoint that is incomplete, damaged or of no supported model.
@@ -64,11 +60,8 @@ def verify(job: VerifyJob, world: World, channel: Channel) -> int:
         channel.add_progress(size_bytes)
         channel.doing("comparing")
 
-    with show_progress(world, channel, work.size_bytes, "comparing"):
-        outcome = compare_all(a, b, work, world, progress)
-    if world.rank == 0:
-        print(as_json(outcome) if job.json else as_text(outcome), flush=True)
-    return 0 if outcome.is_same else 1
+    with channel.progress(work.size_bytes, "comparing"):
+        return compare_all(a, b, work, world, progress)
 
 
 @dataclass(frozen=True)
@@ -173,8 +166,8 @@ def prepare_check(job: Options, task: Task, world: World) -> Check | None:
     return Check(open_named("source", where, world), SAMPLE if job.verify == "sample" else Fraction(1))
 
 
-def compare_with_source(check: Check, task: Task, directory: Path, world: World) -> None:
-    """Compare what lies in a directory with what it was made from, on every rank.
+def compare_with_source(check: Check, task: Task, directory: Path, world: World) -> str:
+    """Compare what lies in a directory with what it was made from, on every rank; says what was compared.
 
     Raises:
         DifferentModel: they are not the same model.
@@ -185,8 +178,7 @@ def compare_with_source(check: Check, task: Task, directory: Path, world: World)
     outcome = compare_all(a, b, work_of(a, b, check.sample), world, lambda _: None)
     if not outcome.is_same:
         raise _different(task, directory, outcome)
-    if world.rank == 0:
-        print(_line(task, outcome), file=sys.stderr)
+    return _line(task, outcome)
 
 
 def _check_sights(task: Task) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 
+from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import UsageError
 from dist_convert.model import Region
 from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
-from dist_convert.verify.catalog import Checkpoint
 
 #: Bytes of one block in the wider of its two dtypes.
 BLOCK_BYTES = 2 << 20
