@@ -1,12 +1,188 @@
 """Converts checkpoints of Megatron-LM and Hugging Face, streamed by many ranks.
 
 The command line is `dist-convert` (or `python -m dist_convert`). The same from Python: `convert`, `verify`, `inspect`,
-and `open`, which reads a checkpoint of any kind lazily (docs/python.md). What can go wrong is in `errors`.
+and `open`, which reads a checkpoint of any kind lazily (docs/python.md). Nothing is printed, no signal is caught, and
+errors are the exceptions of `dist_convert.errors`. Heavy imports come with the first call.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dist_convert import errors
 from dist_convert.errors import ConversionError
-from dist_convert.python import convert, inspect, open, verify
-from dist_convert.version import __version__
+from dist_convert.options import CONVERT, FORMATS, Options, VerifyJob, check_values, options_of
+from dist_convert.ranks.listener import Collector
+from dist_convert.records import __version__, parse_bytes
 
 __all__ = ["ConversionError", "__version__", "convert", "errors", "inspect", "open", "verify"]
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_convert.compare.outcome import Outcome
+    from dist_convert.formats.weights import Weights
+    from dist_convert.move.report import Report
+    from dist_convert.ranks.collectives import ProcessGroup
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    *,
+    ranks: int | None = None,
+    group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Report:
+    """Convert a checkpoint of any kind, as `dist-convert convert` does.
+
+    Args:
+        source: root or iteration of a Megatron checkpoint, Hugging Face directory, or hub id (org/name[@revision]).
+        target: the Hugging Face directory that is made, or the root of the Megatron checkpoint.
+        to: the target's format, "huggingface" or "torch".
+        ranks: processes on this machine that share the work, each a fresh interpreter. None: this one alone.
+        group: the process group of this program whose ranks share the work; each of them calls this function.
+        on_progress: is called now and then, from any thread, with the bytes done and those of the whole conversion;
+            in a `group`, with the bytes that this rank has done.
+        cancel: is asked now and then whether to end; the same call goes on later.
+        options: those of the command, by their names with underscores: `target_tensor_parallel_size=4`. Sizes are
+            bytes or text with a unit, `max_shard_size="2GB"`. `iteration` may be "release".
+
+    Returns:
+        What was done, or of a dry run what would be.
+
+    Raises:
+        ConversionError: see `dist_convert.errors`; nothing is left under the target's name.
+        TypeError: an option that the command does not have.
+    """
+    job = _job(source, target, to, options)
+    if ranks is not None and group is not None:
+        raise errors.UsageError("ranks are started, or those of a group", found="ranks and group", remedy="give one")
+    if ranks is not None and ranks > 1:
+        from dist_convert.cli.child import convert_in_ranks
+
+        return convert_in_ranks(job, ranks, on_progress, cancel)
+    from dist_convert.api import convert as convert_job
+    from dist_convert.ranks.collectives import alone, joined_group
+    from dist_convert.ranks.embedded import Embedded
+
+    listener = Collector(on_progress)
+    if group is None:
+        world = alone()
+        return convert_job(job, world, Embedded(world, listener, cancel))
+    with joined_group(group, job.timeout_seconds) as world:
+        return convert_job(job, world, Embedded(world, listener, cancel))
+
+
+def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, given: Mapping[str, Any]) -> Options:
+    """The options of a conversion, checked as those of the command line are."""
+    if to not in FORMATS:
+        raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
+    known = {_plain_name(one.name): (one.name, option.kind) for one, option in options_of(CONVERT)}
+    values: dict[str, Any] = {"source": os.fspath(source), "target": Path(target).resolve()}
+    for name, value in given.items():
+        if _plain_name(name) not in known or name in values:
+            raise TypeError(f"convert() has no option {name!r}; see dist-convert convert --help")
+        field, kind = known[_plain_name(name)]
+        if value is not None and kind == "path":
+            value = Path(value)
+        elif kind == "size" and isinstance(value, str):
+            value = parse_bytes(value)
+        values[field] = value
+    job = Options(to, **values)
+    check_values(job)
+    return job
+
+
+def _plain_name(name: str) -> str:
+    return name.removesuffix("_bytes").removesuffix("_seconds")
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    ckpt_dir_name: str | None = None,
+    true_vocab_size: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    habana_imported_experts: bool = False,
+) -> Weights:
+    """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
+
+    Args:
+        path: root or iteration of a Megatron checkpoint, or a Hugging Face directory.
+        dtype: of all tensors, "bfloat16" or `torch.bfloat16`; None: as they are stored.
+        device: where tensors are put.
+        ckpt_dir_name: the iteration; None: what the tracker file says.
+        true_vocab_size: tokens without padding; None: what the checkpoint or its tokenizer says.
+        tokenizer: where the args' own path is not here.
+        habana_imported_experts: see `dist-convert convert --help`.
+
+    Raises:
+        ConversionError: no checkpoint, an incomplete or a damaged one, or no supported model.
+    """
+    from dist_convert.formats.weights import open_weights
+    from dist_convert.models.catalog import Where
+
+    said = None if tokenizer is None else Path(tokenizer)
+    where = Where(Path(path), ckpt_dir_name, habana_imported_experts, true_vocab_size, said)
+    return open_weights(where, dtype, device)
+
+
+def verify(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    sample: Fraction | float = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Outcome:
+    """Compare two checkpoints of any kind, as `dist-convert verify` does; `is_same` of what it returns is the answer.
+
+    Args:
+        a, b: the checkpoints; A is rounded to B's dtype where they differ.
+        sample: the share of the blocks that is compared.
+        on_progress, cancel: see `convert`.
+        options: those of the command, by their names with underscores.
+
+    Raises:
+        ConversionError: see `dist_convert.errors`.
+    """
+    from dist_convert.compare.verify import verify as verify_job
+    from dist_convert.ranks.collectives import alone
+    from dist_convert.ranks.embedded import Embedded
+
+    known = {_plain_name(one.name): one.name for one in fields(VerifyJob)}
+    unknown = [name for name in options if _plain_name(name) not in known or name in ("json", "timeout")]
+    if unknown:
+        raise TypeError(f"verify() has no option {unknown[0]!r}; see dist-convert verify --help")
+    values = {known[_plain_name(name)]: value for name, value in options.items()}
+    if isinstance(values.get("max_memory_per_rank_bytes"), str):
+        values["max_memory_per_rank_bytes"] = parse_bytes(values["max_memory_per_rank_bytes"])
+    share = Fraction(sample).limit_denominator(1_000_000)
+    if not 0 < share <= 1:
+        raise errors.UsageError("not a share", expected="above 0 and up to 1", found=sample)
+    world = alone()
+    job = VerifyJob(Path(a), Path(b), sample=share, **values)
+    return verify_job(job, world, Embedded(world, Collector(on_progress), cancel))
+
+
+def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> dict[str, Any]:
+    """Describe a checkpoint from its headers, as `dist-convert inspect --json` does; an incomplete one, too.
+
+    Raises:
+        ConversionError: no checkpoint, or a damaged one.
+    """
+    from dist_convert.formats.describe import inspect_checkpoint
+
+    return inspect_checkpoint(Path(path), ckpt_dir_name)

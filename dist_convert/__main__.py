@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, verify_job_from_flags
 from dist_convert.cli.old_flags import notes_on_old_flags
 from dist_convert.errors import ConversionError, LostRank, error_details
-from dist_convert.listener import JsonLog, Listener, TextLog, as_json_line
 from dist_convert.options import Options, VerifyJob
+from dist_convert.ranks.listener import JsonLog, Listener, TextLog, as_json_line
 from dist_convert.ranks.signals import Signals, ending_at_once, stopped_by
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _fail_early(error: ConversionError) -> int:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
-    from dist_convert.describe import as_screen, inspect_checkpoint, missing_line
+    from dist_convert.formats.describe import as_screen, inspect_checkpoint, missing_line
 
     description = inspect_checkpoint(flags.path, flags.ckpt_dir_name)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
@@ -123,7 +123,7 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:
     from dist_convert.cli.flags import tokenizer_job_from_flags
-    from dist_convert.tokenizer.add import add_tokenizer
+    from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
 
     if os.environ.get("RANK", "0") == "0":
         job = tokenizer_job_from_flags(flags)
@@ -134,9 +134,9 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
 def _upload(
     directory: Path, repository: str, private: bool, instruct: bool = False, model_type: str | None = None
 ) -> int:
-    from dist_convert.tokenizer.huggingface import is_huggingface
-    from dist_convert.tokenizer.record import Tokenizer, how_to_add_tokenizer
-    from dist_convert.write.hub import upload, upload_command
+    from dist_convert.formats.huggingface.upload import upload, upload_command
+    from dist_convert.formats.tokenizer.huggingface import is_huggingface
+    from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer
 
     if os.environ.get("RANK", "0") == "0":
         address = upload(directory, repository, private=private)

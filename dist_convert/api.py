@@ -17,8 +17,19 @@ from typing import Any
 
 from dist_convert.compare.verify import compare_with_source, prepare_check
 from dist_convert.errors import PlanError, ValueOverflow
+from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
+from dist_convert.formats.torch.lay_out import to_torch
 from dist_convert.move.pipeline import Moved, move
+from dist_convert.move.report import (
+    Report,
+    describe_plan,
+    load_of,
+    peak_memory_bytes,
+    report_details,
+    report_text,
+    resume_line,
+)
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
 from dist_convert.plan.content import Content
@@ -28,18 +39,6 @@ from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import local_name
-from dist_convert.report import (
-    Report,
-    describe_plan,
-    load_of,
-    peak_memory_bytes,
-    report_details,
-    report_text,
-    resume_line,
-)
-from dist_convert.task import Task, Writers, find_writers
-from dist_convert.to_huggingface import to_huggingface
-from dist_convert.to_torch import to_torch
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
@@ -59,6 +58,7 @@ from dist_convert.write.resume import (
     held_target,
     notes_on_replacing,
 )
+from dist_convert.write.task import Task, Writers, find_writers
 
 
 def convert(job: Options, world: World, channel: Control) -> Report:
@@ -103,7 +103,8 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         unfinished = task.partial if goes_on(task, job, world.rank) else None
-        report = replace(report, was_complete=is_done, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
+        report = replace(report, was_complete=is_done)
+        report = replace(report, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
         channel.say("plan", report.plan, report=report_details(report))
         barrier(world)
         return report

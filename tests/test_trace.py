@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dist_convert.move.report import Report, report_text
 from dist_convert.move.timeline import Stretch, Timeline
-from dist_convert.report import Report, report_text
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 

@@ -32,8 +32,7 @@ from dist_convert.options import (
     flag_of,
     options_of,
 )
-from dist_convert.units import parse_bytes
-from dist_convert.version import __version__
+from dist_convert.records import __version__, parse_bytes
 
 #: What the two directions call differently.
 _COUNTERPARTS = {
@@ -85,7 +84,7 @@ def seconds(text: str) -> int:
 
 def repository(text: str) -> str:
     """The name of a repository on a hub."""
-    from dist_convert.write.hub import check_repository_name  # half a second, where it is needed
+    from dist_convert.formats.huggingface.upload import check_repository_name  # half a second, where it is needed
 
     try:
         return check_repository_name(text)

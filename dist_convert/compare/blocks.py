@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import UsageError
-from dist_convert.model import Region
+from dist_convert.models.catalog import Region
 from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
 
 #: Bytes of one block in the wider of its two dtypes.

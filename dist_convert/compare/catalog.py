@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_convert.model import Catalog, Region, TensorMeta
+from dist_convert.models.catalog import Catalog, Region, TensorMeta
 from dist_convert.models.schema import Architecture
 
 

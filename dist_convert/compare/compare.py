@@ -12,11 +12,10 @@ import torch
 from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block
 from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import BudgetTooSmall
-from dist_convert.model import Region
-from dist_convert.move.buffers import Buffer, make_buffer
+from dist_convert.models.catalog import Region
+from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, View, local_name
-from dist_convert.units import human_bytes
+from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, local_name
 
 #: Integers as wide as each item, in which bits are compared.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -15,7 +15,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.open import open_checkpoint
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.model import Catalog, Region, TensorMeta, Where
+from dist_convert.models.catalog import Catalog, Region, TensorMeta, Where
 from dist_convert.models.schema import Architecture
 from dist_convert.ranks.collectives import World
 from dist_convert.read.discover import gather_listings

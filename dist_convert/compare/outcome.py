@@ -14,8 +14,7 @@ from dist_convert.compare.blocks import Amount
 from dist_convert.compare.catalog import Checkpoint
 from dist_convert.compare.compare import Compared, Difference
 from dist_convert.models.schema import Architecture
-from dist_convert.records import DTYPE_BYTES
-from dist_convert.units import human_bytes
+from dist_convert.records import DTYPE_BYTES, human_bytes
 
 #: Fields of `Architecture` that do not belong to the model: how a checkpoint is laid out, and how it was trained.
 _NOT_THE_MODEL = ("padded_vocab", "router_aux_loss")

@@ -19,12 +19,12 @@ from dist_convert.compare.open import checkpoints, open_named
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
 from dist_convert.errors import DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
-from dist_convert.model import Where
+from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.ranks.embedded import Control
-from dist_convert.task import Task
 from dist_convert.write.partial import refuse_unfinished
+from dist_convert.write.task import Task
 
 
 def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:

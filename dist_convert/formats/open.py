@@ -6,14 +6,14 @@ from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
+from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.torch.open import open_torch
-from dist_convert.model import Where
+from dist_convert.models.catalog import Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.ranks.embedded import Control
-from dist_convert.read.hub import fetched_directory, local_directory, revision_on_hub
-from dist_convert.read.huggingface import CONFIG_FILE
 from dist_convert.read.source import no_directory
 from dist_convert.write.partial import refuse_unfinished
 

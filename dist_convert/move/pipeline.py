@@ -18,13 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from dist_convert.move.buffers import CPU, Buffer, Slot, make_buffer, make_slot
 from dist_convert.move.timeline import Timeline
 from dist_convert.plan.assign import Write
 from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, messages, received_bytes
 from dist_convert.ranks.collectives import Gatherer, World, begin_gather, make_gatherer
+from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer, make_slot
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.read.source import Listing
 from dist_convert.records import Message, View

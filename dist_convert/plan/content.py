@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dist_convert.model import Catalog, LeftBehind
+from dist_convert.models.catalog import Catalog, LeftBehind
 from dist_convert.plan.copies import Ends, Transfer, plan_transfers
-from dist_convert.records import TargetFile
+from dist_convert.records import TargetFile, human_bytes, names
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,21 @@ def plan_content(
 def digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def notes_on_content(content: Content) -> list[str]:
+    """What is rounded, kept as it is and left behind, a line each, in either direction."""
+    notes = []
+    if content.target_dtype and content.target_dtype != content.params_dtype:
+        notes.append(
+            f"weights are stored in {content.params_dtype} and become {content.target_dtype} "
+            "(--target-params-dtype keep leaves them as they are)"
+        )
+    if content.target_dtype and content.kept_dtypes:
+        notes.append(
+            f"{len(content.kept_dtypes)} parameters are not stored in {content.params_dtype} and keep their "
+            f"dtype: {names(content.kept_dtypes)}"
+        )
+    for reason, count, size_bytes in content.left_behind:
+        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
+    return notes

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dist_convert.errors import ConversionError, PlanError, raise_together
-from dist_convert.model import Catalog, Region
+from dist_convert.models.catalog import Catalog, Region
 from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, TargetFile, View, cover_fault, intersect, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import BLOCK_BYTES, Transfer
 from dist_convert.plan.teams import Team
-from dist_convert.units import human_bytes
+from dist_convert.records import human_bytes
 
 #: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
 #: steps do not pay: what was read is written while the processor's cache has it.

@@ -14,7 +14,7 @@ from dist_convert.plan.done import NOTHING_DONE, Done, is_transfer_done
 from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
 from dist_convert.plan.steps import Step, steps_of_rank
 from dist_convert.plan.teams import Team, form_teams
-from dist_convert.version import __version__
+from dist_convert.records import __version__
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
-from dist_convert.listener import Listener, TextLog
 from dist_convert.ranks.answer import answer_within
+from dist_convert.ranks.listener import Listener, TextLog
 from dist_convert.ranks.signals import Signals
 
 

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from dist_convert.errors import Cancelled
-from dist_convert.listener import Listener
 from dist_convert.ranks.collectives import World, barrier
+from dist_convert.ranks.listener import Listener
 
 
 class Control(Protocol):

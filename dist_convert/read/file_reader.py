@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
-from dist_convert.move.buffers import Buffer
+from dist_convert.read.buffers import Buffer
 from dist_convert.read.source import Listing, check_unchanged, open_to_read, source_error
 from dist_convert.records import DTYPE_BYTES, Box, View, runs
 

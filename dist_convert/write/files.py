@@ -12,7 +12,6 @@ from pathlib import Path
 from isal import isal_zlib
 
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
-from dist_convert.read.megatron import TRACKER_FILE
 from dist_convert.records import View, Window, local_name
 
 
@@ -192,6 +191,10 @@ def _fallocate(descriptor: int, size_bytes: int) -> bool:
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return True
+
+
+#: In the root of a Megatron checkpoint: which of its iterations is the newest.
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:

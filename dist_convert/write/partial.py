@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ResumeRefused, SourceError, TargetExists
-from dist_convert.read.megatron import TRACKER_FILE
-from dist_convert.units import human_bytes
-from dist_convert.write.files import sync, target_error
+from dist_convert.records import human_bytes
+from dist_convert.write.files import TRACKER_FILE, sync, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
 
@@ -344,10 +343,11 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     for place in _places(path, name):
         if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
             flags = flags_of(place)
+            source = flags.get("source") or flags.get("load_path") or flags.get("load_dir")
             raise SourceError(
                 "an unfinished conversion, which is no checkpoint yet",
                 file=str(place),
-                found=f"what a conversion of {flags.get('load_path') or flags.get('load_dir')} has made so far",
+                found=f"what a conversion of {source} has made so far",
                 remedy="wait for that conversion if it is at work, else start its command again: it goes on where it "
                 "stopped",
             )

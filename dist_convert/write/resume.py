@@ -35,10 +35,7 @@ from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
-from dist_convert.records import TargetFile, local_name
-from dist_convert.report import names
-from dist_convert.task import Task
-from dist_convert.version import __version__
+from dist_convert.records import TargetFile, __version__, local_name, names
 from dist_convert.write.commit import check_target
 from dist_convert.write.files import Written, reserve_file, target_error
 from dist_convert.write.journal import (
@@ -68,6 +65,7 @@ from dist_convert.write.partial import (
     is_void,
     note_void,
 )
+from dist_convert.write.task import Task
 
 #: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
 _PATHS = frozenset({"source", "target"})

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
-from dist_convert.read.huggingface import read_index_file, read_safetensors_header
-from dist_convert.read.megatron import read_shard, shard_to_json
+from dist_convert.formats.torch.shards import read_shard, shard_to_json
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
 from tests.attacks.damage import (

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import dist_convert
 from dist_convert.errors import ConversionError, CorruptFile, UnsafePickle
-from dist_convert.read.megatron import read_shard, shard_to_json
+from dist_convert.formats.torch.shards import read_shard, shard_to_json
 from dist_convert.read.restricted_pickle import load
 from tests.checkpoints import Model, hf_tensors, megatron_shards, save, training_args
 from tests.converting import convert
@@ -183,7 +183,7 @@ import resource, sys
 from pathlib import Path
 import dist_convert
 from dist_convert.errors import ConversionError
-from dist_convert.read.megatron import read_shard, shard_to_json
+from dist_convert.formats.torch.shards import read_shard, shard_to_json
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
 try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_convert.units import human_bytes, parse_bytes
+from dist_convert.records import human_bytes, parse_bytes
 from tests.benchmarks.sources import GRIDS, grid_flags, hand_out, make_megatron, model_near, parse_grid, weights_bytes
 from tests.distributed.launching import environment
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dist_convert.formats.huggingface.config import special_token_ids
-from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
 

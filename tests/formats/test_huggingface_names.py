@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
 from dist_convert.formats.huggingface.names import hf_view, leftovers
+from dist_convert.formats.huggingface.read import find_weights, read_weights_header
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture, entries, part_size
-from dist_convert.read.huggingface import find_weights, read_weights_header
 from dist_convert.records import StoredTensor, View
 
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"

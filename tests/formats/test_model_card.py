@@ -13,7 +13,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from dist_convert.version import __version__
+from dist_convert.records import __version__
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert, read_tensors
 from tests.tokenizer.pieces import train

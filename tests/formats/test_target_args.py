@@ -14,6 +14,7 @@ import torch
 from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid, grid_from_args, stage_layers
+from dist_convert.formats.torch.shards import read_shard
 from dist_convert.formats.torch.target_args import (
     TargetArgs,
     TorchDtype,
@@ -22,7 +23,6 @@ from dist_convert.formats.torch.target_args import (
     target_margs_json,
 )
 from dist_convert.models.schema import Architecture, RopeScaling
-from dist_convert.read.megatron import read_shard
 
 LLAMA = Architecture(
     family="llama", layers=8, hidden=64, ffn=96, heads=8, query_groups=4, head_dim=16, vocab=250, padded_vocab=256,

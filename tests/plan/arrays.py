@@ -14,9 +14,9 @@ from numpy.lib.stride_tricks import as_strided
 
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import bands
-from dist_convert.read.megatron import Shard
 from dist_convert.records import Copy, StoredTensor, View
 from tests import checkpoints
 from tests.plan.headers import plan_to_huggingface, row_major

@@ -11,16 +11,16 @@ from math import lcm, prod
 from typing import Any
 
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
+from dist_convert.formats.huggingface.files import lay_out_files
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content, plan_content
 from dist_convert.plan.plan import Plan, divide
 from dist_convert.plan.steps import Step
-from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES, StoredTensor
-from dist_convert.write.safetensors_files import lay_out_files
 
 ONE = Grid()
 

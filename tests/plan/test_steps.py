@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, blocks_of_member
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
@@ -20,7 +21,6 @@ from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
 from dist_convert.plan.plan import Plan, schedule_digest
 from dist_convert.plan.steps import Step
 from dist_convert.plan.teams import Team
-from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import (
     architecture,

@@ -18,10 +18,10 @@ from dist_convert.errors import (
     WrongShape,
 )
 from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.survey import check_same_run
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content
-from dist_convert.read.megatron import Shard
 from dist_convert.records import StoredTensor
 from tests.plan.headers import architecture, plan_to_huggingface, row_major, shards
 

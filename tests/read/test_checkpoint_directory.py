@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel
-from dist_convert.read.megatron import iteration_directory, rank_files
+from dist_convert.formats.torch.shards import iteration_directory, rank_files
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import CorruptFile, PlanError, SourceChanged, SourceError, UnsupportedModel
-from dist_convert.move.buffers import make_buffer
+from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.read.source import changed_files, stamp
 from dist_convert.records import View

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from dist_convert.errors import CheckpointNotFound
-from dist_convert.read.hub import local_directory
+from dist_convert.formats.huggingface.hub import local_directory
 from tests.hub_stand_in import Hub, Repository, pythons, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _PROGRAM = """
 import sys
 from dist_convert.errors import ConversionError
-from dist_convert.read.hub import local_directory
+from dist_convert.formats.huggingface.hub import local_directory
 
 try:
     print(local_directory(sys.argv[1]))

@@ -24,7 +24,7 @@ from dist_convert.errors import (
     UnsafePickle,
     UnsupportedModel,
 )
-from dist_convert.read.huggingface import (
+from dist_convert.formats.huggingface.read import (
     check_index,
     headers_from_json,
     headers_to_json,

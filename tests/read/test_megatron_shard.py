@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dist_convert.errors import ConversionError, CorruptFile, MissingArguments, UnsupportedModel
-from dist_convert.read.megatron import Shard, read_shard, shard_from_json, shard_to_json
+from dist_convert.formats.torch.shards import Shard, read_shard, shard_from_json, shard_to_json
 from dist_convert.records import StoredTensor
 from tests.checkpoints import Grid, Model, make
 

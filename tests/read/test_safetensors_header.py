@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError, CorruptFile, SourceError
-from dist_convert.read import huggingface
-from dist_convert.read.huggingface import read_safetensors_header
+from dist_convert.formats.huggingface import read as huggingface
+from dist_convert.formats.huggingface.read import read_safetensors_header
 
 FILE = "model-00001-of-00002.safetensors"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dist_convert.api import convert as convert_job
+from dist_convert.move.report import Report
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import join_world
-from dist_convert.report import Report
 from tests.checkpoints import Grid, Model, State, hf_tensors, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, InconsistentShards
-from dist_convert.read.huggingface import HuggingFaceFiles, find_weights, read_directory, read_index
+from dist_convert.formats.huggingface.read import HuggingFaceFiles, find_weights, read_directory, read_index
 
 SAFETENSORS_INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 

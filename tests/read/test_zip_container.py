@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.formats.torch.shards import read_shard
 from dist_convert.read import torch_file
-from dist_convert.read.megatron import read_shard
 from dist_convert.read.torch_file import data_offsets_bytes, open_container, read_small_record
 
 LABEL = "mp_rank_00/model_optim_rng.pt"

@@ -13,11 +13,11 @@ from dist_convert.__main__ import main
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.errors import UsageError
 from dist_convert.formats.open import open_source
+from dist_convert.formats.torch.lay_out import to_torch
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
-from dist_convert.task import Task
-from dist_convert.to_torch import to_torch
+from dist_convert.write.task import Task
 from tests.checkpoints import Grid, Model, hf_tensors
 from tests.full_size import make_sparse_huggingface
 from tests.to_megatron import FILE, assert_same_shards, expected_shards, load, make_hf, read_shards

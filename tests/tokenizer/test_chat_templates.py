@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from dist_convert.tokenizer.chat import CHAT_TEMPLATES
+from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.tokenizer.build import build_llama3
+from dist_convert.formats.tokenizer.build import build_llama3
 from tests.checkpoints import Model, make
 from tests.converting import convert
 from tests.tokenizer.pieces import train

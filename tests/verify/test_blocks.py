@@ -15,7 +15,7 @@ from dist_convert.__main__ import main
 from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
 from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import UsageError
-from dist_convert.model import Region, TensorMeta
+from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture
 from dist_convert.records import Box, View, cover_fault
 from tests.checkpoints import Model
@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     code = """
 import sys
 from dist_convert.__main__ import main
-from dist_convert.report import peak_memory_bytes
+from dist_convert.move.report import peak_memory_bytes
 for path in sys.argv[1:]:
     assert main(["verify", path, path, "--max-memory-per-rank", "32MB"]) == 0
     print(peak_memory_bytes(), file=sys.stderr)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, PlanError
+from dist_convert.formats.torch.skeleton import write_skeleton
 from dist_convert.write.checksums import checksum_of, combine, patch_checksums, record_ranges
-from dist_convert.write.megatron_files import write_skeleton
 
 STATE = {
     "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),

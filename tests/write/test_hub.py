@@ -32,7 +32,7 @@ _CHECK = """
 import sys
 from pathlib import Path
 from dist_convert.errors import ConversionError
-from dist_convert.write.hub import check_upload
+from dist_convert.formats.huggingface.upload import check_upload
 
 try:
     check_upload(Path("out"), sys.argv[1], private=True, answer_seconds=float(sys.argv[2]))

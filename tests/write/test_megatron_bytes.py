@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_convert.formats.huggingface.files import TensorSpec
+from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
 from dist_convert.formats.torch.target_args import TorchDtype
-from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton
-from dist_convert.write.safetensors_files import TensorSpec
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {

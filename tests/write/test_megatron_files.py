@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from dist_convert.errors import PlanError, TargetError
+from dist_convert.formats.huggingface.files import TensorSpec
+from dist_convert.formats.torch.shards import read_shard
+from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
 from dist_convert.formats.torch.target_args import TorchDtype
-from dist_convert.read.megatron import read_shard
 from dist_convert.records import DTYPE_BYTES
-from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton
-from dist_convert.write.safetensors_files import TensorSpec
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 GIB = 1 << 30

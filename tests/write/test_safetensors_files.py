@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 
+from dist_convert.formats.huggingface.files import TensorSpec, index_json, lay_out_files
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile
-from dist_convert.write.safetensors_files import TensorSpec, index_json, lay_out_files
 
 MIXED: list[TensorSpec] = [
     ("b.weight", "BF16", (3, 5)), ("norm", "F32", (3,)), ("flag", "U8", (1,)), ("a.weight", "BF16", (2, 2)),

@@ -9,8 +9,8 @@ from functools import cached_property
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.formats.huggingface.names import hf_view, leftovers
-from dist_convert.model import Catalog, LeftBehind, Region, TensorMeta
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Catalog, LeftBehind, Region, TensorMeta
 from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
 from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, TargetFile, TensorSpec, View
 

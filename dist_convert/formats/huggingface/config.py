@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
     Architecture,
@@ -21,7 +22,6 @@ from dist_convert.models.schema import (
     is_number,
     is_size,
 )
-from dist_convert.tokenizer.record import Style, Tokenizer
 
 #: The only scaling of rotary frequencies that Megatron-Core has, with constants of its own.
 _LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -10,12 +10,7 @@ from typing import Any
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.huggingface.names import HEAD
-from dist_convert.model import Catalog, LeftBehind
-from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
-from dist_convert.models.schema import MOST_LAYERS, is_size
-from dist_convert.ranks.collectives import World
-from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.huggingface import (
+from dist_convert.formats.huggingface.read import (
     CONFIG_FILE,
     check_index,
     headers_from_json,
@@ -24,7 +19,12 @@ from dist_convert.read.huggingface import (
     read_index,
     read_weights_header,
 )
-from dist_convert.read.values import all_are_zero, check_tied_head
+from dist_convert.formats.huggingface.values import all_are_zero, check_tied_head
+from dist_convert.models.catalog import Catalog, LeftBehind
+from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
+from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.ranks.collectives import World
+from dist_convert.read.discover import Discovery, discover
 from dist_convert.records import StoredTensor
 
 

@@ -25,21 +25,20 @@ from dist_convert.formats.huggingface.config import (
     samples,
     special_token_ids,
 )
+from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, make_files, stored_dtype
+from dist_convert.formats.tokenizer.build import padding_id
+from dist_convert.formats.tokenizer.huggingface import is_huggingface
+from dist_convert.formats.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
+from dist_convert.formats.tokenizer.write import write_tokenizer
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.model import Catalog
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
-from dist_convert.records import TargetFile
-from dist_convert.tokenizer.build import padding_id
-from dist_convert.tokenizer.huggingface import is_huggingface
-from dist_convert.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
-from dist_convert.tokenizer.write import write_tokenizer
-from dist_convert.version import __version__
+from dist_convert.records import TargetFile, __version__
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.safetensors_files import INDEX_FILE, index_json, make_files, stored_dtype
 
 CARD_FILE = "README.md"
 

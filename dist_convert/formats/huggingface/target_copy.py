@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json
+from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, make_files, stored_dtype
+from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES
 from dist_convert.models.schema import Architecture
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
-from dist_convert.read.huggingface import CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
 from dist_convert.read.source import MAX_BYTES, read_small_file, reading
 from dist_convert.records import TargetFile
-from dist_convert.tokenizer.huggingface import TEMPLATES
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.manifest import MANIFEST_FILE
-from dist_convert.write.safetensors_files import INDEX_FILE, index_json, make_files, stored_dtype
 
 #: What may lie beside the weights and belongs to the model: configs, tokenizer, card, license, code, templates.
 _SUFFIXES = ("", ".json", ".jsonl", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".py", ".yaml", ".yml")

@@ -17,8 +17,8 @@ from dist_convert.errors import CheckpointNotFound, CorruptFile, UsageError
 from dist_convert.formats.megatron.grid import Chunk, Rank, rank_directory
 from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
 from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
-from dist_convert.read.megatron import Shard
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 FILE = "capacity_bins.pt"

@@ -13,7 +13,7 @@ from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
 from dist_convert.formats.megatron.names import ExpertNumber, Piece, Spelling
 from dist_convert.formats.torch.geometry import Place, padding_places, places, shard_count, shard_size
-from dist_convert.model import Region, TensorMeta
+from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture, Family, Row, entries
 from dist_convert.records import Box, StoredTensor, View, intersect
 

@@ -10,13 +10,10 @@ from typing import Any
 
 from dist_convert.errors import InconsistentShards
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.tokenizer.find import find_tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.survey import check_same_run, open_catalog
-from dist_convert.model import NAME_FLAG, LeftBehind, Where
-from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.megatron import (
-    TRACKER_FILE,
+from dist_convert.formats.torch.shards import (
     Shard,
     files_beside,
     iteration_directory,
@@ -26,8 +23,11 @@ from dist_convert.read.megatron import (
     shard_to_json,
     tracked_name,
 )
-from dist_convert.tokenizer.find import find_tokenizer
-from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.formats.torch.survey import check_same_run, open_catalog
+from dist_convert.models.catalog import NAME_FLAG, LeftBehind, Where
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.discover import Discovery, discover
+from dist_convert.write.files import TRACKER_FILE
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from dist_convert.formats.torch.catalog import (
     stored_as,
 )
 from dist_convert.formats.torch.geometry import cover_faults
-from dist_convert.model import LeftBehind, TensorMeta
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import LeftBehind, TensorMeta
 from dist_convert.models.schema import Architecture, Row, entries, part_shape, parts_of
-from dist_convert.read.megatron import Shard
 from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, View, local_name
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go.

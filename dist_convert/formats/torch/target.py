@@ -29,6 +29,8 @@ from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
+from dist_convert.formats.torch.shards import Shard
+from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
 from dist_convert.formats.torch.target_args import (
     PIPELINE_LAYOUT,
     TargetArgs,
@@ -43,13 +45,10 @@ from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shar
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
 from dist_convert.options import RELEASE, Options, given_flags, path_flags
-from dist_convert.plan.content import Content
-from dist_convert.read.megatron import TRACKER_FILE, Shard
+from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import TargetFile, TensorSpec, local_name
-from dist_convert.report import human_notes
 from dist_convert.write.checksums import KnownRange, seal
-from dist_convert.write.files import replace_text, write_tracker
-from dist_convert.write.megatron_files import lay_out_skeleton, write_skeleton
+from dist_convert.write.files import TRACKER_FILE, replace_text, write_tracker
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -435,7 +434,7 @@ def notes_to_megatron(
         )
     if settings.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
-    notes += _on_tracker(target) + human_notes(content)
+    notes += _on_tracker(target) + notes_on_content(content)
     if job.verbose:
         notes.append(describe_origins(target.args))
     return notes + _on_tokenizer(job) + _on_places(job, places, writable)

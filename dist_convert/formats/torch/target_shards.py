@@ -15,8 +15,8 @@ from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, ra
 from dist_convert.formats.megatron.names import ExpertNumber
 from dist_convert.formats.torch.catalog import Parameter, parameter_of
 from dist_convert.formats.torch.geometry import shard_size
-from dist_convert.model import Catalog
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, Family, Row, entries
 from dist_convert.records import TensorSpec
 

@@ -27,10 +27,10 @@ from torch.distributed import Store, TCPStore
 
 import dist_convert.api
 from dist_convert.__main__ import main as dist_convert_main
+from dist_convert.move.report import Report, report_details
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
-from dist_convert.report import Report, report_details
 from tests.distributed.programs.forked_store import end_store, fork_store
 
 #: A job that takes longer hangs; its process is killed by SIGALRM.

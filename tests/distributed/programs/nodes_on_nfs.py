@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.distributed.programs import interrupted_runs  # first: it sets the sizes of blocks
 
-import dist_convert.task  # isort: skip
+import dist_convert.write.task  # isort: skip
 
 KINDS = {os.O_RDONLY: "to read", os.O_WRONLY: "to write", os.O_RDWR: "to read and write"}
 
@@ -36,6 +36,6 @@ def note_writes() -> None:
 
 
 if __name__ == "__main__":
-    dist_convert.task.file_system_type = lambda path: "nfs4"
+    dist_convert.write.task.file_system_type = lambda path: "nfs4"
     note_writes()
     interrupted_runs.main()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace, NotFetched
-from dist_convert.read.huggingface import CONFIG_FILE, WEIGHTS_KINDS, find_weights, read_index_file
+from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS, find_weights, read_index_file
 
 #: Beside the weights: config, tokenizer, and what a conversion from Megatron has left for the way back.
 _SMALL_FILES = (

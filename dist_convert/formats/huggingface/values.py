@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_convert.errors import InconsistentShards
-from dist_convert.move.buffers import make_buffer
 from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import FileReader
 from dist_convert.records import DTYPE_BYTES, StoredTensor, View, tiles
 

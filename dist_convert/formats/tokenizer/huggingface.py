@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
-from dist_convert.read.huggingface import check_inside
+from dist_convert.formats.huggingface.read import check_inside
+from dist_convert.formats.tokenizer.build import build_llama2, is_sentencepiece, read_sentencepiece
+from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.read.source import read_json, read_small_file
-from dist_convert.tokenizer.build import build_llama2, is_sentencepiece, read_sentencepiece
-from dist_convert.tokenizer.record import Tokenizer
 from dist_convert.write.files import target_error
 
 CONFIG = "tokenizer_config.json"

@@ -27,8 +27,8 @@ from dist_convert.options import HUGGINGFACE, RELEASE, TARGET_DTYPES, TORCH, Opt
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
-from dist_convert.task import Task
 from dist_convert.write.places import find_places, refuse_several_places
+from dist_convert.write.task import Task
 
 
 def to_torch(job: Options, model: Model, world: World) -> Task:

@@ -13,13 +13,13 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
-from dist_convert.model import NAME_FLAG
+from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.restricted_pickle import Inert, Tensor, plain_dict
 from dist_convert.read.source import no_directory, reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.write.files import TRACKER_FILE
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
 _MAX_TRACKER_CHARACTERS = 1024
 

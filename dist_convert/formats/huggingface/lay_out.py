@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dist_convert.formats.format import Model, Target
+from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
+from dist_convert.formats.huggingface.config import TORCH_NAMES
+from dist_convert.formats.huggingface.files import lay_out_files
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.target import HuggingFaceTarget
 from dist_convert.formats.huggingface.target_copy import HuggingFaceCopy, files_to_copy
+from dist_convert.formats.huggingface.upload import check_upload
+from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
+from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_for, vocabulary_warnings
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.model import Catalog
+from dist_convert.formats.torch.shards import Shard
+from dist_convert.models.catalog import Catalog
+from dist_convert.models.schema import Architecture
 from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
-from dist_convert.plan.content import Content, plan_content
+from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.report import human_notes, names, notes_on
-from dist_convert.task import Task
-from dist_convert.tokenizer.record import style_for
-from dist_convert.units import human_bytes
-from dist_convert.write.hub import check_upload
+from dist_convert.records import human_bytes, names
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.safetensors_files import lay_out_files
+from dist_convert.write.target import Target
+from dist_convert.write.task import Task
 
 
 def to_huggingface(job: Options, model: Model, world: World) -> Task:
@@ -84,7 +88,7 @@ def _layout(
     """What is made beside the weights, and what the user should know of it all."""
     if isinstance(model, HuggingFaceModel):
         copied, others = files_to_copy(model.directory)
-        notes = human_notes(content)
+        notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
         return HuggingFaceCopy(job, content, source.architecture, model.directory, model.config, copied, disks), notes
     if not isinstance(model, TorchModel):
@@ -95,7 +99,7 @@ def _layout(
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     style = style_for(model.tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
-    notes = notes_on(job, content, source.architecture, model.shards, model.tokenizer, style)
+    notes = _notes(job, content, source.architecture, model.shards, model.tokenizer, style)
     if job.push_to_hub and model.tokenizer.kind == "none":
         notes.insert(0, "warning: the model is uploaded without a tokenizer")
     layout = HuggingFaceTarget(
@@ -135,3 +139,60 @@ def _notes_on_places(
             f"{file_numbers(content, files)} of {len(content.files)}, {human_bytes(size_bytes)}"
         )
     return notes
+
+
+#: The most positions that a Llama is known to have with a theta of 10000.
+_LLAMA_2_POSITIONS = 4096
+
+
+def _notes(
+    job: Options,
+    content: Content,
+    architecture: Architecture,
+    shards: Mapping[str, Shard],
+    tokenizer: Tokenizer,
+    style: Style,
+) -> list[str]:
+    """What the user should know before the conversion starts, a line each."""
+    args = shards[min(shards)].args
+    notes = []
+    decided = model_type_from_args(args)
+    if job.source_model_type and _contradicts(job.source_model_type, decided):
+        notes.append(
+            f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
+            f"{decided or 'llama without rope scaling'}; the args are followed"
+        )
+    if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
+        scaled = "rope_theta is 10000" + ("" if architecture.rope_scaling else ", without rope_scaling,")
+        notes.append(
+            f"warning: {scaled} according to the args, for {architecture.max_positions} positions; Habana's importer "
+            "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
+            "the original's config.json into this one's"
+        )
+    size, who = true_vocab(
+        flag=job.true_vocab_size,
+        args=args,
+        tokenizer=tokenizer.size,
+        padded=architecture.padded_vocab,
+        file=min(shards),
+    )
+    if size != architecture.padded_vocab or who == "padded size":
+        notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
+    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size"), "--true-vocab-size": job.true_vocab_size}
+    if job.true_vocab_size is None:
+        del claims["--true-vocab-size"]
+    notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
+    trained = str(args.get("params_dtype")).removeprefix("torch.")
+    stored = TORCH_NAMES[content.params_dtype]
+    if trained in TORCH_NAMES.values() and trained != stored:
+        notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
+    notes += notes_on_content(content)
+    if content.zero_tensors:
+        notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
+    return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
+
+
+def _contradicts(said: str, decided: str | None) -> bool:
+    if decided is None:
+        return said in ("mixtral", "llama3.1")
+    return said != decided

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dist_convert.units import human_bytes, human_seconds
+from dist_convert.records import human_bytes, human_seconds
 
 
 class Listener(Protocol):

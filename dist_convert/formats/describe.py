@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, ConversionError
+from dist_convert.formats.huggingface.read import (
+    CONFIG_FILE,
+    SAFETENSORS,
+    check_inside,
+    find_weights,
+    read_weights_header,
+)
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
@@ -19,12 +26,7 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
-from dist_convert.formats.torch.survey import count_layers
-from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Row, entries, part_shape
-from dist_convert.read.huggingface import CONFIG_FILE, SAFETENSORS, check_inside, find_weights, read_weights_header
-from dist_convert.read.megatron import (
-    TRACKER_FILE,
+from dist_convert.formats.torch.shards import (
     Shard,
     is_checkpoint,
     iteration_directory,
@@ -32,8 +34,12 @@ from dist_convert.read.megatron import (
     rank_files,
     read_shard,
 )
+from dist_convert.formats.torch.survey import count_layers
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Row, entries, part_shape
 from dist_convert.read.source import no_directory, read_json
-from dist_convert.units import human_bytes
+from dist_convert.records import human_bytes
+from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
 _LISTED = 8

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_convert.formats.format import Target
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import with_parts, writable_by_one_node
@@ -18,6 +17,7 @@ from dist_convert.read.source import Listing
 from dist_convert.records import TargetFile
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
+from dist_convert.write.target import Target
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, special_token_ids
 from dist_convert.formats.open import open_checkpoint
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.model import Catalog, Region, Where
-from dist_convert.move.buffers import Buffer, make_buffer
+from dist_convert.models.catalog import Catalog, Region, Where
 from dist_convert.ranks.collectives import alone
+from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.read.source import Listing
-from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
-from dist_convert.units import human_bytes, parse_bytes
+from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, intersect, parse_bytes, tiles
 from dist_convert.write.partial import refuse_unfinished
 
 #: What is read at once where values are cast or put beside others.

@@ -12,18 +12,18 @@ from typing import Any
 
 from dist_convert.errors import TargetError, TargetExists, UsageError
 from dist_convert.formats.huggingface.config import generation_config_json, samples, special_token_ids
+from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.huggingface.target import ARGS_FILE
-from dist_convert.options import TokenizerJob
-from dist_convert.read.huggingface import CONFIG_FILE
-from dist_convert.read.source import read_json
-from dist_convert.tokenizer.build import padding_id
-from dist_convert.tokenizer.find import named_tokenizer
-from dist_convert.tokenizer.huggingface import (
+from dist_convert.formats.tokenizer.build import padding_id
+from dist_convert.formats.tokenizer.find import named_tokenizer
+from dist_convert.formats.tokenizer.huggingface import (
     TEMPLATES,
     files_of,
 )
-from dist_convert.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
-from dist_convert.tokenizer.write import write_tokenizer
+from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
+from dist_convert.formats.tokenizer.write import write_tokenizer
+from dist_convert.options import TokenizerJob
+from dist_convert.read.source import read_json
 from dist_convert.write.files import sync, target_error
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished

@@ -5,27 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
-from dist_convert.model import LeftBehind
-from dist_convert.models.schema import Architecture
+from dist_convert.models.catalog import LeftBehind
 from dist_convert.move.timeline import PHASES
-from dist_convert.options import Options
-from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes
-from dist_convert.read.megatron import Shard
-from dist_convert.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, vocabulary_warnings
-from dist_convert.units import counted, human_bytes
-
-_LISTED = 8
-#: The most positions that a Llama is known to have with a theta of 10000.
-_LLAMA_2_POSITIONS = 4096
+from dist_convert.records import counted, human_bytes, names
 
 
 def peak_memory_bytes() -> int:
@@ -41,77 +30,6 @@ def peak_memory_bytes() -> int:
 def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
     """What a conversion says that goes on where an earlier run was stopped."""
     return f"{partial}: {human_bytes(done_bytes)} of {human_bytes(all_bytes)} are there already; going on"
-
-
-def notes_on(
-    job: Options,
-    content: Content,
-    architecture: Architecture,
-    shards: Mapping[str, Shard],
-    tokenizer: Tokenizer,
-    style: Style,
-) -> list[str]:
-    """What the user should know before the conversion starts, a line each."""
-    args = shards[min(shards)].args
-    notes = []
-    decided = model_type_from_args(args)
-    if job.source_model_type and _contradicts(job.source_model_type, decided):
-        notes.append(
-            f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
-            f"{decided or 'llama without rope scaling'}; the args are followed"
-        )
-    if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
-        scaled = "rope_theta is 10000" + ("" if architecture.rope_scaling else ", without rope_scaling,")
-        notes.append(
-            f"warning: {scaled} according to the args, for {architecture.max_positions} positions; Habana's importer "
-            "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
-            "the original's config.json into this one's"
-        )
-    size, who = true_vocab(
-        flag=job.true_vocab_size,
-        args=args,
-        tokenizer=tokenizer.size,
-        padded=architecture.padded_vocab,
-        file=min(shards),
-    )
-    if size != architecture.padded_vocab or who == "padded size":
-        notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
-    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size"), "--true-vocab-size": job.true_vocab_size}
-    if job.true_vocab_size is None:
-        del claims["--true-vocab-size"]
-    notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
-    trained = str(args.get("params_dtype")).removeprefix("torch.")
-    stored = TORCH_NAMES[content.params_dtype]
-    if trained in TORCH_NAMES.values() and trained != stored:
-        notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
-    notes += human_notes(content)
-    if content.zero_tensors:
-        notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
-    return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
-
-
-def human_notes(content: Content) -> list[str]:
-    """What is rounded, kept as it is and left behind, a line each, in either direction."""
-    notes = []
-    if content.target_dtype and content.target_dtype != content.params_dtype:
-        notes.append(
-            f"weights are stored in {content.params_dtype} and become {content.target_dtype} "
-            "(--target-params-dtype keep leaves them as they are)"
-        )
-    if content.target_dtype and content.kept_dtypes:
-        notes.append(
-            f"{len(content.kept_dtypes)} parameters are not stored in {content.params_dtype} and keep their "
-            f"dtype: {names(content.kept_dtypes)}"
-        )
-    for reason, count, size_bytes in content.left_behind:
-        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
-    return notes
-
-
-def _contradicts(said: str, decided: str | None) -> bool:
-    if decided is None:
-        return said in ("mixtral", "llama3.1")
-    return said != decided
 
 
 def load_of(plan: Plan, rank: int) -> list[int]:
@@ -164,13 +82,6 @@ def describe_plan(
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(lines)
-
-
-def names(which: Iterable[str]) -> str:
-    """The first of them, and how many more there are."""
-    listed = list(which)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
 
 
 #: Of more ranks than this, only those that took longest are shown.

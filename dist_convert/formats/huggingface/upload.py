@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert.errors import UploadError, UsageError
+from dist_convert.formats.huggingface.hub import hub_errors
+from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
+from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
 from dist_convert.ranks.answer import answer_within
-from dist_convert.read.hub import hub_errors
-from dist_convert.read.huggingface import CONFIG_FILE, find_weights
 from dist_convert.read.source import no_directory
-from dist_convert.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
-from dist_convert.units import human_bytes
+from dist_convert.records import human_bytes
 from dist_convert.write.partial import PARTIAL_SUFFIX, refuse_unfinished
 
 if TYPE_CHECKING:

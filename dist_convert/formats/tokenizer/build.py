@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingPackage, UnsupportedModel
+from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_small_file
-from dist_convert.tokenizer.record import Style, Tokenizer
 
 
 def require(module: str, path: Path) -> None:

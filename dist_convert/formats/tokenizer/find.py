@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import MissingPackage, SourceError, UsageError
-from dist_convert.read.hub import cached_snapshot
-from dist_convert.tokenizer.build import is_sentencepiece, is_tiktoken, read_sentencepiece, read_tiktoken
-from dist_convert.tokenizer.huggingface import (
+from dist_convert.formats.huggingface.hub import cached_snapshot
+from dist_convert.formats.tokenizer.build import is_sentencepiece, is_tiktoken, read_sentencepiece, read_tiktoken
+from dist_convert.formats.tokenizer.huggingface import (
     CONFIG,
     FILES,
     MODEL_FILE,
@@ -25,7 +25,7 @@ from dist_convert.tokenizer.huggingface import (
     read_huggingface,
     read_slow,
 )
-from dist_convert.tokenizer.record import Tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer
 
 #: Arguments that may name the tokenizer; the last two are GPT2BPETokenizer's.
 _ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_file")

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_convert.tokenizer.build import build_llama2, build_llama3, roles
-from dist_convert.tokenizer.chat import CHAT_TEMPLATES
-from dist_convert.tokenizer.huggingface import (
+from dist_convert.formats.tokenizer.build import build_llama2, build_llama3, roles
+from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
+from dist_convert.formats.tokenizer.huggingface import (
     CONFIG,
     INPUT_NAMES,
     SPECIAL_TOKENS,
     build_slow,
     copy_huggingface,
 )
-from dist_convert.tokenizer.record import Style, Tokenizer
+from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.write.files import target_error
 
 _FAST_FILE = "tokenizer.json"

@@ -25,7 +25,7 @@ from dist_convert.errors import (
     UnknownTensor,
     raise_together,
 )
-from dist_convert.read.megatron import is_checkpoint
+from dist_convert.formats.torch.shards import is_checkpoint
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor

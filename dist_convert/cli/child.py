@@ -1,0 +1,97 @@
+"""A conversion in ranks of their own, for a program that must not be forked: the command, and what its log says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dist_convert import errors
+from dist_convert.move.report import Report, report_from_details
+from dist_convert.options import CONVERT, Options, flag_of, options_of
+
+#: How often a program that waits for its ranks asks whether to end them, and how often they tell how far they are.
+_POLL_SECONDS, _PROGRESS_SECONDS = 0.2, 1
+_LINES_OF_A_CRASH = 20
+
+
+def convert_in_ranks(
+    job: Options, ranks: int, on_progress: Callable[[int, int], None] | None, cancel: Callable[[], bool] | None
+) -> Report:
+    """Run the command in a process of its own, whose log says what happens."""
+    with tempfile.TemporaryDirectory(prefix="dist_convert-") as directory:
+        file = Path(directory) / "job.yaml"
+        file.write_text(json.dumps(_job_file(replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS))))
+        command = [sys.executable, "-m", "dist_convert", CONVERT, "--config", str(file), "--ranks", str(ranks)]
+        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in launcher}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, errors="replace",
+        )  # fmt: skip
+        with process:
+            stop = threading.Event()
+            watcher = threading.Thread(target=_end_when_asked, args=(process, cancel, stop), daemon=True)
+            if cancel is not None:
+                watcher.start()
+            try:
+                said = list(_events(process, on_progress))
+            except BaseException:
+                process.send_signal(signal.SIGTERM)
+                raise
+            finally:
+                stop.set()
+            exit_code = process.wait()
+    for event in said:
+        if "report" in event:
+            return report_from_details(event["report"])
+    if cancel is not None and exit_code == 128 + signal.SIGTERM:
+        raise errors.Cancelled
+    for event in said:
+        if event["event"] == "error":
+            raise errors.error_from_details(event)
+    lines = [event["text"] for event in said if event["event"] == "text"][-_LINES_OF_A_CRASH:]
+    raise errors.LostRank(f"the ranks ended with exit code {exit_code}", found="\n".join(lines))
+
+
+def _job_file(job: Options) -> dict[str, Any]:
+    """What a job file says of options, by the names of the command's flags."""
+    found: dict[str, Any] = {"to": job.to, "source": job.source, "target": str(job.target)}
+    for one, known in options_of(CONVERT):
+        value = getattr(job, one.name)
+        if one.name not in found and value != one.default:
+            shown = f"{value}B" if known.kind == "size" else value if isinstance(value, bool | int) else str(value)
+            found[flag_of(one, CONVERT)[2:]] = shown
+    return found
+
+
+def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], None] | None) -> Iterator[dict[str, Any]]:
+    """What a command says, but for its progress, which goes on to the caller's function."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            yield {"event": "text", "text": line.rstrip("\n")}
+        elif event["event"] != "progress":
+            yield event
+        elif on_progress is not None:
+            on_progress(event["done_bytes"], event["total_bytes"])
+
+
+def _end_when_asked(process: subprocess.Popen[str], cancel: Callable[[], bool], stop: threading.Event) -> None:
+    while not stop.wait(_POLL_SECONDS):
+        if cancel():
+            process.send_signal(signal.SIGTERM)
+            return
