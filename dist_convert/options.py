@@ -158,6 +158,13 @@ class Options:
         "source",
         kind="switch",
     )
+    accept_differing_copies: bool = _of_torch(
+        False,
+        "where copies of one parameter differ, take that of the lowest rank; a head that is not the embedding that it "
+        "is tied to becomes one of its own",
+        "source",
+        kind="switch",
+    )
     target: Path = _option(
         Path(),
         {

@@ -130,6 +130,7 @@ class StoredTensor:
         shape: elements per dimension.
         strides: elements between neighbours, per dimension.
         offset_bytes: of the first element, from the start of the file.
+        checksum: CRC-32 of its bytes, where the file tells it of this tensor alone.
     """
 
     name: str
@@ -138,6 +139,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset_bytes: int
+    checksum: int | None = None
 
     @property
     def elements(self) -> int:

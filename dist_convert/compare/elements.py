@@ -84,6 +84,7 @@ def _by_formula(
     shard, inside, across = shard_element(parameter, number, catalog.architecture.sizes(), row, column)
     if shard not in pieces:
         files = files_of(catalog, parameter, shard)
+        files = files[:1] if parameter.name in catalog.pinned else files
         pieces[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
     for file, of_file in pieces[shard].items():
         yield file, _offset_bytes(of_file, inside, across)

@@ -19,6 +19,7 @@ from dist_convert.compare.open import checkpoints, open_named
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
 from dist_convert.errors import DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
+from dist_convert.formats.open import settled, where_of
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.collectives import World, agree, gather_objects
@@ -157,13 +158,9 @@ def prepare_check(job: Options, task: Task, world: World) -> Check | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = Where(
-        task.source,
-        habana_imported_experts=job.habana_imported_experts,
-        true_vocab_size=job.true_vocab_size,
-        tokenizer=job.tokenizer,
-    )
-    return Check(open_named("source", where, world), SAMPLE if job.verify == "sample" else Fraction(1))
+    where = where_of(job, task.source)
+    source = settled(open_named("source", where, world), where, world)
+    return Check(source, SAMPLE if job.verify == "sample" else Fraction(1))
 
 
 def compare_with_source(check: Check, task: Task, directory: Path, world: World) -> str:

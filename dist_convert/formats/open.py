@@ -9,7 +9,8 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.torch.open import open_torch
+from dist_convert.formats.torch.copies import settle_copies
+from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.models.catalog import Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
 from dist_convert.ranks.collectives import World, gather_objects
@@ -27,7 +28,7 @@ def open_checkpoint(where: Where, world: World) -> Model:
     if any(gather_objects(world, (where.path / CONFIG_FILE).is_file())):
         return open_huggingface(where.path, world)
     if any(gather_objects(world, where.path.is_dir())):
-        return open_torch(where, world)
+        return settle_copies(open_torch(where, world), world, accept=None)
     raise no_directory(where.path, "checkpoint")
 
 
@@ -37,14 +38,33 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     Raises:
         SourceError: there is none, or all that the headers show to be wrong.
     """
-    where = Where(Path(job.source), job.ckpt_dir_name, job.habana_imported_experts, job.true_vocab_size, job.tokenizer)
+    where = where_of(job, Path(job.source), job.ckpt_dir_name)
     refuse_unfinished(where.path, where.ckpt_dir_name)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == TORCH:
-        return open_torch(where, world)
+        return settled(open_torch(where, world), where, world)
     if source == HUGGINGFACE or not any(gather_objects(world, where.path.is_dir())):
         return open_huggingface(_fetch(job, world, channel), world)
-    return open_checkpoint(where, world)
+    return settled(open_checkpoint(where, world), where, world)
+
+
+def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Where:
+    """A conversion's source, or its iteration."""
+    return Where(
+        path,
+        ckpt_dir_name,
+        job.habana_imported_experts,
+        job.true_vocab_size,
+        job.tokenizer,
+        job.accept_differing_copies,
+    )
+
+
+def settled(model: Model, where: Where, world: World) -> Model:
+    """A model whose copies have been compared, where its format has copies."""
+    if isinstance(model, TorchModel):
+        return settle_copies(model, world, accept=where.accept_differing_copies)
+    return model
 
 
 def _fetch(job: Options, world: World, channel: Control) -> Path:

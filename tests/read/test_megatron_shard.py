@@ -12,6 +12,7 @@ import types
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,16 +205,22 @@ def test_a_tensor_that_reaches_past_its_storage_is_named(kept: int, tmp_path: Pa
     assert caught.value.found == f"{kept} bytes"
 
 
+def without_checksums(shard: Shard) -> dict[str, Any]:
+    """The header; a wrong checksum of a tensor tells of a difference where there is none, and moves nothing."""
+    chunks = tuple({name: replace(t, checksum=None) for name, t in chunk.items()} for chunk in shard.chunks)
+    return shard_to_json(replace(shard, chunks=chunks))
+
+
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
 def test_no_single_wrong_byte_moves_a_tensor_or_raises_anything_untyped(flip: int, tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
-    whole = shard_to_json(save(path, {"norm": torch.ones(4), "head": torch.zeros(3, 4).T}))
+    whole = without_checksums(save(path, {"norm": torch.ones(4), "head": torch.zeros(3, 4).T}))
     data = path.read_bytes()
     harmless = 0
     for at in range(len(data)):
         path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
         try:
-            assert shard_to_json(read_shard(path, FILE)) == whole, f"byte {at}"
+            assert without_checksums(read_shard(path, FILE)) == whole, f"byte {at}"
             harmless += 1
         except ConversionError as error:
             assert error.file == FILE, f"byte {at}"  # noqa: PT017

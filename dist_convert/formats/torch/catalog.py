@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
@@ -53,6 +54,7 @@ class TorchCatalog:
         imported_experts: see `survey.open_catalog`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         add_to_norms: 1 where norms are stored as gamma - 1.
+        pinned: parameters whose copies differ; that of the lowest rank is taken.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
         tensors: the logical tensors.
         parameters: of each tensor, the parameter that it is stacked into, and its number there; without one, zeros.
@@ -68,6 +70,7 @@ class TorchCatalog:
     imported_experts: bool = False
     permuted_experts: bool = False
     add_to_norms: int = 0
+    pinned: frozenset[str] = frozenset()
     with_tied_copies: bool = False
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
@@ -93,6 +96,14 @@ class TorchCatalog:
             return ()
         parameter, _ = self.parameters[name]
         return tuple(self._stored(parameter, padding_places(parameter.row, self._sizes, parameter.shards)))
+
+    def checksum(self, view: View) -> int | None:
+        """What the file tells of a stored tensor, where all of it is one copy or several."""
+        return self._checksums.get((view.file, view.tensor))
+
+    @cached_property
+    def _checksums(self) -> dict[tuple[str, str], int | None]:
+        return {(one.file, one.name): one.checksum for chunk in self.stored.values() for one in chunk.values()}
 
     @property
     def title(self) -> str:
@@ -137,6 +148,8 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         InconsistentShards: equal copies of a shard are stored in different pieces.
     """
     found = replicas(catalog, parameter, shard)
+    if parameter.name in catalog.pinned:
+        return found[:1]
     if catalog.with_tied_copies:
         found += _tied_replicas(catalog, parameter, shard)
     if len({tuple((row, view.rows) for row, view in replica) for replica in found}) > 1:
@@ -265,10 +278,10 @@ def stored_as(catalog: TorchCatalog, parameter: Parameter, shard: int) -> set[tu
 
 
 def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
-    """The copies of the embedding's shard that the last pipeline stage holds where both are tied and apart."""
+    """The copies of the embedding's shard that the last pipeline stage holds, as it does where it is another one."""
     original, copy = megatron_names.TIED
     last = catalog.chunks[-1]
-    if parameter.name != original or not catalog.architecture.tied or last == catalog.chunks[0]:
+    if parameter.name != original or not catalog.architecture.tied:
         return ()
     rows, columns = shard_size_of(catalog, parameter)
     found = []

@@ -42,6 +42,8 @@ class TorchModel:
         vocab: tokens without padding; None where nobody says.
         imported_experts: see `survey.open_catalog`.
         beside: further files in the rank directories.
+        pinned: see `TorchCatalog`.
+        is_untied: its head is not the embedding, whatever the args say or leave open.
     """
 
     directory: Path
@@ -51,6 +53,8 @@ class TorchModel:
     vocab: int | None
     imported_experts: bool = False
     beside: LeftBehind = ()
+    pinned: frozenset[str] = frozenset()
+    is_untied: bool = False
 
     @property
     def config(self) -> None:
@@ -67,8 +71,14 @@ class TorchModel:
         padded = architecture_from_args(self.args, vocab=None, file=file).padded_vocab
         size = min(self.vocab or vocab or padded, padded)
         architecture = architecture_from_args(self.args, vocab=size, file=file)
+        if self.is_untied:
+            architecture = replace(architecture, tied=False)
         catalog, left_behind = open_catalog(
-            self.shards, architecture, imported_experts=self.imported_experts, with_tied_copies=with_tied_copies
+            self.shards,
+            architecture,
+            imported_experts=self.imported_experts,
+            with_tied_copies=with_tied_copies,
+            pinned=self.pinned,
         )
         return catalog, (*left_behind, *self.beside)
 

@@ -292,7 +292,8 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
         "iteration": shard.iteration,
         "args": shard.args,
         "chunks": [
-            [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in chunk.items()] for chunk in shard.chunks
+            [[name, t.dtype, t.shape, t.strides, t.offset_bytes, t.checksum] for name, t in chunk.items()]
+            for chunk in shard.chunks
         ],
         "opaque": shard.opaque,
         "others": shard.others,
@@ -305,9 +306,9 @@ def shard_from_json(data: dict[str, Any]) -> Shard:
     chunks = tuple(
         {
             name: StoredTensor(
-                _label(name, virtual, count), data["file"], dtype, tuple(shape), tuple(strides), offset_bytes
+                _label(name, virtual, count), data["file"], dtype, tuple(shape), tuple(strides), offset_bytes, checksum
             )
-            for name, dtype, shape, strides, offset_bytes in chunk
+            for name, dtype, shape, strides, offset_bytes, checksum in chunk
         }
         for virtual, chunk in enumerate(data["chunks"])
     )

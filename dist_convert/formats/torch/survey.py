@@ -83,6 +83,7 @@ def open_catalog(
     *,
     imported_experts: bool = False,
     with_tied_copies: bool = False,
+    pinned: frozenset[str] = frozenset(),
 ) -> tuple[TorchCatalog, LeftBehind]:
     """A checkpoint from the headers of its files, and what of it holds no weights.
 
@@ -91,7 +92,7 @@ def open_catalog(
         architecture: the model, with the true vocabulary size.
         imported_experts: the experts were written by an importer that did not interleave gate and up rows over
             tensor parallel ranks (docs/formats.md, "Known defects of earlier tools").
-        with_tied_copies: see `TorchCatalog`.
+        with_tied_copies, pinned: see `TorchCatalog`.
 
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
@@ -113,6 +114,7 @@ def open_catalog(
         stored,
         imported_experts=imported_experts,
         with_tied_copies=with_tied_copies,
+        pinned=pinned,
     )
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
     surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
@@ -217,6 +219,8 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
                 problems.append(problem)
                 used |= stored_as(catalog, parameter, shard)
                 continue
+            if parameter.name in catalog.pinned:
+                used |= stored_as(catalog, parameter, shard)
             own = len(files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
             for number, view in ((number, view) for number, replica in enumerate(found) for _, view in replica):
                 used.add((view.file, view.tensor))
@@ -310,7 +314,7 @@ def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
         return "capacity bins (statistics of training)"
     if megatron_names.holds_no_weights(name):
         return "extra state (no weights)"
-    if megatron_names.is_tied_copy(name) and catalog.architecture.tied and catalog.chunks[-1] != catalog.chunks[0]:
+    if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
         return "output layer (equal to the embedding that it is tied to)"
     return None
 

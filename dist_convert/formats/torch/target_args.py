@@ -193,6 +193,8 @@ def expert_values(layout: str, ffn: int) -> Found:
     return of_layout | dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), (ffn, CONFIG))
 
 
+_UNTIED = "untie_embeddings_and_output_weights"
+
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
 ORIGINS = "origins_of_arguments"
 
@@ -312,6 +314,8 @@ def target_args(
             found[name] = _with_dtype(value), whose
     fixed |= vocabulary_values(architecture, vocab, make_vocab_size_divisible_by)
     fixed |= precision_values(params_dtype) if params_dtype else {}
+    if own is not None and architecture.tied == bool(own.get(_UNTIED)):
+        fixed[_UNTIED] = not architecture.tied, "the tensors"
     parallel = parallel_values(architecture, grid, stages, first, last, layout, given)
     if own is not None:
         parallel |= _of_own(own, grid, architecture, keeps_pipeline=keeps_pipeline)
