@@ -165,6 +165,12 @@ class Options:
         "source",
         kind="switch",
     )
+    accept_shard_order: bool = _of_torch(
+        False,
+        "believe the names of rank directories where the args in them contradict these",
+        "source",
+        kind="switch",
+    )
     target: Path = _option(
         Path(),
         {

@@ -57,13 +57,14 @@ def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Wher
         job.true_vocab_size,
         job.tokenizer,
         job.accept_differing_copies,
+        job.accept_shard_order,
     )
 
 
 def settled(model: Model, where: Where, world: World) -> Model:
     """A model whose copies have been compared, where its format has copies."""
     if isinstance(model, TorchModel):
-        return settle_copies(model, world, accept=where.accept_differing_copies)
+        return settle_copies(model, world, accept=where.accept_differing_copies, accept_order=where.accept_shard_order)
     return model
 
 

@@ -30,6 +30,7 @@ class Where:
         habana_imported_experts: its experts are those of Habana's importer, not interleaved over ranks.
         true_vocab_size: tokens without padding; None asks the args, then the tokenizer.
         tokenizer: its directory, where the args' own path is not here.
+        accept_shard_order: the args' ranks may contradict the directories' names.
         accept_differing_copies: of parameters whose copies differ, the lowest rank's is taken.
         name_flag: that gives `ckpt_dir_name`, for messages.
     """
@@ -40,6 +41,7 @@ class Where:
     true_vocab_size: int | None = None
     tokenizer: Path | None = None
     accept_differing_copies: bool = False
+    accept_shard_order: bool = False
     name_flag: str = NAME_FLAG
 
 

@@ -19,6 +19,7 @@ from dist_convert.errors import ConversionError, InconsistentShards, raise_toget
 from dist_convert.formats.megatron.names import TIED
 from dist_convert.formats.torch.catalog import Parameter, TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
+from dist_convert.formats.torch.order import check_order
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
@@ -49,7 +50,7 @@ class _Copies:
         return min((view.dtype for view in self.views), key=lambda dtype: DTYPE_BYTES[dtype])
 
 
-def settle_copies(model: TorchModel, world: World, *, accept: bool | None) -> TorchModel:
+def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accept_order: bool = False) -> TorchModel:
     """The model, after its copies were compared.
 
     A head beside args that do not say whether it is tied is so only if it is the embedding.
@@ -59,9 +60,10 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None) -> To
         world: this rank.
         accept: where copies differ, take that of the lowest rank, and give a head that is not its embedding a place of
             its own. None: copies may differ, as whoever asks compares them; only such a head is looked at.
+        accept_order: see `check_order`.
 
     Raises:
-        InconsistentShards: copies differ, and that is not accepted; all of them together.
+        InconsistentShards: copies differ, and that is not accepted, or see `check_order`; all of them together.
     """
     is_silent = model.args.get("untie_embeddings_and_output_weights") is None
     if accept is None and not (
@@ -69,6 +71,8 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None) -> To
     ):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
+    if accept is not None:
+        check_order(model, catalog, world, accept=accept_order)
     differing = _differing(catalog, model, world)
     heads = [one for one in differing if _is_head(one)]
     if accept is None:
