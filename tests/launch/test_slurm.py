@@ -152,4 +152,4 @@ def test_a_job_that_fails_and_leaves_nothing_to_go_on_with_is_not_started_again(
 def test_a_job_without_a_target_on_the_command_line_says_what_it_needs(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.submit("megatron-to-hf", "--config", "job.yaml")
     assert job.state == "FAILED"
-    assert job.printed.startswith("give --save-path or --save-dir on the command line")
+    assert job.printed.startswith("give the target on the command line")
