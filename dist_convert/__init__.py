@@ -87,7 +87,12 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
     known = {_plain_name(one.name): (one.name, option.kind) for one, option in options_of(CONVERT)}
-    values: dict[str, Any] = {"source": os.fspath(source), "target": Path(target).resolve()}
+    if not os.fspath(source) or not os.fspath(target):
+        raise errors.UsageError("a path is empty", found=f"source {source!r}, target {target!r}")
+    values: dict[str, Any] = {
+        "source": os.path.expanduser(source),
+        "target": Path(target).expanduser().resolve(),
+    }
     for name, value in given.items():
         if _plain_name(name) not in known or name in values:
             raise TypeError(f"convert() has no option {name!r}; see dist-convert convert --help")

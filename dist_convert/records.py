@@ -347,9 +347,9 @@ def human_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
 
 
-def counted(count: int, what: str) -> str:
+def counted(count: int, what: str, several: str = "") -> str:
     """A number of things: 1 rank, 2 ranks."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
+    return f"{count:,} " + (what if count == 1 else several or f"{what}s")
 
 
 def parse_bytes(text: str) -> int:

@@ -98,6 +98,8 @@ def with_numbers(path: str) -> str:
     Raises:
         UsageError: the launcher does not tell such a number.
     """
+    if not path:
+        raise UsageError("a path is empty", remedy="give a path; where a variable holds it, is that unset?")
     told = {"rank": os.environ.get("RANK"), "local_rank": os.environ.get("LOCAL_RANK"), "node": _node()}
     for name, number in told.items():
         if "{" + name + "}" in path and number is None and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -105,7 +107,7 @@ def with_numbers(path: str) -> str:
                 f"{{{name}}} cannot be told", file=path, remedy="start with torchrun, or set what it sets: GROUP_RANK"
             )
         path = path.replace("{" + name + "}", number or "0")
-    return path
+    return os.path.expanduser(path)
 
 
 def _node() -> str | None:
@@ -485,7 +487,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         missing = [
             flag_of(one, flags.command)
             for one, _ in options_of(flags.command)
-            if one.name in POSITIONAL and not getattr(flags, one.name, None)
+            if one.name in POSITIONAL and getattr(flags, one.name, None) is None
         ]
         missing += ["--to"] if flags.command == CONVERT and not flags.to else []
     if missing:  # checked here: argparse would name these first, and hide a misspelt one

@@ -190,6 +190,8 @@ def _named_loss() -> Iterator[None]:
     """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this rank's own accelerator
     except (dist.DistError, RuntimeError) as error:
         raise lost_contact(str(error).splitlines()[0]) from error
 

@@ -119,4 +119,4 @@ def limit_threads(local_world_size: int) -> None:
     A rank's other threads read and write at the same time: one core is theirs.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size - 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
+from dist_convert.records import counted
 from dist_convert.write.files import sync, target_error
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, is_converted
@@ -46,7 +47,7 @@ def check_target(
             expected="a new or empty directory",
             found="a conversion: " + "; ".join(different)
             if different
-            else f"{sum(1 for _ in target.iterdir())} entries",
+            else counted(sum(1 for _ in target.iterdir()), "file or directory", "files and directories"),
             remedy=f"choose another {flag}"
             + (", or replace it with --overwrite" if is_converted(target) else ", or remove the directory yourself"),
         )

@@ -166,7 +166,7 @@ def test_enum_members_become_their_text(by_name: bool, tmp_path: Path, monkeypat
         ([1], CorruptFile, "not a checkpoint file"),
         ({}, MissingArguments, "an empty dict"),
         ({"model": {}}, MissingArguments, "found:    model"),
-        ({"args": {"num_layers": 1}, "model": {}}, MissingArguments, "argparse.Namespace"),
+        ({"args": [1], "model": {}}, MissingArguments, "argparse.Namespace"),
         ({"args": Namespace(num_layers=1), "model": {}}, UnsupportedModel, "older than version 2"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 1.0, "model": {}}, UnsupportedModel, "found:    1.0"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0}, CorruptFile, "holds no model"),

@@ -23,6 +23,7 @@ from dist_convert.errors import (
     MissingShard,
     MissingTensor,
     UnknownTensor,
+    UnsupportedModel,
     raise_together,
 )
 from dist_convert.formats.torch.shards import is_checkpoint
@@ -126,6 +127,7 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
 
     Raises:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
+        UnsupportedModel: a dtype that is not known.
         SourceError: the file cannot be read.
     """
     with reading(file), path.open("rb") as stream:
@@ -173,6 +175,15 @@ def _stored(name: str, entry: dict[str, Any], file: str, data_bytes: int) -> Sto
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     whole = all(type(number) is int and 0 <= number < _LIMIT for number in numbers) and len(offsets) == 2
+    if whole and isinstance(dtype, str) and dtype.isidentifier() and dtype not in DTYPE_BYTES:
+        raise UnsupportedModel(
+            "a dtype that no weight of these families has",
+            tensor=name,
+            file=file,
+            expected=", ".join(DTYPE_BYTES),
+            found=dtype,
+            remedy="save the model dequantised, in bf16, fp16 or fp32",
+        )
     if not whole or dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has no known dtype, shape and data_offsets")
     strides, step = [], 1

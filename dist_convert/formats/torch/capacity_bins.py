@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dist_convert.errors import CheckpointNotFound, CorruptFile, UsageError
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel, UsageError
 from dist_convert.formats.megatron.grid import Chunk, Rank, rank_directory
 from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
 from dist_convert.formats.torch.catalog import TorchCatalog
@@ -42,6 +42,15 @@ def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
 
 
 def _read(directory: Path, tensor: StoredTensor) -> list[float]:
+    if tensor.dtype not in _DTYPES:
+        raise UnsupportedModel(
+            "capacity bins of an unexpected dtype",
+            tensor=tensor.name,
+            file=tensor.file,
+            expected=", ".join(_DTYPES),
+            found=tensor.dtype,
+            remedy="leave --save-capacity-bins out",
+        )
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     with (directory / tensor.file).open("rb") as file:
         file.seek(tensor.offset_bytes)

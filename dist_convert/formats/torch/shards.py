@@ -183,11 +183,12 @@ def read_shard(path: Path, file: str) -> Shard:
     """
     container, saved = open_saved(path, file)
     args = saved.get("args")
-    if not isinstance(args, Inert) or not isinstance(args.state, Mapping):
+    values = args.state if isinstance(args, Inert) else args
+    if not isinstance(values, Mapping):
         raise MissingArguments(
             "the checkpoint has no args",
             file=file,
-            expected="an argparse.Namespace under the key 'args'",
+            expected="an argparse.Namespace or a dict under the key 'args'",
             found=", ".join(map(str, saved)) or "an empty dict",
             remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
         )
@@ -200,7 +201,7 @@ def read_shard(path: Path, file: str) -> Shard:
         size_bytes=container.size_bytes,
         weights_bytes=sum(tensor.size_bytes for chunk in chunks for tensor in chunk.values()),
         iteration=iteration if isinstance(iteration, int) else None,
-        args=plain_dict(args.state),
+        args=plain_dict(values),
         chunks=chunks,
         opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
         others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},

@@ -1,0 +1,94 @@
+"""Inputs that are unusual and clear: each is read, or refused by its own name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_convert
+from dist_convert.__main__ import main
+from tests.checkpoints import Model, hf_tensors, make, megatron_shards, training_args
+from tests.converting import assert_same, read_tensors
+from tests.to_megatron import make_hf
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "C64", "F6_E2M3"])
+def test_a_newer_dtype_is_named_and_no_damage(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_hf(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "torch", "--device", "cpu"]) == 1
+    message = capsys.readouterr().err
+    assert "a dtype that no weight of these families has" in message
+    assert dtype in message
+    assert "model.norm.weight" in message
+
+
+def test_args_that_were_saved_as_a_dict_are_args(tmp_path: Path) -> None:
+    hf = hf_tensors(Model())
+    args = vars(training_args(Model()))
+    for name, chunks in megatron_shards(Model(), hf).items():
+        directory = tmp_path / "megatron" / "iter_0000004" / name
+        directory.mkdir(parents=True)
+        saved = {"args": args, "checkpoint_version": 3.0, "iteration": 4, "model": chunks[0]}
+        torch.save(saved, directory / "model_optim_rng.pt")
+    dist_convert.convert(tmp_path / "megatron" / "iter_0000004", tmp_path / "hf", to="huggingface")
+    assert_same(read_tensors(tmp_path / "hf"), hf)
+
+
+@pytest.mark.parametrize("words", [["", "/out"], ["/in", ""]])
+def test_an_empty_path_is_called_empty(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", *words, "--to", "torch"]) == 2
+    assert "a path is empty" in capsys.readouterr().err
+    with pytest.raises(dist_convert.errors.UsageError, match="a path is empty"):
+        dist_convert.convert(words[0], words[1], to="torch")
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make(tmp_path / "megatron")
+    assert main(["convert", "~/megatron", "~/hf", "--to", "huggingface", "--device", "cpu"]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    (tmp_path / "job.yaml").write_text("source: ~/megatron\ntarget: ~/second\nto: huggingface\ndevice: cpu\n")
+    assert main(["convert", "--config", str(tmp_path / "job.yaml")]) == 0
+    assert (tmp_path / "second" / "model.safetensors").is_file()
+    assert dist_convert.convert("~/megatron", "~/third", to="huggingface").target == tmp_path / "third"
+
+
+def test_a_job_file_may_give_source_and_target_and_the_command_line_wins(tmp_path: Path) -> None:
+    make(tmp_path / "megatron")
+    text = f"source: {tmp_path / 'nowhere'}\ntarget: {tmp_path / 'one'}\nto: huggingface\ndevice: cpu\n"
+    (tmp_path / "job.yaml").write_text(text)
+    words = [str(tmp_path / "megatron"), str(tmp_path / "two")]
+    assert main(["convert", *words, "--config", str(tmp_path / "job.yaml")]) == 0
+    assert (tmp_path / "two").is_dir()
+    assert not (tmp_path / "one").exists()
+
+
+def test_what_convert_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert"]) == 2
+    assert "SRC and DST and --to must be given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("megatron-to-hf", ("--load-path", "{megatron}", "--save-path", "{out}")),
+        ("convert", ("{megatron}", "{out}", "--to", "huggingface")),
+    ],
+)
+def test_the_old_command_is_a_front_of_the_new_one(command: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    make(tmp_path / "megatron")
+    words = [word.format(megatron=tmp_path / "megatron", out=tmp_path / "out") for word in flags]
+    assert main([command, *words, "--device", "cpu"]) == 0
+    # What one has made, the other finds complete.
+    other = dist_convert.convert(tmp_path / "megatron", tmp_path / "out", to="huggingface", device="cpu")
+    assert other.was_complete
