@@ -1,11 +1,21 @@
-"""Checkpoints and logits by the real megatron-core, made once for all tests of this folder."""
+"""Checkpoints and logits by the real megatron-core, made once for all tests of this folder, and kept for the next run.
+
+What is made depends on nothing but the scripts here and the packages' versions, and is kept under their hash, outside
+of the checkout: `$DIST_CONVERT_TEST_CACHE`, else `~/.cache/dist_convert-tests`.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,8 +44,39 @@ def torchrun() -> Torchrun:
 
 
 @pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory, torchrun: Torchrun) -> Path:
+def oracle(torchrun: Torchrun) -> Path:
     """A directory with CASE/iter_0000004/... and CASE/oracle.pt for every case, written by 8 ranks."""
-    directory = tmp_path_factory.mktemp("oracle")
-    torchrun("megatron_writer.py", 8, directory)
+    return kept("oracle", "", lambda directory: torchrun("megatron_writer.py", 8, directory))
+
+
+def kept(name: str, more: str, make: Callable[[Path], None]) -> Path:
+    """A directory that is made once for these scripts and packages.
+
+    Args:
+        name: of what it holds.
+        more: what it depends on besides.
+        make: fills a directory that does not exist yet, or is empty.
+    """
+    digest = hashlib.sha256(more.encode())
+    for script in sorted(Path(__file__).parent.glob("*.py")):
+        if not script.name.startswith(("test_", "conftest")):
+            digest.update(script.read_bytes())
+    versions = [f"{package} {version(package)}" for package in ("megatron-core", "torch")]
+    digest.update(f"{versions} {sys.version_info[:2]}".encode())
+    cache = Path(os.environ.get("DIST_CONVERT_TEST_CACHE", Path.home() / ".cache" / "dist_convert-tests"))
+    directory = cache / f"{name}-{digest.hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, others wait
+        if not directory.is_dir():
+            fresh = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+            make(fresh)
+            fresh.rename(directory)
+        os.utime(directory)
+        for old in cache.glob(f"{name}-*"):  # of other scripts or versions, and of runs that were stopped
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
     return directory
+
+
+_KEPT_SECONDS = 7 * 24 * 3600

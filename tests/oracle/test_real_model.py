@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dist_convert.__main__ import main
 from tests.converting import assert_same, convert
-from tests.oracle.conftest import Torchrun
+from tests.oracle.conftest import Torchrun, kept
 
 REPOSITORY = Path(__file__).parents[2]
 GRID = ("--target-tensor-parallel-size", "3", "--target-pipeline-parallel-size", "2")
@@ -31,8 +31,9 @@ def smollm2() -> Path:
 def test_what_megatron_saved_at_tp3_pp2_becomes_the_same_weights_and_still_answers_paris(
     smollm2: Path, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    torchrun("real_model_writer.py", 6, smollm2, tmp_path / "megatron")
-    assert convert(tmp_path / "megatron", tmp_path / "hf", "--tokenizer", str(smollm2)) == 0
+    config = (smollm2 / "config.json").read_text()
+    megatron = kept("real-model", config, lambda made: torchrun("real_model_writer.py", 6, smollm2, made))
+    assert convert(megatron, tmp_path / "hf", "--tokenizer", str(smollm2)) == 0
     assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(smollm2 / "model.safetensors"))
     check = [sys.executable, str(REPOSITORY / "launch" / "demo_check.py"), str(tmp_path / "hf")]
     answer = subprocess.run(check, capture_output=True, text=True, check=True).stdout

@@ -42,7 +42,13 @@ def planned(*arguments: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "world"), [(LLAMA_405B, 1024), (MIXTRAL_8X22B, 1024), (LLAMA_70B, 64), (MIXTRAL_8X7B, 64)]
+    ("model", "world"),
+    [
+        pytest.param(LLAMA_405B, 1024, marks=pytest.mark.slow),
+        (MIXTRAL_8X22B, 1024),
+        (LLAMA_70B, 64),
+        (MIXTRAL_8X7B, 64),
+    ],
 )
 def test_ranks_that_see_all_write_every_byte_once_and_about_equally_many(model: str, world: int) -> None:
     found = planned(model, "direct", world)
