@@ -66,6 +66,12 @@ def convert(
     job = _job(source, target, to, options)
     if ranks is not None and group is not None:
         raise errors.UsageError("ranks are started, or those of a group", found="ranks and group", remedy="give one")
+    if job.push_to_hub and (ranks is None or ranks < 2):
+        raise errors.UsageError(
+            "push_to_hub is done by ranks of their own",
+            found=f"ranks={ranks}",
+            remedy="give ranks=2 or more, or upload the finished directory with: dist-convert push",
+        )
     if ranks is not None and ranks > 1:
         from dist_convert.cli.child import convert_in_ranks
 

@@ -50,8 +50,10 @@ def _heeding_ctrl_c(run: Callable[[], int]) -> int:
 
 
 def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
+    is_json = False
     try:
         flags = parse(sys.argv[1:] if argv is None else argv)
+        is_json = getattr(flags, "log_format", "text") == "json"
         if flags.command == "inspect":
             return _inspect(flags)
         if flags.command in ("tokenizer", "push"):
@@ -65,9 +67,9 @@ def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
             _job(flags)  # what is wrong with it is said before ranks are there
             return _start_ranks(ranks, lambda: _heeding_ctrl_c(lambda: be_rank(flags, stack)))
     except ConversionError as error:
-        return _fail_early(error)
+        return _fail_early(error, is_json=is_json)
     except OSError as error:
-        return _fail_early(_refused(error))
+        return _fail_early(_refused(error), is_json=is_json)
     return be_rank(flags, stack)
 
 
@@ -99,16 +101,20 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     return run_ranks(ranks, run)
 
 
-def _fail_early(error: ConversionError) -> int:
+def _fail_early(error: ConversionError, *, is_json: bool = False) -> int:
     """Report an error of flags or job files, which all ranks usually have, but sometimes one of them alone."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
 
         if is_served_by_launcher():
-            return Channel(rank, size).fail(str(error), error.exit_code)
-    print(error, file=sys.stderr)
+            return Channel(rank, size).fail(_message(error, is_json=is_json), error.exit_code)
+    print(_message(error, is_json=is_json), file=sys.stderr)
     return error.exit_code
+
+
+def _message(error: ConversionError, *, is_json: bool) -> str:
+    return as_json_line("error", str(error), **error_details(error)) if is_json else str(error)
 
 
 def _inspect(flags: argparse.Namespace) -> int:
@@ -239,9 +245,7 @@ def _refused(error: OSError) -> ConversionError:
 
 def _fail(channel: Channel | None, error: ConversionError, job: Options | VerifyJob) -> int:
     """Report an error, once for all ranks; the exit code."""
-    message = str(error)
-    if isinstance(job, Options) and job.log_format == "json":
-        message = as_json_line("error", message, **error_details(error))
+    message = _message(error, is_json=isinstance(job, Options) and job.log_format == "json")
     if channel is not None:
         return channel.fail(message, error.exit_code)
     print(message, file=sys.stderr)

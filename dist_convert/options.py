@@ -167,7 +167,7 @@ class Options:
     )
     accept_shard_order: bool = _of_torch(
         False,
-        "believe the names of rank directories where the args in them contradict these",
+        "believe the names of rank directories where the args in them contradict these, or where two hold the same",
         "source",
         kind="switch",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -290,10 +291,12 @@ def test_a_job_file_with_flags_that_exclude_each_other_is_named(
     assert f"--fp16: not allowed with argument --bf16\n  file:     {file}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["megatron-to-hf", "hf-to-megatron", "verify", "tokenizer", "push", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["convert", "megatron-to-hf", "hf-to-megatron", "verify", "tokenizer", "push", "inspect"]
+)
 def test_the_help_has_a_text_and_a_default_for_every_flag(command: str) -> None:
     _, commands = build_parser()
-    for action in commands[command]._actions:
+    for action in (one for one in commands[command]._actions if one.help != argparse.SUPPRESS):
         assert action.help, action.option_strings
         may_be_absent = (
             action.option_strings and action.dest not in ("help", "config") and "(required)" not in action.help

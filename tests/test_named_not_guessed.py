@@ -73,6 +73,14 @@ def test_a_job_file_may_give_source_and_target_and_the_command_line_wins(tmp_pat
     assert not (tmp_path / "one").exists()
 
 
+@pytest.mark.parametrize("order", ["{0} {1} --to torch", "{0} --to torch {1}", "--to torch {0} {1}"])
+def test_the_two_arguments_may_stand_anywhere(order: str, tmp_path: Path) -> None:
+    make(tmp_path / "megatron")
+    words = order.format(tmp_path / "megatron", tmp_path / "out").split()
+    assert main(["convert", *words, "--device", "cpu"]) == 0
+    assert (tmp_path / "out" / "iter_0000004").is_dir()
+
+
 def test_what_convert_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert"]) == 2
     assert "SRC and DST and --to must be given" in capsys.readouterr().err

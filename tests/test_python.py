@@ -209,6 +209,9 @@ def test_a_slice_is_that_of_the_whole_tensor(llama: Made) -> None:
         assert torch.equal(model.get_slice(vector)[4:9], llama[1][vector][4:9])
         with pytest.raises(IndexError):
             part[1, 2, 3]
+        for index in (slice(None, None, -1), (slice(None), slice(9, None, -2))):
+            with pytest.raises(ValueError, match="steps of a slice"):
+                part[index]
         with pytest.raises(KeyError):
             model.get_slice("no such tensor")
 

@@ -29,7 +29,12 @@ def convert_in_ranks(
     """Run the command in a process of its own, whose log says what happens."""
     with tempfile.TemporaryDirectory(prefix="dist_convert-") as directory:
         file = Path(directory) / "job.yaml"
-        file.write_text(json.dumps(_job_file(replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS))))
+        file.write_text(
+            json.dumps(
+                _job_file(replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS)), ensure_ascii=False
+            ),
+            encoding="utf-8",
+        )
         command = [sys.executable, "-m", "dist_convert", CONVERT, "--config", str(file), "--ranks", str(ranks)]
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
@@ -51,10 +56,10 @@ def convert_in_ranks(
             finally:
                 stop.set()
             exit_code = process.wait()
-    for event in said:
+    for event in said if exit_code == 0 else ():
         if "report" in event:
             return report_from_details(event["report"])
-    if cancel is not None and exit_code == 128 + signal.SIGTERM:
+    if cancel is not None and exit_code in (128 + signal.SIGTERM, -signal.SIGTERM):
         raise errors.Cancelled
     for event in said:
         if event["event"] == "error":

@@ -356,7 +356,11 @@ class Parser(argparse.ArgumentParser):
 
 def add_switch(group: Any, flag: str, help_text: str) -> None:
     """A flag that is off, and that the command line can switch off again where a job file has it on."""
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=f"{help_text} (default: off)")
+    name = flag[2:].replace("-", "_")
+    group.add_argument(flag, action="store_true", default=False, help=f"{help_text} (default: off)")
+    group.add_argument(
+        f"--no-{flag[2:]}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def add_size(group: Any, flag: str, default: str, help_text: str, dest: str | None = None) -> None:
@@ -388,8 +392,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def _add_conversion(commands: Any, name: str) -> None:
     """A command that converts, with the flags of its options."""
     what, how = _CONVERSIONS[name]
+    named = f"SRC DST --to {{{','.join(FORMATS)}}}"
+    if name != CONVERT:
+        named = " ".join(f"{flag_of(one, name)} PATH" for one, _ in options_of(name) if one.name in POSITIONAL)
     command: argparse.ArgumentParser = commands.add_parser(
         name,
+        usage=f"dist-convert {name} {named} [FLAG ...]",
         help=what[0].lower() + what[1:],
         description=f"{what}. {how}--ranks or torchrun share the work among ranks; alone it is one rank.",
         epilog="{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers.",
@@ -475,6 +483,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if config and argv[0] in COMMANDS:
         commands[argv[0]].set_defaults(**flags_of_file(commands[argv[0]], config))
     flags, unknown = parser.parse_known_args([*argv])
+    if flags.command == CONVERT and len(unknown) == 1 and getattr(flags, "target", None) is None:
+        # argparse gives up on an argument that follows flags and others before them.
+        flags.target, unknown = (None, unknown) if unknown[0].startswith("-") else (unknown[0], [])
     program = f"dist-convert {flags.command}"
     if unknown:
         known = [flag for action in commands[flags.command]._actions for flag in action.option_strings]

@@ -85,7 +85,7 @@ class Weights:
         self._device = device
         self._lock = threading.Lock()
         self._reader: _Reader | None = None
-        self._process = 0
+        self._process = os.getpid()
 
     def __enter__(self) -> Weights:
         return self
@@ -132,9 +132,11 @@ class Weights:
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A box of a tensor, as rows x columns."""
         found = torch.empty(box.rows, box.columns, dtype=TORCH_DTYPES[self._dtype_of(name)])
+        if self._process != os.getpid():  # a fork may have come while another thread held the lock
+            self._lock, self._reader, self._process = threading.Lock(), None, os.getpid()
         with self._lock:
-            if self._reader is None or self._process != os.getpid():
-                self._reader, self._process = self._new_reader(), os.getpid()
+            if self._reader is None:
+                self._reader = self._new_reader()
             self._reader.read(self._catalog.regions(name), self._dtype_of(name), box, _buffer(found))
         return found.to(self._device)
 
@@ -237,6 +239,8 @@ class Slice:
         spans: list[range] = []
         later: list[int | torch.Tensor] = []
         for size, index in zip(self._shape, (*indices, *[slice(None)] * (2 - len(indices))), strict=False):
+            if isinstance(index, slice) and index.step is not None and index.step < 1:
+                raise ValueError(f"steps of a slice are 1 or more, not {index.step}")  # as torch says
             chosen = range(size)[index]
             if isinstance(chosen, int):
                 spans.append(range(chosen, chosen + 1))

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -99,7 +99,7 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
         group: every rank of it enters the block.
         timeout_seconds: after which a collective with a silent rank fails.
     """
-    control = _group_of(tuple(dist.get_process_group_ranks(group)), "gloo", timeout_seconds, group)
+    control = _control_group(group, timeout_seconds)
     names: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(names, socket.gethostname(), group=control)
     nodes = tuple(map(list(dict.fromkeys(names)).index, names))
@@ -107,12 +107,23 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
     world = World(dist.get_rank(group), len(names), nodes, device, timeout_seconds, control)
     try:
         yield world
-    except ConversionError as error:
-        if error.rank is None:
-            _tell(world, error)
-        if isinstance(error, LostRank):
+    except Exception as error:
+        told = error if isinstance(error, ConversionError) else ConversionError(f"{type(error).__name__}: {error}")
+        if isinstance(error, LostRank) or (told.rank is None and not _tell(world, told)):
             _group_of.cache_clear()  # its connections may be broken
         raise
+
+
+def _control_group(group: ProcessGroup, timeout_seconds: float) -> ProcessGroup:
+    """A gloo group of the same ranks: the program's own where it is one of some of its ranks over gloo.
+
+    Of all ranks a further one is made in the order in which all make groups. torch names one of some ranks by how many
+    groups a rank is in, which its members need not have in common; so none is made where it can be avoided.
+    """
+    members = tuple(dist.get_process_group_ranks(group))
+    if len(members) < dist.get_world_size() and dist.get_backend(group) == "gloo":
+        return group
+    return _group_of(members, "gloo", timeout_seconds, group)
 
 
 @cache
@@ -129,7 +140,10 @@ def _group_of(members: tuple[int, ...], backend: str, timeout_seconds: float, wi
         within: the group that they are of, which a program may make anew.
     """
     group: ProcessGroup = dist.new_group(
-        list(members), timeout=timedelta(seconds=timeout_seconds), backend=backend, use_local_synchronization=True
+        list(members),
+        timeout=timedelta(seconds=timeout_seconds),
+        backend=backend,
+        use_local_synchronization=len(members) < dist.get_world_size(),
     )
     return group
 
@@ -172,10 +186,13 @@ def gather_objects(world: World, mine: Any) -> list[Any]:
     return [content for _, content in said]
 
 
-def _tell(world: World, error: ConversionError) -> None:
-    """Tell the others of an error; what they say meanwhile is lost."""
-    with suppress(LostRank):
+def _tell(world: World, error: ConversionError) -> bool:
+    """Tell the others of an error; what they say meanwhile is lost. Whether they have heard it."""
+    try:
         _exchange(world, ["error", error_details(error)])
+    except LostRank:
+        return False
+    return True
 
 
 def _exchange(world: World, mine: Any) -> list[Any]:
@@ -228,26 +245,25 @@ def agree(world: World, digest: str) -> None:
             )
 
 
-def make_team_group(world: World, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """The process group of this rank's team; only its members take part. None for a team of one."""
-    if len(ranks) == 1:
-        return None
-    backend = BACKENDS[world.device.type]
-    whole = world.group or dist.group.WORLD
-    if len(ranks) == world.size and backend == "gloo":
-        return whole
-    members = dist.get_process_group_ranks(whole)
-    return _group_of(tuple(members[rank] for rank in ranks), backend, world.timeout_seconds, whole)
-
-
 @dataclass(frozen=True)
 class Gatherer:
-    """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one."""
+    """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one.
+
+    Attributes:
+        group: over gloo that of all ranks, on accelerators that of the team.
+        ranks: the members' numbers in the group.
+        member: this rank's place among them.
+        staging: the accelerator's memory.
+    """
 
     group: dist.ProcessGroup
-    members: int
+    ranks: tuple[int, ...]
     member: int
     staging: Staging | None
+
+    @property
+    def members(self) -> int:
+        return len(self.ranks)
 
 
 def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
@@ -258,11 +274,17 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
         ranks: of the team.
         send_bytes: the most that a member contributes to one gather.
     """
-    group = make_team_group(world, ranks)
-    if group is None:
+    if len(ranks) == 1:
         return None
-    staging = make_staging(world.device, send_bytes, len(ranks)) if world.device.type != "cpu" else None
-    return Gatherer(group, len(ranks), ranks.index(world.rank), staging)
+    member, backend = ranks.index(world.rank), BACKENDS[world.device.type]
+    whole = world.group or dist.group.WORLD
+    assert whole is not None  # there are several ranks
+    if backend == "gloo":  # whose messages need no group of their own
+        return Gatherer(whole, tuple(ranks), member, None)
+    of_program = dist.get_process_group_ranks(whole)
+    group = _group_of(tuple(of_program[rank] for rank in ranks), backend, world.timeout_seconds, whole)
+    staging = make_staging(world.device, send_bytes, len(ranks))
+    return Gatherer(group, tuple(range(len(ranks))), member, staging)
 
 
 def begin_gather(
@@ -310,9 +332,9 @@ def _pass_messages(
         words = slice(first, first + message.size_bytes // WIRE_DTYPE.itemsize)
         if message.receiver == gatherer.member:
             into = target[message.sender, words]
-            works.append(dist.irecv(into, group=gatherer.group, group_src=message.sender))
+            works.append(dist.irecv(into, group=gatherer.group, group_src=gatherer.ranks[message.sender]))
         elif message.sender == gatherer.member:
-            works.append(dist.isend(source[words], group=gatherer.group, group_dst=message.receiver))
+            works.append(dist.isend(source[words], group=gatherer.group, group_dst=gatherer.ranks[message.receiver]))
     return [work for work in works if work is not None]
 
 

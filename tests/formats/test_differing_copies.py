@@ -138,6 +138,21 @@ def test_a_head_of_its_own_is_never_dropped(to: str, tmp_path: Path) -> None:
     assert torch.equal(found[:28], head[:28])
 
 
+def test_a_head_of_its_own_stays_where_other_copies_of_the_embedding_differ_too(tmp_path: Path) -> None:
+    model = Model(tied=True, experts=4, heads=4, groups=4)
+
+    def change(shards: dict[str, list[State]]) -> None:
+        shards["mp_rank_00_000_001"][0][EMBEDDING][3] += 1
+        for file in ("mp_rank_00_001_000", "mp_rank_00_001_001"):
+            shards[file][0][HEAD][4] += 2
+
+    hf = changed(tmp_path, model, Grid(pp=2, ep=2), change, untie_embeddings_and_output_weights=None)
+    assert convert(tmp_path, ACCEPT, "--verify") == 0
+    found = read_tensors(tmp_path / "target")
+    assert torch.equal(found["model.embed_tokens.weight"], hf["model.embed_tokens.weight"])
+    assert not torch.equal(found["lm_head.weight"][4], hf["model.embed_tokens.weight"][4])
+
+
 @pytest.mark.parametrize("is_equal", [True, False])
 @pytest.mark.parametrize("grid", [Grid(), Grid(pp=2)], ids=["one stage", "two stages"])
 def test_where_args_do_not_say_it_a_head_is_tied_only_if_it_is_the_embedding(

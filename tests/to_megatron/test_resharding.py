@@ -89,6 +89,16 @@ def test_experts_get_another_spelling(source: str, experts: str, tmp_path: Path)
     )
 
 
+def test_a_kept_layout_says_in_which_variant_it_is_written(tmp_path: Path) -> None:
+    theirs: dict[str, Any] = {
+        "moe_dynamic_hpu": True, "moe_permuted_weights": False, "moe_fused_weights": False, **WHOLE
+    }  # fmt: skip
+    make(tmp_path / "source", MIXTRAL, Grid(ep=2), experts="dynamic-transposed-unfused", **theirs)
+    assert reshard(tmp_path / "source", tmp_path / "target", "--target-expert-parallel-size", "1", "--verify") == 0
+    args = args_of(tmp_path / "target")
+    assert (args.moe_permuted_weights, args.moe_fused_weights, args.moe_dynamic_hpu) == (True, True, True)
+
+
 @pytest.mark.parametrize(("norms", "flag"), [("local", "transformer_engine"), ("te", "local"), ("te", "habana")])
 def test_norms_get_another_spelling(norms: str, flag: str, tmp_path: Path) -> None:
     model = Model(vocab=32)

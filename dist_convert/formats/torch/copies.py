@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
-from dist_convert.formats.megatron.names import TIED
+from dist_convert.formats.megatron.names import TIED, normalise
 from dist_convert.formats.torch.catalog import Parameter, TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.order import check_order
@@ -28,6 +28,8 @@ from dist_convert.records import DTYPE_BYTES, Box, View, tiles
 
 ACCEPT = "--accept-differing-copies"
 _SAMPLE_BYTES = 64 << 10
+#: Of so many parameters it is worked out how far their copies are apart, which reads all of both.
+_MEASURED = 4
 _BLOCK_BYTES = 4 << 20
 
 
@@ -66,9 +68,7 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accep
         InconsistentShards: copies differ, and that is not accepted, or see `check_order`; all of them together.
     """
     is_silent = model.args.get("untie_embeddings_and_output_weights") is None
-    if accept is None and not (
-        is_silent and any(TIED[1] in chunk for s in model.shards.values() for chunk in s.chunks)
-    ):
+    if accept is None and not (is_silent and _has_head(model)):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
     if accept is not None:
@@ -77,10 +77,14 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accep
     heads = [one for one in differing if _is_head(one)]
     if accept is None:
         return replace(model, is_untied=model.is_untied or bool(heads))
-    problems = [] if accept else [_problem(one, model, world) for one in differing if not (is_silent and _is_head(one))]
-    raise_together(problems)
+    wrong = [] if accept else [one for one in differing if not (is_silent and _is_head(one))]
+    raise_together([_problem(one, model, world, is_measured=n < _MEASURED) for n, one in enumerate(wrong)])
     names = frozenset(one.parameter.name for one in differing if not _is_head(one))
     return replace(model, pinned=names, is_untied=model.is_untied or bool(heads))
+
+
+def _has_head(model: TorchModel) -> bool:
+    return any(normalise(name) == TIED[1] for s in model.shards.values() for chunk in s.chunks for name in chunk)
 
 
 def _is_head(copies: _Copies) -> bool:
@@ -101,12 +105,11 @@ def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
 
 def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_Copies]:
     """The copies that differ, the first one and one that is another; each rank reads what it is the first to see."""
-    found, unknown = [], []
+    found: list[_Copies] = []
+    unknown: list[_Copies] = []
     for copies in _copies(catalog):
         if copies.are_known:
-            other = next((n for n, sum_ in enumerate(copies.checksums) if sum_ != copies.checksums[0]), None)
-            if other is not None:
-                found.append(_pair(copies, other))
+            found += _pairs(copies, copies.checksums)
         else:
             unknown.append(copies)
     readers = {view.file: _first_to_see(view.file, model.found.visible) for one in unknown for view in one.views}
@@ -119,14 +122,18 @@ def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_
     digests: dict[str, str] = {key: value for of_rank in gather_objects(world, mine) for key, value in of_rank.items()}
     for number, copies in enumerate(unknown):
         sums = [digests[f"{number}/{copy}"] for copy in range(len(copies.views))]
-        other = next((n for n, digest in enumerate(sums) if digest != sums[0]), None)
-        if other is not None:
-            found.append(_pair(copies, other))
+        found += _pairs(copies, sums)
     return found
 
 
-def _pair(copies: _Copies, other: int) -> _Copies:
-    return replace(copies, views=(copies.views[0], copies.views[other]), checksums=(None, None))
+def _pairs(copies: _Copies, sums: Sequence[object]) -> Iterator[_Copies]:
+    """The first copy with the first that differs from it, and with the first head that does."""
+    for wants_head in (False, True):
+        for view, found in zip(copies.views, sums, strict=True):
+            pair = replace(copies, views=(copies.views[0], view), checksums=(None, None))
+            if found != sums[0] and _is_head(pair) is wants_head:
+                yield pair
+                break
 
 
 def _first_to_see(file: str, visible: Sequence[frozenset[str]]) -> int:
@@ -154,7 +161,7 @@ def _windows(view: View) -> Iterator[View]:
         yield view.window(tile)
 
 
-def _problem(copies: _Copies, model: TorchModel, world: World) -> ConversionError:
+def _problem(copies: _Copies, model: TorchModel, world: World, *, is_measured: bool) -> ConversionError:
     first, other = copies.views
     what = "copies of one parameter differ"
     remedy = "one of them is of another run, or damaged: copy the checkpoint again from where it was saved; or take "
@@ -167,7 +174,9 @@ def _problem(copies: _Copies, model: TorchModel, world: World) -> ConversionErro
         tensor=f"{copies.parameter.name}, shard {copies.shard}",
         file=f"{model.directory / other.file}",
         expected=f"the values in {model.directory / first.file}",
-        found=_largest_difference(first, other, model.directory, model.found.visible, model.found.listing, world),
+        found=_largest_difference(first, other, model.directory, model.found.visible, model.found.listing, world)
+        if is_measured
+        else "others",
         remedy=remedy,
     )
 

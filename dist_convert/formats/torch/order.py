@@ -26,12 +26,13 @@ def check_order(model: TorchModel, catalog: TorchCatalog, world: World, *, accep
     Args:
         model, catalog: whose headers are read.
         world: this rank.
-        accept: the args' ranks may contradict the directories.
+        accept: the directories are right, whatever speaks against it.
 
     Raises:
         InconsistentShards: all of them together.
     """
-    raise_together([*([] if accept else _swapped(model, catalog)), *_copied_twice(model, catalog, world)])
+    if not accept:
+        raise_together([*_swapped(model, catalog), *_copied_twice(model, catalog, world)])
 
 
 def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionError]:
@@ -79,7 +80,8 @@ def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> lis
             file=str(model.directory / file),
             expected="matrices of its own",
             found=f"those of {model.directory / twin}, by the checksums of all of them",
-            remedy="one of them was copied under the other's name: copy the right one again from where it was saved",
+            remedy="one of them was copied under the other's name: copy the right one again from where it was saved; "
+            f"if layers or experts are meant to be alike, as in an upcycled model, convert with {ACCEPT}",
         )
         for (twin, file), is_varied in zip(found, varied, strict=True)
         if is_varied

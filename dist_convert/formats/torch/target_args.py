@@ -193,6 +193,8 @@ def expert_values(layout: str, ffn: int) -> Found:
     return of_layout | dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), (ffn, CONFIG))
 
 
+#: Which variant of a layout the experts' tensors have.
+_VARIANTS = ("moe_permuted_weights", "moe_fused_weights", "moe_single_grouped_weight")
 _UNTIED = "untie_embeddings_and_output_weights"
 
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
@@ -265,6 +267,7 @@ def target_args(
     own: Mapping[str, Any] | None = None,
     transformer_impl: str | None = "transformer_engine",
     expert_layout: str | None = "sequential",
+    changes_experts: bool = True,
     first: int | None = None,
     last: int | None = None,
     layout: str | None = None,
@@ -286,7 +289,8 @@ def target_args(
         tokenizer_type: as given by the flag.
         own: the training arguments of a Megatron source, of which all are kept but those of the target's layout.
         transformer_impl: one of `options.TRANSFORMER_IMPLS`; None keeps the source's.
-        expert_layout: one of `options.EXPERT_LAYOUTS`, which matters for experts only; None keeps the source's.
+        expert_layout: one of `options.EXPERT_LAYOUTS`, which matters for experts only.
+        changes_experts: it is not that of a Megatron source.
         first, last, layout: the uneven pipeline that was asked for.
         keeps_pipeline: the stages are the source's, as its own arguments describe them.
         given: the flags that the user gave; what others decide is said to be their default.
@@ -325,7 +329,9 @@ def target_args(
         if own is not None:  # the target's are stored as gamma
             fixed["apply_layernorm_1p"] = False, "flag --saver-transformer-impl"
     if architecture.experts and expert_layout:
-        fixed |= expert_values(expert_layout, architecture.ffn)
+        values = expert_values(expert_layout, architecture.ffn)
+        # A kept layout is written in one variant of it, and the rest of what the source's args say of it holds.
+        fixed |= values if changes_experts else {name: values[name] for name in _VARIANTS if name in (own or {})}
     if tokenizer_model is not None:
         fixed["tokenizer_model"] = tokenizer_model, _of_flag("--tokenizer-model", given, "the model's own")
     if tokenizer_type is not None:
