@@ -82,7 +82,7 @@ def test_a_directory_with_something_in_it_needs_overwrite(target: Path, source: 
     write_model(target)
     with pytest.raises(TargetExists) as caught:
         check(target, source)
-    assert (caught.value.file, caught.value.found) == (str(target), "2 entries")
+    assert (caught.value.file, caught.value.found) == (str(target), "2 files and directories")
     assert check(target, source, overwrite=True) > 0
 
 
