@@ -73,6 +73,25 @@ def test_a_job_file_may_give_source_and_target_and_the_command_line_wins(tmp_pat
     assert not (tmp_path / "one").exists()
 
 
+def test_a_config_beside_a_megatron_checkpoint_does_not_hide_it(tmp_path: Path) -> None:
+    hf = make(tmp_path / "megatron")
+    make_hf(tmp_path / "hf")
+    (tmp_path / "megatron" / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    dist_convert.convert(tmp_path / "megatron", tmp_path / "out", to="huggingface")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    assert dist_convert.inspect(tmp_path / "megatron")["kind"] == "megatron"
+    assert dist_convert.verify(tmp_path / "megatron", tmp_path / "out").is_same
+
+
+def test_two_models_in_one_directory_are_no_guess(tmp_path: Path) -> None:
+    make(tmp_path / "both")
+    make_hf(tmp_path / "both")
+    with pytest.raises(dist_convert.errors.CheckpointNotFound, match="in one directory"):
+        dist_convert.convert(tmp_path / "both", tmp_path / "out", to="huggingface")
+    with pytest.raises(dist_convert.errors.CheckpointNotFound, match="in one directory"):
+        dist_convert.inspect(tmp_path / "both")
+
+
 @pytest.mark.parametrize("order", ["{0} {1} --to torch", "{0} --to torch {1}", "--to torch {0} {1}"])
 def test_the_two_arguments_may_stand_anywhere(order: str, tmp_path: Path) -> None:
     make(tmp_path / "megatron")

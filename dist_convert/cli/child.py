@@ -40,9 +40,14 @@ def convert_in_ranks(
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, errors="replace",
-        )  # fmt: skip
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         with process:
             stop = threading.Event()
             watcher = threading.Thread(target=_end_when_asked, args=(process, cancel, stop), daemon=True)

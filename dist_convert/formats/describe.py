@@ -14,6 +14,7 @@ from dist_convert.formats.huggingface.read import (
     SAFETENSORS,
     check_inside,
     find_weights,
+    is_huggingface,
     read_weights_header,
 )
 from dist_convert.formats.megatron.args import architecture_from_args
@@ -28,9 +29,9 @@ from dist_convert.formats.megatron.grid import (
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
 from dist_convert.formats.torch.shards import (
     Shard,
+    files_beside,
     is_checkpoint,
     iteration_directory,
-    rank_directory_bytes,
     rank_files,
     read_shard,
 )
@@ -65,7 +66,7 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     refuse_unfinished(path, ckpt_dir_name)
     if not path.is_dir():
         raise no_directory(path, "checkpoint")
-    if (path / CONFIG_FILE).is_file():
+    if is_huggingface(path):
         return _describe_huggingface(path)
     if not is_checkpoint(path) and ckpt_dir_name is None:
         raise CheckpointNotFound(
@@ -105,7 +106,8 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
-        "skipped_bytes": sum(rank_directory_bytes(directory, file) for file in files) - weights_bytes,
+        "skipped_bytes": sum(files[file] + sum(files_beside(directory, file).values()) for file in files)
+        - weights_bytes,
         "files": len(shards),
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
         "missing_shards": missing_directories(grid, names),

@@ -8,7 +8,7 @@ from dist_convert.errors import CheckpointNotFound
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import fetched_directory, local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
-from dist_convert.formats.huggingface.read import CONFIG_FILE
+from dist_convert.formats.huggingface.read import is_huggingface
 from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.models.catalog import Where
@@ -25,10 +25,15 @@ def open_checkpoint(where: Where, world: World) -> Model:
     Raises:
         SourceError: all that the headers show to be wrong.
     """
-    if any(gather_objects(world, (where.path / CONFIG_FILE).is_file())):
+    model = _open(where, world)
+    return settle_copies(model, world, accept=None) if isinstance(model, TorchModel) else model
+
+
+def _open(where: Where, world: World) -> Model:
+    if any(gather_objects(world, is_huggingface(where.path))):
         return open_huggingface(where.path, world)
     if any(gather_objects(world, where.path.is_dir())):
-        return settle_copies(open_torch(where, world), world, accept=None)
+        return open_torch(where, world)
     raise no_directory(where.path, "checkpoint")
 
 
@@ -41,11 +46,9 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     where = where_of(job, Path(job.source), job.ckpt_dir_name)
     refuse_unfinished(where.path, where.ckpt_dir_name)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
-    if source == TORCH:
-        return settled(open_torch(where, world), where, world)
-    if source == HUGGINGFACE or not any(gather_objects(world, where.path.is_dir())):
+    if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world)
-    return settled(open_checkpoint(where, world), where, world)
+    return settled(open_torch(where, world) if source == TORCH else _open(where, world), where, world)
 
 
 def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Where:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dist_convert.records import human_bytes, human_seconds
@@ -110,19 +110,16 @@ def _now_and_then(interval_seconds: float, show: Callable[[int, float], None]) -
 
 @dataclass(frozen=True)
 class Collector:
-    """Says nothing: keeps the notes, and passes progress on to a function of the caller's.
+    """Says nothing, as a report holds all of it, and passes progress on to a function of the caller's.
 
     Attributes:
         on_progress: is called with bytes done and bytes in all, from any thread.
     """
 
     on_progress: Callable[[int, int], None] | None = None
-    notes: list[str] = field(default_factory=list)
 
     def say(self, event: str, text: str, **details: Any) -> None:
         """See `Listener`."""
-        if event == "note":
-            self.notes.append(text)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -190,6 +195,43 @@ def test_a_pipeline_that_no_flag_changes_keeps_its_uneven_stages(tmp_path: Path)
     assert same_bits(head[:29], hf["lm_head.weight"])
     args = args_of(tmp_path / "two", "iter_0000001")
     assert (args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size) == ("Et|ttt|L", 3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"pipeline_model_parallel_layout": "Et|tttL"},
+        {"decoder_first_pipeline_num_layers": 3},
+        {"pipeline_model_parallel_layout": "Et|ttL"},
+    ],
+    ids=str,
+)
+def test_args_that_describe_other_stages_than_the_files_are_not_kept(
+    args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "source", LLAMA, Grid(pp=2), **args, **WHOLE)
+    assert reshard(tmp_path / "source", tmp_path / "target") == 1
+    assert "the args describe other pipeline stages than the files have" in capsys.readouterr().err
+    assert not (tmp_path / "target").exists()
+    assert reshard(tmp_path / "source", tmp_path / "target", "--target-pipeline-parallel-size", "2") == 0
+    kept = args_of(tmp_path / "target")
+    assert (kept.pipeline_model_parallel_layout, kept.decoder_first_pipeline_num_layers) == (None, None)
+
+
+def test_what_a_killed_rank_left_is_gone_on_with(tmp_path: Path) -> None:
+    model = Model(hidden=512, ffn=2048, heads=8, groups=8, head_dim=64, layers=4, vocab=4000, padded_vocab=4000)
+    make(tmp_path / "source", model, Grid(tp=2, pp=2), **WHOLE)
+    words = ["convert", str(tmp_path / "source"), str(tmp_path / "target"), "--to", "torch", "--ranks", "2"]
+    words += ["--target-tensor-parallel-size", "4"]
+    process = subprocess.Popen([sys.executable, "-m", "dist_convert", *words], stderr=subprocess.PIPE, text=True)
+    with process:
+        while process.poll() is None and not list((tmp_path / "target").glob("*.partial/mp_rank_*/*.pt")):
+            time.sleep(0.002)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.stderr is not None
+        assert "was ended by SIGKILL" in process.stderr.read()
+    assert (process.returncode, main([*words, "--verify"])) == (1, 0)
 
 
 def test_another_pipeline_leaves_the_sources_layout_behind(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def stored_dtype(files: Sequence[TargetFile]) -> str:
     return sizes.most_common(1)[0][0]
 
 
+def write_index(directory: Path, files: Sequence[TargetFile]) -> None:
+    """Write the index file, where there are several weights files."""
+    index = index_json(files)
+    if index is not None:
+        (directory / INDEX_FILE).write_text(index, encoding="utf-8")
+
+
 def index_json(files: Sequence[TargetFile]) -> str | None:
     """The text of the index file, or None where there is a single file."""
     if len(files) == 1:

@@ -266,6 +266,26 @@ def read_index(directory: Path) -> dict[str, str] | None:
     return None if index_file is None else read_index_file(directory, index_file)
 
 
+def is_huggingface(path: Path) -> bool:
+    """Whether a directory is a Hugging Face model. A config.json beside a Megatron checkpoint does not make it one.
+
+    Raises:
+        CheckpointNotFound: it is both.
+    """
+    if not (path / CONFIG_FILE).is_file() or not is_checkpoint(path):
+        return (path / CONFIG_FILE).is_file()
+    weights = [name for kind in WEIGHTS_KINDS for name in kind if (path / name).is_file()]
+    if weights:
+        raise CheckpointNotFound(
+            "a Megatron checkpoint and a Hugging Face model in one directory",
+            file=str(path),
+            expected="one of them",
+            found=f"{weights[0]}, and a tracker file or rank directories",
+            remedy="say which is meant with megatron-to-hf or hf-to-megatron, or give the iteration's directory",
+        )
+    return False
+
+
 def _kind(directory: Path) -> tuple[str | None, str]:
     """Which of `WEIGHTS_KINDS` is here: (its index, or None without one; its single file)."""
     if not directory.is_dir():

@@ -25,7 +25,7 @@ from dist_convert.formats.huggingface.config import (
     samples,
     special_token_ids,
 )
-from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, make_files, stored_dtype
+from dist_convert.formats.huggingface.files import make_files, stored_dtype, write_index
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.huggingface import is_huggingface
 from dist_convert.formats.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
@@ -180,9 +180,7 @@ class HuggingFaceTarget:
         _write_json(partial / "config.json", config_json(architecture, stored_dtype(self.content.files), bos, eos))
         _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
         _write_json(partial / ARGS_FILE, dict(self.args))
-        index = index_json(self.content.files)
-        if index is not None:
-            (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+        write_index(partial, self.content.files)
         card = model_card(self.content, self.source, self.checkpoint, self.tokenizer)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         if self.bins is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json
-from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, make_files, stored_dtype
+from dist_convert.formats.huggingface.files import make_files, stored_dtype, write_index
 from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES
 from dist_convert.models.schema import Architecture
@@ -93,9 +93,7 @@ class HuggingFaceCopy:
             (partial / name).write_bytes(content)
         config = self._config()
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        index = index_json(self.content.files)
-        if index is not None:
-            (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+        write_index(partial, self.content.files)
 
     def _config(self) -> dict[str, Any]:
         """The source's, with the dtype that is stored, and what only one version of transformers would find in it."""

@@ -80,11 +80,6 @@ def files_beside(directory: Path, file: str) -> dict[str, int]:
         }
 
 
-def rank_directory_bytes(directory: Path, file: str) -> int:
-    """Bytes of all files in a rank file's directory, a distributed optimizer's own file among them."""
-    return sum(path.stat().st_size for path in (directory / file).parent.iterdir() if path.is_file())
-
-
 def _is_distributed(directory: Path) -> bool:
     return (directory / "metadata.json").exists() or (directory / ".metadata").exists()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, Problems, UsageError, raise_together
+from dist_convert.errors import ConversionError, InconsistentShards, Problems, UsageError, raise_together
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     Chunk,
@@ -269,9 +269,7 @@ def settle_target(
             expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else tensor)
     grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
-    kept = tuple(
-        tuple(chunk.layers for chunk in own.chunks if chunk.virtual == v) for v in range(virtual)
-    ) if own and keeps_pipeline else None  # fmt: skip
+    kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
     with _collected(problems):
         check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None, kept=kept)
     raise_together(problems)
@@ -284,6 +282,36 @@ def settle_target(
         grid,
         stages,
         keeps_pipeline,
+    )
+
+
+def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
+    """The layers of a Megatron source's chunks, as its files have them, by virtual stage and pipeline rank.
+
+    Raises:
+        InconsistentShards: its args, which the target keeps, describe other stages.
+    """
+    grid = own.grid
+    stages = tuple(
+        tuple(chunk.layers for chunk in own.chunks if chunk.virtual == virtual)
+        for virtual in range(grid.virtual_pipeline)
+    )
+    first, last = (_size(own.args, f"decoder_{which}_pipeline_num_layers") for which in ("first", "last"))
+    layout = own.args.get("pipeline_model_parallel_layout")
+    layout = layout if isinstance(layout, str) else None
+    if layout is None and first is None and last is None:
+        return stages
+    problems: list[ConversionError] = []
+    said = None
+    with _collected(problems):
+        said = stage_layers(layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
+        if said == stages:
+            return stages
+    raise InconsistentShards(
+        "the args describe other pipeline stages than the files have",
+        expected=f"layers {stages}, as in the files, by virtual stage and pipeline rank",
+        found=str(problems[0]) if problems else f"layers {said}, by the args",
+        remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
     )
 
 

@@ -161,9 +161,8 @@ def parallel_values(
 
 def run_values(iteration: int | None, *, is_trained: bool) -> Found:
     """What is true of the files: no optimizer, no random state, and no samples seen where nothing was trained."""
-    values: dict[str, object] = {
-        "ckpt_format": "torch", "use_dist_ckpt": False, "no_save_optim": True, "no_save_rng": True
-    }  # fmt: skip
+    values: dict[str, object] = {"ckpt_format": "torch", "use_dist_ckpt": False}
+    values |= dict.fromkeys(("no_save_optim", "no_save_rng"), True)
     if not is_trained:
         values |= dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0)
     return {name: (value, DEFAULT) for name, value in values.items()} | {
