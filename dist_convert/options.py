@@ -520,8 +520,7 @@ def check_applies(options: Options, source: str) -> None:
     ]
     if idle:
         raise UsageError(
-            f"no meaning in a conversion from {source} to {options.to}",
-            found=", ".join(idle),
+            f"{', '.join(idle)}: no meaning in a conversion from {source} to {options.to}",
             remedy="leave it out" if len(idle) == 1 else "leave them out",
         )
 

@@ -34,8 +34,11 @@ from dist_convert.options import (
 )
 from dist_convert.records import __version__, parse_bytes
 
-#: What the two directions call differently.
+#: What the two directions call differently, and what others call shorter.
 _COUNTERPARTS = {
+    "--tp": "--target-tensor-parallel-size", "--pp": "--target-pipeline-parallel-size",
+    "--ep": "--target-expert-parallel-size", "--etp": "--target-expert-tensor-parallel-size",
+    "--vpp": "--target-virtual-pipeline-parallel-size",
     "--load-path": "--load-dir", "--save-path": "--save-dir", "--load-dir": "--load-path", "--save-dir": "--save-path",
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ def _repository_and_revision(name: str) -> tuple[str, str | None]:
     path = Path(name)
     if organisation in ("", ".", "..", "~") or not model or "/" in model or path.exists():
         raise CheckpointNotFound(
-            "the Hugging Face directory does not exist",
+            "the directory does not exist",
             file=name,
             expected="a directory, or org/name[@revision] on the Hugging Face Hub",
             found="a directory, but not on every node" if path.is_dir() else "a file" if path.exists() else "nothing",
