@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
@@ -18,10 +19,9 @@ from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tok
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.shards import Shard
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture
-from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.options import TARGET_DTYPES, Options, path_flags
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
@@ -68,7 +68,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     return Task(
         job=job,
         content=content,
-        source_format=TORCH if model.args else HUGGINGFACE,
+        source_format=model.format,
         source=model.directory,
         source_identity=model.found.identity,
         source_listing=model.found.listing,
@@ -91,20 +91,17 @@ def _layout(
         notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
         return HuggingFaceCopy(job, content, source.architecture, model.directory, model.config, copied, disks), notes
-    if not isinstance(model, TorchModel):
-        raise TypeError(model)
+    args = model.args or {}
     bins = None
-    if job.save_capacity_bins and isinstance(source, TorchCatalog):
+    if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     style = style_for(model.tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
-    notes = _notes(job, content, source.architecture, model.shards, model.tokenizer, style)
+    notes = _notes(job, content, source.architecture, args, model.tokenizer, style)
     if job.push_to_hub and model.tokenizer.kind == "none":
         notes.insert(0, "warning: the model is uploaded without a tokenizer")
-    layout = HuggingFaceTarget(
-        job, content, source, model.directory, model.args, model.tokenizer, style, bins, disks=disks
-    )
+    layout = HuggingFaceTarget(job, content, source, model.directory, args, model.tokenizer, style, bins, disks=disks)
     return layout, notes
 
 
@@ -149,12 +146,11 @@ def _notes(
     job: Options,
     content: Content,
     architecture: Architecture,
-    shards: Mapping[str, Shard],
+    args: Mapping[str, Any],
     tokenizer: Tokenizer,
     style: Style,
 ) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
-    args = shards[min(shards)].args
     notes = []
     decided = model_type_from_args(args)
     if job.source_model_type and _contradicts(job.source_model_type, decided):
@@ -174,7 +170,7 @@ def _notes(
         args=args,
         tokenizer=tokenizer.size,
         padded=architecture.padded_vocab,
-        file=min(shards),
+        file="args",
     )
     if size != architecture.padded_vocab or who == "padded size":
         notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")

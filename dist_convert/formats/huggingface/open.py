@@ -20,9 +20,11 @@ from dist_convert.formats.huggingface.read import (
     read_weights_header,
 )
 from dist_convert.formats.huggingface.values import all_are_zero, check_tied_head
+from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.models.catalog import Catalog, LeftBehind
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.collectives import World
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.records import StoredTensor
@@ -48,8 +50,16 @@ class HuggingFaceModel:
     zero_biases: frozenset[str] | None = None
 
     @property
+    def format(self) -> str:
+        return HUGGINGFACE
+
+    @property
     def args(self) -> None:
         return None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer("none")  # its files are copied as they are
 
     @property
     def vocab(self) -> int:
