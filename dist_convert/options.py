@@ -16,7 +16,7 @@ from dist_convert.errors import ConversionError, UsageError, raise_together
 
 HUGGINGFACE, TORCH, TORCH_DIST = "huggingface", "torch", "torch_dist"
 #: What a checkpoint can become.
-FORMATS = (HUGGINGFACE, TORCH)
+FORMATS = (HUGGINGFACE, TORCH, TORCH_DIST)
 #: An iteration without a number.
 RELEASE = "release"
 #: The commands that convert: of every format into any, and the two that are bound to a pair, by (source, target).
@@ -81,7 +81,7 @@ def _to_hf(default: Any, help: str, group: Literal["source", "target", "run"], *
 
 
 def _to_torch(default: Any, help: str, group: Literal["source", "target", "run"], **how: Any) -> Any:
-    return _option(default, help, group, to=(TORCH,), **how)
+    return _option(default, help, group, **{"to": (TORCH, TORCH_DIST), **how})
 
 
 def _of_torch(default: Any, help: str, group: Literal["source", "target", "run"], **how: Any) -> Any:
@@ -127,7 +127,12 @@ class Options:
         metavar="FILE",
     )
     load_capacity_bins: bool = _to_torch(
-        False, "take over capacity_bins.pt (same grid only)", "source", source=(HUGGINGFACE,), kind="switch"
+        False,
+        "take over capacity_bins.pt (same grid only)",
+        "source",
+        to=(TORCH,),
+        source=(HUGGINGFACE,),
+        kind="switch",
     )
     true_vocab_size: int | None = _option(
         None,
@@ -247,6 +252,7 @@ class Options:
         "the target lies on each node's own disk, and training will run N processes on each of these nodes: a node "
         "gets the rank directories that its processes load",
         "target",
+        to=(TORCH,),
         kind="count",
         shown="the target is shared",
         metavar="N",

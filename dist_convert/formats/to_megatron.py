@@ -23,14 +23,18 @@ from dist_convert.formats.megatron.target import (
 from dist_convert.formats.megatron.target_args import read_margs, target_tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.target import catalog_of_target, lay_out_torch
+from dist_convert.formats.torch.target import catalog_of_target as torch_catalog
+from dist_convert.formats.torch.target import lay_out_torch
 from dist_convert.formats.torch_dist.open import DistModel
+from dist_convert.formats.torch_dist.target import catalog_of_target as torch_dist_catalog
+from dist_convert.formats.torch_dist.target import lay_out_torch_dist
 from dist_convert.models.catalog import Catalog
-from dist_convert.options import RELEASE, TARGET_DTYPES, Options, path_flags
+from dist_convert.options import RELEASE, TARGET_DTYPES, TORCH_DIST, Options, path_flags
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
 from dist_convert.write.places import find_places, refuse_several_places
+from dist_convert.write.target import Target
 from dist_convert.write.task import Task
 
 
@@ -50,22 +54,31 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     params_dtype = wanted if own or wanted else source.params_dtype
     dtypes = target_dtypes(source, wanted)
     target = plan_target(job, given, architecture, settings, params_dtype, dtypes)
-    layout = lay_out_torch(job, model.directory, target)
     places = _places(job, world, target.directory)
-    of_places = _files_of_places(job, settings.grid, given, frozenset(layout.files), places, world.nodes)
-    planned = sorted(frozenset[str]().union(*of_places))
-    shards, files = catalog_of_target(layout, planned)
+    layout: Target
+    catalog: Catalog
+    of_places: tuple[frozenset[str], ...]
+    if job.to == TORCH_DIST:
+        layout = lay_out_torch_dist(target)
+        catalog, files = torch_dist_catalog(layout)
+        of_places, extras = (frozenset(file.name for file in files),), frozenset[tuple[str, str]]()
+    else:
+        layout = lay_out_torch(job, model.directory, target)
+        of_places = _files_of_places(job, settings.grid, given, frozenset(layout.files), places, world.nodes)
+        planned = sorted(frozenset[str]().union(*of_places))
+        catalog, files = torch_catalog(layout, planned)
+        extras = frozenset((file, name) for file in planned for of, name in layout.extras if of == local_name(file))
     content = plan_content(
         source,
-        shards,
+        catalog,
         files,
-        title=shards.title,
+        title=catalog.title,
         params_dtype=source.params_dtype,
         target_dtype=wanted,
         kept_dtypes=source.kept_dtypes,
         left_behind=left_behind,
         repeat_last_row=job.vocab_padding == "last-row",
-        extras=frozenset((file, name) for file in planned for of, name in layout.extras if of == local_name(file)),
+        extras=extras,
     )
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)

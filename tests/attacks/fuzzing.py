@@ -17,7 +17,8 @@ import time
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dist_convert.formats.huggingface.read import read_index_file, read_safetens
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
+from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
 from tests.attacks.damage import (
@@ -44,6 +46,7 @@ from tests.attacks.damage import (
     with_other_values,
 )
 from tests.checkpoints import Model, training_args
+from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import config_of
 
 #: No file of a few kilobytes costs more: processor time, and address space beyond what the program has at first.
@@ -84,6 +87,11 @@ def _read_pickle(path: Path) -> None:
     _read_shard(path.with_suffix(".pt"))
 
 
+def _read_blobs(chunks: list[tuple[str, str, Chunk]], path: Path) -> None:
+    for key, dtype, chunk in chunks:  # one by one: the first damaged blob would hide the others
+        place_chunks(path.parent, path.name, [(key, dtype, replace(chunk, blob=replace(chunk.blob, file=path.name)))])
+
+
 def _make_files(directory: Path) -> None:
     """Small files of every format, the shard with all that training puts into one."""
     weights = {"a.weight": torch.ones(4, 3), "b.weight": torch.zeros(2, dtype=torch.bfloat16)}
@@ -103,6 +111,9 @@ def _make_files(directory: Path) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     index = {"metadata": {"total_size": 56}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    make_distributed(directory / "distributed", Model(layers=1, experts=2), keys="layers")
+    for name in (".metadata", "__0_0.distcp"):
+        shutil.copyfile(directory / "distributed/iter_0000004" / name, directory / name)
     (directory / "config.json").write_text(config_of(Model(experts=2)).to_json_string())
     (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
 
@@ -110,6 +121,8 @@ def _make_files(directory: Path) -> None:
 def targets(directory: Path) -> list[Target]:
     """A file of every format whose header is read."""
     _make_files(directory)
+    saved = read_metadata(directory / ".metadata").tensors.items()
+    chunks = [(key, tensor.dtype, chunk) for key, tensor in saved for chunk in tensor.chunks]
     kinds: dict[str, tuple[Callable[[bytes], Damaged], Callable[[Path], Any]]] = {
         "data.pkl": (either(with_other_bytes, with_other_instructions, with_other_instructions), _read_pickle),
         "shard.pt": (either(with_other_bytes, with_other_fields, with_other_fields), _read_shard),
@@ -117,6 +130,8 @@ def targets(directory: Path) -> list[Target]:
             either(with_other_bytes, with_other_fields, with_other_fields),
             lambda path: read_pickled_weights(path, path.name),
         ),
+        ".metadata": (either(with_other_bytes, with_other_instructions, with_other_instructions), read_metadata),
+        "__0_0.distcp": (either(with_other_bytes, with_other_bytes), partial(_read_blobs, chunks)),
         "model.safetensors": (
             either(with_other_bytes, with_other_header, with_other_header),
             lambda path: read_safetensors_header(path, path.name),

@@ -18,7 +18,7 @@ from tests.attacks.fuzzing import fuzz, targets
 
 SECONDS = float(os.environ.get("DIST_CONVERT_FUZZ_SECONDS", "60"))
 NAMES = ("data.pkl", "shard.pt", "model.bin", "model.safetensors", "model.safetensors.index.json", "config.json",
-         "args.json")  # fmt: skip
+         "args.json", ".metadata", "__0_0.distcp")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

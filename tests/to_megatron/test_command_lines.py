@@ -13,7 +13,7 @@ from dist_convert.__main__ import main
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.errors import UsageError
 from dist_convert.formats.open import open_source
-from dist_convert.formats.torch.lay_out import to_torch
+from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
@@ -47,7 +47,7 @@ def job(*flags: str) -> Options:
 
 
 def plan(asked: Options) -> Task:
-    return to_torch(asked, open_source(asked, ALONE, Channel(0, 1)), ALONE)
+    return to_megatron(asked, open_source(asked, ALONE, Channel(0, 1)), ALONE)
 
 
 LLAMA3_70B = Model(

@@ -157,6 +157,13 @@ def grid_ranks(grid: Grid) -> list[Rank]:
     return [Rank(p, t, e) for p in range(grid.pipeline) for t in range(grid.tensor) for e in range(grid.expert)]
 
 
+def written_ranks(grid: Grid) -> list[Rank]:
+    """The ranks whose files exist: with ETP < TP only some pairs of tensor and expert rank occur in a stage."""
+    in_stage = math.lcm(grid.tensor, grid.expert_tensor * grid.expert)
+    pairs = dict.fromkeys((r % grid.tensor, r // grid.expert_tensor % grid.expert) for r in range(in_stage))
+    return [Rank(pipeline, tensor, expert) for pipeline in range(grid.pipeline) for tensor, expert in sorted(pairs)]
+
+
 def _holders(
     grid: Grid, names: set[str]
 ) -> tuple[dict[tuple[int, int], tuple[str, ...]], dict[tuple[int, int, int], tuple[str, ...]]]:

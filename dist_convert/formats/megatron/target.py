@@ -340,6 +340,7 @@ def plan_target(
         vocab=given.vocab,
         make_vocab_size_divisible_by=settings.divisible_by,
         margs=given.margs,
+        to=job.to,
         own=given.own.args if given.own else None,
         tokenizer_model=given.tokenizer_model,
         tokenizer_type=given.tokenizer_type,

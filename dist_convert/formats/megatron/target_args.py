@@ -22,6 +22,7 @@ from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
+from dist_convert.options import TORCH
 from dist_convert.read.source import read_json
 
 #: Where a value can be from.
@@ -159,9 +160,10 @@ def parallel_values(
     }
 
 
-def run_values(iteration: int | None, *, is_trained: bool) -> Found:
+def run_values(iteration: int | None, to: str, *, is_trained: bool) -> Found:
     """What is true of the files: no optimizer, no random state, and no samples seen where nothing was trained."""
-    values: dict[str, object] = {"ckpt_format": "torch", "use_dist_ckpt": False}
+    values: dict[str, object] = {"ckpt_format": to, "use_dist_ckpt": to != TORCH}
+    values |= {} if to == TORCH else {"async_save": False}
     values |= dict.fromkeys(("no_save_optim", "no_save_rng"), True)
     if not is_trained:
         values |= dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0)
@@ -263,6 +265,7 @@ def target_args(
     margs: Mapping[str, Any] | None,
     tokenizer_model: str | None,
     tokenizer_type: str | None,
+    to: str = TORCH,
     own: Mapping[str, Any] | None = None,
     transformer_impl: str | None = "transformer_engine",
     expert_layout: str | None = "sequential",
@@ -286,6 +289,7 @@ def target_args(
         margs: content of the margs file, if one was given. It never overrules the model or the target.
         tokenizer_model: see `target_tokenizer`.
         tokenizer_type: as given by the flag.
+        to: the target's format.
         own: the training arguments of a Megatron source, of which all are kept but those of the target's layout.
         transformer_impl: one of `options.TRANSFORMER_IMPLS`; None keeps the source's.
         expert_layout: one of `options.EXPERT_LAYOUTS`, which matters for experts only.
@@ -322,7 +326,7 @@ def target_args(
     parallel = parallel_values(architecture, grid, stages, first, last, layout, given)
     if own is not None:
         parallel |= _of_own(own, grid, architecture, keeps_pipeline=keeps_pipeline)
-    fixed |= parallel | run_values(iteration, is_trained=own is not None)
+    fixed |= parallel | run_values(iteration, to, is_trained=own is not None)
     if transformer_impl:
         fixed |= norm_values(transformer_impl)
         if own is not None:  # the target's are stored as gamma

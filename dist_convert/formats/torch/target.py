@@ -12,6 +12,7 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     rank_directory,
+    written_ranks,
 )
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
@@ -20,7 +21,7 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
-from dist_convert.formats.torch.target_shards import lay_out_shards, written_ranks
+from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.records import TargetFile, TensorSpec, local_name

@@ -5,24 +5,16 @@ Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.geometry import shard_size
-from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, rank_directory
+from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import ExpertNumber
 from dist_convert.formats.megatron.parameters import Parameter, parameter_of
 from dist_convert.formats.megatron.target import TargetDialect
 from dist_convert.models.schema import Architecture, Family, Row, entries
 from dist_convert.records import TensorSpec
-
-
-def written_ranks(grid: Grid) -> list[Rank]:
-    """The ranks whose files exist: with ETP < TP only some pairs of tensor and expert rank occur in a stage."""
-    in_stage = math.lcm(grid.tensor, grid.expert_tensor * grid.expert)
-    pairs = dict.fromkeys((r % grid.tensor, r // grid.expert_tensor % grid.expert) for r in range(in_stage))
-    return [Rank(pipeline, tensor, expert) for pipeline in range(grid.pipeline) for tensor, expert in sorted(pairs)]
 
 
 def lay_out_shards(

@@ -225,7 +225,7 @@ def _stored_piece(
     tensor, axes = by_name[piece.key], len(piece.index)
     rows, columns = parameter.shard_size(architecture)
     rows //= piece.parts
-    whole = _leading(parameter, architecture, axes)
+    whole = leading_axes(parameter, architecture, axes)
     if tensor.shape not in ([(*whole, rows, columns)] + [(*whole, rows)] * (columns == 1)):
         raise WrongShape(
             f"wrong shape for {parameter.name}",
@@ -237,19 +237,24 @@ def _stored_piece(
         )
     if (piece.key, axes) not in index_of:
         index_of[piece.key, axes] = _indexed(tensor, axes)
-    name = f"{tensor.key}{list(piece.index)}" if axes else tensor.key
     boxes = []
     for chunk in index_of[piece.key, axes].get(piece.index, ()):
-        view = _view(chunk, piece.index, tensor.dtype, name)
+        view = _view(chunk, piece.index, tensor.dtype, chunk_name(tensor.key, chunk.offsets))
         row, column = (*chunk.offsets[axes:], 0)[:2]
         boxes.append(Box(row, column, view.rows, view.columns))
         yield piece.part * rows + row, column, view
     fault = cover_fault(boxes, rows, columns)
     if fault is not None:
+        name = chunk_name(tensor.key, piece.index)
         raise PlanError("the chunks do not make up a tensor exactly", tensor=name, found=fault)
 
 
-def _leading(parameter: Parameter, architecture: Architecture, axes: int) -> tuple[int, ...]:
+def chunk_name(key: str, offsets: Sequence[int]) -> str:
+    """What messages call a chunk, or what lies at an index of the leading axes."""
+    return f"{key}{list(offsets)}" if offsets else key
+
+
+def leading_axes(parameter: Parameter, architecture: Architecture, axes: int) -> tuple[int, ...]:
     """The sizes of the leading axes: layers, experts, or both."""
     sizes = (architecture.layers, architecture.experts) if parameter.expert is not None else (architecture.layers,)
     return sizes[len(sizes) - axes :]

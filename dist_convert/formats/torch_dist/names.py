@@ -73,3 +73,41 @@ def reason_to_leave(key: str) -> str | None:
 def common_object(key: str) -> bool:
     """Whether an object holds what `common.pt` holds in older versions: args and iteration."""
     return key.startswith("common_state/")
+
+
+def target_key(megatron: str, layer: int | None, expert: int | None, *, norms: str, has_experts: bool) -> KeyPiece:
+    """Where training with Megatron-Core saves a parameter.
+
+    Args:
+        megatron, layer, expert: see `keys`.
+        norms: spelling of the target's norms, see `TargetDialect`.
+        has_experts: whether the model has experts; Transformer Engine then does not fuse their norm.
+    """
+    fused = [name for dialect, name in synonyms(megatron) if dialect == "transformer_engine"]
+    is_apart = norms == "transformer_engine" and has_experts and ".pre_mlp_layernorm." in megatron
+    template = fused[0] if fused and not is_apart else megatron  # the local spec saves its norms under the fused names
+    index = tuple(number for number in (layer, expert) if number is not None)
+    return KeyPiece(template.replace(_EXPERT, _EXPERTS).replace(_LAYER, f"{_LAYERS}."), index)
+
+
+def extra_states(layers: int, experts: int, *, norms: str) -> tuple[tuple[str, int | None, int | None], ...]:
+    """Keys of the empty objects that Megatron-Core's modules ask for, with the layer and expert of each.
+
+    Those of the local spec, or of all of Transformer Engine's: training ignores what it does not ask for.
+    """
+    is_te = norms == "transformer_engine"
+    modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
+    modules += ["self_attention.core_attention"] * is_te + ["pre_mlp_layernorm"] * bool(is_te and experts)
+    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    found: list[tuple[str, int | None, int | None]] = []
+    for layer in range(layers):
+        found += [(f"{_LAYERS}.{module}{_EXTRA_STATE}/shard_{layer}_{layers}", layer, None) for module in modules]
+        for expert in range(experts):
+            at = f"/shard_{layer}.{expert}_{layers}.{experts}"
+            found += [
+                (f"{_LAYERS}{_EXPERTS}{linear}{_EXTRA_STATE}{at}", layer, expert)
+                for linear in ("linear_fc1", "linear_fc2")
+            ]
+    if is_te:
+        found.append((f"decoder.final_layernorm{_EXTRA_STATE}/shard_0_1", None, None))
+    return tuple(found)

@@ -27,8 +27,7 @@ from dist_convert.read.torch_file import open_saved
 from dist_convert.records import DTYPE_BYTES, names
 
 COMMON_FILE = "common.pt"
-_KIND_FILE = "metadata.json"
-_KIND = "torch_dist"
+KIND_FILE = "metadata.json"
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,13 @@ def _check_kind(directory: Path) -> None:
     Raises:
         UnsupportedModel
     """
-    path = directory / _KIND_FILE
-    kind = read_json(path).get("sharded_backend") if path.is_file() else _KIND
-    if kind != _KIND:
+    path = directory / KIND_FILE
+    kind = read_json(path).get("sharded_backend") if path.is_file() else TORCH_DIST
+    if kind != TORCH_DIST:
         raise UnsupportedModel(
             "a distributed checkpoint of another kind",
             file=str(path),
-            expected=f"sharded_backend {_KIND}",
+            expected=f"sharded_backend {TORCH_DIST}",
             found=str(kind)[:80],
             remedy="load it with Megatron-LM and save it with --ckpt-format torch_dist",
         )

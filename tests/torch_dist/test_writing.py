@@ -1,0 +1,181 @@
+"""`torch_dist` is written without Megatron, in the boxes that training at the target's grid would save."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+import dist_convert
+from dist_convert.__main__ import main
+from dist_convert.formats.torch_dist.pickled_metadata import metadata_bytes
+from dist_convert.read.dcp import Blob, Chunk, SavedTensor, read_metadata
+from tests.checkpoints import Grid, Model, make
+from tests.distributed_checkpoints import make_distributed
+from tests.to_megatron import make_hf
+
+LLAMA = Model()
+MIXTRAL = Model(experts=4, layers=2)
+
+
+def to_torch_dist(source: Path, target: Path, grid: Grid, *more: str) -> int:
+    sizes = {
+        "tensor": grid.tp, "pipeline": grid.pp, "expert": grid.ep, "expert-tensor": grid.etp or grid.tp,
+    }  # fmt: skip
+    flags = [word for axis, size in sizes.items() for word in (f"--target-{axis}-parallel-size", str(size))]
+    flags += ["--target-virtual-pipeline-parallel-size", str(grid.vpp)] if grid.vpp > 1 else []
+    padding = ["--make-vocab-size-divisible-by", str(32 // grid.tp)]
+    return main(["convert", str(source), str(target), "--to", "torch_dist", *flags, *padding, *more])
+
+
+def metadata_of(root: Path) -> Metadata:
+    """As torch reads it."""
+    return FileSystemReader(next(root.glob("iter_*"))).read_metadata()
+
+
+def tensors_of(root: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the model, put together by torch."""
+    saved = metadata_of(root).state_dict_metadata.items()
+    state = {
+        key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        for key, tensor in saved
+        if isinstance(tensor, TensorStorageMetadata) and not key.startswith("optimizer.")
+    }
+    torch_dcp.load(state, checkpoint_id=next(root.glob("iter_*")), no_dist=True)
+    return state
+
+
+def chunks_of(root: Path) -> dict[str, set[tuple[Any, ...]]]:
+    """Key -> first elements and sizes of its boxes."""
+    return {
+        key: {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks}
+        for key, tensor in metadata_of(root).state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata) and not key.startswith("optimizer.")
+    }
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("model", "grid", "norms"),
+    [
+        (LLAMA, Grid(), "te"),
+        (LLAMA, Grid(tp=2, pp=2), "te"),
+        (LLAMA, Grid(tp=4, pp=2, vpp=2), "te"),
+        (Model(tied=True), Grid(tp=2, pp=2), "te"),
+        (Model(qkv_bias=True), Grid(tp=2), "te"),
+        (Model(linear_bias=True), Grid(tp=2), "te"),
+        (MIXTRAL, Grid(tp=2, ep=2), "te"),
+        (MIXTRAL, Grid(tp=2, pp=2, ep=2, etp=1), "te"),
+        (MIXTRAL, Grid(ep=4), "te"),
+    ],
+)
+def test_torch_finds_the_tensors_and_the_boxes_that_training_saves(
+    model: Model, grid: Grid, norms: str, tmp_path: Path
+) -> None:
+    make_distributed(tmp_path / "training", model, grid, norms=norms)
+    make(tmp_path / "torch", model, Grid(tp=2, ep=2 if model.experts else 1), norms=norms)
+    assert to_torch_dist(tmp_path / "torch", tmp_path / "dist", grid, "--verify") == 0
+    expected, found = tensors_of(tmp_path / "training"), tensors_of(tmp_path / "dist")
+    padding = slice(model.vocab, None)
+    for tensors in (expected, found):
+        for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            if key in tensors:
+                tensors[key][padding] = 0
+    assert {key: torch.equal(found[key], tensor) for key, tensor in expected.items()} == dict.fromkeys(expected, True)
+    assert found.keys() == expected.keys()
+    if grid.etp is None:  # the maker cuts experts like all else
+        assert chunks_of(tmp_path / "dist") == chunks_of(tmp_path / "training")
+
+
+@pytest.mark.parametrize(
+    ("impl", "key"),
+    [
+        ("local", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
+        ("transformer_engine", "decoder.layers.pre_mlp_layernorm.weight"),
+    ],
+)
+def test_the_norm_of_experts_has_the_key_of_its_module(impl: str, key: str, tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), "--saver-transformer-impl", impl) == 0
+    keys = metadata_of(tmp_path / "dist").state_dict_metadata
+    assert [name for name in keys if "norm" in name and "layers" in name and "_extra_state" not in name] == [
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight", key,
+    ]  # fmt: skip
+
+
+def test_there_is_a_file_for_each_model_parallel_rank_and_the_args_say_the_format(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(tp=2, pp=2, ep=2)) == 0
+    directory = tmp_path / "dist/iter_0000001"
+    assert sorted(path.name for path in directory.iterdir()) == [
+        ".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp", "__3_0.distcp", "__4_0.distcp", "__5_0.distcp",
+        "__6_0.distcp", "__7_0.distcp", "common.pt", "conversion.json", "metadata.json",
+    ]  # fmt: skip
+    common = torch.load(directory / "common.pt", weights_only=False)
+    assert (common["iteration"], common["args"].ckpt_format, common["args"].use_dist_ckpt) == (1, "torch_dist", True)
+    assert (tmp_path / "dist/latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def test_every_blob_passes_the_test_of_its_zip_container_and_torch_loads_it(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(tp=2, ep=2)) == 0
+    places = metadata_of(tmp_path / "dist").storage_data.values()
+    assert len(places) == 25 + 67  # empty states of modules, and chunks
+    for place in places:
+        with (tmp_path / "dist/iter_0000001" / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            blob = file.read(place.length)
+        assert zipfile.ZipFile(io.BytesIO(blob)).testzip() is None
+        torch.load(io.BytesIO(blob))
+
+
+def test_ranks_and_placement_change_no_byte(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    found = []
+    for number, placement in ((1, "direct"), (3, "direct"), (3, "gather")):
+        target = tmp_path / f"{number}-{placement}"
+        dist_convert.convert(
+            tmp_path / "hf", target, to="torch_dist", ranks=number, placement=placement,
+            target_tensor_parallel_size=2, target_expert_parallel_size=2,
+        )  # fmt: skip
+        files = sorted((target / "iter_0000001").iterdir())
+        found.append({path.name: path.read_bytes() for path in files if path.name != "conversion.json"})
+    assert found[0] == found[1] == found[2]
+
+
+def test_metadata_is_pickled_to_the_same_bytes_and_torch_reads_what_was_meant(tmp_path: Path) -> None:
+    chunks = tuple(Chunk((row, 0), (2, 3), Blob("__0_0.distcp", row << 32, 700)) for row in (0, 2))
+    tensors = {"a.weight": SavedTensor("BF16", (4, 3), chunks)}
+    data = metadata_bytes(tensors, {"a._extra_state/shard_0_1": Blob("__0_0.distcp", 5, 9)})
+    (tmp_path / ".metadata").write_bytes(data)
+    assert read_metadata(tmp_path / ".metadata").tensors == tensors
+    found = FileSystemReader(tmp_path).read_metadata()
+    [tensor, _] = found.state_dict_metadata.values()
+    assert (tensor.size, tensor.properties.dtype) == (torch.Size([4, 3]), torch.bfloat16)
+    assert {(index.fqn, index.offset, place.offset) for index, place in found.storage_data.items()} == {
+        ("a._extra_state/shard_0_1", None, 5),
+        ("a.weight", torch.Size([0, 0]), 0),
+        ("a.weight", torch.Size([2, 0]), 2 << 32),
+    }
+
+
+def test_there_and_back_at_another_grid_gives_the_same_hugging_face_files(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", LLAMA)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(tp=2, pp=2)) == 0
+    assert to_torch_dist(tmp_path / "dist", tmp_path / "other", Grid(tp=4)) == 0
+    assert main(["convert", str(tmp_path / "other"), str(tmp_path / "back"), "--to", "huggingface"]) == 0
+    assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+
+
+def test_dynamic_experts_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), "--expert-layout", "habana-dynamic") == 2
+    assert "habana-dynamic" in capsys.readouterr().err
+    assert not (tmp_path / "dist").exists()
