@@ -1,0 +1,144 @@
+"""What of a `torch_dist` checkpoint is damaged, incomplete or of another kind is named before a byte moves."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import Grid, Model
+from tests.converting import convert
+from tests.distributed_checkpoints import make_distributed
+
+LLAMA = Model()
+DIRECTORY = "dist/iter_0000004"
+
+
+def change_metadata(directory: Path, change: Callable[[Any], object]) -> None:
+    """Change torch's own `Metadata` and write it back."""
+    path = directory / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def chunk_of(metadata: Any, key: str) -> Any:
+    """The first chunk's place."""
+    return next(place for index, place in metadata.storage_data.items() if index.fqn == key)
+
+
+NORM, QKV = "decoder.final_layernorm.weight", "decoder.layers.self_attention.linear_qkv.weight"
+
+
+def _escape(metadata: Any) -> None:
+    chunk_of(metadata, NORM).relative_path = "../__0_0.distcp"
+
+
+def _overlap(metadata: Any) -> None:
+    chunk_of(metadata, QKV).length += 100
+
+
+def _past_the_end(metadata: Any) -> None:
+    chunk_of(metadata, QKV).length = 1 << 40
+
+
+def _wrong_dtype(metadata: Any) -> None:
+    metadata.state_dict_metadata[NORM].properties.dtype = torch.float32
+
+
+def _without_a_chunk(metadata: Any) -> None:
+    metadata.state_dict_metadata[QKV].chunks.pop()
+
+
+def _chunk_twice(metadata: Any) -> None:
+    chunks = metadata.state_dict_metadata[QKV].chunks
+    chunks[1] = chunks[0]
+
+
+def _compressed(metadata: Any) -> None:
+    chunk_of(metadata, QKV).transform_descriptors = ["zstd"]
+
+
+def _without_a_place(metadata: Any) -> None:
+    index = next(index for index in metadata.storage_data if index.fqn == NORM)
+    del metadata.storage_data[index]
+
+
+def _unknown_key(metadata: Any) -> None:
+    metadata.state_dict_metadata["decoder.layers.mystery.weight"] = metadata.state_dict_metadata.pop(NORM)
+    index = next(index for index in metadata.storage_data if index.fqn == NORM)
+    metadata.storage_data[type(index)("decoder.layers.mystery.weight", index.offset)] = metadata.storage_data.pop(index)
+
+
+def _without_a_key(metadata: Any) -> None:
+    del metadata.state_dict_metadata[NORM]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_escape, ("damaged .metadata", "../__0_0.distcp", "bare name")),
+        (_overlap, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
+        (_past_the_end, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
+        (_wrong_dtype, ("a blob is not what .metadata says", NORM, "F32", "BF16")),
+        (_without_a_chunk, ("damaged .metadata", QKV)),
+        (_chunk_twice, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
+        (_compressed, ("compressed or changed", QKV, "zstd")),
+        (_without_a_place, ("damaged .metadata", f"a place of {NORM}")),
+        (_unknown_key, ("decoder.layers.mystery.weight has no place in a llama model",)),
+        (_without_a_key, (f"no tensor for {NORM}",)),
+    ],
+)
+def test_a_damaged_metadata_is_named(
+    change: Callable[[Any], object], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2))
+    change_metadata(tmp_path / DIRECTORY, change)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == [], error
+    assert not (tmp_path / "hf").exists()
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def _cut(directory: Path) -> None:
+    data = (directory / "__1_0.distcp").read_bytes()
+    (directory / "__1_0.distcp").write_bytes(data[:-50])
+
+
+def _of_another_kind(directory: Path) -> None:
+    (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+
+
+def _without_args(directory: Path) -> None:
+    torch.save({"iteration": 4}, directory / "common.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_remove(".metadata"), ("no rank sees .metadata", "interrupted")),
+        (_remove("__1_0.distcp"), ("on no rank's disk", "1 missing: __1_0.distcp")),
+        (_remove("common.pt"), ("the checkpoint has no args", "common.pt")),
+        (_cut, ("past its file", "__1_0.distcp")),
+        (_of_another_kind, ("of another kind", "zarr", "--ckpt-format torch_dist")),
+        (_without_args, ("the checkpoint has no args", "common.pt", "iteration")),
+    ],
+)
+def test_an_incomplete_directory_is_named_file_by_file(
+    damage: Callable[[Path], None], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2))
+    damage(tmp_path / DIRECTORY)
+    assert convert(tmp_path / "dist", tmp_path / "hf") > 0
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == [], error
+    assert not (tmp_path / "hf").exists()
