@@ -13,8 +13,8 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.saved import common_content, lay_out_container, pickled
 from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, open_catalog
+from dist_convert.formats.torch_dist.contents import COMMON_FILE, KIND_FILE
 from dist_convert.formats.torch_dist.lay_out import PlannedBlob, PlannedFiles, lay_out_files, stored_chunk, target_file
-from dist_convert.formats.torch_dist.open import COMMON_FILE, KIND_FILE
 from dist_convert.formats.torch_dist.pickled_metadata import metadata_bytes
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, SavedTensor

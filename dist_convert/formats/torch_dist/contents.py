@@ -1,0 +1,95 @@
+"""What the small files of a `torch_dist` checkpoint say: `.metadata`, the args and the iteration. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import MissingArguments, UnsupportedModel
+from dist_convert.formats.torch_dist.names import common_object, reason_to_leave
+from dist_convert.options import TORCH_DIST
+from dist_convert.read.dcp import METADATA_FILE, Metadata, read_metadata, read_object
+from dist_convert.read.restricted_pickle import Inert, plain_dict
+from dist_convert.read.source import read_json
+from dist_convert.read.torch_file import open_saved
+from dist_convert.records import DTYPE_BYTES
+
+COMMON_FILE = "common.pt"
+KIND_FILE = "metadata.json"
+
+
+def read_contents(directory: Path) -> dict[str, Any]:
+    """The tensors of the model by key, what lies beside them, the args and the iteration, in JSON values.
+
+    Raises:
+        CorruptFile, UnsafePickle: a damaged file, or one that names what no checkpoint needs.
+        MissingArguments, UnsupportedModel: no args, or another format of Megatron's.
+    """
+    _check_kind(directory)
+    metadata = read_metadata(directory / METADATA_FILE)
+    counts, sizes_bytes = Counter[str](), Counter[str]()
+    tensors: dict[str, Any] = {}
+    for key, tensor in metadata.tensors.items():
+        reason = reason_to_leave(key)
+        if reason:
+            counts[reason] += 1
+            sizes_bytes[reason] += prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 1)
+        else:
+            chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in tensor.chunks]
+            tensors[key] = [tensor.dtype, tensor.shape, chunks]
+    for key, blob in metadata.objects.items():
+        reason = reason_to_leave(key) or f"object {key}"
+        counts[reason] += 1
+        sizes_bytes[reason] += blob.size_bytes
+    args, iteration = _args(directory, metadata)
+    beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts) if reason != "args"]
+    return {"tensors": tensors, "beside": beside, "args": args, "iteration": iteration}
+
+
+def _check_kind(directory: Path) -> None:
+    """Refuse Megatron's other distributed formats.
+
+    Raises:
+        UnsupportedModel
+    """
+    path = directory / KIND_FILE
+    kind = read_json(path).get("sharded_backend") if path.is_file() else TORCH_DIST
+    if kind != TORCH_DIST:
+        raise UnsupportedModel(
+            "a distributed checkpoint of another kind",
+            file=str(path),
+            expected=f"sharded_backend {TORCH_DIST}",
+            found=str(kind)[:80],
+            remedy="load it with Megatron-LM and save it with --ckpt-format torch_dist",
+        )
+
+
+def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | None]:
+    """The training arguments and the iteration, from `common.pt` or from the object that newer versions have.
+
+    Raises:
+        MissingArguments: there are none.
+    """
+    path = directory / COMMON_FILE
+    saved: object = None
+    if path.is_file():
+        saved = open_saved(path, str(path))[1]
+    else:
+        for key in filter(common_object, metadata.objects):
+            listed = read_object(directory, metadata.objects[key])
+            saved = listed[0] if isinstance(listed, list) and listed else listed
+    args = saved.get("args") if isinstance(saved, Mapping) else None
+    values = args.state if isinstance(args, Inert) else args
+    if not isinstance(saved, Mapping) or not isinstance(values, Mapping):
+        raise MissingArguments(
+            "the checkpoint has no args",
+            file=str(path),
+            expected="Megatron-LM's args, in common.pt or in an object of .metadata",
+            found=", ".join(map(str, saved))[:200] if isinstance(saved, Mapping) else "neither of them",
+            remedy="convert a checkpoint that Megatron-LM's training saved; others do not say what their model is",
+        )
+    iteration = saved.get("iteration")
+    return plain_dict(values), iteration if isinstance(iteration, int) else None
