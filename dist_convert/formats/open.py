@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.hub import fetched_directory, local_directory, revision_on_hub
+from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import is_huggingface
 from dist_convert.formats.torch.copies import settle_copies
@@ -86,4 +86,4 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
         )
     name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
     channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
-    return fetched_directory(name)
+    return local_directory(name, cache_only=True)

@@ -189,7 +189,7 @@ def plan_to_huggingface(
 ) -> Content:
     """What a checkpoint is converted into."""
     source, left_behind = open_catalog(made, a)
-    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), max_shard_size_bytes)
+    files = lay_out_files(target_tensors(source, target_dtype), max_shard_size_bytes)
     return plan_content(
         source,
         catalog_of_files(a, files),

@@ -6,21 +6,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import TargetError, TargetExists, UsageError
-from dist_convert.formats.huggingface.config import generation_config_json, samples, special_token_ids
-from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.huggingface.target import ARGS_FILE
-from dist_convert.formats.tokenizer.build import padding_id
+from dist_convert.formats.huggingface.config import with_special_ids
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
-from dist_convert.formats.tokenizer.huggingface import (
-    TEMPLATES,
-    files_of,
-)
-from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of
+from dist_convert.formats.tokenizer.record import Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.formats.tokenizer.write import write_tokenizer
 from dist_convert.options import TokenizerJob
 from dist_convert.read.source import read_json
@@ -28,7 +23,6 @@ from dist_convert.write.files import sync, target_error
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished
 
-_GENERATION_FILE = "generation_config.json"
 _PARTIAL = ".tokenizer.partial"
 
 
@@ -48,23 +42,15 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     tokenizer = named_tokenizer(job.source, "SRC")
     old = files_of(job.target)
     _check_target(job, tokenizer, old)
-    style = style_of(
-        tokenizer,
-        job.source_model_type,
-        is_mixtral=config.get("model_type") == "mixtral",
-        scales_rope=bool(config.get("rope_scaling")),
-        max_positions=int(config.get("max_position_embeddings") or 0),
-        instruct=job.instruct,
-    )
+    style = style_of(tokenizer, config, job)
     rows = int(config.get("vocab_size") or 0)
     args = read_json(job.target / ARGS_FILE) if (job.target / ARGS_FILE).is_file() else {}
     notes = notes_on_tokenizer(tokenizer, style, job.source_model_type)
     notes += vocabulary_warnings({"tokenizer": tokenizer.size, "args": args.get("vocab_size")}, rows, rows)
     print(*notes, sep="\n", file=sys.stderr)
 
-    generation = job.target / _GENERATION_FILE
-    old_generation = read_json(generation) if generation.is_file() else {}
-    changed = _with_ids(config, old_generation, tokenizer, style)
+    generation = job.target / GENERATION_FILE
+    changed = with_special_ids(config, read_json(generation) if generation.is_file() else {}, tokenizer, style)
     partial = job.target / _PARTIAL
     try:
         if partial.exists():
@@ -72,7 +58,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         partial.mkdir()
         names = write_tokenizer(tokenizer, style, partial)
         for name, data in changed.items():
-            (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for name in (*names, *changed):
             sync(partial / name)
         for name in (*names, *changed):
@@ -128,19 +114,3 @@ def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...])
             found=", ".join(old),
             remedy="replace it with --overwrite",
         )
-
-
-def _with_ids(
-    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
-) -> dict[str, dict[str, Any]]:
-    """File name to content: the configs with the tokenizer's special ids, all else as it was."""
-    rows = int(config.get("vocab_size") or 0)
-    ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
-    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
-    sampling = samples(style) and config.get("model_type") == "llama"
-    generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
-    generates |= generation_config_json(bos, eos, padding_id(tokenizer, style, rows), sampling=sampling)
-    return {
-        CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos},
-        _GENERATION_FILE: generates,
-    }

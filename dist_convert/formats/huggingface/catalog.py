@@ -70,8 +70,9 @@ def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) ->
     )
 
 
-def target_tensors(source: Catalog, main_dtype: str, target_dtype: str | None) -> list[TensorSpec]:
+def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
     """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
+    main_dtype = source.params_dtype
     return [
         (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
         for name, meta in source.tensors.items()

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
-from dist_convert.formats.huggingface.config import TORCH_NAMES
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_of_copy
 from dist_convert.formats.huggingface.files import lay_out_files
-from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.target import HuggingFaceTarget
-from dist_convert.formats.huggingface.target_copy import HuggingFaceCopy, files_to_copy
+from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
 from dist_convert.formats.huggingface.upload import check_upload
+from dist_convert.formats.huggingface.values import check_tied
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
-from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_for, vocabulary_warnings
+from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.shards import Shard
 from dist_convert.models.catalog import Catalog
-from dist_convert.models.schema import Architecture
 from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import human_bytes, names
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.target import Target
 from dist_convert.write.task import Task
 
 
@@ -44,7 +41,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
-    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), job.max_shard_size_bytes)
+    files = lay_out_files(target_tensors(source, target_dtype), job.max_shard_size_bytes)
     content = plan_content(
         source,
         catalog_of_files(source.architecture, files),
@@ -84,13 +81,15 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
 def _layout(
     job: Options, model: Model, source: Catalog, content: Content, world: World, *, disks: int
-) -> tuple[Target, list[str]]:
+) -> tuple[HuggingFaceTarget, list[str]]:
     """What is made beside the weights, and what the user should know of it all."""
+    dtype = content.ends.target.params_dtype
     if isinstance(model, HuggingFaceModel):
         copied, others = files_to_copy(model.directory)
         notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        return HuggingFaceCopy(job, content, source.architecture, model.directory, model.config, copied, disks), notes
+        config = config_of_copy(model.config, source.architecture, dtype)
+        return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
     if not isinstance(model, TorchModel):
         raise TypeError(model)
     bins = None
@@ -98,14 +97,8 @@ def _layout(
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    style = style_for(model.tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
-    notes = _notes(job, content, source.architecture, model.shards, model.tokenizer, style)
-    if job.push_to_hub and model.tokenizer.kind == "none":
-        notes.insert(0, "warning: the model is uploaded without a tokenizer")
-    layout = HuggingFaceTarget(
-        job, content, source, model.directory, model.args, model.tokenizer, style, bins, disks=disks
-    )
-    return layout, notes
+    target = HuggingFaceTarget(job, content, model, config_json(source.architecture, dtype), bins=bins, disks=disks)
+    return target, _notes(target, model)
 
 
 def _places(job: Options, world: World) -> tuple[int, ...]:
@@ -145,17 +138,13 @@ def _notes_on_places(
 _LLAMA_2_POSITIONS = 4096
 
 
-def _notes(
-    job: Options,
-    content: Content,
-    architecture: Architecture,
-    shards: Mapping[str, Shard],
-    tokenizer: Tokenizer,
-    style: Style,
-) -> list[str]:
+def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
-    args = shards[min(shards)].args
+    job, content, tokenizer = target.job, target.content, model.tokenizer
+    args, architecture = model.args, content.ends.source.architecture
     notes = []
+    if job.push_to_hub and tokenizer.kind == "none":
+        notes.append("warning: the model is uploaded without a tokenizer")
     decided = model_type_from_args(args)
     if job.source_model_type and _contradicts(job.source_model_type, decided):
         notes.append(
@@ -174,7 +163,7 @@ def _notes(
         args=args,
         tokenizer=tokenizer.size,
         padded=architecture.padded_vocab,
-        file=min(shards),
+        file=min(model.shards),
     )
     if size != architecture.padded_vocab or who == "padded size":
         notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
@@ -189,6 +178,7 @@ def _notes(
     notes += notes_on_content(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
+    style = style_of(tokenizer, target.config, job)
     return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
 
 

@@ -8,12 +8,17 @@ biases; zeros need none.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from dist_convert.errors import InconsistentShards
+from dist_convert.formats.huggingface.names import HEAD
+from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.models.catalog import Catalog
+from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
+from dist_convert.models.schema import MOST_LAYERS, is_size
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import FileReader
@@ -22,28 +27,23 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor, View, tiles
 _BLOCK_BYTES = 4 << 20
 
 
-def check_tied_head(
-    world: World, directory: Path, visible: Sequence[frozenset[str]], embedding: View, head: StoredTensor
-) -> None:
-    """Refuse a head that is not the embedding; one rank reads both, a block at a time.
-
-    Args:
-        world: this rank.
-        directory: of the model.
-        visible: for each rank, the weights files that it can read.
-        embedding: as rows x columns.
-        head: the stored tensor.
+def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
+    """Refuse a head that is stored and tied by the config, but not the embedding; one rank reads both by blocks.
 
     Raises:
         InconsistentShards: they differ, or no rank can compare them.
     """
+    if not catalog.architecture.tied or HEAD not in model.stored:
+        return
+    [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
+    [embedding], head = region.replicas, model.stored[HEAD]
     same_shape = (embedding.dtype, (embedding.rows, embedding.columns)) == (head.dtype, head.shape)
     if same_shape and replace(View.of(head), tensor=embedding.tensor) == embedding:
         return  # one storage, as torch saves tied parameters
-    able = [rank for rank, files in enumerate(visible) if {embedding.file, head.file} <= files]
+    able = [rank for rank, files in enumerate(model.found.visible) if {embedding.file, head.file} <= files]
     found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
     if same_shape and able:
-        mine = _first_different_row(directory, embedding, View.of(head)) if world.rank == able[0] else None
+        mine = _first_different_row(model.directory, embedding, View.of(head)) if world.rank == able[0] else None
         row = gather_objects(world, mine)[able[0]]
         if row is None:
             return
@@ -60,14 +60,13 @@ def check_tied_head(
 
 
 def _first_different_row(directory: Path, first: View, second: View) -> int | None:
-    rows = max(1, _BLOCK_BYTES // (first.columns * DTYPE_BYTES[first.dtype]))
-    block_bytes = min(first.rows, rows) * first.columns * DTYPE_BYTES[first.dtype]
-    buffers = make_buffer(block_bytes), make_buffer(block_bytes)
+    row_bytes = first.columns * DTYPE_BYTES[first.dtype]
+    rows = min(first.rows, max(1, _BLOCK_BYTES // row_bytes))
+    buffers = make_buffer(rows * row_bytes), make_buffer(rows * row_bytes)
     with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
         for box in tiles(first.rows, first.columns, rows, first.columns):
             for view, buffer in zip((first, second), buffers, strict=True):
                 reader.read(view.window(box), first.dtype, 0, buffer, 0)
-            row_bytes = box.columns * DTYPE_BYTES[first.dtype]
             for row in range(box.rows):
                 line = slice(row * row_bytes, (row + 1) * row_bytes)
                 if buffers[0].memory[line] != buffers[1].memory[line]:
@@ -75,45 +74,32 @@ def _first_different_row(directory: Path, first: View, second: View) -> int | No
     return None
 
 
-_SCRATCH_BYTES = 4 << 20
-
-
-def all_are_zero(
-    world: World,
-    directory: Path,
-    visible: Sequence[frozenset[str]],
-    stored: Mapping[str, StoredTensor],
-    names: Collection[str],
-) -> bool:
-    """Whether vectors are stored and hold zeros only; each is read by the first rank that sees its file.
-
-    Args:
-        world: this rank.
-        directory: of the model.
-        visible: for each rank, the weights files that it can read.
-        stored: all tensors of the model by name.
-        names: of the vectors.
+def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
+    """The model, after a look at the output projections' biases, where no other layer has output biases.
 
     Raises:
         SourceError: a file cannot be read.
     """
-    if not names or not all(name in stored and len(stored[name].shape) == 1 for name in names):
-        return False
-    readers = {file: next(n for n, files in enumerate(visible) if file in files) for file in _files(stored, names)}
-    mine = [stored[name] for name in sorted(names) if readers[stored[name].file] == world.rank]
-    return all(gather_objects(world, _only_zeros(directory, mine)))
+    layers = model.config.get("num_hidden_layers")
+    may_be = model.config.get("attention_bias") and not model.config.get("mlp_bias")
+    names: list[str] = []
+    if may_be and isinstance(layers, int) and is_size(layers, MOST_LAYERS):
+        names = [OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)]
+    biases = [model.stored[name] for name in names if name in model.stored and len(model.stored[name].shape) == 1]
+    are_zero = False
+    if names and len(biases) == len(names):
+        # Each is read by the first rank that sees its file.
+        readers = {t.file: next(n for n, files in enumerate(model.found.visible) if t.file in files) for t in biases}
+        mine = [tensor for tensor in biases if readers[tensor.file] == world.rank]
+        are_zero = all(gather_objects(world, _only_zeros(model.directory, mine)))
+    return replace(model, zero_biases=frozenset(names if are_zero else ()))
 
 
-def _files(stored: Mapping[str, StoredTensor], names: Collection[str]) -> set[str]:
-    return {stored[name].file for name in names}
-
-
-def _only_zeros(directory: Path, tensors: Sequence[StoredTensor]) -> bool:
-    with closing(FileReader(directory, make_buffer(_SCRATCH_BYTES))) as reader:
+def _only_zeros(directory: Path, tensors: Iterable[StoredTensor]) -> bool:
+    with closing(FileReader(directory, make_buffer(_BLOCK_BYTES))) as reader:
         for tensor in tensors:
-            size_bytes = tensor.elements * DTYPE_BYTES[tensor.dtype]
-            buffer = make_buffer(size_bytes)
+            buffer = make_buffer(tensor.size_bytes)
             reader.read(View.of(tensor), tensor.dtype, 0, buffer, 0)
-            if buffer.memory[:size_bytes].tobytes().strip(b"\0"):
+            if buffer.memory[: tensor.size_bytes].tobytes().strip(b"\0"):
                 return False
     return True

@@ -9,34 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingPackage, UnsupportedModel
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_small_file
-
-
-def require(module: str, path: Path) -> None:
-    """Check that a module is there, without importing it.
-
-    Args:
-        module: top-level package, or one inside a top-level package.
-        path: of the tokenizer file that needs it.
-
-    Raises:
-        MissingPackage
-    """
-    top = module.partition(".")[0]
-    if find_spec(top) is None or find_spec(module) is None:
-        package = {"google": "protobuf"}.get(top, top)
-        raise MissingPackage(
-            f"building a tokenizer from this file needs the package {package}",
-            file=str(path),
-            remedy=f"pip install {package}, or give the directory of a Hugging Face tokenizer",
-        )
-
 
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
@@ -101,8 +80,14 @@ def _roles(trainer: Any) -> tuple[int, int, int]:
 
 
 def _read(path: Path) -> Any:
-    require("google.protobuf", path)
-    from google.protobuf.message import DecodeError
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise MissingPackage(
+            "building a tokenizer from this file needs the package protobuf",
+            file=str(path),
+            remedy="pip install protobuf, or give the directory of a Hugging Face tokenizer",
+        ) from error
     from transformers.convert_slow_tokenizer import import_protobuf
 
     message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
@@ -120,7 +105,7 @@ def _read(path: Path) -> Any:
 
 def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
     """A `tokenizers.Tokenizer` that puts begin-of-text in front, and which tokens begin, end and pad a text."""
-    from tokenizers import AddedToken, Tokenizer, models, processors
+    from tokenizers import AddedToken, Tokenizer, models
 
     proto = _read(path)
     trainer, pieces = proto.trainer_spec, proto.pieces
@@ -141,11 +126,20 @@ def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in user_defined])
     if bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, trainer.bos_id)]
-        )
+        tokenizer.post_processor = around_texts(tokenizer, [bos])
     named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unknown}
     return tokenizer, {role: token for role, token in named.items() if token is not None}
+
+
+def around_texts(tokenizer: Any, begin: Sequence[str], end: Sequence[str] = ()) -> Any:
+    """A post-processor that puts tokens in front of and behind each text."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*begin, *end}],
+    )
 
 
 def _merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -294,10 +288,8 @@ def build_llama3(path: Path, model_type: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens(model_type)])
-    begin = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN}:0 $A:0 {BEGIN}:1 $B:1", special_tokens=[(BEGIN, BASE_TOKENS)]
-    )
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    by_letter = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = processors.Sequence([by_letter, around_texts(tokenizer, [BEGIN])])
     return tokenizer
 
 

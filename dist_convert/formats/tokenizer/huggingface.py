@@ -18,24 +18,27 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.formats.huggingface.read import check_inside
-from dist_convert.formats.tokenizer.build import build_llama2, is_sentencepiece, read_sentencepiece
+from dist_convert.formats.tokenizer.build import around_texts, build_llama2, is_sentencepiece, read_sentencepiece
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.read.source import read_json, read_small_file
-from dist_convert.write.files import target_error
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+FAST_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+_ADDED_FILE = "added_tokens.json"
+#: A chat template in a file of its own.
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: What transformers may find beside a model and read as a part of its tokenizer.
 FILES = (
-    "tokenizer.json", CONFIG, SPECIAL_TOKENS, "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    FAST_FILE, CONFIG, SPECIAL_TOKENS, _ADDED_FILE, "vocab.json", "vocab.txt", "merges.txt", MODEL_FILE,
+    *_TEMPLATE_FILES,
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
-_FAST_FILE = "tokenizer.json"
-_FAST_CLASS = "PreTrainedTokenizerFast"
+FAST_CLASS = "PreTrainedTokenizerFast"
 #: Classes that only transformers 5 knows, and what both versions call them.
-_CLASSES_OF_5 = {"TokenizersBackend": _FAST_CLASS}
+_CLASSES_OF_5 = {"TokenizersBackend": FAST_CLASS}
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 #: Vocabularies of tokenizers that only their own class, or another program, can read.
 _NOT_COPIED = ("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json")
@@ -47,7 +50,7 @@ INPUT_NAMES = ["input_ids", "attention_mask"]
 
 def is_huggingface(directory: Path) -> bool:
     """Whether transformers' files of a tokenizer are there, its vocabulary among them."""
-    vocabularies = ((_FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
+    vocabularies = ((FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
     return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
 
 
@@ -74,8 +77,8 @@ def read_huggingface(directory: Path) -> Tokenizer:
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    ids = {} if (directory / _FAST_FILE).is_file() else _ids_of_class(directory)
-    with _parsing(directory / _FAST_FILE) as tokenizer:
+    ids = {} if (directory / FAST_FILE).is_file() else _ids_of_class(directory)
+    with _parsing(directory / FAST_FILE) as tokenizer:
         model = tokenizer.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(vocab, dict):
@@ -83,34 +86,29 @@ def read_huggingface(directory: Path) -> Tokenizer:
         elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
             ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
         ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
-        size = max(ids.values()) + 1 if ids else None  # before the class adds what its config lists
-    with _parsing(directory / CONFIG) as config:
-        added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-        ids.update(added)
-        if size is not None and added:
-            size = max(size, max(added.values()) + 1)
-        template = config.get("chat_template")
+        size = max(ids.values()) + 1 if ids else None
+    added = _added(directory)
+    if size is not None and added:
+        size = max(size, max(added) + 1)
+    ids |= {token["content"]: number for number, token in added.items()}
+    has_template, warnings = _notes_on(directory)
     return Tokenizer(
         "huggingface",
         directory,
         size,
         *special_ids(directory, ids),
         is_llama3=ids.get("<|end_of_text|>") == 128001 and ids.get("<|eot_id|>") == 128009,
-        has_template=bool(template) or has_template_file(directory),
-        warnings=warnings_on(directory),
+        has_template=has_template,
+        warnings=warnings,
     )
 
 
-def has_template_file(directory: Path) -> bool:
-    """Whether a chat template is in a file of its own."""
-    return any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
-
-
-def warnings_on(directory: Path) -> tuple[str, ...]:
-    """What a copy of the directory may not do as the original does."""
+def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
+    """Whether there is a chat template, and what a copy of the directory may not do as the original does."""
     found = []
     with _parsing(directory / CONFIG) as config:
-        name, is_fast = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file()
+        name, is_fast = config.get("tokenizer_class"), (directory / FAST_FILE).is_file()
+        has_template = bool(config.get("chat_template"))
         if config.get("auto_map"):
             found.append("the tokenizer's auto_map names Python code, which is not copied")
         if name in _LLAMA_CLASSES and is_fast:
@@ -120,17 +118,16 @@ def warnings_on(directory: Path) -> tuple[str, ...]:
             )
         if not name and not is_fast:
             found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
-    others = sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)})
-    if others:
+    if others := sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)}):
         found.append(f"vocabulary files that are not copied: {', '.join(others)}")
-    return tuple(found)
+    return has_template or any((directory / name).is_file() for name in _TEMPLATE_FILES), tuple(found)
 
 
 def _ids_of_class(directory: Path) -> dict[str, int]:
     """The tokens of a vocabulary that a tokenizer class reads, by text: words and numbers, or a word a line."""
-    with _parsing(directory / "vocab.json") as words, _parsing(directory / "added_tokens.json") as added:
-        ids = {str(word): int(number) for word, number in {**words, **added}.items()}
-    if not words and (directory / "vocab.txt").is_file():
+    with _parsing(directory / "vocab.json") as words:
+        ids = {str(word): int(number) for word, number in words.items()}
+    if not ids and (directory / "vocab.txt").is_file():
         text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
         lines = text.removesuffix("\n").split("\n")
         ids |= {line.removesuffix("\r"): number for number, line in enumerate(lines)}
@@ -174,26 +171,15 @@ def files_of(directory: Path) -> tuple[str, ...]:
     return found
 
 
-def copy_huggingface(directory: Path, target: Path) -> tuple[str, ...]:
-    """Copy the tokenizer's files byte for byte, but for a config that versions read differently; returns their names.
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files by name, byte for byte, but for a config that versions of transformers read differently.
 
     Raises:
         SourceError: a file of it cannot be read.
-        TargetError, NotEnoughSpace: the target's file system refuses.
     """
-    names, config = files_of(directory), _for_both_versions(directory)
-    names = tuple(dict.fromkeys((*names, CONFIG))) if config is not None else names
-    for name in names:
-        try:
-            content = config if name == CONFIG and config is not None else (directory / name).read_bytes()
-        except OSError as error:
-            raise SourceError("a file of the tokenizer cannot be read", file=name, found=str(error)) from error
-        try:
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(content)
-        except OSError as error:
-            raise target_error(error, name) from error
-    return names
+    files = {name: read_small_file(directory / name) for name in files_of(directory)}
+    config = _for_both_versions(directory)
+    return files if config is None else {**files, CONFIG: config}
 
 
 def _for_both_versions(directory: Path) -> bytes | None:
@@ -205,7 +191,7 @@ def _for_both_versions(directory: Path) -> bytes | None:
     with _parsing(directory / CONFIG) as config:
         name = config.get("tokenizer_class")
         extra = config.get("extra_special_tokens")
-        of_both = _CLASSES_OF_5.get(name) if name else (_FAST_CLASS if (directory / _FAST_FILE).is_file() else None)
+        of_both = _CLASSES_OF_5.get(name) if name else (FAST_CLASS if (directory / FAST_FILE).is_file() else None)
         if of_both is None and not isinstance(extra, list):
             return None
         changed = dict(config)
@@ -218,8 +204,6 @@ def _for_both_versions(directory: Path) -> bytes | None:
         return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-MODEL_FILE = "tokenizer.model"
-_ADDED_FILE = "added_tokens.json"
 #: Settings of the class LlamaTokenizer that the built tokenizer.json has taken over.
 _TAKEN_OVER = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "tokenizer_file")
 
@@ -252,25 +236,27 @@ def read_slow(directory: Path) -> Tokenizer:
                 expected=f"id {expected}",
                 found=f"id {number}: {added[number]['content']!r}",
             )
-    ids = {token["content"]: number for number, token in added.items()}
-    bos, eos, pad = special_ids(directory, ids)
-    size = max([model.size or 0, *(number + 1 for number in added)])
-    found = replace(model, kind="slow", path=directory, size=size, chat=None, warnings=warnings_on(directory))
-    config = read_json(directory / CONFIG)
+    bos, eos, pad = special_ids(directory, {token["content"]: number for number, token in added.items()})
+    has_template, warnings = _notes_on(directory)
     return replace(
-        found,
+        model,
+        kind="slow",
+        path=directory,
+        size=max([model.size or 0, *(number + 1 for number in added)]),
         bos=model.bos if bos is None else bos,
         eos=model.eos if eos is None else eos,
         pad=model.pad if pad is None else pad,
-        has_template=bool(config.get("chat_template")) or has_template_file(directory),
+        chat=None,
+        has_template=has_template,
+        warnings=warnings,
     )
 
 
 def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     """A `tokenizers.Tokenizer` of a directory that `read_slow` has checked, and its tokenizer_config.json for it."""
-    from tokenizers import AddedToken, pre_tokenizers, processors
+    from tokenizers import AddedToken, pre_tokenizers
 
-    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    config = read_json(directory / CONFIG)
     tokenizer, roles = build_llama2(directory / MODEL_FILE)
     for number, token in sorted(_added(directory).items()):
         if number < tokenizer.get_vocab_size():
@@ -281,39 +267,19 @@ def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     if config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    roles |= {key: _content(config[key]) for key in roles if config.get(key)}
+    named = {key: config[key] for key in roles if config.get(key)}
+    roles |= {key: token["content"] if isinstance(token, Mapping) else token for key, token in named.items()}
     begin = [roles["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in roles else []
     end = [roles["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in roles else []
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        pair=[*begin, "$A", *end, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*begin, *end}],
-    )
+    tokenizer.post_processor = around_texts(tokenizer, begin, end)
     kept = {key: value for key, value in config.items() if key not in _TAKEN_OVER}
-    return tokenizer, {**roles, "model_input_names": INPUT_NAMES, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, Mapping) else token
+    return tokenizer, {**roles, "model_input_names": INPUT_NAMES, **kept, "tokenizer_class": FAST_CLASS}
 
 
 def _added(directory: Path) -> dict[int, dict[str, Any]]:
     """The tokens that were added to the model's, by id, each with its text and flags."""
-    found: dict[int, dict[str, Any]] = {}
-    for name in (_ADDED_FILE, CONFIG):
-        if not (directory / name).is_file():
-            continue
-        data = read_json(directory / name)
-        try:
-            if name == _ADDED_FILE:
-                found |= {int(number): {"content": str(content)} for content, number in data.items()}
-            else:
-                listed = data.get("added_tokens_decoder", {})
-                found |= {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(
-                "a file of the tokenizer is damaged",
-                file=str(directory / name),
-                found=f"{type(error).__name__}: {error}",
-            ) from error
-    return found
+    with _parsing(directory / _ADDED_FILE) as ids:
+        found: dict[int, dict[str, Any]] = {int(number): {"content": str(token)} for token, number in ids.items()}
+    with _parsing(directory / CONFIG) as config:
+        listed = config.get("added_tokens_decoder", {})
+        return found | {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}

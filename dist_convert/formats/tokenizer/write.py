@@ -11,15 +11,17 @@ from dist_convert.formats.tokenizer.build import build_llama2, build_llama3, rol
 from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
 from dist_convert.formats.tokenizer.huggingface import (
     CONFIG,
+    FAST_CLASS,
+    FAST_FILE,
     INPUT_NAMES,
+    MODEL_FILE,
     SPECIAL_TOKENS,
     build_slow,
-    copy_huggingface,
+    contents_of,
 )
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
+from dist_convert.read.source import read_small_file
 from dist_convert.write.files import target_error
-
-_FAST_FILE = "tokenizer.json"
 
 
 def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
@@ -35,37 +37,32 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         MissingPackage: what building one needs is not installed.
         TargetError, NotEnoughSpace: the target's file system refuses.
     """
-    if tokenizer.path is None:
+    path = tokenizer.path
+    if path is None:
         return ()
-    if tokenizer.kind == "huggingface":
-        return copy_huggingface(tokenizer.path, target)
-    if tokenizer.kind == "slow":
-        names = copy_huggingface(tokenizer.path, target)
-        built, config = build_slow(tokenizer.path)
-        changed = {_FAST_FILE: _of(built), CONFIG: _json(config | _added_to(built))}
-        return tuple(sorted({*names, *_write_files(target, changed)}))
-    if tokenizer.kind == "tiktoken":
-        built = build_llama3(tokenizer.path, style.model_type)
-        return _write_built(built, roles(style.model_type, instruct=style.instruct), style, target, {})
-    built, found_roles = build_llama2(tokenizer.path)
-    original = {"tokenizer.model": tokenizer.path.read_bytes()}  # some readers prefer it
-    return _write_built(built, found_roles, style, target, original)
-
-
-def _write_built(
-    built: Any, special: Mapping[str, str], style: Style, target: Path, more: Mapping[str, bytes]
-) -> tuple[str, ...]:
-    files = {_FAST_FILE: _of(built), CONFIG: _json(_config(built, special, style)), SPECIAL_TOKENS: _json(special)}
-    return _write_files(target, files | dict(more))
-
-
-def _write_files(target: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
+    if tokenizer.kind in ("huggingface", "slow"):
+        files = contents_of(path)
+        if tokenizer.kind == "slow":
+            built, config = build_slow(path)
+            files |= {FAST_FILE: _of(built), CONFIG: _json(config | _added_to(built))}
+    elif tokenizer.kind == "tiktoken":
+        built = build_llama3(path, style.model_type)
+        files = _files_of(built, roles(style.model_type, instruct=style.instruct), style)
+    else:
+        built, found_roles = build_llama2(path)
+        files = _files_of(built, found_roles, style) | {MODEL_FILE: read_small_file(path)}  # some readers prefer it
     try:
         for name, content in files.items():
+            (target / name).parent.mkdir(exist_ok=True)
             (target / name).write_bytes(content)
     except OSError as error:
         raise target_error(error, str(error.filename or target)) from error
     return tuple(files)
+
+
+def _files_of(built: Any, special: Mapping[str, str], style: Style) -> dict[str, bytes]:
+    """The files of a tokenizer that is built, by name."""
+    return {FAST_FILE: _of(built), CONFIG: _json(_config(built, special, style)), SPECIAL_TOKENS: _json(special)}
 
 
 def _config(built: Any, special: Mapping[str, str], style: Style) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def _config(built: Any, special: Mapping[str, str], style: Style) -> dict[str, A
         "clean_up_tokenization_spaces": False,
         "model_input_names": INPUT_NAMES,
         "model_max_length": style.max_positions,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": FAST_CLASS,
     }
     return config | ({"chat_template": CHAT_TEMPLATES[style.model_type]} if style.instruct else {})
 
