@@ -34,6 +34,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     Raises:
         SourceError: all that the headers show to be wrong.
         UploadError: what can be known now of an upload that would not start.
+        TargetError: nodes see different targets, and no flag says that this is meant.
     """
     notes = []
     if job.push_to_hub and world.rank == 0:
@@ -55,7 +56,11 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
 
-    places = _places(job, world)
+    flag = path_flags(job)[1]
+    places = find_places(world, job.target, flag)
+    if not job.save_per_node:
+        remedy = ", or give --save-per-node if each node is to keep some of the files"
+        refuse_several_places(places, job.target, flag, remedy)
     of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
     is_divided = bool(max(places))
     if is_divided:
@@ -101,21 +106,6 @@ def _layout(
     return target, _notes(target, model)
 
 
-def _places(job: Options, world: World) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies.
-
-    Raises:
-        TargetError: nodes see different targets, and no flag says that this is meant.
-    """
-    flag = path_flags(job)[1]
-    places = find_places(world, job.target, flag)
-    if not job.save_per_node:
-        refuse_several_places(
-            places, job.target, flag, ", or give --save-per-node if each node is to keep some of the files"
-        )
-    return places
-
-
 def _notes_on_places(
     job: Options, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
 ) -> list[str]:
@@ -145,10 +135,10 @@ def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
     notes = []
     if job.push_to_hub and tokenizer.kind == "none":
         notes.append("warning: the model is uploaded without a tokenizer")
-    decided = model_type_from_args(args)
-    if job.source_model_type and _contradicts(job.source_model_type, decided):
+    decided, said = model_type_from_args(args), job.source_model_type
+    if said and (said != decided if decided else said in ("mixtral", "llama3.1")):
         notes.append(
-            f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
+            f"warning: --source-model-type says {said}, the checkpoint's args say "
             f"{decided or 'llama without rope scaling'}; the args are followed"
         )
     if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
@@ -158,19 +148,12 @@ def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
             "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
             "the original's config.json into this one's"
         )
-    size, who = true_vocab(
-        flag=job.true_vocab_size,
-        args=args,
-        tokenizer=tokenizer.size,
-        padded=architecture.padded_vocab,
-        file=min(model.shards),
-    )
-    if size != architecture.padded_vocab or who == "padded size":
-        notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
-    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size"), "--true-vocab-size": job.true_vocab_size}
-    if job.true_vocab_size is None:
-        del claims["--true-vocab-size"]
-    notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
+    flag, rows, file = job.true_vocab_size, architecture.padded_vocab, min(model.shards)
+    size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file=file)
+    if size != rows or who == "padded size":
+        notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding")
+    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}
+    notes += vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
     stored = TORCH_NAMES[content.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
@@ -179,10 +162,4 @@ def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
     style = style_of(tokenizer, target.config, job)
-    return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
-
-
-def _contradicts(said: str, decided: str | None) -> bool:
-    if decided is None:
-        return said in ("mixtral", "llama3.1")
-    return said != decided
+    return notes + notes_on_tokenizer(tokenizer, style, said)

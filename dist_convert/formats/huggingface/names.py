@@ -129,7 +129,7 @@ def hf_view(
 def leftovers(
     stored: Mapping[str, StoredTensor], used: Collection[str], *, hf_class: str, tied: bool
 ) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
-    """The stored tensors that no part used: what is dropped on purpose, and a problem for each of the others.
+    """The stored tensors that no part used.
 
     Args:
         stored: all tensors of the model by name.
@@ -138,7 +138,7 @@ def leftovers(
         tied: whether config.json says that the head is the embedding; `values` compares a stored head with it.
 
     Returns:
-        (reason, tensors, bytes) of what is dropped, and an `UnknownTensor` for each tensor that nothing explains.
+        What is dropped on purpose, and an `UnknownTensor` for each tensor that nothing explains.
     """
     dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []

@@ -67,11 +67,7 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
 
 
 def check_weights_name(directory: Path, name: str, named_by: str) -> None:
-    """Refuse a name that is no weights file's, or leads out of the directory.
-
-    Raises:
-        CorruptFile: quoting the name, and the file `named_by` that has it.
-    """
+    """Refuse a name, found in the file `named_by`, that is no weights file's, or leads out of the directory."""
     path = PurePosixPath(name)
     is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
     is_possible = name.isprintable() and len(os.fsencode(name)) <= _MAX_NAME_BYTES
@@ -117,11 +113,7 @@ _LIMIT = 1 << 62
 
 
 def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name.
-
-    Args:
-        path: the file on this machine.
-        file: how messages and the tensors name it.
+    """Every tensor of the file by name; messages and the tensors call it `file`.
 
     Raises:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
@@ -130,13 +122,14 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
     """
     with reading(file), path.open("rb") as stream:
         size_bytes = path.stat().st_size
+        most = min(MAX_HEADER_BYTES, size_bytes - 8)
         length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else b""
+        text = stream.read(length) if 2 <= length <= most else b""
     if not text:
         raise CorruptFile(
             "no safetensors header",
             file=file,
-            expected=f"a header of at most {max(0, min(MAX_HEADER_BYTES, size_bytes - 8))} bytes",
+            expected=f"a header of at most {max(0, most)} bytes",
             found=f"{length} bytes",
             remedy="copy the file again; this one is cut short or no safetensors file",
         )
@@ -221,11 +214,7 @@ def find_weights(directory: Path) -> tuple[str, ...]:
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
-    """The file of each tensor, as the index says; None where all are in a single file without one.
-
-    Raises:
-        CheckpointNotFound, CorruptFile, InconsistentShards: as `find_weights`.
-    """
+    """The file of each tensor, as the index says; None where all are in a single file without one."""
     return _weights(directory)[1]
 
 
@@ -287,26 +276,12 @@ def _listing(directory: Path) -> str:
 
 
 def read_weights_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of a weights file, by name.
-
-    Args:
-        path: the file on this machine.
-        file: its name relative to the directory.
-
-    Raises:
-        CorruptFile, UnsafePickle, UnsupportedModel: see `read_safetensors_header` and `read_pickled_weights`.
-    """
-    if file.endswith(SAFETENSORS):
-        return read_safetensors_header(path, file)
-    return read_pickled_weights(path, file)
+    """Every tensor of a weights file, by name: see `read_safetensors_header` and `read_pickled_weights`."""
+    return (read_safetensors_header if file.endswith(SAFETENSORS) else read_pickled_weights)(path, file)
 
 
 def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-    """Compare an index with the files that it names.
-
-    Args:
-        index: tensor -> file.
-        headers: file -> its tensors, of the files that some rank sees.
+    """Compare an index, tensor -> file, with the files that some rank sees, file -> its tensors.
 
     Raises:
         Problems, or the one problem there is: MissingShard, MissingTensor, InconsistentShards, UnknownTensor.

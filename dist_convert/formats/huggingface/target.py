@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,6 @@ from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.read.source import MAX_BYTES, read_small_file, reading
@@ -109,17 +108,15 @@ class HuggingFaceTarget:
 
     def to_do(self) -> str:
         """See `Target`; after an upload it is said there."""
-        job, lines = self.job, []
+        job, disks, lines = self.job, self.disks, []
         if job.push_to_hub:
             return ""
-        if self.disks > 1:
-            lines.append(
-                f"{job.target} is a part of the model on each of {self.disks} disks: copy them into one directory"
-            )
+        if disks > 1:
+            lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
         if isinstance(self.model, TorchModel) and not is_huggingface(job.target):
-            tokenizer, model_type = self.model.tokenizer, job.source_model_type
-            lines.append(how_to_add_tokenizer(tokenizer, job.target, instruct=job.instruct, model_type=model_type))
-        return "\n".join(filter(None, lines))
+            how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
+            lines.append(how)
+        return "\n".join(lines)
 
 
 def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
@@ -154,29 +151,21 @@ def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
         checkpoint: directory of the iteration that was read; only its name and its parent's are told.
         tokenizer: as this rank found it; only its name is told.
     """
-    source = content.ends.source
-    hf_class, family = FAMILIES[source.architecture.family].hf_class, source.architecture.family
-    grid = source.title.removeprefix(f"{hf_class}, ")
+    a, grid = content.ends.source.architecture, content.ends.source.title.partition(", ")[2]
+    hf_class = FAMILIES[a.family].hf_class
     checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
     elements: Counter[str] = Counter()
     for file in content.files:
         for tensor in file.tensors:
             elements[tensor.dtype] += tensor.elements
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
-    conversion = [
-        ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
-        ("Format", f"Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]}"),
-        ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
-        ("Weights load with", "transformers 4.49 and later"),
-        ("Tokenizer at conversion", _origin(tokenizer)),
-        ("Plan digest", f"`{content.digest}`"),
-    ]
-    model = [*_sizes(source.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
+    of_each, tied = " of each expert" if a.experts else "", ", tied embeddings" if a.tied else ""
+    experts = f"| Experts | {a.experts:,}, {a.experts_per_token:,} for each token |\n" if a.experts else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {family}
+- {a.family}
 - megatron-lm
 - dist_convert
 ---
@@ -185,9 +174,26 @@ tags:
 
 Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's own training arguments.
 
-{_table("Model", model)}
+| Model | |
+|---|---|
+| Layers | {a.layers:,} |
+| Hidden size | {a.hidden:,} |
+| Feed-forward size | {a.ffn:,}{of_each} |
+| Attention heads | {a.heads:,}, each of {a.head_dim:,} |
+| Key and value heads | {a.query_groups:,} |
+| Vocabulary | {a.vocab:,}{tied} |
+| Positions | {a.max_positions:,} |
+{experts}| Parameters | {elements.total():,} |
+| Stored as | {stored} |
 
-{_table("Conversion", conversion)}
+| Conversion | |
+|---|---|
+| Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
+| Format | Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]} |
+| Converted by | dist_convert {__version__} with torch {torch.__version__} |
+| Weights load with | transformers 4.49 and later |
+| Tokenizer at conversion | {_origin(tokenizer)} |
+| Plan digest | `{content.digest}` |
 
 The plan digest is a SHA-256 of the model's sizes and of the place of every tensor in the checkpoint and here. It tells
 how the bytes were moved, not which bytes: checksums of the files are in `conversion.json`. The license is that of the
@@ -207,24 +213,6 @@ def _origin(tokenizer: Tokenizer) -> str:
         return f"copied from the directory {name}, `tokenizer.json` built with {versions}"
     kind = {"tiktoken": "tiktoken", "sentencepiece": "SentencePiece"}[tokenizer.kind]
     return f"built from {name} ({kind}) with {versions}"
-
-
-def _sizes(architecture: Architecture) -> list[tuple[str, str]]:
-    a = architecture
-    rows = [
-        ("Layers", f"{a.layers:,}"),
-        ("Hidden size", f"{a.hidden:,}"),
-        ("Feed-forward size", f"{a.ffn:,}" + (" of each expert" if a.experts else "")),
-        ("Attention heads", f"{a.heads:,}, each of {a.head_dim:,}"),
-        ("Key and value heads", f"{a.query_groups:,}"),
-        ("Vocabulary", f"{a.vocab:,}" + (", tied embeddings" if a.tied else "")),
-        ("Positions", f"{a.max_positions:,}"),
-    ]
-    return rows + ([("Experts", f"{a.experts:,}, {a.experts_per_token:,} for each token")] if a.experts else [])
-
-
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _code(name: str) -> str:

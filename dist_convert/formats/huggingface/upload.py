@@ -77,11 +77,7 @@ _ANSWER_SECONDS = 30.0
 
 
 def check_repository_name(text: str) -> str:
-    """The name of a repository, if it is one.
-
-    Raises:
-        UsageError: not `organisation/name`, in the letters that a hub allows.
-    """
+    """The same, if it is the name of a repository; else a UsageError: the hub's library knows the letters."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -106,15 +102,15 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
     Args:
         directory: to be uploaded later.
         repository: `org/name`.
-        private: whether the repository must be private.
+        private: whether it must be private.
         answer_seconds: how long each of the hub's answers is waited for.
 
     Returns:
         Where the upload would go, in a sentence.
 
     Raises:
-        UploadError: HF_HUB_OFFLINE is set, there is no token, it is not valid or may not write there, a repository of
-            that name is public although it should be private, or the hub cannot be reached or does not answer.
+        UploadError: offline; no token, or one that is not valid or may not write there; a public repository that should
+            be private; a hub that cannot be reached or does not answer.
     """
     later = upload_command(directory, repository, private=private)
     from huggingface_hub import HfApi, constants

@@ -70,37 +70,62 @@ def _parsing(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_huggingface(directory: Path) -> Tokenizer:
-    """Size and special ids of the tokenizer in a directory.
+    """Size and special ids of the tokenizer in a directory, added tokens included.
 
     Raises:
-        CorruptFile: a file of it is damaged.
+        SourceError: a file of it is damaged, or added tokens leave ids out.
+        MissingPackage: protobuf is not installed, and there is a SentencePiece model alone.
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    ids = {} if (directory / FAST_FILE).is_file() else _ids_of_class(directory)
-    with _parsing(directory / FAST_FILE) as tokenizer:
-        model = tokenizer.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, dict):
-            ids.update(vocab)
-        elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
-            ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
-        ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
-        size = max(ids.values()) + 1 if ids else None
     added = _added(directory)
-    if size is not None and added:
-        size = max(size, max(added) + 1)
+    if is_slow(directory):
+        model = replace(read_sentencepiece(directory / MODEL_FILE), kind="slow", path=directory, chat=None)
+        ids, size = {}, model.size or 0
+        for expected, number in enumerate(sorted(number for number in added if number >= size), start=size):
+            if number != expected:
+                raise SourceError(
+                    "added tokens of the tokenizer leave ids out",
+                    file=str(directory),
+                    expected=f"id {expected}",
+                    found=f"id {number}: {added[number]['content']!r}",
+                )
+    else:
+        model, ids = Tokenizer("huggingface", directory), _vocabulary(directory)
+        size = max(ids.values(), default=-1) + 1
     ids |= {token["content"]: number for number, token in added.items()}
+    bos, eos, pad = _special_ids(directory, ids)
     has_template, warnings = _notes_on(directory)
-    return Tokenizer(
-        "huggingface",
-        directory,
-        size,
-        *special_ids(directory, ids),
+    return replace(
+        model,
+        size=max([size, *(number + 1 for number in added)]) if size else None,
+        bos=model.bos if bos is None else bos,
+        eos=model.eos if eos is None else eos,
+        pad=model.pad if pad is None else pad,
         is_llama3=ids.get("<|end_of_text|>") == 128001 and ids.get("<|eot_id|>") == 128009,
         has_template=has_template,
         warnings=warnings,
     )
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """The tokens by text: of tokenizer.json, or of what a class reads: words and numbers, or a word a line."""
+    if (directory / FAST_FILE).is_file():
+        with _parsing(directory / FAST_FILE) as tokenizer:
+            model = tokenizer.get("model")
+            vocab = model.get("vocab") if isinstance(model, dict) else None
+            if isinstance(vocab, list):  # Unigram: [piece, score] pairs
+                vocab = {str(pair[0]): number for number, pair in enumerate(vocab)}
+            found = dict(vocab) if isinstance(vocab, dict) else {}
+            found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+            return {str(token): int(number) for token, number in found.items()}
+    with _parsing(directory / "vocab.json") as words:
+        ids = {str(word): int(number) for word, number in words.items()}
+    if not ids and (directory / "vocab.txt").is_file():
+        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n")
+        ids = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
+    return ids
 
 
 def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
@@ -123,38 +148,20 @@ def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
     return has_template or any((directory / name).is_file() for name in _TEMPLATE_FILES), tuple(found)
 
 
-def _ids_of_class(directory: Path) -> dict[str, int]:
-    """The tokens of a vocabulary that a tokenizer class reads, by text: words and numbers, or a word a line."""
-    with _parsing(directory / "vocab.json") as words:
-        ids = {str(word): int(number) for word, number in words.items()}
-    if not ids and (directory / "vocab.txt").is_file():
-        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
-        lines = text.removesuffix("\n").split("\n")
-        ids |= {line.removesuffix("\r"): number for number, line in enumerate(lines)}
-    return ids
-
-
-def special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
+def _special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
     """Ids of the tokens that begin, end and pad a text, as the directory names them.
 
     Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
-
-    Args:
-        directory: of the tokenizer's files.
-        ids: of its tokens.
     """
     roles = ("bos_token", "eos_token", "pad_token")
     with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
-        bos, eos, pad = (_id(config.get(role, tokens.get(role)), ids) for role in roles)
+        named = [config.get(role, tokens.get(role)) for role in roles]
+        texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+        bos, eos, pad = (ids.get(text) if isinstance(text, str) else None for text in texts)
         if not {"bos_token", "eos_token"} & (config.keys() | tokens.keys()):
             usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
             bos, eos = usual[0] if usual else (None, None)
     return bos, eos, pad
-
-
-def _id(token: Any, ids: Mapping[str, int]) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return ids.get(content) if isinstance(content, str) else None
 
 
 def files_of(directory: Path) -> tuple[str, ...]:
@@ -217,43 +224,8 @@ def is_slow(directory: Path) -> bool:
         return is_sentencepiece(opened.read(3))
 
 
-def read_slow(directory: Path) -> Tokenizer:
-    """Size and special ids, added tokens included.
-
-    Raises:
-        SourceError: the model or a file beside it cannot be understood.
-        MissingPackage: protobuf is not installed.
-    """
-    files_of(directory)  # refuses links before any is read
-    model = read_sentencepiece(directory / MODEL_FILE)
-    added = _added(directory)
-    after = sorted(number for number in added if number >= (model.size or 0))
-    for expected, number in enumerate(after, start=model.size or 0):
-        if number != expected:
-            raise SourceError(
-                "added tokens of the tokenizer leave ids out",
-                file=str(directory),
-                expected=f"id {expected}",
-                found=f"id {number}: {added[number]['content']!r}",
-            )
-    bos, eos, pad = special_ids(directory, {token["content"]: number for number, token in added.items()})
-    has_template, warnings = _notes_on(directory)
-    return replace(
-        model,
-        kind="slow",
-        path=directory,
-        size=max([model.size or 0, *(number + 1 for number in added)]),
-        bos=model.bos if bos is None else bos,
-        eos=model.eos if eos is None else eos,
-        pad=model.pad if pad is None else pad,
-        chat=None,
-        has_template=has_template,
-        warnings=warnings,
-    )
-
-
 def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """A `tokenizers.Tokenizer` of a directory that `read_slow` has checked, and its tokenizer_config.json for it."""
+    """A `tokenizers.Tokenizer` of a directory that has been read, and its tokenizer_config.json for it."""
     from tokenizers import AddedToken, pre_tokenizers
 
     config = read_json(directory / CONFIG)

@@ -83,13 +83,7 @@ _NAMES = {
 
 
 def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> list[str]:
-    """Which tokenizer is written, or why none is.
-
-    Args:
-        tokenizer: as found.
-        style: for a tokenizer that is built.
-        said: `--source-model-type`.
-    """
+    """Which tokenizer is written, or why none is; `said` is `--source-model-type`."""
     if tokenizer.kind == "none":
         return [f"no tokenizer files are written: {tokenizer.note}"]
     if tokenizer.kind in ("huggingface", "slow"):
@@ -107,10 +101,8 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 
-def how_to_add_tokenizer(tokenizer: Tokenizer, target: Path, *, instruct: bool, model_type: str | None) -> str:
-    """The line that ends a conversion without a tokenizer; empty where one is written."""
-    if tokenizer.kind != "none":
-        return ""
+def how_to_add_tokenizer(target: Path, *, instruct: bool, model_type: str | None) -> str:
+    """The line that ends a conversion without a tokenizer."""
     flags = " --instruct" if instruct else ""
     flags += f" --source-model-type {model_type}" if model_type else ""
     command = f"dist-convert tokenizer PATH {shlex.quote(str(target))}{flags}"

@@ -40,17 +40,19 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
     path = tokenizer.path
     if path is None:
         return ()
-    if tokenizer.kind in ("huggingface", "slow"):
+    if tokenizer.kind == "huggingface":
         files = contents_of(path)
-        if tokenizer.kind == "slow":
-            built, config = build_slow(path)
-            files |= {FAST_FILE: _of(built), CONFIG: _json(config | _added_to(built))}
-    elif tokenizer.kind == "tiktoken":
-        built = build_llama3(path, style.model_type)
-        files = _files_of(built, roles(style.model_type, instruct=style.instruct), style)
+    elif tokenizer.kind == "slow":
+        built, config = build_slow(path)
+        files = contents_of(path) | {FAST_FILE: _of(built), CONFIG: _json(config | _added_to(built))}
     else:
-        built, found_roles = build_llama2(path)
-        files = _files_of(built, found_roles, style) | {MODEL_FILE: read_small_file(path)}  # some readers prefer it
+        if tokenizer.kind == "tiktoken":
+            built, special = build_llama3(path, style.model_type), roles(style.model_type, instruct=style.instruct)
+        else:
+            built, special = build_llama2(path)
+        files = {FAST_FILE: _of(built), CONFIG: _json(_config(built, special, style)), SPECIAL_TOKENS: _json(special)}
+        if tokenizer.kind == "sentencepiece":
+            files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
     try:
         for name, content in files.items():
             (target / name).parent.mkdir(exist_ok=True)
@@ -58,11 +60,6 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
     except OSError as error:
         raise target_error(error, str(error.filename or target)) from error
     return tuple(files)
-
-
-def _files_of(built: Any, special: Mapping[str, str], style: Style) -> dict[str, bytes]:
-    """The files of a tokenizer that is built, by name."""
-    return {FAST_FILE: _of(built), CONFIG: _json(_config(built, special, style)), SPECIAL_TOKENS: _json(special)}
 
 
 def _config(built: Any, special: Mapping[str, str], style: Style) -> dict[str, Any]:
