@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
 
-from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
-from dist_convert.formats.huggingface.files import lay_out_files
+from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard

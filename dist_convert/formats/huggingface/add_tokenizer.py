@@ -14,9 +14,8 @@ from dist_convert.errors import TargetError, TargetExists, UsageError
 from dist_convert.formats.huggingface.config import with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
-from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
-from dist_convert.formats.tokenizer.write import write_tokenizer
 from dist_convert.options import TokenizerJob
 from dist_convert.read.source import read_json
 from dist_convert.write.files import sync, target_error

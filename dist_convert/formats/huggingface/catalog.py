@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Catalog, LeftBehind, Region, TensorMeta
+from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
 from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
-from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, TargetFile, TensorSpec, View
+from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, View
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,6 @@ class HuggingFaceCatalog:
     def padding(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         return ()
-
-
-def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
-    """The catalog of weights files that are to be written."""
-    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
-    return HuggingFaceCatalog(
-        architecture,
-        {name: TensorMeta(tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-        {name: (View.of(tensor),) for name, tensor in stored.items()},
-    )
-
-
-def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
-    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
-    main_dtype = source.params_dtype
-    return [
-        (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
-        for name, meta in source.tensors.items()
-    ]
 
 
 def open_catalog(

@@ -1,4 +1,4 @@
-"""The Hugging Face weights files before any data: names, headers, sizes and every tensor's place.
+"""The Hugging Face weights files before any data: names, headers, sizes and every tensor's place, and their catalog.
 
 File format: https://huggingface.co/docs/safetensors ("Format"); names and index: docs/formats.md, "Shards and index".
 """
@@ -9,12 +9,24 @@ import json
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, row_major
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog
+from dist_convert.models.catalog import Catalog, TensorMeta
+from dist_convert.models.schema import Architecture
+from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, View, row_major
 
 #: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
 #: like offsets: processors copy at half their speed where the file's is a few bytes further. The format wants eight.
 _DATA_ALIGNMENT_BYTES = 4096
 _LENGTH_BYTES = 8
+
+
+def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
+    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
+    main_dtype = source.params_dtype
+    return [
+        (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
+        for name, meta in source.tensors.items()
+    ]
 
 
 def _size_bytes(spec: TensorSpec) -> int:
@@ -65,6 +77,16 @@ def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
         for (tensor, dtype, shape), offset in places
     )
     return TargetFile(name, prefix, len(prefix) + offset, tensors)
+
+
+def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
+    """The catalog of weights files that are to be written."""
+    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    return HuggingFaceCatalog(
+        architecture,
+        {name: TensorMeta(tensor.shape, tensor.dtype) for name, tensor in stored.items()},
+        {name: (View.of(tensor),) for name, tensor in stored.items()},
+    )
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_of_copy
-from dist_convert.formats.huggingface.files import lay_out_files
-from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
 from dist_convert.formats.huggingface.upload import check_upload
-from dist_convert.formats.huggingface.values import check_tied
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins

@@ -135,7 +135,7 @@ def leftovers(
         stored: all tensors of the model by name.
         used: names of the tensors that views name.
         hf_class: of the family, for messages.
-        tied: whether config.json says that the head is the embedding; `values` compares a stored head with it.
+        tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
 
     Returns:
         What is dropped on purpose, and an `UnknownTensor` for each tensor that nothing explains.

@@ -58,12 +58,12 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
             found=type(weight_map).__name__ if not weight_map else "an empty one",
             remedy=_AGAIN,
         )
-    for name in dict.fromkeys(map(str, weight_map.values())):
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file, remedy=_AGAIN)
+    for name in set(weight_map.values()):
         check_weights_name(directory, name, index_file)
-    wrong = next((tensor for tensor, name in weight_map.items() if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise CorruptFile("the index names no file for a tensor", tensor=wrong, file=index_file, remedy=_AGAIN)
-    return dict(weight_map)
+    return weight_map
 
 
 def check_weights_name(directory: Path, name: str, named_by: str) -> None:

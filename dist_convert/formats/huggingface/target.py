@@ -22,9 +22,8 @@ from dist_convert.formats.huggingface.config import TORCH_NAMES, with_special_id
 from dist_convert.formats.huggingface.files import index_json
 from dist_convert.formats.huggingface.open import HuggingFaceModel
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
-from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer, style_of
-from dist_convert.formats.tokenizer.write import write_tokenizer
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel

@@ -1,4 +1,4 @@
-"""A directory of Hugging Face tokenizer files: what they say, and how they are copied.
+"""A directory of Hugging Face tokenizer files: what they say, and how one is written, copied or built.
 
 Nothing is loaded, and no code of the directory runs (docs/formats.md, "Tokenizer files"). One with a SentencePiece
 model and no tokenizer.json, as old Llama 2 models have, was read by transformers 4 with the class LlamaTokenizer;
@@ -18,39 +18,48 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.formats.huggingface.read import check_inside
-from dist_convert.formats.tokenizer.build import around_texts, build_llama2, is_sentencepiece, read_sentencepiece
-from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.formats.tokenizer.build import (
+    around_texts,
+    build_llama2,
+    build_llama3,
+    is_sentencepiece,
+    read_sentencepiece,
+    roles,
+)
+from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
+from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_json, read_small_file
+from dist_convert.write.files import target_error
 
 CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
-FAST_FILE = "tokenizer.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_FAST_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
 #: A chat template in a file of its own.
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: What transformers may find beside a model and read as a part of its tokenizer.
 FILES = (
-    FAST_FILE, CONFIG, SPECIAL_TOKENS, _ADDED_FILE, "vocab.json", "vocab.txt", "merges.txt", MODEL_FILE,
+    _FAST_FILE, CONFIG, _SPECIAL_TOKENS, _ADDED_FILE, "vocab.json", "vocab.txt", "merges.txt", MODEL_FILE,
     *_TEMPLATE_FILES,
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
-FAST_CLASS = "PreTrainedTokenizerFast"
+_FAST_CLASS = "PreTrainedTokenizerFast"
 #: Classes that only transformers 5 knows, and what both versions call them.
-_CLASSES_OF_5 = {"TokenizersBackend": FAST_CLASS}
+_CLASSES_OF_5 = {"TokenizersBackend": _FAST_CLASS}
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 #: Vocabularies of tokenizers that only their own class, or another program, can read.
 _NOT_COPIED = ("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json")
 #: Begin and end of a text in Llama 3 and in Llama 2, for files that name no roles.
 _USUAL = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
 #: transformers 4 would give this class token_type_ids as well, which models of our families refuse.
-INPUT_NAMES = ["input_ids", "attention_mask"]
+_INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def is_huggingface(directory: Path) -> bool:
     """Whether transformers' files of a tokenizer are there, its vocabulary among them."""
-    vocabularies = ((FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
+    vocabularies = ((_FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
     return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
 
 
@@ -110,8 +119,8 @@ def read_huggingface(directory: Path) -> Tokenizer:
 
 def _vocabulary(directory: Path) -> dict[str, int]:
     """The tokens by text: of tokenizer.json, or of what a class reads: words and numbers, or a word a line."""
-    if (directory / FAST_FILE).is_file():
-        with _parsing(directory / FAST_FILE) as tokenizer:
+    if (directory / _FAST_FILE).is_file():
+        with _parsing(directory / _FAST_FILE) as tokenizer:
             model = tokenizer.get("model")
             vocab = model.get("vocab") if isinstance(model, dict) else None
             if isinstance(vocab, list):  # Unigram: [piece, score] pairs
@@ -132,7 +141,7 @@ def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
     """Whether there is a chat template, and what a copy of the directory may not do as the original does."""
     found = []
     with _parsing(directory / CONFIG) as config:
-        name, is_fast = config.get("tokenizer_class"), (directory / FAST_FILE).is_file()
+        name, is_fast = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file()
         has_template = bool(config.get("chat_template"))
         if config.get("auto_map"):
             found.append("the tokenizer's auto_map names Python code, which is not copied")
@@ -153,9 +162,8 @@ def _special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, i
 
     Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
     """
-    roles = ("bos_token", "eos_token", "pad_token")
-    with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
-        named = [config.get(role, tokens.get(role)) for role in roles]
+    with _parsing(directory / CONFIG) as config, _parsing(directory / _SPECIAL_TOKENS) as tokens:
+        named = [config.get(role, tokens.get(role)) for role in ("bos_token", "eos_token", "pad_token")]
         texts = [token.get("content") if isinstance(token, dict) else token for token in named]
         bos, eos, pad = (ids.get(text) if isinstance(text, str) else None for text in texts)
         if not {"bos_token", "eos_token"} & (config.keys() | tokens.keys()):
@@ -178,12 +186,8 @@ def files_of(directory: Path) -> tuple[str, ...]:
     return found
 
 
-def contents_of(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files by name, byte for byte, but for a config that versions of transformers read differently.
-
-    Raises:
-        SourceError: a file of it cannot be read.
-    """
+def _contents_of(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files by name, byte for byte, but for a config that versions of transformers read differently."""
     files = {name: read_small_file(directory / name) for name in files_of(directory)}
     config = _for_both_versions(directory)
     return files if config is None else {**files, CONFIG: config}
@@ -198,17 +202,17 @@ def _for_both_versions(directory: Path) -> bytes | None:
     with _parsing(directory / CONFIG) as config:
         name = config.get("tokenizer_class")
         extra = config.get("extra_special_tokens")
-        of_both = _CLASSES_OF_5.get(name) if name else (FAST_CLASS if (directory / FAST_FILE).is_file() else None)
+        of_both = _CLASSES_OF_5.get(name) if name else (_FAST_CLASS if (directory / _FAST_FILE).is_file() else None)
         if of_both is None and not isinstance(extra, list):
             return None
         changed = dict(config)
         if of_both is not None:
             changed["tokenizer_class"] = of_both
-            changed.setdefault("model_input_names", INPUT_NAMES)
+            changed.setdefault("model_input_names", _INPUT_NAMES)
         if isinstance(extra, list):
             del changed["extra_special_tokens"]
             changed.setdefault("additional_special_tokens", extra)  # its name in transformers 4, which 5 reads too
-        return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+        return _json(changed)
 
 
 #: Settings of the class LlamaTokenizer that the built tokenizer.json has taken over.
@@ -224,12 +228,12 @@ def is_slow(directory: Path) -> bool:
         return is_sentencepiece(opened.read(3))
 
 
-def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     """A `tokenizers.Tokenizer` of a directory that has been read, and its tokenizer_config.json for it."""
     from tokenizers import AddedToken, pre_tokenizers
 
     config = read_json(directory / CONFIG)
-    tokenizer, roles = build_llama2(directory / MODEL_FILE)
+    tokenizer, special = build_llama2(directory / MODEL_FILE)
     for number, token in sorted(_added(directory).items()):
         if number < tokenizer.get_vocab_size():
             continue
@@ -239,13 +243,14 @@ def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     if config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    named = {key: config[key] for key in roles if config.get(key)}
-    roles |= {key: token["content"] if isinstance(token, Mapping) else token for key, token in named.items()}
-    begin = [roles["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in roles else []
-    end = [roles["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in roles else []
+    named = {role: config[role] for role in special if config.get(role)}
+    special |= {role: token["content"] if isinstance(token, Mapping) else token for role, token in named.items()}
+    begin = [special["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in special else []
+    end = [special["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in special else []
     tokenizer.post_processor = around_texts(tokenizer, begin, end)
     kept = {key: value for key, value in config.items() if key not in _TAKEN_OVER}
-    return tokenizer, {**roles, "model_input_names": INPUT_NAMES, **kept, "tokenizer_class": FAST_CLASS}
+    ours = {"tokenizer_class": _FAST_CLASS, "added_tokens_decoder": _added_to(tokenizer)}
+    return tokenizer, {**special, "model_input_names": _INPUT_NAMES, **kept, **ours}
 
 
 def _added(directory: Path) -> dict[int, dict[str, Any]]:
@@ -255,3 +260,58 @@ def _added(directory: Path) -> dict[int, dict[str, Any]]:
     with _parsing(directory / CONFIG) as config:
         listed = config.get("added_tokens_decoder", {})
         return found | {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}
+
+
+def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files, as found on this machine, into an existing directory; returns their names.
+
+    Raises:
+        SourceError: a file of the tokenizer cannot be read.
+        MissingPackage: what building one needs is not installed.
+        TargetError, NotEnoughSpace: the target's file system refuses.
+    """
+    path = tokenizer.path
+    if path is None:
+        return ()
+    if tokenizer.kind == "huggingface":
+        files = _contents_of(path)
+    elif tokenizer.kind == "slow":
+        built, config = _build_slow(path)
+        files = _contents_of(path) | {_FAST_FILE: built.to_str(pretty=True).encode(), CONFIG: _json(config)}
+    else:
+        if tokenizer.kind == "tiktoken":
+            built, special = build_llama3(path, style.model_type), roles(style.model_type, instruct=style.instruct)
+        else:
+            built, special = build_llama2(path)
+        # In transformers 4's keys, which 5 reads too. With the class LlamaTokenizer, 5 would replace the normalizer and
+        # cut leading spaces another way.
+        config = {
+            "added_tokens_decoder": _added_to(built),
+            **special,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": _INPUT_NAMES,
+            "model_max_length": style.max_positions,
+            "tokenizer_class": _FAST_CLASS,
+        }
+        config |= {"chat_template": CHAT_TEMPLATES[style.model_type]} if style.instruct else {}
+        fast = built.to_str(pretty=True).encode()
+        files = {_FAST_FILE: fast, CONFIG: _json(config), _SPECIAL_TOKENS: _json(special)}
+        if tokenizer.kind == "sentencepiece":
+            files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
+    try:
+        for name, content in files.items():
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
+    except OSError as error:
+        raise target_error(error, str(error.filename or target)) from error
+    return tuple(files)
+
+
+def _added_to(built: Any) -> dict[str, dict[str, Any]]:
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(built.get_added_tokens_decoder().items())
+    return {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

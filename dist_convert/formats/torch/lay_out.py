@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.open import HuggingFaceModel
-from dist_convert.formats.huggingface.values import check_tied, with_zero_biases
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
