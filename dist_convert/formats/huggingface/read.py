@@ -55,13 +55,13 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
             "the index has no weight_map",
             file=index_file,
             expected="an object: tensor -> file",
-            found=type(weight_map).__name__ if not weight_map else "an empty one",
+            found="an empty one" if weight_map == {} else type(weight_map).__name__,
             remedy=_AGAIN,
         )
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file, remedy=_AGAIN)
-    for name in set(weight_map.values()):
+    for name in dict.fromkeys(weight_map.values()):
         check_weights_name(directory, name, index_file)
     return weight_map
 
