@@ -8,14 +8,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import TargetError, TargetExists, UsageError
 from dist_convert.formats.huggingface.config import with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
-from dist_convert.formats.tokenizer.record import Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
+from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.options import TokenizerJob
 from dist_convert.read.source import read_json
 from dist_convert.write.files import sync, target_error
@@ -37,10 +36,23 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         TargetExists: the target has a tokenizer, and `--overwrite` was not given.
         MissingPackage, TargetError
     """
-    config = _config_of(job.target)
-    tokenizer = named_tokenizer(job.source, "SRC")
-    old = files_of(job.target)
-    _check_target(job, tokenizer, old)
+    refuse_unfinished(job.target)
+    if not (job.target / CONFIG_FILE).is_file():
+        raise UsageError(
+            "DST is not a converted model",
+            file=str(job.target),
+            expected=f"a Hugging Face directory with {CONFIG_FILE}",
+            found=f"no {CONFIG_FILE}" if job.target.is_dir() else "no such directory",
+            remedy="give the --save-path of the conversion",
+        )
+    config = read_json(job.target / CONFIG_FILE)
+    tokenizer, old = named_tokenizer(job.source, "SRC"), files_of(job.target)
+    path = tokenizer.path
+    if path is not None and tokenizer.kind in ("huggingface", "slow") and path.resolve() == job.target.resolve():
+        raise UsageError("SRC and DST are the same directory", file=str(path))
+    if old and not job.overwrite:
+        remedy = "replace it with --overwrite"
+        raise TargetExists("the model has a tokenizer", file=str(job.target), found=", ".join(old), remedy=remedy)
     style = style_of(tokenizer, config, job)
     rows = int(config.get("vocab_size") or 0)
     args = read_json(job.target / ARGS_FILE) if (job.target / ARGS_FILE).is_file() else {}
@@ -86,30 +98,3 @@ def _remove(target: Path, obsolete: Sequence[str]) -> None:
             found=error.strerror or str(error),
             remedy="remove it, or repeat the command with --overwrite",
         ) from error
-
-
-def _config_of(target: Path) -> dict[str, Any]:
-    refuse_unfinished(target)
-    path = target / CONFIG_FILE
-    if not path.is_file():
-        raise UsageError(
-            "DST is not a converted model",
-            file=str(target),
-            expected=f"a Hugging Face directory with {CONFIG_FILE}",
-            found="no such directory" if not target.is_dir() else f"no {CONFIG_FILE}",
-            remedy="give the --save-path of the conversion",
-        )
-    return read_json(path)
-
-
-def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...]) -> None:
-    source = tokenizer.path
-    if source is not None and tokenizer.kind in ("huggingface", "slow") and source.resolve() == job.target.resolve():
-        raise UsageError("SRC and DST are the same directory", file=str(source))
-    if old and not job.overwrite:
-        raise TargetExists(
-            "the model has a tokenizer",
-            file=str(job.target),
-            found=", ".join(old),
-            remedy="replace it with --overwrite",
-        )

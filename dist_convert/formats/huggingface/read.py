@@ -83,28 +83,25 @@ def check_weights_name(directory: Path, name: str, named_by: str) -> None:
 
 
 def check_inside(directory: Path, name: str) -> None:
-    """Refuse a file that is a link to somewhere else, with a CorruptFile that names it."""
-    if _leaves(directory, name):
+    """Refuse a file that is a link to somewhere else, other than from a hub cache's snapshot to the cache's blobs.
+
+    Raises:
+        CorruptFile: naming what it leads to.
+    """
+    root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(directory / name))
+    inside = Path(os.path.realpath((directory / name).parent)) / PurePosixPath(name).name
+    if root.parent.name == "snapshots" and inside.is_relative_to(root) and inside.is_symlink():
+        blob = Path(os.path.normpath(inside.parent / os.readlink(inside)))
+        if blob.parent == root.parent.parent / "blobs":
+            return
+    if not found.is_relative_to(root):
         raise CorruptFile(
             f"{name} is a link to a file outside the directory",
             file=str(directory / name),
             expected="a file in this directory, or the hub cache's own links to its blobs",
-            found=os.path.realpath(directory / name),
+            found=found,
             remedy="give the directory in which the file lies, or copy the file here",
         )
-
-
-def _leaves(directory: Path, name: str) -> bool:
-    """Whether a link leads out of the directory, other than from a hub cache's snapshot to the cache's blobs."""
-    root = os.path.realpath(directory)
-    if Path(os.path.realpath(directory / name)).is_relative_to(root):
-        return False
-    inside = Path(os.path.realpath((directory / name).parent)) / PurePosixPath(name).name
-    snapshots = Path(root).parent
-    if snapshots.name != "snapshots" or not inside.is_relative_to(root) or not inside.is_symlink():
-        return True
-    blob = Path(os.path.normpath(inside.parent / os.readlink(inside)))
-    return blob.parent != snapshots.parent / "blobs"
 
 
 #: The limit of the safetensors library itself.
