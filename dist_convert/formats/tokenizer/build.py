@@ -40,7 +40,8 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     control, chat = _pieces(proto, _CONTROL), None
     if {"[INST]", "[/INST]"} <= set(control):  # as in Mistral's models from the second version on
         chat = "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= set(control) else "mistral v3"
-    return Tokenizer("sentencepiece", path, len(proto.pieces), *_roles(proto), chat=chat)
+    bos, eos, pad = _roles(proto)
+    return Tokenizer("sentencepiece", path, len(proto.pieces), bos, eos, pad, chat=chat)
 
 
 def _pieces(proto: Any, *types: int) -> list[str]:
