@@ -145,19 +145,15 @@ def leftovers(
     for name, tensor in stored.items():
         if name in used:
             continue
-        if reason := _reason_to_drop(name, tied=tied):
-            dropped.setdefault(reason, []).append(tensor.size_bytes)
+        if f".{name}".endswith(_ROTARY):
+            reason = "rotary_emb.inv_freq (computed from the config)"
+        elif name == HEAD and tied:
+            reason = f"{HEAD} (tied to the embedding by {CONFIG_FILE})"
         else:
             unknown.append(_unknown(tensor, hf_class))
+            continue
+        dropped.setdefault(reason, []).append(tensor.size_bytes)
     return tuple((reason, len(sizes), sum(sizes)) for reason, sizes in sorted(dropped.items())), unknown
-
-
-def _reason_to_drop(name: str, *, tied: bool) -> str | None:
-    if f".{name}".endswith(_ROTARY):
-        return "rotary_emb.inv_freq (computed from the config)"
-    if name == HEAD and tied:
-        return f"{HEAD} (tied to the embedding by {CONFIG_FILE})"
-    return None
 
 
 def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
