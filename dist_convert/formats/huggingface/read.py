@@ -255,16 +255,20 @@ def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
             check_weights_name(directory, single, single)
             if (directory / single).is_file():
                 return single, None
-    is_megatron = is_checkpoint(directory)
+    if is_checkpoint(directory):
+        raise CheckpointNotFound(
+            "a Megatron checkpoint, not a Hugging Face directory",
+            file=str(directory),
+            expected=CONFIG_FILE,
+            found=_listing(directory),
+            remedy="give the directory that save_pretrained made, or convert the other way with megatron-to-hf",
+        )
     raise CheckpointNotFound(
-        "a Megatron checkpoint, not a Hugging Face directory"
-        if is_megatron
-        else "no weights in the Hugging Face directory",
+        "no weights in the Hugging Face directory",
         file=str(directory),
-        expected=" or ".join(name for kind in WEIGHTS_KINDS for name in kind),
+        expected="one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
         found=_listing(directory),
-        remedy="give the directory that save_pretrained made"
-        + (", or convert the other way with megatron-to-hf" if is_megatron else ""),
+        remedy="give the directory that save_pretrained made",
     )
 
 
