@@ -67,7 +67,11 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
 
 
 def check_weights_name(directory: Path, name: str, named_by: str) -> None:
-    """Refuse a name, found in the file `named_by`, that is no weights file's, or leads out of the directory."""
+    """Refuse a name that is no weights file's, or leads out of the directory.
+
+    Raises:
+        CorruptFile: quoting the name, and the file `named_by` that has it.
+    """
     path = PurePosixPath(name)
     is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
     is_possible = name.isprintable() and len(os.fsencode(name)) <= _MAX_NAME_BYTES
@@ -211,7 +215,11 @@ def find_weights(directory: Path) -> tuple[str, ...]:
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
-    """The file of each tensor, as the index says; None where all are in a single file without one."""
+    """The file of each tensor, as the index says; None where all are in a single file without one.
+
+    Raises:
+        CheckpointNotFound, CorruptFile, InconsistentShards: as `find_weights`.
+    """
     return _weights(directory)[1]
 
 

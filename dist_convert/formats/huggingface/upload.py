@@ -77,7 +77,11 @@ _ANSWER_SECONDS = 30.0
 
 
 def check_repository_name(text: str) -> str:
-    """The same, if it is the name of a repository; else a UsageError: the hub's library knows the letters."""
+    """The name of a repository, if it is one.
+
+    Raises:
+        UsageError: not `organisation/name`, in the letters that a hub allows.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
