@@ -2,7 +2,7 @@
 
     read headers -> plan -> (read bytes -> gather -> place -> write bytes)* -> checks -> commit
 
-`formats` opens the source, whatever it is; `to_huggingface` and `to_torch` say what is made of it; `plan` intersects
+`formats` opens the source, whatever it is; `to_huggingface` and `to_megatron` say what is made of it; `plan` intersects
 both ends and deals the copies to ranks, `move` carries them out, `write` makes the target and gives it its name.
 """
 
@@ -19,7 +19,7 @@ from dist_convert.compare.verify import compare_with_source, prepare_check
 from dist_convert.errors import PlanError, ValueOverflow
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
-from dist_convert.formats.torch.lay_out import to_torch
+from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.move.pipeline import Moved, move
 from dist_convert.move.report import (
     Report,
@@ -77,7 +77,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     """
     model = open_source(job, world, channel)
     check_applies(job, HUGGINGFACE if model.args is None else TORCH)
-    task = to_torch(job, model, world) if job.to == TORCH else to_huggingface(job, model, world)
+    task = to_huggingface(job, model, world) if job.to == HUGGINGFACE else to_megatron(job, model, world)
     job = task.job
     placement = choose_placement(job.placement, world, task.visible, task.places)
     writers = find_writers(task, world)

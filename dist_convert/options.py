@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from dist_convert.errors import ConversionError, UsageError, raise_together
 
-HUGGINGFACE, TORCH = "huggingface", "torch"
+HUGGINGFACE, TORCH, TORCH_DIST = "huggingface", "torch", "torch_dist"
+#: What a checkpoint can become.
 FORMATS = (HUGGINGFACE, TORCH)
 #: An iteration without a number.
 RELEASE = "release"

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.names import Piece
-from dist_convert.formats.torch.catalog import Parameter, TorchCatalog, files_of, stored_pieces
+from dist_convert.formats.megatron.parameters import Parameter
+from dist_convert.formats.torch.catalog import TorchCatalog, files_of, stored_pieces
 from dist_convert.models.catalog import Region
 from dist_convert.models.schema import part_size
 from dist_convert.records import DTYPE_BYTES, StoredTensor

@@ -27,15 +27,9 @@ from dist_convert.formats.megatron.grid import (
     missing_directories,
     rank_directory,
 )
+from dist_convert.formats.megatron.iterations import is_checkpoint, iteration_directory, rank_files
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
-from dist_convert.formats.torch.shards import (
-    Shard,
-    files_beside,
-    is_checkpoint,
-    iteration_directory,
-    rank_files,
-    read_shard,
-)
+from dist_convert.formats.torch.shards import Shard, files_beside, read_shard
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row, entries, part_shape

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.models.catalog import Catalog, LeftBehind
 from dist_convert.read.discover import Discovery
 
@@ -22,6 +23,10 @@ class Model(Protocol):
         """Its files, and which rank sees them."""
 
     @property
+    def format(self) -> str:
+        """Its name, such as "torch"."""
+
+    @property
     def vocab(self) -> int | None:
         """Tokens without padding; None where nobody says."""
 
@@ -32,6 +37,10 @@ class Model(Protocol):
     @property
     def args(self) -> Mapping[str, Any] | None:
         """The training arguments; None where the format has none."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the training arguments or the user name, as rank 0 sees it; of kind "none" otherwise."""
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[Catalog, LeftBehind]:
         """The checkpoint as a catalog, and what of it is no part of the model.

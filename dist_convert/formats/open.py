@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_convert.errors import CheckpointNotFound
+from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import is_huggingface
+from dist_convert.formats.megatron.iterations import is_distributed, iteration_directory, tracked_name
 from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch
-from dist_convert.models.catalog import Where
+from dist_convert.formats.torch_dist.open import open_torch_dist
+from dist_convert.models.catalog import NAME_FLAG, Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import no_directory
+from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
 
@@ -33,8 +36,15 @@ def _open(where: Where, world: World) -> Model:
     if any(gather_objects(world, is_huggingface(where.path))):
         return open_huggingface(where.path, world)
     if any(gather_objects(world, where.path.is_dir())):
-        return open_torch(where, world)
+        return _open_megatron(where, world)
     raise no_directory(where.path, "checkpoint")
+
+
+def _open_megatron(where: Where, world: World) -> Model:
+    directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
+    if any(gather_objects(world, is_distributed(directory))):
+        return open_torch_dist(where, directory, world)
+    return open_torch(where, directory, world)
 
 
 def open_source(job: Options, world: World, channel: Control) -> Model:
@@ -48,7 +58,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world)
-    return settled(open_torch(where, world) if source == TORCH else _open(where, world), where, world)
+    return settled(_open_megatron(where, world) if source == TORCH else _open(where, world), where, world)
 
 
 def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Where:
@@ -87,3 +97,31 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
     name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
     channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
     return local_directory(name, cache_only=True)
+
+
+def _shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:
+    """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
+
+    Args:
+        root, name, name_flag: see `iteration_directory`.
+        world: this rank.
+
+    Raises:
+        InconsistentShards: trackers name different iterations.
+        CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
+    """
+    if name is None:
+        tracked = [named for named in gather_objects(world, tracked_name(root, name_flag)) if named is not None]
+        if len(set(tracked)) > 1:
+            raise InconsistentShards(
+                "tracker files of different nodes name different iterations",
+                file=TRACKER_FILE,
+                found=", ".join(sorted(set(tracked))),
+                remedy=f"name the iteration with {name_flag}",
+            )
+        name = tracked[0] if tracked else None
+    is_here = name is not None and (root / name).is_dir()
+    anywhere = any(gather_objects(world, is_here))
+    if is_here or not anywhere:
+        return iteration_directory(root, name, name_flag)
+    return root / name if name else root

@@ -18,7 +18,6 @@ import torch
 from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, special_token_ids
 from dist_convert.formats.open import open_checkpoint
-from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Catalog, Region, Where
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.buffers import Buffer, make_buffer
@@ -43,7 +42,7 @@ def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: t
     model = open_checkpoint(where, alone())
     catalog, _ = model.catalog()
     config = dict(model.config or {})
-    if isinstance(model, TorchModel):
+    if model.args is not None:
         bos, eos = special_token_ids(catalog.architecture.vocab, model.tokenizer, instruct=False)
         config = config_json(catalog.architecture, _safetensors_name(dtype) or catalog.params_dtype)
         config |= {"bos_token_id": bos, "eos_token_id": eos}

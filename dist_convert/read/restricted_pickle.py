@@ -62,6 +62,14 @@ INERT_GLOBALS = {
     "signal": {"Signals"},
     "torch": {"Generator", "Size", "Tensor", "device"},
     "torch._C": {"Generator"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    },
     "torch._utils": {"_rebuild_device_tensor_from_numpy", "_rebuild_wrapper_subclass"},
     "torch.nn.parameter": {"Parameter"},
     "torch.optim.adam": {"Adam"},

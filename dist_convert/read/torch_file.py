@@ -7,11 +7,14 @@ docs/formats.md, "Storages".
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,28 +54,74 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """The bytes of an open file that hold a container of their own."""
+
+    descriptor: int
+    first_byte: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Container:
-    """The records of one `.pt` file, by name."""
+    """The records of one `.pt` file, or of a stretch of a larger file, by name."""
 
     path: Path
     label: str
     size_bytes: int
     records: dict[str, Record]
+    stretch: Stretch | None = None
 
 
-def open_container(path: Path, label: str) -> Container:
+class _StretchFile(io.RawIOBase):
+    """A stretch as a file of its own."""
+
+    def __init__(self, stretch: Stretch) -> None:
+        self._stretch = stretch
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._stretch.size_bytes}[whence]
+        if start + offset < 0:
+            raise ValueError("a place before the first byte")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size_bytes = min(len(buffer), max(0, self._stretch.size_bytes - self._at))
+        count = os.preadv(
+            self._stretch.descriptor, [memoryview(buffer)[:size_bytes]], self._stretch.first_byte + self._at
+        )
+        self._at += count
+        return count
+
+
+@contextmanager
+def _opened(path: Path, stretch: Stretch | None) -> Iterator[BinaryIO]:
+    with path.open("rb") if stretch is None else io.BufferedReader(_StretchFile(stretch)) as file:
+        yield file
+
+
+def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Container:
     """List the records of a `.pt` file after checking that they are stored, in bounds and do not overlap.
 
     Args:
         path: the file on this machine.
         label: how messages name it.
+        stretch: of the file, where others surround the container.
 
     Raises:
         CorruptFile: not a zip, cut short, or with entries that torch never writes.
     """
     try:
-        size_bytes = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
+        size_bytes = stretch.size_bytes if stretch else path.stat().st_size
+        with _opened(path, stretch) as file, zipfile.ZipFile(file) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             directory_bytes = archive.start_dir
     except OSError as error:
@@ -109,7 +158,7 @@ def open_container(path: Path, label: str) -> Container:
                 remedy="copy the file again from the machine that saved it",
             )
         records[name] = Record(name, entry.header_offset, entry.file_size, limit, _stored_name(entry), entry.CRC)
-    return Container(path, label, size_bytes, records)
+    return Container(path, label, size_bytes, records, stretch)
 
 
 def _stored_name(entry: zipfile.ZipInfo) -> bytes:
@@ -132,7 +181,7 @@ def read_small_record(container: Container, name: str) -> bytes:
             remedy="check that this is a model_optim_rng.pt of Megatron's `torch` format",
         )
     offset_bytes = data_offsets_bytes(container, [name])[name]
-    with reading(container.label), container.path.open("rb") as file:
+    with reading(container.label), _opened(container.path, container.stretch) as file:
         file.seek(offset_bytes)
         content = file.read(record.size_bytes)
     if record.checksum and zlib.crc32(content) != record.checksum:  # 0: torch was told not to work it out
@@ -141,14 +190,14 @@ def read_small_record(container: Container, name: str) -> bytes:
 
 
 def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]:
-    """Where the data of the named records begins in the file.
+    """Where the data of the named records begins in the container.
 
     The local headers are read because torch pads each one to align its data.
 
     Raises:
         CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
     """
-    with reading(container.label), container.path.open("rb") as file:
+    with reading(container.label), _opened(container.path, container.stretch) as file:
         return {name: _data_offset_bytes(container, name, file) for name in names}
 
 
@@ -182,21 +231,31 @@ def _is_well_formed(extra: bytes) -> bool:
     return at == len(extra)
 
 
-def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
-    """The container of a file, and the dict that was saved in it, with inert records in place of objects.
+def open_object(path: Path, file: str, stretch: Stretch | None = None) -> tuple[Container, Any]:
+    """The container of a file, and what was saved in it, with inert records in place of objects.
 
     Args:
         path: the file on this machine.
         file: how messages name it.
+        stretch: see `open_container`.
 
     Raises:
-        CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`; or it holds something else than a dict.
+        CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`.
         UnsupportedModel: saved on a big-endian machine.
     """
-    container = open_container(path, file)
+    container = open_container(path, file, stretch)
     if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
         raise UnsupportedModel("saved on a big-endian machine", file=file, expected="little endian")
-    saved = load(read_small_record(container, "data.pkl"), file)
+    return container, load(read_small_record(container, "data.pkl"), file)
+
+
+def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
+    """The container of a file, and the dict that was saved in it; see `open_object`.
+
+    Raises:
+        CorruptFile: it holds something else than a dict.
+    """
+    container, saved = open_object(path, file)
     if not isinstance(saved, Mapping):
         raise CorruptFile("not a checkpoint file", file=file, expected="a dict", found=type(saved).__name__)
     return container, saved
@@ -213,6 +272,7 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
         CorruptFile: a tensor reaches past its storage, or a storage is damaged.
     """
     offsets_bytes = data_offsets_bytes(container, sorted({f"data/{t.storage.key}" for t in tensors.values()}))
+    first_byte = container.stretch.first_byte if container.stretch else 0
     stored = {}
     for name, tensor in tensors.items():
         record, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
@@ -227,7 +287,7 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
                 found=f"{container.records[record].size_bytes} bytes",
                 remedy="copy the file again from where it was saved",
             )
-        offset_bytes = offsets_bytes[record] + tensor.offset * DTYPE_BYTES[dtype]
+        offset_bytes = first_byte + offsets_bytes[record] + tensor.offset * DTYPE_BYTES[dtype]
         is_all = reach + 1 == math.prod(tensor.shape) == container.records[record].size_bytes // DTYPE_BYTES[dtype]
         checksum = (container.records[record].checksum or None) if is_all else None
         stored[name] = StoredTensor(name, container.label, dtype, tensor.shape, tensor.strides, offset_bytes, checksum)

@@ -14,14 +14,14 @@ import torch
 from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid, grid_from_args, stage_layers
-from dist_convert.formats.torch.shards import read_shard
-from dist_convert.formats.torch.target_args import (
+from dist_convert.formats.megatron.target_args import (
     TargetArgs,
     TorchDtype,
     padded_vocab,
     target_args,
     target_margs_json,
 )
+from dist_convert.formats.torch.shards import read_shard
 from dist_convert.models.schema import Architecture, RopeScaling
 
 LLAMA = Architecture(

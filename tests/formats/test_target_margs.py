@@ -9,7 +9,7 @@ import pytest
 
 from dist_convert.errors import CorruptFile, UnsupportedModel, UsageError
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.torch.target_args import TorchDtype, describe_origins, read_margs
+from dist_convert.formats.megatron.target_args import TorchDtype, describe_origins, read_margs
 from tests.formats.test_target_args import MIXTRAL, make, read_back
 
 AS_MARGS = ", as --source-margs-file says)"

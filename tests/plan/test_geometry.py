@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_convert.compare.elements import PiecesOfShards, check_element
 from dist_convert.errors import PlanError
-from dist_convert.formats.torch.geometry import Place, places, shard_size
+from dist_convert.formats.megatron.geometry import Place, places, shard_size
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel
-from dist_convert.formats.torch.shards import iteration_directory, rank_files
+from dist_convert.errors import CheckpointNotFound, CorruptFile
+from dist_convert.formats.megatron.iterations import is_distributed, iteration_directory, rank_files
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 
@@ -113,14 +113,13 @@ def test_a_file_in_place_of_the_root_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("marker", ["metadata.json", ".metadata"])
 @pytest.mark.parametrize("how", ["tracker", "flag", "directly"])
-def test_a_distributed_checkpoint_is_refused_by_name(marker: str, how: str, tmp_path: Path) -> None:
+def test_the_iteration_of_a_distributed_checkpoint_is_found(marker: str, how: str, tmp_path: Path) -> None:
     directory = add_distributed(tmp_path, "iter_0000004", marker)
     (tmp_path / TRACKER).write_text("4")
     root = directory if how == "directly" else tmp_path
-    with pytest.raises(UnsupportedModel, match="torch_dist") as caught:
-        iteration_directory(root, "iter_0000004" if how == "flag" else None)
-    assert Path(caught.value.file).samefile(directory)
-    assert "--ckpt-format torch" in caught.value.remedy
+    found = iteration_directory(root, "iter_0000004" if how == "flag" else None)
+    assert found.samefile(directory)
+    assert is_distributed(found)
 
 
 def test_only_rank_directories_with_a_shard_are_listed(tmp_path: Path) -> None:

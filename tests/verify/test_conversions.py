@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.formats.torch import catalog, geometry
-from dist_convert.formats.torch.geometry import Place
+from dist_convert.formats.megatron import geometry
+from dist_convert.formats.megatron.geometry import Place
+from dist_convert.formats.torch import catalog
 from dist_convert.models.schema import Row
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dist_convert.formats.huggingface.files import TensorSpec
+from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
-from dist_convert.formats.torch.target_args import TorchDtype
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {

@@ -17,7 +17,7 @@ from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Catalog
-from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.options import TARGET_DTYPES, Options, path_flags
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
@@ -68,7 +68,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     return Task(
         job=job,
         content=content,
-        source_format=TORCH if model.args else HUGGINGFACE,
+        source_format=model.format,
         source=model.directory,
         source_identity=model.found.identity,
         source_listing=model.found.listing,
@@ -93,15 +93,13 @@ def _layout(
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
         config = config_of_copy(model.config, source.architecture, dtype)
         return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
-    if not isinstance(model, TorchModel):
-        raise TypeError(model)
     bins = None
-    if job.save_capacity_bins and isinstance(source, TorchCatalog):
+    if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     target = HuggingFaceTarget(job, content, model, config_json(source.architecture, dtype), bins=bins, disks=disks)
-    return target, _notes(target, model)
+    return target, _notes(target)
 
 
 def _notes_on_places(
@@ -126,10 +124,10 @@ def _notes_on_places(
 _LLAMA_2_POSITIONS = 4096
 
 
-def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
+def _notes(target: HuggingFaceTarget) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
-    job, content, tokenizer = target.job, target.content, model.tokenizer
-    args, architecture = model.args, content.ends.source.architecture
+    job, content, tokenizer = target.job, target.content, target.model.tokenizer
+    args, architecture = target.model.args or {}, content.ends.source.architecture
     notes = []
     if job.push_to_hub and tokenizer.kind == "none":
         notes.append("warning: the model is uploaded without a tokenizer")
@@ -146,8 +144,8 @@ def _notes(target: HuggingFaceTarget, model: TorchModel) -> list[str]:
             "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
             "the original's config.json into this one's"
         )
-    flag, rows, file = job.true_vocab_size, architecture.padded_vocab, min(model.shards)
-    size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file=file)
+    flag, rows = job.true_vocab_size, architecture.padded_vocab
+    size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file="args")
     if size != rows or who == "padded size":
         notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding")
     claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}

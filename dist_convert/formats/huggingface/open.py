@@ -27,9 +27,11 @@ from dist_convert.formats.huggingface.read import (
     read_index,
     read_weights_header,
 )
+from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.models.catalog import Catalog, LeftBehind
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.discover import Discovery, discover
@@ -57,8 +59,16 @@ class HuggingFaceModel:
     zero_biases: frozenset[str] | None = None
 
     @property
+    def format(self) -> str:
+        return HUGGINGFACE
+
+    @property
     def args(self) -> None:
         return None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer("none")  # its files are copied as they are
 
     @property
     def vocab(self) -> int:

@@ -26,7 +26,7 @@ from dist_convert.errors import (
     UnsupportedModel,
     raise_together,
 )
-from dist_convert.formats.torch.shards import is_checkpoint
+from dist_convert.formats.megatron.iterations import is_checkpoint
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major

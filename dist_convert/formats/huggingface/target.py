@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 
+from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.config import TORCH_NAMES, with_special_ids
 from dist_convert.formats.huggingface.files import index_json
-from dist_convert.formats.huggingface.open import HuggingFaceModel
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer, style_of
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
@@ -50,7 +49,7 @@ class HuggingFaceTarget:
     Attributes:
         job: what was asked for.
         content: what is converted.
-        model: the source; from Hugging Face, all but the weights is taken over as it is.
+        model: the source; of one without training arguments, all but the weights is taken over as it is.
         config: the content of config.json, before a tokenizer's special ids.
         copied: names of the source's files that are copied.
         bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
@@ -59,7 +58,7 @@ class HuggingFaceTarget:
 
     job: Options
     content: Content
-    model: TorchModel | HuggingFaceModel
+    model: Model
     config: Mapping[str, Any]
     copied: Sequence[str] = ()
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
@@ -71,8 +70,8 @@ class HuggingFaceTarget:
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""
-        if is_first and isinstance(self.model, TorchModel):  # first, so that what fails here fails early
-            tokenizer = self.model.tokenizer
+        if is_first:
+            tokenizer = self.model.tokenizer  # first, so that what fails here fails early
             write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
         for file in files:
             make_file(partial / file.name, file.name, [(0, file.header)], file.size_bytes)
@@ -83,7 +82,7 @@ class HuggingFaceTarget:
         """Write or copy all that is no weight into the partial directory."""
         if not is_first:
             return
-        if isinstance(self.model, HuggingFaceModel):
+        if self.model.args is None:
             configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
             for name in self.copied:
                 content = read_small_file(self.model.directory / name)
@@ -93,8 +92,7 @@ class HuggingFaceTarget:
             tokenizer = self.model.tokenizer
             style = style_of(tokenizer, self.config, self.job)
             configs = {**with_special_ids(self.config, {}, tokenizer, style), ARGS_FILE: self.model.args}
-            card = model_card(self.content, self.model.directory, tokenizer)
-            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            (partial / CARD_FILE).write_text(model_card(self.content, self.model), encoding="utf-8")
             if self.bins is not None:
                 write_bins(partial, *self.bins)
         for name, config in configs.items():
@@ -112,7 +110,7 @@ class HuggingFaceTarget:
             return ""
         if disks > 1:
             lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
-        if isinstance(self.model, TorchModel) and not is_huggingface(job.target):
+        if self.model.args is not None and not is_huggingface(job.target):
             how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
             lines.append(how)
         return "\n".join(lines)
@@ -142,17 +140,11 @@ def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
     return copied, others
 
 
-def model_card(content: Content, checkpoint: Path, tokenizer: Tokenizer) -> str:
-    """The text of the card.
-
-    Args:
-        content: what was converted.
-        checkpoint: directory of the iteration that was read; only its name and its parent's are told.
-        tokenizer: as this rank found it; only its name is told.
-    """
+def model_card(content: Content, model: Model) -> str:
+    """The text of the card of what was converted; of the source's and the tokenizer's paths only names are told."""
     a, grid = content.ends.source.architecture, content.ends.source.title.partition(", ")[2]
     hf_class = FAMILIES[a.family].hf_class
-    checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
+    checkpoint = Path(os.path.abspath(model.directory))  # a relative path has no parent; a link keeps its name
     elements: Counter[str] = Counter()
     for file in content.files:
         for tensor in file.tensors:
@@ -188,10 +180,10 @@ Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's
 | Conversion | |
 |---|---|
 | Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
-| Format | Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]} |
+| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.params_dtype]} |
 | Converted by | dist_convert {__version__} with torch {torch.__version__} |
 | Weights load with | transformers 4.49 and later |
-| Tokenizer at conversion | {_origin(tokenizer)} |
+| Tokenizer at conversion | {_origin(model.tokenizer)} |
 | Plan digest | `{content.digest}` |
 
 The plan digest is a SHA-256 of the model's sizes and of the place of every tensor in the checkpoint and here. It tells

@@ -5,10 +5,11 @@ Which argument means what, and why some values are refused: docs/formats.md, "Ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
+from dist_convert.formats.megatron.names import has_fused_norm
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
     MOST,
@@ -218,3 +219,40 @@ def model_type_from_args(args: Mapping[str, Any]) -> str | None:
     if args.get("num_experts"):
         return "mixtral"
     return "llama3.1" if args.get("use_rope_scaling") else None
+
+
+def added_to_norms(args: Mapping[str, Any], names: Iterable[str], file: str) -> int:
+    """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
+
+    Args:
+        args: the training arguments.
+        names: of the stored tensors.
+        file: where the args are, for messages.
+
+    Raises:
+        UnsupportedModel: the args ask for it, but nothing shows whether the norm's class obeyed.
+    """
+    if not args.get("apply_layernorm_1p"):
+        return 0
+    fused = any(map(has_fused_norm, names))
+    is_habana = "use_fused_rmsnorm" in args
+    if fused != is_habana:
+        return int(fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
+    raise UnsupportedModel(
+        "it cannot be told whether the norms are stored as gamma - 1",
+        file=file,
+        expected="--apply-layernorm-1p with one kind of norm in all layers",
+        found="norms of Transformer Engine beside Habana's" if fused else "norms that refuse --apply-layernorm-1p",
+        remedy="save the checkpoint without --apply-layernorm-1p",
+    )
+
+
+def dialect_of_args(args: Mapping[str, Any]) -> tuple[str, str]:
+    """How the modules that the args describe spell norms and experts, as `names.dialect_of` says it of names."""
+    is_local = args.get("transformer_impl") == "local"
+    experts = ""
+    if args.get("num_experts"):
+        is_legacy = is_local or args.get("moe_use_legacy_grouped_gemm")
+        grouped = "grouped" if is_legacy else "te-grouped"
+        experts = grouped if args.get("moe_grouped_gemm") else "sequential"
+    return "local" if is_local else "transformer_engine", experts

@@ -223,6 +223,55 @@ def place_chunks(grid: Grid, layers_of: Mapping[tuple[int, int], int]) -> tuple[
     return tuple(chunks)
 
 
+def grid_of_args(args: Mapping[str, Any], layers: int) -> tuple[Grid, tuple[Chunk, ...]]:
+    """The grid that training ran with and its chunks, as its args describe them, where no file shows them.
+
+    Args:
+        args: the training arguments.
+        layers: of the model.
+
+    Raises:
+        UnsupportedModel: the args describe no pipeline of that many layers.
+    """
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    tensor, pipeline, expert = (_count(args, name) or 1 for name in names)
+    expert_tensor = _count(args, "expert_tensor_parallel_size") if args.get("num_experts") else None
+    layout = args.get("pipeline_model_parallel_layout")
+    layout = layout if isinstance(layout, str) else None
+    first, last = (_count(args, f"decoder_{which}_pipeline_num_layers") for which in ("first", "last"))
+    virtual = _count(args, "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank") or 1
+    with_embedding, with_loss = (bool(args.get(f"account_for_{what}_in_pipeline_split")) for what in _COUNTED)
+    try:
+        if layout:
+            virtual = max(1, layout_stages(layout) // pipeline)
+        elif each := _count(args, "num_layers_per_virtual_pipeline_stage"):
+            virtual = virtual_stages(layers + with_embedding + with_loss, pipeline, each)
+        stages = stage_layers(
+            layers + with_embedding + with_loss, pipeline, virtual, first=first, last=last, layout=layout
+        )
+    except UsageError as error:
+        raise UnsupportedModel(
+            "the args describe no pipeline of this model",
+            expected=f"{layers} layers in {pipeline} stages",
+            found=str(error),
+            remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
+        ) from error
+    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor or tensor)
+    counts = {(p, v): stages[v][p] for v in range(virtual) for p in range(pipeline)}
+    counts[0, 0] -= with_embedding
+    counts[pipeline - 1, virtual - 1] -= with_loss
+    return grid, place_chunks(grid, counts)
+
+
+_COUNTED = ("embedding", "loss")
+
+
+def _count(args: Mapping[str, Any], *names: str) -> int | None:
+    """The first of some arguments that is a number of something."""
+    found = (args.get(name) for name in names)
+    return next((value for value in found if type(value) is int and 0 < value <= MOST_RANKS), None)
+
+
 def files_of_nodes(grid: Grid, nodes: int, ranks_per_node: int) -> tuple[frozenset[str], ...]:
     """For each node, the rank files that its training processes load.
 

@@ -117,6 +117,11 @@ def has_fused_norm(name: str) -> bool:
     return name.endswith(".layer_norm_weight")
 
 
+def synonyms(megatron: str) -> tuple[tuple[str, str], ...]:
+    """The templates under which a canonical parameter may be stored as it is, each with the dialect that uses it."""
+    return (("canonical", megatron), *_SYNONYMS.get(megatron, ()))
+
+
 def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
     """Every way in which a canonical parameter may be stored.
 
@@ -126,8 +131,7 @@ def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> 
         expert: for templates with `{expert}`.
     """
     if expert is None:
-        names = (("canonical", megatron), *_SYNONYMS.get(megatron, ()))
-        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in names)
+        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in synonyms(megatron))
     if megatron not in (_FC1, _FC2):
         raise AssertionError(f"no spellings are known for {megatron}")
     experts = f"decoder.layers.{layer}.mlp.experts."

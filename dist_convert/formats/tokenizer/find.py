@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dist_convert.formats.tokenizer.huggingface import (
     read_huggingface,
 )
 from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.ranks.collectives import World, gather_objects
 
 #: Arguments that may name the tokenizer; the last two are GPT2BPETokenizer's.
 _ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_file")
@@ -151,3 +152,15 @@ def _bare_file(directory: Path) -> Path | None:
     found = next((place for place in places if os.path.isfile(place)), None)
     versions = [path for path in sorted(directory.glob(f"{MODEL_FILE}.*")) if path.is_file()] if found is None else []
     return versions[0] if len(versions) == 1 else found
+
+
+def shared_tokenizer(asked: Path | None, args: Mapping[str, Any], directory: Path, world: World) -> Tokenizer:
+    """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike.
+
+    Args:
+        asked, args, directory: see `find_tokenizer`.
+        world: this rank.
+    """
+    found = find_tokenizer(asked, args, directory) if world.rank == 0 else Tokenizer("none")
+    shared = gather_objects(world, asdict(replace(found, path=None)))[0]
+    return Tokenizer(**{**shared, "path": found.path})

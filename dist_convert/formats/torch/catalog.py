@@ -11,35 +11,13 @@ from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.geometry import Place, padding_places, places
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
 from dist_convert.formats.megatron.names import ExpertNumber, Piece, Spelling
-from dist_convert.formats.torch.geometry import Place, padding_places, places, shard_count, shard_size
+from dist_convert.formats.megatron.parameters import Parameter, Replica, parameters_of, stored_regions
 from dist_convert.models.catalog import Region, TensorMeta
-from dist_convert.models.schema import Architecture, Family, Row, entries
-from dist_convert.records import Box, StoredTensor, View, intersect
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One Megatron parameter: a table row at one layer and expert, in `shards` different shards.
-
-    `is_per_shard`: see `geometry.places`.
-    """
-
-    row: Row
-    layer: int | None
-    expert: int | None
-    shards: int
-    is_per_shard: bool = True
-
-    @property
-    def name(self) -> str:
-        """Canonical name with global numbers."""
-        return self.row.megatron.format(layer=self.layer, expert=self.expert)
-
-
-#: A shard's stored pieces in one file: the first row that each holds, and where it is.
-Replica = tuple[tuple[int, View], ...]
+from dist_convert.models.schema import Architecture, Family
+from dist_convert.records import StoredTensor, View
 
 
 @dataclass(frozen=True)
@@ -121,23 +99,8 @@ class TorchCatalog:
         return self.architecture.sizes()
 
     def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
-        """A region for each stored piece of each place."""
         add = self.add_to_norms if parameter.row.is_norm else 0
-        found: dict[int, tuple[Replica, ...]] = {}
-        for place in wanted:
-            if place.shard not in found:
-                found[place.shard] = equal_replicas(self, parameter, place.shard)
-            for number, (row, view) in enumerate(found[place.shard][0]):
-                inside = intersect(place.inside, Box(row, 0, view.rows, view.columns))
-                if inside is not None:
-                    window = Box(inside.row - row, inside.column, inside.rows, inside.columns)
-                    box = Box(
-                        place.box.row + inside.row - place.inside.row,
-                        place.box.column + inside.column - place.inside.column,
-                        inside.rows,
-                        inside.columns,
-                    )
-                    yield Region(box, tuple(r[number][1].window(window) for r in found[place.shard]), add)
+        return stored_regions(wanted, lambda shard: equal_replicas(self, parameter, shard), add)
 
 
 def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -152,34 +115,18 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         return found[:1]
     if catalog.with_tied_copies:
         found += _tied_replicas(catalog, parameter, shard)
-    if len({tuple((row, view.rows) for row, view in replica) for replica in found}) > 1:
+    if len({tuple((row, view.rows) for row, _, view in replica) for replica in found}) > 1:
         raise InconsistentShards(
             "equal copies are stored in different layouts",
             tensor=parameter.name,
-            file=", ".join(replica[0][1].file for replica in found),
+            file=", ".join(replica[0][2].file for replica in found),
         )
     return found
 
 
 def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
     """All Megatron parameters of the model."""
-    for entry, layer, expert in entries(catalog.family, catalog.architecture):
-        if isinstance(entry, Row):
-            yield parameter_of(entry, layer, expert, catalog.grid, imported_experts=catalog.imported_experts)
-
-
-def parameter_of(
-    row: Row, layer: int | None, expert: int | None, grid: Grid, *, imported_experts: bool = False
-) -> Parameter:
-    """A table row at one layer and expert, on a grid."""
-    shards = shard_count(row, grid.tensor if expert is None else grid.expert_tensor)
-    return Parameter(row, layer, expert, shards, is_per_shard=expert is None or not imported_experts)
-
-
-def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
-    """Rows and columns of each shard of a parameter."""
-    sizes = catalog.architecture.sizes()
-    return shard_size(parameter.row, sizes, parameter.shards, is_per_shard=parameter.is_per_shard)
+    return parameters_of(catalog.architecture, catalog.grid, imported_experts=catalog.imported_experts)
 
 
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
@@ -220,14 +167,14 @@ def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spe
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     if any(piece.name not in stored for piece in spelling.pieces):
         return None
-    rows, columns = shard_size_of(catalog, parameter)
+    rows, columns = parameter.shard_size(catalog.architecture)
     found = []
     for piece in spelling.pieces:
         piece_rows = rows // piece.parts
         seen = megatron_names.view(piece, stored[piece.name], piece_rows, columns)
         if seen is None:
             return None
-        found.append((piece.part * piece_rows, seen))
+        found.append((piece.part * piece_rows, 0, seen))
     return tuple(found)
 
 
@@ -259,7 +206,7 @@ def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str, fitting: Map
 
 def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor, int, int]]:
     """The stored tensors that hold a shard of a parameter in one file, and how many rows and columns of it each."""
-    rows, columns = shard_size_of(catalog, parameter)
+    rows, columns = parameter.shard_size(catalog.architecture)
     spelling = _chosen(catalog, parameter, file, fitting_spellings(catalog, parameter, file))
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in spelling.pieces]
@@ -283,13 +230,13 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     last = catalog.chunks[-1]
     if parameter.name != original or not catalog.architecture.tied:
         return ()
-    rows, columns = shard_size_of(catalog, parameter)
+    rows, columns = parameter.shard_size(catalog.architecture)
     found = []
     for file in catalog.files.dense[last.pipeline, shard]:
         stored = catalog.stored[file, last.virtual].get(copy)
         seen = megatron_names.view(Piece(copy), stored, rows, columns) if stored else None
         if seen is not None:
-            found.append(((0, seen),))
+            found.append(((0, 0, seen),))
     return tuple(found)
 
 
@@ -297,7 +244,7 @@ def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> Conver
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     spelled = _spellings(catalog, parameter)
     present = [stored[piece.name] for s in spelled for piece in s.pieces if piece.name in stored]
-    rows, columns = shard_size_of(catalog, parameter)
+    rows, columns = parameter.shard_size(catalog.architecture)
     shape = [rows] if columns == 1 else [rows, columns]
     if not present:
         return MissingTensor(

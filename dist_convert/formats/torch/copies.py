@@ -17,7 +17,8 @@ import torch
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
 from dist_convert.formats.megatron.names import TIED, normalise
-from dist_convert.formats.torch.catalog import Parameter, TorchCatalog, equal_replicas, parameters
+from dist_convert.formats.megatron.parameters import Parameter
+from dist_convert.formats.torch.catalog import TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.order import check_order
 from dist_convert.ranks.collectives import World, gather_objects
@@ -98,7 +99,7 @@ def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
         for shard in range(parameter.shards):
             found = equal_replicas(catalog, parameter, shard)
             for number in range(len(found[0]) if len(found) > 1 else 0):
-                views = tuple(replica[number][1] for replica in found)
+                views = tuple(replica[number][2] for replica in found)
                 checksums = tuple(catalog.checksum(view) for view in views)
                 yield _Copies(parameter, shard, views, checksums)
 

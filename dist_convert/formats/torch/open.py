@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
-from dist_convert.formats.tokenizer.find import find_tokenizer
+from dist_convert.formats.megatron.iterations import rank_files
+from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import (
     Shard,
     files_beside,
-    iteration_directory,
-    rank_files,
     read_shard,
     shard_from_json,
     shard_to_json,
-    tracked_name,
 )
 from dist_convert.formats.torch.survey import check_same_run, open_catalog
-from dist_convert.models.catalog import NAME_FLAG, LeftBehind, Where
+from dist_convert.models.catalog import LeftBehind, Where
+from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.write.files import TRACKER_FILE
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class TorchModel:
     is_untied: bool = False
 
     @property
+    def format(self) -> str:
+        return TORCH
+
+    @property
     def config(self) -> None:
         return None
 
@@ -83,13 +84,17 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
-def open_torch(where: Where, world: World) -> TorchModel:
+def open_torch(where: Where, directory: Path, world: World) -> TorchModel:
     """Read the headers of all shards, each by one rank that sees it.
+
+    Args:
+        where: the checkpoint.
+        directory: of its iteration, as this rank sees it.
+        world: this rank.
 
     Raises:
         CheckpointNotFound, SourceError: there is none, or it cannot be converted as it is.
     """
-    directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
     found = discover(
         world,
         directory,
@@ -101,7 +106,7 @@ def open_torch(where: Where, world: World) -> TorchModel:
     check_same_run(shards.values())
     file = min(shards)
     args = shards[file].args
-    tokenizer = _share_tokenizer(where, world, args, directory)
+    tokenizer = shared_tokenizer(where.tokenizer, args, directory, world)
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
     vocab, who = true_vocab(flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
     says = None if who == "padded size" else vocab
@@ -117,38 +122,3 @@ def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:
         counts[name] += 1
         sizes_bytes[name] += size_bytes
     return tuple((name, counts[name], sizes_bytes[name]) for name in sorted(counts))
-
-
-def _share_tokenizer(where: Where, world: World, args: Mapping[str, Any], directory: Path) -> Tokenizer:
-    """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike."""
-    found = find_tokenizer(where.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
-    shared = gather_objects(world, asdict(replace(found, path=None)))[0]
-    return Tokenizer(**{**shared, "path": found.path})
-
-
-def _shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:
-    """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
-
-    Args:
-        root, name, name_flag: see `iteration_directory`.
-        world: this rank.
-
-    Raises:
-        InconsistentShards: trackers name different iterations.
-        CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
-    """
-    if name is None:
-        tracked = [named for named in gather_objects(world, tracked_name(root, name_flag)) if named is not None]
-        if len(set(tracked)) > 1:
-            raise InconsistentShards(
-                "tracker files of different nodes name different iterations",
-                file=TRACKER_FILE,
-                found=", ".join(sorted(set(tracked))),
-                remedy=f"name the iteration with {name_flag}",
-            )
-        name = tracked[0] if tracked else None
-    is_here = name is not None and (root / name).is_dir()
-    anywhere = any(gather_objects(world, is_here))
-    if is_here or not anywhere:
-        return iteration_directory(root, name, name_flag)
-    return root / name if name else root

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 
 from dist_convert.errors import PlanError
-from dist_convert.formats.torch.target_args import TorchDtype
+from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TensorSpec
 from dist_convert.write.files import make_file
 

@@ -7,7 +7,7 @@ together: missing, unknown and misshapen tensors, with their files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from dist_convert.errors import (
@@ -15,30 +15,27 @@ from dist_convert.errors import (
     InconsistentShards,
     MissingTensor,
     PlanError,
-    UnknownTensor,
     UnsupportedModel,
     WrongShape,
     raise_together,
 )
 from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, find_shards, grid_from_args, place_chunks
-from dist_convert.formats.megatron.names import describe_homeless
+from dist_convert.formats.megatron.parameters import cover_problems, dtype_problems, tensors_of, unknown_tensor
 from dist_convert.formats.torch.catalog import (
-    Parameter,
     TorchCatalog,
     equal_replicas,
     files_of,
     fitting_spellings,
-    parameter_of,
     parameters,
     stored_as,
 )
-from dist_convert.formats.torch.geometry import cover_faults
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import LeftBehind, TensorMeta
-from dist_convert.models.schema import Architecture, Row, entries, part_shape, parts_of
-from dist_convert.records import FLOAT_DTYPES, StoredTensor, TargetFile, View, local_name
+from dist_convert.models.catalog import LeftBehind
+from dist_convert.models.schema import Architecture
+from dist_convert.records import StoredTensor, TargetFile, local_name
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go.
 _SAME_IN_ALL = (
@@ -117,8 +114,9 @@ def open_catalog(
         pinned=pinned,
     )
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
+    names = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
     surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
-    return replace(surveyed, add_to_norms=_added_to_norms(shards)), left_behind
+    return replace(surveyed, add_to_norms=added_to_norms(first.args, names, min(shards))), left_behind
 
 
 def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:
@@ -165,28 +163,6 @@ def _place_layers(
     return place_chunks(grid, layers_of)
 
 
-def _added_to_norms(shards: Mapping[str, Shard]) -> int:
-    """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
-
-    Raises:
-        UnsupportedModel: the args ask for it, but nothing shows whether the norm's class obeyed.
-    """
-    args = shards[min(shards)].args
-    if not args.get("apply_layernorm_1p"):
-        return 0
-    fused = any(megatron_names.has_fused_norm(name) for s in shards.values() for chunk in s.chunks for name in chunk)
-    is_habana = "use_fused_rmsnorm" in args
-    if fused != is_habana:
-        return int(fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
-    raise UnsupportedModel(
-        "it cannot be told whether the norms are stored as gamma - 1",
-        file=min(shards),
-        expected="--apply-layernorm-1p with one kind of norm in all layers",
-        found="norms of Transformer Engine beside Habana's" if fused else "norms that refuse --apply-layernorm-1p",
-        remedy="save the checkpoint without --apply-layernorm-1p",
-    )
-
-
 def count_layers(names: Iterable[str]) -> int:
     """Layers in one chunk, from the normalised names of its tensors."""
     return max((layer + 1 for name in names if (layer := megatron_names.layer_of(name)) is not None), default=0)
@@ -222,68 +198,17 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
             if parameter.name in catalog.pinned:
                 used |= stored_as(catalog, parameter, shard)
             own = len(files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
-            for number, view in ((number, view) for number, replica in enumerate(found) for _, view in replica):
+            for number, view in ((number, view) for number, replica in enumerate(found) for _, _, view in replica):
                 used.add((view.file, view.tensor))
                 expected = dtypes.setdefault(parameter.name, view.dtype) if number < own else view.dtype
-                problems += _dtype_problems(view, expected)
-            bytes_of[found[0][0][1].dtype] += sum(view.size_bytes for _, view in found[0])
+                problems += dtype_problems(view, expected)
+            bytes_of[found[0][0][2].dtype] += sum(view.size_bytes for _, _, view in found[0])
     left_behind, unknown = _leftovers(catalog, shards, used)
     raise_together(problems + unknown)
-    raise_together(list(_cover_problems(catalog)))
-    return _with_tensors(catalog, dtypes, bytes_of.most_common(1)[0][0]), left_behind
-
-
-def _cover_problems(catalog: TorchCatalog) -> Iterator[PlanError]:
-    """Layers and experts repeat the geometry of a row, which depends on nothing else."""
-    checked: dict[tuple[int, int], list[str]] = {}
-    for parameter in parameters(catalog):
-        row, shards = parameter.row, parameter.shards
-        key = (id(row), shards)
-        if key not in checked:
-            sizes = catalog.architecture.sizes()
-            checked[key] = list(cover_faults(row, sizes, shards, is_per_shard=parameter.is_per_shard))
-        for fault in checked[key]:
-            yield PlanError("the plan does not cover a tensor exactly", tensor=parameter.name, found=fault)
-
-
-def _with_tensors(catalog: TorchCatalog, dtypes: Mapping[str, str], params_dtype: str) -> TorchCatalog:
-    """Every tensor of the tables, and the parameter that it is stacked into.
-
-    Raises:
-        PlanError: two rows name one tensor.
-    """
-    sizes = catalog.architecture.sizes()
-    tensors: dict[str, TensorMeta] = {}
-    stacked: dict[str, tuple[Parameter, int]] = {}
-    imported = catalog.imported_experts
-    for entry, layer, expert in entries(catalog.family, catalog.architecture):
-        parameter = None
-        if isinstance(entry, Row):
-            parameter = parameter_of(entry, layer, expert, catalog.grid, imported_experts=imported)
-        for number, part in enumerate(parts_of(entry)):
-            name = part.name.format(layer=layer, expert=expert)
-            if name in tensors:
-                raise PlanError("two rows of the table name one tensor", tensor=name)
-            dtype = dtypes[parameter.name] if parameter else params_dtype
-            tensors[name] = TensorMeta(part_shape(part, sizes), dtype)
-            if parameter:
-                stacked[name] = (parameter, number)
-    return replace(catalog, tensors=tensors, parameters=stacked, params_dtype=params_dtype)
-
-
-def _dtype_problems(view: View, expected: str) -> list[ConversionError]:
-    if view.dtype == expected and view.dtype in FLOAT_DTYPES:
-        return []
-    return [
-        WrongShape(
-            "a weight of an unexpected dtype",
-            tensor=view.tensor,
-            file=view.file,
-            expected=f"{expected if expected in FLOAT_DTYPES else ' or '.join(FLOAT_DTYPES)} in every shard",
-            found=view.dtype,
-            remedy="quantised and mixed shards are not converted; save the checkpoint in bf16, fp16 or fp32",
-        )
-    ]
+    imported, params_dtype = catalog.imported_experts, bytes_of.most_common(1)[0][0]
+    raise_together(list(cover_problems(catalog.architecture, catalog.grid, imported_experts=imported)))
+    tensors, stacked = tensors_of(catalog.architecture, catalog.grid, dtypes, params_dtype, imported_experts=imported)
+    return replace(catalog, tensors=tensors, parameters=stacked, params_dtype=params_dtype), left_behind
 
 
 def _leftovers(
@@ -302,7 +227,7 @@ def _leftovers(
             for name, size_bytes in {**names, **dict.fromkeys(opaque, 0)}.items():
                 reason = _reason_to_drop(catalog, megatron_names.normalise(name))
                 if reason is None:
-                    unknown.append(_unknown(catalog, shard.file, name, opaque.get(name)))
+                    unknown.append(unknown_tensor(catalog.family, shard.file, name, opaque.get(name)))
                 else:
                     counts[reason] += 1
                     sizes_bytes[reason] += size_bytes
@@ -317,15 +242,3 @@ def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
     if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
         return "output layer (equal to the embedding that it is tied to)"
     return None
-
-
-def _unknown(catalog: TorchCatalog, file: str, name: str, kind: str | None) -> ConversionError:
-    what = f"an entry of class {kind}" if kind else describe_homeless(megatron_names.normalise(name))
-    return UnknownTensor(
-        f"{name} has no place in a {catalog.family.name} model",
-        tensor=name,
-        file=file,
-        expected=f"only parameters of {catalog.family.hf_class}",
-        found=what,
-        remedy="nothing is dropped silently: convert with a family that has this parameter",
-    )

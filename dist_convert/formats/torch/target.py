@@ -3,86 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, InconsistentShards, Problems, UsageError, raise_together
+from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
-    Chunk,
-    Grid,
-    check_target,
-    layout_stages,
-    notes_on_target,
-    place_chunks,
     rank_directory,
-    stage_layers,
-    virtual_stages,
 )
-from dist_convert.formats.megatron.names import dialect_of
+from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
-from dist_convert.formats.torch.target_args import (
-    PIPELINE_LAYOUT,
-    TargetArgs,
-    args_json,
-    describe_origins,
-    is_hub_name,
-    padded_vocab,
-    target_args,
-    target_margs_json,
-)
-from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
+from dist_convert.formats.torch.survey import files_of_headers, open_catalog
+from dist_convert.formats.torch.target_shards import lay_out_shards, written_ranks
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture
-from dist_convert.options import RELEASE, Options, given_flags, path_flags
-from dist_convert.plan.content import Content, notes_on_content
+from dist_convert.options import Options
 from dist_convert.records import TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, seal
-from dist_convert.write.files import TRACKER_FILE, replace_text, write_tracker
-
-ARGS_FILE = "target_megatron_args.json"
-
-#: --model-size -> layers, hidden size, width of the MLP, vocabulary.
-_SIZES = {
-    "llama2-7B": (32, 4096, 11008, 32000), "llama2-13B": (40, 5120, 13824, 32000),
-    "llama2-70B": (80, 8192, 28672, 32000), "llama3-8B": (32, 4096, 14336, 128256),
-    "llama3-70B": (80, 8192, 28672, 128256), "mistral-7B": (32, 4096, 14336, 32000),
-    "yi-34B": (60, 7168, 20480, 64000),
-}  # fmt: skip
-
-
-def check_model_size(model_size: str | None, architecture: Architecture) -> None:
-    """Compare `--model-size` with the config.
-
-    Raises:
-        UsageError: they name different models, or the size is unknown.
-    """
-    if model_size is None or model_size == "qwen2.5":
-        return
-    expected = _SIZES.get(model_size.removesuffix("f"))
-    if expected is None:
-        raise UsageError("unknown --model-size", expected=", ".join(_SIZES), found=model_size)
-    found = (architecture.layers, architecture.hidden, architecture.ffn, architecture.vocab)
-    if expected != found:
-        raise UsageError(
-            "--model-size is not the model in the source",
-            expected=f"{model_size}: layers, hidden size, MLP width and vocabulary {expected}",
-            found=f"{found}",
-            remedy="give the right source, or leave --model-size out",
-        )
-
-
-_CONFIG = "config.json"
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
 Extras = Mapping[tuple[str, str], bytes]
@@ -93,32 +35,24 @@ class TorchTarget:
     """A checkpoint of rank files that is to be made; a `Target`.
 
     Attributes:
-        root: the checkpoint's, below which the iteration is made.
-        iteration: its number; None for a release.
-        architecture, grid, chunks, args: its model, its parallel sizes, its layers by chunk, its training arguments.
+        target: what is to be made.
         files: the tensors of each rank file, by virtual stage.
         extras: values that are in the target beside the weights.
     """
 
-    root: Path
-    iteration: int | None
-    architecture: Architecture
-    grid: Grid
-    chunks: tuple[Chunk, ...]
-    args: TargetArgs
+    target: MegatronTarget
     files: Mapping[str, tuple[tuple[TensorSpec, ...], ...]]
     extras: Extras
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        args: dict[str, Any] = json.loads(args_json(self.args))
         bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
-        return args | {"iteration": self.iteration} | ({BINS_FILE: bins} if self.extras else {})
+        return self.target.settings | ({BINS_FILE: bins} if self.extras else {})
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""
         for name in (local_name(file.name) for file in files):
-            write_skeleton(partial / name, self.args.values, self.iteration or 0, self.files[name])
+            write_skeleton(partial / name, self.target.args.values, self.target.iteration or 0, self.files[name])
 
     def complete(
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
@@ -134,257 +68,28 @@ class TorchTarget:
             seal(partial, name, known.get(file.name, ()))
 
     def publish(self) -> None:
-        """Name this iteration as the newest, and describe it beside the others."""
-        replace_text(self.root / ARGS_FILE, target_margs_json(self.args))
-        write_tracker(self.root, self.iteration)
+        """See `Target`."""
+        self.target.publish()
 
     def to_do(self) -> str:
         """See `Target`."""
         return ""
 
 
-@dataclass(frozen=True)
-class Own:
-    """What a Megatron source says of itself, which its target keeps where no flag says otherwise.
-
-    Attributes:
-        args: its training arguments.
-        grid, chunks: its parallel sizes, and its layers by chunk.
-        iteration: its number; None for a release.
-        dialect: how it spells norms and experts.
-    """
-
-    args: Mapping[str, Any]
-    grid: Grid
-    chunks: tuple[Chunk, ...]
-    iteration: int | None
-    dialect: TargetDialect
-
-
-def own_of(model: TorchModel, catalog: TorchCatalog) -> Own:
-    """What a source says of itself."""
-    first = model.shards[min(model.shards)]
-    is_release = model.directory.resolve().name == RELEASE
-    names = [name for shard in model.shards.values() for chunk in shard.chunks for name in chunk]
-    norms, experts = dialect_of(names)
-    iteration = None if is_release else first.iteration or 0
-    return Own(model.args, catalog.grid, catalog.chunks, iteration, TargetDialect(norms, experts or "sequential"))
-
-
-@dataclass(frozen=True)
-class Given:
-    """What files say of a target beside the flags: the margs file, the tokenizer's, and a Megatron source.
-
-    Attributes:
-        margs: content of the margs file, if one was given.
-        tokenizer_model, tokenizer_type: see `target_tokenizer`.
-        vocab: tokens without padding; None where nobody says.
-        own: what a Megatron source says of itself.
-    """
-
-    margs: Mapping[str, Any] | None
-    tokenizer_model: str | None
-    tokenizer_type: str | None
-    vocab: int | None = None
-    own: Own | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a target is to be, whoever says so: the flags, its Megatron source or its margs file, or the defaults.
-
-    Attributes:
-        iteration: its number; None for a release.
-        divisible_by: what the padded vocabulary is a multiple of, on each tensor parallel rank.
-        dialect: how norms and experts are spelled.
-        grid: its parallel sizes.
-        stages: layers of each chunk, see `stage_layers`.
-        keeps_pipeline: the stages are those of a Megatron source, and so are the arguments that describe them.
-    """
-
-    iteration: int | None
-    divisible_by: int
-    dialect: TargetDialect
-    grid: Grid
-    stages: tuple[tuple[int, ...], ...]
-    keeps_pipeline: bool = False
-
-
-_PIPELINE_OPTIONS = (
-    "target_pipeline_parallel_size", "target_virtual_pipeline_parallel_size", "num_layers_per_virtual_pipeline_stage",
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
-)  # fmt: skip
-
-
-def settle_target(
-    job: Options, source: Architecture, vocab: int | None, margs: Mapping[str, Any] | None, own: Own | None
-) -> tuple[Architecture, Settings]:
-    """The model as it is padded for the target, and what the target is to be.
-
-    Args:
-        job: the flags.
-        source: the model as it is read.
-        vocab: its tokens, as the source itself says; None where it does not.
-        margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
-        own: what a Megatron source says of itself; None for others.
-
-    Raises:
-        UsageError: a target that cannot exist; all reasons are reported together.
-    """
-    theirs = own.args if own else margs
-    tensor = job.target_tensor_parallel_size or _size(theirs, "tensor_model_parallel_size") or 1
-    pipeline = job.target_pipeline_parallel_size or _size(theirs, "pipeline_model_parallel_size") or 1
-    own_divisor = _size(own.args, "make_vocab_size_divisible_by") if own else None
-    divisible_by = job.make_vocab_size_divisible_by or own_divisor or 128
-    architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
-    problems: list[ConversionError] = []
-    if own is None and job.true_vocab_size not in (None, vocab):
-        problems.append(
-            UsageError(
-                "--true-vocab-size is not the model's",
-                file=_CONFIG,
-                expected=f"vocab_size {vocab}",
-                found=job.true_vocab_size,
-                remedy="leave --true-vocab-size out",
-            )
-        )
-    layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
-    keeps_pipeline = own is not None and all(getattr(job, name) is None for name in _PIPELINE_OPTIONS)
-    with _collected(problems):
-        check_model_size(job.model_size, architecture)
-    with _collected(problems):
-        if layout:
-            virtual = max(1, layout_stages(layout) // pipeline)
-        elif job.num_layers_per_virtual_pipeline_stage:
-            virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
-        elif own and keeps_pipeline:
-            virtual = own.grid.virtual_pipeline
-    stages_are_known = not problems
-    expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
-    if architecture.experts:
-        expert_tensor = job.target_expert_tensor_parallel_size or tensor
-        if own:
-            expert = job.target_expert_parallel_size or own.grid.expert
-            is_apart = own.grid.expert_tensor != own.grid.tensor
-            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else tensor)
-    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
-    first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
-    kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
-    with _collected(problems):
-        check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None, kept=kept)
-    raise_together(problems)
-    stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
-    spelled = own.dialect if own else TargetDialect()
-    return architecture, Settings(
-        _iteration(job, own),
-        divisible_by,
-        TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts),
-        grid,
-        stages,
-        keeps_pipeline,
-    )
-
-
-def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
-    """The layers of a Megatron source's chunks, as its files have them, by virtual stage and pipeline rank.
-
-    Raises:
-        InconsistentShards: its args, which the target keeps, describe other stages.
-    """
-    grid = own.grid
-    stages = tuple(
-        tuple(chunk.layers for chunk in own.chunks if chunk.virtual == virtual)
-        for virtual in range(grid.virtual_pipeline)
-    )
-    first, last = (_size(own.args, f"decoder_{which}_pipeline_num_layers") for which in ("first", "last"))
-    layout = own.args.get("pipeline_model_parallel_layout")
-    layout = layout if isinstance(layout, str) else None
-    if layout is None and first is None and last is None:
-        return stages
-    problems: list[ConversionError] = []
-    said = None
-    with _collected(problems):
-        said = stage_layers(layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
-        if said == stages:
-            return stages
-    raise InconsistentShards(
-        "the args describe other pipeline stages than the files have",
-        expected=f"layers {stages}, as in the files, by virtual stage and pipeline rank",
-        found=str(problems[0]) if problems else f"layers {said}, by the args",
-        remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
-    )
-
-
-def _iteration(job: Options, own: Own | None) -> int | None:
-    if job.iteration is None:
-        return own.iteration if own else 1
-    return None if job.iteration == RELEASE else int(job.iteration)
-
-
-@contextmanager
-def _collected(problems: list[ConversionError]) -> Iterator[None]:
-    """Keep what goes wrong inside, for it to be reported with the rest."""
-    try:
-        yield
-    except Problems as several:
-        problems += several.problems
-    except ConversionError as problem:
-        problems.append(problem)
-
-
-def _size(args: Mapping[str, Any] | None, name: str) -> int | None:
-    """A parallel size that some training had."""
-    theirs = (args or {}).get(name)
-    return theirs if type(theirs) is int and theirs > 0 else None
-
-
-def lay_out_target(
-    job: Options,
-    directory: Path,
-    given: Given,
-    architecture: Architecture,
-    settings: Settings,
-    params_dtype: str | None,
-    dtypes: Mapping[str, str],
-) -> TorchTarget:
-    """The args of the target and the tensors of each of its files.
+def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> TorchTarget:
+    """The tensors of each file of a target.
 
     Args:
         job: what was asked for.
         directory: of the source, for its capacity bins.
-        given: what files and the source say beside the flags.
-        architecture, settings: of `settle_target`.
-        params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
-        dtypes: of each parameter, by canonical name.
+        target: what is to be made.
     """
-    grid, stages, dialect = settings.grid, settings.stages, settings.dialect
-    kept = given.own.dialect if given.own else TargetDialect("", "")
-    args = target_args(
-        architecture,
-        grid=grid,
-        stages=stages,
-        params_dtype=params_dtype,
-        iteration=settings.iteration,
-        vocab=given.vocab,
-        make_vocab_size_divisible_by=settings.divisible_by,
-        margs=given.margs,
-        own=given.own.args if given.own else None,
-        tokenizer_model=given.tokenizer_model,
-        tokenizer_type=given.tokenizer_type,
-        transformer_impl=dialect.norms if dialect.norms != kept.norms else None,
-        expert_layout=dialect.experts,
-        changes_experts=dialect.experts != kept.experts,
-        first=job.decoder_first_pipeline_num_layers,
-        last=job.decoder_last_pipeline_num_layers,
-        layout=job.pipeline_model_parallel_layout,
-        keeps_pipeline=settings.keeps_pipeline,
-        given=given_flags(job),
-    )
-    layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
-    chunks = place_chunks(grid, layers_of)
-    files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, dtypes)
+    architecture, grid, chunks, dialect, args = (
+        target.architecture, target.grid, target.chunks, target.dialect, target.args,
+    )  # fmt: skip
+    files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, target.dtypes)
     if not job.load_capacity_bins:
-        return TorchTarget(job.target, settings.iteration, architecture, grid, chunks, args, files, {})
+        return TorchTarget(target, files, {})
     if not architecture.experts or dialect.experts == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
@@ -410,129 +115,28 @@ def lay_out_target(
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
     if taken != len(bins):
         raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
-    return TorchTarget(job.target, settings.iteration, architecture, grid, chunks, args, files, extras)
+    return TorchTarget(target, files, extras)
 
 
-def header_of(target: TorchTarget, file: str) -> Shard:
+def _header(target: TorchTarget, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
-    iteration = target.iteration or 0
-    skeleton = lay_out_skeleton(target.args.values, iteration, target.files[local_name(file)], file)
+    iteration, values = target.target.iteration or 0, target.target.args.values
+    skeleton = lay_out_skeleton(values, iteration, target.files[local_name(file)], file)
     weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
     nothing: dict[str, str] = {}
     return Shard(
-        file, skeleton.size_bytes, weights_bytes, iteration, dict(target.args.values), skeleton.chunks,
+        file, skeleton.size_bytes, weights_bytes, iteration, dict(values), skeleton.chunks,
         (nothing,) * len(skeleton.chunks),
     )  # fmt: skip
 
 
-_EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
-
-
-def notes_to_megatron(
-    job: Options,
-    target: TorchTarget,
-    settings: Settings,
-    given: Given,
-    content: Content,
-    places: Sequence[int],
-    writable: Sequence[frozenset[str]],
-) -> list[str]:
-    """All notes on a target.
+def catalog_of_target(target: TorchTarget, planned: Sequence[str]) -> tuple[TorchCatalog, tuple[TargetFile, ...]]:
+    """The target as a catalog, and its files.
 
     Args:
-        job: what was asked for.
-        target, settings, content: what will be written.
-        given: what files and the source say beside the flags.
-        places, writable: for each rank, where its target lies, and the files that it can write.
+        target: what is to be made.
+        planned: the files (see `records.name_at`).
     """
-    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target, settings)]
-    sizes = {
-        "tensor": (job.target_tensor_parallel_size, target.grid.tensor),
-        "pipeline": (job.target_pipeline_parallel_size, target.grid.pipeline),
-        "expert": (job.target_expert_parallel_size, target.grid.expert),
-    }
-    taken = [f"{axis} {size}" for axis, (flag, size) in sizes.items() if flag is None and size > 1]
-    whose = job.source_margs_file.name if job.source_margs_file else "the source"
-    if taken:
-        notes.append(f"parallel sizes of {whose}, as no flag gives them: {', '.join(taken)}")
-    notes += _on_margs(job, target, given.margs or {})
-    if given.own and given.vocab is None:
-        notes.append(
-            f"warning: nobody says how many tokens the vocabulary has: all {target.architecture.vocab} rows are kept; "
-            "give --true-vocab-size if training is to pad it anew"
-        )
-    if settings.iteration == 0:
-        notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
-    notes += _on_tracker(target) + notes_on_content(content)
-    if job.verbose:
-        notes.append(describe_origins(target.args))
-    return notes + _on_tokenizer(job) + _on_places(job, places, writable)
-
-
-def _on_tracker(target: TorchTarget) -> list[str]:
-    """What training loads from this root changes, where the tracker file names another iteration."""
-    tracker = target.root / TRACKER_FILE
-    try:
-        old = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
-    except OSError:
-        return []
-    new = RELEASE if target.iteration is None else str(target.iteration)
-    return [f"warning: {tracker} names {old!r}, and will name {new!r}"] if old != new else []
-
-
-def _on_spelling(job: Options, target: TorchTarget, settings: Settings) -> list[str]:
-    if not target.architecture.experts:
-        given = {"--expert-layout": job.expert_layout not in (None, "sequential")}
-        given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
-        return [f"{flag} has no effect: the model has no experts" for flag, is_given in given.items() if is_given]
-    experts, norms = settings.dialect.experts, settings.dialect.norms
-    if (experts, norms) in (("te-grouped", "local"), ("habana-dynamic", "transformer_engine")):
-        return [
-            f"warning: no version of Megatron has {experts} experts beside the norms of {norms}; te-grouped goes with "
-            "--saver-transformer-impl transformer_engine, habana-dynamic with habana"
-        ]
-    return []
-
-
-def _on_margs(job: Options, target: TorchTarget, margs: Mapping[str, Any]) -> list[str]:
-    """What a margs file says of the layout besides the two sizes that are taken from it, and the target does not have.
-
-    The target's own args describe it as it is; a command line of the earlier training would not fit it.
-    """
-    is_taken = job.target_pipeline_parallel_size is None and target.grid.pipeline > 1
-    names = (*(PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
-    left = [
-        f"{name} {margs[name]} ({target.args.values.get(name)} here)"
-        for name in names
-        if margs.get(name) and margs[name] != target.args.values.get(name)
-    ]
-    if not left:
-        return []
-    return [
-        f"warning: the margs file's training had another layout, which only flags bring into the target: "
-        f"{', '.join(left)}"
-    ]
-
-
-def _on_tokenizer(job: Options) -> list[str]:
-    """The training may run on other machines, which have the tokenizer's path: no error."""
-    asked = job.tokenizer_model
-    if asked is None or os.path.lexists(asked) or is_hub_name(asked):
-        return []
-    return [
-        f"warning: --tokenizer-model {asked} is not on this machine; the target's args name it as it is, and training "
-        "must find it there"
-    ]
-
-
-def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
-    if job.target_ranks_per_node is None:
-        return []
-    if not max(places):
-        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
-    notes = []
-    for place in range(max(places) + 1):
-        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
-        files = sorted(local_name(file).partition("/")[0] for file in writable[places.index(place)])
-        notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {', '.join(files)}")
-    return notes
+    headers = {file: _header(target, file) for file in planned}
+    catalog, _ = open_catalog(headers, target.target.architecture, with_tied_copies=True)
+    return catalog, files_of_headers(headers)

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.geometry import shard_size
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, rank_directory
 from dist_convert.formats.megatron.names import ExpertNumber
-from dist_convert.formats.torch.catalog import Parameter, parameter_of
-from dist_convert.formats.torch.geometry import shard_size
-from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Catalog
+from dist_convert.formats.megatron.parameters import Parameter, parameter_of
+from dist_convert.formats.megatron.target import TargetDialect
 from dist_convert.models.schema import Architecture, Family, Row, entries
 from dist_convert.records import TensorSpec
-
-
-@dataclass(frozen=True)
-class TargetDialect:
-    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), and of its experts."""
-
-    norms: str = "transformer_engine"
-    experts: str = "sequential"
 
 
 def written_ranks(grid: Grid) -> list[Rank]:
@@ -101,35 +90,3 @@ def _specs(
         for piece in spelling.pieces
         if piece.index == 0  # stacked and grouped experts share one tensor
     ]
-
-
-def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:
-    """For each Megatron parameter the dtype that it is written in.
-
-    Args:
-        source: of the same family.
-        target_dtype: what most of it becomes; tensors of other dtypes keep theirs. None keeps all.
-
-    Raises:
-        UnsupportedModel: a parameter whose parts are stored in several dtypes.
-    """
-    problems: list[ConversionError] = []
-    found: dict[str, str] = {}
-    for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
-        if isinstance(entry, Row):
-            names = [part.name.format(layer=layer, expert=expert) for part in entry.parts]
-            stored = sorted({source.tensors[name].dtype for name in names})
-            if len(stored) > 1:
-                problems.append(
-                    UnsupportedModel(
-                        "tensors that become one Megatron parameter need one dtype",
-                        tensor=", ".join(names),
-                        file=next(view.file for region in source.regions(names[0]) for view in region.replicas),
-                        found=", ".join(stored),
-                        remedy="save the model in one dtype",
-                    )
-                )
-            found[entry.megatron.format(layer=layer, expert=expert)] = stored[0]
-    raise_together(problems)
-    main = source.params_dtype
-    return {name: target_dtype if target_dtype and dtype == main else dtype for name, dtype in found.items()}

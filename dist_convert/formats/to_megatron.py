@@ -1,4 +1,4 @@
-"""What becomes Megatron's `torch`: what is read, what is written, and what is said about it."""
+"""What becomes a Megatron checkpoint, of either format: what is read, what is written, and what is said about it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
-from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places
-from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.survey import files_of_headers, open_catalog
-from dist_convert.formats.torch.target import (
+from dist_convert.formats.megatron.args import dialect_of_args
+from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places, grid_of_args
+from dist_convert.formats.megatron.names import dialect_of
+from dist_convert.formats.megatron.target import (
     Given,
     Own,
-    header_of,
-    lay_out_target,
+    TargetDialect,
     notes_to_megatron,
-    own_of,
+    plan_target,
     settle_target,
+    target_dtypes,
 )
-from dist_convert.formats.torch.target_args import read_margs, target_tokenizer
-from dist_convert.formats.torch.target_shards import target_dtypes
-from dist_convert.options import HUGGINGFACE, RELEASE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.formats.megatron.target_args import read_margs, target_tokenizer
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.open import TorchModel
+from dist_convert.formats.torch.target import catalog_of_target, lay_out_torch
+from dist_convert.formats.torch_dist.open import DistModel
+from dist_convert.models.catalog import Catalog
+from dist_convert.options import RELEASE, TARGET_DTYPES, Options, path_flags
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
@@ -31,7 +34,7 @@ from dist_convert.write.places import find_places, refuse_several_places
 from dist_convert.write.task import Task
 
 
-def to_torch(job: Options, model: Model, world: World) -> Task:
+def to_megatron(job: Options, model: Model, world: World) -> Task:
     """Work out the Megatron checkpoint that a model becomes.
 
     Raises:
@@ -40,30 +43,29 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
     source, left_behind = model.catalog()
-    own = own_of(model, source) if isinstance(model, TorchModel) and isinstance(source, TorchCatalog) else None
+    own = _own(model, source)
     given = _given(job, model, own, world)
     architecture, settings = settle_target(job, source.architecture, model.vocab, given.margs, own)
     wanted = TARGET_DTYPES[job.target_params_dtype or "keep"]
     params_dtype = wanted if own or wanted else source.params_dtype
     dtypes = target_dtypes(source, wanted)
-    target = lay_out_target(job, model.directory, given, architecture, settings, params_dtype, dtypes)
-    directory = job.target / (RELEASE if settings.iteration is None else f"iter_{settings.iteration:07d}")
-    places = _places(job, world, directory)
-    of_places = _files_of_places(job, settings.grid, given, frozenset(target.files), places, world.nodes)
+    target = plan_target(job, given, architecture, settings, params_dtype, dtypes)
+    layout = lay_out_torch(job, model.directory, target)
+    places = _places(job, world, target.directory)
+    of_places = _files_of_places(job, settings.grid, given, frozenset(layout.files), places, world.nodes)
     planned = sorted(frozenset[str]().union(*of_places))
-    headers = {file: header_of(target, file) for file in planned}
-    shards, _ = open_catalog(headers, architecture, with_tied_copies=True)
+    shards, files = catalog_of_target(layout, planned)
     content = plan_content(
         source,
         shards,
-        files_of_headers(headers),
+        files,
         title=shards.title,
         params_dtype=source.params_dtype,
         target_dtype=wanted,
         kept_dtypes=source.kept_dtypes,
         left_behind=left_behind,
         repeat_last_row=job.vocab_padding == "last-row",
-        extras=frozenset((file, name) for file in planned for of, name in target.extras if of == local_name(file)),
+        extras=frozenset((file, name) for file in planned for of, name in layout.extras if of == local_name(file)),
     )
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
@@ -79,17 +81,34 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
     return Task(
         job=settled,
         content=content,
-        source_format=TORCH if own else HUGGINGFACE,
+        source_format=model.format,
         source=model.directory,
         source_identity=model.found.identity,
         source_listing=model.found.listing,
         visible=model.found.visible,
-        target=directory,
+        target=target.directory,
         places=places,
         writable=writable,
         notes=notes_to_megatron(job, target, settings, given, content, places, writable),
-        layout=target,
+        layout=layout,
     )
+
+
+def _own(model: Model, catalog: Catalog) -> Own | None:
+    """What a Megatron source says of itself."""
+    if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
+        grid, chunks = catalog.grid, catalog.chunks
+        norms, experts = dialect_of(name for shard in model.shards.values() for chunk in shard.chunks for name in chunk)
+        iteration = model.shards[min(model.shards)].iteration
+    elif isinstance(model, DistModel):
+        grid, chunks = grid_of_args(model.args, catalog.architecture.layers)
+        norms, experts = dialect_of_args(model.args)
+        iteration = model.iteration
+    else:
+        return None
+    is_release = model.directory.resolve().name == RELEASE
+    dialect = TargetDialect(norms, experts or "sequential")
+    return Own(model.args, grid, chunks, None if is_release else iteration or 0, dialect)
 
 
 def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:

@@ -1,0 +1,118 @@
+"""A Megatron checkpoint on disk: its root, the tracker file, its iterations, and the files of one.
+
+Facts: docs/formats.md, "Rank directories" and "The tracker file".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_convert.errors import CheckpointNotFound, CorruptFile
+from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
+from dist_convert.models.catalog import NAME_FLAG
+from dist_convert.read.dcp import METADATA_FILE, SUFFIX
+from dist_convert.read.source import no_directory, reading
+from dist_convert.write.files import TRACKER_FILE
+
+_MAX_DIGITS = 18
+_MAX_TRACKER_CHARACTERS = 1024
+
+
+def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG) -> Path:
+    """The directory of one iteration.
+
+    Args:
+        root: the checkpoint's root, or the iteration's directory itself.
+        name: such as "iter_0000004" or "release"; None asks the tracker file.
+        name_flag: that gives the name, for messages.
+
+    Raises:
+        CheckpointNotFound: no such directory, or no tracker.
+        CorruptFile: a tracker that names no iteration.
+    """
+    if not root.is_dir():
+        raise no_directory(root, "checkpoint")
+    directory = root / (name or _tracked(root, name_flag))
+    if not directory.is_dir():
+        raise CheckpointNotFound(
+            "the iteration does not exist",
+            file=str(directory),
+            expected="one of: " + (", ".join(_iterations(root)) or "no iteration is here at all"),
+            found="nothing",
+            remedy=f"name an existing iteration with {name_flag}",
+        )
+    return directory
+
+
+def tracked_name(root: Path, name_flag: str) -> str | None:
+    """The iteration that a tracker file here names; None where there is none, as on all nodes but the first."""
+    has_tracker = root.is_dir() and ((root / TRACKER_FILE).is_file() or rank_files(root))
+    return _tracked(root, name_flag) if has_tracker else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory looks like a Megatron checkpoint's root or like one of its iterations, of any format."""
+    return (path / TRACKER_FILE).is_file() or bool(rank_files(path)) or is_distributed(path)
+
+
+def is_distributed(directory: Path) -> bool:
+    """Whether a directory holds a distributed checkpoint (`torch_dist` and its relatives), or some of its files."""
+    if not directory.is_dir() or rank_files(directory):
+        return False
+    names = {path.name for path in directory.iterdir()}
+    return METADATA_FILE in names or "metadata.json" in names or any(name.endswith(SUFFIX) for name in names)
+
+
+def _tracked(root: Path, name_flag: str) -> str:
+    if rank_files(root) or is_distributed(root):
+        return "."
+    tracker = root / TRACKER_FILE
+    if not tracker.is_file() and (root / "config.json").is_file():
+        raise CheckpointNotFound(
+            "a Hugging Face directory, not a Megatron checkpoint",
+            file=str(root),
+            expected=f"{TRACKER_FILE} or mp_rank_* directories",
+            found="config.json",
+            remedy="give the Megatron checkpoint's root, or convert the other way with hf-to-megatron",
+        )
+    if not tracker.is_file():
+        raise CheckpointNotFound(
+            f"no {TRACKER_FILE}",
+            file=str(root),
+            expected="a Megatron checkpoint's root directory",
+            found=", ".join(_iterations(root)) or "no iteration",
+            remedy=f"check the path, or name the iteration with {name_flag}",
+        )
+    with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
+        text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
+    if text == "release":
+        return text
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise CorruptFile(
+            "the tracker file names no iteration",
+            file=str(tracker),
+            expected="a number, or the word release",
+            found="a link to something else" if _is_link_out(tracker) else repr(text[:40]),
+            remedy=f"name the iteration with {name_flag}",
+        )
+    return f"iter_{int(text):07d}"
+
+
+def _is_link_out(tracker: Path) -> bool:
+    """Whether a link leads out of the checkpoint, to a file that may be nobody's business."""
+    return not tracker.resolve().is_relative_to(tracker.parent.resolve())
+
+
+def _iterations(root: Path) -> list[str]:
+    names = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted(name for name in names if name == "release" or name.startswith("iter_"))
+
+
+def rank_files(directory: Path) -> dict[str, int]:
+    """The rank files of an iteration that this machine sees, with their sizes in bytes."""
+    found = {}
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            if is_rank_directory(path.name) and (path / SHARD_FILE).is_file():
+                found[f"{path.name}/{SHARD_FILE}"] = (path / SHARD_FILE).stat().st_size
+    return found

@@ -1,0 +1,265 @@
+"""The catalog of a `torch_dist` checkpoint: where each box of each tensor is stored, in which blobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any
+
+from dist_convert.errors import (
+    ConversionError,
+    InconsistentShards,
+    MissingTensor,
+    PlanError,
+    WrongShape,
+    raise_together,
+)
+from dist_convert.formats.megatron.args import added_to_norms
+from dist_convert.formats.megatron.geometry import padding_places, places
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.megatron.names import TIED, is_tied_copy, normalise
+from dist_convert.formats.megatron.parameters import (
+    Parameter,
+    Replica,
+    cover_problems,
+    dtype_problems,
+    parameters_of,
+    stored_regions,
+    tensors_of,
+    unknown_tensor,
+)
+from dist_convert.formats.torch_dist.names import KeyPiece, Keys, keys
+from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
+from dist_convert.models.schema import Architecture
+from dist_convert.records import DTYPE_BYTES, Box, View, cover_fault
+
+_WHOLE = Grid()
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A box of a stored tensor, by its first element and its size in every dimension, and where its elements lie."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset_bytes: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the checkpoint: the safetensors name of its dtype, its shape, and its chunks."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True)
+class DistCatalog:
+    """A `Catalog` of blobs.
+
+    Attributes:
+        architecture: the model.
+        replicas: where each parameter is stored, by its canonical name.
+        add_to_norms: 1 where norms are stored as gamma - 1.
+        files: how many files there are.
+        tensors: the logical tensors.
+        parameters: of each stored tensor, the parameter that it is stacked into, and its number there.
+        params_dtype: in which most bytes are stored.
+    """
+
+    architecture: Architecture
+    replicas: Mapping[str, Replica]
+    add_to_norms: int
+    files: int
+    tensors: Mapping[str, TensorMeta]
+    parameters: Mapping[str, tuple[Parameter, int]]
+    params_dtype: str
+
+    @property
+    def is_owned(self) -> bool:
+        return True
+
+    @property
+    def title(self) -> str:
+        """The model, for people."""
+        return f"{FAMILIES[self.architecture.family].hf_class}, torch_dist in {self.files} files"
+
+    @property
+    def kept_dtypes(self) -> dict[str, str]:
+        """The parameters that are not stored in the dtype of most, with theirs."""
+        dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
+        return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
+
+    def regions(self, name: str) -> Sequence[Region]:
+        """See `Catalog`."""
+        if name not in self.parameters:
+            return (Region(self.tensors[name].box, ()),)
+        parameter, number = self.parameters[name]
+        wanted = places(parameter.row, number, self.architecture.sizes(), 1)
+        add = self.add_to_norms if parameter.row.is_norm else 0
+        return tuple(stored_regions(wanted, lambda _: (self.replicas[parameter.name],), add))
+
+    def padding(self, name: str) -> Sequence[Region]:
+        """See `Catalog`."""
+        if name not in self.parameters:
+            return ()
+        parameter, _ = self.parameters[name]
+        wanted = padding_places(parameter.row, self.architecture.sizes(), 1)
+        return tuple(stored_regions(wanted, lambda _: (self.replicas[parameter.name],)))
+
+
+def open_catalog(
+    stored: Mapping[str, Stored], architecture: Architecture, args: Mapping[str, Any], file: str
+) -> tuple[DistCatalog, LeftBehind]:
+    """A checkpoint from what its files hold of the model, and what of it is dropped on purpose.
+
+    Args:
+        stored: each tensor by its key, without what `reason_to_leave` names.
+        architecture: the model, with the true vocabulary size.
+        args: the training arguments.
+        file: that names the keys, for messages.
+
+    Raises:
+        Problems, or the one problem there is: all that the headers show to be wrong.
+    """
+    by_name = {normalise(key): tensor for key, tensor in stored.items()}
+    architecture = replace(architecture, padded_vocab=_padded_vocab(by_name, architecture))
+    problems: list[ConversionError] = []
+    replicas: dict[str, Replica] = {}
+    dtypes: dict[str, str] = {}
+    used: set[str] = set()
+    bytes_of: Counter[str] = Counter()
+    index_of: dict[tuple[str, int], _Index] = {}
+    for parameter in parameters_of(architecture, _WHOLE):
+        spelled = keys(parameter.row.megatron, parameter.layer, parameter.expert)
+        present = [pieces for pieces in spelled if all(piece.key in by_name for piece in pieces)]
+        used |= {piece.key for pieces in present for piece in pieces}
+        try:
+            pieces = _only(parameter, spelled, present, file)
+            found = [
+                one for piece in pieces for one in _stored_piece(parameter, architecture, piece, by_name, index_of)
+            ]
+        except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
+            problems.append(problem)
+            continue
+        replicas[parameter.name] = tuple(found)
+        dtypes[parameter.name] = found[0][2].dtype
+        for _, _, view in found:
+            problems += dtype_problems(view, dtypes[parameter.name])
+            bytes_of[view.dtype] += view.size_bytes
+    family = FAMILIES[architecture.family]
+    left_behind: list[tuple[str, int, int]] = []
+    for name, tensor in by_name.items():
+        if name not in used and architecture.tied and is_tied_copy(name):
+            size_bytes = prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+            left_behind.append(("output layer (equal to the embedding that it is tied to)", 1, size_bytes))
+        elif name not in used:
+            problems.append(unknown_tensor(family, file, tensor.key))
+    raise_together(problems)
+    raise_together(list(cover_problems(architecture, _WHOLE)))
+    params_dtype = bytes_of.most_common(1)[0][0]
+    tensors, stacked = tensors_of(architecture, _WHOLE, dtypes, params_dtype)
+    files = len({chunk.file for tensor in stored.values() for chunk in tensor.chunks})
+    added = added_to_norms(args, by_name, file)
+    return DistCatalog(architecture, replicas, added, files, tensors, stacked, params_dtype), tuple(left_behind)
+
+
+def _padded_vocab(by_name: Mapping[str, Stored], architecture: Architecture) -> int:
+    """Rows of the embedding as it is stored: a checkpoint may be padded otherwise than its args say."""
+    embedding = by_name.get(TIED[0])
+    fits = embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] >= architecture.vocab
+    return embedding.shape[0] if embedding and fits else architecture.padded_vocab
+
+
+def _only(parameter: Parameter, spelled: Sequence[Keys], present: Sequence[Keys], file: str) -> Keys:
+    """The one spelling of a parameter that is there."""
+    if len(present) == 1:
+        return present[0]
+    if present:
+        found = ", ".join(sorted({piece.key for pieces in present for piece in pieces}))
+        raise InconsistentShards(f"{parameter.name} is stored twice", file=file, found=found)
+    raise MissingTensor(
+        f"no tensor for {parameter.name}",
+        tensor=spelled[0][0].key,
+        file=file,
+        expected="one of " + ", ".join(dict.fromkeys(pieces[0].key for pieces in spelled)),
+        found="nothing",
+        remedy="the checkpoint is incomplete or of another model; copy it again",
+    )
+
+
+#: The chunks of a tensor, by the index of its leading axes: a chunk may hold several layers or experts.
+_Index = Mapping[tuple[int, ...], Sequence[StoredChunk]]
+
+
+def _indexed(tensor: Stored, axes: int) -> _Index:
+    found: dict[tuple[int, ...], list[StoredChunk]] = {}
+    for chunk in tensor.chunks:
+        starts = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+        for index in product(*(range(first, first + count) for first, count in starts)):
+            found.setdefault(index, []).append(chunk)
+    return found
+
+
+def _stored_piece(
+    parameter: Parameter,
+    architecture: Architecture,
+    piece: KeyPiece,
+    by_name: Mapping[str, Stored],
+    index_of: dict[tuple[str, int], _Index],
+) -> Iterator[tuple[int, int, View]]:
+    """The boxes of a parameter that a key holds, as they lie in it.
+
+    Raises:
+        WrongShape: the tensor has another shape than the args say.
+        PlanError: its chunks do not make it up.
+    """
+    tensor, axes = by_name[piece.key], len(piece.index)
+    rows, columns = parameter.shard_size(architecture)
+    rows //= piece.parts
+    whole = _leading(parameter, architecture, axes)
+    if tensor.shape not in ([(*whole, rows, columns)] + [(*whole, rows)] * (columns == 1)):
+        raise WrongShape(
+            f"wrong shape for {parameter.name}",
+            tensor=tensor.key,
+            file=tensor.chunks[0].file if tensor.chunks else "",
+            expected=f"{[*whole, rows, columns] if columns > 1 else [*whole, rows]} from the args",
+            found=f"{list(tensor.shape)}",
+            remedy="the checkpoint is of another model, or the args are not those it was trained with",
+        )
+    if (piece.key, axes) not in index_of:
+        index_of[piece.key, axes] = _indexed(tensor, axes)
+    name = f"{tensor.key}{list(piece.index)}" if axes else tensor.key
+    boxes = []
+    for chunk in index_of[piece.key, axes].get(piece.index, ()):
+        view = _view(chunk, piece.index, tensor.dtype, name)
+        row, column = (*chunk.offsets[axes:], 0)[:2]
+        boxes.append(Box(row, column, view.rows, view.columns))
+        yield piece.part * rows + row, column, view
+    fault = cover_fault(boxes, rows, columns)
+    if fault is not None:
+        raise PlanError("the chunks do not make up a tensor exactly", tensor=name, found=fault)
+
+
+def _leading(parameter: Parameter, architecture: Architecture, axes: int) -> tuple[int, ...]:
+    """The sizes of the leading axes: layers, experts, or both."""
+    sizes = (architecture.layers, architecture.experts) if parameter.expert is not None else (architecture.layers,)
+    return sizes[len(sizes) - axes :]
+
+
+def _view(chunk: StoredChunk, index: Sequence[int], dtype: str, name: str) -> View:
+    """What a chunk holds at an index of its leading axes."""
+    axes = len(index)
+    at = zip(index, chunk.offsets[:axes], chunk.strides[:axes], strict=True)
+    offset_bytes = chunk.offset_bytes + DTYPE_BYTES[dtype] * sum((i - first) * stride for i, first, stride in at)
+    rows, columns = (*chunk.sizes[axes:], 1)[:2]
+    row_stride, column_stride = (*chunk.strides[axes:], 1)[:2]
+    return View(chunk.file, name, dtype, offset_bytes, rows, columns, row_stride, column_stride)

@@ -1,0 +1,242 @@
+"""Opens a checkpoint of Megatron-Core's `torch_dist` format: `.metadata`, the args, and the headers of all blobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingArguments, MissingShard, UnsupportedModel
+from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.tokenizer.find import shared_tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, StoredChunk, open_catalog
+from dist_convert.formats.torch_dist.names import common_object, reason_to_leave
+from dist_convert.models.catalog import LeftBehind, Where
+from dist_convert.options import TORCH_DIST
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, Metadata, place_chunks, read_metadata, read_object
+from dist_convert.read.discover import Discovery, discover
+from dist_convert.read.restricted_pickle import Inert, plain_dict
+from dist_convert.read.source import read_json, stamp
+from dist_convert.read.torch_file import open_saved
+from dist_convert.records import DTYPE_BYTES, names
+
+COMMON_FILE = "common.pt"
+_KIND_FILE = "metadata.json"
+_KIND = "torch_dist"
+
+
+@dataclass(frozen=True)
+class DistModel:
+    """A checkpoint whose headers are read.
+
+    Attributes:
+        directory: the iteration's, as this rank sees it.
+        found: its files that hold weights.
+        stored: the tensors of the model, by their keys.
+        args: the training arguments.
+        iteration: training step, or None.
+        tokenizer: the one that the args or the user name, as rank 0 sees it.
+        vocab: tokens without padding; None where nobody says.
+        beside: what the checkpoint holds beside the model.
+    """
+
+    directory: Path
+    found: Discovery
+    stored: Mapping[str, Stored]
+    args: Mapping[str, Any]
+    iteration: int | None
+    tokenizer: Tokenizer
+    vocab: int | None
+    beside: LeftBehind
+
+    @property
+    def format(self) -> str:
+        return TORCH_DIST
+
+    @property
+    def config(self) -> None:
+        return None
+
+    def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[DistCatalog, LeftBehind]:
+        """See `Model`; a tied embedding is stored once."""
+        size = self.vocab or vocab
+        architecture = architecture_from_args(self.args, vocab=size, file=METADATA_FILE)
+        catalog, left_behind = open_catalog(self.stored, architecture, self.args, METADATA_FILE)
+        return catalog, (*left_behind, *self.beside)
+
+
+def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
+    """Read `.metadata` on one rank that sees it, and each blob's header on a rank that sees its file.
+
+    Args:
+        where: the checkpoint.
+        directory: of its iteration, as this rank sees it.
+        world: this rank.
+
+    Raises:
+        CheckpointNotFound, SourceError: it is incomplete, or cannot be converted as it is.
+    """
+    said = _shared_metadata(directory, world)
+    args: dict[str, Any] = said["args"]
+    tensors = {key: _saved(saved) for key, saved in said["tensors"].items()}
+    chunks_of: dict[str, list[tuple[str, str, Chunk]]] = {}
+    for key, (dtype, _, chunks) in tensors.items():
+        for chunk in chunks:
+            chunks_of.setdefault(chunk.blob.file, []).append((key, dtype, chunk))
+    seen = [file for file in sorted(chunks_of) if (directory / file).is_file()]
+    found = discover(
+        world, directory, seen, partial(_read_header, directory, chunks_of), expected=f"{', '.join(chunks_of)[:200]}"
+    )
+    missing = sorted(chunks_of.keys() - found.headers.keys())
+    if missing:
+        raise MissingShard(
+            "files that .metadata names are on no rank's disk",
+            file=str(directory),
+            expected=f"{len(chunks_of)} files with weights",
+            found=f"{len(missing)} missing: {names(missing)}",
+            remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
+        )
+    stored = _stored(tensors, found)
+    tokenizer = shared_tokenizer(where.tokenizer, args, directory, world)
+    padded = architecture_from_args(args, vocab=None, file=COMMON_FILE).padded_vocab
+    vocab, who = true_vocab(
+        flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=COMMON_FILE
+    )
+    says = None if who == "padded size" else vocab
+    beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
+    return DistModel(directory, found, stored, args, said["iteration"], tokenizer, says, beside)
+
+
+#: dtype, shape and chunks of a tensor.
+_Saved = tuple[str, tuple[int, ...], tuple[Chunk, ...]]
+
+
+def _saved(values: Sequence[Any]) -> _Saved:
+    """The inverse of what `_describe` makes of a tensor."""
+    dtype, shape, chunks = values
+    return dtype, tuple(shape), tuple(Chunk(tuple(at), tuple(sizes), Blob(*blob)) for at, sizes, *blob in chunks)
+
+
+def _shared_metadata(directory: Path, world: World) -> dict[str, Any]:
+    """What one rank that sees `.metadata` reads of it and of the args, for all.
+
+    Raises:
+        CheckpointNotFound: no rank sees it.
+        InconsistentShards: nodes have different ones.
+    """
+    path = directory / METADATA_FILE
+    sees: list[list[int] | None] = gather_objects(world, list(stamp(path))[::2] if path.is_file() else None)
+    if not any(sees):
+        raise CheckpointNotFound(
+            "no rank sees .metadata, without which the .distcp files cannot be read",
+            file=str(path),
+            expected="the file that training writes last, on the node of its first rank",
+            remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
+        )
+    reader = next(rank for rank, seen in enumerate(sees) if seen)
+    sizes_bytes = {seen[0] for seen in sees if seen}
+    if len(sizes_bytes) > 1:
+        raise InconsistentShards(
+            "nodes have different files .metadata",
+            file=str(path),
+            expected="one checkpoint's on every node that has it",
+            found=f"{', '.join(map(str, sorted(sizes_bytes)))} bytes",
+            remedy="nodes hold files of different runs or iterations; name the iteration, or copy the right files",
+        )
+    told = gather_objects(world, _describe(directory) if world.rank == reader else None)
+    said: dict[str, Any] = told[reader]
+    return said
+
+
+def _describe(directory: Path) -> dict[str, Any]:
+    """The tensors of the model by key, what lies beside them, the args and the iteration, in JSON values."""
+    _check_kind(directory)
+    metadata = read_metadata(directory / METADATA_FILE)
+    counts, sizes_bytes = Counter[str](), Counter[str]()
+    tensors: dict[str, Any] = {}
+    for key, tensor in metadata.tensors.items():
+        reason = reason_to_leave(key)
+        if reason:
+            counts[reason] += 1
+            sizes_bytes[reason] += prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 1)
+        else:
+            chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in tensor.chunks]
+            tensors[key] = [tensor.dtype, tensor.shape, chunks]
+    for key, blob in metadata.objects.items():
+        reason = reason_to_leave(key) or f"object {key}"
+        counts[reason] += 1
+        sizes_bytes[reason] += blob.size_bytes
+    args, iteration = _args(directory, metadata)
+    beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts) if reason != "args"]
+    return {"tensors": tensors, "beside": beside, "args": args, "iteration": iteration}
+
+
+def _check_kind(directory: Path) -> None:
+    """Refuse Megatron's other distributed formats.
+
+    Raises:
+        UnsupportedModel
+    """
+    path = directory / _KIND_FILE
+    kind = read_json(path).get("sharded_backend") if path.is_file() else _KIND
+    if kind != _KIND:
+        raise UnsupportedModel(
+            "a distributed checkpoint of another kind",
+            file=str(path),
+            expected=f"sharded_backend {_KIND}",
+            found=str(kind)[:80],
+            remedy="load it with Megatron-LM and save it with --ckpt-format torch_dist",
+        )
+
+
+def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | None]:
+    """The training arguments and the iteration, from `common.pt` or from the object that newer versions have.
+
+    Raises:
+        MissingArguments: there are none.
+    """
+    path = directory / COMMON_FILE
+    saved: object = None
+    if path.is_file():
+        saved = open_saved(path, str(path))[1]
+    else:
+        for key in filter(common_object, metadata.objects):
+            listed = read_object(directory, metadata.objects[key])
+            saved = listed[0] if isinstance(listed, list) and listed else listed
+    args = saved.get("args") if isinstance(saved, Mapping) else None
+    values = args.state if isinstance(args, Inert) else args
+    if not isinstance(saved, Mapping) or not isinstance(values, Mapping):
+        raise MissingArguments(
+            "the checkpoint has no args",
+            file=str(path),
+            expected="Megatron-LM's args, in common.pt or in an object of .metadata",
+            found=", ".join(map(str, saved))[:200] if isinstance(saved, Mapping) else "neither of them",
+            remedy="convert a checkpoint that Megatron-LM's training saved; others do not say what their model is",
+        )
+    iteration = saved.get("iteration")
+    return plain_dict(values), iteration if isinstance(iteration, int) else None
+
+
+def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
+    """Of each chunk of a file its key, its box, and where its elements lie."""
+    chunks = chunks_of[file]
+    placed = place_chunks(directory, file, chunks)
+    return [
+        [key, chunk.offsets, chunk.sizes, tensor.offset_bytes, tensor.strides]
+        for (key, _, chunk), tensor in zip(chunks, placed, strict=True)
+    ]
+
+
+def _stored(tensors: Mapping[str, _Saved], found: Discovery) -> dict[str, Stored]:
+    chunks_of: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
+    for file, header in sorted(found.headers.items()):
+        for key, offsets, sizes, offset_bytes, strides in header:
+            chunk = StoredChunk(tuple(offsets), tuple(sizes), file, offset_bytes, tuple(strides))
+            chunks_of[key].append(chunk)
+    return {key: Stored(key, dtype, shape, tuple(chunks_of[key])) for key, (dtype, shape, _) in tensors.items()}

@@ -1,0 +1,252 @@
+"""A distributed checkpoint of PyTorch (DCP) on disk: `.metadata`, and the `.distcp` files that hold the blobs it names.
+
+Each blob is what `torch.save` made of one box of one tensor, or of one object. Only `.metadata` and the blobs' headers
+are read. Facts: docs/formats.md, "torch_dist"; source:
+https://github.com/pytorch/pytorch/blob/main/torch/distributed/checkpoint/metadata.py and filesystem.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from dist_convert.errors import CorruptFile, UnsupportedModel
+from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
+from dist_convert.read.source import open_to_read, reading
+from dist_convert.read.torch_file import MAX_PICKLE_BYTES, Stretch, open_object, place_tensors
+from dist_convert.records import StoredTensor
+
+METADATA_FILE = ".metadata"
+SUFFIX = ".distcp"
+_MOST_DIMENSIONS = 8
+_MOST = 1 << 60
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Where a box of a tensor, or an object, was saved: a stretch of a file beside `.metadata`."""
+
+    file: str
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, by its first element and its size in every dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    blob: Blob
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of the checkpoint: the safetensors name of its dtype, its shape, and the boxes it was saved in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `.metadata` says: tensors and objects by their keys."""
+
+    tensors: Mapping[str, SavedTensor]
+    objects: Mapping[str, Blob]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read `.metadata`; nothing of it is imported or run.
+
+    Raises:
+        CorruptFile, UnsafePickle: it is damaged, or names what no checkpoint needs.
+        UnsupportedModel: its blobs are compressed or changed otherwise.
+    """
+    file = str(path)
+    with reading(path), path.open("rb") as opened:
+        data = opened.read(MAX_PICKLE_BYTES + 1)
+    if len(data) > MAX_PICKLE_BYTES:
+        raise CorruptFile("a .metadata too large to be one", file=file, expected=f"at most {MAX_PICKLE_BYTES} bytes")
+    saved = load(data, file)
+    kind = "MCoreMetadata" if f"{saved}".endswith(".MCoreMetadata>") else "Metadata"  # of Megatron-Core up to 0.15
+    state = _state(saved, kind, file)
+    blobs = _blobs(_mapping(state, "storage_data", file), file)
+    tensors: dict[str, SavedTensor] = {}
+    objects: dict[str, Blob] = {}
+    for key, saved in _mapping(state, "state_dict_metadata", file).items():
+        if not isinstance(key, str):
+            raise _damaged(file, "a tensor's key", key)
+        if isinstance(saved, Inert) and saved.class_name.endswith(".BytesStorageMetadata"):
+            objects[key] = _blob(blobs, key, None, file)
+        else:
+            tensors[key] = _tensor(key, _state(saved, "TensorStorageMetadata", file), blobs, file)
+    return Metadata(tensors, objects)
+
+
+#: Key and first element -> the blob. Objects have no first element.
+_Blobs = Mapping[tuple[str, tuple[int, ...] | None], Blob]
+
+
+def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
+    found: dict[tuple[str, tuple[int, ...] | None], Blob] = {}
+    for index, info in stored.items():
+        named, place = _state(index, "MetadataIndex", file), _state(info, "_StorageInfo", file)
+        if place.get("transform_descriptors"):
+            raise UnsupportedModel(
+                "blobs that were compressed or changed otherwise on saving",
+                tensor=str(named.get("fqn")),
+                file=file,
+                found=f"transform_descriptors {place['transform_descriptors']!r}"[:200],
+                remedy="save the checkpoint without extensions of the storage writer",
+            )
+        name, offset_bytes, size_bytes = (place.get(what) for what in ("relative_path", "offset", "length"))
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise _damaged(file, "the bare name of a file beside .metadata", name)
+        if not _is_count(offset_bytes) or not _is_count(size_bytes):
+            raise _damaged(file, f"a place in {name}", (offset_bytes, size_bytes))
+        offset = named.get("offset")
+        key = str(named.get("fqn")), None if offset is None else _size(offset, file)
+        blob = Blob(name, offset_bytes, size_bytes)
+        if found.setdefault(key, blob) != blob:
+            raise _damaged(file, f"one place of {key[0]} at {key[1]}", f"{found[key]} and {blob}")
+    return found
+
+
+def _blob(blobs: _Blobs, key: str, offsets: tuple[int, ...] | None, file: str) -> Blob:
+    if (key, offsets) not in blobs:
+        raise _damaged(file, f"a place of {key}" + (f" at {list(offsets)}" if offsets else ""), "none")
+    return blobs[key, offsets]
+
+
+def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> SavedTensor:
+    shape = _size(state.get("size"), file)
+    properties = state.get("properties")
+    inside = properties.state if isinstance(properties, Inert) else None
+    dtype = inside[0] if isinstance(inside, tuple) and inside else (inside or {}).get("dtype")
+    if not isinstance(dtype, Dtype):
+        raise _damaged(file, f"the dtype of {key}", dtype)
+    chunks = []
+    listed = state.get("chunks")
+    for chunk in listed if isinstance(listed, list) else ():
+        inner = _state(chunk, "ChunkStorageMetadata", file)
+        offsets, sizes = _size(inner.get("offsets"), file), _size(inner.get("sizes"), file)
+        fits = len(offsets) == len(sizes) == len(shape)
+        if not fits or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True)):
+            raise _damaged(file, f"a box of {key} inside {list(shape)}", f"{list(sizes)} at {list(offsets)}")
+        chunks.append(Chunk(offsets, sizes, _blob(blobs, key, offsets, file)))
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
+        raise _damaged(file, f"boxes that make up {key}, {list(shape)}", f"{len(chunks)} boxes of another size")
+    return SavedTensor(dtype.name, shape, tuple(chunks))
+
+
+def _state(record: object, kind: str, file: str) -> Mapping[str, Any]:
+    if isinstance(record, Inert) and record.class_name.endswith(f".{kind}") and isinstance(record.state, Mapping):
+        return record.state
+    raise _damaged(file, f"a {kind}", record)
+
+
+def _mapping(state: Mapping[str, Any], name: str, file: str) -> Mapping[Any, Any]:
+    found = state.get(name)
+    if not isinstance(found, Mapping):
+        raise _damaged(file, name, found)
+    return found
+
+
+def _size(record: object, file: str) -> tuple[int, ...]:
+    """The numbers of a `torch.Size`."""
+    numbers = record.arguments[0] if isinstance(record, Inert) and len(record.arguments) == 1 else record
+    if isinstance(numbers, tuple | list) and len(numbers) <= _MOST_DIMENSIONS and all(map(_is_count, numbers)):
+        return tuple(numbers)
+    raise _damaged(file, "a torch.Size", numbers)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _damaged(file: str, expected: str, found: object) -> CorruptFile:
+    return CorruptFile(
+        "damaged .metadata of a distributed checkpoint",
+        file=file,
+        expected=expected,
+        found=f"{found}"[:200],
+        remedy="copy the file again from where it was saved",
+    )
+
+
+def read_object(directory: Path, blob: Blob) -> Any:
+    """An object as it was saved, with inert records in place of classes.
+
+    Raises:
+        CorruptFile, UnsafePickle: see `open_object`.
+    """
+    with _opened(directory / blob.file) as descriptor:
+        _check_apart(directory / blob.file, [blob], descriptor)
+        return open_object(directory / blob.file, blob.file, _stretch(descriptor, blob))[1]
+
+
+def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:
+    """Where the elements of some chunks of one file lie, from their blobs' headers.
+
+    Args:
+        directory: of the checkpoint.
+        file: in it.
+        chunks: key, dtype and box of each.
+
+    Raises:
+        CorruptFile, UnsafePickle: a blob that is damaged, out of its file, or not what `.metadata` says.
+    """
+    path, placed = directory / file, []
+    with _opened(path) as descriptor:
+        _check_apart(path, [chunk.blob for _, _, chunk in chunks], descriptor)
+        for key, dtype, chunk in chunks:
+            container, saved = open_object(path, file, _stretch(descriptor, chunk.blob))
+            found = (saved.storage.dtype, saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+            if not isinstance(saved, Tensor) or found != (dtype, chunk.sizes):
+                raise CorruptFile(
+                    "a blob is not what .metadata says",
+                    tensor=key,
+                    file=str(path),
+                    expected=f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}",
+                    found=f"{found}",
+                    remedy="files of two checkpoints may be mixed; copy the directory again",
+                )
+            placed.append(place_tensors({key: saved}, container)[key])
+    return placed
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    with reading(path):
+        descriptor = open_to_read(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _stretch(descriptor: int, blob: Blob) -> Stretch:
+    return Stretch(descriptor, blob.offset_bytes, blob.size_bytes)
+
+
+def _check_apart(path: Path, blobs: Sequence[Blob], descriptor: int) -> None:
+    """Refuse blobs that overlap or reach past their file."""
+    file_bytes = os.fstat(descriptor).st_size
+    ordered = sorted((blob.offset_bytes, blob.offset_bytes + blob.size_bytes) for blob in blobs)
+    for (first, end), (following, _) in pairwise([*ordered, (file_bytes, file_bytes)]):
+        if end > following:
+            raise CorruptFile(
+                "a blob reaches into the next one or past its file",
+                file=str(path),
+                expected=f"the blob at byte {first} ends by byte {following}",
+                found=f"it ends at byte {end}; the file has {file_bytes}",
+                remedy="the file is cut short or of another checkpoint; copy it again",
+            )

@@ -1,0 +1,94 @@
+"""`torch_dist` is read without Megatron: every way in which training saves it becomes the same Hugging Face files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dist_convert
+from dist_convert.__main__ import main
+from tests.checkpoints import Grid, Model, make
+from tests.converting import convert
+from tests.distributed_checkpoints import make_distributed
+
+LLAMA = Model()
+MIXTRAL = Model(experts=4, layers=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "how"),
+    [
+        (LLAMA, Grid(), {}),
+        (LLAMA, Grid(tp=2, pp=2), {}),
+        (LLAMA, Grid(tp=4), {"norms": "local"}),
+        (LLAMA, Grid(tp=2), {"norms": "habana-fused"}),
+        (LLAMA, Grid(tp=2), {"keys": "layers"}),
+        (LLAMA, Grid(tp=2), {"keys": "singleton"}),
+        (LLAMA, Grid(tp=2), {"common": "object"}),
+        (Model(tied=True), Grid(tp=2, pp=2), {}),
+        (Model(qkv_bias=True), Grid(tp=2), {}),
+        (Model(linear_bias=True), Grid(tp=2), {}),
+        (MIXTRAL, Grid(tp=2, ep=2), {}),
+        (MIXTRAL, Grid(tp=2, pp=2, ep=2), {"grouped": 2}),
+        (MIXTRAL, Grid(ep=2), {"keys": "layers", "grouped": 2}),
+        (MIXTRAL, Grid(tp=2, ep=2), {"keys": "singleton"}),
+    ],
+)
+def test_every_spelling_and_grid_becomes_the_files_of_its_torch_twin(
+    model: Model, grid: Grid, how: dict[str, str], tmp_path: Path
+) -> None:
+    hf = make_distributed(tmp_path / "dist", model, grid, **how)
+    make(tmp_path / "torch", model, grid)
+    assert convert(tmp_path / "dist", tmp_path / "hf", "--verify") == 0
+    assert convert(tmp_path / "torch", tmp_path / "twin") == 0
+    written = load_file(tmp_path / "hf/model.safetensors")
+    assert {name: torch.equal(written[name], tensor) for name, tensor in hf.items()} == dict.fromkeys(hf, True)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "twin" / name).read_bytes()
+
+
+def test_several_ranks_write_the_same_bytes_in_either_placement(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "dist", MIXTRAL, Grid(tp=2, pp=2, ep=2))
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    alone = (tmp_path / "hf/model.safetensors").read_bytes()
+    for placement in ("gather", "direct"):
+        target = tmp_path / placement
+        dist_convert.convert(tmp_path / "dist", target, to="huggingface", ranks=3, placement=placement)
+        assert (target / "model.safetensors").read_bytes() == alone
+
+
+def test_a_vocabulary_padded_otherwise_than_the_args_say_is_read(tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2), padded_vocab_size=64)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    written = load_file(tmp_path / "hf/model.safetensors")
+    assert torch.equal(written["lm_head.weight"], hf["lm_head.weight"])
+
+
+def test_optimizer_random_state_and_extra_state_are_left_behind_by_name(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "dist")
+    report = dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface")
+    assert [(reason, count) for reason, count, _ in report.left_behind] == [
+        ("extra state (no weights)", 4), ("optimizer", 1), ("rng_state", 1),
+    ]  # fmt: skip
+    assert report.source_format == "torch_dist"
+
+
+def test_it_is_opened_lazily_and_compared_with_its_twin(tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", MIXTRAL, Grid(tp=2, ep=2))
+    make(tmp_path / "torch", MIXTRAL, Grid(tp=4))
+    with dist_convert.open(tmp_path / "dist") as model:
+        assert {name: torch.equal(tensor, hf[name]) for name, tensor in model.tensors()} == dict.fromkeys(hf, True)
+    assert main(["verify", str(tmp_path / "dist"), str(tmp_path / "torch")]) == 0
+
+
+def test_it_becomes_torch_at_another_grid_with_its_own_args(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "dist", MIXTRAL, Grid(tp=2, ep=2), consumed_train_samples=512)
+    flags = ["--to", "torch", "--target-tensor-parallel-size", "1", "--target-pipeline-parallel-size", "2"]
+    assert main(["convert", str(tmp_path / "dist"), str(tmp_path / "torch"), *flags]) == 0
+    args = torch.load(tmp_path / "torch/iter_0000004/mp_rank_00_000_000/model_optim_rng.pt", weights_only=False)["args"]
+    assert (args.pipeline_model_parallel_size, args.expert_model_parallel_size) == (2, 2)
+    assert (args.consumed_train_samples, args.ckpt_format) == (512, "torch")
+    assert main(["verify", str(tmp_path / "dist"), str(tmp_path / "torch")]) == 0
