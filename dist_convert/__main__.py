@@ -142,13 +142,13 @@ def _upload(
 ) -> int:
     from dist_convert.formats.huggingface.upload import upload, upload_command
     from dist_convert.formats.tokenizer.huggingface import is_huggingface
-    from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer
+    from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if os.environ.get("RANK", "0") == "0":
         address = upload(directory, repository, private=private)
         print(f"{directory}: uploaded as {address}", file=sys.stderr)
         if not is_huggingface(directory):
-            how = how_to_add_tokenizer(Tokenizer("none"), directory, instruct=instruct, model_type=model_type)
+            how = how_to_add_tokenizer(directory, instruct=instruct, model_type=model_type)
             print(
                 f"{how}; then upload it with: {upload_command(directory, repository, private=private)}", file=sys.stderr
             )

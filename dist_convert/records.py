@@ -6,9 +6,10 @@ all else says its unit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
+from operator import mul
 
 from dist_convert.errors import UsageError
 
@@ -117,6 +118,12 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps; an empty dimension counts as one, as torch has it."""
+    steps = accumulate((max(length, 1) for length in shape[:0:-1]), mul, initial=1)
+    return tuple(steps)[::-1] if shape else ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import astuple
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from dist_convert.errors import CheckpointNotFound, ConversionError
 from dist_convert.formats.huggingface.read import (
     CONFIG_FILE,
     SAFETENSORS,
-    check_inside,
     find_weights,
     is_huggingface,
+    read_config,
     read_weights_header,
 )
 from dist_convert.formats.megatron.args import architecture_from_args
@@ -32,19 +33,16 @@ from dist_convert.formats.torch.shards import Shard, files_beside, read_shard
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row, entries, part_shape
-from dist_convert.read.source import no_directory, read_json
-from dist_convert.records import human_bytes
+from dist_convert.read.source import no_directory
+from dist_convert.records import human_bytes, names
 from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
-
-_LISTED = 8
 
 
 def missing_line(description: Mapping[str, Any]) -> str:
     """What a checkpoint lacks, in a line; empty where it is complete."""
     missing = description["missing_shards"]
-    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    return f"not complete: {', '.join(missing[:_LISTED])}{more} missing" if missing else ""
+    return f"not complete: {names(missing)} missing" if missing else ""
 
 
 def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
             "neither a Megatron checkpoint nor a Hugging Face directory",
             file=str(path),
             expected=f"{TRACKER_FILE}, mp_rank_* directories, or {CONFIG_FILE}",
-            found=", ".join(sorted(inside.name for inside in path.iterdir())[:_LISTED]) or "nothing",
+            found=names(sorted(inside.name for inside in path.iterdir())) or "nothing",
             remedy="give a checkpoint's root, one of its iterations, or what save_pretrained made",
         )
     return _describe_megatron(iteration_directory(path, ckpt_dir_name))
@@ -80,15 +78,12 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
     shards = {file: read_shard(directory / file, file) for file in files}
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=False)
-    stored = [
-        (normalise(name), tensor)
-        for shard in shards.values()
-        for chunk in shard.chunks
-        for name, tensor in chunk.items()
-    ]
+    chunks = [chunk for shard in shards.values() for chunk in shard.chunks]
+    stored = [(normalise(name), tensor) for chunk in chunks for name, tensor in chunk.items()]
     weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
-    names = {file.partition("/")[0] for file in files}
-    foreign = sorted(names - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
+    all_bytes = sum(size_bytes + sum(files_beside(directory, file).values()) for file, size_bytes in files.items())
+    directories = {file.partition("/")[0] for file in files}
+    foreign = sorted(directories - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
     return {
         "path": str(directory),
         "kind": "megatron",
@@ -96,16 +91,16 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         **_model(first),
         "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
         "iteration": first.iteration,
-        "grid": grid_sizes(grid),
+        "grid": dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)),
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
-        "skipped_bytes": sum(files[file] + sum(files_beside(directory, file).values()) for file in files)
-        - weights_bytes,
+        "skipped_bytes": all_bytes - weights_bytes,
         "files": len(shards),
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
-        "missing_shards": missing_directories(grid, names),
-    } | ({"foreign_directories": foreign} if foreign else {})
+        "missing_shards": missing_directories(grid, directories),
+        **({"foreign_directories": foreign} if foreign else {}),
+    }
 
 
 def _model(shard: Shard) -> dict[str, Any]:
@@ -114,28 +109,15 @@ def _model(shard: Shard) -> dict[str, Any]:
         architecture = architecture_from_args(shard.args, vocab=None, file=shard.file)
     except ConversionError as error:
         return {"family": None, "parameters": None, "not_convertible": str(error)}
+    rows = [entry for entry, _, _ in entries(FAMILIES[architecture.family], architecture) if isinstance(entry, Row)]
     sizes = architecture.sizes()
-    parameters = sum(
-        prod(part_shape(part, sizes))
-        for entry, _, _ in entries(FAMILIES[architecture.family], architecture)
-        if isinstance(entry, Row)
-        for part in entry.parts
-    )
     return {
         "family": architecture.family,
-        "parameters": parameters,
+        "parameters": sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts),
         "positions": architecture.max_positions,
         "rope_theta": architecture.rope_theta,
         "rope_scaling": "llama3" if architecture.rope_scaling else None,
     }
-
-
-def grid_sizes(grid: Grid) -> dict[str, int]:
-    """The parallel sizes by their usual abbreviations."""
-    return {
-        "TP": grid.tensor, "PP": grid.pipeline, "VPP": grid.virtual_pipeline, "EP": grid.expert,
-        "ETP": grid.expert_tensor,
-    }  # fmt: skip
 
 
 def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
@@ -150,13 +132,13 @@ def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]
 
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
-    check_inside(path, CONFIG_FILE)
-    config = read_json(path / CONFIG_FILE)
+    config = read_config(path)
     named = find_weights(path)
     present = [name for name in named if (path / name).is_file()]
     tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    rope = (new if isinstance(new, dict) else {}) | (old if isinstance(old, dict) else {})
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope |= config[key] if isinstance(config.get(key), dict) else {}
     scaling = rope.get("rope_type", rope.get("type"))
     return {
         "path": str(path),
@@ -177,22 +159,19 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
     }
 
 
-def _pairs(value: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {item}" for key, item in value.items())
-
-
 def as_screen(description: Mapping[str, Any]) -> str:
     """The description for people: a line each, sizes in decimal units."""
     lines = []
     for name, value in description.items():
         if name.endswith("_bytes"):
             value = human_bytes(value)
+        elif name == "grid":
+            value = " ".join(f"{key}{size}" for key, size in value.items())
         elif isinstance(value, dict):
-            value = " ".join(f"{k}{n}" for k, n in value.items()) if name == "grid" else _pairs(value)
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         elif isinstance(value, int):
             value = f"{value:,}"
-        label = name.removesuffix("_bytes").replace("_", " ")
-        lines.append(f"{label:18} {'none' if value is None else value}")
+        lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):18} {'none' if value is None else value}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.hub import fetched_directory, local_directory, revision_on_hub
+from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import is_huggingface
 from dist_convert.formats.megatron.iterations import is_distributed, iteration_directory, tracked_name
@@ -96,7 +96,7 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
         )
     name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
     channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
-    return fetched_directory(name)
+    return local_directory(name, cache_only=True)
 
 
 def _shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:

@@ -41,12 +41,13 @@ def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: t
     refuse_unfinished(where.path, where.ckpt_dir_name)
     model = open_checkpoint(where, alone())
     catalog, _ = model.catalog()
-    config = model.config
+    config = dict(model.config or {})
     if model.args is not None:
         bos, eos = special_token_ids(catalog.architecture.vocab, model.tokenizer, instruct=False)
-        config = config_json(catalog.architecture, _safetensors_name(dtype) or catalog.params_dtype, bos, eos)
+        config = config_json(catalog.architecture, _safetensors_name(dtype) or catalog.params_dtype)
+        config |= {"bos_token_id": bos, "eos_token_id": eos}
     return Weights(
-        model.directory, config or {}, catalog, model.found.listing, _safetensors_name(dtype), torch.device(device)
+        model.directory, config, catalog, model.found.listing, _safetensors_name(dtype), torch.device(device)
     )
 
 

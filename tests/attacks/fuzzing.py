@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError
-from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
@@ -70,8 +70,7 @@ def _describe(args: dict[str, Any], file: str) -> None:
 
 
 def _read_config(path: Path) -> None:
-    config = read_json(path)
-    architecture_from_config(config, padded_vocab=config_vocab(config, file=path.name), file=path.name)
+    architecture_from_config(read_json(path))
 
 
 def _read_shard(path: Path) -> None:

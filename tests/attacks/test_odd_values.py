@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import ConversionError
-from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
 from tests.checkpoints import Model, training_args
@@ -32,7 +32,7 @@ ARGS = dict.fromkeys(MORE_ARGS) | vars(training_args(Model(experts=2)))
 def test_a_config_of_any_values_describes_a_model_or_ends_in_an_error_of_ours(changes: dict[str, Any]) -> None:
     config = CONFIG | changes
     with contextlib.suppress(ConversionError):
-        architecture_from_config(config, padded_vocab=config_vocab(config, file="f"), file="f")
+        architecture_from_config(config)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)

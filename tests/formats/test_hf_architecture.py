@@ -35,7 +35,7 @@ LLAMA3 = LLAMA["rope_scaling"]
 
 
 def read(config: dict[str, Any], **more: Any) -> Architecture:
-    return architecture_from_config(config, padded_vocab=131072, file="config.json", **more)
+    return architecture_from_config(config, **more)
 
 
 def changed(config: dict[str, Any], without: tuple[str, ...] = (), **keys: Any) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def v5(config: dict[str, Any], **rope: Any) -> dict[str, Any]:
 def test_every_number_of_llama_is_taken_from_its_config() -> None:
     assert read(LLAMA) == Architecture(
         family="llama", layers=32, hidden=4096, ffn=14336, heads=32, query_groups=8, head_dim=128, vocab=128256,
-        padded_vocab=131072, max_positions=131072, norm_epsilon=1e-5, rope_theta=500000.0,
+        padded_vocab=128256, max_positions=131072, norm_epsilon=1e-5, rope_theta=500000.0,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_every_number_of_llama_is_taken_from_its_config() -> None:
 def test_every_number_of_mixtral_is_taken_from_its_config() -> None:
     assert read(MIXTRAL) == Architecture(
         family="mixtral", layers=32, hidden=4096, ffn=14336, heads=32, query_groups=8, head_dim=128, vocab=32000,
-        padded_vocab=131072, max_positions=32768, norm_epsilon=1e-5, rope_theta=1000000.0, experts=8,
+        padded_vocab=32000, max_positions=32768, norm_epsilon=1e-5, rope_theta=1000000.0, experts=8,
         experts_per_token=2, router_aux_loss=0.02,
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_a_config_that_transformers_saved_is_read(name: str, tmp_path: Path) -> 
 )
 def test_a_config_that_we_write_is_read_as_the_same_model(config: dict[str, Any]) -> None:
     found = read(config)
-    assert read(config_json(found, "BF16", 1, 2)) == found
+    assert read(config_json(found, "BF16")) == found
 
 
 @pytest.mark.parametrize(
@@ -273,5 +273,5 @@ def test_all_reasons_are_reported_together() -> None:
 
 
 def test_the_vocabulary_can_be_read_before_its_padding_is_known() -> None:
-    assert config_vocab(LLAMA, file="config.json") == 128256
-    assert config_vocab({"model_type": "mixtral"}, file="config.json") == 32000
+    assert config_vocab(LLAMA) == 128256
+    assert config_vocab({"model_type": "mixtral"}) == 32000

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
 
-from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
-from dist_convert.formats.huggingface.files import lay_out_files
+from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
@@ -189,7 +188,7 @@ def plan_to_huggingface(
 ) -> Content:
     """What a checkpoint is converted into."""
     source, left_behind = open_catalog(made, a)
-    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), max_shard_size_bytes)
+    files = lay_out_files(target_tensors(source, target_dtype), max_shard_size_bytes)
     return plan_content(
         source,
         catalog_of_files(a, files),

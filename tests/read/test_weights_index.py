@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, InconsistentShards
-from dist_convert.formats.huggingface.read import HuggingFaceFiles, find_weights, read_directory, read_index
+from dist_convert.formats.huggingface.read import find_weights, read_config, read_index
 
 SAFETENSORS_INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
@@ -87,18 +87,10 @@ def test_a_single_file_has_no_index(tmp_path: Path) -> None:
     assert read_index(tmp_path) is None
 
 
-def test_a_directory_has_a_config_and_the_sizes_of_the_weights_that_are_here(tmp_path: Path) -> None:
-    write_index(tmp_path, "a.safetensors", "elsewhere.safetensors")
-    (tmp_path / "a.safetensors").write_bytes(b"12345")
-    (tmp_path / "unnamed.safetensors").write_bytes(b"123")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert read_directory(tmp_path) == HuggingFaceFiles({"model_type": "llama"}, {"a.safetensors": 5})
-
-
 def test_weights_without_a_config_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "model.safetensors")
     with pytest.raises(CheckpointNotFound, match=r"no config\.json beside the weights"):
-        read_directory(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:

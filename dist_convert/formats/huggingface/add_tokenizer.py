@@ -6,29 +6,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import TargetError, TargetExists, UsageError
-from dist_convert.formats.huggingface.config import generation_config_json, samples, special_token_ids
-from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.huggingface.target import ARGS_FILE
-from dist_convert.formats.tokenizer.build import padding_id
+from dist_convert.formats.huggingface.config import with_special_ids
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
-from dist_convert.formats.tokenizer.huggingface import (
-    TEMPLATES,
-    files_of,
-)
-from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_of, vocabulary_warnings
-from dist_convert.formats.tokenizer.write import write_tokenizer
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
+from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.options import TokenizerJob
 from dist_convert.read.source import read_json
 from dist_convert.write.files import sync, target_error
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished
 
-_GENERATION_FILE = "generation_config.json"
 _PARTIAL = ".tokenizer.partial"
 
 
@@ -44,27 +36,32 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         TargetExists: the target has a tokenizer, and `--overwrite` was not given.
         MissingPackage, TargetError
     """
-    config = _config_of(job.target)
-    tokenizer = named_tokenizer(job.source, "SRC")
-    old = files_of(job.target)
-    _check_target(job, tokenizer, old)
-    style = style_of(
-        tokenizer,
-        job.source_model_type,
-        is_mixtral=config.get("model_type") == "mixtral",
-        scales_rope=bool(config.get("rope_scaling")),
-        max_positions=int(config.get("max_position_embeddings") or 0),
-        instruct=job.instruct,
-    )
+    refuse_unfinished(job.target)
+    if not (job.target / CONFIG_FILE).is_file():
+        raise UsageError(
+            "DST is not a converted model",
+            file=str(job.target),
+            expected=f"a Hugging Face directory with {CONFIG_FILE}",
+            found=f"no {CONFIG_FILE}" if job.target.is_dir() else "no such directory",
+            remedy="give the --save-path of the conversion",
+        )
+    config = read_json(job.target / CONFIG_FILE)
+    tokenizer, old = named_tokenizer(job.source, "SRC"), files_of(job.target)
+    path = tokenizer.path
+    if path is not None and tokenizer.kind in ("huggingface", "slow") and path.resolve() == job.target.resolve():
+        raise UsageError("SRC and DST are the same directory", file=str(path))
+    if old and not job.overwrite:
+        remedy = "replace it with --overwrite"
+        raise TargetExists("the model has a tokenizer", file=str(job.target), found=", ".join(old), remedy=remedy)
+    style = style_of(tokenizer, config, job)
     rows = int(config.get("vocab_size") or 0)
     args = read_json(job.target / ARGS_FILE) if (job.target / ARGS_FILE).is_file() else {}
     notes = notes_on_tokenizer(tokenizer, style, job.source_model_type)
     notes += vocabulary_warnings({"tokenizer": tokenizer.size, "args": args.get("vocab_size")}, rows, rows)
     print(*notes, sep="\n", file=sys.stderr)
 
-    generation = job.target / _GENERATION_FILE
-    old_generation = read_json(generation) if generation.is_file() else {}
-    changed = _with_ids(config, old_generation, tokenizer, style)
+    generation = job.target / GENERATION_FILE
+    changed = with_special_ids(config, read_json(generation) if generation.is_file() else {}, tokenizer, style)
     partial = job.target / _PARTIAL
     try:
         if partial.exists():
@@ -72,7 +69,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         partial.mkdir()
         names = write_tokenizer(tokenizer, style, partial)
         for name, data in changed.items():
-            (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for name in (*names, *changed):
             sync(partial / name)
         for name in (*names, *changed):
@@ -101,46 +98,3 @@ def _remove(target: Path, obsolete: Sequence[str]) -> None:
             found=error.strerror or str(error),
             remedy="remove it, or repeat the command with --overwrite",
         ) from error
-
-
-def _config_of(target: Path) -> dict[str, Any]:
-    refuse_unfinished(target)
-    path = target / CONFIG_FILE
-    if not path.is_file():
-        raise UsageError(
-            "DST is not a converted model",
-            file=str(target),
-            expected=f"a Hugging Face directory with {CONFIG_FILE}",
-            found="no such directory" if not target.is_dir() else f"no {CONFIG_FILE}",
-            remedy="give the --save-path of the conversion",
-        )
-    return read_json(path)
-
-
-def _check_target(job: TokenizerJob, tokenizer: Tokenizer, old: tuple[str, ...]) -> None:
-    source = tokenizer.path
-    if source is not None and tokenizer.kind in ("huggingface", "slow") and source.resolve() == job.target.resolve():
-        raise UsageError("SRC and DST are the same directory", file=str(source))
-    if old and not job.overwrite:
-        raise TargetExists(
-            "the model has a tokenizer",
-            file=str(job.target),
-            found=", ".join(old),
-            remedy="replace it with --overwrite",
-        )
-
-
-def _with_ids(
-    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
-) -> dict[str, dict[str, Any]]:
-    """File name to content: the configs with the tokenizer's special ids, all else as it was."""
-    rows = int(config.get("vocab_size") or 0)
-    ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
-    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
-    sampling = samples(style) and config.get("model_type") == "llama"
-    generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
-    generates |= generation_config_json(bos, eos, padding_id(tokenizer, style, rows), sampling=sampling)
-    return {
-        CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos},
-        _GENERATION_FILE: generates,
-    }

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
-from dist_convert.formats.huggingface.names import hf_view, leftovers
+from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Catalog, LeftBehind, Region, TensorMeta
+from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
 from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
-from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, TargetFile, TensorSpec, View
+from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, View
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,6 @@ class HuggingFaceCatalog:
         return ()
 
 
-def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
-    """The catalog of weights files that are to be written."""
-    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
-    return HuggingFaceCatalog(
-        architecture,
-        {name: TensorMeta(tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-        {name: (View.of(tensor),) for name, tensor in stored.items()},
-    )
-
-
-def target_tensors(source: Catalog, main_dtype: str, target_dtype: str | None) -> list[TensorSpec]:
-    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
-    return [
-        (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
-        for name, meta in source.tensors.items()
-    ]
-
-
 def open_catalog(
     stored: Mapping[str, StoredTensor],
     architecture: Architecture,
@@ -110,35 +92,24 @@ def open_catalog(
             if not isinstance(entry, Row):
                 optional.add(name)
             if view.dtype not in FLOAT_DTYPES:
-                problems.append(_no_float(view))
+                problems.append(
+                    UnsupportedModel(
+                        "a weight of an unexpected dtype",
+                        tensor=view.tensor,
+                        file=view.file,
+                        expected=" or ".join(FLOAT_DTYPES),
+                        found=view.dtype,
+                        remedy="save the model dequantised",
+                    )
+                )
             tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype), (view,)
-    if with_tied_copies and architecture.tied:
-        views |= _with_head(architecture, stored, views)
+    head = stored.get(HEAD)
+    if with_tied_copies and architecture.tied and not problems and head is not None and len(head.shape) == 2:
+        embedding, copy = next(iter(views)), View.of(head)  # the embedding comes first in every table
+        [view] = views[embedding]
+        if (copy.dtype, copy.rows, copy.columns) == (view.dtype, view.rows, view.columns):
+            views[embedding] = (view, copy)
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
     left_behind, unknown = leftovers(stored, used, hf_class=family.hf_class, tied=architecture.tied)
     raise_together([*problems, *unknown])
     return HuggingFaceCatalog(architecture, tensors, views, frozenset(optional)), left_behind
-
-
-def _with_head(
-    architecture: Architecture, stored: Mapping[str, StoredTensor], views: Mapping[str, tuple[View, ...]]
-) -> dict[str, tuple[View, ...]]:
-    """The embedding with the head as another copy of it, where the head is stored in the same shape and dtype."""
-    family = FAMILIES[architecture.family]
-    heads = [entry.parts[0].name for entry in family.after if isinstance(entry, Row) and entry.unless == "tied"]
-    [embedding] = [part.name for entry in family.before for part in parts_of(entry)]
-    [first, *_] = views.get(embedding, (None,))
-    found = [View.of(stored[head]) for head in heads if head in stored and len(stored[head].shape) == 2]
-    same = [v for v in found if first and (v.dtype, v.rows, v.columns) == (first.dtype, first.rows, first.columns)]
-    return {embedding: (first, *same)} if first else {}
-
-
-def _no_float(view: View) -> UnsupportedModel:
-    return UnsupportedModel(
-        "a weight of an unexpected dtype",
-        tensor=view.tensor,
-        file=view.file,
-        expected=" or ".join(FLOAT_DTYPES),
-        found=view.dtype,
-        remedy="save the model dequantised",
-    )

@@ -7,10 +7,13 @@ transformers 4.49 and 5, and written by hand because what transformers 5 saves i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE
+from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
@@ -32,30 +35,38 @@ _NONE = "Megatron cannot train this model; there is nothing to convert to"
 class _Config:
     """A config.json with its family's defaults, and the problems met while it is read."""
 
-    def __init__(self, config: Mapping[str, Any], file: str) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.given = config
-        self.file = file
         self.problems: list[ConversionError] = []
-        self.family = _family(config, file)
+        self.family = _family(config)
         self.keys = {key.config: key for key in self.family.keys if key.config}
 
+    def get(self, name: str) -> object:
+        return self.given.get(name, self.keys[name].default)
+
     def refuse(self, what: str, *, expected: object, found: object, remedy: str = _NONE) -> None:
-        self.problems.append(UnsupportedModel(what, file=self.file, expected=expected, found=found, remedy=remedy))
+        self.problems.append(UnsupportedModel(what, file=CONFIG_FILE, expected=expected, found=found, remedy=remedy))
+
+    def misread(self, what: str, expected: str, value: object) -> None:
+        self.refuse(what, expected=expected, found=repr(value)[:80], remedy=_REPAIR)
 
     def size(self, name: str) -> int:
-        value, most = self.given.get(name, self.keys[name].default), self.keys[name].most
+        value, most = self.get(name), self.keys[name].most
         if not isinstance(value, int) or not value or not is_size(value, most):
-            expected = f"a positive whole number up to {most}"
-            self.refuse(f"{name} is no size", expected=expected, found=_shown(value), remedy=_REPAIR)
+            self.misread(f"{name} is no size", f"a positive whole number up to {most}", value)
             return 1
         return value
 
     def number(self, name: str, value: object = None, *, above: float = 0) -> float:
-        value = self.given.get(name, self.keys[name].default) if value is None else value
+        value = self.get(name) if value is None else value
         if not isinstance(value, int | float) or not is_number(value) or value <= above:
-            self.refuse(f"{name} is no number", expected=f"a number above {above}", found=_shown(value), remedy=_REPAIR)
+            self.misread(f"{name} is no number", f"a number above {above}", value)
             return 1.0
         return float(value)
+
+    def check_divides(self, what: str, whole: int, parts: int, *, expected: str) -> None:
+        if not self.problems and whole % parts:
+            self.refuse(what, expected=expected, found=f"{whole} and {parts}", remedy=_REPAIR)
 
     def value(self, key: Key) -> int | float:
         """What a key says by itself."""
@@ -64,60 +75,65 @@ class _Config:
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
 
-def _shown(value: object) -> str:
-    return repr(value)[:80]
-
-
-def config_vocab(config: Mapping[str, Any], *, file: str) -> int:
+def config_vocab(config: Mapping[str, Any]) -> int:
     """Rows of the embedding, without Megatron's padding.
 
     Raises:
         UnsupportedModel: not a supported family, or not a size.
     """
-    read = _Config(config, file)
+    read = _Config(config)
     vocab = read.size("vocab_size")
     raise_together(read.problems)
     return vocab
 
 
-def architecture_from_config(
-    config: Mapping[str, Any], *, padded_vocab: int, file: str, zero_output_bias: bool = False
-) -> Architecture:
+def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: bool = False) -> Architecture:
     """The model that a config.json describes.
 
     Args:
         config: the file's content.
-        padded_vocab: rows of the embedding in Megatron, see `target_args.padded_vocab`.
-        file: where the config came from, for messages.
         zero_output_bias: the output projections' biases are known to be zeros, and need no place in Megatron.
 
     Raises:
         UnsupportedModel: what Megatron cannot express. All reasons are reported together.
     """
-    read = _Config(config, file)
+    read = _Config(config)
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-    values: dict[str, Any] = {
-        "hidden": hidden,
-        "heads": heads,
-        "query_groups": _query_groups(read, heads),
-        "head_dim": _head_dim(read, hidden, heads),
-    }
+    groups = heads if read.get("num_key_value_heads") is None else read.size("num_key_value_heads")
+    what = "query heads cannot be shared out among the key and value heads"
+    read.check_divides(what, heads, groups, expected="num_attention_heads divisible by num_key_value_heads")
+    head_dim = hidden // heads
+    if config.get("head_dim") is not None:
+        head_dim = read.size("head_dim")
+    else:
+        what = "the width of a head does not follow from the config"
+        read.check_divides(what, hidden, heads, expected="head_dim, or hidden_size divisible by num_attention_heads")
+    values: dict[str, Any] = {"hidden": hidden, "heads": heads, "query_groups": groups, "head_dim": head_dim}
     if "attention_bias" in read.keys:
         values["qkv_bias"], values["linear_bias"] = _biases(read, zero_output_bias)
     if "router_aux_loss_coef" in read.keys:
         values["router_aux_loss"] = read.number("router_aux_loss_coef", above=-1)
     if config.get("sliding_window") is None or "sliding_window" not in read.keys:
         values["sliding_window"] = None
-    values["rope_theta"], scaling = _rope(read)
-    _refuse_others(read)
+    values["rope_theta"], values["rope_scaling"] = _rope(read)
+    if config.get("hidden_act", "silu") != "silu":
+        found = config["hidden_act"]
+        read.refuse("Megatron's --swiglu is another activation", expected="hidden_act=silu", found=found)
+    if config.get("quantization_config"):
+        read.refuse(
+            "the weights are quantised",
+            expected="no quantization_config",
+            found=config["quantization_config"],
+            remedy="load the model dequantised, save it in bfloat16, and convert that",
+        )
     values |= {key.field: read.value(key) for key in read.keys.values() if key.field not in values}
     raise_together(read.problems)
-    architecture = Architecture(family=read.family.name, padded_vocab=padded_vocab, rope_scaling=scaling, **values)
-    check_experts(architecture.layers, architecture.experts, file)
+    architecture = Architecture(family=read.family.name, padded_vocab=values["vocab"], **values)
+    check_experts(architecture.layers, architecture.experts, CONFIG_FILE)
     return architecture
 
 
-def _family(config: Mapping[str, Any], file: str) -> Family:
+def _family(config: Mapping[str, Any]) -> Family:
     named = config.get("model_type")
     classes = config.get("architectures") or []
     classes = classes if isinstance(classes, list) else [classes]
@@ -126,36 +142,10 @@ def _family(config: Mapping[str, Any], file: str) -> Family:
             return family
     raise UnsupportedModel(
         "not a model that can be converted",
-        file=file,
+        file=CONFIG_FILE,
         expected=" or ".join(f"{family.name} ({family.hf_class})" for family in FAMILIES.values()),
         found=f"model_type={named!r}, architectures={classes!r}",
     )
-
-
-def _query_groups(read: _Config, heads: int) -> int:
-    absent = read.given.get("num_key_value_heads", read.keys["num_key_value_heads"].default) is None
-    groups = heads if absent else read.size("num_key_value_heads")
-    if not read.problems and heads % groups:
-        read.refuse(
-            "query heads cannot be shared out among the key and value heads",
-            expected="num_attention_heads divisible by num_key_value_heads",
-            found=f"{heads} and {groups}",
-            remedy=_REPAIR,
-        )
-    return groups
-
-
-def _head_dim(read: _Config, hidden: int, heads: int) -> int:
-    if read.given.get("head_dim") is not None:
-        return read.size("head_dim")
-    if not read.problems and hidden % heads:
-        read.refuse(
-            "the width of a head does not follow from the config",
-            expected="head_dim, or hidden_size divisible by num_attention_heads",
-            found=f"{hidden} and {heads}",
-            remedy=_REPAIR,
-        )
-    return hidden // heads
 
 
 def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
@@ -170,19 +160,6 @@ def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
             remedy=f"set {missing} true in config.json and add the missing biases to the model as zeros",
         )
     return attention, mlp
-
-
-def _refuse_others(read: _Config) -> None:
-    activation = read.given.get("hidden_act", "silu")
-    if activation != "silu":
-        read.refuse("Megatron's --swiglu is another activation", expected="hidden_act=silu", found=activation)
-    if read.given.get("quantization_config"):
-        read.refuse(
-            "the weights are quantised",
-            expected="no quantization_config",
-            found=read.given["quantization_config"],
-            remedy="load the model dequantised, save it in bfloat16, and convert that",
-        )
 
 
 def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
@@ -253,10 +230,9 @@ def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tu
         tokenizer: as found.
         instruct: whether the tokens that end a turn of Llama 3 end the text, too.
     """
-    is_unknown = tokenizer.kind == "none"
-    is_llama3 = vocab > _LLAMA3_VOCAB if is_unknown else tokenizer.is_llama3
-    bos, eos = tokenizer.bos, tokenizer.eos
-    if is_unknown:
+    bos, eos, is_llama3 = tokenizer.bos, tokenizer.eos, tokenizer.is_llama3
+    if tokenizer.kind == "none":
+        is_llama3 = vocab > _LLAMA3_VOCAB
         bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else (1, 2)
     ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
     known = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
@@ -264,18 +240,16 @@ def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tu
     return begin, known if len(known) > 1 else next(iter(known), None)
 
 
-def config_json(
-    architecture: Architecture, dtype: str, bos: int | None, eos: int | Sequence[int] | None
-) -> dict[str, Any]:
-    """The config of a model, in the keys of transformers 4 and, where they differ, also of 5.
+def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The config of a model, in the keys of transformers 4 and, where they differ, also of 5; without special ids.
 
     Args:
         architecture: the model.
         dtype: safetensors name of most weights.
-        bos, eos: token ids.
     """
-    family = FAMILIES[architecture.family]
-    scaling = _written_scaling(architecture.rope_scaling)
+    family, scaling = FAMILIES[architecture.family], None
+    if architecture.rope_scaling is not None:
+        scaling = {"rope_type": "llama3", **dict(zip(_LLAMA3, astuple(architecture.rope_scaling), strict=True))}
     return {
         "architectures": [family.hf_class],
         "model_type": family.name,
@@ -285,8 +259,8 @@ def config_json(
         "rope_parameters": {"rope_theta": architecture.rope_theta, **(scaling or {"rope_type": "default"})},
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "torch_dtype": TORCH_NAMES[dtype],
         "dtype": TORCH_NAMES[dtype],
         "use_cache": True,
@@ -294,32 +268,25 @@ def config_json(
     }
 
 
-def _written_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_frequency_factor,
-        "high_freq_factor": scaling.high_frequency_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """A config with the dtype that is stored, and what only one version of transformers would find in it."""
+    ours = config_json(architecture, dtype)
+    rope = {name: ours[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name not in config}
+    return {**config, **rope, "torch_dtype": ours["torch_dtype"], "dtype": ours["dtype"]}
 
 
-def generation_config_json(
-    bos: int | None, eos: int | Sequence[int] | None, pad: int | None = None, *, sampling: bool
-) -> dict[str, Any]:
-    """How the model generates by default.
-
-    Args:
-        bos, eos, pad: token ids; without a pad token the key is left out.
-        sampling: whether it samples, as instruct models do.
-    """
-    config: dict[str, Any] = {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
-    config |= {} if pad is None else {"pad_token_id": pad}
-    return config | ({"do_sample": True, "temperature": 0.6, "top_p": 0.9} if sampling else {})
-
-
-def samples(style: Style) -> bool:
-    """Whether a dense model samples by default: instruct models of Llama do, Mistral's makers say nothing of it."""
-    return style.instruct and style.model_type.startswith("llama")
+def with_special_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
+) -> dict[str, dict[str, Any]]:
+    """File name to content: both configs with the special ids and the sampling of a tokenizer, all else as it was."""
+    rows = int(config.get("vocab_size") or 0)
+    ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
+    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
+    pad = padding_id(tokenizer, style, rows)
+    generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
+    generates |= {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
+    generates |= {} if pad is None else {"pad_token_id": pad}
+    # Instruct models of Llama sample; Mistral's makers say nothing of it.
+    if style.instruct and style.model_type.startswith("llama") and config.get("model_type") == "llama":
+        generates |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    return {CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos}, GENERATION_FILE: generates}

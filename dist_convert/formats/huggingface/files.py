@@ -1,4 +1,4 @@
-"""The Hugging Face weights files before any data: names, headers, sizes and every tensor's place.
+"""The Hugging Face weights files before any data: names, headers, sizes and every tensor's place, and their catalog.
 
 File format: https://huggingface.co/docs/safetensors ("Format"); names and index: docs/formats.md, "Shards and index".
 """
@@ -6,14 +6,13 @@ File format: https://huggingface.co/docs/safetensors ("Format"); names and index
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from math import prod
 
-from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec
-from dist_convert.write.files import make_file
-
-INDEX_FILE = "model.safetensors.index.json"
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog
+from dist_convert.models.catalog import Catalog, TensorMeta
+from dist_convert.models.schema import Architecture
+from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, View, row_major
 
 #: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
 #: like offsets: processors copy at half their speed where the file's is a few bytes further. The format wants eight.
@@ -21,11 +20,17 @@ _DATA_ALIGNMENT_BYTES = 4096
 _LENGTH_BYTES = 8
 
 
+def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
+    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
+    main_dtype = source.params_dtype
+    return [
+        (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
+        for name, meta in source.tensors.items()
+    ]
+
+
 def _size_bytes(spec: TensorSpec) -> int:
-    size = DTYPE_BYTES[spec[1]]
-    for length in spec[2]:
-        size *= length
-    return size
+    return DTYPE_BYTES[spec[1]] * prod(spec[2])
 
 
 def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tuple[TargetFile, ...]:
@@ -48,13 +53,9 @@ def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tup
         current.append(spec)
         filled += size_bytes
     groups += [current] if current else []
-    if len(groups) == 1:
-        return (_target_file("model.safetensors", groups[0]),)
     total = len(groups)
-    return tuple(
-        _target_file(f"model-{number:05d}-of-{total:05d}.safetensors", group)
-        for number, group in enumerate(groups, start=1)
-    )
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    return tuple(map(_target_file, names if total > 1 else ["model.safetensors"], groups))
 
 
 def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
@@ -72,44 +73,20 @@ def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT_BYTES)
     prefix = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     tensors = tuple(
-        StoredTensor(tensor, name, dtype, shape, _row_major(shape), len(prefix) + offset)
+        StoredTensor(tensor, name, dtype, shape, row_major(shape), len(prefix) + offset)
         for (tensor, dtype, shape), offset in places
     )
     return TargetFile(name, prefix, len(prefix) + offset, tensors)
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(reversed(strides))
-
-
-def make_files(directory: Path, files: Sequence[TargetFile]) -> None:
-    """Make every file in its final size: its header, then zeros, or what an earlier run has put there.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
-    """
-    for file in files:
-        make_file(directory / file.name, file.name, [(0, file.header)], file.size_bytes)
-
-
-def stored_dtype(files: Sequence[TargetFile]) -> str:
-    """The safetensors name of the dtype in which most bytes are stored."""
-    sizes: Counter[str] = Counter()
-    for file in files:
-        for tensor in file.tensors:
-            sizes[tensor.dtype] += tensor.size_bytes
-    return sizes.most_common(1)[0][0]
-
-
-def write_index(directory: Path, files: Sequence[TargetFile]) -> None:
-    """Write the index file, where there are several weights files."""
-    index = index_json(files)
-    if index is not None:
-        (directory / INDEX_FILE).write_text(index, encoding="utf-8")
+def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
+    """The catalog of weights files that are to be written."""
+    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    return HuggingFaceCatalog(
+        architecture,
+        {name: TensorMeta(tensor.shape, tensor.dtype) for name, tensor in stored.items()},
+        {name: (View.of(tensor),) for name, tensor in stored.items()},
+    )
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

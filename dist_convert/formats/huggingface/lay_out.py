@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.catalog import catalog_of_files, target_tensors
-from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.huggingface.files import lay_out_files
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_of_copy
+from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.target import HuggingFaceTarget
-from dist_convert.formats.huggingface.target_copy import HuggingFaceCopy, files_to_copy
+from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
-from dist_convert.formats.tokenizer.record import Style, Tokenizer, notes_on_tokenizer, style_for, vocabulary_warnings
+from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Catalog
-from dist_convert.models.schema import Architecture
 from dist_convert.options import TARGET_DTYPES, Options, path_flags
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import human_bytes, names
 from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.target import Target
 from dist_convert.write.task import Task
 
 
@@ -37,6 +32,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     Raises:
         SourceError: all that the headers show to be wrong.
         UploadError: what can be known now of an upload that would not start.
+        TargetError: nodes see different targets, and no flag says that this is meant.
     """
     notes = []
     if job.push_to_hub and world.rank == 0:
@@ -44,7 +40,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
-    files = lay_out_files(target_tensors(source, source.params_dtype, target_dtype), job.max_shard_size_bytes)
+    files = lay_out_files(target_tensors(source, target_dtype), job.max_shard_size_bytes)
     content = plan_content(
         source,
         catalog_of_files(source.architecture, files),
@@ -58,7 +54,11 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
 
-    places = _places(job, world)
+    flag = path_flags(job)[1]
+    places = find_places(world, job.target, flag)
+    if not job.save_per_node:
+        remedy = ", or give --save-per-node if each node is to keep some of the files"
+        refuse_several_places(places, job.target, flag, remedy)
     of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
     is_divided = bool(max(places))
     if is_divided:
@@ -84,40 +84,22 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
 def _layout(
     job: Options, model: Model, source: Catalog, content: Content, world: World, *, disks: int
-) -> tuple[Target, list[str]]:
+) -> tuple[HuggingFaceTarget, list[str]]:
     """What is made beside the weights, and what the user should know of it all."""
+    dtype = content.ends.target.params_dtype
     if isinstance(model, HuggingFaceModel):
         copied, others = files_to_copy(model.directory)
         notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        return HuggingFaceCopy(job, content, source.architecture, model.directory, model.config, copied, disks), notes
-    args = model.args or {}
+        config = config_of_copy(model.config, source.architecture, dtype)
+        return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
     bins = None
     if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    style = style_for(model.tokenizer, source.architecture, job.source_model_type, instruct=job.instruct)
-    notes = _notes(job, content, source.architecture, args, model.tokenizer, style)
-    if job.push_to_hub and model.tokenizer.kind == "none":
-        notes.insert(0, "warning: the model is uploaded without a tokenizer")
-    layout = HuggingFaceTarget(job, content, source, model.directory, args, model.tokenizer, style, bins, disks=disks)
-    return layout, notes
-
-
-def _places(job: Options, world: World) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies.
-
-    Raises:
-        TargetError: nodes see different targets, and no flag says that this is meant.
-    """
-    flag = path_flags(job)[1]
-    places = find_places(world, job.target, flag)
-    if not job.save_per_node:
-        refuse_several_places(
-            places, job.target, flag, ", or give --save-per-node if each node is to keep some of the files"
-        )
-    return places
+    target = HuggingFaceTarget(job, content, model, config_json(source.architecture, dtype), bins=bins, disks=disks)
+    return target, _notes(target)
 
 
 def _notes_on_places(
@@ -142,20 +124,17 @@ def _notes_on_places(
 _LLAMA_2_POSITIONS = 4096
 
 
-def _notes(
-    job: Options,
-    content: Content,
-    architecture: Architecture,
-    args: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    style: Style,
-) -> list[str]:
+def _notes(target: HuggingFaceTarget) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
+    job, content, tokenizer = target.job, target.content, target.model.tokenizer
+    args, architecture = target.model.args or {}, content.ends.source.architecture
     notes = []
-    decided = model_type_from_args(args)
-    if job.source_model_type and _contradicts(job.source_model_type, decided):
+    if job.push_to_hub and tokenizer.kind == "none":
+        notes.append("warning: the model is uploaded without a tokenizer")
+    decided, said = model_type_from_args(args), job.source_model_type
+    if said and (said != decided if decided else said in ("mixtral", "llama3.1")):
         notes.append(
-            f"warning: --source-model-type says {job.source_model_type}, the checkpoint's args say "
+            f"warning: --source-model-type says {said}, the checkpoint's args say "
             f"{decided or 'llama without rope scaling'}; the args are followed"
         )
     if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
@@ -165,19 +144,12 @@ def _notes(
             "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
             "the original's config.json into this one's"
         )
-    size, who = true_vocab(
-        flag=job.true_vocab_size,
-        args=args,
-        tokenizer=tokenizer.size,
-        padded=architecture.padded_vocab,
-        file="args",
-    )
-    if size != architecture.padded_vocab or who == "padded size":
-        notes.append(f"vocabulary: {size} tokens according to {who}, {architecture.padded_vocab} rows in the embedding")
-    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size"), "--true-vocab-size": job.true_vocab_size}
-    if job.true_vocab_size is None:
-        del claims["--true-vocab-size"]
-    notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
+    flag, rows = job.true_vocab_size, architecture.padded_vocab
+    size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file="args")
+    if size != rows or who == "padded size":
+        notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding")
+    claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}
+    notes += vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
     stored = TORCH_NAMES[content.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
@@ -185,10 +157,5 @@ def _notes(
     notes += notes_on_content(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
-    return notes + notes_on_tokenizer(tokenizer, style, job.source_model_type)
-
-
-def _contradicts(said: str, decided: str | None) -> bool:
-    if decided is None:
-        return said in ("mixtral", "llama3.1")
-    return said != decided
+    style = style_of(tokenizer, target.config, job)
+    return notes + notes_on_tokenizer(tokenizer, style, said)

@@ -14,17 +14,15 @@ Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
-from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.names import Piece
+from dist_convert.formats.huggingface.read import CONFIG_FILE
+from dist_convert.formats.megatron.names import Piece, stored_shape, view
 from dist_convert.models import llama
-from dist_convert.records import DTYPE_BYTES, StoredTensor, View
+from dist_convert.records import Box, StoredTensor, View
 
-_CONFIG = "config.json"
 _BASE_MODEL = "model."
 _LAYER = llama.HF
 _MOE = f"{_LAYER}.block_sparse_moe"
@@ -33,22 +31,12 @@ _FUSED = f"{_LAYER}.mlp"
 HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
 
-
-@dataclass(frozen=True)
-class _Spelling:
-    """A stored name, and which of how many equal row ranges of each expert in it is meant; 0: one matrix, no stack."""
-
-    name: str
-    part: int = 0
-    parts: int = 0
-
-
-#: Other spellings of a table's part.
+#: Other spellings of a table's part; of a stack, which of how many equal row ranges of each expert it is.
 _SYNONYMS = {
-    f"{_MOE}.gate.weight": _Spelling(f"{_FUSED}.gate.weight"),
-    f"{_EXPERT}.w1.weight": _Spelling(f"{_FUSED}.experts.gate_up_proj", 0, 2),
-    f"{_EXPERT}.w3.weight": _Spelling(f"{_FUSED}.experts.gate_up_proj", 1, 2),
-    f"{_EXPERT}.w2.weight": _Spelling(f"{_FUSED}.experts.down_proj", 0, 1),
+    f"{_MOE}.gate.weight": Piece(f"{_FUSED}.gate.weight"),
+    f"{_EXPERT}.w1.weight": Piece(f"{_FUSED}.experts.gate_up_proj", "stacked", part=0, parts=2),
+    f"{_EXPERT}.w3.weight": Piece(f"{_FUSED}.experts.gate_up_proj", "stacked", part=1, parts=2),
+    f"{_EXPERT}.w2.weight": Piece(f"{_FUSED}.experts.down_proj", "stacked"),
 }
 
 #: Tensors without a place in any family here: part of the name -> what they are.
@@ -63,11 +51,14 @@ _HOMELESS = (
 )
 
 
-def _spellings(part: str, layer: int | None, expert: int | None) -> tuple[_Spelling, ...]:
-    templates = (_Spelling(part), *((_SYNONYMS[part],) if part in _SYNONYMS else ()))
-    whole = [replace(t, name=t.name.format(layer=layer, expert=expert)) for t in templates]
-    base = [replace(s, name=s.name.removeprefix(_BASE_MODEL)) for s in whole if s.name.startswith(_BASE_MODEL)]
-    return (*whole, *base)
+def _spellings(part: str, layer: int | None, expert: int | None, experts: int) -> list[Piece]:
+    templates = [Piece(part), *([_SYNONYMS[part]] if part in _SYNONYMS else [])]
+    whole = [
+        replace(piece, name=piece.name.format(layer=layer, expert=expert), index=expert or 0, count=experts)
+        for piece in templates
+    ]
+    base = [replace(p, name=p.name.removeprefix(_BASE_MODEL)) for p in whole if p.name.startswith(_BASE_MODEL)]
+    return whole + base
 
 
 def hf_view(
@@ -94,108 +85,75 @@ def hf_view(
         WrongShape: of another shape than config.json implies.
         InconsistentShards: under two of its names.
     """
-    spellings = _spellings(part, layer, expert)
-    present = [(spelling, stored[spelling.name]) for spelling in spellings if spelling.name in stored]
+    spellings = _spellings(part, layer, expert, experts)
+    name, shape = spellings[0].name, [rows] if columns == 1 else [rows, columns]
+    present = [(piece, stored[piece.name]) for piece in spellings if piece.name in stored]
     if not present:
-        raise _missing(spellings, rows, columns)
+        remedy = f"the model is incomplete, or {CONFIG_FILE} is of another one; download or save it again"
+        if name == HEAD:
+            remedy = (
+                "a base model was saved without its head: save the ...ForCausalLM model; "
+                f"if it shares the embedding, set tie_word_embeddings in {CONFIG_FILE}"
+            )
+        raise MissingTensor(
+            f"no tensor for {name}",
+            tensor=name,
+            expected=f"shape {shape}, under one of {', '.join(piece.name for piece in spellings)}",
+            found="nothing in any weights file",
+            remedy=remedy,
+        )
     if len(present) > 1:
         raise InconsistentShards(
-            f"{spellings[0].name} is stored twice",
-            tensor=spellings[0].name,
+            f"{name} is stored twice",
+            tensor=name,
             file=", ".join(dict.fromkeys(tensor.file for _, tensor in present)),
             expected="one spelling of a tensor",
             found=", ".join(tensor.name for _, tensor in present),
             remedy="two saves are mixed in this directory; download or save the model again",
         )
-    [(spelling, tensor)] = present
-    view = _view(spelling, tensor, expert, experts, rows, columns)
-    if view is None:
-        stacked = (experts, spelling.parts * rows, columns)
+    [(piece, tensor)] = present
+    of_piece = view(piece, tensor, piece.parts * rows, columns)
+    if of_piece is None:
+        expected = stored_shape(piece, piece.parts * rows, columns, is_vector=columns == 1)
         raise WrongShape(
-            f"wrong shape for {spellings[0].name}",
+            f"wrong shape for {name}",
             tensor=tensor.name,
             file=tensor.file,
-            expected=f"{list(stacked) if spelling.parts else _shape(rows, columns)} from {_CONFIG}",
+            expected=f"{list(expected)} from {CONFIG_FILE}",
             found=f"{list(tensor.shape)}",
-            remedy=f"{_CONFIG} is not this model's, or was changed; take both from the same place",
+            remedy=f"{CONFIG_FILE} is not this model's, or was changed; take both from the same place",
         )
-    return view
-
-
-def _shape(rows: int, columns: int) -> list[int]:
-    return [rows] if columns == 1 else [rows, columns]
-
-
-def _view(
-    spelling: _Spelling, tensor: StoredTensor, expert: int | None, experts: int, rows: int, columns: int
-) -> View | None:
-    if spelling.parts == 0:
-        return megatron_names.view(Piece(tensor.name), tensor, rows, columns)
-    if expert is None or tensor.shape != (experts, spelling.parts * rows, columns):
-        return None
-    skipped = expert * tensor.strides[0] + spelling.part * rows * tensor.strides[1]
-    matrix = replace(
-        tensor,
-        shape=(rows, columns),
-        strides=tensor.strides[1:],
-        offset_bytes=tensor.offset_bytes + skipped * DTYPE_BYTES[tensor.dtype],
-    )
-    return megatron_names.view(Piece(tensor.name), matrix, rows, columns)
-
-
-def _missing(spellings: tuple[_Spelling, ...], rows: int, columns: int) -> MissingTensor:
-    name = spellings[0].name
-    remedy = f"the model is incomplete, or {_CONFIG} is of another one; download or save it again"
-    if name == HEAD:
-        remedy = (
-            "a base model was saved without its head: save the ...ForCausalLM model; "
-            f"if it shares the embedding, set tie_word_embeddings in {_CONFIG}"
-        )
-    return MissingTensor(
-        f"no tensor for {name}",
-        tensor=name,
-        expected=f"shape {_shape(rows, columns)}, under one of {', '.join(s.name for s in spellings)}",
-        found="nothing in any weights file",
-        remedy=remedy,
-    )
+    return of_piece.window(Box(piece.part * rows, 0, rows, columns))
 
 
 def leftovers(
     stored: Mapping[str, StoredTensor], used: Collection[str], *, hf_class: str, tied: bool
 ) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
-    """The stored tensors that no part used: what is dropped on purpose, and a problem for each of the others.
+    """The stored tensors that no part used.
 
     Args:
         stored: all tensors of the model by name.
         used: names of the tensors that views name.
         hf_class: of the family, for messages.
-        tied: whether config.json says that the head is the embedding; a stored head is then compared with it by
-            `read.values`.
+        tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
 
     Returns:
-        (reason, tensors, bytes) of what is dropped, and an `UnknownTensor` for each tensor that nothing explains.
+        What is dropped on purpose, and an `UnknownTensor` for each tensor that nothing explains.
     """
-    counts: Counter[str] = Counter()
-    sizes_bytes: Counter[str] = Counter()
+    dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []
     for name, tensor in stored.items():
         if name in used:
             continue
-        reason = _reason_to_drop(name, tied=tied)
-        if reason is None:
-            unknown.append(_unknown(tensor, hf_class))
+        if f".{name}".endswith(_ROTARY):
+            reason = "rotary_emb.inv_freq (computed from the config)"
+        elif name == HEAD and tied:
+            reason = f"{HEAD} (tied to the embedding by {CONFIG_FILE})"
         else:
-            counts[reason] += 1
-            sizes_bytes[reason] += tensor.size_bytes
-    return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)), unknown
-
-
-def _reason_to_drop(name: str, *, tied: bool) -> str | None:
-    if f".{name}".endswith(_ROTARY):
-        return "rotary_emb.inv_freq (computed from the config)"
-    if name == HEAD and tied:
-        return f"{HEAD} (tied to the embedding by {_CONFIG})"
-    return None
+            unknown.append(_unknown(tensor, hf_class))
+            continue
+        dropped.setdefault(reason, []).append(tensor.size_bytes)
+    return tuple((reason, len(sizes), sum(sizes)) for reason, sizes in sorted(dropped.items())), unknown
 
 
 def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
@@ -204,7 +162,7 @@ def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
         f"{tensor.name} has no place in a {hf_class}",
         tensor=tensor.name,
         file=tensor.file,
-        expected=f"only tensors of {hf_class} with the sizes in {_CONFIG}",
+        expected=f"only tensors of {hf_class} with the sizes in {CONFIG_FILE}",
         found=f"{what}, shape {list(tensor.shape)}",
         remedy="nothing is dropped silently: check num_hidden_layers and model_type, or remove the tensor",
     )

@@ -1,33 +1,42 @@
-"""Opens a Hugging Face directory: its config, which rank sees which weights file, and every header."""
+"""Opens a Hugging Face directory: its config, which rank sees which weights file, and every header.
+
+Some values must be known before a conversion can be planned, too. A head that should be tied: transformers 4 drops one
+that is stored, transformers 5 warns and keeps it where its values differ, so it leaves open which model is meant
+(docs/formats.md, "Shards and index"). Biases that should be zero: transformers' Llama stores an output bias wherever
+queries, keys and values have biases; Megatron has no place for it where only those have them, and zeros need none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_convert.errors import InconsistentShards
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.huggingface.names import HEAD
 from dist_convert.formats.huggingface.read import (
-    CONFIG_FILE,
     check_index,
-    headers_from_json,
-    headers_to_json,
-    read_directory,
+    find_weights,
+    header_from_json,
+    header_to_json,
+    read_config,
     read_index,
     read_weights_header,
 )
-from dist_convert.formats.huggingface.values import all_are_zero, check_tied_head
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.models.catalog import Catalog, LeftBehind
 from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
 from dist_convert.options import HUGGINGFACE
-from dist_convert.ranks.collectives import World
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.buffers import make_buffer
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.records import StoredTensor
+from dist_convert.read.file_reader import FileReader
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View, tiles
 
 
 @dataclass(frozen=True)
@@ -63,16 +72,14 @@ class HuggingFaceModel:
 
     @property
     def vocab(self) -> int:
-        return config_vocab(self.config, file=CONFIG_FILE)
+        return config_vocab(self.config)
 
     def catalog(
         self, vocab: int | None = None, *, with_tied_copies: bool = False
     ) -> tuple[HuggingFaceCatalog, LeftBehind]:
         """See `Model`; the config always says the vocabulary's size."""
         is_zero = not self.config.get("mlp_bias") if self.zero_biases is None else bool(self.zero_biases)
-        architecture = architecture_from_config(
-            self.config, padded_vocab=self.vocab, file=CONFIG_FILE, zero_output_bias=is_zero
-        )
+        architecture = architecture_from_config(self.config, zero_output_bias=is_zero)
         catalog, left_behind = open_catalog(self.stored, architecture, with_tied_copies=with_tied_copies)
         if self.zero_biases:
             size_bytes = sum(self.stored[name].size_bytes for name in self.zero_biases)
@@ -87,40 +94,99 @@ def open_huggingface(directory: Path, world: World) -> HuggingFaceModel:
     Raises:
         CheckpointNotFound, SourceError: there is none, a damaged file, or files that are not those of the index.
     """
-    seen = read_directory(directory)
+    weights = find_weights(directory)
+    config = read_config(directory)
     found = discover(
         world,
         directory,
-        seen.sizes_bytes,
-        lambda file: headers_to_json({file: read_weights_header(directory / file, file)}),
+        [file for file in weights if (directory / file).is_file()],
+        lambda file: {file: header_to_json(read_weights_header(directory / file, file))},
         expected=f"safetensors or pytorch_model files in {directory}",
     )
-    headers = {file: headers_from_json(header)[file] for file, header in found.headers.items()}
+    headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
     index = read_index(directory)
     if index is not None:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
-    return HuggingFaceModel(directory, seen.config, found, stored)
+    return HuggingFaceModel(directory, config, found, stored)
 
 
-def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
-    """The model, after a look at the output projections' biases, where no other layer has output biases."""
-    layers = model.config.get("num_hidden_layers")
-    names: set[str] = set()
-    may_be = model.config.get("attention_bias") and not model.config.get("mlp_bias")
-    if may_be and isinstance(layers, int) and is_size(layers, MOST_LAYERS):
-        names = {OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)}
-    is_zero = all_are_zero(world, model.directory, model.found.visible, model.stored, names)
-    return replace(model, zero_biases=frozenset(names if is_zero else ()))
+_BLOCK_BYTES = 4 << 20
 
 
 def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
-    """Refuse a head that is stored and tied by the config, but not the embedding.
+    """Refuse a head that is stored and tied by the config, but not the embedding; one rank reads both by blocks.
 
     Raises:
-        InconsistentShards: see `check_tied_head`.
+        InconsistentShards: they differ, or no rank can compare them.
     """
-    if catalog.architecture.tied and HEAD in model.stored:
-        [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
-        [embedding] = region.replicas
-        check_tied_head(world, model.directory, model.found.visible, embedding, model.stored[HEAD])
+    if not catalog.architecture.tied or HEAD not in model.stored:
+        return
+    [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
+    [embedding], head = region.replicas, model.stored[HEAD]
+    same_shape = (embedding.dtype, (embedding.rows, embedding.columns)) == (head.dtype, head.shape)
+    if same_shape and replace(View.of(head), tensor=embedding.tensor) == embedding:
+        return  # one storage, as torch saves tied parameters
+    able = [rank for rank, files in enumerate(model.found.visible) if {embedding.file, head.file} <= files]
+    found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
+    if same_shape and able:
+        mine = _first_different_row(model.directory, embedding, View.of(head)) if world.rank == able[0] else None
+        row = gather_objects(world, mine)[able[0]]
+        if row is None:
+            return
+        found = f"other values from row {row} on"
+    raise InconsistentShards(
+        "the model is tied by config.json, but it also stores a head that is not its embedding",
+        tensor=head.name,
+        file=head.file,
+        expected=f"the same values as {embedding.tensor} in {embedding.file}",
+        found=found,
+        remedy="if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
+        "save the model again without it",
+    )
+
+
+def _first_different_row(directory: Path, first: View, second: View) -> int | None:
+    row_bytes = first.columns * DTYPE_BYTES[first.dtype]
+    rows = min(first.rows, max(1, _BLOCK_BYTES // row_bytes))
+    buffers = make_buffer(rows * row_bytes), make_buffer(rows * row_bytes)
+    with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
+        for box in tiles(first.rows, first.columns, rows, first.columns):
+            for view, buffer in zip((first, second), buffers, strict=True):
+                reader.read(view.window(box), first.dtype, 0, buffer, 0)
+            for row in range(box.rows):
+                line = slice(row * row_bytes, (row + 1) * row_bytes)
+                if buffers[0].memory[line] != buffers[1].memory[line]:
+                    return box.row + row
+    return None
+
+
+def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
+    """The model, after a look at the output projections' biases, where no other layer has output biases.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    layers = model.config.get("num_hidden_layers")
+    may_be = model.config.get("attention_bias") and not model.config.get("mlp_bias")
+    names: list[str] = []
+    if may_be and isinstance(layers, int) and is_size(layers, MOST_LAYERS):
+        names = [OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)]
+    biases = [model.stored[name] for name in names if name in model.stored and len(model.stored[name].shape) == 1]
+    are_zero = False
+    if names and len(biases) == len(names):
+        # Each is read by the first rank that sees its file.
+        readers = {t.file: next(n for n, files in enumerate(model.found.visible) if t.file in files) for t in biases}
+        mine = [tensor for tensor in biases if readers[tensor.file] == world.rank]
+        are_zero = all(gather_objects(world, _only_zeros(model.directory, mine)))
+    return replace(model, zero_biases=frozenset(names if are_zero else ()))
+
+
+def _only_zeros(directory: Path, tensors: Iterable[StoredTensor]) -> bool:
+    with closing(FileReader(directory, make_buffer(_BLOCK_BYTES))) as reader:
+        for tensor in tensors:
+            buffer = make_buffer(tensor.size_bytes)
+            reader.read(View.of(tensor), tensor.dtype, 0, buffer, 0)
+            if buffer.memory[: tensor.size_bytes].tobytes().strip(b"\0"):
+                return False
+    return True

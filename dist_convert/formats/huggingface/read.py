@@ -8,10 +8,10 @@ Names of files and the index: docs/formats.md, "Shards and index"; headers: http
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,10 +29,17 @@ from dist_convert.errors import (
 from dist_convert.formats.megatron.iterations import is_checkpoint
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
 
+CONFIG_FILE, GENERATION_FILE, ARGS_FILE = "config.json", "generation_config.json", "source_megatron_args.json"
 SAFETENSORS, PICKLED = ".safetensors", ".bin"
+#: Ways to store weights, the preferred one first: the index of several files, and the name of a single one.
+WEIGHTS_KINDS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 _MAX_NAME_BYTES = 255
+_AGAIN = "copy or download the file again"
 
 
 def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
@@ -48,20 +55,15 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
             "the index has no weight_map",
             file=index_file,
             expected="an object: tensor -> file",
-            found=type(weight_map).__name__ if not weight_map else "an empty one",
-            remedy="copy or download the file again",
+            found="an empty one" if weight_map == {} else type(weight_map).__name__,
+            remedy=_AGAIN,
         )
-    for name in dict.fromkeys(map(str, weight_map.values())):
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file, remedy=_AGAIN)
+    for name in dict.fromkeys(weight_map.values()):
         check_weights_name(directory, name, index_file)
-    wrong = next((tensor for tensor, name in weight_map.items() if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise CorruptFile(
-            "the index names no file for a tensor",
-            tensor=wrong,
-            file=index_file,
-            remedy="copy or download the file again",
-        )
-    return dict(weight_map)
+    return weight_map
 
 
 def check_weights_name(directory: Path, name: str, named_by: str) -> None:
@@ -79,38 +81,31 @@ def check_weights_name(directory: Path, name: str, named_by: str) -> None:
             file=named_by,
             expected=f"a relative path inside the directory, ending in {SAFETENSORS} or {PICKLED}",
             found=repr(name[:80]),
-            remedy="copy or download the file again",
+            remedy=_AGAIN,
         )
     check_inside(directory, name)
 
 
 def check_inside(directory: Path, name: str) -> None:
-    """Refuse a file that is a link to somewhere else.
+    """Refuse a file that is a link to somewhere else, other than from a hub cache's snapshot to the cache's blobs.
 
     Raises:
         CorruptFile: naming what it leads to.
     """
-    if _leaves(directory, name):
+    root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(directory / name))
+    inside = Path(os.path.realpath((directory / name).parent)) / PurePosixPath(name).name
+    if root.parent.name == "snapshots" and inside.is_relative_to(root) and inside.is_symlink():
+        blob = Path(os.path.normpath(inside.parent / os.readlink(inside)))
+        if blob.parent == root.parent.parent / "blobs":
+            return
+    if not found.is_relative_to(root):
         raise CorruptFile(
             f"{name} is a link to a file outside the directory",
             file=str(directory / name),
             expected="a file in this directory, or the hub cache's own links to its blobs",
-            found=os.path.realpath(directory / name),
+            found=found,
             remedy="give the directory in which the file lies, or copy the file here",
         )
-
-
-def _leaves(directory: Path, name: str) -> bool:
-    """Whether a link leads out of the directory, other than from a hub cache's snapshot to the cache's blobs."""
-    root = os.path.realpath(directory)
-    if Path(os.path.realpath(directory / name)).is_relative_to(root):
-        return False
-    inside = Path(os.path.realpath((directory / name).parent)) / PurePosixPath(name).name
-    snapshots = Path(root).parent
-    if snapshots.name != "snapshots" or not inside.is_relative_to(root) or not inside.is_symlink():
-        return True
-    blob = Path(os.path.normpath(inside.parent / os.readlink(inside)))
-    return blob.parent != snapshots.parent / "blobs"
 
 
 #: The limit of the safetensors library itself.
@@ -119,11 +114,7 @@ _LIMIT = 1 << 62
 
 
 def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name.
-
-    Args:
-        path: the file on this machine.
-        file: how messages and the tensors name it.
+    """Every tensor of the file by name; messages and the tensors call it `file`.
 
     Raises:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
@@ -132,13 +123,14 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
     """
     with reading(file), path.open("rb") as stream:
         size_bytes = path.stat().st_size
+        most = min(MAX_HEADER_BYTES, size_bytes - 8)
         length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else b""
+        text = stream.read(length) if 2 <= length <= most else b""
     if not text:
         raise CorruptFile(
             "no safetensors header",
             file=file,
-            expected=f"a header of at most {max(0, min(MAX_HEADER_BYTES, size_bytes - 8))} bytes",
+            expected=f"a header of at most {max(0, most)} bytes",
             found=f"{length} bytes",
             remedy="copy the file again; this one is cut short or no safetensors file",
         )
@@ -186,60 +178,28 @@ def _stored(name: str, entry: dict[str, Any], file: str, data_bytes: int) -> Sto
         )
     if not whole or dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has no known dtype, shape and data_offsets")
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    if offsets[1] - offsets[0] != step * DTYPE_BYTES[dtype]:
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"{name} of shape {shape} does not fill its data_offsets {offsets}")
-    return StoredTensor(name, file, dtype, tuple(shape), tuple(reversed(strides)), data_bytes + offsets[0])
+    return StoredTensor(name, file, dtype, tuple(shape), row_major(shape), data_bytes + offsets[0])
 
 
-CONFIG_FILE = "config.json"
-
-#: Ways to store weights, the preferred one first: the index of several files, and the name of a single one.
-WEIGHTS_KINDS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
-_AGAIN = "copy or download the file again"
-
-
-@dataclass(frozen=True)
-class HuggingFaceFiles:
-    """A Hugging Face directory as one rank sees it.
-
-    Attributes:
-        config: the content of config.json.
-        sizes_bytes: of the weights files that are here, by name.
-    """
-
-    config: dict[str, Any]
-    sizes_bytes: dict[str, int]
-
-
-def read_directory(directory: Path) -> HuggingFaceFiles:
-    """Read the config, and list the weights files that this machine sees.
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json.
 
     Raises:
-        CheckpointNotFound: no such directory, no config.json or no weights.
-        CorruptFile: see `find_weights`; or a config that is no JSON object.
+        CheckpointNotFound: there is none.
+        CorruptFile: it is a link to somewhere else, or no JSON object.
     """
-    names = find_weights(directory)
-    config = directory / CONFIG_FILE
-    if not config.is_file():
+    if not (directory / CONFIG_FILE).is_file():
         raise CheckpointNotFound(
             f"no {CONFIG_FILE} beside the weights",
-            file=str(config),
+            file=str(directory / CONFIG_FILE),
             expected="the directory that save_pretrained made",
             found=_listing(directory),
             remedy="copy the model's config.json there",
         )
     check_inside(directory, CONFIG_FILE)
-    paths = {name: directory / name for name in names}
-    return HuggingFaceFiles(
-        read_json(config), {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
-    )
+    return read_json(directory / CONFIG_FILE)
 
 
 def find_weights(directory: Path) -> tuple[str, ...]:
@@ -250,10 +210,8 @@ def find_weights(directory: Path) -> tuple[str, ...]:
         CorruptFile: the index is damaged, or names a file outside the directory.
         InconsistentShards: an index and a single file that it does not name.
     """
-    index_file, single = _kind(directory)
-    if index_file is None:
-        return (single,)
-    return tuple(sorted(set(read_index_file(directory, index_file).values())))
+    single, index = _weights(directory)
+    return tuple(sorted(set(index.values()))) if index else (single,)
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
@@ -262,8 +220,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
     Raises:
         CheckpointNotFound, CorruptFile, InconsistentShards: as `find_weights`.
     """
-    index_file, _ = _kind(directory)
-    return None if index_file is None else read_index_file(directory, index_file)
+    return _weights(directory)[1]
 
 
 def is_huggingface(path: Path) -> bool:
@@ -286,18 +243,26 @@ def is_huggingface(path: Path) -> bool:
     return False
 
 
-def _kind(directory: Path) -> tuple[str | None, str]:
-    """Which of `WEIGHTS_KINDS` is here: (its index, or None without one; its single file)."""
+def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
+    """The name of a single weights file of the kind that is here, and the index of several where there is one."""
     if not directory.is_dir():
         raise no_directory(directory, "Hugging Face")
     for index_file, single in WEIGHTS_KINDS:
         if (directory / index_file).is_file():
-            _refuse_second_model(directory, index_file, single)
-            return index_file, single
+            index = read_index_file(directory, index_file)
+            # transformers would load the single file, and the index is what a sharded save left: no guess is safe.
+            if (directory / single).is_file() and single not in index.values():
+                raise InconsistentShards(
+                    f"two sets of weights: {single}, and the files that {index_file} names",
+                    file=str(directory),
+                    expected=f"{index_file} names {single}, or only one of them is here",
+                    remedy="remove the one that is out of date",
+                )
+            return single, index
         if os.path.lexists(directory / single):
             check_weights_name(directory, single, single)
             if (directory / single).is_file():
-                return None, single
+                return single, None
     if is_checkpoint(directory):
         raise CheckpointNotFound(
             "a Megatron checkpoint, not a Hugging Face directory",
@@ -315,50 +280,26 @@ def _kind(directory: Path) -> tuple[str | None, str]:
     )
 
 
-def _refuse_second_model(directory: Path, index_file: str, single: str) -> None:
-    # transformers would load the single file, and the index is what a sharded save left: no guess is safe.
-    if (directory / single).is_file() and single not in read_index_file(directory, index_file).values():
-        raise InconsistentShards(
-            f"two sets of weights: {single}, and the files that {index_file} names",
-            file=str(directory),
-            expected=f"{index_file} names {single}, or only one of them is here",
-            found="both, of different saves",
-            remedy="remove the one that is out of date",
-        )
-
-
-def _listing(directory: Path, shown: int = 8) -> str:
-    names = sorted(path.name for path in directory.iterdir())
-    return (", ".join(names[:shown]) or "nothing") + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _listing(directory: Path) -> str:
+    return names(sorted(path.name for path in directory.iterdir())) or "nothing"
 
 
 def read_weights_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of a weights file, by name.
-
-    Args:
-        path: the file on this machine.
-        file: its name relative to the directory.
-
-    Raises:
-        CorruptFile, UnsafePickle, UnsupportedModel: see `read_safetensors_header` and `read_pickled_weights`.
-    """
-    if file.endswith(SAFETENSORS):
-        return read_safetensors_header(path, file)
-    return read_pickled_weights(path, file)
+    """Every tensor of a weights file, by name: see `read_safetensors_header` and `read_pickled_weights`."""
+    return (read_safetensors_header if file.endswith(SAFETENSORS) else read_pickled_weights)(path, file)
 
 
 def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-    """Compare an index with the files that it names.
-
-    Args:
-        index: tensor -> file.
-        headers: file -> its tensors, of the files that some rank sees.
+    """Compare an index, tensor -> file, with the files that some rank sees, file -> its tensors.
 
     Raises:
         Problems, or the one problem there is: MissingShard, MissingTensor, InconsistentShards, UnknownTensor.
     """
-    problems: list[ConversionError] = []
-    problems += [
+    holders: dict[str, list[str]] = {}
+    for file in sorted(headers):
+        for name in headers[file]:
+            holders.setdefault(name, []).append(file)
+    problems: list[ConversionError] = [
         MissingShard(
             "a weights file is missing",
             file=file,
@@ -369,13 +310,22 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
         for file, count in sorted(Counter(index.values()).items())
         if file not in headers
     ]
-    holders: dict[str, list[str]] = {}
-    for file in sorted(headers):
-        for name in headers[file]:
-            holders.setdefault(name, []).append(file)
     for name, file in index.items():
-        if file in headers and holders.get(name) != [file]:
-            problems.append(_misplaced(name, file, holders.get(name, [])))
+        found = holders.get(name, [])
+        if file in headers and not found:
+            what = "the index names a tensor that no file holds"
+            problems.append(MissingTensor(what, tensor=name, file=file, found="nothing", remedy=_AGAIN))
+        elif file in headers and found != [file]:
+            problems.append(
+                InconsistentShards(
+                    "a tensor is stored twice" if len(found) > 1 else "a tensor lies elsewhere than the index says",
+                    tensor=name,
+                    file=file,
+                    expected=f"in {file} only",
+                    found=f"in {', '.join(found)}",
+                    remedy="the files are of different saves; copy all of them again",
+                )
+            )
     problems += [
         UnknownTensor(
             "a tensor that the index does not name",
@@ -391,35 +341,14 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
     raise_together(problems)
 
 
-def _misplaced(name: str, file: str, found: list[str]) -> ConversionError:
-    if not found:
-        return MissingTensor(
-            "the index names a tensor that no file holds", tensor=name, file=file, found="nothing", remedy=_AGAIN
-        )
-    return InconsistentShards(
-        "a tensor lies elsewhere than the index says" if len(found) == 1 else "a tensor is stored twice",
-        tensor=name,
-        file=file,
-        expected=f"in {file} only",
-        found=f"in {', '.join(found)}",
-        remedy="the files are of different saves; copy all of them again",
-    )
+def header_to_json(tensors: Mapping[str, StoredTensor]) -> list[list[Any]]:
+    """A compact JSON form of a file's tensors, for sending headers between ranks."""
+    return [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in tensors.items()]
 
 
-def headers_to_json(headers: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, list[list[Any]]]:
-    """A compact JSON form of file -> tensors, for sending headers between ranks."""
+def header_from_json(file: str, data: list[list[Any]]) -> dict[str, StoredTensor]:
+    """The inverse of `header_to_json`."""
     return {
-        file: [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in tensors.items()]
-        for file, tensors in headers.items()
-    }
-
-
-def headers_from_json(data: Mapping[str, list[list[Any]]]) -> dict[str, dict[str, StoredTensor]]:
-    """The inverse of `headers_to_json`."""
-    return {
-        file: {
-            name: StoredTensor(name, file, dtype, tuple(shape), tuple(strides), offset_bytes)
-            for name, dtype, shape, strides, offset_bytes in tensors
-        }
-        for file, tensors in data.items()
+        name: StoredTensor(name, file, dtype, tuple(shape), tuple(strides), offset_bytes)
+        for name, dtype, shape, strides, offset_bytes in data
     }

@@ -1,8 +1,8 @@
-"""A Hugging Face target, and what lies beside its weights: config, index, args of the source, bins, model card.
+"""A Hugging Face target, and what lies beside its weights: config, index, tokenizer, model card, args of the source.
 
 The card's front matter is what the Hugging Face Hub reads (https://huggingface.co/docs/hub/model-cards). It holds no
 date and no path, so that the same checkpoint gives the same card on every machine; a license is not known, so none is
-named. The tokenizer's files are `tokenizer`'s.
+named.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,61 +18,145 @@ from typing import Any
 
 import torch
 
-from dist_convert.formats.huggingface.config import (
-    TORCH_NAMES,
-    config_json,
-    generation_config_json,
-    samples,
-    special_token_ids,
-)
-from dist_convert.formats.huggingface.files import make_files, stored_dtype, write_index
-from dist_convert.formats.tokenizer.build import padding_id
-from dist_convert.formats.tokenizer.huggingface import is_huggingface
-from dist_convert.formats.tokenizer.record import Style, Tokenizer, how_to_add_tokenizer
-from dist_convert.formats.tokenizer.write import write_tokenizer
+from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.config import TORCH_NAMES, with_special_ids
+from dist_convert.formats.huggingface.files import index_json
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer, style_of
 from dist_convert.formats.torch.capacity_bins import Bin, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Catalog
-from dist_convert.models.schema import Architecture
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
+from dist_convert.read.source import MAX_BYTES, read_small_file, reading
 from dist_convert.records import TargetFile, __version__
 from dist_convert.write.checksums import KnownRange
+from dist_convert.write.files import make_file
+from dist_convert.write.manifest import MANIFEST_FILE
 
 CARD_FILE = "README.md"
+INDEX_FILE = WEIGHTS_KINDS[0][0]
+#: What may lie beside the weights and belongs to the model: configs, tokenizer, card, license, code, templates.
+_SUFFIXES = ("", ".json", ".jsonl", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".py", ".yaml", ".yml")
+_NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS))
 
 
-def model_card(content: Content, source: Catalog, checkpoint: Path, tokenizer: Tokenizer) -> str:
-    """The text of the card.
+@dataclass(frozen=True)
+class HuggingFaceTarget:
+    """A Hugging Face directory that is to be made; a `Target`.
 
-    Args:
-        content, source: what was converted.
-        checkpoint: directory of the iteration that was read; only its name and its parent's are told.
-        tokenizer: as this rank found it; only its name is told.
+    Attributes:
+        job: what was asked for.
+        content: what is converted.
+        model: the source; of one without training arguments, all but the weights is taken over as it is.
+        config: the content of config.json, before a tokenizer's special ids.
+        copied: names of the source's files that are copied.
+        bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
+        disks: how many hold a part of the target each.
     """
-    hf_class, family = FAMILIES[source.architecture.family].hf_class, source.architecture.family
-    grid = source.title.removeprefix(f"{hf_class}, ")
-    checkpoint = Path(os.path.abspath(checkpoint))  # a relative path has no parent; a link keeps its name
+
+    job: Options
+    content: Content
+    model: Model
+    config: Mapping[str, Any]
+    copied: Sequence[str] = ()
+    bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
+    disks: int = 1
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+        """See `Target`."""
+        if is_first:
+            tokenizer = self.model.tokenizer  # first, so that what fails here fails early
+            write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
+        for file in files:
+            make_file(partial / file.name, file.name, [(0, file.header)], file.size_bytes)
+
+    def complete(
+        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
+    ) -> None:
+        """Write or copy all that is no weight into the partial directory."""
+        if not is_first:
+            return
+        if self.model.args is None:
+            configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
+            for name in self.copied:
+                content = read_small_file(self.model.directory / name)
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_bytes(content)
+        else:
+            tokenizer = self.model.tokenizer
+            style = style_of(tokenizer, self.config, self.job)
+            configs = {**with_special_ids(self.config, {}, tokenizer, style), ARGS_FILE: self.model.args}
+            (partial / CARD_FILE).write_text(model_card(self.content, self.model), encoding="utf-8")
+            if self.bins is not None:
+                write_bins(partial, *self.bins)
+        for name, config in configs.items():
+            (partial / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if index := index_json(self.content.files):
+            (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+
+    def publish(self) -> None:
+        """See `Target`."""
+
+    def to_do(self) -> str:
+        """See `Target`; after an upload it is said there."""
+        job, disks, lines = self.job, self.disks, []
+        if job.push_to_hub:
+            return ""
+        if disks > 1:
+            lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
+        if self.model.args is not None and not is_huggingface(job.target):
+            how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
+            lines.append(how)
+        return "\n".join(lines)
+
+
+def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
+    """The files of a model that are copied, and the names of all else there that is not its weights.
+
+    Raises:
+        CorruptFile: one is a link to somewhere else.
+        SourceError: the directory cannot be read.
+    """
+    copied, others = [], []
+    weights = {*find_weights(directory), *_NOT_COPIED}
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            if path.name in weights or path.name.startswith("."):
+                continue
+            if path.name == TEMPLATES:
+                copied += [f"{TEMPLATES}/{template.name}" for template in sorted(path.glob("*.jinja"))]
+            elif path.is_file() and path.suffix in _SUFFIXES and path.stat().st_size <= MAX_BYTES:
+                copied.append(path.name)
+            else:
+                others.append(path.name)
+    for name in copied:
+        check_inside(directory, name)
+    return copied, others
+
+
+def model_card(content: Content, model: Model) -> str:
+    """The text of the card of what was converted; of the source's and the tokenizer's paths only names are told."""
+    a, grid = content.ends.source.architecture, content.ends.source.title.partition(", ")[2]
+    hf_class = FAMILIES[a.family].hf_class
+    checkpoint = Path(os.path.abspath(model.directory))  # a relative path has no parent; a link keeps its name
     elements: Counter[str] = Counter()
     for file in content.files:
         for tensor in file.tensors:
             elements[tensor.dtype] += tensor.elements
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
-    conversion = [
-        ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
-        ("Format", f"Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]}"),
-        ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
-        ("Weights load with", "transformers 4.49 and later"),
-        ("Tokenizer at conversion", _origin(tokenizer)),
-        ("Plan digest", f"`{content.digest}`"),
-    ]
-    model = [*_sizes(source.architecture), ("Parameters", f"{elements.total():,}"), ("Stored as", stored)]
+    of_each, tied = " of each expert" if a.experts else "", ", tied embeddings" if a.tied else ""
+    experts = f"| Experts | {a.experts:,}, {a.experts_per_token:,} for each token |\n" if a.experts else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {family}
+- {a.family}
 - megatron-lm
 - dist_convert
 ---
@@ -81,9 +165,26 @@ tags:
 
 Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's own training arguments.
 
-{_table("Model", model)}
+| Model | |
+|---|---|
+| Layers | {a.layers:,} |
+| Hidden size | {a.hidden:,} |
+| Feed-forward size | {a.ffn:,}{of_each} |
+| Attention heads | {a.heads:,}, each of {a.head_dim:,} |
+| Key and value heads | {a.query_groups:,} |
+| Vocabulary | {a.vocab:,}{tied} |
+| Positions | {a.max_positions:,} |
+{experts}| Parameters | {elements.total():,} |
+| Stored as | {stored} |
 
-{_table("Conversion", conversion)}
+| Conversion | |
+|---|---|
+| Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
+| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.params_dtype]} |
+| Converted by | dist_convert {__version__} with torch {torch.__version__} |
+| Weights load with | transformers 4.49 and later |
+| Tokenizer at conversion | {_origin(model.tokenizer)} |
+| Plan digest | `{content.digest}` |
 
 The plan digest is a SHA-256 of the model's sizes and of the place of every tensor in the checkpoint and here. It tells
 how the bytes were moved, not which bytes: checksums of the files are in `conversion.json`. The license is that of the
@@ -105,105 +206,7 @@ def _origin(tokenizer: Tokenizer) -> str:
     return f"built from {name} ({kind}) with {versions}"
 
 
-def _sizes(architecture: Architecture) -> list[tuple[str, str]]:
-    a = architecture
-    rows = [
-        ("Layers", f"{a.layers:,}"),
-        ("Hidden size", f"{a.hidden:,}"),
-        ("Feed-forward size", f"{a.ffn:,}" + (" of each expert" if a.experts else "")),
-        ("Attention heads", f"{a.heads:,}, each of {a.head_dim:,}"),
-        ("Key and value heads", f"{a.query_groups:,}"),
-        ("Vocabulary", f"{a.vocab:,}" + (", tied embeddings" if a.tied else "")),
-        ("Positions", f"{a.max_positions:,}"),
-    ]
-    return rows + ([("Experts", f"{a.experts:,}, {a.experts_per_token:,} for each token")] if a.experts else [])
-
-
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
 def _code(name: str) -> str:
     """A file's name as Markdown shows it unchanged in a table."""
     plain = "".join(letter if letter.isprintable() and letter not in "`|" else "_" for letter in name)
     return f"`{plain}`"
-
-
-ARGS_FILE = "source_megatron_args.json"
-
-
-@dataclass(frozen=True)
-class HuggingFaceTarget:
-    """A Hugging Face directory that is to be made; a `Target`.
-
-    Attributes:
-        job: what was asked for.
-        content, source: what is converted.
-        checkpoint: directory of the iteration that it is read from.
-        args: the checkpoint's training arguments.
-        tokenizer: whose files are copied, or of which it is built; the configs take over its special ids.
-        style: of a tokenizer that is built.
-        bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
-        disks: how many hold a part of the target each.
-    """
-
-    job: Options
-    content: Content
-    source: Catalog
-    checkpoint: Path
-    args: Mapping[str, object]
-    tokenizer: Tokenizer
-    style: Style
-    bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
-    disks: int = 1
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
-        """See `Target`."""
-        if is_first:
-            write_tokenizer(self.tokenizer, self.style, partial)  # first, so that what fails here fails early
-        make_files(partial, files)
-
-    def complete(
-        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
-    ) -> None:
-        """Write configs, index, model card, training arguments and capacity bins into the partial directory."""
-        if not is_first:
-            return
-        architecture = self.source.architecture
-        bos, eos = special_token_ids(architecture.vocab, self.tokenizer, instruct=self.job.instruct)
-        pad = padding_id(self.tokenizer, self.style, architecture.vocab)
-        sampling = samples(self.style) and architecture.family == "llama"
-        _write_json(partial / "config.json", config_json(architecture, stored_dtype(self.content.files), bos, eos))
-        _write_json(partial / "generation_config.json", generation_config_json(bos, eos, pad, sampling=sampling))
-        _write_json(partial / ARGS_FILE, dict(self.args))
-        write_index(partial, self.content.files)
-        card = model_card(self.content, self.source, self.checkpoint, self.tokenizer)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        if self.bins is not None:
-            write_bins(partial, *self.bins)
-
-    def publish(self) -> None:
-        """See `Target`."""
-
-    def to_do(self) -> str:
-        """See `Target`; after an upload it is said there."""
-        job, lines = self.job, []
-        if job.push_to_hub:
-            return ""
-        if self.disks > 1:
-            lines.append(
-                f"{job.target} is a part of the model on each of {self.disks} disks: copy them into one directory"
-            )
-        if not is_huggingface(job.target):
-            model_type = job.source_model_type
-            how = how_to_add_tokenizer(self.tokenizer, job.target, instruct=job.instruct, model_type=model_type)
-            lines.append(how)
-        return "\n".join(filter(None, lines))
-
-
-def _write_json(path: Path, data: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
 from dist_convert.ranks.answer import answer_within
 from dist_convert.read.source import no_directory
-from dist_convert.records import human_bytes
+from dist_convert.records import human_bytes, names
 from dist_convert.write.partial import PARTIAL_SUFFIX, refuse_unfinished
 
 if TYPE_CHECKING:
@@ -30,23 +30,18 @@ if TYPE_CHECKING:
 
 
 #: Hidden files, which file systems and file managers leave, and what is not finished.
-IGNORED = (".*", "*/.*", f"*{PARTIAL_SUFFIX}", f"*{PARTIAL_SUFFIX}/*")
+_IGNORED = [".*", "*/.*", f"*{PARTIAL_SUFFIX}", f"*{PARTIAL_SUFFIX}/*"]
 
-#: Weights of an earlier upload, which transformers may load instead of the new ones where those have other names.
+#: Weights of an earlier upload, which go where the directory has no such file: transformers might load them instead.
 _WEIGHTS = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-#: Files of an earlier tokenizer, which transformers, or another reader, may take together with the new ones.
+#: Files of an earlier tokenizer, which go where the directory has one: some reader might mix them with the new ones.
 _TOKENIZER = (*FILES, f"{TEMPLATES}/*.jinja", "tokenizer.model.v*", "tekken.json", "spiece.model")
 
 
-def replaced_patterns(directory: Path) -> list[str]:
-    """Names on the hub that go if the directory has no such file; without a tokenizer the one on the hub stays."""
-    return [*_WEIGHTS, *(_TOKENIZER if is_huggingface(directory) else ())]
-
-
-def check_directory(directory: Path) -> int:
+def _check_directory(directory: Path) -> int:
     """The size in bytes of what a complete directory sends.
 
     Raises:
@@ -60,7 +55,7 @@ def check_directory(directory: Path) -> int:
         raise UploadError(
             "the directory to be uploaded is not complete",
             file=str(directory),
-            found=f"without {', '.join(missing[:6])}" if missing else "what a conversion left that did not finish",
+            found=f"without {names(missing)}" if missing else "what a conversion left that did not finish",
             remedy="convert again",
         )
     leftovers = sorted(path.name for path in directory.iterdir() if path.name.endswith(PARTIAL_SUFFIX))
@@ -68,13 +63,13 @@ def check_directory(directory: Path) -> int:
         raise UploadError(
             "the directory to be uploaded holds what did not finish",
             file=str(directory),
-            found=", ".join(leftovers[:6]),
+            found=names(leftovers),
             remedy="run again what was interrupted, such as dist-convert tokenizer, or remove it",
         )
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     paths = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    return sum((directory / path).stat().st_size for path in filter_repo_objects(paths, ignore_patterns=list(IGNORED)))
+    return sum((directory / path).stat().st_size for path in filter_repo_objects(paths, ignore_patterns=_IGNORED))
 
 
 #: How long one answer is waited for, before the upload itself, which takes as long as it takes.
@@ -90,14 +85,13 @@ def check_repository_name(text: str) -> str:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    found = repr(text)
     try:
         validate_repo_id(text)
-        found = repr(text)
-    except HFValidationError as error:
-        found = str(error)
-    else:
         if text.count("/") == 1:
             return text
+    except HFValidationError as error:
+        found = str(error)
     raise UsageError("not the name of a repository", expected="org/name or user/name", found=found)
 
 
@@ -112,25 +106,25 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
     Args:
         directory: to be uploaded later.
         repository: `org/name`.
-        private: whether the repository must be private.
+        private: whether it must be private.
         answer_seconds: how long each of the hub's answers is waited for.
 
     Returns:
         Where the upload would go, in a sentence.
 
     Raises:
-        UploadError: HF_HUB_OFFLINE is set, there is no token, it is not valid or may not write there, a repository of
-            that name is public although it should be private, or the hub cannot be reached or does not answer.
+        UploadError: offline; no token, or one that is not valid or may not write there; a public repository that should
+            be private; a hub that cannot be reached or does not answer.
     """
     later = upload_command(directory, repository, private=private)
-    _check_settings(remedy := f"or convert without --push-to-hub, and upload later with: {later}")
     from huggingface_hub import HfApi, constants
 
-    print(f"asking {constants.ENDPOINT} whether the model can go to {repository}", file=sys.stderr, flush=True)
-    api = HfApi()
-    with _explained(repository, remedy):
-        _check_permission(answer_within(answer_seconds, api.whoami), repository, remedy)
-        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private, remedy))
+    with _explained(repository, f"or convert without --push-to-hub, and upload later with: {later}"):
+        _check_settings()
+        print(f"asking {constants.ENDPOINT} whether the model can go to {repository}", file=sys.stderr, flush=True)
+        api = HfApi()
+        _check_permission(answer_within(answer_seconds, api.whoami), repository)
+        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private))
     kind = "private repository" if private else "repository"
     return (
         f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
@@ -139,7 +133,7 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
     )
 
 
-def upload(directory: Path, repository: str, *, private: bool, answer_seconds: float = _ANSWER_SECONDS) -> str:
+def upload(directory: Path, repository: str, *, private: bool) -> str:
     """Upload a finished directory; what the hub has of it already is not sent again.
 
     Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
@@ -149,7 +143,6 @@ def upload(directory: Path, repository: str, *, private: bool, answer_seconds: f
         directory: what a conversion to Hugging Face has made.
         repository: `org/name`, made if it is not there.
         private: whether it must be private.
-        answer_seconds: how long each answer is waited for, before the upload itself.
 
     Returns:
         The address of what was uploaded.
@@ -157,9 +150,8 @@ def upload(directory: Path, repository: str, *, private: bool, answer_seconds: f
     Raises:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
-    size_bytes = check_directory(directory)
+    size_bytes, has_tokenizer = _check_directory(directory), is_huggingface(directory)
     again = upload_command(directory, repository, private=private)
-    _check_settings(remedy := f"then go on with: {again}")
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -168,40 +160,42 @@ def upload(directory: Path, repository: str, *, private: bool, answer_seconds: f
         disable_progress_bars()
         if "HF_HUB_VERBOSITY" not in os.environ:
             hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
-    where = f"{constants.ENDPOINT}/{repository}"
+    remedy, where = f"then go on with: {again}", f"{constants.ENDPOINT}/{repository}"
+    with _explained(repository, remedy):
+        _check_settings()
     print(f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}", file=sys.stderr)
-    if not is_huggingface(directory):
+    if not has_tokenizer:
         print(f"warning: {directory} has no tokenizer and is uploaded without one", file=sys.stderr)
     api = HfApi()
     is_private = True if private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
-        answer_within(answer_seconds, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
-        answer_within(answer_seconds, lambda: _check_privacy(api, repository, private, remedy))
+        answer_within(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
+        answer_within(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, private))
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=directory,
             commit_message="Upload what dist_convert has converted",
-            delete_patterns=replaced_patterns(directory),
-            ignore_patterns=list(IGNORED),
+            delete_patterns=[*_WEIGHTS, *(_TOKENIZER if has_tokenizer else ())],
+            ignore_patterns=_IGNORED,
         )
     return str(commit.commit_url)
 
 
-def _check_settings(remedy: str) -> None:
+def _check_settings() -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UploadError("HF_HUB_OFFLINE forbids to upload", remedy=f"unset it, {remedy}")
+        raise UploadError("HF_HUB_OFFLINE forbids to upload", remedy="unset it")
     if get_token() is None:
         raise UploadError(
             "no token for the hub",
             expected="HF_TOKEN, or what `hf auth login` leaves below HF_HOME",
             found="neither",
-            remedy=f"set HF_TOKEN to a token of {constants.ENDPOINT}/settings/tokens that may write, {remedy}",
+            remedy=f"set HF_TOKEN to a token of {constants.ENDPOINT}/settings/tokens that may write",
         )
 
 
-def _check_permission(who: Mapping[str, Any], repository: str, remedy: str) -> None:
+def _check_permission(who: Mapping[str, Any], repository: str) -> None:
     """Refuse where the hub says outright that this token cannot write; what it leaves open is seen at the upload."""
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
@@ -209,21 +203,21 @@ def _check_permission(who: Mapping[str, Any], repository: str, remedy: str) -> N
             "the token may read and not write",
             expected="a token with the role write, or a fine-grained one",
             found=f"the token {token.get('displayName', '')!r} of {who.get('name')}",
-            remedy=f"set HF_TOKEN to a token that may write, {remedy}",
+            remedy="set HF_TOKEN to a token that may write",
         )
     namespace = repository.partition("/")[0]
     organisations = [org for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"]
-    names = [str(member.get("name")) for member in (who, *organisations)]
-    if namespace.lower() not in (name.lower() for name in names):
+    writable = [str(member.get("name")) for member in (who, *organisations)]
+    if namespace.lower() not in map(str.lower, writable):
         raise UploadError(
             f"no permission to write to {namespace}",
-            expected=f"one of {', '.join(names)}",
+            expected=f"one of {', '.join(writable)}",
             found=repository,
-            remedy=f"name another repository, or set HF_TOKEN to the token of a member, {remedy}",
+            remedy="name another repository, or set HF_TOKEN to the token of a member",
         )
 
 
-def _check_privacy(api: HfApi, repository: str, private: bool, remedy: str) -> bool:
+def _check_privacy(api: HfApi, repository: str, private: bool) -> bool:
     """Whether the repository is there; one that is public cannot take what should be private."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -236,30 +230,35 @@ def _check_privacy(api: HfApi, repository: str, private: bool, remedy: str) -> b
             "the repository is there, and it is public",
             expected="a private repository, because of --private",
             found=f"{repository}, public",
-            remedy=f"make it private in its settings, or name another one, {remedy}",
+            remedy="make it private in its settings, or name another one",
         )
     return True
 
 
 @contextmanager
 def _explained(repository: str, remedy: str, directory: Path | None = None) -> Iterator[None]:
-    """Say plainly what the hub's, the network's or the file system's error means.
+    """Say plainly what the hub's, the network's or the file system's error means, and how to go on.
 
     Args:
         repository: `org/name`.
-        remedy: how to go on, the second half of a sentence.
+        remedy: the second half of a sentence.
         directory: that is being uploaded, if that has begun.
     """
     # The last two: the card's front matter, and hf_xet.
     expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError)
     try:
         yield
+    except UploadError as error:
+        error.remedy += f", {remedy}"
+        raise
     except expected as error:
         from huggingface_hub import constants
 
-        chain = [error, *_causes(error)]
-        found = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
-        status = next((code for code in found if code), None)
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        codes = (getattr(getattr(link, "response", None), "status_code", None) for link in chain)
+        status = next(filter(None, codes), None)
         first = f"check the connection to {constants.ENDPOINT}"
         if status == 401:
             what, first = "the hub does not accept the token", "set HF_TOKEN to a valid token"
@@ -279,9 +278,3 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
             found="; ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in chain[:2]),
             remedy=f"{first}, {remedy}",
         ) from error
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    while error.__cause__ is not None:
-        error = error.__cause__
-        yield error

@@ -9,34 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingPackage, UnsupportedModel
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_small_file
-
-
-def require(module: str, path: Path) -> None:
-    """Check that a module is there, without importing it.
-
-    Args:
-        module: top-level package, or one inside a top-level package.
-        path: of the tokenizer file that needs it.
-
-    Raises:
-        MissingPackage
-    """
-    top = module.partition(".")[0]
-    if find_spec(top) is None or find_spec(module) is None:
-        package = {"google": "protobuf"}.get(top, top)
-        raise MissingPackage(
-            f"building a tokenizer from this file needs the package {package}",
-            file=str(path),
-            remedy=f"pip install {package}, or give the directory of a Hugging Face tokenizer",
-        )
-
 
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
@@ -57,29 +36,32 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         MissingPackage: protobuf is not installed.
     """
     proto = _read(path)
-    trainer, size = proto.trainer_spec, len(proto.pieces)
     _refuse_others(proto, path)
-    bos, eos, pad = (number if 0 <= number < size else None for number in _roles(trainer))
-    return Tokenizer("sentencepiece", path, size, bos, eos, pad, chat=_chat_of(proto))
+    control, chat = _pieces(proto, _CONTROL), None
+    if {"[INST]", "[/INST]"} <= set(control):  # as in Mistral's models from the second version on
+        chat = "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= set(control) else "mistral v3"
+    bos, eos, pad = _roles(proto)
+    return Tokenizer("sentencepiece", path, len(proto.pieces), bos, eos, pad, chat=chat)
 
 
-def _chat_of(proto: Any) -> str | None:
-    """Mistral's chat format where its tokens are control pieces, as they are from the second version on."""
-    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}
-    if not {"[INST]", "[/INST]"} <= control:
-        return None
-    return "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= control else "mistral v3"
+def _pieces(proto: Any, *types: int) -> list[str]:
+    return [piece.piece for piece in proto.pieces if piece.type in types]
+
+
+def _roles(proto: Any) -> list[int | None]:
+    """Ids of the pieces that begin, end and pad a text."""
+    ids = (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id)
+    return [number if 0 <= number < len(proto.pieces) else None for number in ids]
 
 
 def _refuse_others(proto: Any, path: Path) -> None:
     """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
-    types = {piece.type for piece in proto.pieces}
-    user_defined = _user_defined(proto)
+    user_defined = _pieces(proto, _USER_DEFINED)
     moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
     faults = (
         (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
         (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
-        (_UNUSED in types, "unused pieces"),
+        (bool(_pieces(proto, _UNUSED)), "unused pieces"),
         (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
     )
     found = [what for is_there, what in faults if is_there]
@@ -92,17 +74,15 @@ def _refuse_others(proto: Any, path: Path) -> None:
         )
 
 
-def _user_defined(proto: Any) -> list[str]:
-    return [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-
-
-def _roles(trainer: Any) -> tuple[int, int, int]:
-    return trainer.bos_id, trainer.eos_id, trainer.pad_id
-
-
 def _read(path: Path) -> Any:
-    require("google.protobuf", path)
-    from google.protobuf.message import DecodeError
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise MissingPackage(
+            "building a tokenizer from this file needs the package protobuf",
+            file=str(path),
+            remedy="pip install protobuf, or give the directory of a Hugging Face tokenizer",
+        ) from error
     from transformers.convert_slow_tokenizer import import_protobuf
 
     message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
@@ -120,32 +100,42 @@ def _read(path: Path) -> Any:
 
 def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
     """A `tokenizers.Tokenizer` that puts begin-of-text in front, and which tokens begin, end and pad a text."""
-    from tokenizers import AddedToken, Tokenizer, models, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
     proto = _read(path)
-    trainer, pieces = proto.trainer_spec, proto.pieces
-    bos, eos, pad = (pieces[n].piece if 0 <= n < len(pieces) else None for n in _roles(trainer))
-    unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
+    pieces, user_defined = proto.pieces, _pieces(proto, _USER_DEFINED)
+    bos, eos, pad = (None if number is None else pieces[number].piece for number in _roles(proto))
+    unknown = next(iter(_pieces(proto, _UNKNOWN)), None)
     model = models.BPE(
         {piece.piece: number for number, piece in enumerate(pieces)},
         _merges_by_score({piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}),
         unk_token=unknown,
         fuse_unk=True,
-        byte_fallback=any(piece.type == _BYTE for piece in pieces),
+        byte_fallback=bool(_pieces(proto, _BYTE)),
     )
     tokenizer: Any = Tokenizer(model)
-    user_defined = _user_defined(proto)
     tokenizer.normalizer = _normalizer(proto.normalizer_spec, user_defined)
-    tokenizer.decoder = _decoder(proto.normalizer_spec)
-    special = (piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL))
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps += [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = _pieces(proto, _UNKNOWN, _CONTROL)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in user_defined])
     if bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, trainer.bos_id)]
-        )
+        tokenizer.post_processor = around_texts(tokenizer, [bos])
     named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unknown}
     return tokenizer, {role: token for role, token in named.items() if token is not None}
+
+
+def around_texts(tokenizer: Any, begin: Sequence[str], end: Sequence[str] = ()) -> Any:
+    """A post-processor that puts tokens in front of and behind each text."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*begin, *end}],
+    )
 
 
 def _merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -171,23 +161,18 @@ def _normalizer(spec: Any, user_defined: list[str]) -> Any:
     """
     from tokenizers import Regex, normalizers
 
-    leading = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    trailing = [normalizers.Replace(Regex(f"{_SPACE}+\\z"), "")]
-    steps: list[Any] = leading if spec.remove_extra_whitespaces else []
+    steps: list[Any] = []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
         if user_defined:
             alone = "|".join(map(re.escape, user_defined))
             steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}(?=(?:{alone})\z)"), ""))
     steps.append(normalizers.Replace(" ", _SPACE))
-    return normalizers.Sequence(steps + (trailing if spec.remove_extra_whitespaces else []))
-
-
-def _decoder(spec: Any) -> Any:
-    from tokenizers import decoders
-
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else steps)
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(f"{_SPACE}+\\z"), ""))
+    return normalizers.Sequence(steps)
 
 
 BASE_TOKENS = 128000
@@ -232,7 +217,11 @@ def _ids_of(path: Path) -> dict[bytes, int]:
     """The tokens and their ids. tiktoken's own reader keeps a copy by path, which may be of another file by now."""
     ids: dict[bytes, int] = {}
     for number, line in enumerate(read_small_file(path).splitlines()):
-        token = _token(line, number)
+        text, _, id_ = line.partition(b" ")
+        try:
+            token = base64.b64decode(text, validate=True) if id_ == b"%d" % number else b""
+        except binascii.Error:
+            token = b""
         if not token or token in ids:
             raise CorruptFile(
                 "the tokenizer file is damaged",
@@ -251,17 +240,6 @@ def _ids_of(path: Path) -> dict[bytes, int]:
             remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
         )
     return ids
-
-
-def _token(line: bytes, number: int) -> bytes:
-    """The token of a line; nothing where the line is damaged."""
-    if not _LINE.fullmatch(line):
-        return b""
-    token, id_ = line.split(b" ")
-    try:
-        return base64.b64decode(token, validate=True) if int(id_) == number else b""
-    except binascii.Error:
-        return b""
 
 
 def padding_id(tokenizer: Tokenizer, style: Style, vocab: int) -> int | None:
@@ -294,10 +272,8 @@ def build_llama3(path: Path, model_type: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens(model_type)])
-    begin = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN}:0 $A:0 {BEGIN}:1 $B:1", special_tokens=[(BEGIN, BASE_TOKENS)]
-    )
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    by_letter = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = processors.Sequence([by_letter, around_texts(tokenizer, [BEGIN])])
     return tokenizer
 
 

@@ -23,7 +23,6 @@ from dist_convert.formats.tokenizer.huggingface import (
     is_huggingface,
     is_slow,
     read_huggingface,
-    read_slow,
 )
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.ranks.collectives import World, gather_objects
@@ -34,33 +33,29 @@ _ARGUMENTS = ("tokenizer_model", "tokenizer_name_or_path", "vocab_file", "merge_
 _ORIGINAL = "params.json"
 _FLAG = "--tokenizer"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-_EXPECTED = (
-    "a directory of Hugging Face tokenizer files; or a tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
-    "directory"
-)
 
 
 def named_tokenizer(named: Path, flag: str) -> Tokenizer:
-    """The tokenizer that the user names.
-
-    Args:
-        named: a path here, or org/name[@revision] of a model in the hub's cache.
-        flag: that named it, for messages.
+    """The tokenizer that the user names with a flag: a path, or org/name[@revision] of a model in the hub's cache.
 
     Raises:
         UsageError: there is none.
         SourceError: it is damaged, or of a kind that cannot be converted.
         MissingPackage: building it needs one.
     """
-    found = _at(named) or _in_cache(str(named))
-    if found is not None:
+    if found := _named(str(named)):
         return replace(found, note=f"{found.path} (from {flag})")
-    exists = os.path.lexists(named)
+    what = "nothing at this path" + _nor_in_cache(str(named))
+    if os.path.lexists(named):
+        beside = named if named.is_dir() else named.parent if named.name in FILES else None
+        is_incomplete = beside is not None and (beside / CONFIG).is_file()
+        what = f"{CONFIG}, but no vocabulary that belongs to it" if is_incomplete else "nothing of the kind"
     raise UsageError(
         f"{flag} names no tokenizer",
         file=str(named),
-        expected=_EXPECTED,
-        found=_nothing_at(named) if exists else "nothing at this path" + _cache_too(str(named)),
+        expected="a directory of Hugging Face tokenizer files; or a tokenizer.model of Llama 2, Llama 3, Mistral or "
+        "Mixtral, or its directory",
+        found=what,
         remedy=f"correct {flag}" + ("; leave it out to convert without the tokenizer" if flag == _FLAG else ""),
     )
 
@@ -74,9 +69,7 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) 
         iteration: the directory that is converted; also its parent is searched.
 
     Raises:
-        UsageError: `flag` names no tokenizer.
-        SourceError: the one that `flag` names is damaged, or of a kind that cannot be converted.
-        MissingPackage: building the one that `flag` names needs a package.
+        UsageError, SourceError, MissingPackage: see `named_tokenizer`, of the flag's alone.
     """
     if flag is not None:
         return named_tokenizer(flag, _FLAG)
@@ -91,18 +84,15 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) 
 
 
 def _search(named: str | None, iteration: Path) -> Tokenizer:
-    if named is not None:
-        found = _at(Path(named)) or _in_cache(named)
-        if found is not None:
-            return replace(found, note=f"{found.path} (from the checkpoint's args)")
+    if named is not None and (found := _named(named)):
+        return replace(found, note=f"{found.path} (from the checkpoint's args)")
     for place in _beside(named, iteration):
-        found = _at(place)
-        if found is not None:
+        if found := _at(place):
             return replace(found, note=f"{found.path} (beside the checkpoint)")
     if named is None:
         return Tokenizer("none", note="the checkpoint's args name none, and none is beside the checkpoint")
     is_here = os.path.lexists(named)
-    why = "is no tokenizer that can be converted" if is_here else "is not on this machine" + _cache_too(named)
+    why = "is no tokenizer that can be converted" if is_here else "is not on this machine" + _nor_in_cache(named)
     return Tokenizer("none", note=f"{named}, which the checkpoint's args name, {why}")
 
 
@@ -120,28 +110,39 @@ def _beside(named: str | None, iteration: Path) -> Iterator[Path]:
         yield checkpoint.parent / name
 
 
+def _named(name: str) -> Tokenizer | None:
+    """The tokenizer at a path, or of a model in the hub's cache."""
+    found = _at(Path(name))
+    if found is None and _HUB_ID.fullmatch(name) and (directory := cached_snapshot(name)):
+        return _at(directory)
+    return found
+
+
+def _nor_in_cache(name: str) -> str:
+    return ", nor in the cache of the Hugging Face Hub" if _HUB_ID.fullmatch(name) else ""
+
+
 def _at(path: Path) -> Tokenizer | None:
     """The tokenizer at a path: of a file's directory too, as args often name one file of several."""
-    try:
-        return _read(path)
-    except OSError as error:
-        file = str(error.filename or path)
-        raise SourceError("the tokenizer cannot be read", file=file, found=error.strerror or str(error)) from error
-
-
-def _read(path: Path) -> Tokenizer | None:
     is_file = os.path.isfile(path)
     if not is_file and not os.path.isdir(path):
         return None
     directory = path.parent if is_file else path
-    # A bare file beside the files of another tokenizer is meant itself.
-    if not is_file or path.name in FILES:
-        if is_huggingface(directory):
+    try:
+        # A bare file beside the files of another tokenizer is meant itself.
+        if (not is_file or path.name in FILES) and (is_huggingface(directory) or is_slow(directory)):
             return read_huggingface(directory)
-        if is_slow(directory):
-            return read_slow(directory)
-    file = path if is_file else _bare_file(directory)
-    return None if file is None else _read_bare(file)
+        file = path if is_file else _bare_file(directory)
+        if file is None:
+            return None
+        with file.open("rb") as opened:
+            start = opened.read(512)  # both kinds are called tokenizer.model
+        if is_tiktoken(start):
+            return read_tiktoken(file)
+        return read_sentencepiece(file) if is_sentencepiece(start) else None
+    except OSError as error:
+        name = str(error.filename or path)
+        raise SourceError("the tokenizer cannot be read", file=name, found=error.strerror or str(error)) from error
 
 
 def _bare_file(directory: Path) -> Path | None:
@@ -151,32 +152,6 @@ def _bare_file(directory: Path) -> Path | None:
     found = next((place for place in places if os.path.isfile(place)), None)
     versions = [path for path in sorted(directory.glob(f"{MODEL_FILE}.*")) if path.is_file()] if found is None else []
     return versions[0] if len(versions) == 1 else found
-
-
-def _read_bare(file: Path) -> Tokenizer | None:
-    """By content: both kinds are called tokenizer.model."""
-    with file.open("rb") as opened:
-        start = opened.read(512)
-    if is_tiktoken(start):
-        return read_tiktoken(file)
-    return read_sentencepiece(file) if is_sentencepiece(start) else None
-
-
-def _nothing_at(path: Path) -> str:
-    directory = path if path.is_dir() else path.parent
-    is_incomplete = (path.is_dir() or path.name in FILES) and (directory / CONFIG).is_file()
-    return f"{CONFIG}, but no vocabulary that belongs to it" if is_incomplete else "nothing of the kind"
-
-
-def _in_cache(name: str) -> Tokenizer | None:
-    if not _HUB_ID.fullmatch(name):
-        return None
-    directory = cached_snapshot(name)
-    return None if directory is None else _at(directory)
-
-
-def _cache_too(name: str) -> str:
-    return ", nor in the cache of the Hugging Face Hub" if _HUB_ID.fullmatch(name) else ""
 
 
 def shared_tokenizer(asked: Path | None, args: Mapping[str, Any], directory: Path, world: World) -> Tokenizer:

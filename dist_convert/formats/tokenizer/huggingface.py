@@ -1,4 +1,4 @@
-"""A directory of Hugging Face tokenizer files: what they say, and how they are copied.
+"""A directory of Hugging Face tokenizer files: what they say, and how one is written, copied or built.
 
 Nothing is loaded, and no code of the directory runs (docs/formats.md, "Tokenizer files"). One with a SentencePiece
 model and no tokenizer.json, as old Llama 2 models have, was read by transformers 4 with the class LlamaTokenizer;
@@ -18,21 +18,33 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.formats.huggingface.read import check_inside
-from dist_convert.formats.tokenizer.build import build_llama2, is_sentencepiece, read_sentencepiece
-from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.formats.tokenizer.build import (
+    around_texts,
+    build_llama2,
+    build_llama3,
+    is_sentencepiece,
+    read_sentencepiece,
+    roles,
+)
+from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
+from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_json, read_small_file
 from dist_convert.write.files import target_error
 
 CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_FAST_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+_ADDED_FILE = "added_tokens.json"
+#: A chat template in a file of its own.
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: What transformers may find beside a model and read as a part of its tokenizer.
 FILES = (
-    "tokenizer.json", CONFIG, SPECIAL_TOKENS, "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    _FAST_FILE, CONFIG, _SPECIAL_TOKENS, _ADDED_FILE, "vocab.json", "vocab.txt", "merges.txt", MODEL_FILE,
+    *_TEMPLATE_FILES,
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
-_FAST_FILE = "tokenizer.json"
 _FAST_CLASS = "PreTrainedTokenizerFast"
 #: Classes that only transformers 5 knows, and what both versions call them.
 _CLASSES_OF_5 = {"TokenizersBackend": _FAST_CLASS}
@@ -42,7 +54,7 @@ _NOT_COPIED = ("spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.
 #: Begin and end of a text in Llama 3 and in Llama 2, for files that name no roles.
 _USUAL = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
 #: transformers 4 would give this class token_type_ids as well, which models of our families refuse.
-INPUT_NAMES = ["input_ids", "attention_mask"]
+_INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -67,50 +79,70 @@ def _parsing(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_huggingface(directory: Path) -> Tokenizer:
-    """Size and special ids of the tokenizer in a directory.
+    """Size and special ids of the tokenizer in a directory, added tokens included.
 
     Raises:
-        CorruptFile: a file of it is damaged.
+        SourceError: a file of it is damaged, or added tokens leave ids out.
+        MissingPackage: protobuf is not installed, and there is a SentencePiece model alone.
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    ids = {} if (directory / _FAST_FILE).is_file() else _ids_of_class(directory)
-    with _parsing(directory / _FAST_FILE) as tokenizer:
-        model = tokenizer.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, dict):
-            ids.update(vocab)
-        elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
-            ids.update({str(pair[0]): number for number, pair in enumerate(vocab)})
-        ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])})
-        size = max(ids.values()) + 1 if ids else None  # before the class adds what its config lists
-    with _parsing(directory / CONFIG) as config:
-        added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-        ids.update(added)
-        if size is not None and added:
-            size = max(size, max(added.values()) + 1)
-        template = config.get("chat_template")
-    return Tokenizer(
-        "huggingface",
-        directory,
-        size,
-        *special_ids(directory, ids),
+    added = _added(directory)
+    if is_slow(directory):
+        model = replace(read_sentencepiece(directory / MODEL_FILE), kind="slow", path=directory, chat=None)
+        ids, size = {}, model.size or 0
+        for expected, number in enumerate(sorted(number for number in added if number >= size), start=size):
+            if number != expected:
+                raise SourceError(
+                    "added tokens of the tokenizer leave ids out",
+                    file=str(directory),
+                    expected=f"id {expected}",
+                    found=f"id {number}: {added[number]['content']!r}",
+                )
+    else:
+        model, ids = Tokenizer("huggingface", directory), _vocabulary(directory)
+        size = max(ids.values(), default=-1) + 1
+    ids |= {token["content"]: number for number, token in added.items()}
+    bos, eos, pad = _special_ids(directory, ids)
+    has_template, warnings = _notes_on(directory)
+    return replace(
+        model,
+        size=max([size, *(number + 1 for number in added)]) if size else None,
+        bos=model.bos if bos is None else bos,
+        eos=model.eos if eos is None else eos,
+        pad=model.pad if pad is None else pad,
         is_llama3=ids.get("<|end_of_text|>") == 128001 and ids.get("<|eot_id|>") == 128009,
-        has_template=bool(template) or has_template_file(directory),
-        warnings=warnings_on(directory),
+        has_template=has_template,
+        warnings=warnings,
     )
 
 
-def has_template_file(directory: Path) -> bool:
-    """Whether a chat template is in a file of its own."""
-    return any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """The tokens by text: of tokenizer.json, or of what a class reads: words and numbers, or a word a line."""
+    if (directory / _FAST_FILE).is_file():
+        with _parsing(directory / _FAST_FILE) as tokenizer:
+            model = tokenizer.get("model")
+            vocab = model.get("vocab") if isinstance(model, dict) else None
+            if isinstance(vocab, list):  # Unigram: [piece, score] pairs
+                vocab = {str(pair[0]): number for number, pair in enumerate(vocab)}
+            found = dict(vocab) if isinstance(vocab, dict) else {}
+            found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+            return {str(token): int(number) for token, number in found.items()}
+    with _parsing(directory / "vocab.json") as words:
+        ids = {str(word): int(number) for word, number in words.items()}
+    if not ids and (directory / "vocab.txt").is_file():
+        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n")
+        ids = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
+    return ids
 
 
-def warnings_on(directory: Path) -> tuple[str, ...]:
-    """What a copy of the directory may not do as the original does."""
+def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
+    """Whether there is a chat template, and what a copy of the directory may not do as the original does."""
     found = []
     with _parsing(directory / CONFIG) as config:
         name, is_fast = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file()
+        has_template = bool(config.get("chat_template"))
         if config.get("auto_map"):
             found.append("the tokenizer's auto_map names Python code, which is not copied")
         if name in _LLAMA_CLASSES and is_fast:
@@ -120,44 +152,24 @@ def warnings_on(directory: Path) -> tuple[str, ...]:
             )
         if not name and not is_fast:
             found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
-    others = sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)})
-    if others:
+    if others := sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)}):
         found.append(f"vocabulary files that are not copied: {', '.join(others)}")
-    return tuple(found)
+    return has_template or any((directory / name).is_file() for name in _TEMPLATE_FILES), tuple(found)
 
 
-def _ids_of_class(directory: Path) -> dict[str, int]:
-    """The tokens of a vocabulary that a tokenizer class reads, by text: words and numbers, or a word a line."""
-    with _parsing(directory / "vocab.json") as words, _parsing(directory / "added_tokens.json") as added:
-        ids = {str(word): int(number) for word, number in {**words, **added}.items()}
-    if not words and (directory / "vocab.txt").is_file():
-        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
-        lines = text.removesuffix("\n").split("\n")
-        ids |= {line.removesuffix("\r"): number for number, line in enumerate(lines)}
-    return ids
-
-
-def special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
+def _special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
     """Ids of the tokens that begin, end and pad a text, as the directory names them.
 
     Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
-
-    Args:
-        directory: of the tokenizer's files.
-        ids: of its tokens.
     """
-    roles = ("bos_token", "eos_token", "pad_token")
-    with _parsing(directory / CONFIG) as config, _parsing(directory / SPECIAL_TOKENS) as tokens:
-        bos, eos, pad = (_id(config.get(role, tokens.get(role)), ids) for role in roles)
+    with _parsing(directory / CONFIG) as config, _parsing(directory / _SPECIAL_TOKENS) as tokens:
+        named = [config.get(role, tokens.get(role)) for role in ("bos_token", "eos_token", "pad_token")]
+        texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+        bos, eos, pad = (ids.get(text) if isinstance(text, str) else None for text in texts)
         if not {"bos_token", "eos_token"} & (config.keys() | tokens.keys()):
             usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
             bos, eos = usual[0] if usual else (None, None)
     return bos, eos, pad
-
-
-def _id(token: Any, ids: Mapping[str, int]) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return ids.get(content) if isinstance(content, str) else None
 
 
 def files_of(directory: Path) -> tuple[str, ...]:
@@ -174,26 +186,11 @@ def files_of(directory: Path) -> tuple[str, ...]:
     return found
 
 
-def copy_huggingface(directory: Path, target: Path) -> tuple[str, ...]:
-    """Copy the tokenizer's files byte for byte, but for a config that versions read differently; returns their names.
-
-    Raises:
-        SourceError: a file of it cannot be read.
-        TargetError, NotEnoughSpace: the target's file system refuses.
-    """
-    names, config = files_of(directory), _for_both_versions(directory)
-    names = tuple(dict.fromkeys((*names, CONFIG))) if config is not None else names
-    for name in names:
-        try:
-            content = config if name == CONFIG and config is not None else (directory / name).read_bytes()
-        except OSError as error:
-            raise SourceError("a file of the tokenizer cannot be read", file=name, found=str(error)) from error
-        try:
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(content)
-        except OSError as error:
-            raise target_error(error, name) from error
-    return names
+def _contents_of(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files by name, byte for byte, but for a config that versions of transformers read differently."""
+    files = {name: read_small_file(directory / name) for name in files_of(directory)}
+    config = _for_both_versions(directory)
+    return files if config is None else {**files, CONFIG: config}
 
 
 def _for_both_versions(directory: Path) -> bytes | None:
@@ -211,15 +208,13 @@ def _for_both_versions(directory: Path) -> bytes | None:
         changed = dict(config)
         if of_both is not None:
             changed["tokenizer_class"] = of_both
-            changed.setdefault("model_input_names", INPUT_NAMES)
+            changed.setdefault("model_input_names", _INPUT_NAMES)
         if isinstance(extra, list):
             del changed["extra_special_tokens"]
             changed.setdefault("additional_special_tokens", extra)  # its name in transformers 4, which 5 reads too
-        return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+        return _json(changed)
 
 
-MODEL_FILE = "tokenizer.model"
-_ADDED_FILE = "added_tokens.json"
 #: Settings of the class LlamaTokenizer that the built tokenizer.json has taken over.
 _TAKEN_OVER = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "tokenizer_file")
 
@@ -233,45 +228,12 @@ def is_slow(directory: Path) -> bool:
         return is_sentencepiece(opened.read(3))
 
 
-def read_slow(directory: Path) -> Tokenizer:
-    """Size and special ids, added tokens included.
+def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """A `tokenizers.Tokenizer` of a directory that has been read, and its tokenizer_config.json for it."""
+    from tokenizers import AddedToken, pre_tokenizers
 
-    Raises:
-        SourceError: the model or a file beside it cannot be understood.
-        MissingPackage: protobuf is not installed.
-    """
-    files_of(directory)  # refuses links before any is read
-    model = read_sentencepiece(directory / MODEL_FILE)
-    added = _added(directory)
-    after = sorted(number for number in added if number >= (model.size or 0))
-    for expected, number in enumerate(after, start=model.size or 0):
-        if number != expected:
-            raise SourceError(
-                "added tokens of the tokenizer leave ids out",
-                file=str(directory),
-                expected=f"id {expected}",
-                found=f"id {number}: {added[number]['content']!r}",
-            )
-    ids = {token["content"]: number for number, token in added.items()}
-    bos, eos, pad = special_ids(directory, ids)
-    size = max([model.size or 0, *(number + 1 for number in added)])
-    found = replace(model, kind="slow", path=directory, size=size, chat=None, warnings=warnings_on(directory))
     config = read_json(directory / CONFIG)
-    return replace(
-        found,
-        bos=model.bos if bos is None else bos,
-        eos=model.eos if eos is None else eos,
-        pad=model.pad if pad is None else pad,
-        has_template=bool(config.get("chat_template")) or has_template_file(directory),
-    )
-
-
-def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """A `tokenizers.Tokenizer` of a directory that `read_slow` has checked, and its tokenizer_config.json for it."""
-    from tokenizers import AddedToken, pre_tokenizers, processors
-
-    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    tokenizer, roles = build_llama2(directory / MODEL_FILE)
+    tokenizer, special = build_llama2(directory / MODEL_FILE)
     for number, token in sorted(_added(directory).items()):
         if number < tokenizer.get_vocab_size():
             continue
@@ -281,39 +243,75 @@ def build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     if config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    roles |= {key: _content(config[key]) for key in roles if config.get(key)}
-    begin = [roles["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in roles else []
-    end = [roles["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in roles else []
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        pair=[*begin, "$A", *end, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*begin, *end}],
-    )
+    named = {role: config[role] for role in special if config.get(role)}
+    special |= {role: token["content"] if isinstance(token, Mapping) else token for role, token in named.items()}
+    begin = [special["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in special else []
+    end = [special["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in special else []
+    tokenizer.post_processor = around_texts(tokenizer, begin, end)
     kept = {key: value for key, value in config.items() if key not in _TAKEN_OVER}
-    return tokenizer, {**roles, "model_input_names": INPUT_NAMES, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, Mapping) else token
+    ours = {"tokenizer_class": _FAST_CLASS, "added_tokens_decoder": _added_to(tokenizer)}
+    return tokenizer, {**special, "model_input_names": _INPUT_NAMES, **kept, **ours}
 
 
 def _added(directory: Path) -> dict[int, dict[str, Any]]:
     """The tokens that were added to the model's, by id, each with its text and flags."""
-    found: dict[int, dict[str, Any]] = {}
-    for name in (_ADDED_FILE, CONFIG):
-        if not (directory / name).is_file():
-            continue
-        data = read_json(directory / name)
-        try:
-            if name == _ADDED_FILE:
-                found |= {int(number): {"content": str(content)} for content, number in data.items()}
-            else:
-                listed = data.get("added_tokens_decoder", {})
-                found |= {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(
-                "a file of the tokenizer is damaged",
-                file=str(directory / name),
-                found=f"{type(error).__name__}: {error}",
-            ) from error
-    return found
+    with _parsing(directory / _ADDED_FILE) as ids:
+        found: dict[int, dict[str, Any]] = {int(number): {"content": str(token)} for token, number in ids.items()}
+    with _parsing(directory / CONFIG) as config:
+        listed = config.get("added_tokens_decoder", {})
+        return found | {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}
+
+
+def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files, as found on this machine, into an existing directory; returns their names.
+
+    Raises:
+        SourceError: a file of the tokenizer cannot be read.
+        MissingPackage: what building one needs is not installed.
+        TargetError, NotEnoughSpace: the target's file system refuses.
+    """
+    path = tokenizer.path
+    if path is None:
+        return ()
+    if tokenizer.kind == "huggingface":
+        files = _contents_of(path)
+    elif tokenizer.kind == "slow":
+        built, config = _build_slow(path)
+        files = _contents_of(path) | {_FAST_FILE: built.to_str(pretty=True).encode(), CONFIG: _json(config)}
+    else:
+        if tokenizer.kind == "tiktoken":
+            built, special = build_llama3(path, style.model_type), roles(style.model_type, instruct=style.instruct)
+        else:
+            built, special = build_llama2(path)
+        # In transformers 4's keys, which 5 reads too. With the class LlamaTokenizer, 5 would replace the normalizer and
+        # cut leading spaces another way.
+        config = {
+            "added_tokens_decoder": _added_to(built),
+            **special,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": _INPUT_NAMES,
+            "model_max_length": style.max_positions,
+            "tokenizer_class": _FAST_CLASS,
+        }
+        config |= {"chat_template": CHAT_TEMPLATES[style.model_type]} if style.instruct else {}
+        fast = built.to_str(pretty=True).encode()
+        files = {_FAST_FILE: fast, CONFIG: _json(config), _SPECIAL_TOKENS: _json(special)}
+        if tokenizer.kind == "sentencepiece":
+            files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
+    try:
+        for name, content in files.items():
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
+    except OSError as error:
+        raise target_error(error, str(error.filename or target)) from error
+    return tuple(files)
+
+
+def _added_to(built: Any) -> dict[str, dict[str, Any]]:
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(built.get_added_tokens_decoder().items())
+    return {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

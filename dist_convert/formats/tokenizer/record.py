@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dist_convert.models.schema import Architecture
+from dist_convert.options import Options, TokenizerJob
 
 #: A directory that is copied; one that is copied and lacks tokenizer.json, which is built; tiktoken's lines or a
 #: SentencePiece model, which a Hugging Face tokenizer is built from.
@@ -62,38 +62,18 @@ class Style:
     max_positions: int
 
 
-def style_of(
-    tokenizer: Tokenizer, said: str | None, *, is_mixtral: bool, scales_rope: bool, max_positions: int, instruct: bool
-) -> Style:
-    """The style that the tokenizer tells or `--source-model-type` asks for, as far as it fits; else the config's.
-
-    Args:
-        tokenizer: as found.
-        said: `--source-model-type`.
-        is_mixtral, scales_rope, max_positions: of the model.
-        instruct: `--instruct`.
-    """
+def style_of(tokenizer: Tokenizer, config: Mapping[str, Any], job: Options | TokenizerJob) -> Style:
+    """The style that the tokenizer tells or `--source-model-type` asks for, as far as it fits; else the config's."""
+    said, positions = job.source_model_type, int(config.get("max_position_embeddings") or 0)
     if tokenizer.chat is not None:
         model_type = tokenizer.chat
     elif tokenizer.kind == "tiktoken":
-        is_later = scales_rope or max_positions > _LLAMA3_POSITIONS
+        is_later = config.get("rope_scaling") or positions > _LLAMA3_POSITIONS
         model_type = said if said in ("llama3", "llama3.1") else ("llama3.1" if is_later else "llama3")
     else:
-        fits = said in ("llama2", "mistral", "mixtral")
-        model_type = said if said and fits else ("mixtral" if is_mixtral else "llama2")
-    return Style(model_type, instruct, max_positions)
-
-
-def style_for(tokenizer: Tokenizer, architecture: Architecture, said: str | None, *, instruct: bool) -> Style:
-    """The style for a model that is about to be written."""
-    return style_of(
-        tokenizer,
-        said,
-        is_mixtral=bool(architecture.experts),
-        scales_rope=architecture.rope_scaling is not None,
-        max_positions=architecture.max_positions,
-        instruct=instruct,
-    )
+        of_config = "mixtral" if config.get("model_type") == "mixtral" else "llama2"
+        model_type = said if said in ("llama2", "mistral", "mixtral") else of_config
+    return Style(model_type, job.instruct, positions)
 
 
 _NAMES = {
@@ -103,13 +83,7 @@ _NAMES = {
 
 
 def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> list[str]:
-    """Which tokenizer is written, or why none is.
-
-    Args:
-        tokenizer: as found.
-        style: for a tokenizer that is built.
-        said: `--source-model-type`.
-    """
+    """Which tokenizer is written, or why none is; `said` is `--source-model-type`."""
     if tokenizer.kind == "none":
         return [f"no tokenizer files are written: {tokenizer.note}"]
     if tokenizer.kind in ("huggingface", "slow"):
@@ -127,10 +101,8 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 
-def how_to_add_tokenizer(tokenizer: Tokenizer, target: Path, *, instruct: bool, model_type: str | None) -> str:
-    """The line that ends a conversion without a tokenizer; empty where one is written."""
-    if tokenizer.kind != "none":
-        return ""
+def how_to_add_tokenizer(target: Path, *, instruct: bool, model_type: str | None) -> str:
+    """The line that ends a conversion without a tokenizer."""
     flags = " --instruct" if instruct else ""
     flags += f" --source-model-type {model_type}" if model_type else ""
     command = f"dist-convert tokenizer PATH {shlex.quote(str(target))}{flags}"
