@@ -129,6 +129,17 @@ def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTM
 
 
 @torch.no_grad()
+def sharded_models(chunks: list[GPTModel]) -> dict[str, dict]:
+    """The chunks' sharded state, by the keys under which Megatron-LM saves it."""
+    metadata = {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    keys = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
+
+
 def forward(chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | None:
     """The logits [batch, sequence, padded vocabulary] on the last stage's ranks, None on the others."""
     batch, length = input_ids.shape

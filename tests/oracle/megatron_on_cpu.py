@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 
 import torch
 import torch._dynamo
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
 
@@ -23,11 +26,19 @@ class CpuGroupedGemm:
         return torch.cat([block @ weight for block, weight in zip(blocks, weights, strict=True)])
 
 
+def _results_queue() -> multiprocessing.Queue:
+    queue = multiprocessing.get_context("fork").Queue()
+    queue.get_nowait = functools.partial(queue.get, timeout=60)  # type: ignore[method-assign]
+    return queue
+
+
 def make_megatron_run_on_cpu() -> None:
     """Replace what megatron-core takes from CUDA whatever its configuration says."""
     torch._dynamo.config.disable = True
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
+    filesystem_async._get_write_results_queue = _results_queue  # not a server that takes seconds to start
     CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()  # type: ignore[method-assign]
     moe_utils.te_general_gemm = None  # 0.16.1 leaves the name undefined without Transformer Engine
     grouped_gemm_util.grouped_gemm = grouped_gemm_util.ops = CpuGroupedGemm

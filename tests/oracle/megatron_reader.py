@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
-from megatron_model import build_model, forward, grid, initialise_grid, rank_directory
+from megatron_model import build_model, forward, grid, initialise_grid, rank_directory, sharded_models
 from megatron_on_cpu import make_megatron_run_on_cpu
 
 FILE = "model_optim_rng.pt"
@@ -47,6 +48,8 @@ def iteration_directory(root: Path) -> Path:
 
 def first_args(directory: Path) -> Namespace:
     """The args of rank 0's file, found by the names that Megatron-LM tries before it knows the grid."""
+    if (directory / ".metadata").exists():
+        return load(directory / "common.pt")["args"]
     tried = [directory / f"mp_rank_00{rest}" / FILE for rest in ("", "_000", "_000_000")]
     (found,) = [path for path in tried if path.exists()]
     return load(found)["args"]
@@ -61,14 +64,34 @@ def read_checkpoint(directory: Path, args: Namespace) -> None:
     """Load this rank's file strictly and, if every rank could, run the model."""
     chunks = build_model(args)
     of_all_ranks: list[list[str]] = [[]] * dist.get_world_size()
-    path = iteration_directory(directory / "megatron") / rank_directory() / FILE
-    dist.all_gather_object(of_all_ranks, load_strictly(chunks, path))
+    path = iteration_directory(directory / "megatron")
+    is_distributed = (path / ".metadata").exists()
+    problems = (
+        load_distributed(chunks, path) if is_distributed else load_strictly(chunks, path / rank_directory() / FILE)
+    )
+    dist.all_gather_object(of_all_ranks, problems)
     output: dict[str, object] = {"problems": sorted({problem for problems in of_all_ranks for problem in problems})}
     if not output["problems"]:
         given = torch.load(directory / "input.pt")
         output["input_ids"], output["logits"] = generate(chunks, given["input_ids"], given["new_tokens"])
     if dist.get_rank() == dist.get_world_size() - 1:
         torch.save(output, directory / "output.pt")
+
+
+def load_distributed(chunks: list[GPTModel], path: Path) -> list[str]:
+    """Fill the chunks from a torch_dist directory; returns what is in it or in the model only."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    loaded, *differing = dist_checkpointing.load(sharded_models(chunks), str(path), strict="return_all")
+    problems = [f"{key} is in one of both only" for keys in differing for key in keys]
+    for number, chunk in enumerate(chunks):
+        state = loaded["model" if len(chunks) == 1 else f"model{number}"]
+        chunk.load_state_dict(
+            {name: value.float() if torch.is_tensor(value) else value for name, value in state.items()}
+        )
+        problems += [f"{name} holds no values" for name, value in chunk.named_parameters() if value.isnan().any()]
+    return problems
 
 
 def load_strictly(chunks: list[GPTModel], path: Path) -> list[str]:

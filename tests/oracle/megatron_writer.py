@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 8 tests/oracle/megatron_writer.py OUT_DIR [case names...]
 
-makes OUT_DIR/CASE/{latest_checkpointed_iteration.txt, iter_0000004/mp_rank_*/model_optim_rng.pt, oracle.pt}.
+makes OUT_DIR/CASE/{latest_checkpointed_iteration.txt, iter_0000004/mp_rank_*/model_optim_rng.pt, oracle.pt}, and below
+OUT_DIR/CASE/distributed the same model as --ckpt-format torch_dist saves it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy
 import torch
 import torch.distributed as dist
 from cases import CASES, LOSSY_CASES, OracleCase
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import RerunDiagnostic, RerunMode, RerunState
 from megatron_args import ITERATION, training_args
-from megatron_model import build_model, forward, grid, initialise_grid, rank_directory
+from megatron_model import build_model, forward, grid, initialise_grid, rank_directory, sharded_models
 from megatron_on_cpu import make_megatron_run_on_cpu
 from megatron_weights import fill_weights
 
@@ -57,6 +58,7 @@ def write_case(case: OracleCase, args: Namespace, directory: Path) -> None:
         for chunk in chunks:
             wrap_in_ddp(chunk)
     save_checkpoint(args, chunks, directory)
+    save_distributed(args, chunks, directory / "distributed")
     for chunk in chunks:
         chunk.float()
     save_logits(case, chunks, directory)
@@ -78,6 +80,18 @@ def save_checkpoint(args: Namespace, chunks: list[GPTModel], directory: Path) ->
     path = directory / f"iter_{ITERATION:07d}" / rank_directory() / "model_optim_rng.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint(args, chunks), path)
+
+
+def save_distributed(args: Namespace, chunks: list[GPTModel], directory: Path) -> None:
+    """Save what Megatron-LM saves as torch_dist, without an optimizer."""
+    path = directory / f"iter_{ITERATION:07d}"
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    dist.barrier()
+    state = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION} | sharded_models(chunks)
+    dist_checkpointing.save(state, str(path))
+    dist.barrier()
 
 
 def checkpoint(args: Namespace, chunks: list[GPTModel]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_transformers_gives_the_logits_of_megatron(case: OracleCase, oracle: Pat
     assert logits.shape == megatron.shape
     torch.testing.assert_close(logits, megatron, rtol=0, atol=1e-5)
     assert torch.equal(logits.argmax(-1), megatron.argmax(-1))
+
+
+@pytest.mark.parametrize("case", _LLAMA_AND_MIXTRAL, ids=lambda case: case.name)
+def test_torch_dist_that_megatron_saved_becomes_the_same_files(case: OracleCase, oracle: Path, tmp_path: Path) -> None:
+    assert _convert(case, oracle, tmp_path / "hf") == 0
+    of = replace(case, name=f"{case.name}/distributed")
+    assert _convert(of, oracle, tmp_path / "distributed") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "distributed" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 @pytest.mark.parametrize("case", _WITH_QK_LAYERNORM, ids=lambda case: case.name)

@@ -39,6 +39,7 @@ class Target:
     flags: tuple[str, ...] = ()
     pipeline: tuple[str, ...] | None = None  # instead of the case's own virtual and uneven stages
     resharded: str = ""
+    to: str = "torch"
 
     def command(self, directory: Path, oracle: Path) -> list[str]:
         """The command line that writes it."""
@@ -54,7 +55,7 @@ class Target:
         if self.resharded:
             is_own = (oracle / self.resharded).is_dir()
             source = oracle / self.resharded if is_own else directory / self.resharded / "megatron"
-            words = ["convert", str(source), target, "--to", "torch"]
+            words = ["convert", str(source), target, "--to", self.to, "--saver-transformer-impl", "local"]
         return [
             *words,
             *("--device", "cpu"),
@@ -104,6 +105,16 @@ OTHER_GRIDS = [
     ),
     Target("mixtral-tp4", replace(_MIXTRAL, tensor_parallel=4), "mixtral-tp1", resharded="mixtral-ep4-etp1"),
 ]  # fmt: skip
+#: In torch_dist, made of Megatron's own `torch` and torch_dist.
+DISTRIBUTED = [
+    Target(f"{source}-dist-{target}".replace("/", "-"), KNOWN[target], target, resharded=source, to="torch_dist")
+    for source, target in (
+        ("llama-tp4", "llama-tp2-pp2"), ("llama-tp2-pp2/distributed", "llama-tp2-pp2-vpp2"),
+        ("llama-pp2-vpp2", "llama-pp4-uneven"), ("llama-tied-tp2-pp2/distributed", "llama-tied"),
+        ("mixtral-tp2-ep2", "mixtral-tp2-ep2-etp1"), ("mixtral-grouped-tp2-ep2/distributed", "mixtral-tp2-pp2-ep2"),
+        ("mixtral-tp1", "mixtral-grouped-tp2-ep2"),
+    )
+]  # fmt: skip
 WRITTEN_BY_MEGATRON = [*SAME_GRID, *OTHERS, *RESHARDED]
 TARGETS = [*WRITTEN_BY_MEGATRON, *OTHER_STAGES, *OTHER_GRIDS]
 
@@ -137,10 +148,10 @@ DECIDING_STAGE_ARGS = [
 def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with SOURCE-hf for every source and NAME/megatron for every target."""
     directory = tmp_path_factory.mktemp("written")
-    for source in {target.source for target in TARGETS}:
+    for source in {target.source for target in [*TARGETS, *DISTRIBUTED]}:
         paths = ["--load-path", str(oracle / source), "--save-path", str(directory / f"{source}-hf")]
         assert main(["megatron-to-hf", *paths, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
-    for target in TARGETS:
+    for target in [*TARGETS, *DISTRIBUTED]:
         assert main(target.command(directory, oracle)) == 0, target
     return directory
 
@@ -148,10 +159,10 @@ def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(oracle: Path, written: Path, torchrun: Torchrun) -> Path:
     """The directory of `written`, with NAME/output.pt by megatron-core for every target."""
-    for target in TARGETS:
+    for target in [*TARGETS, *DISTRIBUTED]:
         input_ids = torch.load(oracle / target.case.name / "oracle.pt")["input_ids"]
         torch.save({"input_ids": input_ids, "new_tokens": 0}, written / target.name / "input.pt")
-    torchrun("megatron_reader.py", 8, written, *(target.name for target in TARGETS))
+    torchrun("megatron_reader.py", 8, written, *(target.name for target in [*TARGETS, *DISTRIBUTED]))
     return written
 
 
@@ -172,7 +183,7 @@ def _weights(content: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{key}.{name}", tensor) for name, tensor in content[key].items() if "_extra_state" not in name)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*TARGETS, *DISTRIBUTED], ids=lambda target: target.name)
 def test_megatron_loads_every_rank_strictly_and_gives_the_logits_of_transformers(target: Target, loaded: Path) -> None:
     found = torch.load(loaded / target.name / "output.pt")
     assert found["problems"] == []
