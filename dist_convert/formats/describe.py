@@ -18,23 +18,25 @@ from dist_convert.formats.huggingface.read import (
     read_config,
     read_weights_header,
 )
-from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.args import architecture_from_args, dialect_of_args
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     Grid,
     grid_from_args,
+    grid_of_args,
     grid_ranks,
     missing_directories,
     rank_directory,
 )
-from dist_convert.formats.megatron.iterations import is_checkpoint, iteration_directory, rank_files
+from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, iteration_directory, rank_files
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
 from dist_convert.formats.torch.shards import Shard, files_beside, read_shard
 from dist_convert.formats.torch.survey import count_layers
+from dist_convert.formats.torch_dist.contents import COMMON_FILE, read_contents
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row, entries, part_shape
 from dist_convert.read.source import no_directory
-from dist_convert.records import human_bytes, names
+from dist_convert.records import DTYPE_BYTES, human_bytes, names
 from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
@@ -68,10 +70,48 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
             found=names(sorted(inside.name for inside in path.iterdir())) or "nothing",
             remedy="give a checkpoint's root, one of its iterations, or what save_pretrained made",
         )
-    return _describe_megatron(iteration_directory(path, ckpt_dir_name))
+    directory = iteration_directory(path, ckpt_dir_name)
+    return _describe_torch_dist(directory) if is_distributed(directory) else _describe_torch(directory)
 
 
-def _describe_megatron(directory: Path) -> dict[str, Any]:
+def _describe_torch_dist(directory: Path) -> dict[str, Any]:
+    contents = read_contents(directory)
+    tensors, args = contents["tensors"], contents["args"]
+    norms, experts = dialect_of_args(args)  # their keys are alike
+    places = {place[2] for _, _, chunks in tensors.values() for place in chunks}
+    sizes = {key: prod(shape) * DTYPE_BYTES[dtype] for key, (dtype, shape, _) in tensors.items()}
+    return {
+        "path": str(directory),
+        "kind": "megatron",
+        "format": "torch_dist",
+        **_model(args, COMMON_FILE),
+        "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
+        "iteration": contents["iteration"],
+        "grid": _grid_sizes(_saved_grid(args)),
+        "dtypes": dict(Counter(dtype for dtype, _, _ in tensors.values())),
+        "weights_bytes": sum(sizes.values()),
+        "skipped_bytes": sum(size_bytes for _, _, size_bytes in contents["beside"]),
+        "left_behind": {reason: human_bytes(size_bytes) for reason, _, size_bytes in contents["beside"]},
+        "chunks": sum(len(chunks) for _, _, chunks in tensors.values()),
+        "files": len(places),
+        "tokenizer": args.get("tokenizer_model") or args.get("tokenizer_name_or_path"),
+        "missing_shards": [file for file in sorted(places) if not (directory / file).is_file()],
+    }
+
+
+def _saved_grid(args: Mapping[str, Any]) -> Grid | None:
+    """The grid that training ran with; None where the args describe none."""
+    try:
+        return grid_of_args(args, args.get("num_layers") or 0)[0]
+    except ConversionError:
+        return None
+
+
+def _grid_sizes(grid: Grid | None) -> dict[str, int]:
+    return dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)) if grid else {}
+
+
+def _describe_torch(directory: Path) -> dict[str, Any]:
     files = rank_files(directory)
     if not files:
         raise CheckpointNotFound("no rank directories", file=str(directory), expected="mp_rank_00 or the like")
@@ -88,10 +128,10 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
         "path": str(directory),
         "kind": "megatron",
         "format": "torch",
-        **_model(first),
+        **_model(first.args, first.file),
         "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
         "iteration": first.iteration,
-        "grid": dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)),
+        "grid": _grid_sizes(grid),
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
@@ -103,10 +143,10 @@ def _describe_megatron(directory: Path) -> dict[str, Any]:
     }
 
 
-def _model(shard: Shard) -> dict[str, Any]:
+def _model(args: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Family and parameters, or why the model cannot be converted."""
     try:
-        architecture = architecture_from_args(shard.args, vocab=None, file=shard.file)
+        architecture = architecture_from_args(args, vocab=None, file=file)
     except ConversionError as error:
         return {"family": None, "parameters": None, "not_convertible": str(error)}
     rows = [entry for entry, _, _ in entries(FAMILIES[architecture.family], architecture) if isinstance(entry, Row)]

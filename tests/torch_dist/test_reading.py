@@ -92,3 +92,22 @@ def test_it_becomes_torch_at_another_grid_with_its_own_args(tmp_path: Path) -> N
     assert (args.pipeline_model_parallel_size, args.expert_model_parallel_size) == (2, 2)
     assert (args.consumed_train_samples, args.ckpt_format) == (512, "torch")
     assert main(["verify", str(tmp_path / "dist"), str(tmp_path / "torch")]) == 0
+
+
+def test_inspect_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "dist", MIXTRAL, Grid(tp=2, ep=2))
+    found = dist_convert.inspect(tmp_path / "dist")
+    facts = ("format", "family", "parameters", "iteration", "chunks", "files", "missing_shards")
+    assert {name: found[name] for name in facts} == {
+        "format": "torch_dist",
+        "family": "mixtral",
+        "parameters": 11888,
+        "iteration": 4,
+        "chunks": 67,
+        "files": 4,
+        "missing_shards": [],
+    }
+    assert list(found["left_behind"]) == ["extra state (no weights)", "optimizer", "rng_state"]
+    assert found["grid"] == {"TP": 2, "PP": 1, "VPP": 1, "EP": 2, "ETP": 2}
+    (tmp_path / "dist/iter_0000004/__3_0.distcp").unlink()
+    assert dist_convert.inspect(tmp_path / "dist")["missing_shards"] == ["__3_0.distcp"]
