@@ -60,11 +60,18 @@ def test_several_ranks_write_the_same_bytes_in_either_placement(tmp_path: Path) 
         assert (target / "model.safetensors").read_bytes() == alone
 
 
-def test_a_vocabulary_padded_otherwise_than_the_args_say_is_read(tmp_path: Path) -> None:
-    hf = make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2), padded_vocab_size=64)
+@pytest.mark.parametrize("said", [64, 16])
+def test_a_vocabulary_padded_otherwise_than_the_args_say_is_read(said: int, tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2), padded_vocab_size=said)
     assert convert(tmp_path / "dist", tmp_path / "hf") == 0
     written = load_file(tmp_path / "hf/model.safetensors")
     assert torch.equal(written["lm_head.weight"], hf["lm_head.weight"])
+
+
+def test_without_a_vocabulary_size_all_rows_are_kept(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, Grid(tp=2), padded_vocab_size=64, vocab_size=None)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    assert load_file(tmp_path / "hf/model.safetensors")["lm_head.weight"].shape == (32, 16)
 
 
 def test_optimizer_random_state_and_extra_state_are_left_behind_by_name(tmp_path: Path) -> None:

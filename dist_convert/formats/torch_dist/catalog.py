@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any
@@ -131,7 +131,6 @@ def open_catalog(
         Problems, or the one problem there is: all that the headers show to be wrong.
     """
     by_name = {normalise(key): tensor for key, tensor in stored.items()}
-    architecture = replace(architecture, padded_vocab=_padded_vocab(by_name, architecture))
     problems: list[ConversionError] = []
     replicas: dict[str, Replica] = {}
     dtypes: dict[str, str] = {}
@@ -172,11 +171,10 @@ def open_catalog(
     return DistCatalog(architecture, replicas, added, files, tensors, stacked, params_dtype), tuple(left_behind)
 
 
-def _padded_vocab(by_name: Mapping[str, Stored], architecture: Architecture) -> int:
-    """Rows of the embedding as it is stored: a checkpoint may be padded otherwise than its args say."""
-    embedding = by_name.get(TIED[0])
-    fits = embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] >= architecture.vocab
-    return embedding.shape[0] if embedding and fits else architecture.padded_vocab
+def stored_args(args: Mapping[str, Any], stored: Mapping[str, Stored]) -> Mapping[str, Any]:
+    """The args, with the rows of the embedding as it is stored: it may be padded otherwise than they say."""
+    embedding = next((tensor for key, tensor in stored.items() if normalise(key) == TIED[0]), None)
+    return args if embedding is None or not embedding.shape else {**args, "padded_vocab_size": embedding.shape[0]}
 
 
 def _only(parameter: Parameter, spelled: Sequence[Keys], present: Sequence[Keys], file: str) -> Keys:

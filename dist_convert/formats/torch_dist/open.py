@@ -12,7 +12,7 @@ from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingS
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
-from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, StoredChunk, open_catalog
+from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, StoredChunk, open_catalog, stored_args
 from dist_convert.formats.torch_dist.contents import COMMON_FILE, read_contents
 from dist_convert.models.catalog import LeftBehind, Where
 from dist_convert.options import TORCH_DIST
@@ -57,8 +57,10 @@ class DistModel:
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[DistCatalog, LeftBehind]:
         """See `Model`; a tied embedding is stored once."""
-        size = self.vocab or vocab
-        architecture = architecture_from_args(self.args, vocab=size, file=METADATA_FILE)
+        args = stored_args(self.args, self.stored)
+        padded = architecture_from_args(args, vocab=None, file=COMMON_FILE).padded_vocab
+        size = min(self.vocab or vocab or padded, padded)
+        architecture = architecture_from_args(args, vocab=size, file=COMMON_FILE)
         catalog, left_behind = open_catalog(self.stored, architecture, self.args, METADATA_FILE)
         return catalog, (*left_behind, *self.beside)
 
@@ -96,7 +98,7 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
         )
     stored = _stored(tensors, found)
     tokenizer = shared_tokenizer(where.tokenizer, args, directory, world)
-    padded = architecture_from_args(args, vocab=None, file=COMMON_FILE).padded_vocab
+    padded = architecture_from_args(stored_args(args, stored), vocab=None, file=COMMON_FILE).padded_vocab
     vocab, who = true_vocab(
         flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=COMMON_FILE
     )
