@@ -32,7 +32,6 @@ from dist_convert.move.report import (
 )
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
-from dist_convert.plan.content import Content
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
@@ -42,8 +41,9 @@ from dist_convert.records import local_name
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
-from dist_convert.write.journal import MARK_SECONDS, History
+from dist_convert.write.journal import MARK_SECONDS
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
+from dist_convert.write.partial import is_made_of
 from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
     Held,
@@ -53,9 +53,9 @@ from dist_convert.write.resume import (
     check_source,
     check_start,
     facts_of,
-    goes_on,
     has_name,
     held_target,
+    identity_of,
     notes_on_replacing,
 )
 from dist_convert.write.task import Task, Writers, find_writers
@@ -81,14 +81,11 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     job = task.job
     placement = choose_placement(job.placement, world, task.visible, task.places)
     writers = find_writers(task, world)
-    plan = _divide(task, writers, job, world, placement, NOTHING_DONE)
+    plan = _divide(task, writers, world, placement, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
-    is_first = task.is_first_of_place(world.rank)
-    free_bytes = 0
-    if is_first:
-        free_bytes = check_start(task, job, world.rank)
-    notes = (*task.notes, *writers.notes, *notes_on_replacing(task, job, world.rank))
+    free_bytes = check_start(task) if task.is_first else 0
+    notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
     for note in notes:
         channel.say("note", note)
     report = Report(
@@ -100,9 +97,9 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         notes=notes,
     )
     if job.dry_run:
-        is_done = any(gather_objects(world, is_first and has_name(task, job, world.rank)))
+        is_done = any(gather_objects(world, task.is_first and has_name(task)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
-        unfinished = task.partial if goes_on(task, job, world.rank) else None
+        unfinished = task.partial if is_made_of(task.partial, identity_of(task)) else None
         report = replace(report, was_complete=is_done)
         report = replace(report, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
         channel.say("plan", report.plan, report=report_details(report))
@@ -110,44 +107,41 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         return report
 
     started = time.monotonic()
-    with traced(job.trace, world, task.target) as timeline, held_target(task, job, world) as held:
+    with traced(job.trace, world, task.target) as timeline, held_target(task, world) as held:
         if not held.is_complete:
-            done = _make(task, writers, job, plan, world, channel, timeline)
-            facts = ("source", "target", "source_format", "target_format", "left_behind", "notes")
-            report = replace(done, **{name: getattr(report, name) for name in facts})
+            report = _make(task, writers, plan, report, world, channel, timeline)
         if check is not None:
             directory = task.target if held.has_name else task.partial
             channel.say("verified", compare_with_source(check, task, directory, world))
         channel.doing("giving the target its name")
-        firsts = [rank for rank in range(world.size) if task.is_first_of_place(rank)]
         # No place speaks of the target before every place has it.
-        channel.run_on(firsts, "commit", partial(_give_name, task, held, job), job.timeout_seconds)
-        if is_first:
+        channel.run_on(task.first_ranks, "commit", partial(_give_name, task, held), job.timeout_seconds)
+        if task.is_first:
             task.layout.publish()
         barrier(world)
         report = replace(report, seconds=time.monotonic() - started, was_complete=held.is_complete)
         channel.say("done", report_text(report), report=report_details(report))
         if words := task.layout.to_do():
             channel.say("to do", words)
-        if is_first:
+        if task.is_first:
             settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
-    if is_first:
+    if task.is_first:
         sweep(task.target)
     return report
 
 
-def _give_name(task: Task, held: Held, job: Options) -> None:
+def _give_name(task: Task, held: Held) -> None:
     if not held.has_name:
-        commit(task.partial, task.target, overwrite=job.overwrite)
+        commit(task.partial, task.target, overwrite=task.job.overwrite)
 
 
-def _divide(task: Task, writers: Writers, job: Options, world: World, placement: str, done: Done) -> Plan:
+def _divide(task: Task, writers: Writers, world: World, placement: str, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank."""
     plan = divide(
         writers.content,
         task.visible,
         placement=placement,
-        budget_bytes=job.max_memory_per_rank_bytes,
+        budget_bytes=task.job.max_memory_per_rank_bytes,
         writable=writers.writable,
         on_accelerator=world.device.type != "cpu",
         done=done,
@@ -157,13 +151,7 @@ def _divide(task: Task, writers: Writers, job: Options, world: World, placement:
 
 
 def _make(
-    task: Task,
-    writers: Writers,
-    job: Options,
-    plan: Plan,
-    world: World,
-    channel: Control,
-    timeline: Timeline,
+    task: Task, writers: Writers, plan: Plan, report: Report, world: World, channel: Control, timeline: Timeline
 ) -> Report:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, directory = task.content, task.partial
@@ -171,7 +159,7 @@ def _make(
     with closing(start.journal) as journal:
         if start.done.size_bytes:
             channel.say("resumed", resume_line(directory, start.done.size_bytes, content.moved_bytes))
-            plan = _divide(task, writers, job, world, plan.placement, start.done)
+            plan = _divide(task, writers, world, plan.placement, start.done)
         left_bytes = content.moved_bytes - start.done.size_bytes
         with channel.progress(left_bytes, "converting"), journal.marked(MARK_SECONDS):
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
@@ -180,38 +168,38 @@ def _make(
                 is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
-            outcomes = [*gather_objects(world, _my_outcome(moved, timeline)), _earlier_outcome(start.history)]
-        _check_outcomes(job, content, start, outcomes)
+            outcomes = gather_objects(world, _my_outcome(moved, timeline))
+        report = report.with_outcomes([*outcomes, start.history.changed])
+        _check_outcomes(task, start, report)
 
         channel.doing("completing files")
         known = known_ranges(all_written(world, moved.windows, start.history))
         try:
-            task.layout.complete(directory, task.my_share(world.rank), known, is_first=world.rank == 0)
+            task.layout.complete(directory, task.share, known, is_first=world.rank == 0)
         except OSError as error:
             raise target_error(error, str(error.filename or directory)) from error
-        _describe(task, job, world, known)
-        names = [local_name(file.name) for file in task.files_of(world.rank)]
+        _describe(task, world, known)
+        names = [local_name(file.name) for file in task.files]
         started = time.monotonic()
-        channel.run_on(world.first_ranks, "sync", partial(sync_files, directory, names, journal), job.timeout_seconds)
-    return replace(Report.of_ranks(outcomes), synced_seconds=time.monotonic() - started)
+        sync = partial(sync_files, directory, names, journal)
+        channel.run_on(world.first_ranks, "sync", sync, task.job.timeout_seconds)
+    return replace(report, synced_seconds=time.monotonic() - started)
 
 
-def _describe(task: Task, job: Options, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
+def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
     """Write the manifest at every place, and what else a divided target has everywhere."""
     records = {
-        file.name: file_record(task.partial / local_name(file.name), known.get(file.name, ()))
-        for file in task.my_share(world.rank)
+        file.name: file_record(task.partial / local_name(file.name), known.get(file.name, ())) for file in task.share
     }
     of_ranks: list[dict[str, Any]] = gather_objects(world, records)
     check_source(task, world)
-    is_first = task.is_first_of_place(world.rank)
-    if is_first and (world.rank == 0 or not task.is_divided):
-        named = task.writable[world.rank] | task.elsewhere(world.rank)
+    if task.is_first and (world.rank == 0 or not task.is_divided):
+        named = task.writable[world.rank] | task.elsewhere
         weights = {local_name(name): r for of_rank in of_ranks for name, r in of_rank.items() if name in named}
-        write_manifest(task.partial, weights, facts_of(task, job, world.rank))
+        write_manifest(task.partial, weights, facts_of(task))
     if task.is_divided:
         weights_files = frozenset(file.name for file in task.content.files)
-        spread_files(world, task.partial, weights_files, receives=is_first and world.rank > 0)
+        spread_files(world, task.partial, weights_files, receives=task.is_first and world.rank > 0)
 
 
 def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]], places: Sequence[int] = (0,)) -> str:
@@ -234,28 +222,22 @@ def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
     }
 
 
-def _earlier_outcome(history: History) -> dict[str, object]:
-    """What the last words of a conversion need of its earlier runs: the values that casts changed."""
-    return {"read_bytes": 0, "gathered_bytes": 0, "written_bytes": 0, "peak_memory_bytes": 0, **history.changed}
-
-
-def _check_outcomes(job: Options, content: Content, start: Start, outcomes: Sequence[dict[str, object]]) -> None:
+def _check_outcomes(task: Task, start: Start, report: Report) -> None:
     """Every byte of the plan must have been written, by this run or an earlier one, and no value lost its size.
 
     Raises:
         PlanError, ValueOverflow
     """
-    total = Report.of_ranks(outcomes)
-    written_bytes = start.done.size_bytes + total.written_bytes
-    if written_bytes != content.moved_bytes:
-        raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
-    if total.overflowed and not job.allow_overflow:
-        worst = max(total.overflowed, key=lambda name: total.overflowed[name])
+    written_bytes = start.done.size_bytes + report.written_bytes
+    if written_bytes != task.content.moved_bytes:
+        raise PlanError("not every byte was written", expected=task.content.moved_bytes, found=written_bytes)
+    if report.overflowed and not task.job.allow_overflow:
+        worst = max(report.overflowed, key=lambda name: report.overflowed[name])
         raise ValueOverflow(
-            f"{sum(total.overflowed.values())} finite values in {len(total.overflowed)} tensors become infinite "
-            f"in {job.target_params_dtype}",
+            f"{sum(report.overflowed.values())} finite values in {len(report.overflowed)} tensors become infinite "
+            f"in {task.job.target_params_dtype}",
             tensor=worst,
-            found=f"{total.overflowed[worst]} values in this tensor",
+            found=f"{report.overflowed[worst]} values in this tensor",
             remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
             "infinities with --allow-overflow",
         )

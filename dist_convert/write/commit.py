@@ -9,10 +9,18 @@ from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.records import counted
-from dist_convert.write.files import sync, target_error
+from dist_convert.write.files import sync, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
-from dist_convert.write.manifest import MANIFEST_FILE, is_converted
-from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
+from dist_convert.write.manifest import MANIFEST_FILE, manifest_of
+from dist_convert.write.partial import (
+    RESUMABLE,
+    aside_of,
+    files_below,
+    note_replacing,
+    partial_of,
+    replaces_aside,
+    used_bytes,
+)
 
 
 def check_target(
@@ -22,7 +30,7 @@ def check_target(
     overwrite: bool,
     needed_bytes: int,
     flag: str = "--save-path",
-    different: Sequence[str] = (),
+    different: str | None = None,
 ) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
@@ -40,23 +48,23 @@ def check_target(
     """
     if target.exists() and not target.is_dir():
         raise TargetExists("the target is a file", file=str(target), remedy=f"choose another {flag}")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if there and not overwrite:
+        instead = "replace it with --overwrite" if manifest_of(target) else "remove the directory yourself"
+        found = counted(len(there), "file or directory", "files and directories")
         raise TargetExists(
             "the target directory is not empty",
             file=str(target),
             expected="a new or empty directory",
-            found="a conversion: " + "; ".join(different)
-            if different
-            else counted(sum(1 for _ in target.iterdir()), "file or directory", "files and directories"),
-            remedy=f"choose another {flag}"
-            + (", or replace it with --overwrite" if is_converted(target) else ", or remove the directory yourself"),
+            found=f"a conversion: {different}" if different else found,
+            remedy=f"choose another {flag}, or {instead}",
         )
-    if overwrite and target.is_dir() and any(target.iterdir()) and not is_converted(target):
+    if there and not manifest_of(target):
         raise TargetExists(
             "no conversion has made the target directory, so it is not replaced",
             file=str(target),
             expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
-            found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
+            found=", ".join(there[:6]),
             remedy=f"choose another {flag}, or remove the directory yourself",
         )
     for used in (target, partial_of(target), aside_of(target)):
@@ -127,8 +135,8 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
         TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
     aside = aside_of(target)
-    try:
-        files = [path for path in partial.rglob("*") if path.is_file() and JOURNAL_DIRECTORY not in path.parts]
+    with writing(target):
+        files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
             sync(path)
         (partial / RESUMABLE).unlink(missing_ok=True)
@@ -146,8 +154,6 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
                 aside.rename(target)
             raise
         sync(target.absolute().parent)
-    except OSError as error:
-        raise target_error(error, str(target)) from error
 
 
 def settle(target: Path) -> None:
@@ -156,21 +162,18 @@ def settle(target: Path) -> None:
     Raises:
         TargetError: the file system refuses.
     """
-    aside = aside_of(target)
-    try:
+    aside, journal = aside_of(target), target / JOURNAL_DIRECTORY
+    with writing(target):
         if replaces_aside(target) and os.path.lexists(aside):
             aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
         sweep(target)
         for left in target.parent.glob(f".{partial_of(target).name}-*"):
             shutil.rmtree(left, ignore_errors=True)  # of runs that were killed when they began
-        if not (target / JOURNAL_DIRECTORY).exists():
-            return
-        for diary in (target / JOURNAL_DIRECTORY).glob("run-*"):
-            diary.unlink()
-        (target / JOURNAL_DIRECTORY).rename(_old_journal(target))  # all the rest at once
-        sweep(target)
-    except OSError as error:
-        raise target_error(error, str(target)) from error
+        if journal.exists():
+            for diary in journal.glob("run-*"):
+                diary.unlink()
+            journal.rename(_old_journal(target))  # all the rest at once
+            sweep(target)
 
 
 def sweep(target: Path) -> None:

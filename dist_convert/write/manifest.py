@@ -12,9 +12,8 @@ from typing import Any
 
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
-from dist_convert.write.files import Written, replace_text, target_error
-from dist_convert.write.journal import JOURNAL_DIRECTORY
-from dist_convert.write.partial import RESUMABLE, differences_of_complete
+from dist_convert.write.files import Written, replace_text, writing
+from dist_convert.write.partial import differences_of_complete, files_below
 
 MANIFEST_FILE = "conversion.json"
 
@@ -34,11 +33,9 @@ def file_record(path: Path, known: Sequence[KnownRange] = ()) -> dict[str, Any]:
     Raises:
         CorruptFile, TargetError: the file cannot be read to its end.
     """
-    try:
+    with writing(path):
         size_bytes = path.stat().st_size
         return {"size_bytes": size_bytes, "crc32": f"{checksum_of(path, 0, size_bytes, known):08x}"}
-    except OSError as error:
-        raise target_error(error, str(path)) from error
 
 
 def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -52,15 +49,10 @@ def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str
     Raises:
         TargetError, NotEnoughSpace: the file system refuses.
     """
-    here = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()}
-    names = sorted(here | weights.keys())
-    own = (JOURNAL_DIRECTORY + "/", RESUMABLE, MANIFEST_FILE)
-    files = {name: weights.get(name) or file_record(partial / name) for name in names if not name.startswith(own)}
-    path = partial / MANIFEST_FILE
-    try:
-        path.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise target_error(error, MANIFEST_FILE) from error
+    names = sorted((files_below(partial) | weights.keys()) - {MANIFEST_FILE})
+    files = {name: weights.get(name) or file_record(partial / name) for name in names}
+    with writing(MANIFEST_FILE):
+        (partial / MANIFEST_FILE).write_text(_text({**facts, "files": files}), encoding="utf-8")
 
 
 def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -> None:
@@ -75,56 +67,46 @@ def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -
     manifest = read_json(target / MANIFEST_FILE)
     files = {name: record for name, record in manifest["files"].items() if name not in set(gone)}
     files |= {name: file_record(target / name) for name in fresh}
-    replace_text(
-        target / MANIFEST_FILE, json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=2) + "\n"
-    )
+    replace_text(target / MANIFEST_FILE, _text({**manifest, "files": dict(sorted(files.items()))}))
 
 
-def is_converted(target: Path) -> bool:
-    """Whether a directory is what some conversion has made, whatever is there besides."""
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def manifest_of(target: Path) -> dict[str, Any]:
+    """The manifest of a directory that some conversion has made, whatever is there besides; empty for any other."""
     try:
         manifest = json.loads((target / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+        return {}
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
 
 
 def unknown_files(target: Path) -> list[str]:
     """The files of a converted directory that its manifest does not name."""
-    named = {MANIFEST_FILE, RESUMABLE, *json.loads((target / MANIFEST_FILE).read_bytes())["files"]}
-    here = (path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-    return sorted(name for name in here if name not in named and not name.startswith(JOURNAL_DIRECTORY + "/"))
+    return sorted(files_below(target) - {MANIFEST_FILE} - manifest_of(target)["files"].keys())
 
 
-def is_complete(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> bool:
-    """Whether a directory is what a conversion of these facts leaves, by its manifest and the sizes of its files.
+def what_differs(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> str | None:
+    """In what a directory is not what a conversion of these facts leaves, by its manifest and the sizes of its files.
 
     Args:
         target: the directory.
         facts: see `write_manifest`.
         elsewhere: files of the manifest that lie on other nodes' disks.
+
+    Returns:
+        Nothing where it is just that; None where no conversion has left it.
     """
+    manifest = manifest_of(target)
     try:
-        manifest = json.loads((target / MANIFEST_FILE).read_bytes())
-        files = manifest["files"].items()
-        sizes = {name: (target / name).stat().st_size for name, _ in files if name not in elsewhere}
-        # By their sizes, times and headers source files are the same, wherever they lie: a node may have its own path.
-        is_same = manifest["source"]["files"] == facts["source"]["files"] and all(
-            manifest[name] == value for name, value in facts.items() if name not in ("versions", "source")
+        different = differences_of_complete(manifest, facts)
+        here = {name: record["size_bytes"] for name, record in manifest["files"].items() if name not in elsewhere}
+        is_whole = all(
+            (target / name).is_file() and (target / name).stat().st_size == size_bytes
+            for name, size_bytes in here.items()
         )
-        return is_same and all(record["size_bytes"] == sizes[name] for name, record in files if name in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def what_differs(target: Path, facts: Mapping[str, Any]) -> list[str]:
-    """In what a directory is not what a conversion of these facts leaves; empty if no conversion left it.
-
-    Args:
-        target: the directory.
-        facts: see `write_manifest`.
-    """
-    try:
-        return differences_of_complete(json.loads((target / MANIFEST_FILE).read_bytes()), facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        return None
+    return different if different or is_whole else "files that it had are gone or have other sizes"

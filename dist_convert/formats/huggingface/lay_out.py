@@ -21,14 +21,13 @@ from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture
-from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.options import HUGGINGFACE, PATH_FLAGS, TARGET_DTYPES, TORCH, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import human_bytes, names
-from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.target import Target
-from dist_convert.write.task import Task
+from dist_convert.write.places import find_places
+from dist_convert.write.task import Target, Task
 
 
 def to_huggingface(job: Options, model: Model, world: World) -> Task:
@@ -36,6 +35,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError: all that the headers show to be wrong.
+        TargetError: see `find_places`.
         UploadError: what can be known now of an upload that would not start.
     """
     notes = []
@@ -58,7 +58,13 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
 
-    places = _places(job, world)
+    places = find_places(
+        world,
+        job.target,
+        PATH_FLAGS[job.command][1],
+        is_per_node=job.save_per_node,
+        otherwise="--save-per-node if each node is to keep some of the files",
+    )
     of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
     is_divided = bool(max(places))
     if is_divided:
@@ -74,6 +80,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         source_listing=model.found.listing,
         visible=model.found.visible,
         target=job.target,
+        rank=world.rank,
         places=places,
         writable=tuple(of_places[place] for place in places),
         notes=notes + more_notes + _notes_on_places(job, content, places, of_places),
@@ -108,28 +115,13 @@ def _layout(
     return layout, notes
 
 
-def _places(job: Options, world: World) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies.
-
-    Raises:
-        TargetError: nodes see different targets, and no flag says that this is meant.
-    """
-    flag = path_flags(job)[1]
-    places = find_places(world, job.target, flag)
-    if not job.save_per_node:
-        refuse_several_places(
-            places, job.target, flag, ", or give --save-per-node if each node is to keep some of the files"
-        )
-    return places
-
-
 def _notes_on_places(
     job: Options, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
 ) -> list[str]:
     if not job.save_per_node:
         return []
     if len(of_places) == 1:
-        return [f"--save-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
+        return [f"--save-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
     notes = []
     for place, files in enumerate(of_places):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]

@@ -23,11 +23,11 @@ from dist_convert.formats.torch.target import (
 )
 from dist_convert.formats.torch.target_args import read_margs, target_tokenizer
 from dist_convert.formats.torch.target_shards import target_dtypes
-from dist_convert.options import HUGGINGFACE, RELEASE, TARGET_DTYPES, TORCH, Options, path_flags
+from dist_convert.options import HUGGINGFACE, PATH_FLAGS, RELEASE, TARGET_DTYPES, TORCH, Options
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
-from dist_convert.write.places import find_places, refuse_several_places
+from dist_convert.write.places import find_places
 from dist_convert.write.task import Task
 
 
@@ -36,6 +36,7 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError, UsageError: all that the headers and flags show to be wrong.
+        TargetError: see `find_places`.
     """
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
@@ -48,7 +49,13 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
     dtypes = target_dtypes(source, wanted)
     target = lay_out_target(job, model.directory, given, architecture, settings, params_dtype, dtypes)
     directory = job.target / (RELEASE if settings.iteration is None else f"iter_{settings.iteration:07d}")
-    places = _places(job, world, directory)
+    places = find_places(
+        world,
+        directory,
+        PATH_FLAGS[job.command][1],
+        is_per_node=job.target_ranks_per_node is not None,
+        otherwise="--target-ranks-per-node if each node is to keep its own shards",
+    )
     of_places = _files_of_places(job, settings.grid, given, frozenset(target.files), places, world.nodes)
     planned = sorted(frozenset[str]().union(*of_places))
     headers = {file: header_of(target, file) for file in planned}
@@ -85,6 +92,7 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
         source_listing=model.found.listing,
         visible=model.found.visible,
         target=directory,
+        rank=world.rank,
         places=places,
         writable=writable,
         notes=notes_to_megatron(job, target, settings, given, content, places, writable),
@@ -107,21 +115,6 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
             mine[1:] = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, model.directory, args)
     margs, tokenizer_model, tokenizer_type = gather_objects(world, mine)[0]
     return Given(margs, tokenizer_model, tokenizer_type, model.vocab, own)
-
-
-def _places(job: Options, world: World, target: Any) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies.
-
-    Raises:
-        TargetError: nodes see different targets, and no flag says that this is meant.
-    """
-    flag = path_flags(job)[1]
-    places = find_places(world, target, flag)
-    if job.target_ranks_per_node is None:
-        refuse_several_places(
-            places, target, flag, ", or give --target-ranks-per-node if each node is to keep its own shards"
-        )
-    return places
 
 
 def _files_of_places(

@@ -44,11 +44,11 @@ from dist_convert.formats.torch.target_args import (
 from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
-from dist_convert.options import RELEASE, Options, given_flags, path_flags
+from dist_convert.options import PATH_FLAGS, RELEASE, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, seal
-from dist_convert.write.files import TRACKER_FILE, replace_text, write_tracker
+from dist_convert.write.files import TRACKER_FILE, replace_text
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -131,12 +131,12 @@ class TorchTarget:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     output.seek(tensors[tensor].offset_bytes)
                     output.write(data)
-            seal(partial, name, known.get(file.name, ()))
+            seal(partial / name, name, known.get(file.name, ()))
 
     def publish(self) -> None:
         """Name this iteration as the newest, and describe it beside the others."""
         replace_text(self.root / ARGS_FILE, target_margs_json(self.args))
-        write_tracker(self.root, self.iteration)
+        replace_text(self.root / TRACKER_FILE, RELEASE if self.iteration is None else str(self.iteration))
 
     def to_do(self) -> str:
         """See `Target`."""
@@ -529,7 +529,7 @@ def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset
     if job.target_ranks_per_node is None:
         return []
     if not max(places):
-        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
+        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
     notes = []
     for place in range(max(places) + 1):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
