@@ -21,15 +21,7 @@ from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.torch.lay_out import to_torch
 from dist_convert.move.pipeline import Moved, move
-from dist_convert.move.report import (
-    Report,
-    describe_plan,
-    load_of,
-    peak_memory_bytes,
-    report_details,
-    report_text,
-    resume_line,
-)
+from dist_convert.move.report import Report, describe_plan, load_of, peak_memory_bytes, report_details, report_text
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
 from dist_convert.plan.done import NOTHING_DONE, Done
@@ -37,18 +29,14 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import pushes_others_out
-from dist_convert.records import local_name
+from dist_convert.records import human_bytes, local_name
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
-from dist_convert.write.journal import MARK_SECONDS
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.partial import is_made_of
 from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
-    Held,
-    Start,
-    all_written,
     begin,
     check_source,
     check_start,
@@ -62,15 +50,7 @@ from dist_convert.write.task import Task, Writers, find_writers
 
 
 def convert(job: Options, world: World, channel: Control) -> Report:
-    """Convert a checkpoint, together with all other ranks.
-
-    Args:
-        job: what to convert, and into which format.
-        world: this rank among the others.
-        channel: for progress, and for what takes longer than a collective waits.
-
-    Returns:
-        What was done, on every rank.
+    """Convert a checkpoint, together with all other ranks; what was done is returned on every rank.
 
     Raises:
         ConversionError: see `errors`; nothing is left under the target's name.
@@ -79,23 +59,23 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     check_applies(job, HUGGINGFACE if model.args is None else TORCH)
     task = to_torch(job, model, world) if job.to == TORCH else to_huggingface(job, model, world)
     job = task.job
-    placement = choose_placement(job.placement, world, task.visible, task.places)
     writers = find_writers(task, world)
-    plan = _divide(task, writers, world, placement, NOTHING_DONE)
+    plan = _divide(task, writers, world, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
     free_bytes = check_start(task) if task.is_first else 0
     notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
     for note in notes:
         channel.say("note", note)
-    report = Report(
-        source=task.source,
-        target=task.target,
-        source_format=task.source_format,
-        target_format=job.to,
-        left_behind=task.content.left_behind,
-        notes=notes,
-    )
+    facts: dict[str, Any] = {
+        "source": task.source,
+        "target": task.target,
+        "source_format": task.source_format,
+        "target_format": job.to,
+        "left_behind": task.content.left_behind,
+        "notes": notes,
+    }
+    report = Report(**facts)
     if job.dry_run:
         is_done = any(gather_objects(world, task.is_first and has_name(task)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
@@ -109,13 +89,13 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     started = time.monotonic()
     with traced(job.trace, world, task.target) as timeline, held_target(task, world) as held:
         if not held.is_complete:
-            report = _make(task, writers, plan, report, world, channel, timeline)
+            report = replace(_make(task, writers, plan, world, channel, timeline), **facts)
         if check is not None:
-            directory = task.target if held.has_name else task.partial
-            channel.say("verified", compare_with_source(check, task, directory, world))
+            channel.say("verified", compare_with_source(check, task, held.directory, world))
         channel.doing("giving the target its name")
         # No place speaks of the target before every place has it.
-        channel.run_on(task.first_ranks, "commit", partial(_give_name, task, held), job.timeout_seconds)
+        give_name = partial(commit, task.partial, task.target, overwrite=job.overwrite)
+        channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
         if task.is_first:
             task.layout.publish()
         barrier(world)
@@ -130,17 +110,17 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     return report
 
 
-def _give_name(task: Task, held: Held) -> None:
-    if not held.has_name:
-        commit(task.partial, task.target, overwrite=task.job.overwrite)
+def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
+    """The plan of what is not done, the same on every rank.
 
-
-def _divide(task: Task, writers: Writers, world: World, placement: str, done: Done) -> Plan:
-    """The plan of what is not done, the same on every rank."""
+    Without a wish, ranks gather on accelerators and where some rank cannot reach every file; else they work alone.
+    """
+    reach_all = len(set(task.visible)) == len(set(task.places)) == 1
+    usual = "direct" if world.device.type == "cpu" and reach_all else "gather"
     plan = divide(
         writers.content,
         task.visible,
-        placement=placement,
+        placement=usual if task.job.placement == "auto" else task.job.placement,
         budget_bytes=task.job.max_memory_per_rank_bytes,
         writable=writers.writable,
         on_accelerator=world.device.type != "cpu",
@@ -150,18 +130,17 @@ def _divide(task: Task, writers: Writers, world: World, placement: str, done: Do
     return plan
 
 
-def _make(
-    task: Task, writers: Writers, plan: Plan, report: Report, world: World, channel: Control, timeline: Timeline
-) -> Report:
+def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Control, timeline: Timeline) -> Report:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, directory = task.content, task.partial
-    start = begin(task, world)
-    with closing(start.journal) as journal:
-        if start.done.size_bytes:
-            channel.say("resumed", resume_line(directory, start.done.size_bytes, content.moved_bytes))
-            plan = _divide(task, writers, world, plan.placement, start.done)
-        left_bytes = content.moved_bytes - start.done.size_bytes
-        with channel.progress(left_bytes, "converting"), journal.marked(MARK_SECONDS):
+    history, journal = begin(task, world)
+    done = Done.of(window for window, _ in history.written)
+    with closing(journal):
+        if done.size_bytes:
+            there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
+            channel.say("resumed", f"{directory}: {there} are there already; going on")
+            plan = _divide(task, writers, world, done)
+        with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
                 plan, world, task.source, task.source_listing, directory, journal, channel, timeline,
@@ -169,11 +148,11 @@ def _make(
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
-        report = report.with_outcomes([*outcomes, start.history.changed])
-        _check_outcomes(task, start, report)
+        report = Report.of_ranks([*outcomes, {**_NOTHING_MOVED, **history.changed}])
+        _check_outcomes(task, done, report)
 
         channel.doing("completing files")
-        known = known_ranges(all_written(world, moved.windows, start.history))
+        known = known_ranges(world, moved.windows, history)
         try:
             task.layout.complete(directory, task.share, known, is_first=world.rank == 0)
         except OSError as error:
@@ -193,21 +172,16 @@ def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]
     }
     of_ranks: list[dict[str, Any]] = gather_objects(world, records)
     check_source(task, world)
+    every = frozenset(file.name for file in task.content.files)
     if task.is_first and (world.rank == 0 or not task.is_divided):
-        named = task.writable[world.rank] | task.elsewhere
+        named = every if task.is_divided else task.writable[world.rank]
         weights = {local_name(name): r for of_rank in of_ranks for name, r in of_rank.items() if name in named}
         write_manifest(task.partial, weights, facts_of(task))
     if task.is_divided:
-        weights_files = frozenset(file.name for file in task.content.files)
-        spread_files(world, task.partial, weights_files, receives=task.is_first and world.rank > 0)
+        spread_files(world, task.partial, every, receives=task.is_first and world.rank > 0)
 
 
-def choose_placement(wanted: str, world: World, visible: Sequence[frozenset[str]], places: Sequence[int] = (0,)) -> str:
-    """`auto` gathers on accelerators and where some rank cannot reach every file; otherwise ranks work alone."""
-    if wanted != "auto":
-        return wanted
-    reach_all = len(set(visible)) == len(set(places)) == 1
-    return "direct" if world.device.type == "cpu" and reach_all else "gather"
+_NOTHING_MOVED = dict.fromkeys(("read_bytes", "gathered_bytes", "written_bytes", "peak_memory_bytes"), 0)
 
 
 def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
@@ -222,13 +196,13 @@ def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
     }
 
 
-def _check_outcomes(task: Task, start: Start, report: Report) -> None:
+def _check_outcomes(task: Task, done: Done, report: Report) -> None:
     """Every byte of the plan must have been written, by this run or an earlier one, and no value lost its size.
 
     Raises:
         PlanError, ValueOverflow
     """
-    written_bytes = start.done.size_bytes + report.written_bytes
+    written_bytes = done.size_bytes + report.written_bytes
     if written_bytes != task.content.moved_bytes:
         raise PlanError("not every byte was written", expected=task.content.moved_bytes, found=written_bytes)
     if report.overflowed and not task.job.allow_overflow:

@@ -20,7 +20,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: How to go on where an unfinished target is left.
@@ -218,24 +218,14 @@ def error_details(error: ConversionError) -> dict[str, Any]:
 
 def error_from_details(details: Mapping[str, Any]) -> ConversionError:
     """The error that was met elsewhere. Several together are one whose text is all of theirs."""
-    kinds = {kind.__name__: kind for kind in _all_kinds(ConversionError)}
-    kind = kinds.get(details["class"], ConversionError)
-    if issubclass(kind, Cancelled):
-        error: ConversionError = Cancelled()
-    elif issubclass(kind, Interrupted):
-        error = Interrupted(details["exit_code"] - 128)
-    else:
-        error = (ConversionError if issubclass(kind, Problems) else kind)(details["what"])
+    kind = globals().get(details["class"], ConversionError)
+    kind = ConversionError if issubclass(kind, Problems) else kind
+    error: ConversionError = kind.__new__(kind)
+    ConversionError.__init__(error, details["what"])  # others ask for what their words follow from
     for label in _LABELS:
         setattr(error, label, details[label])
     error.exit_code = details["exit_code"]
     return error
-
-
-def _all_kinds(kind: type[ConversionError]) -> Iterator[type[ConversionError]]:
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from _all_kinds(derived)
 
 
 def lost_contact(found: str) -> LostRank:

@@ -77,12 +77,13 @@ class Option:
         return self.source in ("", source) and self.to in ("", to)
 
 
-def _option(group: Group, default: Any, help: str, **known: Any) -> Any:
+def _option(group: Group, help: str, default: Any = None, **known: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **known)})
 
 
-_source, _target = partial(_option, "source"), partial(_option, "target")
-_run = partial(_option, "run", is_free=True)
+_source, _of_torch = partial(_option, "source"), partial(_option, "source", source=TORCH)
+_target, _run = partial(_option, "target"), partial(_option, "run", is_free=True)
+_to_hf, _to_torch = partial(_option, "target", to=HUGGINGFACE), partial(_option, "target", to=TORCH)
 
 
 @dataclass(frozen=True)
@@ -94,180 +95,136 @@ class Options:
     target: Path = Path()
     command: str = field(default=CONVERT, kw_only=True)
 
-    ckpt_dir_name: str | None = _source(
-        None, "iteration directory, such as iter_0000004", source=TORCH, shown="the tracker file"
-    )
-    source_model_type: str | None = _source(
-        None,
+    ckpt_dir_name: str | None = _of_torch("iteration directory, such as iter_0000004", shown="the tracker file")
+    source_model_type: str | None = _of_torch(
         "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win",
-        source=TORCH,
         to=HUGGINGFACE,
         shown="from the args",
         choices=SOURCE_MODEL_TYPES,
     )
     source_margs_file: Path | None = _source(
-        None,
         "source_megatron_args.json of an earlier conversion",
         source=HUGGINGFACE,
         to=TORCH,
         shown="args follow from config.json",
     )
     load_capacity_bins: bool = _source(
-        False, "take over capacity_bins.pt (same grid only)", source=HUGGINGFACE, to=TORCH
+        "take over capacity_bins.pt (same grid only)", False, source=HUGGINGFACE, to=TORCH
     )
     true_vocab_size: int | None = _source(
-        None, "tokens without padding; a Hugging Face model's are checked against it", shown="args, then tokenizer"
+        "tokens without padding; a Hugging Face model's are checked against it", shown="args, then tokenizer"
     )
-    tokenizer: Path | None = _source(
-        None,
+    tokenizer: Path | None = _of_torch(
         "directory, tokenizer.model, or org/name of a model in the hub's cache",
-        source=TORCH,
         shown="what the args name, here or beside the checkpoint",
     )
     tokenizer_model: str | None = _source(
-        None, "path or hub id (org/name), for the args", to=TORCH, shown="the model's own", metavar="PATH"
+        "path or hub id (org/name), for the args", to=TORCH, shown="the model's own", metavar="PATH"
     )
-    tokenizer_type: str | None = _source(None, "Megatron's name of its kind", to=TORCH, shown="by the model")
-    habana_imported_experts: bool = _source(
-        False,
+    tokenizer_type: str | None = _source("Megatron's name of its kind", to=TORCH, shown="by the model")
+    habana_imported_experts: bool = _of_torch(
         "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
         "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
         "that was trained since",
-        source=TORCH,
-    )
-    accept_differing_copies: bool = _source(
         False,
+    )
+    accept_differing_copies: bool = _of_torch(
         "where copies of one parameter differ, take that of the lowest rank; a head that is not the embedding that it "
         "is tied to becomes one of its own",
-        source=TORCH,
-    )
-    accept_shard_order: bool = _source(
         False,
+    )
+    accept_shard_order: bool = _of_torch(
         "believe the names of rank directories where the args in them contradict these, or where two hold the same",
-        source=TORCH,
+        False,
     )
 
-    save_per_node: bool = _target(
-        False,
+    save_per_node: bool = _to_hf(
         "the target lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
         "no weights; all nodes' directories copied into one are the model",
-        to=HUGGINGFACE,
+        False,
         is_free=True,
     )
-    iteration: int | str | None = _target(
-        None, "number of the iteration", to=TORCH, kind="iteration", shown="the source's, else 1"
+    iteration: int | str | None = _to_torch("number of the iteration", kind="iteration", shown="the source's, else 1")
+    target_tensor_parallel_size: int | None = _to_torch("tensor parallel ranks", shown="the source's, else 1")
+    target_pipeline_parallel_size: int | None = _to_torch("pipeline parallel ranks", shown="the source's, else 1")
+    target_virtual_pipeline_parallel_size: int | None = _to_torch(
+        "virtual stages", shown="those of a source whose pipeline is kept, else 1"
     )
-    target_tensor_parallel_size: int | None = _target(
-        None, "tensor parallel ranks", to=TORCH, shown="the source's, else 1"
+    num_layers_per_virtual_pipeline_stage: int | None = _to_torch("the same, by layers of a stage")
+    target_expert_parallel_size: int | None = _to_torch("expert parallel ranks", shown="a Megatron source's, else 1")
+    target_expert_tensor_parallel_size: int | None = _to_torch(
+        "tensor parallel ranks within an expert", shown="the tensor size"
     )
-    target_pipeline_parallel_size: int | None = _target(
-        None, "pipeline parallel ranks", to=TORCH, shown="the source's, else 1"
+    decoder_first_pipeline_num_layers: int | None = _to_torch("layers of the first stage", shown="even")
+    decoder_last_pipeline_num_layers: int | None = _to_torch("layers of the last stage", shown="even")
+    pipeline_model_parallel_layout: str | None = _to_torch(
+        "stages one by one, such as Ettt|(tttt|)*2ttL", shown="even", metavar="LAYOUT"
     )
-    target_virtual_pipeline_parallel_size: int | None = _target(
-        None, "virtual stages", to=TORCH, shown="those of a source whose pipeline is kept, else 1"
-    )
-    num_layers_per_virtual_pipeline_stage: int | None = _target(None, "the same, by layers of a stage", to=TORCH)
-    target_expert_parallel_size: int | None = _target(
-        None, "expert parallel ranks", to=TORCH, shown="a Megatron source's, else 1"
-    )
-    target_expert_tensor_parallel_size: int | None = _target(
-        None, "tensor parallel ranks within an expert", to=TORCH, shown="the tensor size"
-    )
-    decoder_first_pipeline_num_layers: int | None = _target(None, "layers of the first stage", to=TORCH, shown="even")
-    decoder_last_pipeline_num_layers: int | None = _target(None, "layers of the last stage", to=TORCH, shown="even")
-    pipeline_model_parallel_layout: str | None = _target(
-        None, "stages one by one, such as Ettt|(tttt|)*2ttL", to=TORCH, shown="even", metavar="LAYOUT"
-    )
-    target_ranks_per_node: int | None = _target(
-        None,
+    target_ranks_per_node: int | None = _to_torch(
         "the target lies on each node's own disk, and training will run N processes on each of these nodes: a node "
         "gets the rank directories that its processes load",
-        to=TORCH,
         shown="the target is shared",
     )
-    make_vocab_size_divisible_by: int | None = _target(
-        None,
+    make_vocab_size_divisible_by: int | None = _to_torch(
         "the vocabulary is padded to a multiple of it on every tensor parallel rank",
-        to=TORCH,
         shown="a Megatron source's, else 128",
     )
-    vocab_padding: str = _target("last-row", "what padding rows hold", to=TORCH, choices=("last-row", "zeros"))
+    vocab_padding: str = _to_torch("what padding rows hold", "last-row", choices=("last-row", "zeros"))
     target_params_dtype: str | None = _target(
-        None,
         "dtype of the weights stored in the dtype of most; others keep theirs",
         shown="bf16 from Megatron to Hugging Face, else keep",
         choices=tuple(TARGET_DTYPES),
     )
-    allow_overflow: bool = _target(False, "accept values that become infinite in fp16", is_free=True)
-    max_shard_size_bytes: int = _target(5_000_000_000, "of a weights file, at most", to=HUGGINGFACE)
-    saver_transformer_impl: str | None = _target(
-        None,
-        "spelling of the norms",
-        to=TORCH,
-        shown="a Megatron source's, else transformer_engine",
-        choices=TRANSFORMER_IMPLS,
+    allow_overflow: bool = _target("accept values that become infinite in fp16", False, is_free=True)
+    max_shard_size_bytes: int = _to_hf("of a weights file, at most", 5_000_000_000)
+    saver_transformer_impl: str | None = _to_torch(
+        "spelling of the norms", shown="a Megatron source's, else transformer_engine", choices=TRANSFORMER_IMPLS
     )
-    expert_layout: str | None = _target(
-        None,
-        "spelling of the experts",
-        to=TORCH,
-        shown="a Megatron source's, else sequential",
-        choices=EXPERT_LAYOUTS,
+    expert_layout: str | None = _to_torch(
+        "spelling of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
     )
-    instruct: bool = _target(
-        False,
-        "write end-of-turn tokens, sampling defaults, chat template of an instruct model",
-        source=TORCH,
-        to=HUGGINGFACE,
+    instruct: bool = _to_hf(
+        "write end-of-turn tokens, sampling defaults, chat template of an instruct model", False, source=TORCH
     )
-    save_capacity_bins: bool = _target(False, "write Habana's capacity_bins.pt", source=TORCH, to=HUGGINGFACE)
+    save_capacity_bins: bool = _to_hf("write Habana's capacity_bins.pt", False, source=TORCH)
     overwrite: bool = _target(
-        False, "replace an existing target, of a Megatron checkpoint this iteration", is_free=True
+        "replace an existing target, of a Megatron checkpoint this iteration", False, is_free=True
     )
-    push_to_hub: str | None = _target(
-        None,
+    push_to_hub: str | None = _to_hf(
         "upload the finished directory to this repository, which is made if it is not there",
-        to=HUGGINGFACE,
         kind="repository",
         shown="no upload",
         is_free=True,
     )
-    private: bool = _target(
-        False, "with --push-to-hub: for members only; a public repository is refused", to=HUGGINGFACE, is_free=True
-    )
-    model_size: str | None = _target(
-        None, "such as llama3-70B: checked against the config", source=HUGGINGFACE, to=TORCH
-    )
+    private: bool = _to_hf("with --push-to-hub: for members only; a public repository is refused", False, is_free=True)
+    model_size: str | None = _to_torch("such as llama3-70B: checked against the config", source=HUGGINGFACE)
 
     device: str = _run(
-        "auto", "that collectives use", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
+        "that collectives use", "auto", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
     )
     placement: str = _run(
-        "auto",
         "gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes",
+        "auto",
         shown="auto, direct on the CPU where every rank sees every file, else gather",
         choices=("auto", "gather", "direct"),
     )
-    max_memory_per_rank_bytes: int = _run(1_000_000_000, "of the buffers of each rank")
-    timeout_seconds: int = _run(600, "that ranks wait for one of them that is silent")
+    max_memory_per_rank_bytes: int = _run("of the buffers of each rank", 1_000_000_000)
+    timeout_seconds: int = _run("that ranks wait for one of them that is silent", 600)
     verify: str | None = _run(
-        None,
         "compare what was written with the source before it gets its name: all of it, or a sample",
         shown="off",
         choices=("full", "sample"),
         const="full",
     )
-    trace: Path | None = _run(
-        None, "write down where the time of every rank goes, in Chrome's trace format", shown="off"
-    )
+    trace: Path | None = _run("write down where the time of every rank goes, in Chrome's trace format", shown="off")
     log_format: str = _run(
-        "text",
         "text for people, or a JSON object a line for programs: notes, progress, the report or the error",
+        "text",
         choices=("text", "json"),
     )
-    log_interval_seconds: int = _run(30, "between two lines of progress where standard error is no terminal")
-    dry_run: bool = _run(False, "show what each rank would do; exit 0 if it would start")
-    verbose: bool = _run(False, "say where each of the target's args comes from", to=TORCH)
+    log_interval_seconds: int = _run("between two lines of progress where standard error is no terminal", 30)
+    dry_run: bool = _run("show what each rank would do; exit 0 if it would start", False)
+    verbose: bool = _run("say where each of the target's args comes from", False, to=TORCH)
 
 
 @dataclass(frozen=True)
@@ -276,26 +233,26 @@ class VerifyJob:
 
     a: Path
     b: Path
-    ckpt_dir_name_a: str | None = _source(None, "iteration directory of A", shown="the tracker file")
-    ckpt_dir_name_b: str | None = _source(None, "iteration directory of B", shown="the tracker file")
+    ckpt_dir_name_a: str | None = _source("iteration directory of A", shown="the tracker file")
+    ckpt_dir_name_b: str | None = _source("iteration directory of B", shown="the tracker file")
     habana_imported_experts_a: bool = _source(
-        False, "A came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts"
+        "A came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts", False
     )
     habana_imported_experts_b: bool = _source(
-        False, "B came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts"
+        "B came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts", False
     )
-    true_vocab_size: int | None = _source(None, "tokens without padding", shown="args, tokenizer, the other side")
+    true_vocab_size: int | None = _source("tokens without padding", shown="args, tokenizer, the other side")
     sample: Fraction = _run(
-        Fraction(1),
         f"compare a share of the blocks, without a number {SAMPLE}: always the same ones, and the first and last block "
         "of every tensor, which of a small model are most",
+        Fraction(1),
         kind="share",
         shown="all",
         const=SAMPLE,
     )
-    max_memory_per_rank_bytes: int = _run(1_000_000_000, "of the buffers of each rank")
-    timeout_seconds: int = _run(600, "that ranks wait for one of them that is silent")
-    json: bool = _run(False, "print JSON, with every difference, instead of text")
+    max_memory_per_rank_bytes: int = _run("of the buffers of each rank", 1_000_000_000)
+    timeout_seconds: int = _run("that ranks wait for one of them that is silent", 600)
+    json: bool = _run("print JSON, with every difference, instead of text", False)
 
 
 @dataclass(frozen=True)
@@ -305,13 +262,12 @@ class TokenizerJob:
     source: Path
     target: Path
     source_model_type: str | None = _source(
-        None,
         "whose special tokens and chat format a tokenizer.model gets",
         shown="what config.json suggests",
         choices=SOURCE_MODEL_TYPES,
     )
-    instruct: bool = _target(False, "add the chat template, end-of-turn tokens and sampling of an instruct model")
-    overwrite: bool = _target(False, "replace the tokenizer that is there")
+    instruct: bool = _target("add the chat template, end-of-turn tokens and sampling of an instruct model", False)
+    overwrite: bool = _target("replace the tokenizer that is there", False)
 
 
 def options_of(command: str) -> Iterator[tuple[Field[Any], Option]]:
@@ -324,6 +280,11 @@ def options_of(command: str) -> Iterator[tuple[Field[Any], Option]]:
 
 def _known(job: Any) -> Iterator[tuple[Field[Any], Option]]:
     yield from ((one, one.metadata["option"]) for one in fields(job) if "option" in one.metadata)
+
+
+def given(job: Options | VerifyJob) -> Iterator[tuple[Field[Any], Option]]:
+    """The fields whose values are not the defaults, and what is known of each."""
+    yield from ((one, known) for one, known in _known(job) if getattr(job, one.name) != one.default)
 
 
 def plain_name(name: str) -> str:
@@ -378,12 +339,12 @@ def check_values(job: Options | VerifyJob) -> None:
         UsageError: all of them together.
     """
     problems: list[ConversionError] = []
-    for one, known in _known(job):
+    for one, known in given(job):
         value = getattr(job, one.name)
         expected, fits = KINDS[kind_of(one)]
         if known.choices:
             expected = " or ".join(map(repr, known.choices))
-        if value != one.default and not (value in known.choices if known.choices else fits(value)):
+        if not (value in known.choices if known.choices else fits(value)):
             problems.append(UsageError(f"{one.name} has a wrong value", expected=expected, found=repr(value)))
     raise_together(problems)
 
@@ -408,34 +369,25 @@ def check_together(options: Options) -> None:
         "--target-virtual-pipeline-parallel-size",
         "--num-layers-per-virtual-pipeline-stage",
     )
-    given = [flag for flag in ways if flag in given_flags(options)]
-    if len(given) > 1:
-        raise UsageError(
-            "two flags say how many virtual stages there are", found=" and ".join(given), remedy="give one of them"
-        )
+    said = [flag for flag in ways if flag in given_flags(options)]
+    if len(said) > 1:
+        found = " and ".join(said)
+        raise UsageError("two flags say how many virtual stages there are", found=found, remedy="give one of them")
 
 
 def given_flags(options: Options) -> list[str]:
     """The flags that differ from their defaults, such as "--target-params-dtype"."""
-    given = [flag_of(one) for one, _ in _known(Options) if getattr(options, one.name) != one.default]
-    return ["--release" if flag == "--iteration" and options.iteration == RELEASE else flag for flag in given]
+    flags = [flag_of(one) for one, _ in given(options)]
+    return ["--release" if flag == "--iteration" and options.iteration == RELEASE else flag for flag in flags]
 
 
 def check_applies(options: Options, source: str) -> None:
-    """Refuse options that have no meaning between two formats.
-
-    Args:
-        options: as they were given.
-        source: the format of the source.
+    """Refuse options that have no meaning for a source of this format.
 
     Raises:
         UsageError: all of them together.
     """
-    idle = [
-        flag_of(one)
-        for one, known in options_of(options.command)
-        if getattr(options, one.name) != one.default and not known.applies(source, options.to)
-    ]
+    idle = [flag_of(one) for one, known in given(options) if not known.applies(source, options.to)]
     if idle:
         raise UsageError(
             f"{', '.join(idle)}: no meaning in a conversion from {source} to {options.to}",
@@ -444,13 +396,8 @@ def check_applies(options: Options, source: str) -> None:
 
 
 def fingerprint(options: Options, source: str) -> dict[str, Any]:
-    """What was asked for as far as the target depends on it, by the fields' names, in JSON values.
-
-    Args:
-        options: with what stands where they say nothing.
-        source: the format of the source.
-    """
-    values = {"source": options.source, "target": options.target} | {
+    """What is asked for as far as the target depends on it, by the fields' names, in JSON values."""
+    values = {
         one.name: getattr(options, one.name)
         for one, known in _known(Options)
         if known.applies(source, options.to) and not known.is_free

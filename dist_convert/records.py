@@ -360,8 +360,8 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def names(which: Iterable[str]) -> str:
-    """The first eight of them, and how many more there are."""
+def names(which: Iterable[str], shown: int = 8, between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
     listed = list(which)
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(listed[:8]) + more
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return between.join(listed[:shown]) + more

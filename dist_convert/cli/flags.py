@@ -44,12 +44,7 @@ _COUNTERPARTS = {
 
 
 def suggestion(unknown: Sequence[str], parser: ArgumentParser) -> str:
-    """What to add to a remedy: the command's name of what the other direction calls otherwise, or a flag spelt alike.
-
-    Args:
-        unknown: words of the command line that the command does not know.
-        parser: of the command.
-    """
+    """What to add to a remedy: a command's name of what the other direction calls otherwise, or a flag spelt alike."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     meant = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
@@ -130,11 +125,9 @@ def _node() -> str | None:
 
 
 def flags_of_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
-    """The values that a job file gives, by their names in the parser's namespace.
+    """The values that a job file gives to a command, by their names in its parser's namespace.
 
-    Args:
-        parser: of the command.
-        path: of a mapping from flags to values; `true` is a flag without a value, `false` and nothing are no flag.
+    It maps flags to values; `true` is a flag without a value, `false` and nothing are no flag.
 
     Raises:
         UsageError: with the file and the key.
@@ -223,11 +216,7 @@ def _values(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def options_from_flags(flags: argparse.Namespace) -> Options:
-    """The options of a conversion.
-
-    Raises:
-        UsageError: see `check_together`.
-    """
+    """The options of a conversion, of which those that are given go together."""
     to = flags.to if flags.command == CONVERT else PAIRS[flags.command][1]
     target = Path(with_numbers(flags.target)).resolve()
     options = Options(to, with_numbers(flags.source), target, command=flags.command, **_values(flags))

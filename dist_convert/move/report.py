@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,6 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
-    """What a conversion says that goes on where an earlier run was stopped."""
-    return f"{partial}: {human_bytes(done_bytes)} of {human_bytes(all_bytes)} are there already; going on"
 
 
 def load_of(plan: Plan, rank: int) -> list[int]:
@@ -126,19 +121,19 @@ class Report:
     plan: str = ""
     notes: tuple[str, ...] = ()
 
-    def with_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> Report:
-        """The same, with what the ranks did added up."""
+    @staticmethod
+    def of_ranks(outcomes: Sequence[Mapping[str, Any]]) -> Report:
+        """Add the ranks' own outcomes up."""
         overflowed: Counter[str] = Counter()
         rounded: Counter[str] = Counter()
         for outcome in outcomes:
             overflowed.update(outcome["overflowed"])
             rounded.update(outcome["rounded_norms"])
-        return replace(
-            self,
-            read_bytes=sum(outcome.get("read_bytes", 0) for outcome in outcomes),
-            gathered_bytes=sum(outcome.get("gathered_bytes", 0) for outcome in outcomes),
-            written_bytes=sum(outcome.get("written_bytes", 0) for outcome in outcomes),
-            peak_memory_bytes=max(outcome.get("peak_memory_bytes", 0) for outcome in outcomes),
+        return Report(
+            sum(outcome["read_bytes"] for outcome in outcomes),
+            sum(outcome["gathered_bytes"] for outcome in outcomes),
+            sum(outcome["written_bytes"] for outcome in outcomes),
+            max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
             overflowed=dict(overflowed),
             rounded_norms=dict(rounded),
             profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome),

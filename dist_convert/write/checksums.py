@@ -8,7 +8,6 @@ APPNOTE.TXT, 4.3.7 (local header), 4.3.9 (data descriptor) and 4.3.12 (central d
 from __future__ import annotations
 
 import os
-import struct
 import zipfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import BinaryIO
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile
-from dist_convert.read.torch_file import data_offsets_bytes, open_container
+from dist_convert.read.torch_file import Container, data_offsets_bytes, open_container
 from dist_convert.write.files import opened, writing
 
 #: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
@@ -26,24 +25,19 @@ KnownRange = tuple[int, int, int]
 _READ_BYTES = 8 << 20
 
 _CENTRAL_HEADER_BYTES, _CENTRAL_CRC = 46, 16
-_CENTRAL_LENGTHS = struct.Struct("<3H")  # of name, extra field and comment
-_CENTRAL_LENGTHS_AT = 28
 _LOCAL_FLAGS, _LOCAL_CRC = 6, 14
 _HAS_DESCRIPTOR = 1 << 3
 _DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 
 
 def checksum_of(path: Path, start: int, end: int, known: Sequence[KnownRange]) -> int:
-    """The checksum of a stretch of a file, of which only what no known range covers is read.
+    """The checksum of a stretch of a file from byte `start` to `end`; only what no known range covers is read.
 
     Args:
-        path: the file on this machine.
-        start, end: of the stretch, in bytes.
         known: in ascending order; a range that overlaps the one before it, or the border of the stretch, is not used.
 
     Raises:
         CorruptFile: the file ends before the stretch does.
-        OSError: it cannot be read.
     """
     whole, position = 0, start
     with path.open("rb") as file:
@@ -69,24 +63,21 @@ def _read_checksum(file: BinaryIO, start: int, end: int, checksum: int) -> int:
 
 
 def seal(path: Path, label: str, known: Sequence[KnownRange]) -> None:
-    """Write the storages' checksums to the two places that hold them; doing it again changes nothing.
+    """Write the storages' checksums to the two places of a `.pt` file that hold them; once more, it changes nothing.
 
     Args:
-        path: a complete `.pt` file.
-        label: how messages name it.
+        path, label: of the complete file, and how messages name it.
         known: checksums of ranges of the file, in ascending order. What they do not cover is read.
 
     Raises:
         CorruptFile: it is not a container that torch wrote.
-        TargetError, NotEnoughSpace: the file system refuses.
     """
     container = open_container(path, label)
-    names = [name for name in container.records if name.startswith("data/")]
-    starts = data_offsets_bytes(container, names)
+    starts = data_offsets_bytes(container, [name for name in container.records if name.startswith("data/")])
+    central = dict(_central_headers(container))
     with writing(label), opened(path, os.O_RDWR) as descriptor:
-        central = dict(_central_headers(path, descriptor))
-        for name in names:
-            start, record = starts[name], container.records[name]
+        for name, start in starts.items():
+            record = container.records[name]
             end = start + record.size_bytes
             value = checksum_of(path, start, end, known).to_bytes(4, "little")
             place = _local_place(descriptor, record.header_offset_bytes, end, f"{label}: {name}")
@@ -94,18 +85,15 @@ def seal(path: Path, label: str, known: Sequence[KnownRange]) -> None:
             os.pwrite(descriptor, value, central[name] + _CENTRAL_CRC)
 
 
-def _central_headers(path: Path, descriptor: int) -> Iterator[tuple[str, int]]:
-    """Record name, without the archive's folder, and where its header in the central directory begins."""
-    with zipfile.ZipFile(path) as archive:
+def _central_headers(container: Container) -> Iterator[tuple[str, int]]:
+    """Record name, and where its header in the central directory begins."""
+    with zipfile.ZipFile(container.path) as archive:
         offset_bytes = archive.start_dir
-    while True:
-        header = os.pread(descriptor, _CENTRAL_HEADER_BYTES, offset_bytes)
-        if header[:4] != b"PK\x01\x02":  # what follows the last one has another signature
-            return
-        name_bytes, extra_bytes, comment_bytes = _CENTRAL_LENGTHS.unpack_from(header, _CENTRAL_LENGTHS_AT)
-        name = os.pread(descriptor, name_bytes, offset_bytes + _CENTRAL_HEADER_BYTES).decode()
-        yield name.partition("/")[2], offset_bytes
-        offset_bytes += _CENTRAL_HEADER_BYTES + name_bytes + extra_bytes + comment_bytes
+        for entry in archive.infolist():
+            name = entry.filename.partition("/")[2]
+            yield name, offset_bytes
+            name_bytes = len(container.records[name].path)
+            offset_bytes += _CENTRAL_HEADER_BYTES + name_bytes + len(entry.extra) + len(entry.comment)
 
 
 def _local_place(descriptor: int, header_offset_bytes: int, end_bytes: int, label: str) -> int:

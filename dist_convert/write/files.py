@@ -50,11 +50,7 @@ def target_error(error: OSError, file: str) -> TargetError:
 
 @contextmanager
 def writing(file: str | Path) -> Iterator[None]:
-    """Within it a file or directory of the target is made, written or renamed.
-
-    Raises:
-        TargetError, NotEnoughSpace: for an `OSError` inside.
-    """
+    """Within it a file or directory of the target is made, written or renamed."""
     try:
         yield
     except OSError as error:
@@ -92,7 +88,6 @@ class FileWriter:
 
         Raises:
             PlanError: the columns of a row are apart in the file, or there are not as many values as the view has.
-            NotEnoughSpace, TargetError: the file system refuses.
         """
         if view.is_transposed:
             raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
@@ -134,13 +129,12 @@ def make_file(path: Path, label: str, pieces: Iterable[tuple[int, bytes]], size_
     """Write all of a file that is no tensor's values, and give it its size; values that are there already stay.
 
     Args:
-        path: of the file; directories above it are made.
-        label: how messages name it.
+        path, label: of the file, and how messages name it; directories above it are made.
         pieces: offset in bytes and content.
         size_bytes: of the whole file.
 
     Raises:
-        NotEnoughSpace, TargetError: the file system refuses, or the file is there and longer.
+        TargetError: the file is there and longer.
     """
     with writing(label):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,15 +160,8 @@ def reserve_file(path: Path, label: str) -> bool:
 
     By fallocate(2) itself: posix_fallocate falls back to writing, which may fall on what another rank has written.
 
-    Args:
-        path: of a file in its final size.
-        label: how messages name it.
-
     Returns:
         Whether the file system can promise that. Where it cannot, its free space has been compared before.
-
-    Raises:
-        NotEnoughSpace, TargetError: the file system refuses.
     """
     with writing(label), opened(path, os.O_WRONLY) as descriptor:
         size_bytes = os.fstat(descriptor).st_size
@@ -199,11 +186,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one, and nothing between.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
-    """
+    """Write a small file so that readers see the old one or the new one, and nothing between."""
     fresh = path.with_name(path.name + ".new")
     with writing(path):
         fresh.write_text(text, encoding="utf-8")

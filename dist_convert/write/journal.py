@@ -32,7 +32,7 @@ from dist_convert.write.files import Written, opened, target_error, writing
 
 #: Of the partial directory, the part that is not the target.
 JOURNAL_DIRECTORY = ".journal"
-MARK_SECONDS = 30.0
+_MARK_SECONDS = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -42,13 +42,7 @@ def this_boot() -> tuple[str, str]:
 
 
 class Journal:
-    """Appends to this rank's journal; any thread may.
-
-    Args:
-        partial: the directory in which the target is made.
-        run: number of this run among those that worked on the target.
-        rank: this rank.
-    """
+    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may."""
 
     def __init__(self, partial: Path, run: int, rank: int) -> None:
         self._partial = partial
@@ -87,11 +81,7 @@ class Journal:
         self._append({"lost": file, "until": self._run if with_this_run else self._run - 1})
 
     def mark(self) -> None:
-        """Force to the disk what has been noted until now, and note that.
-
-        Raises:
-            TargetError, NotEnoughSpace: the file system refuses; this is never tried again.
-        """
+        """Force to the disk what has been noted until now, and note that."""
         with self._lock:
             files, self._unsynced = self._unsynced, set()
             safe_bytes = os.fstat(self._descriptor).st_size
@@ -104,11 +94,7 @@ class Journal:
 
     @contextlib.contextmanager
     def syncing(self, file: str) -> Iterator[None]:
-        """Within it a file is forced to the disk; a failure is noted, for this run and those to come.
-
-        Raises:
-            TargetError, NotEnoughSpace: for an `OSError` inside.
-        """
+        """Within it a file is forced to the disk; a failure is noted, for this run and those to come."""
         try:
             yield
         except OSError as error:
@@ -118,12 +104,8 @@ class Journal:
             raise self._failure from error
 
     @contextlib.contextmanager
-    def marked(self, seconds: float) -> Iterator[None]:
-        """Mark every so many seconds until the block ends.
-
-        Raises:
-            TargetError, NotEnoughSpace: a mark failed.
-        """
+    def marked(self, seconds: float = _MARK_SECONDS) -> Iterator[None]:
+        """Mark every so many seconds until the block ends."""
         ended = threading.Event()
 
         def keep_marking() -> None:
@@ -142,7 +124,7 @@ class Journal:
             raise self._failure
 
     def close(self) -> None:
-        """Close the file; every line has been written already."""
+        """Every line has been written already."""
         os.close(self._descriptor)
 
     def _append(self, record: Mapping[str, Any], unsynced: Iterable[str] = (), *, is_forced: bool = False) -> None:
@@ -201,13 +183,7 @@ def has_written(partial: Path, runs_before: int) -> bool:
 
 
 def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """What counts of one journal, in JSON values.
-
-    Args:
-        partial: the directory in which the target is made.
-        name: one of `journals(partial)`.
-        boots: (host, boot) of the machines that have a rank of this run.
-    """
+    """What counts of one journal, in JSON values; `boots` are (host, boot) of the machines of this run's ranks."""
     lines = list(read_lines(partial / JOURNAL_DIRECTORY / name))
     head = lines[0][1] if lines and "run" in lines[0][1] else {}
     safe_bytes = max((record["mark"] for _, record in lines if "mark" in record), default=0)
@@ -252,12 +228,7 @@ def joined(written: Iterable[Written]) -> list[Written]:
 
 
 def history_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()) -> History:
-    """Put the journals together.
-
-    Args:
-        records: of `read_journal`, of every journal.
-        damaged: files that are not there any more, or not in their size.
-    """
+    """What `read_journal` found in every journal, but for files that are not there any more, or not in their size."""
     lost_until = dict.fromkeys(damaged, sys.maxsize)
     for record in records:
         for file, run in record["lost"]:

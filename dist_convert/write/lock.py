@@ -31,13 +31,11 @@ class Lock:
     """Holds a file for this process until it is released.
 
     Args:
-        path: of the file, which is made where it is not there.
-        label: what is held, for messages.
+        path, label: of the file, which is made where it is not there, and what messages call it.
         stale_seconds: how long another machine's holder is watched.
 
     Raises:
         TargetBusy: naming who holds it.
-        TargetError: the file system refuses.
     """
 
     def __init__(self, path: Path, label: str, stale_seconds: float = STALE_SECONDS) -> None:
@@ -79,11 +77,7 @@ class Lock:
 
 
 def check_unlocked(path: Path, label: str) -> None:
-    """Refuse what another process of this machine holds, without holding it.
-
-    Raises:
-        TargetBusy: naming who holds it.
-    """
+    """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
     with contextlib.suppress(FileNotFoundError), opened(path, os.O_RDWR) as descriptor:
         _refuse_held(descriptor, label)
 

@@ -10,29 +10,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
 from dist_convert.write.files import Written, replace_text, writing
+from dist_convert.write.journal import History, fields, from_fields, joined
 from dist_convert.write.partial import differences_of_complete, files_below
 
 MANIFEST_FILE = "conversion.json"
 
 
-def known_ranges(written: Iterable[Written]) -> dict[str, list[KnownRange]]:
-    """By file, in ascending order, the ranges whose checksums were taken when they were written."""
+def known_ranges(world: World, mine: Iterable[Written], history: History) -> dict[str, list[KnownRange]]:
+    """By file, in ascending order, the ranges whose checksums were taken when a run of any rank wrote them."""
+    gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
     ranges: dict[str, list[KnownRange]] = {}
-    for window, checksum in written:
+    for window, checksum in (*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)):
         if checksum is not None:
             ranges.setdefault(window.file, []).append((window.offset_bytes, window.run_bytes, checksum))
     return {file: sorted(of_file) for file, of_file in ranges.items()}
 
 
 def file_record(path: Path, known: Sequence[KnownRange] = ()) -> dict[str, Any]:
-    """A file's size and checksum; what the known ranges do not cover is read.
-
-    Raises:
-        CorruptFile, TargetError: the file cannot be read to its end.
-    """
+    """A file's size and checksum, of which only what the known ranges do not cover is read."""
     with writing(path):
         size_bytes = path.stat().st_size
         return {"size_bytes": size_bytes, "crc32": f"{checksum_of(path, 0, size_bytes, known):08x}"}
@@ -44,10 +43,7 @@ def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str
     Args:
         partial: the directory in which the target is made.
         weights: the records of the target's weights files by name, those that lie on other nodes' disks included.
-        facts: what else is said.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
+        facts: what else is said, see `resume.facts_of`.
     """
     names = sorted((files_below(partial) | weights.keys()) - {MANIFEST_FILE})
     files = {name: weights.get(name) or file_record(partial / name) for name in names}
@@ -60,7 +56,6 @@ def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -
 
     Raises:
         CorruptFile: it is not JSON.
-        TargetError, NotEnoughSpace: the file system refuses.
     """
     if not (target / MANIFEST_FILE).is_file():
         return
@@ -91,13 +86,7 @@ def unknown_files(target: Path) -> list[str]:
 def what_differs(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> str | None:
     """In what a directory is not what a conversion of these facts leaves, by its manifest and the sizes of its files.
 
-    Args:
-        target: the directory.
-        facts: see `write_manifest`.
-        elsewhere: files of the manifest that lie on other nodes' disks.
-
-    Returns:
-        Nothing where it is just that; None where no conversion has left it.
+    "" where it is just that; None where no conversion has left it. `elsewhere` are files on other nodes' disks.
     """
     manifest = manifest_of(target)
     try:

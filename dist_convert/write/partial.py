@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ResumeRefused, SourceError, TargetExists
-from dist_convert.records import human_bytes
-from dist_convert.write.files import TRACKER_FILE, sync, writing
+from dist_convert.records import human_bytes, names
+from dist_convert.write.files import TRACKER_FILE, replace_text, sync, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
 
@@ -37,7 +37,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
             *_value_differences("--", old["flags"], new["flags"]),
             *_value_differences("argument ", old["settings"], new["settings"]),
         ] or [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
-    return _listed(found)
+    return names(found, _SHOWN, "; ")
 
 
 def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -51,16 +51,11 @@ def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> s
     found = [*_source_differences(old_files, new_files), *_value_differences("--", old["flags"], new["flags"])]
     if not found and any(old[name] != new[name] for name in ("plan", "settings", "conversion")):
         found = ["its files are planned otherwise, or its arguments are others"]
-    return _listed(found)
+    return names(found, _SHOWN, "; ")
 
 
 def _other_version(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"made by another version (format {old.get('format', 1)}, {new['format']} now)"
-
-
-def _listed(found: list[str]) -> str:
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "; ".join([*found[:_SHOWN], *more])
 
 
 def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -90,7 +85,10 @@ def _time(nanoseconds: int) -> str:
 
 #: In the partial directory while starting again may be all it takes: what a job script looks for before it does.
 RESUMABLE = "resumable"
-_IDENTITY, _LOCK, _REPLACES, _VOID = "identity.json", "lock", "replaces", "void"
+_IDENTITY, _LOCK = "identity.json", "lock"
+#: Notes: this conversion is what moves the old target aside, which it replaces; and nothing counts of what has been
+#: written, here and at the target's other places, so that the next run has to `forget` it.
+REPLACES, VOID = "replaces", "void"
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -115,31 +113,20 @@ def is_ours(directory: Path) -> bool:
     return (directory / JOURNAL_DIRECTORY / _IDENTITY).is_file()
 
 
-def replaces_aside(directory: Path) -> bool:
-    """Whether the directory is to replace the target that was moved aside."""
-    return (directory / JOURNAL_DIRECTORY / _REPLACES).exists()
+def has_note(directory: Path, note: str) -> bool:
+    """Whether a run has left a note in a directory of ours."""
+    return (directory / JOURNAL_DIRECTORY / note).exists()
 
 
-def note_replacing(partial: Path) -> None:
-    """Note, before the old target moves aside, that this conversion is what moves it."""
-    (partial / JOURNAL_DIRECTORY / _REPLACES).touch()
-    sync(partial / JOURNAL_DIRECTORY)
-
-
-def is_void(partial: Path) -> bool:
-    """Whether nothing counts of what has been written, here and at the target's other places."""
-    return (partial / JOURNAL_DIRECTORY / _VOID).exists()
-
-
-def note_void(partial: Path, *, is_void: bool) -> None:
-    """Note that nothing counts of what has been written, for the next run to `forget`; or that it has been forgotten.
+def set_note(directory: Path, note: str, *, holds: bool = True) -> None:
+    """Note something for later runs, or that it holds no more.
 
     Raises:
         OSError: the file system refuses.
     """
-    note = partial / JOURNAL_DIRECTORY / _VOID
-    note.touch() if is_void else note.unlink(missing_ok=True)
-    sync(note.parent)
+    path = directory / JOURNAL_DIRECTORY / note
+    path.touch() if holds else path.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
@@ -193,15 +180,7 @@ def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
 
 
 def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock:
-    """Make the partial directory, or take up one that is there; nobody else has it until the lock is released.
-
-    Args:
-        target, identity, overwrite: see `check_partial`.
-
-    Raises:
-        TargetBusy, ResumeRefused, TargetExists: see `check_partial`.
-        TargetError, NotEnoughSpace: the file system refuses.
-    """
+    """Make the partial directory, or take up one that passes `check_partial`; nobody else has it until the release."""
     partial = partial_of(target)
     with writing(partial):
         if is_made_of(target, identity):  # only the last steps are missing
@@ -245,13 +224,8 @@ def _mark_resumable(partial: Path) -> None:
 
 
 def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
-    journal = partial / JOURNAL_DIRECTORY
     _mark_resumable(partial)
-    fresh = journal / (_IDENTITY + ".new")
-    fresh.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    sync(fresh)
-    fresh.rename(journal / _IDENTITY)
-    sync(journal)
+    replace_text(partial / JOURNAL_DIRECTORY / _IDENTITY, json.dumps(identity, indent=1))
     sync(partial)
 
 
@@ -272,13 +246,13 @@ def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
     for path in sorted(partial.iterdir()):
         if path.name != JOURNAL_DIRECTORY:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    note_void(partial, is_void=False)
+    set_note(partial, VOID, holds=False)
     _write_record(partial, identity)
 
 
 def _restore_aside(target: Path) -> None:
     """Give a target its name back that was moved aside by a run that ended before its successor had the name."""
-    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and replaces_aside(partial_of(target)):
+    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and has_note(partial_of(target), REPLACES):
         aside_of(target).rename(target)
         sync(target.absolute().parent)
 

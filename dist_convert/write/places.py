@@ -23,21 +23,18 @@ _PROBE = ".dist_convert-"
 _LEFT_BEHIND_SECONDS = 24 * 3600.0
 
 
-def find_places(world: World, target: Path, flag: str, *, is_per_node: bool, otherwise: str) -> tuple[int, ...]:
+def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str) -> tuple[int, ...]:
     """For each rank, the number of the place where its target lies; 0 for all on a shared file system.
 
     One rank of each node puts an empty file beside the target, and every rank looks which of them it sees. The files
     are removed again, and so are those that a killed run left there the day before.
 
     Args:
-        world: this rank.
-        target: the directory that is to be made.
-        flag: that named it, for messages.
         is_per_node: nodes may have a place each.
-        otherwise: what to do where they have, and it was not asked for.
+        otherwise: the flag for that, and when to give it.
 
     Raises:
-        TargetError: no file can be made beside the target, or nodes see different targets that should not.
+        TargetError: no file can be made beside the target, or nodes see different ones that should not.
         UsageError: ranks of one node have different targets.
     """
     if world.size == 1:
@@ -65,7 +62,7 @@ def find_places(world: World, target: Path, flag: str, *, is_per_node: bool, oth
                 "ranks of one node have different targets",
                 expected=f"{views[first][0]} as on the first rank of node {node}",
                 found=f"{views[rank][0]} on rank {rank}",
-                remedy=f"give all ranks of a node the same {flag}",
+                remedy="give all ranks of a node the same target",
             )
     if not is_per_node and (other := next((rank for rank, view in enumerate(views) if view != views[0]), None)):
         raise TargetError(
@@ -73,7 +70,7 @@ def find_places(world: World, target: Path, flag: str, *, is_per_node: bool, oth
             file=str(target),
             expected="one directory on a file system that all nodes share",
             found=f"rank {other} sees another one than rank 0",
-            remedy=f"check that the file system of {flag} is mounted on every node, or give {otherwise}",
+            remedy=f"check that its file system is mounted on every node, or give {otherwise}",
         )
     kinds = list(dict.fromkeys(map(tuple, views)))
     return tuple(kinds.index(tuple(view)) for view in views)
@@ -125,14 +122,7 @@ _PIECE_BYTES = 4 << 20
 def spread_files(world: World, directory: Path, weights: frozenset[str], *, receives: bool) -> None:
     """Copy all files of rank 0's directory, but for weights and journals, to the directories of some other ranks.
 
-    Args:
-        world: this rank; every rank takes part.
-        directory: in which the target is made, as this rank sees it.
-        weights: names of the weights files.
-        receives: whether this rank writes the copies.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
+    Every rank takes part; `receives` is whether this one writes the copies.
     """
     mine = []
     if world.rank == 0:
@@ -146,10 +136,10 @@ def spread_files(world: World, directory: Path, weights: frozenset[str], *, rece
 def _spread(world: World, path: Path, size_bytes: int, *, receives: bool) -> None:
     if receives:
         path.parent.mkdir(parents=True, exist_ok=True)
-    is_used = receives or world.rank == 0
-    with path.open("wb" if receives else "rb") if is_used else contextlib.nullcontext() as file:
+    mine = path if receives or world.rank == 0 else Path(os.devnull)
+    with mine.open("wb" if receives else "rb") as file:
         for first in range(0, size_bytes, _PIECE_BYTES):
             count = min(_PIECE_BYTES, size_bytes - first)
-            piece = broadcast(world, file.read(count) if file is not None and not receives else b"", count)
-            if file is not None and receives:
+            piece = broadcast(world, b"" if receives else file.read(count), count)
+            if receives:
                 file.write(piece)

@@ -28,24 +28,20 @@ from dist_convert.errors import (
     SourceChanged,
     ValueOverflow,
 )
-from dist_convert.options import PATH_FLAGS, fingerprint
+from dist_convert.options import fingerprint
 from dist_convert.plan.content import digest
-from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
 from dist_convert.records import TargetFile, __version__, local_name, names
 from dist_convert.write.commit import check_target
-from dist_convert.write.files import Written, reserve_file, writing
+from dist_convert.write.files import reserve_file, writing
 from dist_convert.write.journal import (
     History,
     Journal,
-    fields,
-    from_fields,
     has_written,
     history_of,
-    joined,
     journals,
     last_run,
     read_journal,
@@ -55,18 +51,16 @@ from dist_convert.write.manifest import manifest_of, unknown_files, what_differs
 from dist_convert.write.partial import (
     FORMAT,
     RESUMABLE,
+    VOID,
     check_partial,
     claim,
     forget,
+    has_note,
     is_made_of,
     is_ours,
-    is_void,
-    note_void,
+    set_note,
 )
 from dist_convert.write.task import Task
-
-#: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
-_PATHS = frozenset({"source", "target"})
 
 
 def identity_of(task: Task) -> dict[str, Any]:
@@ -76,6 +70,7 @@ def identity_of(task: Task) -> dict[str, Any]:
     header of each file, `settings` what else the bytes of weights files depend on. `flags` and `version` only say what
     changed.
     """
+    where = {"source": task.job.source, "target": str(task.job.target)}
     settings = dict(task.layout.settings)
     if task.is_divided:
         settings["weights files here"] = file_numbers(task.content, task.writable[task.rank])
@@ -84,7 +79,7 @@ def identity_of(task: Task) -> dict[str, Any]:
         "plan": task.content.digest,
         "source": {file: list(known) for file, known in sorted(task.source_identity.items())},
         "settings": settings,
-        "flags": fingerprint(task.job, task.source_format),
+        "flags": where | fingerprint(task.job, task.source_format),
         "version": __version__,
     }
 
@@ -100,7 +95,7 @@ def facts_of(task: Task) -> dict[str, Any]:
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
         "settings": digest(dict(task.layout.settings)),
-        "flags": {name: value for name, value in known["flags"].items() if name not in _PATHS},
+        "flags": fingerprint(task.job, task.source_format),
         "source": {"path": str(task.source.absolute()), "files": files},
     }
 
@@ -112,11 +107,7 @@ def has_name(task: Task) -> bool:
 
 
 def check_start(task: Task) -> int:
-    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes.
-
-    Raises:
-        TargetError, NotEnoughSpace: see `commit.check_target` and `partial.check_partial`.
-    """
+    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes."""
     if has_name(task):
         return shutil.disk_usage(task.target).free
     free_bytes = check_target(
@@ -124,7 +115,6 @@ def check_start(task: Task) -> int:
         task.source,
         overwrite=task.job.overwrite,
         needed_bytes=sum(file.size_bytes for file in task.files),
-        flag=PATH_FLAGS[task.job.command][1],
         different=what_differs(task.target, facts_of(task), task.elsewhere),
     )
     check_partial(task.target, identity_of(task), overwrite=task.job.overwrite)
@@ -140,22 +130,7 @@ def notes_on_replacing(task: Task) -> list[str]:
     return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a conversion begins.
-
-    Attributes:
-        history: what earlier runs did.
-        done: the bytes that they have written.
-        journal: of this rank.
-    """
-
-    history: History
-    done: Done
-    journal: Journal
-
-
-def begin(task: Task, world: World) -> Start:
+def begin(task: Task, world: World) -> tuple[History, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
     partial = task.partial
     _forget_what_is_void(task, world)
@@ -179,19 +154,19 @@ def begin(task: Task, world: World) -> Start:
     for name in damaged if run > 1 else ():
         journal.lost(local_name(name), with_this_run=False)
     gather_objects(world, None)
-    return Start(history, Done.of(window for window, _ in history.written), journal)
+    return history, journal
 
 
 def _forget_what_is_void(task: Task, world: World) -> None:
     """Where an earlier run noted at any place that nothing counts of what was written, forget it at every place."""
-    if not any(gather_objects(world, is_void(task.partial))):
+    if not any(gather_objects(world, has_note(task.partial, VOID))):
         return
     with writing(task.partial):
         if task.is_first:
             forget(task.partial)
         gather_objects(world, None)  # the note goes last: until then, the next run finds it
         if task.is_first:
-            note_void(task.partial, is_void=False)
+            set_note(task.partial, VOID, holds=False)
 
 
 def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
@@ -227,41 +202,34 @@ def check_source(task: Task, world: World) -> None:
     )
 
 
-def all_written(world: World, mine: list[Written], history: History) -> list[Written]:
-    """What all runs of all ranks wrote, with its checksums."""
-    gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
-    return [*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)]
-
-
 @dataclass(frozen=True)
 class Held:
     """What is known of a target that this conversion holds.
 
     Attributes:
+        directory: where it lies at this rank's place.
+        unnamed: the first ranks of the places where it has not got its name yet.
         is_complete: nothing is left to be written: at some place it has its name already.
-        has_name: at this rank's place.
     """
 
+    directory: Path
+    unnamed: list[int]
     is_complete: bool
-    has_name: bool
 
 
 @contextlib.contextmanager
 def held_target(task: Task, world: World) -> Iterator[Held]:
-    """Hold the target for this conversion; errors inside say how to go on with it.
-
-    Raises:
-        TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
-    """
+    """Hold the target for this conversion, see `partial.claim`; errors inside say how to go on with it."""
     lock, is_here, runs_before = None, False, 0
     is_named = task.is_first and has_name(task)
     if task.is_first and (not is_named or is_ours(task.target)):
         lock = claim(task.target, identity_of(task), overwrite=task.job.overwrite)
     try:
-        named = gather_objects(world, is_named)
-        has_its_name = named[task.places.index(task.places[world.rank])]
-        is_here, runs_before = not has_its_name, last_run(journals(task.partial))
-        yield Held(any(named), has_its_name)
+        named: list[bool] = gather_objects(world, is_named)
+        is_here = not named[task.places.index(task.places[task.rank])]
+        runs_before = last_run(journals(task.partial))
+        unnamed = [rank for rank in task.first_ranks if not named[rank]]
+        yield Held(task.partial if is_here else task.target, unnamed, any(named))
     except ConversionError as error:
         if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
             error.resume = RESUME
@@ -281,7 +249,7 @@ def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
     then; of one that stays, each run that meets it has less left to write before it, until one has nothing.
     """
     if isinstance(error, DifferentModel | SourceChanged):
-        note_void(partial, is_void=True)
+        set_note(partial, VOID)
     may_pass = isinstance(error.__cause__, OSError) and has_written(partial, runs_before)
     if not may_pass and not isinstance(error, Interrupted | LostRank):
         (partial / RESUMABLE).unlink(missing_ok=True)

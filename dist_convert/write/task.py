@@ -39,11 +39,7 @@ class Target(Protocol):
     ) -> None:
         """Complete some weights files, which no other rank does, and on one rank add all that is no weight.
 
-        Args:
-            partial: the directory.
-            files: this rank's share of the files.
-            known: by file, the ranges whose checksums were taken when they were written.
-            is_first: whether this rank adds the rest.
+        `known` are, by file, the ranges whose checksums were taken when they were written.
         """
 
     def publish(self) -> None:

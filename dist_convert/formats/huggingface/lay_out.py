@@ -21,7 +21,7 @@ from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture
-from dist_convert.options import HUGGINGFACE, PATH_FLAGS, TARGET_DTYPES, TORCH, Options
+from dist_convert.options import HUGGINGFACE, TARGET_DTYPES, TORCH, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
@@ -61,7 +61,6 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     places = find_places(
         world,
         job.target,
-        PATH_FLAGS[job.command][1],
         is_per_node=job.save_per_node,
         otherwise="--save-per-node if each node is to keep some of the files",
     )
@@ -121,7 +120,7 @@ def _notes_on_places(
     if not job.save_per_node:
         return []
     if len(of_places) == 1:
-        return [f"--save-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
+        return ["--save-per-node has no effect: all ranks see one and the same target"]
     notes = []
     for place, files in enumerate(of_places):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]

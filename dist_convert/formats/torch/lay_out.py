@@ -23,7 +23,7 @@ from dist_convert.formats.torch.target import (
 )
 from dist_convert.formats.torch.target_args import read_margs, target_tokenizer
 from dist_convert.formats.torch.target_shards import target_dtypes
-from dist_convert.options import HUGGINGFACE, PATH_FLAGS, RELEASE, TARGET_DTYPES, TORCH, Options
+from dist_convert.options import HUGGINGFACE, RELEASE, TARGET_DTYPES, TORCH, Options
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
@@ -52,7 +52,6 @@ def to_torch(job: Options, model: Model, world: World) -> Task:
     places = find_places(
         world,
         directory,
-        PATH_FLAGS[job.command][1],
         is_per_node=job.target_ranks_per_node is not None,
         otherwise="--target-ranks-per-node if each node is to keep its own shards",
     )

@@ -44,7 +44,7 @@ from dist_convert.formats.torch.target_args import (
 from dist_convert.formats.torch.target_shards import TargetDialect, lay_out_shards, written_ranks
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture
-from dist_convert.options import PATH_FLAGS, RELEASE, Options, given_flags
+from dist_convert.options import RELEASE, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, seal
@@ -529,7 +529,7 @@ def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset
     if job.target_ranks_per_node is None:
         return []
     if not max(places):
-        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
+        return ["--target-ranks-per-node has no effect: all ranks see one and the same target"]
     notes = []
     for place in range(max(places) + 1):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
