@@ -144,7 +144,7 @@ class Options:
         False,
         is_free=True,
     )
-    iteration: int | str | None = _to_torch("number of the iteration", kind="iteration", shown="the source's, else 1")
+    iteration: int | str | None = _to_torch("number of the iteration", shown="the source's, else 1")
     target_tensor_parallel_size: int | None = _to_torch("tensor parallel ranks", shown="the source's, else 1")
     target_pipeline_parallel_size: int | None = _to_torch("pipeline parallel ranks", shown="the source's, else 1")
     target_virtual_pipeline_parallel_size: int | None = _to_torch(
@@ -246,7 +246,6 @@ class VerifyJob:
         f"compare a share of the blocks, without a number {SAMPLE}: always the same ones, and the first and last block "
         "of every tensor, which of a small model are most",
         Fraction(1),
-        kind="share",
         shown="all",
         const=SAMPLE,
     )
@@ -298,8 +297,14 @@ def flag_of(one: Field[Any]) -> str:
 
 
 _KINDS_OF_TYPES: Mapping[str, Kind] = {
-    "bool": "switch", "int | None": "count", "Path | None": "path", "str": "text", "str | None": "text",
-}  # fmt: skip
+    "bool": "switch",
+    "int | None": "count",
+    "int | str | None": "iteration",
+    "Fraction": "share",
+    "Path | None": "path",
+    "str": "text",
+    "str | None": "text",
+}
 
 
 def kind_of(one: Field[Any]) -> Kind:

@@ -58,13 +58,6 @@ def _whole_number(text: str) -> int:
     return int(text) if text.isdecimal() else -1
 
 
-def _share(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        return Fraction(0)
-
-
 def _repository(text: str) -> str:
     from dist_convert.formats.huggingface.upload import check_repository_name  # half a second, where it is needed
 
@@ -79,7 +72,7 @@ _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
     "seconds": (_whole_number, "SECONDS"),
     "iteration": (lambda text: RELEASE if text == RELEASE else _whole_number(text), "N"),
     "size": (parse_bytes, "SIZE"),
-    "share": (_share, "SHARE"),
+    "share": (Fraction, "SHARE"),
     "repository": (_repository, "org/name"),
 }
 
@@ -92,6 +85,8 @@ def value_of(kind: Kind) -> Callable[[str], Any]:
             value = _TEXTS[kind][0](text)
         except UsageError as error:
             raise ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
+        except (ValueError, ZeroDivisionError):
+            value = None  # which fits nothing
         expected, fits = KINDS[kind]
         if not fits(value):
             raise ArgumentTypeError(f"not {expected}: {text!r}")

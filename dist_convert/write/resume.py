@@ -132,7 +132,7 @@ def notes_on_replacing(task: Task) -> list[str]:
 
 def begin(task: Task, world: World) -> tuple[History, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
-    partial = task.partial
+    partial, files = task.partial, task.files
     _forget_what_is_void(task, world)
     boots = gather_objects(world, list(this_boot()))
     listings: list[list[str]] = gather_objects(world, journals(partial))
@@ -140,15 +140,15 @@ def begin(task: Task, world: World) -> tuple[History, Journal]:
     # Journals of two places may have one name, and are two.
     seen = [{f"{place}/{name}": 0 for name in of} for place, of in zip(task.places, listings, strict=True)]
     mine = deal_headers(sorted({name for of_rank in seen for name in of_rank}), seen)[world.rank]
-    records = [_planned(read_journal(partial, name.partition("/")[2], boots), task.files) for name in mine]
-    damaged = [file.name for file in task.files if task.is_first and not _is_whole(partial, file)]
+    records = [_planned(read_journal(partial, name.partition("/")[2], boots), files) for name in mine]
+    damaged = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
     gathered = gather_objects(world, [records, damaged])
     history = history_of(
         [one for of_rank, _ in gathered for one in of_rank], {file for _, of in gathered for file in of}
     )
     if task.is_first:
-        task.layout.make_files(partial, task.files, is_first=world.rank == 0)
-        for file in task.files:
+        task.layout.make_files(partial, files, is_first=world.rank == 0)
+        for file in files:
             reserve_file(partial / local_name(file.name), file.name)
     journal = Journal(partial, run, world.rank)
     for name in damaged if run > 1 else ():

@@ -93,11 +93,11 @@ class Task:
     @property
     def first_ranks(self) -> list[int]:
         """The rank of each place that makes and renames the target there."""
-        return [self.places.index(place) for place in sorted(set(self.places))]
+        return [rank for rank, place in enumerate(self.places) if self.places.index(place) == rank]
 
     @property
     def is_first(self) -> bool:
-        return self.rank in self.first_ranks
+        return self.places.index(self.places[self.rank]) == self.rank
 
     @property
     def files(self) -> tuple[TargetFile, ...]:
