@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert import errors
 from dist_convert.errors import ConversionError
-from dist_convert.options import CONVERT, FORMATS, Options, VerifyJob, check_values, options_of
+from dist_convert.options import (
+    CONVERT,
+    FORMATS,
+    Options,
+    VerifyJob,
+    check_together,
+    check_values,
+    kind_of,
+    options_of,
+    plain_name,
+)
 from dist_convert.ranks.listener import Collector
 from dist_convert.records import __version__, parse_bytes
 
@@ -92,29 +101,28 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     """The options of a conversion, checked as those of the command line are."""
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    known = {_plain_name(one.name): (one.name, option.kind) for one, option in options_of(CONVERT)}
     if not os.fspath(source) or not os.fspath(target):
         raise errors.UsageError("a path is empty", found=f"source {source!r}, target {target!r}")
-    values: dict[str, Any] = {
-        "source": os.path.expanduser(source),
-        "target": Path(target).expanduser().resolve(),
-    }
-    for name, value in given.items():
-        if _plain_name(name) not in known or name in values:
-            raise TypeError(f"convert() has no option {name!r}; see dist-convert convert --help")
-        field, kind = known[_plain_name(name)]
-        if value is not None and kind == "path":
-            value = Path(value)
-        elif kind == "size" and isinstance(value, str):
-            value = parse_bytes(value)
-        values[field] = value
-    job = Options(to, **values)
+    job = Options(to, os.path.expanduser(source), Path(target).expanduser().resolve(), **_values(CONVERT, given))
     check_values(job)
+    check_together(job)
     return job
 
 
-def _plain_name(name: str) -> str:
-    return name.removesuffix("_bytes").removesuffix("_seconds")
+def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, Any]:
+    """The options of a command by the names of their fields; those besides are none of its function's."""
+    known = {plain_name(one.name): one for one, _ in options_of(command) if one.name not in besides}
+    values = {}
+    for name, value in given.items():
+        one = known.get(plain_name(name))
+        if one is None:
+            raise TypeError(f"{command}() has no option {name!r}; see dist-convert {command} --help")
+        if kind_of(one) == "path" and value is not None:
+            value = Path(value)
+        elif kind_of(one) == "size" and isinstance(value, str):
+            value = parse_bytes(value)
+        values[one.name] = value
+    return values
 
 
 def open(
@@ -173,18 +181,11 @@ def verify(
     from dist_convert.ranks.collectives import alone
     from dist_convert.ranks.embedded import Embedded
 
-    known = {_plain_name(one.name): one.name for one in fields(VerifyJob)}
-    unknown = [name for name in options if _plain_name(name) not in known or name in ("json", "timeout")]
-    if unknown:
-        raise TypeError(f"verify() has no option {unknown[0]!r}; see dist-convert verify --help")
-    values = {known[_plain_name(name)]: value for name, value in options.items()}
-    if isinstance(values.get("max_memory_per_rank_bytes"), str):
-        values["max_memory_per_rank_bytes"] = parse_bytes(values["max_memory_per_rank_bytes"])
     share = Fraction(sample).limit_denominator(1_000_000)
-    if not 0 < share <= 1:
-        raise errors.UsageError("not a share", expected="above 0 and up to 1", found=sample)
-    world = alone()
+    values = _values("verify", options, "sample", "json", "timeout_seconds")
     job = VerifyJob(Path(a), Path(b), sample=share, **values)
+    check_values(job)
+    world = alone()
     return verify_job(job, world, Embedded(world, Collector(on_progress), cancel))
 
 

@@ -2,42 +2,25 @@
 
 ::
 
-    ConversionError                 every error that a user can meet; its text is the whole message
-    ├── UsageError                  a flag, a job file or a combination of flags is wrong (exit code 2)
-    ├── SourceError                 the checkpoint cannot be converted as it is
-    │   ├── CheckpointNotFound      what the command names is not there, or no checkpoint (exit code 2)
-    │   │   └── NotFetched          a hub does not give the model now, or not to this user (exit code 1)
-    │   ├── MissingShard            a rank directory that the grid needs is not there
-    │   ├── InconsistentShards      shards that cannot belong to one checkpoint
-    │   ├── CorruptFile             truncated, or not what its header says
-    │   ├── SourceChanged           written to or replaced while it was read
-    │   ├── UnsafePickle            the pickle names something that is never imported
-    │   ├── MissingArguments        no `args`, or an argument that decides the model is absent
-    │   ├── UnsupportedModel        an architecture, option or format without a place in the target
-    │   ├── MissingTensor           a table row without a stored tensor
-    │   ├── UnknownTensor           a stored tensor without a table row
-    │   ├── WrongShape              a stored tensor of another shape or dtype than the arguments imply
-    │   └── ValueOverflow           finite values become infinite in the target dtype
-    ├── MissingPackage              a package that only some conversions need is not installed
-    ├── PlanError                   a plan that does not cover its target exactly, or differs between ranks
-    ├── TargetError                 the target cannot be written
-    │   ├── TargetExists            not empty, and `--overwrite` was not given
-    │   ├── TargetBusy              another conversion is making it
-    │   ├── ResumeRefused           an unfinished conversion of something else is in the way
-    │   └── NotEnoughSpace          the file system is too small
-    ├── UploadError                 the hub cannot take the model; what was converted is complete
-    ├── DifferentModel              `--verify` found that the target is not the model of the source
-    ├── Interrupted                 a signal, SIGTERM or SIGINT (exit code 143 or 130)
-    │   └── Cancelled               the program that called `convert` ended it
-    ├── LostRank                    another rank has ended, hangs, or cannot be reached
-    ├── BudgetTooSmall              `--max-memory-per-rank` does not hold one step (exit code 2)
-    └── Problems                    several of the above, found together before the first byte moved
+    ConversionError
+    ├── UsageError
+    ├── SourceError
+    │   ├── CheckpointNotFound ── NotFetched
+    │   ├── MissingShard, InconsistentShards, CorruptFile, SourceChanged, UnsafePickle, MissingArguments
+    │   └── UnsupportedModel, MissingTensor, UnknownTensor, WrongShape, ValueOverflow
+    ├── MissingPackage, PlanError
+    ├── TargetError
+    │   └── TargetExists, TargetBusy, ResumeRefused, NotEnoughSpace
+    ├── UploadError, DifferentModel
+    ├── Interrupted ── Cancelled
+    ├── LostRank, BudgetTooSmall
+    └── Problems
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: How to go on where an unfinished target is left.
@@ -66,12 +49,8 @@ class ConversionError(Exception):
         found: object = "",
         remedy: str = "",
     ) -> None:
-        self.what = what
-        self.tensor = tensor
-        self.file = file
-        self.expected = str(expected)
-        self.found = str(found)
-        self.remedy = remedy
+        self.what, self.tensor, self.file, self.remedy = what, tensor, file, remedy
+        self.expected, self.found = str(expected), str(found)
         #: How to go on, where an unfinished target is left that can be gone on with.
         self.resume = ""
         #: Of the rank that met it, where that is another one; None otherwise.
@@ -84,7 +63,7 @@ class ConversionError(Exception):
 
 
 class UsageError(ConversionError):
-    """A flag, a job file or a combination of flags is wrong."""
+    """A flag, a job file or a combination of flags is wrong (exit code 2)."""
 
     exit_code = 2
 
@@ -94,7 +73,7 @@ class SourceError(ConversionError):
 
 
 class CheckpointNotFound(SourceError):
-    """What the command names is not there, or is no checkpoint."""
+    """What the command names is not there, or is no checkpoint (exit code 2)."""
 
     exit_code = UsageError.exit_code
 
@@ -182,11 +161,11 @@ class UploadError(ConversionError):
 
 
 class DifferentModel(ConversionError):
-    """What was written is not the model that was read."""
+    """`--verify` found that what was written is not the model that was read."""
 
 
 class Interrupted(ConversionError):
-    """A signal ended the conversion between two steps."""
+    """A signal, SIGTERM or SIGINT, ended the conversion between two steps (exit code 143 or 130)."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -207,7 +186,7 @@ class LostRank(ConversionError):
 
 
 class BudgetTooSmall(ConversionError):
-    """The memory budget does not hold one step."""
+    """The memory budget, `--max-memory-per-rank`, does not hold one step (exit code 2)."""
 
     exit_code = UsageError.exit_code
 
@@ -239,24 +218,14 @@ def error_details(error: ConversionError) -> dict[str, Any]:
 
 def error_from_details(details: Mapping[str, Any]) -> ConversionError:
     """The error that was met elsewhere. Several together are one whose text is all of theirs."""
-    kinds = {kind.__name__: kind for kind in _all_kinds(ConversionError)}
-    kind = kinds.get(details["class"], ConversionError)
-    if issubclass(kind, Cancelled):
-        error: ConversionError = Cancelled()
-    elif issubclass(kind, Interrupted):
-        error = Interrupted(details["exit_code"] - 128)
-    else:
-        error = (ConversionError if issubclass(kind, Problems) else kind)(details["what"])
+    kind = globals().get(details["class"], ConversionError)
+    kind = ConversionError if issubclass(kind, Problems) else kind
+    error: ConversionError = kind.__new__(kind)
+    ConversionError.__init__(error, details["what"])  # others ask for what their words follow from
     for label in _LABELS:
         setattr(error, label, details[label])
     error.exit_code = details["exit_code"]
     return error
-
-
-def _all_kinds(kind: type[ConversionError]) -> Iterator[type[ConversionError]]:
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from _all_kinds(derived)
 
 
 def lost_contact(found: str) -> LostRank:

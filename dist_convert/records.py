@@ -6,6 +6,7 @@ all else says its unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -59,25 +60,25 @@ def cover_fault(boxes: Iterable[Box], rows: int, columns: int) -> str | None:
     The boxes must form bands: those that share a row share their whole row range. Copies of one parameter do.
     """
     next_row = 0
-    for (row, band_rows), band in groupby(sorted(boxes, key=_position), key=lambda box: (box.row, box.rows)):
+    by_place = sorted(boxes, key=lambda box: (box.row, box.rows, box.column))
+    for (row, band_rows), band in groupby(by_place, key=lambda box: (box.row, box.rows)):
         if row != next_row:
-            what = "are not covered" if row > next_row else "are covered twice"
-            return f"rows {min(row, next_row)}..{max(row, next_row) - 1} {what}"
+            return f"rows {_fault(next_row, row)}"
+        rows_of_band = f"rows {row}..{row + band_rows - 1}"
         next_column = 0
         for box in band:
             if box.column != next_column:
-                what = "are not covered" if box.column > next_column else "are covered twice"
-                first, last = min(box.column, next_column), max(box.column, next_column) - 1
-                return f"columns {first}..{last} of rows {row}..{row + band_rows - 1} {what}"
+                return f"columns {_fault(next_column, box.column, f' of {rows_of_band}')}"
             next_column = box.column_end
         if next_column != columns:
-            return f"rows {row}..{row + band_rows - 1} are covered up to column {next_column} of {columns}"
+            return f"{rows_of_band} are covered up to column {next_column} of {columns}"
         next_row = row + band_rows
     return None if next_row == rows else f"rows are covered up to {next_row} of {rows}"
 
 
-def _position(box: Box) -> tuple[int, int, int]:
-    return box.row, box.rows, box.column
+def _fault(expected: int, found: int, where: str = "") -> str:
+    first, end = sorted((expected, found))
+    return f"{first}..{end - 1}{where} are {'not covered' if found > expected else 'covered twice'}"
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,6 @@ class Runs:
     row_stride: int
     column_stride: int
     by_row: bool = True
-
-    @property
-    def elements(self) -> int:
-        return len(self.starts) * self.run_elements
 
 
 def runs(rows: int, columns: int, row_stride: int, column_stride: int) -> Runs:
@@ -150,10 +147,7 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -190,21 +184,10 @@ class View:
             self.file, self.tensor, self.dtype, offset_bytes, box.rows, box.columns, self.row_stride, self.column_stride
         )
 
-    def widened(self, columns: int) -> View:
-        """The same rows with so many columns."""
-        return View(
-            self.file, self.tensor, self.dtype, self.offset_bytes, self.rows, columns, self.row_stride,
-            self.column_stride,
-        )  # fmt: skip
-
     def transposed(self) -> View:
         """The same elements with rows and columns exchanged."""
         return replace(
-            self,
-            rows=self.columns,
-            columns=self.rows,
-            row_stride=self.column_stride,
-            column_stride=self.row_stride,
+            self, rows=self.columns, columns=self.rows, row_stride=self.column_stride, column_stride=self.row_stride
         )
 
     @property
@@ -232,7 +215,7 @@ def side_by_side(left: View, right: View) -> View | None:
         and left.column_stride == right.column_stride == 1
         and left.row_stride >= columns
     )
-    return left.widened(columns) if joins else None
+    return replace(left, columns=columns) if joins else None
 
 
 @dataclass(frozen=True)
@@ -384,12 +367,8 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-#: Of many things, so many are named.
-_LISTED = 8
-
-
-def names(which: Iterable[str]) -> str:
+def names(which: Iterable[str], shown: int = 8, between: str = ", ") -> str:
     """The first of them, and how many more there are."""
     listed = list(which)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return between.join(listed[:shown]) + more

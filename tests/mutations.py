@@ -125,8 +125,8 @@ MUTATIONS = (
     ),
     Mutation(
         "checksums-without-the-gaps",
-        "parts.append(_read_checksum(file, position, offset))",
-        "pass",
+        "_read_checksum(file, position, offset, whole), checksum",
+        "whole, checksum",
         "tests/write/test_checksums.py",
     ),
     Mutation(

@@ -88,7 +88,7 @@ def test_an_error_is_the_exception_that_it_is_on_the_command_line(
     with pytest.raises(TargetExists, match="not empty") as raised:
         dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", ranks=ranks)
     assert raised.value.file == str(tmp_path / "hf")
-    assert "choose another DST" in raised.value.remedy
+    assert "choose another target" in raised.value.remedy
 
 
 @pytest.mark.parametrize(

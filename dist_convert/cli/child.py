@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_convert import errors
 from dist_convert.move.report import Report, report_from_details
-from dist_convert.options import CONVERT, Options, flag_of, options_of
+from dist_convert.options import CONVERT, Options, flag_of, given, kind_of
 
 #: How often a program that waits for its ranks asks whether to end them, and how often they tell how far they are.
 _POLL_SECONDS, _PROGRESS_SECONDS = 0.2, 1
@@ -76,11 +76,10 @@ def convert_in_ranks(
 def _job_file(job: Options) -> dict[str, Any]:
     """What a job file says of options, by the names of the command's flags."""
     found: dict[str, Any] = {"to": job.to, "source": job.source, "target": str(job.target)}
-    for one, known in options_of(CONVERT):
+    for one, _ in given(job):
         value = getattr(job, one.name)
-        if one.name not in found and value != one.default:
-            shown = f"{value}B" if known.kind == "size" else value if isinstance(value, bool | int) else str(value)
-            found[flag_of(one, CONVERT)[2:]] = shown
+        shown = f"{value}B" if kind_of(one) == "size" else value if isinstance(value, bool | int) else str(value)
+        found[flag_of(one)[2:]] = shown
     return found
 
 

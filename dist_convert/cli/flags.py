@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_convert.cli.old_flags import add_old_flags
+from dist_convert.cli.old_flags import OLD_SPELLINGS, add_old_flags
 from dist_convert.errors import UsageError
 from dist_convert.options import (
     COMMANDS,
     CONVERT,
     FORMATS,
-    MOST_SECONDS,
+    KINDS,
     PAIRS,
-    POSITIONAL,
+    PATH_FLAGS,
     RELEASE,
-    SAMPLE,
-    SOURCE_MODEL_TYPES,
+    Kind,
     Option,
     Options,
     TokenizerJob,
     VerifyJob,
     check_together,
     flag_of,
+    kind_of,
     options_of,
 )
-from dist_convert.records import __version__, parse_bytes
+from dist_convert.records import __version__, human_bytes, parse_bytes
 
 #: What the two directions call differently, and what others call shorter.
 _COUNTERPARTS = {
@@ -43,13 +43,9 @@ _COUNTERPARTS = {
 }  # fmt: skip
 
 
-def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """What to add to a remedy: the command's name of what the other direction calls otherwise, or a flag spelt alike.
-
-    Args:
-        unknown: words of the command line that the command does not know.
-        known: its flags.
-    """
+def suggestion(unknown: Sequence[str], parser: ArgumentParser) -> str:
+    """What to add to a remedy: a command's name of what the other direction calls otherwise, or a flag spelt alike."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
     meant = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
         other = _COUNTERPARTS.get(flag, "")
@@ -58,41 +54,45 @@ def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
     return f"; perhaps {', '.join(meant)}" if meant else ""
 
 
-def size(text: str) -> int:
-    """A size with a unit, in bytes."""
-    try:
-        return parse_bytes(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{error.what}: {text!r} (expected {error.expected})") from error
+def _whole_number(text: str) -> int:
+    return int(text) if text.isdecimal() else -1
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a positive whole number: {text!r}")
-    return int(text)
-
-
-def iteration(text: str) -> int | str:
-    """A whole number of 0 or more, or the word release."""
-    return RELEASE if text == RELEASE else 0 if text == "0" else positive(text)
-
-
-def seconds(text: str) -> int:
-    """Whole seconds, from 1 to about eleven days."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"not a whole number of seconds from 1 to {MOST_SECONDS}: {text!r}")
-    return int(text)
-
-
-def repository(text: str) -> str:
-    """The name of a repository on a hub."""
+def _repository(text: str) -> str:
     from dist_convert.formats.huggingface.upload import check_repository_name  # half a second, where it is needed
 
-    try:
-        return check_repository_name(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
+    return check_repository_name(text)
+
+
+#: How the command line says the values of a kind, and what the help calls them.
+_TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
+    "text": (str, "NAME"),
+    "path": (Path, "PATH"),
+    "count": (_whole_number, "N"),
+    "seconds": (_whole_number, "SECONDS"),
+    "iteration": (lambda text: RELEASE if text == RELEASE else _whole_number(text), "N"),
+    "size": (parse_bytes, "SIZE"),
+    "share": (Fraction, "SHARE"),
+    "repository": (_repository, "org/name"),
+}
+
+
+def value_of(kind: Kind) -> Callable[[str], Any]:
+    """What reads a value of a kind, in argparse's way."""
+
+    def read(text: str) -> Any:
+        try:
+            value = _TEXTS[kind][0](text)
+        except UsageError as error:
+            raise ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
+        except (ValueError, ZeroDivisionError):
+            value = None  # which fits nothing
+        expected, fits = KINDS[kind]
+        if not fits(value):
+            raise ArgumentTypeError(f"not {expected}: {text!r}")
+        return value
+
+    return read
 
 
 def with_numbers(path: str) -> str:
@@ -120,50 +120,38 @@ def _node() -> str | None:
 
 
 def flags_of_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
-    """The values that a job file gives, by their names in the parser's namespace.
+    """The values that a job file gives to a command, by their names in its parser's namespace.
 
-    Args:
-        parser: of the command.
-        path: of a mapping from flags to values; `true` is a flag without a value, `false` and nothing are no flag.
+    It maps flags to values; `true` is a flag without a value, `false` and nothing are no flag.
 
     Raises:
         UsageError: with the file and the key.
     """
     words: list[str] = []
     for key, value in _read(path).items():
+        found = f"{key}: {'true' if value is True else value}"
         flag = "--" + str(key).replace("_", "-")
         if flag == "--config":
-            raise UsageError("a job file cannot name another one", file=str(path), found=f"config: {value}")
+            raise UsageError("a job file cannot name another one", file=str(path), found=found)
         if isinstance(value, list | dict):
             raise UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path))
         if value is None or value is False:
             continue
-        word = flag if value is True else f"{flag}={value}"
-        _check(parser, word, path, str(key), value)
-        words.append(word)
+        words.append(flag if value is True else f"{flag}={value}")
+        try:
+            _, unknown = parser.parse_known_args(words[-1:])
+        except UsageError as error:
+            what = f"{key} needs a value" if value is True else error.what
+            if "ignored explicit argument" in error.what:
+                what = f"{key} must be true or false"
+            raise UsageError(what, file=str(path), found=found, remedy=error.remedy) from error
+        if unknown:
+            remedy = f"see {parser.prog} --help{suggestion(unknown, parser)}"
+            raise UsageError(f"{parser.prog} has no flag for the key {key}", file=str(path), found=found, remedy=remedy)
     try:
         return vars(parser.parse_args(words))  # together, as some exclude each other
     except UsageError as error:
         raise UsageError(error.what, file=str(path), remedy=error.remedy) from error
-
-
-def _check(parser: ArgumentParser, word: str, path: Path, key: str, value: object) -> None:
-    try:
-        _, unknown = parser.parse_known_args([word])
-    except UsageError as error:
-        if "ignored explicit argument" in error.what:
-            raise UsageError(f"{key} must be true or false", file=str(path), found=f"{key}: {value}") from error
-        if value is True:
-            raise UsageError(f"{key} needs a value", file=str(path), found=f"{key}: true") from error
-        raise UsageError(error.what, file=str(path), found=f"{key}: {value}", remedy=error.remedy) from error
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UsageError(
-            f"{parser.prog} has no flag for the key {key}",
-            file=str(path),
-            found=f"{key}: {value}",
-            remedy=f"see {parser.prog} --help{suggestion(unknown, known)}",
-        )
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -177,25 +165,13 @@ def _read(path: Path) -> dict[Any, Any]:
             "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
         ) from error
     if not isinstance(data, dict):
-        raise UsageError(
-            "not a job file", file=str(path), expected="flag: value, a line each", found=type(data).__name__
-        )
+        expected = "flag: value, a line each"
+        raise UsageError("not a job file", file=str(path), expected=expected, found=type(data).__name__)
     return data
 
 
 #: Far more than pay, far fewer than a machine has memory for: each takes a tenth of a gigabyte besides its buffers.
 _MOST_PER_CORE = 16
-
-
-def add_ranks(group: Any) -> None:
-    """How many ranks the command itself starts."""
-    group.add_argument(
-        "--ranks",
-        metavar="N",
-        type=positive,
-        help="start so many on this machine's CPUs; torchrun is for several machines, and for accelerators (default: "
-        "one, or those of torchrun)",
-    )
 
 
 def ranks_to_start(flags: argparse.Namespace) -> int:
@@ -230,124 +206,30 @@ def ranks_to_start(flags: argparse.Namespace) -> int:
     return int(flags.ranks)
 
 
-def share(text: str) -> Fraction:
-    """A share above 0 and up to 1: "1/16" or "0.05"."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"not a share above 0 and up to 1, such as 1/16 or 0.05: {text!r}")
-    return value
+def _values(flags: argparse.Namespace) -> dict[str, Any]:
+    return {one.name: getattr(flags, one.name) for one, _ in options_of(flags.command)}
 
 
-def add_verify(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
-    command = commands.add_parser(
-        "verify",
-        help="compare two checkpoints of any kind: exit code 0 where they hold the same model, 1 where not",
-        description="Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint at any grid: "
-        "every tensor bit for bit (A rounded to B's dtype where they differ), all copies within each, config and "
-        "vocabulary. --ranks or torchrun share the work among ranks; alone it is one rank.",
-        epilog="{rank}, {local_rank} and {node} in the paths are replaced by this rank's numbers.",
-    )
-    command.add_argument("a", metavar="A", help="the first checkpoint: what B was made from")
-    command.add_argument("b", metavar="B", help="the second checkpoint")
-    for letter in "ab":
-        command.add_argument(
-            f"--ckpt-dir-name-{letter}",
-            metavar="NAME",
-            help=f"iteration directory of {letter.upper()} (default: the tracker file)",
-        )
-        add_switch(
-            command,
-            f"--habana-imported-experts-{letter}",
-            f"{letter.upper()} came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts",
-        )
-    command.add_argument(
-        "--true-vocab-size",
-        metavar="N",
-        type=positive,
-        help="tokens without padding (default: args, tokenizer, the other side)",
-    )
-    command.add_argument(
-        "--sample",
-        nargs="?",
-        type=share,
-        const=SAMPLE,
-        default=Fraction(1),
-        metavar="SHARE",
-        help=f"compare a share of the blocks (default: all; without a number {SAMPLE}), always the same ones, and the "
-        "first and last block of every tensor, which of a small model are most",
-    )
-    add_ranks(command)
-    add_size(command, "--max-memory-per-rank", "1GB", "of the buffers of each rank")
-    add_timeout(command)
-    command.add_argument("--json", action="store_true", help="print JSON, with every difference (default: text)")
+def options_from_flags(flags: argparse.Namespace) -> Options:
+    """The options of a conversion, of which those that are given go together."""
+    to = flags.to if flags.command == CONVERT else PAIRS[flags.command][1]
+    target = Path(with_numbers(flags.target)).resolve()
+    options = Options(to, with_numbers(flags.source), target, command=flags.command, **_values(flags))
+    check_together(options)
+    return options
 
 
 def verify_job_from_flags(flags: argparse.Namespace) -> VerifyJob:
     """The job of `verify`."""
-    return VerifyJob(
-        a=Path(with_numbers(flags.a)),
-        b=Path(with_numbers(flags.b)),
-        ckpt_dir_name_a=flags.ckpt_dir_name_a,
-        ckpt_dir_name_b=flags.ckpt_dir_name_b,
-        habana_imported_experts_a=flags.habana_imported_experts_a,
-        habana_imported_experts_b=flags.habana_imported_experts_b,
-        true_vocab_size=flags.true_vocab_size,
-        sample=flags.sample,
-        max_memory_per_rank_bytes=flags.max_memory_per_rank,
-        json=flags.json,
-        timeout_seconds=flags.timeout_seconds,
-    )
-
-
-def add_tokenizer_command(commands: Any) -> None:
-    """Add the subcommand."""
-    command = commands.add_parser(
-        "tokenizer",
-        help="give a converted model its tokenizer",
-        description="Copy or build the tokenizer of a model that was converted without one. The special ids in "
-        "config.json and generation_config.json follow it; weights stay as they are.",
-    )
-    command.add_argument(
-        "source",
-        type=Path,
-        metavar="SRC",
-        help="directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
-        "directory; or org/name of a model in the hub's cache",
-    )
-    command.add_argument("target", type=Path, metavar="DST", help="directory of the converted model")
-    command.add_argument(
-        "--source-model-type",
-        choices=SOURCE_MODEL_TYPES,
-        help="whose special tokens and chat format a tokenizer.model gets (default: what config.json suggests)",
-    )
-    add_switch(command, "--instruct", "add the chat template, end-of-turn tokens and sampling of an instruct model")
-    add_switch(command, "--overwrite", "replace the tokenizer that is there")
+    return VerifyJob(Path(with_numbers(flags.a)), Path(with_numbers(flags.b)), **_values(flags))
 
 
 def tokenizer_job_from_flags(flags: argparse.Namespace) -> TokenizerJob:
     """The job of `tokenizer`."""
-    return TokenizerJob(
-        source=flags.source,
-        target=flags.target,
-        source_model_type=flags.source_model_type,
-        instruct=flags.instruct,
-        overwrite=flags.overwrite,
-    )
+    return TokenizerJob(flags.source, flags.target, **_values(flags))
 
 
-def add_push(commands: Any) -> None:
-    """Add the subcommand."""
-    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
-    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
-    push.add_argument("push_to_hub", metavar="org/name", type=repository, help="made if it is not there")
-    add_switch(push, "--private", "for members only; a public repository is refused")
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Raises its errors instead of exiting, so that one rank prints them; knows flags by their whole names only."""
 
     def __init__(self, **how: Any) -> None:
@@ -357,32 +239,50 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
 
 
-def add_switch(group: Any, flag: str, help_text: str) -> None:
-    """A flag that is off, and that the command line can switch off again where a job file has it on."""
-    name = flag[2:].replace("-", "_")
-    group.add_argument(flag, action="store_true", default=False, help=f"{help_text} (default: off)")
-    group.add_argument(
-        f"--no-{flag[2:]}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-
-
-def add_size(group: Any, flag: str, default: str, help_text: str, dest: str | None = None) -> None:
-    """A flag that takes a size in bytes."""
-    shown = f"{help_text}, such as 512MB or 2GiB (default: {default})"
-    group.add_argument(flag, metavar="SIZE", dest=dest, type=size, default=default, help=shown)
-
-
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
     parser = Parser(prog="dist-convert", description="Convert checkpoints of Megatron-LM and Hugging Face.")
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        _add_conversion(commands, command)
+    for name in COMMANDS:
+        _add_conversion(commands, name)
     add_old_flags(commands.choices["hf-to-megatron"])
-    add_tokenizer_command(commands)
-    add_push(commands)
-    add_verify(commands)
+
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="give a converted model its tokenizer",
+        description="Copy or build the tokenizer of a model that was converted without one. The special ids in "
+        "config.json and generation_config.json follow it; weights stay as they are.",
+    )
+    tokenizer.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
+        "directory; or org/name of a model in the hub's cache",
+    )
+    tokenizer.add_argument("target", type=Path, metavar="DST", help="directory of the converted model")
+    _add_options(_groups(tokenizer), "tokenizer")
+
+    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
+    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
+    push.add_argument("push_to_hub", metavar="org/name", type=value_of("repository"), help="made if it is not there")
+    _add_switch(push, "--private", "for members only; a public repository is refused")
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare two checkpoints of any kind: exit code 0 where they hold the same model, 1 where not",
+        description="Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint at any grid: "
+        "every tensor bit for bit (A rounded to B's dtype where they differ), all copies within each, config and "
+        f"vocabulary. {_ON_RANKS}",
+        epilog=_ON_NUMBERS,
+    )
+    verify.add_argument("a", metavar="A", help="the first checkpoint: what B was made from")
+    verify.add_argument("b", metavar="B", help="the second checkpoint")
+    groups = _groups(verify)
+    _add_options(groups, "verify")
+    _add_ranks(groups["run"])
+
     inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
     inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
     inspect.add_argument(
@@ -392,84 +292,119 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
+_ON_RANKS = "--ranks or torchrun share the work among ranks; alone it is one rank."
+_ON_NUMBERS = "{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers."
+
+#: What a command that converts does, more of it, and what its source and its target are.
+_CONVERSIONS = {
+    CONVERT: (
+        "Convert a checkpoint of any kind to another kind, grid, dtype or size of files",
+        "What the source is is found out. ",
+        "checkpoint of either kind: root or iteration of Megatron's, Hugging Face directory, or a hub id "
+        "(org/name[@revision])",
+        "what is made: a Hugging Face directory, or the root of a Megatron checkpoint",
+    ),
+    "megatron-to-hf": (
+        "Convert a Megatron checkpoint to a Hugging Face directory",
+        "",
+        "(required) root of the Megatron checkpoint",
+        "(required) Hugging Face directory to be made",
+    ),
+    "hf-to-megatron": (
+        "Convert a Hugging Face model to a Megatron checkpoint at any parallel grid",
+        "",
+        "(required) Hugging Face directory, or a hub id (org/name[@revision])",
+        "(required) root of the Megatron checkpoint",
+    ),
+}
+
+#: Flags that stand for a value of an option: its field, the value, what the help says, and the commands that have it.
+_CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
+    "--release": ("iteration", RELEASE, "write a release instead of an iteration", COMMANDS),
+    "--bf16": ("target_params_dtype", "bf16", "the same as --target-params-dtype bf16", ("hf-to-megatron",)),
+    "--fp16": ("target_params_dtype", "fp16", "the same as --target-params-dtype fp16", ("hf-to-megatron",)),
+    "--no-verify": ("verify", None, "do not (default: as the job file says)", COMMANDS),
+}
+
+
 def _add_conversion(commands: Any, name: str) -> None:
     """A command that converts, with the flags of its options."""
-    what, how = _CONVERSIONS[name]
-    named = f"SRC DST --to {{{','.join(FORMATS)}}}"
-    if name != CONVERT:
-        named = " ".join(f"{flag_of(one, name)} PATH" for one, _ in options_of(name) if one.name in POSITIONAL)
-    command: argparse.ArgumentParser = commands.add_parser(
+    what, more, *paths = _CONVERSIONS[name]
+    flags = PATH_FLAGS[name]
+    named = " ".join([*flags, f"--to {{{','.join(FORMATS)}}}"] if name == CONVERT else [f"{one} PATH" for one in flags])
+    command = commands.add_parser(
         name,
         usage=f"dist-convert {name} {named} [FLAG ...]",
         help=what[0].lower() + what[1:],
-        description=f"{what}. {how}--ranks or torchrun share the work among ranks; alone it is one rank.",
-        epilog="{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers.",
+        description=f"{what}. {more}{_ON_RANKS}",
+        epilog=_ON_NUMBERS,
     )
-    groups = {group: command.add_argument_group(group) for group in ("source", "target", "run")}
+    groups = _groups(command)
+    for field, flag, text in zip(("source", "target"), flags, paths, strict=True):
+        if name == CONVERT:
+            groups[field].add_argument(field, metavar=flag, nargs="?", default=SUPPRESS, help=text)
+            groups[field].add_argument(f"--{field}", help=SUPPRESS)  # what a job file has in its place
+        else:
+            groups[field].add_argument(flag, dest=field, metavar="PATH", help=text)
     if name == CONVERT:
         groups["target"].add_argument("--to", choices=FORMATS, help="(required) the format that is made")
-    for one, known in options_of(name):
-        _add_option(groups[known.group], one, known, name)
-    add_ranks(groups["run"])
+    _add_options(groups, name)
+    _add_ranks(groups["run"])
     groups["run"].add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
     )
 
 
-#: What a command does, and more of it.
-_CONVERSIONS = {
-    CONVERT: (
-        "Convert a checkpoint of any kind to another kind, grid, dtype or size of files",
-        "What the source is is found out. ",
-    ),
-    "megatron-to-hf": ("Convert a Megatron checkpoint to a Hugging Face directory", ""),
-    "hf-to-megatron": ("Convert a Hugging Face model to a Megatron checkpoint at any parallel grid", ""),
-}
+def _groups(parser: ArgumentParser) -> dict[str, Any]:
+    return {group: parser.add_argument_group(group) for group in ("source", "target", "run")}
 
 
-def _add_option(group: Any, one: Field[Any], known: Option, command: str) -> None:
-    """The flags of one option."""
-    constants = (known.constants or {}).get(command, {})
+def _add_options(groups: Mapping[str, Any], command: str) -> None:
+    """The flags of a command's options."""
+    for one, known in options_of(command):
+        text = known.help + (f"; --to {known.to}" if command == CONVERT and known.to else "")
+        _add_option(groups[known.group], one, known, text, command)
+
+
+def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: str) -> None:
+    constants = [flag for flag, (name, *_, of) in _CONSTANTS.items() if name == one.name and command in of]
+    flag, kind = flag_of(one), kind_of(one)
+    default: Any = one.default
+    if kind == "switch":
+        _add_switch(group, flag, text)
+        return
     if constants and known.const is None:
         group = group.add_mutually_exclusive_group()
-    flags = (known.flags or {}).get(command) or (flag_of(one, command),)
-    text = known.help if isinstance(known.help, str) else known.help[command]
-    if command == CONVERT and one.name in POSITIONAL:
-        # The flag is what a job file has in the argument's place.
-        group.add_argument(one.name, metavar=POSITIONAL[one.name], nargs="?", default=argparse.SUPPRESS, help=text)
-        group.add_argument(f"--{one.name}", help=argparse.SUPPRESS)
-        return
-    if command == CONVERT and len(known.to) == 1:
-        text += f"; --to {known.to[0]}"
-    if known.kind == "switch":
-        add_switch(group, flags[0], text)
-    elif known.kind == "size":
-        add_size(group, flags[0], known.shown, text, dest=one.name)
-    else:
-        how: dict[str, Any] = {"nargs": "?", "const": known.const} if known.const else {}
-        how |= {"choices": known.choices} if known.choices else {"metavar": known.metavar, "type": _TYPES[known.kind]}
-        default = None if one.name in POSITIONAL else one.default
-        shown = f" (default: {known.shown})" if known.shown else ""
-        group.add_argument(*flags, dest=one.name, default=default, help=text + shown, **how)
-    for flag, (value, meaning) in constants.items():
-        group.add_argument(flag, dest=one.name, action="store_const", const=value, help=meaning)
+    shown = known.shown or (human_bytes(default) if kind == "size" else default)
+    text += ", such as 512MB or 2GiB" if kind == "size" else ""
+    text += "" if shown is None else f" (default: {shown})"
+    how: dict[str, Any] = {"choices": known.choices}
+    if not known.choices:
+        how = {"metavar": known.metavar or _TEXTS[kind][1], "type": value_of(kind)}
+    if known.const:
+        how |= {"nargs": "?", "const": known.const}
+    spellings = [flag, OLD_SPELLINGS.get((command, flag), flag)]
+    group.add_argument(*dict.fromkeys(spellings), dest=one.name, default=default, help=text, **how)
+    for constant in constants:
+        _, value, meaning, _ = _CONSTANTS[constant]
+        group.add_argument(constant, dest=one.name, action="store_const", const=value, help=meaning)
 
 
-_TYPES: dict[str, Callable[[str], Any]] = {
-    "text": str, "path": Path, "count": positive, "iteration": iteration, "seconds": seconds,
-    "repository": repository,
-}  # fmt: skip
+def _add_switch(group: Any, flag: str, text: str) -> None:
+    """A flag that is off, and that the command line can switch off again where a job file has it on."""
+    name = flag[2:].replace("-", "_")
+    group.add_argument(flag, action="store_true", default=False, help=f"{text} (default: off)")
+    group.add_argument(f"--no-{flag[2:]}", dest=name, action="store_false", default=SUPPRESS, help=SUPPRESS)
 
 
-def add_timeout(group: Any) -> None:
-    """How long ranks wait for each other."""
+def _add_ranks(group: Any) -> None:
+    """How many ranks the command itself starts."""
     group.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        dest="timeout_seconds",
-        type=seconds,
-        default=600,
-        help="that ranks wait for one of them that is silent (default: 600)",
+        "--ranks",
+        metavar="N",
+        type=value_of("count"),
+        help="start so many on this machine's CPUs; torchrun is for several machines, and for accelerators (default: "
+        "one, or those of torchrun)",
     )
 
 
@@ -491,33 +426,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         flags.target, unknown = (None, unknown) if unknown[0].startswith("-") else (unknown[0], [])
     program = f"dist-convert {flags.command}"
     if unknown:
-        known = [flag for action in commands[flags.command]._actions for flag in action.option_strings]
         raise UsageError(
             f"{program}: unrecognized arguments: {' '.join(unknown)}",
-            remedy=f"see {program} --help{suggestion(unknown, known)}",
+            remedy=f"see {program} --help{suggestion(unknown, commands[flags.command])}",
         )
-    missing = []
-    if flags.command in COMMANDS:
-        missing = [
-            flag_of(one, flags.command)
-            for one, _ in options_of(flags.command)
-            if one.name in POSITIONAL and getattr(flags, one.name, None) is None
-        ]
-        missing += ["--to"] if flags.command == CONVERT and not flags.to else []
+    paths = zip(("source", "target"), PATH_FLAGS.get(flags.command, ()), strict=False)
+    missing = [flag for name, flag in paths if getattr(flags, name, None) is None]
+    missing += ["--to"] if flags.command == CONVERT and not flags.to else []
     if missing:  # checked here: argparse would name these first, and hide a misspelt one
         raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
     return flags
-
-
-def options_from_flags(flags: argparse.Namespace) -> Options:
-    """The options of a conversion.
-
-    Raises:
-        UsageError: see `check_together`.
-    """
-    to = flags.to if flags.command == CONVERT else PAIRS[flags.command][1]
-    values = {one.name: getattr(flags, one.name) for one, _ in options_of(flags.command)}
-    values |= {"source": with_numbers(flags.source), "target": Path(with_numbers(flags.target)).resolve()}
-    options = Options(to, command=flags.command, **values)
-    check_together(options)
-    return options

@@ -14,7 +14,7 @@ from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
-from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
+from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import no_directory
@@ -92,7 +92,7 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
             file=job.source,
             expected="a directory on every rank, with config.json and those of the weights files that are there",
             found=f"nothing on rank {is_here.index(False)}",
-            remedy=f"copy it there, or give a hub id; check {path_flags(job)[0]} on every node",
+            remedy=f"copy it there, or give a hub id; check {PATH_FLAGS[job.command][0]} on every node",
         )
     name: str = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
     channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)

@@ -29,13 +29,12 @@ from dist_convert.formats.torch_dist.open import DistModel
 from dist_convert.formats.torch_dist.target import catalog_of_target as torch_dist_catalog
 from dist_convert.formats.torch_dist.target import lay_out_torch_dist
 from dist_convert.models.catalog import Catalog
-from dist_convert.options import RELEASE, TARGET_DTYPES, TORCH_DIST, Options, path_flags
+from dist_convert.options import RELEASE, TARGET_DTYPES, TORCH_DIST, Options
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
-from dist_convert.write.places import find_places, refuse_several_places
-from dist_convert.write.target import Target
-from dist_convert.write.task import Task
+from dist_convert.write.places import find_places
+from dist_convert.write.task import Target, Task
 
 
 def to_megatron(job: Options, model: Model, world: World) -> Task:
@@ -43,6 +42,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError, UsageError: all that the headers and flags show to be wrong.
+        TargetError: see `find_places`.
     """
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
@@ -54,7 +54,12 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     params_dtype = wanted if own or wanted else source.params_dtype
     dtypes = target_dtypes(source, wanted)
     target = plan_target(job, given, architecture, settings, params_dtype, dtypes)
-    places = _places(job, world, target.directory)
+    places = find_places(
+        world,
+        target.directory,
+        is_per_node=job.target_ranks_per_node is not None,
+        otherwise="--target-ranks-per-node if each node is to keep its own shards",
+    )
     layout: Target
     catalog: Catalog
     of_places: tuple[frozenset[str], ...]
@@ -100,6 +105,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         source_listing=model.found.listing,
         visible=model.found.visible,
         target=target.directory,
+        rank=world.rank,
         places=places,
         writable=writable,
         notes=notes_to_megatron(job, target, settings, given, content, places, writable),
@@ -139,21 +145,6 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
             mine[1:] = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, model.directory, args)
     margs, tokenizer_model, tokenizer_type = gather_objects(world, mine)[0]
     return Given(margs, tokenizer_model, tokenizer_type, model.vocab, own)
-
-
-def _places(job: Options, world: World, target: Any) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies.
-
-    Raises:
-        TargetError: nodes see different targets, and no flag says that this is meant.
-    """
-    flag = path_flags(job)[1]
-    places = find_places(world, target, flag)
-    if job.target_ranks_per_node is None:
-        refuse_several_places(
-            places, target, flag, ", or give --target-ranks-per-node if each node is to keep its own shards"
-        )
-    return places
 
 
 def _files_of_places(

@@ -27,11 +27,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resume_line(partial: Path, done_bytes: int, all_bytes: int) -> str:
-    """What a conversion says that goes on where an earlier run was stopped."""
-    return f"{partial}: {human_bytes(done_bytes)} of {human_bytes(all_bytes)} are there already; going on"
-
-
 def load_of(plan: Plan, rank: int) -> list[int]:
     """Bytes that a rank would read, receive and write, and the memory that it has used up to the plan.
 

@@ -1,1 +1,4 @@
-"""Makes targets: file headers, bytes at offsets, and the commit."""
+"""Makes targets: file headers, bytes at offsets, and the commit.
+
+Where the file system refuses, everything here raises `TargetError`, or `NotEnoughSpace`.
+"""

@@ -9,20 +9,23 @@ from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.records import counted
-from dist_convert.write.files import sync, target_error
+from dist_convert.write.files import sync, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
-from dist_convert.write.manifest import MANIFEST_FILE, is_converted
-from dist_convert.write.partial import RESUMABLE, aside_of, note_replacing, partial_of, replaces_aside, used_bytes
+from dist_convert.write.manifest import MANIFEST_FILE, manifest_of
+from dist_convert.write.partial import (
+    REPLACES,
+    RESUMABLE,
+    aside_of,
+    files_below,
+    has_note,
+    partial_of,
+    set_note,
+    used_bytes,
+)
 
 
 def check_target(
-    target: Path,
-    source: Path,
-    *,
-    overwrite: bool,
-    needed_bytes: int,
-    flag: str = "--save-path",
-    different: Sequence[str] = (),
+    target: Path, source: Path, *, overwrite: bool, needed_bytes: int, different: str | None = None
 ) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
@@ -31,50 +34,44 @@ def check_target(
         source: the checkpoint, which must not lie inside the target, nor the target inside it.
         overwrite: whether an existing target may be replaced, if a conversion has made it.
         needed_bytes: of all files together; an existing target's space is not free before the end.
-        flag: that named the target, for messages.
         different: in what a complete conversion that is there is another one, for messages.
 
     Raises:
         TargetExists, TargetError, NotEnoughSpace
         UsageError: source and target lie in one another.
     """
+    file, another = str(target), "choose another target"
     if target.exists() and not target.is_dir():
-        raise TargetExists("the target is a file", file=str(target), remedy=f"choose another {flag}")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise TargetExists("the target is a file", file=file, remedy=another)
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if there and not overwrite:
+        instead = "replace it with --overwrite" if manifest_of(target) else "remove the directory yourself"
         raise TargetExists(
             "the target directory is not empty",
-            file=str(target),
+            file=file,
             expected="a new or empty directory",
-            found="a conversion: " + "; ".join(different)
+            found=f"a conversion: {different}"
             if different
-            else counted(sum(1 for _ in target.iterdir()), "file or directory", "files and directories"),
-            remedy=f"choose another {flag}"
-            + (", or replace it with --overwrite" if is_converted(target) else ", or remove the directory yourself"),
+            else counted(len(there), "file or directory", "files and directories"),
+            remedy=f"{another}, or {instead}",
         )
-    if overwrite and target.is_dir() and any(target.iterdir()) and not is_converted(target):
+    if there and not manifest_of(target):
         raise TargetExists(
             "no conversion has made the target directory, so it is not replaced",
-            file=str(target),
+            file=file,
             expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
-            found=", ".join(sorted(path.name for path in target.iterdir())[:6]),
-            remedy=f"choose another {flag}, or remove the directory yourself",
+            found=", ".join(there[:6]),
+            remedy=f"{another}, or remove the directory yourself",
         )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
-            raise UsageError(
-                "the source lies where the target is made",
-                file=str(used),
-                found=str(source),
-                remedy=f"choose another {flag}; its name, and its name with .partial and .replaced, are written to",
-            )
+            remedy = f"{another}; its name, and its name with .partial and .replaced, are written to"
+            what = "the source lies where the target is made"
+            raise UsageError(what, file=str(used), found=str(source), remedy=remedy)
     if target.resolve().is_relative_to(source.resolve()):
-        raise UsageError(
-            "the target lies in its own source",
-            file=str(target),
-            expected=f"a directory outside of {source}",
-            remedy=f"choose another {flag}",
-        )
-    if aside_of(target).exists() and not replaces_aside(partial_of(target)):
+        expected = f"a directory outside of {source}"
+        raise UsageError("the target lies in its own source", file=file, expected=expected, remedy=another)
+    if aside_of(target).exists() and not has_note(partial_of(target), REPLACES):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",
             file=str(aside_of(target)),
@@ -82,21 +79,19 @@ def check_target(
         )
     parent = existing_parent(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        found = f"{parent} is no directory or is write-protected"
         raise TargetError(
-            "the target cannot be made here",
-            file=str(target),
-            found=f"{parent} is no directory or is write-protected",
-            remedy=f"choose another {flag}, or make it writable",
+            "the target cannot be made here", file=file, found=found, remedy=f"{another}, or make it writable"
         )
     space = os.statvfs(parent)
     free_bytes = space.f_bavail * space.f_frsize + used_bytes(partial_of(target))
     if free_bytes < needed_bytes:
         raise NotEnoughSpace(
             "not enough free space for the target",
-            file=str(target),
+            file=file,
             expected=f"{needed_bytes} bytes",
             found=f"{free_bytes} bytes free",
-            remedy=f"free space, or choose another {flag}",
+            remedy=f"free space, or {another}",
         )
     return free_bytes
 
@@ -107,11 +102,7 @@ def existing_parent(target: Path) -> Path:
 
 
 def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
-    """Force what this machine wrote of the named files to the disk.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses, which the journal remembers.
-    """
+    """Force what this machine wrote of the named files to the disk."""
     for name in names:
         with journal.syncing(name):
             sync(directory / name)
@@ -127,8 +118,8 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
         TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
     aside = aside_of(target)
-    try:
-        files = [path for path in partial.rglob("*") if path.is_file() and JOURNAL_DIRECTORY not in path.parts]
+    with writing(target):
+        files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
             sync(path)
         (partial / RESUMABLE).unlink(missing_ok=True)
@@ -137,7 +128,7 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
         if replaced:
             if not overwrite:
                 raise TargetExists("the target appeared during the conversion", file=str(target))
-            note_replacing(partial)
+            set_note(partial, REPLACES)
             target.rename(aside)
         try:
             partial.rename(target)
@@ -146,31 +137,22 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
                 aside.rename(target)
             raise
         sync(target.absolute().parent)
-    except OSError as error:
-        raise target_error(error, str(target)) from error
 
 
 def settle(target: Path) -> None:
-    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for.
-
-    Raises:
-        TargetError: the file system refuses.
-    """
-    aside = aside_of(target)
-    try:
-        if replaces_aside(target) and os.path.lexists(aside):
+    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for."""
+    aside, journal = aside_of(target), target / JOURNAL_DIRECTORY
+    with writing(target):
+        if has_note(target, REPLACES) and os.path.lexists(aside):
             aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
         sweep(target)
         for left in target.parent.glob(f".{partial_of(target).name}-*"):
             shutil.rmtree(left, ignore_errors=True)  # of runs that were killed when they began
-        if not (target / JOURNAL_DIRECTORY).exists():
-            return
-        for diary in (target / JOURNAL_DIRECTORY).glob("run-*"):
-            diary.unlink()
-        (target / JOURNAL_DIRECTORY).rename(_old_journal(target))  # all the rest at once
-        sweep(target)
-    except OSError as error:
-        raise target_error(error, str(target)) from error
+        if journal.exists():
+            for diary in journal.glob("run-*"):
+                diary.unlink()
+            journal.rename(_old_journal(target))  # all the rest at once
+            sweep(target)
 
 
 def sweep(target: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from isal import isal_zlib
@@ -15,17 +15,46 @@ from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import View, Window, local_name
 
 
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor of a file or directory, for as long as the block lasts."""
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def sync(path: Path) -> None:
     """Force a file or a directory to the disk.
 
     Raises:
         OSError: it may not be there; trying again would say that it is.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+
+
+def target_error(error: OSError, file: str) -> TargetError:
+    """The error of ours for an operating system's refusal to write."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
+    return (NotEnoughSpace if is_full else TargetError)(
+        "cannot write the target",
+        file=file,
+        found=error.strerror or str(error),
+        remedy=f"{what}, or choose another target; nothing is left under the final name",
+    )
+
+
+@contextmanager
+def writing(file: str | Path) -> Iterator[None]:
+    """Within it a file or directory of the target is made, written or renamed."""
+    try:
+        yield
+    except OSError as error:
+        raise target_error(error, str(file)) from error
 
 
 _MAX_OPEN_FILES = 64
@@ -46,7 +75,7 @@ class FileWriter:
     def __init__(self, root: Path) -> None:
         self.written_bytes = 0
         self._root = root
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: dict[str, int] = {}  # the one that was used last is the last
 
     def close(self) -> None:
         """Close every file."""
@@ -59,7 +88,6 @@ class FileWriter:
 
         Raises:
             PlanError: the columns of a row are apart in the file, or there are not as many values as the view has.
-            NotEnoughSpace, TargetError: the file system refuses.
         """
         if view.is_transposed:
             raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
@@ -80,57 +108,37 @@ class FileWriter:
 
     def _write_at(self, file: str, data: memoryview, offset_bytes: int) -> None:
         done = 0
-        while done < len(data):
-            try:
+        with writing(file):
+            while done < len(data):
                 count = os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
                 if not count:
                     raise OSError(errno.EIO, "nothing of it was written")
                 done += count
-            except OSError as error:
-                raise target_error(error, file) from error
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
             descriptor = os.open(self._root / local_name(file), os.O_WRONLY)
             if len(self._open) >= _MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
+                os.close(self._open.pop(next(iter(self._open))))
         self._open[file] = descriptor
         return descriptor
-
-
-def target_error(error: OSError, file: str) -> TargetError:
-    """The error of ours for an operating system's refusal to write."""
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
-    return (NotEnoughSpace if is_full else TargetError)(
-        "cannot write the target",
-        file=file,
-        found=error.strerror or str(error),
-        remedy=f"{what}, or choose another target; nothing is left under the final name",
-    )
-
-
-_REFUSALS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def make_file(path: Path, label: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
     """Write all of a file that is no tensor's values, and give it its size; values that are there already stay.
 
     Args:
-        path: of the file; directories above it are made.
-        label: how messages name it.
+        path, label: of the file, and how messages name it; directories above it are made.
         pieces: offset in bytes and content.
         size_bytes: of the whole file.
 
     Raises:
-        NotEnoughSpace, TargetError: the file system refuses, or the file is there and longer.
+        TargetError: the file is there and longer.
     """
-    try:
+    with writing(label):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # NFS reads no page for it
-        try:
+        with opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:  # NFS reads no page for it
             found_bytes = os.fstat(descriptor).st_size
             if found_bytes > size_bytes:
                 raise TargetError(
@@ -145,10 +153,6 @@ def make_file(path: Path, label: str, pieces: Iterable[tuple[int, bytes]], size_
             for offset_bytes, piece in pieces:
                 if os.pwrite(descriptor, piece, offset_bytes) != len(piece):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise target_error(error, label) from error
 
 
 def reserve_file(path: Path, label: str) -> bool:
@@ -156,40 +160,24 @@ def reserve_file(path: Path, label: str) -> bool:
 
     By fallocate(2) itself: posix_fallocate falls back to writing, which may fall on what another rank has written.
 
-    Args:
-        path: of a file in its final size.
-        label: how messages name it.
-
     Returns:
         Whether the file system can promise that. Where it cannot, its free space has been compared before.
-
-    Raises:
-        NotEnoughSpace, TargetError: the file system refuses.
     """
-    try:
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            size_bytes = os.fstat(descriptor).st_size
-            return not size_bytes or _fallocate(descriptor, size_bytes)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise target_error(error, label) from error
-
-
-def _fallocate(descriptor: int, size_bytes: int) -> bool:
-    """Whether the file system has reserved the space."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if call is None:
-        return False
-    off_t = ctypes.c_int64 if ctypes.sizeof(ctypes.c_long) == 8 else ctypes.c_long
-    call.argtypes = (ctypes.c_int, ctypes.c_int, off_t, off_t)
-    while call(descriptor, 0, 0, size_bytes):
-        number = ctypes.get_errno()
-        if number in _REFUSALS:
+    with writing(label), opened(path, os.O_WRONLY) as descriptor:
+        size_bytes = os.fstat(descriptor).st_size
+        call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+        if not size_bytes:
+            return True
+        if call is None:
             return False
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
+        off_t = ctypes.c_int64 if ctypes.sizeof(ctypes.c_long) == 8 else ctypes.c_long
+        call.argtypes = (ctypes.c_int, ctypes.c_int, off_t, off_t)
+        while call(descriptor, 0, 0, size_bytes):
+            number = ctypes.get_errno()
+            if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return False
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
     return True
 
 
@@ -197,24 +185,11 @@ def _fallocate(descriptor: int, size_bytes: int) -> bool:
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
-def write_tracker(root: Path, iteration: int | None) -> None:
-    """Name an iteration, or a release where it is None, by replacing the file as a whole.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
-    """
-    replace_text(root / TRACKER_FILE, "release" if iteration is None else str(iteration))
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that readers see the old one or the new one, and nothing between."""
     fresh = path.with_name(path.name + ".new")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with writing(path):
+        fresh.write_text(text, encoding="utf-8")
+        sync(fresh)
         fresh.replace(path)
         sync(path.absolute().parent)
-    except OSError as error:
-        raise target_error(error, str(path)) from error

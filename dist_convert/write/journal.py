@@ -15,21 +15,24 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isal import isal_zlib
+
 from dist_convert.errors import TargetError
 from dist_convert.records import View, Window, local_name
-from dist_convert.write.checksums import combine
-from dist_convert.write.files import Written, target_error
+from dist_convert.write.files import Written, opened, target_error, writing
 
 #: Of the partial directory, the part that is not the target.
 JOURNAL_DIRECTORY = ".journal"
-MARK_SECONDS = 30.0
+_MARK_SECONDS = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -38,32 +41,19 @@ def this_boot() -> tuple[str, str]:
     return socket.gethostname(), _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
 
 
-def journal_name(run: int, rank: int) -> str:
-    """The file name of one rank's journal."""
-    return f"run-{run:05d}-rank-{rank:05d}"
-
-
 class Journal:
-    """Appends to this rank's journal; any thread may.
-
-    Args:
-        partial: the directory in which the target is made.
-        run: number of this run among those that worked on the target.
-        rank: this rank.
-    """
+    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may."""
 
     def __init__(self, partial: Path, run: int, rank: int) -> None:
         self._partial = partial
         self._run = run
-        self._path = partial / JOURNAL_DIRECTORY / journal_name(run, rank)
+        self._path = partial / JOURNAL_DIRECTORY / f"run-{run:05d}-rank-{rank:05d}"
         self._lock = threading.Lock()
         self._unsynced: set[str] = set()
         self._failure: TargetError | None = None
         host, boot = this_boot()
-        try:
+        with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise target_error(error, str(self._path)) from error
         self._append({"run": run, "rank": rank, "host": host, "boot": boot})
 
     def wrote(self, written: Sequence[Written]) -> None:
@@ -74,50 +64,37 @@ class Journal:
         """
         if self._failure is not None:
             raise self._failure
-        lines = [
-            [local_name(window.file), window.offset_bytes, window.run_bytes, window.stride_bytes, window.runs, checksum]
-            for window, checksum in written
-        ]
-        self._append({"wrote": lines}, {local_name(window.file) for window, _ in written})
+        lines = [[local_name(file), *rest] for file, *rest in map(fields, written)]
+        self._append({"wrote": lines}, {file for file, *_ in lines})
 
     def changed(self, kind: str, view: View, values: int) -> None:
         """Note values that a cast changed: `kind` is one of `CHANGES`, `view` is what was read.
 
         Forced to the disk at once: the end must know of them, even if the bytes themselves were marked by another rank.
         """
-        self._append({kind: [view.file, view.tensor, view.offset_bytes, view.rows, view.columns, values]})
-        with self.syncing(JOURNAL_DIRECTORY):
-            os.fdatasync(self._descriptor)
+        self._append(
+            {kind: [view.file, view.tensor, view.offset_bytes, view.rows, view.columns, values]}, is_forced=True
+        )
 
     def lost(self, file: str, *, with_this_run: bool) -> None:
         """Note that bytes of a file are not on the disk: nothing counts of what was noted up to now, on any rank."""
         self._append({"lost": file, "until": self._run if with_this_run else self._run - 1})
 
     def mark(self) -> None:
-        """Force to the disk what has been noted until now, and note that.
-
-        Raises:
-            TargetError, NotEnoughSpace: the file system refuses; this is never tried again.
-        """
+        """Force to the disk what has been noted until now, and note that."""
         with self._lock:
             files, self._unsynced = self._unsynced, set()
             safe_bytes = os.fstat(self._descriptor).st_size
         if not files:
             return
         for file in sorted(files):
-            with self.syncing(file), _opened(self._partial / file) as descriptor:
+            with self.syncing(file), opened(self._partial / file) as descriptor:
                 os.fdatasync(descriptor)
-        self._append({"mark": safe_bytes})
-        with self.syncing(JOURNAL_DIRECTORY):
-            os.fdatasync(self._descriptor)
+        self._append({"mark": safe_bytes}, is_forced=True)
 
     @contextlib.contextmanager
     def syncing(self, file: str) -> Iterator[None]:
-        """Within it a file is forced to the disk; a failure is noted, for this run and those to come.
-
-        Raises:
-            TargetError, NotEnoughSpace: for an `OSError` inside.
-        """
+        """Within it a file is forced to the disk; a failure is noted, for this run and those to come."""
         try:
             yield
         except OSError as error:
@@ -127,12 +104,8 @@ class Journal:
             raise self._failure from error
 
     @contextlib.contextmanager
-    def marked(self, seconds: float) -> Iterator[None]:
-        """Mark every so many seconds until the block ends.
-
-        Raises:
-            TargetError, NotEnoughSpace: a mark failed.
-        """
+    def marked(self, seconds: float = _MARK_SECONDS) -> Iterator[None]:
+        """Mark every so many seconds until the block ends."""
         ended = threading.Event()
 
         def keep_marking() -> None:
@@ -151,28 +124,19 @@ class Journal:
             raise self._failure
 
     def close(self) -> None:
-        """Close the file; every line has been written already."""
+        """Every line has been written already."""
         os.close(self._descriptor)
 
-    def _append(self, record: Mapping[str, Any], unsynced: set[str] | frozenset[str] = frozenset()) -> None:
+    def _append(self, record: Mapping[str, Any], unsynced: Iterable[str] = (), *, is_forced: bool = False) -> None:
         text = json.dumps(record, separators=(",", ":")).encode()
         line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
-        with self._lock:
-            try:
-                while line:
-                    line = line[os.write(self._descriptor, line) :]
-            except OSError as error:
-                raise target_error(error, str(self._path)) from error
-            self._unsynced |= unsynced
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with self._lock, writing(self._path):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            self._unsynced.update(unsynced)
+        if is_forced:
+            with self.syncing(JOURNAL_DIRECTORY):
+                os.fdatasync(self._descriptor)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -219,18 +183,13 @@ def has_written(partial: Path, runs_before: int) -> bool:
 
 
 def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """What counts of one journal, in JSON values.
-
-    Args:
-        partial: the directory in which the target is made.
-        name: one of `journals(partial)`.
-        boots: (host, boot) of the machines that have a rank of this run.
-    """
+    """What counts of one journal, in JSON values; `boots` are (host, boot) of the machines of this run's ranks."""
     lines = list(read_lines(partial / JOURNAL_DIRECTORY / name))
     head = lines[0][1] if lines and "run" in lines[0][1] else {}
     safe_bytes = max((record["mark"] for _, record in lines if "mark" in record), default=0)
-    is_same_boot = bool(head.get("boot")) and [head.get("host"), head.get("boot")] in [list(boot) for boot in boots]
-    written: list[Written] = [
+    began = [head.get("host"), head.get("boot")]
+    is_same_boot = bool(head.get("boot")) and any(began == list(boot) for boot in boots)
+    written = [
         from_fields(values)
         for end_bytes, record in lines
         if is_same_boot or end_bytes <= safe_bytes
@@ -258,44 +217,32 @@ def joined(written: Iterable[Written]) -> list[Written]:
     """The same bytes in fewer windows: those without gaps that follow each other become one."""
     found: list[Written] = []
     for window, checksum in sorted(written, key=lambda one: (one[0].file, one[0].runs, one[0].offset_bytes)):
-        last, before = found[-1] if found else (None, None)
-        if (
-            last is not None
-            and before is not None
-            and checksum is not None
-            and last.file == window.file
-            and last.offset_bytes + last.run_bytes == window.offset_bytes
-        ):
-            size_bytes = last.run_bytes + window.run_bytes
-            whole = combine([(before, last.run_bytes), (checksum, window.run_bytes)])
-            found[-1] = (Window(last.file, last.offset_bytes, size_bytes), whole)
+        last, before = found[-1] if found else (window, None)
+        follows = (last.file, last.offset_bytes + last.run_bytes) == (window.file, window.offset_bytes)
+        if follows and before is not None and checksum is not None:
+            whole = Window(last.file, last.offset_bytes, last.run_bytes + window.run_bytes)
+            found[-1] = whole, isal_zlib.crc32_combine(before, checksum, window.run_bytes)
         else:
             found.append((window, checksum))
     return found
 
 
 def history_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()) -> History:
-    """Put the journals together.
-
-    Args:
-        records: of `read_journal`, of every journal.
-        damaged: files that are not there any more, or not in their size.
-    """
-    lost_until: dict[str, int] = {}
+    """What `read_journal` found in every journal, but for files that are not there any more, or not in their size."""
+    lost_until = dict.fromkeys(damaged, sys.maxsize)
     for record in records:
         for file, run in record["lost"]:
             lost_until[file] = max(run, lost_until.get(file, 0))
-    gone = set(damaged)
     written = tuple(
         from_fields(values)
         for record in records
         for values in record["wrote"]
-        if values[0] not in gone and record["run"] > lost_until.get(values[0], 0)
+        if record["run"] > lost_until.get(values[0], 0)
     )
-    changed: dict[str, dict[str, int]] = {kind: {} for kind in CHANGES}
-    for kind in CHANGES:
+    changed = {kind: Counter[str]() for kind in CHANGES}
+    for kind, of_tensors in changed.items():
         # A block that was read twice, before a run ended and after, counts once.
         reads = {(file, tensor, *place): values for r in records for file, tensor, *place, values in r[kind]}
         for (_, tensor, *_), values in reads.items():
-            changed[kind][tensor] = changed[kind].get(tensor, 0) + values
+            of_tensors[tensor] += values
     return History(written, changed)

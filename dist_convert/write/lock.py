@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import TargetBusy
-from dist_convert.write.files import target_error
+from dist_convert.write.files import opened, writing
 from dist_convert.write.journal import this_boot
 
 BEAT_SECONDS = 5.0
@@ -31,29 +31,23 @@ class Lock:
     """Holds a file for this process until it is released.
 
     Args:
-        path: of the file, which is made where it is not there.
-        label: what is held, for messages.
+        path, label: of the file, which is made where it is not there, and what messages call it.
         stale_seconds: how long another machine's holder is watched.
 
     Raises:
         TargetBusy: naming who holds it.
-        TargetError: the file system refuses.
     """
 
     def __init__(self, path: Path, label: str, stale_seconds: float = STALE_SECONDS) -> None:
-        self._path = path
         self._released = threading.Event()
-        try:
+        with writing(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise target_error(error, str(path)) from error
         try:
-            holder = _holder(self._descriptor)
-            if not _try_flock(self._descriptor):
-                raise _busy(label, holder)
+            holder = _refuse_held(self._descriptor, label)
             if holder and _lives(holder, path, stale_seconds):
                 raise _busy(label, holder)
-            self._write()
+            with writing(path):
+                self._write()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -72,12 +66,9 @@ class Lock:
         host, boot = this_boot()
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         text = json.dumps({"host": host, "boot": boot, "process": os.getpid(), "started": started})
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, text.encode(), 0)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise target_error(error, str(self._path)) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
+        os.fsync(self._descriptor)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
@@ -86,38 +77,24 @@ class Lock:
 
 
 def check_unlocked(path: Path, label: str) -> None:
-    """Refuse what another process of this machine holds, without holding it.
-
-    Raises:
-        TargetBusy: naming who holds it.
-    """
-    if not path.exists():
-        return
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        holder = _holder(descriptor)
-        if not _try_flock(descriptor):
-            raise _busy(label, holder)
-    finally:
-        os.close(descriptor)
+    """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
+    with contextlib.suppress(FileNotFoundError), opened(path, os.O_RDWR) as descriptor:
+        _refuse_held(descriptor, label)
 
 
-def _try_flock(descriptor: int) -> bool:
-    """Whether no other process holds it, as far as the file system can tell."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
-
-
-def _holder(descriptor: int) -> dict[str, Any]:
-    """Who wrote the file, empty where nobody did."""
+def _refuse_held(descriptor: int, label: str) -> dict[str, Any]:
+    """Who wrote the file, empty where nobody did; refused is what another process has, as far as flock(2) tells."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = None
+    holder = found if isinstance(found, dict) else {}
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise _busy(label, holder) from error
+    return holder
 
 
 def _lives(holder: dict[str, Any], path: Path, stale_seconds: float) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ResumeRefused, SourceError, TargetExists
-from dist_convert.records import human_bytes
-from dist_convert.write.files import TRACKER_FILE, sync, target_error
+from dist_convert.records import human_bytes, names
+from dist_convert.write.files import TRACKER_FILE, replace_text, sync, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY
 from dist_convert.write.lock import Lock, check_unlocked
 
@@ -27,61 +27,35 @@ FORMAT = 2
 _SHOWN = 5
 
 
-def identity(
-    plan: str, source: Mapping[str, Any], settings: Mapping[str, Any], flags: Mapping[str, Any], version: str
-) -> dict[str, Any]:
-    """A record in JSON values.
-
-    Args:
-        plan: digest of the content.
-        source: file -> [size in bytes, time of the last change in ns, digest of the header].
-        settings: what else the bytes of weights files depend on.
-        flags: as the user gave them; only to say what changed.
-        version: of this package; only to say what changed.
-    """
-    return {
-        "format": FORMAT,
-        "plan": plan,
-        "source": {file: list(fields) for file, fields in sorted(source.items())},
-        "settings": dict(settings),
-        "flags": dict(flags),
-        "version": version,
-    }
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What keeps a run from going on where an earlier one stopped, for people; empty where nothing does."""
     if old.get("format") != new["format"]:
-        return [f"{_other_version(old, new)}, which alone can go on with it"]
+        return f"{_other_version(old, new)}, which alone can go on with it"
     found = [*_source_differences(old["source"], new["source"])]
     if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
         found = [
             *_value_differences("--", old["flags"], new["flags"]),
             *_value_differences("argument ", old["settings"], new["settings"]),
         ] or [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
-    return _first(found)
+    return names(found, _SHOWN, "; ")
 
 
-def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences_of_complete(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What keeps a complete target from being what a run would make, for people; both are facts of a manifest."""
     if old.get("format") != new["format"]:
-        return [f"complete, and {_other_version(old, new)}"]
+        return f"complete, and {_other_version(old, new)}"
+    # By their sizes, times and headers source files are the same, wherever they lie: a node may have its own path.
     old_files, new_files = (
         {file: tuple(known.values()) for file, known in facts["source"]["files"].items()} for facts in (old, new)
     )
     found = [*_source_differences(old_files, new_files), *_value_differences("--", old["flags"], new["flags"])]
-    if not found and (old["plan"], old["settings"]) != (new["plan"], new["settings"]):
+    if not found and any(old[name] != new[name] for name in ("plan", "settings", "conversion")):
         found = ["its files are planned otherwise, or its arguments are others"]
-    return _first(found) or ["files that it had are gone or have other sizes"]
+    return names(found, _SHOWN, "; ")
 
 
 def _other_version(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"made by another version (format {old.get('format', 1)}, {new['format']} now)"
-
-
-def _first(found: list[str]) -> list[str]:
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return [*found[:_SHOWN], *more]
 
 
 def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -111,9 +85,10 @@ def _time(nanoseconds: int) -> str:
 
 #: In the partial directory while starting again may be all it takes: what a job script looks for before it does.
 RESUMABLE = "resumable"
-_IDENTITY, _LOCK, _REPLACES, _VOID = "identity.json", "lock", "replaces", "void"
-
-
+_IDENTITY, _LOCK = "identity.json", "lock"
+#: Notes: this conversion is what moves the old target aside, which it replaces; and nothing counts of what has been
+#: written, here and at the target's other places, so that the next run has to `forget` it.
+REPLACES, VOID = "replaces", "void"
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -127,49 +102,36 @@ def aside_of(target: Path) -> Path:
     return target.with_name(target.name + ".replaced")
 
 
+def files_below(directory: Path) -> set[str]:
+    """The names of a target's files in the directory where it is made."""
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return {name for name in files - {RESUMABLE} if not name.startswith(JOURNAL_DIRECTORY + "/")}
+
+
 def is_ours(directory: Path) -> bool:
     """Whether a conversion made a directory and has not ended."""
     return (directory / JOURNAL_DIRECTORY / _IDENTITY).is_file()
 
 
-def flags_of(directory: Path) -> dict[str, Any]:
-    """The flags of the conversion that makes a directory; empty where its record cannot be read."""
-    try:
-        return dict(json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())["flags"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def has_note(directory: Path, note: str) -> bool:
+    """Whether a run has left a note in a directory of ours."""
+    return (directory / JOURNAL_DIRECTORY / note).exists()
 
 
-def replaces_aside(directory: Path) -> bool:
-    """Whether the directory is to replace the target that was moved aside."""
-    return (directory / JOURNAL_DIRECTORY / _REPLACES).exists()
-
-
-def note_replacing(partial: Path) -> None:
-    """Note, before the old target moves aside, that this conversion is what moves it."""
-    (partial / JOURNAL_DIRECTORY / _REPLACES).touch()
-    sync(partial / JOURNAL_DIRECTORY)
-
-
-def is_void(partial: Path) -> bool:
-    """Whether nothing counts of what has been written, here and at the target's other places."""
-    return (partial / JOURNAL_DIRECTORY / _VOID).exists()
-
-
-def note_void(partial: Path, *, is_void: bool) -> None:
-    """Note that nothing counts of what has been written, for the next run to `forget`; or that it has been forgotten.
+def set_note(directory: Path, note: str, *, holds: bool = True) -> None:
+    """Note something for later runs, or that it holds no more.
 
     Raises:
         OSError: the file system refuses.
     """
-    note = partial / JOURNAL_DIRECTORY / _VOID
-    note.touch() if is_void else note.unlink(missing_ok=True)
-    sync(note.parent)
+    path = directory / JOURNAL_DIRECTORY / note
+    path.touch() if holds else path.unlink(missing_ok=True)
+    sync(path.parent)
 
 
-def is_committed(target: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether this conversion's target has its name already, and only the last steps are missing."""
-    return is_ours(target) and not _differences(target, identity)
+def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a conversion of this identity was begun in a directory, and has not ended, whatever its name is."""
+    return is_ours(directory) and not _differences(directory, identity)
 
 
 def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -177,7 +139,7 @@ def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool)
 
     Args:
         target: final path.
-        identity: of this conversion, see `identity`.
+        identity: of this conversion, see `resume.identity_of`.
         overwrite: whether what is being made of something else may be thrown away.
 
     Raises:
@@ -201,45 +163,30 @@ def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool)
         raise ResumeRefused(
             "an unfinished conversion of something else is where the target is made",
             file=str(partial),
-            found="; ".join(different),
+            found=different,
             remedy="to go on with it, start it as it was begun; or start anew with --overwrite",
         )
-
-
-def is_unfinished(partial: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a conversion of this identity was begun in a directory, and not ended."""
-    return is_ours(partial) and not _differences(partial, identity)
 
 
 def _is_free(partial: Path) -> bool:
     return not os.path.lexists(partial) or (partial.is_dir() and not any(partial.iterdir()))
 
 
-def _differences(directory: Path, identity: Mapping[str, Any]) -> list[str]:
+def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
     try:
-        old = json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())
-        return differences(old, identity)
+        return differences(json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes()), identity)
     except (ValueError, KeyError, TypeError):
-        return ["the record of what it is made from cannot be read"]
+        return "the record of what it is made from cannot be read"
 
 
 def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock:
-    """Make the partial directory, or take up one that is there; nobody else has it until the lock is released.
-
-    Args:
-        target, identity, overwrite: see `check_partial`.
-
-    Raises:
-        TargetBusy, ResumeRefused, TargetExists: see `check_partial`.
-        TargetError, NotEnoughSpace: the file system refuses.
-    """
+    """Make the partial directory, or take up one that passes `check_partial`; nobody else has it until the release."""
     partial = partial_of(target)
-    try:
-        if is_committed(target, identity):
+    with writing(partial):
+        if is_made_of(target, identity):  # only the last steps are missing
             return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
-        lock = _make(partial, identity) if _is_free(partial) else None
-        if lock is not None:
-            return lock
+        if _is_free(partial) and (made := _make(partial, identity)):
+            return made
         check_partial(target, identity, overwrite=overwrite)
         lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
         try:
@@ -251,8 +198,6 @@ def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock
             lock.release()
             raise
         return lock
-    except OSError as error:
-        raise target_error(error, str(partial)) from error
 
 
 def _make(partial: Path, identity: Mapping[str, Any]) -> Lock | None:
@@ -264,20 +209,14 @@ def _make(partial: Path, identity: Mapping[str, Any]) -> Lock | None:
         _write_record(fresh, identity)
         fresh.rename(partial)  # onto nothing, or onto an empty directory
         sync(partial.absolute().parent)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if is_ours(partial) or (partial.is_dir() and any(partial.iterdir())):
-            pass
-        else:
-            raise target_error(error, str(partial)) from error
-    else:
-        return lock
-    finally:
-        if fresh.exists():
-            lock.release()
-            shutil.rmtree(fresh)
-    return None
+    except BaseException as error:
+        lock.release()
+        is_renamed = not fresh.exists()
+        shutil.rmtree(fresh, ignore_errors=True)
+        if is_renamed or _is_free(partial) or not isinstance(error, OSError):
+            raise
+        return None
+    return lock
 
 
 def _mark_resumable(partial: Path) -> None:
@@ -285,13 +224,8 @@ def _mark_resumable(partial: Path) -> None:
 
 
 def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
-    journal = partial / JOURNAL_DIRECTORY
     _mark_resumable(partial)
-    fresh = journal / (_IDENTITY + ".new")
-    fresh.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    sync(fresh)
-    fresh.rename(journal / _IDENTITY)
-    sync(journal)
+    replace_text(partial / JOURNAL_DIRECTORY / _IDENTITY, json.dumps(identity, indent=1))
     sync(partial)
 
 
@@ -312,13 +246,13 @@ def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
     for path in sorted(partial.iterdir()):
         if path.name != JOURNAL_DIRECTORY:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    note_void(partial, is_void=False)
+    set_note(partial, VOID, holds=False)
     _write_record(partial, identity)
 
 
 def _restore_aside(target: Path) -> None:
     """Give a target its name back that was moved aside by a run that ended before its successor had the name."""
-    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and replaces_aside(partial_of(target)):
+    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and has_note(partial_of(target), REPLACES):
         aside_of(target).rename(target)
         sync(target.absolute().parent)
 
@@ -342,7 +276,10 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     """
     for place in _places(path, name):
         if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
-            flags = flags_of(place)
+            try:
+                flags = dict(json.loads((place / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())["flags"])
+            except (OSError, ValueError, KeyError, TypeError):
+                flags = {}
             source = flags.get("source") or flags.get("load_path") or flags.get("load_dir")
             raise SourceError(
                 "an unfinished conversion, which is no checkpoint yet",

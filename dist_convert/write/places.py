@@ -10,34 +10,31 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.write.commit import existing_parent
-from dist_convert.write.files import target_error
-from dist_convert.write.journal import JOURNAL_DIRECTORY
-from dist_convert.write.partial import RESUMABLE
+from dist_convert.write.files import writing
+from dist_convert.write.partial import files_below
 
 _PROBE = ".dist_convert-"
 #: What is so much older than a run's own probe was left by a rank that was killed. By the file system's own clock.
 _LEFT_BEHIND_SECONDS = 24 * 3600.0
 
 
-def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
+def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str) -> tuple[int, ...]:
     """For each rank, the number of the place where its target lies; 0 for all on a shared file system.
 
     One rank of each node puts an empty file beside the target, and every rank looks which of them it sees. The files
     are removed again, and so are those that a killed run left there the day before.
 
     Args:
-        world: this rank.
-        target: the directory that is to be made.
-        flag: that named it, for messages.
+        is_per_node: nodes may have a place each.
+        otherwise: the flag for that, and when to give it.
 
     Raises:
-        TargetError: no file can be made beside the target.
+        TargetError: no file can be made beside the target, or nodes see different ones that should not.
         UsageError: ranks of one node have different targets.
     """
     if world.size == 1:
@@ -47,11 +44,9 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
     probe = None
     if world.rank in world.first_ranks:
         probe = f"{_PROBE}{secrets.token_hex(8)}"
-        try:
+        with writing(target):
             (parent / probe).touch(exist_ok=False)
             _remove_left_behind(parent, probe)
-        except OSError as error:
-            raise target_error(error, str(target)) from error
     try:
         probes: list[str | None] = gather_objects(world, probe)
         # Looked for by name: a listing may be minutes old on a network file system.
@@ -67,27 +62,18 @@ def find_places(world: World, target: Path, flag: str) -> tuple[int, ...]:
                 "ranks of one node have different targets",
                 expected=f"{views[first][0]} as on the first rank of node {node}",
                 found=f"{views[rank][0]} on rank {rank}",
-                remedy=f"give all ranks of a node the same {flag}",
+                remedy="give all ranks of a node the same target",
             )
-    kinds = list(dict.fromkeys(tuple(view) for view in views))
+    if not is_per_node and (other := next((rank for rank, view in enumerate(views) if view != views[0]), None)):
+        raise TargetError(
+            "the target is not the same directory on all nodes",
+            file=str(target),
+            expected="one directory on a file system that all nodes share",
+            found=f"rank {other} sees another one than rank 0",
+            remedy=f"check that its file system is mounted on every node, or give {otherwise}",
+        )
+    kinds = list(dict.fromkeys(map(tuple, views)))
     return tuple(kinds.index(tuple(view)) for view in views)
-
-
-def refuse_several_places(places: tuple[int, ...], target: Path, flag: str, remedy: str) -> None:
-    """Refuse a target that is not one directory for all ranks.
-
-    Raises:
-        TargetError: naming a rank that sees another one.
-    """
-    for rank, place in enumerate(places):
-        if place:
-            raise TargetError(
-                "the target is not the same directory on all nodes",
-                file=str(target),
-                expected="one directory on a file system that all nodes share",
-                found=f"rank {rank} sees another one than rank 0",
-                remedy=f"check that the file system of {flag} is mounted on every node{remedy}",
-            )
 
 
 def _remove_left_behind(parent: Path, probe: str) -> None:
@@ -136,39 +122,24 @@ _PIECE_BYTES = 4 << 20
 def spread_files(world: World, directory: Path, weights: frozenset[str], *, receives: bool) -> None:
     """Copy all files of rank 0's directory, but for weights and journals, to the directories of some other ranks.
 
-    Args:
-        world: this rank; every rank takes part.
-        directory: in which the target is made, as this rank sees it.
-        weights: names of the weights files.
-        receives: whether this rank writes the copies.
-
-    Raises:
-        TargetError, NotEnoughSpace: the file system refuses.
+    Every rank takes part; `receives` is whether this one writes the copies.
     """
-    mine = _sizes_bytes(directory, weights) if world.rank == 0 else []
+    mine = []
+    if world.rank == 0:
+        mine = [(name, (directory / name).stat().st_size) for name in sorted(files_below(directory) - weights)]
     files: list[tuple[str, int]] = [(name, size) for name, size in gather_objects(world, mine)[0]]
     for name, size_bytes in files:
-        try:
+        with writing(directory / name):
             _spread(world, directory / name, size_bytes, receives=receives)
-        except OSError as error:
-            raise target_error(error, str(directory / name)) from error
-
-
-def _sizes_bytes(directory: Path, weights: frozenset[str]) -> Sequence[tuple[str, int]]:
-    own = (JOURNAL_DIRECTORY + "/", RESUMABLE)
-    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    return [
-        (name, path.stat().st_size) for name, path in files.items() if name not in weights and not name.startswith(own)
-    ]
 
 
 def _spread(world: World, path: Path, size_bytes: int, *, receives: bool) -> None:
     if receives:
         path.parent.mkdir(parents=True, exist_ok=True)
-    is_used = receives or world.rank == 0
-    with path.open("wb" if receives else "rb") if is_used else contextlib.nullcontext() as file:
+    mine = path if receives or world.rank == 0 else Path(os.devnull)
+    with mine.open("wb" if receives else "rb") as file:
         for first in range(0, size_bytes, _PIECE_BYTES):
             count = min(_PIECE_BYTES, size_bytes - first)
-            piece = broadcast(world, file.read(count) if file is not None and not receives else b"", count)
-            if file is not None and receives:
+            piece = broadcast(world, b"" if receives else file.read(count), count)
+            if receives:
                 file.write(piece)

@@ -28,189 +28,159 @@ from dist_convert.errors import (
     SourceChanged,
     ValueOverflow,
 )
-from dist_convert.options import Options, fingerprint, path_flags
+from dist_convert.options import fingerprint
 from dist_convert.plan.content import digest
-from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
 from dist_convert.records import TargetFile, __version__, local_name, names
 from dist_convert.write.commit import check_target
-from dist_convert.write.files import Written, reserve_file, target_error
+from dist_convert.write.files import reserve_file, writing
 from dist_convert.write.journal import (
-    CHANGES,
     History,
     Journal,
-    fields,
-    from_fields,
     has_written,
     history_of,
-    joined,
     journals,
     last_run,
     read_journal,
     this_boot,
 )
-from dist_convert.write.manifest import is_complete, is_converted, unknown_files, what_differs
+from dist_convert.write.manifest import manifest_of, unknown_files, what_differs
 from dist_convert.write.partial import (
+    FORMAT,
     RESUMABLE,
+    VOID,
     check_partial,
     claim,
     forget,
-    identity,
-    is_committed,
+    has_note,
+    is_made_of,
     is_ours,
-    is_unfinished,
-    is_void,
-    note_void,
+    set_note,
 )
 from dist_convert.write.task import Task
 
-#: Flags that say where, not what: the manifest has the source's own path, and lies in the target.
-_PATHS = frozenset({"source", "target"})
 
+def identity_of(task: Task) -> dict[str, Any]:
+    """What an unfinished target must have been made from, for this conversion to go on with it, in JSON values.
 
-def identity_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
-    """What an unfinished target must have been made from, for this conversion to go on with it where a rank has it."""
+    `plan` is the digest of the content, `source` has the size, the time of the last change in ns and the digest of the
+    header of each file, `settings` what else the bytes of weights files depend on. `flags` and `version` only say what
+    changed.
+    """
+    where = {"source": task.job.source, "target": str(task.job.target)}
     settings = dict(task.layout.settings)
     if task.is_divided:
-        settings["weights files here"] = file_numbers(task.content, task.writable[rank])
-    asked = fingerprint(job, task.source_format)
-    return identity(task.content.digest, task.source_identity, settings, asked, __version__)
-
-
-def facts_of(task: Task, job: Options, rank: int) -> dict[str, Any]:
-    """What the manifest says of a conversion; of a divided target the same as of one that all nodes share."""
-    known = identity_of(task, job, rank)
-    flags = {name: value for name, value in known["flags"].items() if name not in _PATHS}
-    names = ("size_bytes", "modified_ns", "header_sha256")
-    files = {file: dict(zip(names, values, strict=True)) for file, values in known["source"].items()}
+        settings["weights files here"] = file_numbers(task.content, task.writable[task.rank])
     return {
-        "format": known["format"],
-        "conversion": f"{task.source_format} to {job.to}",
+        "format": FORMAT,
+        "plan": task.content.digest,
+        "source": {file: list(known) for file, known in sorted(task.source_identity.items())},
+        "settings": settings,
+        "flags": where | fingerprint(task.job, task.source_format),
+        "version": __version__,
+    }
+
+
+def facts_of(task: Task) -> dict[str, Any]:
+    """What the manifest says of a conversion; of a divided target the same as of one that all nodes share."""
+    known = identity_of(task)
+    parts = ("size_bytes", "modified_ns", "header_sha256")
+    files = {file: dict(zip(parts, values, strict=True)) for file, values in known["source"].items()}
+    return {
+        "format": FORMAT,
+        "conversion": f"{task.source_format} to {task.job.to}",
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
         "settings": digest(dict(task.layout.settings)),
-        "flags": flags,
+        "flags": fingerprint(task.job, task.source_format),
         "source": {"path": str(task.source.absolute()), "files": files},
     }
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a conversion begins.
-
-    Attributes:
-        run: its number among the runs that worked on the target, from 1.
-        history: what earlier runs did.
-        done: the bytes that they have written.
-        journal: of this rank.
-    """
-
-    run: int
-    history: History
-    done: Done
-    journal: Journal
-
-
-def has_name(task: Task, job: Options, rank: int) -> bool:
+def has_name(task: Task) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
-    facts = facts_of(task, job, rank)
-    is_settled = not job.overwrite and is_complete(task.target, facts, task.elsewhere(rank))
-    return is_settled or is_committed(task.target, identity_of(task, job, rank))
+    is_settled = not task.job.overwrite and what_differs(task.target, facts_of(task), task.elsewhere) == ""
+    return is_settled or is_made_of(task.target, identity_of(task))
 
 
-def check_start(task: Task, job: Options, rank: int) -> int:
-    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes.
-
-    Raises:
-        TargetError, NotEnoughSpace: see `commit.check_target` and `partial.check_partial`.
-    """
-    known = identity_of(task, job, rank)
-    if has_name(task, job, rank):
+def check_start(task: Task) -> int:
+    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes."""
+    if has_name(task):
         return shutil.disk_usage(task.target).free
     free_bytes = check_target(
         task.target,
         task.source,
-        overwrite=job.overwrite,
-        needed_bytes=sum(file.size_bytes for file in task.files_of(rank)),
-        flag=path_flags(job)[1],
-        different=what_differs(task.target, facts_of(task, job, rank)),
+        overwrite=task.job.overwrite,
+        needed_bytes=sum(file.size_bytes for file in task.files),
+        different=what_differs(task.target, facts_of(task), task.elsewhere),
     )
-    check_partial(task.target, known, overwrite=job.overwrite)
+    check_partial(task.target, identity_of(task), overwrite=task.job.overwrite)
     return free_bytes
 
 
-def notes_on_replacing(task: Task, job: Options, rank: int) -> list[str]:
+def notes_on_replacing(task: Task) -> list[str]:
     """What `--overwrite` is going to remove."""
-    if not job.overwrite or not is_converted(task.target) or has_name(task, job, rank):
+    if not task.job.overwrite or not manifest_of(task.target) or has_name(task):
         return []
     others = unknown_files(task.target)
     besides = f", and with it what that has not made: {names(others)}" if others else ""
     return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
 
 
-def goes_on(task: Task, job: Options, rank: int) -> bool:
-    """Whether an earlier run has left what this conversion would go on with."""
-    return is_unfinished(task.partial, identity_of(task, job, rank))
-
-
-def begin(task: Task, world: World) -> Start:
+def begin(task: Task, world: World) -> tuple[History, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
-    partial = task.partial
-    is_first = task.is_first_of_place(world.rank)
-    _forget_what_is_void(partial, world, is_first=is_first)
+    partial, files = task.partial, task.files
+    _forget_what_is_void(task, world)
     boots = gather_objects(world, list(this_boot()))
     listings: list[list[str]] = gather_objects(world, journals(partial))
+    run = last_run(name for of_rank in listings for name in of_rank) + 1
     # Journals of two places may have one name, and are two.
-    seen = [{f"{task.places[rank]}/{name}": 0 for name in names} for rank, names in enumerate(listings)]
-    names = sorted(frozenset[str]().union(*seen))
-    run = last_run(name.partition("/")[2] for name in names) + 1
-    mine = [name.partition("/")[2] for name in deal_headers(names, seen)[world.rank]]
-    records = [_planned(read_journal(partial, name, boots), task.files_of(world.rank)) for name in mine]
-    damaged = [file.name for file in task.files_of(world.rank) if not _is_whole(partial, file.name, file.size_bytes)]
-    gathered = gather_objects(world, [records, damaged if is_first else []])
+    seen = [{f"{place}/{name}": 0 for name in of} for place, of in zip(task.places, listings, strict=True)]
+    mine = deal_headers(sorted({name for of_rank in seen for name in of_rank}), seen)[world.rank]
+    records = [_planned(read_journal(partial, name.partition("/")[2], boots), files) for name in mine]
+    damaged = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
+    gathered = gather_objects(world, [records, damaged])
     history = history_of(
-        [record for records, _ in gathered for record in records], [name for _, names in gathered for name in names]
+        [one for of_rank, _ in gathered for one in of_rank], {file for _, of in gathered for file in of}
     )
-    if is_first:
-        task.layout.make_files(partial, task.files_of(world.rank), is_first=world.rank == 0)
-        for file in task.files_of(world.rank):
+    if task.is_first:
+        task.layout.make_files(partial, files, is_first=world.rank == 0)
+        for file in files:
             reserve_file(partial / local_name(file.name), file.name)
     journal = Journal(partial, run, world.rank)
-    for name in damaged if is_first and run > 1 else ():
+    for name in damaged if run > 1 else ():
         journal.lost(local_name(name), with_this_run=False)
     gather_objects(world, None)
-    return Start(run, history, Done.of(window for window, _ in history.written), journal)
+    return history, journal
 
 
-def _forget_what_is_void(partial: Path, world: World, *, is_first: bool) -> None:
+def _forget_what_is_void(task: Task, world: World) -> None:
     """Where an earlier run noted at any place that nothing counts of what was written, forget it at every place."""
-    if not any(gather_objects(world, is_void(partial))):
+    if not any(gather_objects(world, has_note(task.partial, VOID))):
         return
-    try:
-        if is_first:
-            forget(partial)
+    with writing(task.partial):
+        if task.is_first:
+            forget(task.partial)
         gather_objects(world, None)  # the note goes last: until then, the next run finds it
-        if is_first:
-            note_void(partial, is_void=False)
-    except OSError as error:
-        raise target_error(error, str(partial)) from error
+        if task.is_first:
+            set_note(task.partial, VOID, holds=False)
 
 
 def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
     """A journal's record with the plan's names of its place's files, and of no others."""
-    names = {local_name(file.name): file.name for file in files}
-    changes = {kind: record[kind] for kind in ("run", *CHANGES)}
-    return changes | {
-        kind: [[names[file], *rest] for file, *rest in record[kind] if file in names] for kind in ("wrote", "lost")
+    planned = {local_name(file.name): file.name for file in files}
+    of_files = {
+        kind: [[planned[file], *rest] for file, *rest in record[kind] if file in planned] for kind in ("wrote", "lost")
     }
+    return record | of_files
 
 
-def _is_whole(partial: Path, file: str, size_bytes: int) -> bool:
-    path = partial / local_name(file)
-    return path.is_file() and path.stat().st_size >= size_bytes
+def _is_whole(partial: Path, file: TargetFile) -> bool:
+    path = partial / local_name(file.name)
+    return path.is_file() and path.stat().st_size >= file.size_bytes
 
 
 def check_source(task: Task, world: World) -> None:
@@ -220,7 +190,7 @@ def check_source(task: Task, world: World) -> None:
         SourceChanged: on every rank.
     """
     seen: list[list[str]] = gather_objects(world, changed_files(task.source, task.source_listing))
-    changed = sorted(frozenset[str]().union(*seen))
+    changed = sorted({file for of_rank in seen for file in of_rank})
     if not changed:
         return
     raise SourceChanged(
@@ -232,41 +202,34 @@ def check_source(task: Task, world: World) -> None:
     )
 
 
-def all_written(world: World, mine: list[Written], history: History) -> list[Written]:
-    """What all runs of all ranks wrote, with its checksums."""
-    gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
-    return [*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)]
-
-
 @dataclass(frozen=True)
 class Held:
     """What is known of a target that this conversion holds.
 
     Attributes:
+        directory: where it lies at this rank's place.
+        unnamed: the first ranks of the places where it has not got its name yet.
         is_complete: nothing is left to be written: at some place it has its name already.
-        has_name: at this rank's place.
     """
 
+    directory: Path
+    unnamed: list[int]
     is_complete: bool
-    has_name: bool
 
 
 @contextlib.contextmanager
-def held_target(task: Task, job: Options, world: World) -> Iterator[Held]:
-    """Hold the target for this conversion; errors inside say how to go on with it.
-
-    Raises:
-        TargetBusy, ResumeRefused, TargetExists, TargetError: see `partial.claim`.
-    """
+def held_target(task: Task, world: World) -> Iterator[Held]:
+    """Hold the target for this conversion, see `partial.claim`; errors inside say how to go on with it."""
     lock, is_here, runs_before = None, False, 0
-    is_named = task.is_first_of_place(world.rank) and has_name(task, job, world.rank)
-    if task.is_first_of_place(world.rank) and (not is_named or is_ours(task.target)):
-        lock = claim(task.target, identity_of(task, job, world.rank), overwrite=job.overwrite)
+    is_named = task.is_first and has_name(task)
+    if task.is_first and (not is_named or is_ours(task.target)):
+        lock = claim(task.target, identity_of(task), overwrite=task.job.overwrite)
     try:
-        named = gather_objects(world, is_named)
-        has_its_name = named[task.places.index(task.places[world.rank])]
-        is_here, runs_before = not has_its_name, last_run(journals(task.partial))
-        yield Held(any(named), has_its_name)
+        named: list[bool] = gather_objects(world, is_named)
+        is_here = not named[task.places.index(task.places[task.rank])]
+        runs_before = last_run(journals(task.partial))
+        unnamed = [rank for rank in task.first_ranks if not named[rank]]
+        yield Held(task.partial if is_here else task.target, unnamed, any(named))
     except ConversionError as error:
         if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
             error.resume = RESUME
@@ -280,19 +243,13 @@ def held_target(task: Task, job: Options, world: World) -> Iterator[Held]:
 
 
 def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
-    """Say beside what is unfinished what may become of it; any rank that sees it may."""
-    if isinstance(error, DifferentModel | SourceChanged):
-        note_void(partial, is_void=True)
-    if not _may_pass(error, partial, runs_before):
-        (partial / RESUMABLE).unlink(missing_ok=True)
+    """Say beside what is unfinished what may become of it; any rank that sees it may.
 
-
-def _may_pass(error: ConversionError, partial: Path, runs_before: int) -> bool:
-    """Whether the next run may get further though nobody does anything.
-
-    A fault of a disk or of a network may be over then; of one that stays, each run that meets it has less left to write
-    before it, until one has nothing.
+    The next run may get further though nobody does anything after a fault of a disk or of a network, which may be over
+    then; of one that stays, each run that meets it has less left to write before it, until one has nothing.
     """
-    if isinstance(error, Interrupted | LostRank):
-        return True
-    return isinstance(error.__cause__, OSError) and has_written(partial, runs_before)
+    if isinstance(error, DifferentModel | SourceChanged):
+        set_note(partial, VOID)
+    may_pass = isinstance(error.__cause__, OSError) and has_written(partial, runs_before)
+    if not may_pass and not isinstance(error, Interrupted | LostRank):
+        (partial / RESUMABLE).unlink(missing_ok=True)

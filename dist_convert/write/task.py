@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
@@ -15,9 +16,37 @@ from dist_convert.plan.file_owners import with_parts, writable_by_one_node
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import Listing
 from dist_convert.records import TargetFile
+from dist_convert.write.checksums import KnownRange
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
-from dist_convert.write.target import Target
+
+
+class Target(Protocol):
+    """What a conversion asks of a target's format, besides its catalog: its files, and all that is no weight.
+
+    Every rank has it, and calls what it says of itself; `partial` is the directory in which the target is made.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the weights files' bytes depend on besides the source, in JSON values."""
+
+    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+        """Make weights files in their final size; `is_first` on one rank, which also makes what may fail early."""
+
+    def complete(
+        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
+    ) -> None:
+        """Complete some weights files, which no other rank does, and on one rank add all that is no weight.
+
+        `known` are, by file, the ranges whose checksums were taken when they were written.
+        """
+
+    def publish(self) -> None:
+        """What follows the renaming, on the first rank of each place."""
+
+    def to_do(self) -> str:
+        """What is left for the user to do, for the very end; nothing where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class Task:
         source_listing: of the source files that this rank sees, what they were when their headers were read.
         visible: for each rank, the source files that it can read.
         target: the directory that gets its name when it is complete.
+        rank: this one.
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
         writable: for each rank, the target files that it can write.
         notes: for the user, before anything is written.
@@ -48,6 +78,7 @@ class Task:
     source_listing: Listing
     visible: tuple[frozenset[str], ...]
     target: Path
+    rank: int
     places: tuple[int, ...]
     writable: tuple[frozenset[str], ...]
     notes: Sequence[str]
@@ -59,24 +90,31 @@ class Task:
         """Where the target is made."""
         return partial_of(self.target)
 
-    def my_share(self, rank: int) -> tuple[TargetFile, ...]:
-        """The files that this rank alone completes, of those where its target lies."""
-        at_place = [other for other, place in enumerate(self.places) if place == self.places[rank]]
-        files = sorted(self.files_of(rank), key=lambda file: file.name)
-        return tuple(file for number, file in enumerate(files) if at_place[number % len(at_place)] == rank)
+    @property
+    def first_ranks(self) -> list[int]:
+        """The rank of each place that makes and renames the target there."""
+        return [rank for rank, place in enumerate(self.places) if self.places.index(place) == rank]
 
-    def is_first_of_place(self, rank: int) -> bool:
-        """Whether a rank makes and renames the target where it lies."""
-        return self.places.index(self.places[rank]) == rank
+    @property
+    def is_first(self) -> bool:
+        return self.places.index(self.places[self.rank]) == self.rank
 
-    def files_of(self, rank: int) -> tuple[TargetFile, ...]:
-        """The target files where a rank's target lies."""
-        return tuple(file for file in self.content.files if file.name in self.writable[rank])
+    @property
+    def files(self) -> tuple[TargetFile, ...]:
+        """The target files where this rank's target lies."""
+        return tuple(file for file in self.content.files if file.name in self.writable[self.rank])
 
-    def elsewhere(self, rank: int) -> frozenset[str]:
-        """The names of the weights files that lie at other places than a rank's, and belong to the same target."""
+    @property
+    def share(self) -> tuple[TargetFile, ...]:
+        """Those of them that this rank alone completes."""
+        at_place = [rank for rank, place in enumerate(self.places) if place == self.places[self.rank]]
+        return tuple(sorted(self.files, key=lambda file: file.name)[at_place.index(self.rank) :: len(at_place)])
+
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """The names of the weights files that lie at other places than this rank's, and belong to the same target."""
         names = frozenset(file.name for file in self.content.files) if self.is_divided else frozenset[str]()
-        return names - self.writable[rank]
+        return names - self.writable[self.rank]
 
 
 @dataclass(frozen=True)

@@ -203,5 +203,5 @@ def test_the_flag_has_no_effect_on_a_disk_that_all_nodes_share(runs: Runs, tmp_p
     source = make_source(tmp_path, "a shared source")
     run = runs.do(job(source, tmp_path / "hf", "--save-per-node"), ranks=2, nodes=2)
     assert run.exit_codes == [0, 0]
-    assert "--save-per-node has no effect: all ranks see one and the same --save-path" in run.printed
+    assert "--save-per-node has no effect: all ranks see one and the same target" in run.printed
     assert weights(tmp_path / "hf") == [1, 2, 3, 4, 5, 6]

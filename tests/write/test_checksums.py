@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_convert.errors import CorruptFile, PlanError
+from dist_convert.errors import CorruptFile
 from dist_convert.formats.torch.skeleton import write_skeleton
-from dist_convert.write.checksums import checksum_of, combine, patch_checksums, record_ranges
+from dist_convert.read.torch_file import data_offsets_bytes, open_container
+from dist_convert.write.checksums import checksum_of, seal
 
 STATE = {
     "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),
@@ -25,6 +26,13 @@ DATA = {f"data/{key}": tensor.reshape(-1).numpy().tobytes() for key, tensor in e
 CHECKSUMS = {name: zlib.crc32(data) for name, data in DATA.items()}
 
 
+def record_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the storages lie: record name -> (offset, size)."""
+    container = open_container(path, path.name)
+    offsets = data_offsets_bytes(container, [name for name in container.records if name.startswith("data/")])
+    return {name: (offset, container.records[name].size_bytes) for name, offset in offsets.items()}
+
+
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
     """A file of torch that skipped the data, with the data written into it afterwards."""
@@ -32,7 +40,7 @@ def filled(tmp_path: Path) -> Path:
     with torch.serialization.skip_data(), path.open("wb") as file:
         torch.save(STATE, file)
     with path.open("r+b") as file:
-        for name, (offset, size) in record_ranges(path, "filled.pt").items():
+        for name, (offset, size) in record_ranges(path).items():
             assert size == len(DATA[name])
             os.pwrite(file.fileno(), DATA[name], offset)
     return path
@@ -52,18 +60,10 @@ def without_serialization_id(path: Path) -> bytes:
     return bytes(data)
 
 
-def test_ranges_are_where_the_storages_lie(tmp_path: Path) -> None:
-    path = tmp_path / "saved.pt"
-    torch.save(STATE, path)
-    data = path.read_bytes()
-    ranges = record_ranges(path, "saved.pt")
-    assert {name: data[offset : offset + size] for name, (offset, size) in ranges.items()} == DATA
-
-
-def test_a_truncated_file_has_no_ranges(filled: Path) -> None:
+def test_a_truncated_file_is_not_sealed(filled: Path) -> None:
     os.truncate(filled, filled.stat().st_size - 30)
     with pytest.raises(CorruptFile) as caught:
-        record_ranges(filled, "mp_rank_00/model_optim_rng.pt")
+        seal(filled, "mp_rank_00/model_optim_rng.pt", [])
     assert caught.value.file == "mp_rank_00/model_optim_rng.pt"
 
 
@@ -72,14 +72,14 @@ def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path,
     with whole.open("wb") as file:
         torch.save(STATE, file)
     assert without_serialization_id(filled) != without_serialization_id(whole)
-    patch_checksums(filled, CHECKSUMS)
+    seal(filled, "filled.pt", [])
     assert without_serialization_id(filled) == without_serialization_id(whole)
 
 
 def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path) -> None:
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() == "archive/data/0"
-    patch_checksums(filled, CHECKSUMS)
+    seal(filled, "filled.pt", [])
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() is None
 
@@ -87,26 +87,26 @@ def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: 
 def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
     write_skeleton(path, {"num_layers": 1}, 7, [[("w", "F32", (100,)), ("empty", "F32", (0,)), ("b", "I8", (3,))]])
-    checksums = {}
+    known = []
     with path.open("r+b") as file:
-        for name, (offset, size) in record_ranges(path, "").items():
+        for name, (offset, size) in record_ranges(path).items():
             halves = DATA[name][: size // 2], DATA[name][size // 2 :]
-            os.pwrite(file.fileno(), halves[1], offset + len(halves[0]))
-            os.pwrite(file.fileno(), halves[0], offset)
-            checksums[name] = combine((zlib.crc32(half), len(half)) for half in halves)
-    patch_checksums(path, checksums)
+            for half, at in zip(halves, (offset, offset + size // 2), strict=True):
+                os.pwrite(file.fileno(), half, at)
+                known.append((at, len(half), zlib.crc32(half)))
+    seal(path, path.name, sorted(known))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert {name: archive.read(f"archive/{name}") for name in checksums} == {
+        assert {name: archive.read(f"archive/{name}") for name in ("data/0", "data/1", "data/2")} == {
             name: DATA[name] for name in ("data/0", "data/1", "data/2")
         }
 
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="unzip is not installed")
 def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) -> None:
-    patch_checksums(filled, CHECKSUMS)
+    seal(filled, "filled.pt", [])
     assert subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True).returncode == 0
-    offset, _ = record_ranges(filled, "filled.pt")["data/2"]
+    offset, _ = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
         file.seek(offset)
         file.write(b"\x00")
@@ -115,46 +115,32 @@ def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) ->
     assert "archive/data/2" in result.stdout
 
 
-def test_records_that_are_not_named_keep_their_checksums(filled: Path) -> None:
-    patch_checksums(filled, {"data/0": CHECKSUMS["data/0"]})
-    with zipfile.ZipFile(filled) as archive:
-        assert archive.testzip() == "archive/data/2"
-        assert [archive.getinfo(f"archive/data/{key}").CRC for key in range(4)] == [CHECKSUMS["data/0"], 0, 0, 0]
-
-
 def test_patching_twice_gives_the_same_bytes(filled: Path) -> None:
-    patch_checksums(filled, CHECKSUMS)
+    seal(filled, "filled.pt", [])
     once = filled.read_bytes()
-    patch_checksums(filled, CHECKSUMS)
+    seal(filled, "filled.pt", [])
     assert filled.read_bytes() == once
 
 
-def test_a_record_that_the_file_lacks_is_named_and_nothing_is_written(filled: Path) -> None:
-    before = filled.read_bytes()
-    with pytest.raises(PlanError) as caught:
-        patch_checksums(filled, CHECKSUMS | {"data/99": 1})
-    assert caught.value.found == "data/99"
-    assert filled.read_bytes() == before
-
-
 def test_a_record_without_its_descriptor_is_refused(filled: Path) -> None:
-    offset, size = record_ranges(filled, "filled.pt")["data/2"]
+    offset, size = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
         file.seek(offset + size)
         file.write(b"xx")
     with pytest.raises(CorruptFile) as caught:
-        patch_checksums(filled, CHECKSUMS)
-    assert caught.value.file == f"{filled}: data/2"
+        seal(filled, "filled.pt", [])
+    assert caught.value.file == "filled.pt: data/2"
 
 
 def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
     write_skeleton(path, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]])
-    offset, size = record_ranges(path, "")["data/1"]
+    offset, size = record_ranges(path)["data/1"]
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(DATA["data/2"])
-    patch_checksums(path, {"data/0": 423114947, "data/1": CHECKSUMS["data/2"]})
+    huge, _ = record_ranges(path)["data/0"]
+    seal(path, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
     with zipfile.ZipFile(path) as archive:
         assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
         assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum
@@ -163,26 +149,6 @@ def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path:
     data.seek(offset + size)
     assert data.read(8) == b"PK\x07\x08" + CHECKSUMS["data/2"].to_bytes(4, "little")
     data.close()
-
-
-@pytest.mark.parametrize("sizes", [[], [0], [7], [1, 1], [5, 0, 11], [64, 1, 4096, 3, 100_000]])
-def test_combined_parts_have_the_checksum_of_the_whole(sizes: list[int]) -> None:
-    source = random.Random(len(sizes))
-    parts = [source.randbytes(size) for size in sizes]
-    assert combine((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(b"".join(parts))
-
-
-def test_the_order_of_the_parts_counts() -> None:
-    parts = [(zlib.crc32(b"gate"), 4), (zlib.crc32(b"up"), 2)]
-    assert combine(parts) == zlib.crc32(b"gateup")
-    assert combine(reversed(parts)) == zlib.crc32(b"upgate")
-
-
-def test_parts_of_more_than_four_gibibytes_combine() -> None:
-    # With 5 GiB of zeros, zlib.crc32(zeros) is 423114947 and zlib.crc32(zeros, 0x12345678) is 243993493.
-    zeros = (423114947, 5 << 30)
-    assert combine([(0x12345678, 4), zeros]) == 243993493
-    assert combine([(zlib.crc32(bytes(1 << 20)), 1 << 20)] * (5 << 10)) == 423114947
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,12 @@ def test_windows_that_follow_each_other_are_one_with_the_checksum_of_all_their_b
     assert joined(parts) == [(Window(FILE, 0, 12), zlib.crc32(b"abcdefghijkl"))]
 
 
+def test_checksums_of_more_than_four_gibibytes_combine() -> None:
+    # With 5 GiB of zeros, zlib.crc32(zeros) is 423114947 and zlib.crc32(zeros, 0x12345678) is 243993493.
+    parts = [(Window(FILE, 0, 4), 0x12345678), (Window(FILE, 4, 5 << 30), 423114947)]
+    assert joined(parts) == [(Window(FILE, 0, 4 + (5 << 30)), 243993493)]
+
+
 @pytest.mark.parametrize(
     "second",
     [

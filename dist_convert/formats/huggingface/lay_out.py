@@ -17,12 +17,12 @@ from dist_convert.formats.torch.capacity_bins import Bin, read_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Catalog
-from dist_convert.options import TARGET_DTYPES, Options, path_flags
+from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import human_bytes, names
-from dist_convert.write.places import find_places, refuse_several_places
+from dist_convert.write.places import find_places
 from dist_convert.write.task import Task
 
 
@@ -31,6 +31,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError: all that the headers show to be wrong.
+        TargetError: see `find_places`.
         UploadError: what can be known now of an upload that would not start.
         TargetError: nodes see different targets, and no flag says that this is meant.
     """
@@ -54,11 +55,12 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
 
-    flag = path_flags(job)[1]
-    places = find_places(world, job.target, flag)
-    if not job.save_per_node:
-        remedy = ", or give --save-per-node if each node is to keep some of the files"
-        refuse_several_places(places, job.target, flag, remedy)
+    places = find_places(
+        world,
+        job.target,
+        is_per_node=job.save_per_node,
+        otherwise="--save-per-node if each node is to keep some of the files",
+    )
     of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
     is_divided = bool(max(places))
     if is_divided:
@@ -74,6 +76,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         source_listing=model.found.listing,
         visible=model.found.visible,
         target=job.target,
+        rank=world.rank,
         places=places,
         writable=tuple(of_places[place] for place in places),
         notes=notes + more_notes + _notes_on_places(job, content, places, of_places),
@@ -108,7 +111,7 @@ def _notes_on_places(
     if not job.save_per_node:
         return []
     if len(of_places) == 1:
-        return [f"--save-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
+        return ["--save-per-node has no effect: all ranks see one and the same target"]
     notes = []
     for place, files in enumerate(of_places):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]

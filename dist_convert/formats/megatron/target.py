@@ -41,10 +41,10 @@ from dist_convert.formats.megatron.target_args import (
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import RELEASE, Options, given_flags, path_flags
+from dist_convert.options import PATH_FLAGS, RELEASE, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
-from dist_convert.write.files import TRACKER_FILE, replace_text, write_tracker
+from dist_convert.write.files import TRACKER_FILE, replace_text
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -117,14 +117,14 @@ class MegatronTarget:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `write.target.Target`."""
+        """See `write.task.Target`."""
         args: dict[str, Any] = json.loads(args_json(self.args))
         return args | {"iteration": self.iteration}
 
     def publish(self) -> None:
         """Name this iteration as the newest, and describe it beside the others."""
         replace_text(self.root / ARGS_FILE, target_margs_json(self.args))
-        write_tracker(self.root, self.iteration)
+        replace_text(self.root / TRACKER_FILE, RELEASE if self.iteration is None else str(self.iteration))
 
 
 @dataclass(frozen=True)
@@ -462,7 +462,7 @@ def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset
     if job.target_ranks_per_node is None:
         return []
     if not max(places):
-        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {path_flags(job)[1]}"]
+        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
     notes = []
     for place in range(max(places) + 1):
         ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]

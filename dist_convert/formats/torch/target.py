@@ -66,7 +66,7 @@ class TorchTarget:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     output.seek(tensors[tensor].offset_bytes)
                     output.write(data)
-            seal(partial, name, known.get(file.name, ()))
+            seal(partial / name, name, known.get(file.name, ()))
 
     def publish(self) -> None:
         """See `Target`."""
