@@ -28,7 +28,6 @@ from dist_convert.move.report import (
     peak_memory_bytes,
     report_details,
     report_text,
-    resume_line,
 )
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, TORCH, Options, check_applies
@@ -38,7 +37,7 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import pushes_others_out
-from dist_convert.records import local_name
+from dist_convert.records import human_bytes, local_name
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
@@ -170,7 +169,8 @@ def _make(
     start = begin(task, world)
     with closing(start.journal) as journal:
         if start.done.size_bytes:
-            channel.say("resumed", resume_line(directory, start.done.size_bytes, content.moved_bytes))
+            done, whole = human_bytes(start.done.size_bytes), human_bytes(content.moved_bytes)
+            channel.say("resumed", f"{directory}: {done} of {whole} are there already; going on")
             plan = _divide(task, writers, job, world, plan.placement, start.done)
         left_bytes = content.moved_bytes - start.done.size_bytes
         with channel.progress(left_bytes, "converting"), journal.marked(MARK_SECONDS):

@@ -55,7 +55,12 @@ MUTATIONS = (
         "first = min(rows, max(0, real_rows - shard * rows) + 1)",
         GOLDEN,
     ),
-    Mutation("padding-repeats-the-first-row", "last = ends.source.tensors[name].rows - 1", "last = 0", GOLDEN),
+    Mutation(
+        "padding-repeats-the-first-row",
+        "last = max(region.box.row_end for region in one.source) - 1",
+        "last = 0",
+        GOLDEN,
+    ),
     Mutation(
         "norms-keep-what-is-stored",
         "_window(want, box), have.add - want.add)",
@@ -101,8 +106,8 @@ MUTATIONS = (
     ),
     Mutation(
         "messages-are-cut-short",
-        "// ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # up to where",
-        "// 128) * 64  # up to where",
+        "size_bytes = aligned(size_bytes)  # up to where",
+        "size_bytes = size_bytes // 128 * 64  # up to where",
         "tests/plan/test_crossings.py",
     ),
     Mutation(

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import BLOCK_BYTES, Transfer
 from dist_convert.plan.teams import Team
-from dist_convert.records import human_bytes
 
 #: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
 #: steps do not pay: what was read is written while the processor's cache has it.
@@ -20,6 +18,11 @@ _SLOTS = 3
 
 #: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
 ALIGNMENT_BYTES = 64
+
+
+def aligned(size_bytes: int) -> int:
+    """Up to where the next piece may begin."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,7 @@ def _pinned_bytes(size_bytes: int) -> int:
 
 
 def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> int:
-    """The smallest budget that holds steps of one block.
-
-    Args:
-        members: of the team.
-        least_send_bytes: what one block needs, see `largest_send_bytes`.
-        on_accelerator: see `Limits`.
-    """
+    """The smallest budget that holds steps of one block, which needs `largest_send_bytes` of each of the members."""
     return Limits(STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
 
 
@@ -96,22 +93,6 @@ def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_acceler
     return found
 
 
-def check_budget(budget_bytes: int, needed_bytes: int, placement: str) -> None:
-    """Refuse a budget that some team cannot work with.
-
-    Raises:
-        BudgetTooSmall: naming the least that all teams can work with.
-    """
-    if budget_bytes < needed_bytes:
-        raise BudgetTooSmall(
-            "the memory budget does not hold one step",
-            expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
-            found=human_bytes(budget_bytes),
-            remedy="raise --max-memory-per-rank"
-            + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
-        )
-
-
 def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]]) -> int:
     """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
     if len(team.ranks) == 1:
@@ -119,21 +100,20 @@ def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Seque
     reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
     largest_bytes = 0
     shared = [transfers[share.transfer] for share in team.shares]
-    distinct = {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}
-    for transfer in distinct.values():
+    for transfer in {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}.values():
         readers = readers_of(transfer, team, visible)
         pieces = max(Counter(member for members in readers for member in members).values())
         if not reached_by_all.issuperset(transfer.target_files):
             largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
         elif transfer.crosses and len(readers) > 1:
             largest_bytes = max(largest_bytes, BLOCK_BYTES * pieces // len(readers) + pieces * ALIGNMENT_BYTES)
-    return -(-largest_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return aligned(largest_bytes)
 
 
 def able_readers(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
     """For each piece of a transfer's source, the members that see it."""
     return [
-        tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
+        tuple(member for member, rank in enumerate(team.ranks) if not visible[rank].isdisjoint(files))
         for files in transfer.source_files
     ]
 

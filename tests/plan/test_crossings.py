@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dist_convert.plan.assign import Part, Read, Write
 from dist_convert.plan.limits import Limits
-from dist_convert.plan.steps import Step, messages, received_bytes
+from dist_convert.plan.steps import Part, Read, Step, Write, messages, received_bytes
 from dist_convert.records import Message, View
 
 

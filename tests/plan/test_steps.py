@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -14,12 +13,11 @@ from hypothesis import strategies as st
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.shards import Shard
-from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, blocks_of_member
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
 from dist_convert.plan.plan import Plan, schedule_digest
-from dist_convert.plan.steps import Step
+from dist_convert.plan.steps import Step, blocks_of_member, blocks_of_team
 from dist_convert.plan.teams import Team
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import (
@@ -108,15 +106,12 @@ def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) 
             assert {read.reader for step in alone for read in step.reads} <= {member}
 
 
-def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Assigned]:
+def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Step]:
     """A team's blocks as one member takes them; without a member all of them, in the order of the plan."""
-    ends, transfers, visible, done = divided.content.ends, divided.content.transfers, divided.visible, divided.done
-    if member is not None:
-        return list(blocks_of_member(ends, transfers, team, visible, done, member))
-    return list(assigned_blocks(partial(bands_of_share, ends, transfers, team, visible), team, visible, done))
+    return list(blocks_of_team(divided, team) if member is None else blocks_of_member(divided, team, member))
 
 
-def movers_of(block: Assigned) -> set[int]:
+def movers_of(block: Step) -> set[int]:
     return {read.reader for read in block.reads} | {write.writer for write in block.writes}
 
 

@@ -49,10 +49,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         source,
         catalog_of_files(source.architecture, files),
         files,
-        title=source.title,
-        params_dtype=source.params_dtype,
         target_dtype=target_dtype,
-        kept_dtypes=source.kept_dtypes,
         left_behind=left_behind,
     )
     if isinstance(model, HuggingFaceModel):
@@ -183,7 +180,7 @@ def _notes(
         del claims["--true-vocab-size"]
     notes += vocabulary_warnings(claims, architecture.padded_vocab, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
-    stored = TORCH_NAMES[content.params_dtype]
+    stored = TORCH_NAMES[content.ends.source.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
         notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
     notes += notes_on_content(content)

@@ -61,7 +61,7 @@ def model_card(content: Content, source: Catalog, checkpoint: Path, tokenizer: T
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
     conversion = [
         ("Checkpoint", f"{_code(checkpoint.parent.name)}, {_code(checkpoint.name)}"),
-        ("Format", f"Megatron-LM `torch`, {grid}, {TORCH_NAMES[content.params_dtype]}"),
+        ("Format", f"Megatron-LM `torch`, {grid}, {TORCH_NAMES[source.params_dtype]}"),
         ("Converted by", f"dist_convert {__version__} with torch {torch.__version__}"),
         ("Weights load with", "transformers 4.49 and later"),
         ("Tokenizer at conversion", _origin(tokenizer)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from dist_convert.records import StoredTensor, View
@@ -117,6 +118,7 @@ def has_fused_norm(name: str) -> bool:
     return name.endswith(".layer_norm_weight")
 
 
+@lru_cache(maxsize=8)  # it is asked for again for each file, and for each tensor that is stacked
 def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
     """Every way in which a canonical parameter may be stored.
 

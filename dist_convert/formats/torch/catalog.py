@@ -75,6 +75,9 @@ class TorchCatalog:
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
     params_dtype: str = ""
+    #: By a row of the table and how it is cut: the same for all layers and experts.
+    _shard_sizes: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
+    _places: dict[tuple[int, int, bool, int], tuple[Place, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_owned(self) -> bool:
@@ -86,16 +89,18 @@ class TorchCatalog:
         if name not in self.parameters:
             return (Region(meta.box, ()),)
         parameter, number = self.parameters[name]
-        row, sizes, shards = parameter.row, self._sizes, parameter.shards
-        wanted = places(row, number, sizes, shards, is_per_shard=parameter.is_per_shard)
-        return tuple(self._stored(parameter, wanted))
+        row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
+        key = (id(row), shards, is_per_shard, number)
+        if key not in self._places:
+            self._places[key] = tuple(places(row, number, self.sizes, shards, is_per_shard=is_per_shard))
+        return tuple(self._stored(parameter, self._places[key]))
 
     def padding(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         if name not in self.parameters:
             return ()
         parameter, _ = self.parameters[name]
-        return tuple(self._stored(parameter, padding_places(parameter.row, self._sizes, parameter.shards)))
+        return tuple(self._stored(parameter, padding_places(parameter.row, self.sizes, parameter.shards)))
 
     def checksum(self, view: View) -> int | None:
         """What the file tells of a stored tensor, where all of it is one copy or several."""
@@ -116,8 +121,9 @@ class TorchCatalog:
         dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
         return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
 
-    @property
-    def _sizes(self) -> Mapping[str, int]:
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """See `Architecture.sizes`."""
         return self.architecture.sizes()
 
     def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
@@ -178,8 +184,12 @@ def parameter_of(
 
 def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
     """Rows and columns of each shard of a parameter."""
-    sizes = catalog.architecture.sizes()
-    return shard_size(parameter.row, sizes, parameter.shards, is_per_shard=parameter.is_per_shard)
+    row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
+    known = catalog._shard_sizes
+    key = (id(row), shards, is_per_shard)
+    if key not in known:
+        known[key] = shard_size(row, catalog.sizes, shards, is_per_shard=is_per_shard)
+    return known[key]
 
 
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
@@ -216,11 +226,9 @@ def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, .
     return megatron_names.spellings(parameter.row.megatron, layer, number)
 
 
-def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spelling) -> Replica | None:
-    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, columns: int) -> Replica | None:
     if any(piece.name not in stored for piece in spelling.pieces):
         return None
-    rows, columns = shard_size_of(catalog, parameter)
     found = []
     for piece in spelling.pieces:
         piece_rows = rows // piece.parts
@@ -233,7 +241,9 @@ def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spe
 
 def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> dict[Spelling, Replica]:
     """The spellings whose pieces a file stores in fitting shapes, and where."""
-    found = ((spelling, _views(catalog, parameter, file, spelling)) for spelling in _spellings(catalog, parameter))
+    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+    size = shard_size_of(catalog, parameter)
+    found = ((spelling, _views(stored, spelling, *size)) for spelling in _spellings(catalog, parameter))
     return {spelling: views for spelling, views in found if views is not None}
 
 
