@@ -63,8 +63,8 @@ MUTATIONS = (
     ),
     Mutation(
         "norms-keep-what-is-stored",
-        "_window(want, box), have.add - want.add)",
-        "_window(want, box))",
+        "want.window(box), have.add - want.add)",
+        "want.window(box))",
         GOLDEN,
     ),
     Mutation(

@@ -149,13 +149,8 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
 
 def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
     """The regions that lie in a box, and of each what lies in it."""
-    found = []
-    for region in regions:
-        inside = intersect(region.box, box)
-        if inside is not None:
-            window = Box(inside.row - region.box.row, inside.column - region.box.column, inside.rows, inside.columns)
-            found.append(Region(inside, tuple(view.window(window) for view in region.replicas), region.add))
-    return tuple(found)
+    pairs = ((region, intersect(region.box, box)) for region in regions)
+    return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
 
 
 #: (files of A, files of B) that some ranks see -> these ranks.

@@ -183,13 +183,9 @@ def _differences(
     *,
     any_nan: bool = False,
 ) -> Iterator[Difference]:
-    """How two matrices of one dtype differ in bits, if they do.
+    """How two contiguous matrices of one dtype, a box of the tensor, differ in bits, if they do.
 
-    Args:
-        tensor, between, files: see `Difference`.
-        box: of the tensor, which the matrices are.
-        first, second: contiguous.
-        any_nan: a NaN equals every NaN: casts do not define what they make of its other bits.
+    With `any_nan` a NaN equals every NaN: casts do not define what they make of its other bits.
     """
     bits = _BITS[first.dtype.itemsize]
     mask = first.view(bits) != second.view(bits)

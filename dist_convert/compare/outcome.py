@@ -62,12 +62,7 @@ class Outcome:
 
 
 def outcome_of(a: Checkpoint, b: Checkpoint, work: Work, compared: Compared) -> Outcome:
-    """Everything that differs, of config, tensors and values.
-
-    Args:
-        a, b: the checkpoints.
-        work, compared: what was to be done, and what all ranks found.
-    """
+    """Everything that differs, of config, tensors and values; `compared` is what all ranks found."""
     names = [field.name for field in fields(Architecture) if field.name not in _NOT_THE_MODEL]
     config = {name: (getattr(a.catalog.architecture, name), getattr(b.catalog.architecture, name)) for name in names}
     shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in a.tensors if name in b.tensors}

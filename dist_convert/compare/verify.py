@@ -62,11 +62,7 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
 
 
 def _open(letter: str, where: Where, world: World) -> Model:
-    """Read the headers of a checkpoint; errors say which of the two it is.
-
-    Raises:
-        SourceError: all that the headers show to be wrong.
-    """
+    """Read the headers of a checkpoint; errors say which of the two it is."""
     with _named(f"{letter} ({where.path})"):
         return open_checkpoint(where, world)
 
@@ -76,10 +72,7 @@ def _checkpoints(
 ) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints; one that does not say the size of its vocabulary takes the other's.
 
-    Args:
-        first, second: of `_open`.
-        world: this rank.
-        is_shared: whether all ranks are known to see the same files of the second.
+    `is_shared` says that all ranks are known to see the same files of the second.
 
     Raises:
         SourceError: tensors that are missing, unknown or of another shape than the config says.

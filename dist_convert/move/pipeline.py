@@ -63,14 +63,12 @@ def move(
     """Do this rank's part of a plan.
 
     Args:
-        plan: the same on every rank.
-        world: this rank.
+        plan, world: the same plan on every rank, and this rank.
         source: the iteration's directory as this rank sees it.
         known: what its files were when their headers were read.
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
-        progress: hears of every step; its `doing` may raise an error to end the work between two steps.
-        timeline: hears where the time goes.
+        progress, timeline: hear of every step, and where the time goes.
         is_last_use: what was read leaves the page cache.
 
     Raises:

@@ -46,11 +46,7 @@ def describe_plan(
 ) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
-    Args:
-        plan, report: of the conversion.
-        loads: of each rank, from `load_of`.
-        free_bytes: where the target would be.
-        partial: what an earlier run of the same conversion has left, with which this one would go on, if there is any.
+    `loads` are of `load_of`, by rank. `partial` is what an earlier run has left, with which this one would go on.
     """
     if report.was_complete:
         return report_text(report)

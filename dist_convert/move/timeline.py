@@ -66,12 +66,8 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
     """A timeline for the block, written to a file if there is a path.
 
     The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`. A trace
-    that cannot be written any more is given up with a line that says so; the conversion goes on.
-
-    Args:
-        path: of the file, which may replace an earlier trace; None for a timeline that only adds up.
-        world: this rank.
-        target: of the conversion, which is renamed and replaced, so that no trace can lie in it.
+    that cannot be written any more is given up with a line that says so; the conversion goes on. No trace can lie in
+    the conversion's target, which is renamed and replaced.
 
     Raises:
         UsageError: the file cannot be made, or is something else than a trace.

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, View, intersect, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, intersect, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -164,11 +164,6 @@ class _Common:
         )
 
 
-def _window(region: Region, box: Box) -> tuple[View, ...]:
-    inside = Box(box.row - region.box.row, box.column - region.box.column, box.rows, box.columns)
-    return tuple(view.window(inside) for view in region.replicas)
-
-
 def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterator[_Common]:
     """Both are in the order of their rows, so that what lies above a region need not be looked at again."""
     first = 0
@@ -180,7 +175,7 @@ def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterato
                 break
             box = intersect(want.box, have.box)
             if box is not None and want.replicas and have.replicas:
-                yield _Common(box, Copy(_window(have, box), _window(want, box), have.add - want.add), have, want)
+                yield _Common(box, Copy(have.window(box), want.window(box), have.add - want.add), have, want)
 
 
 def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterator[Block]:
@@ -213,8 +208,8 @@ def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
         for have in one.source if rows > 0 else ():
             box = intersect(replace(want.box, row=last, rows=1), have.box)
             if box is not None and have.replicas:
-                row = tuple(replace(view, rows=rows, row_stride=0) for view in _window(have, box))
-                yield (Copy(row, _window(want, replace(box, row=first, rows=rows)), have.add - want.add),)
+                row = tuple(replace(view, rows=rows, row_stride=0) for view in have.window(box))
+                yield (Copy(row, want.window(replace(box, row=first, rows=rows)), have.add - want.add),)
 
 
 def part_of(transfer: Transfer, band: Block) -> Block:

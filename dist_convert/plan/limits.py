@@ -30,16 +30,16 @@ class Limits:
     """Sizes of one rank's buffers, in bytes.
 
     Attributes:
-        step_bytes: of what the rank reads in a step.
         send_bytes: of what each member sends to a gather.
         members: of the team.
         on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
+        step_bytes: of what the rank reads in a step.
     """
 
-    step_bytes: int
     send_bytes: int
     members: int
     on_accelerator: bool = False
+    step_bytes: int = STEP_BYTES
 
     @property
     def slots(self) -> int:
@@ -73,23 +73,17 @@ def _pinned_bytes(size_bytes: int) -> int:
     return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
 
 
-def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> int:
-    """The smallest budget that holds steps of one block, which needs `largest_send_bytes` of each of the members."""
-    return Limits(STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
-
-
-def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
-    """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
-    least = Limits(STEP_BYTES, least_send_bytes, members, on_accelerator)
-    buffers = (least.slots + on_accelerator) * members
-    left_bytes = budget_bytes - least.total_bytes
-    affordable_bytes = least_send_bytes + left_bytes // buffers // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
-    found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
-    while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:
+def limits(budget_bytes: int, least: Limits) -> Limits:
+    """The largest useful buffers within a rank's budget, which holds the least that one block needs."""
+    buffers = (least.slots + least.on_accelerator) * least.members
+    left_bytes = (budget_bytes - least.total_bytes) // buffers
+    affordable_bytes = least.send_bytes + left_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    send_bytes = max(least.send_bytes, min(affordable_bytes, STEP_BYTES)) if least.send_bytes else 0
+    found = replace(least, send_bytes=send_bytes)
+    while found.total_bytes > budget_bytes and found.send_bytes > least.send_bytes:
         # An accelerator's staging takes more, and its pinned memory goes in steps of two.
         half_bytes = found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        found = replace(found, send_bytes=max(least_send_bytes, half_bytes))
+        found = replace(found, send_bytes=max(least.send_bytes, half_bytes))
     return found
 
 

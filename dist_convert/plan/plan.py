@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.content import Content, digest
 from dist_convert.plan.done import NOTHING_DONE, Done, is_transfer_done
-from dist_convert.plan.limits import Limits, largest_send_bytes, least_bytes, limits
+from dist_convert.plan.limits import Limits, largest_send_bytes, limits
 from dist_convert.plan.teams import Team, form_teams
 from dist_convert.records import __version__, human_bytes
 
@@ -70,18 +70,19 @@ def divide(
     listed = enumerate(content.transfers)
     finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
     teams = form_teams(content.transfers, visible, placement, finished)
-    needs = [(len(team.ranks), largest_send_bytes(content.transfers, team, visible)) for team in teams]
-    least = max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs)
-    if budget_bytes < least:
+    least = [
+        Limits(largest_send_bytes(content.transfers, team, visible), len(team.ranks), on_accelerator) for team in teams
+    ]
+    least_bytes = max(limit.total_bytes for limit in least)
+    if budget_bytes < least_bytes:
         raise BudgetTooSmall(
             "the memory budget does not hold one step",
-            expected=f"--max-memory-per-rank of at least {-(-least // 1_000_000)}MB",
+            expected=f"--max-memory-per-rank of at least {-(-least_bytes // 1_000_000)}MB",
             found=human_bytes(budget_bytes),
             remedy="raise --max-memory-per-rank"
             + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
         )
-    sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)
-    return Plan(content, placement, tuple(visible), teams, sizes, done)
+    return Plan(content, placement, tuple(visible), teams, tuple(limits(budget_bytes, one) for one in least), done)
 
 
 def schedule_digest(plan: Plan) -> str:

@@ -23,10 +23,7 @@ Homes = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Share:
-    """The blocks of one transfer that start at bytes `first_byte` up to (not including) `end_byte` of it.
-
-    `transfer` is its number in the plan.
-    """
+    """The blocks of a transfer, by its number in the plan, that start at byte `first_byte` to before `end_byte`."""
 
     transfer: int
     first_byte: int
@@ -35,7 +32,7 @@ class Share:
 
 def sees_all(homes: Homes, seen: frozenset[str]) -> bool:
     """Whether one file of each set is among those seen."""
-    return all(any(file in seen for file in files) for files in homes)
+    return not any(seen.isdisjoint(files) for files in homes)
 
 
 def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
@@ -176,16 +173,14 @@ def _gather_groups(
     are returned on their own as well.
     """
     classes = _classes(range(len(visible)), visible)
-    whole = [*classes]
-    merged: list[_Ranks] = []
+    whole, merged = [*classes], list[_Ranks]()
     for homes in dict.fromkeys(transfer.all_needs for transfer in transfers):
         candidates = whole + merged
-        if any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
-            continue
-        chosen = _cover(homes, candidates, visible)
-        whole = [ranks for ranks in whole if ranks not in chosen]
-        merged = [ranks for ranks in merged if ranks not in chosen]
-        merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
+        if not any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
+            chosen = _cover(homes, candidates, visible)
+            whole = [ranks for ranks in whole if ranks not in chosen]
+            merged = [ranks for ranks in merged if ranks not in chosen]
+            merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
     bridges: list[_Ranks] = []
     for ranks in [*merged] if any(transfer.has_own_targets for transfer in transfers) else []:
         kept, lent = _lend([part for part in classes if part[0] in ranks], transfers, visible)
@@ -239,14 +234,14 @@ def _lend(
 
 
 def _cover(homes: Homes, candidates: list[_Ranks], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+    """The first candidates that together see one file of each set."""
     chosen: list[_Ranks] = []
     for files in homes:
-        if any(file in union(ranks, visible) for ranks in chosen for file in files):
-            continue
-        seeing = [ranks for ranks in candidates if any(file in union(ranks, visible) for file in files)]
-        if not seeing:
-            raise MissingShard("no rank sees a shard", expected=" or ".join(files), found="nothing")
-        chosen.append(seeing[0])
+        if union([rank for ranks in chosen for rank in ranks], visible).isdisjoint(files):
+            seeing = next((ranks for ranks in candidates if not union(ranks, visible).isdisjoint(files)), None)
+            if seeing is None:
+                raise MissingShard("no rank sees a shard", expected=" or ".join(files), found="nothing")
+            chosen.append(seeing)
     return chosen
 
 
