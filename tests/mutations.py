@@ -112,8 +112,8 @@ MUTATIONS = (
     ),
     Mutation(
         "done-bytes-cover-one-more",
-        "self.ends[window.file][before - 1] >= window.offset_bytes + window.run_bytes",
-        "self.ends[window.file][before - 1] >= window.offset_bytes",
+        "stretches[before - 1][1] >= window.offset_bytes + window.run_bytes",
+        "stretches[before - 1][1] >= window.offset_bytes",
         "tests/plan/test_done.py",
     ),
     Mutation(

@@ -3,7 +3,7 @@
 Pure: integers and strings, no torch, no files, no process groups.
 
 Layers and experts repeat each other: what follows from where a tensor lies at both ends is worked out once for all
-whose boxes, strides, files and distances in those files are the same (a `_Geometry`).
+whose boxes, strides, distances in a file and order of files are the same (a `_Geometry`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_convert.errors import ConversionError, PlanError, raise_together
@@ -92,10 +92,11 @@ def plan_content(
         key, places, first_bytes = _described(together)
         geometry = known.get(key)
         if geometry is None:
-            geometry = known[key] = _worked_out(ends, together, key, places)
+            geometry = known[key] = _worked_out(ends, together, key, places, tuple(first_bytes))
         if geometry.transfer:
-            transfers.append(replace(geometry.transfer, names=tuple(together)))
-        copies.update(repr((geometry.digest, *together, *places, *first_bytes)).encode())
+            files_now = dict(zip(geometry.files, first_bytes, strict=True))
+            transfers.append(geometry.transfer.renamed(tuple(together), files_now))
+        copies.update(repr((geometry.digest, *together, *places, *first_bytes.values())).encode())
         for place, elements in zip(places, geometry.filled, strict=True):
             filled[place] += elements
         for (name, one), faults in zip(together.items(), geometry.faults, strict=True):
@@ -147,27 +148,29 @@ def _stored_together(ends: Ends) -> Iterator[dict[str, Stored]]:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What follows from where tensors that are stored together lie, whatever they are called.
+    """What follows from where tensors that are stored together lie, whatever they and their files are called.
 
     Attributes:
-        transfer: of their copies, but for the names; None where nothing is copied.
+        files: of the first of them, in the order in which they are met.
+        transfer: of their copies, from and to these files; None where nothing is copied.
         filled: elements of the target that regions fill, by number of the stored tensor.
         faults: for each tensor, why its regions do not cover it once, at the source and at the target.
-        digest: of the boxes, files, distances and strides.
+        digest: of the boxes, distances and strides.
     """
 
+    files: tuple[str, ...]
     transfer: Transfer | None
     filled: tuple[int, ...]
     faults: tuple[tuple[str | None, ...], ...]
     digest: str
 
 
-def _described(together: Mapping[str, Stored]) -> tuple[Hashable, dict[tuple[str, str], int], Iterable[int]]:
+def _described(together: Mapping[str, Stored]) -> tuple[Hashable, dict[tuple[str, str], int], dict[str, int]]:
     """Where tensors lie, in three parts: first what those of other layers and experts may have in common with them.
 
     Returns:
-        Boxes, files, distances from the first byte in a file, and strides; the numbers of the stored tensors, by file
-        and name; the first byte in each file.
+        Boxes, distances from the first byte in a file, strides, and how the files are sorted; the numbers of the stored
+        tensors, by file and name; the first byte in each file.
     """
     numbers: dict[tuple[str, str], int] = {}
     firsts: dict[str, int] = {}
@@ -192,11 +195,16 @@ def _described(together: Mapping[str, Stored]) -> tuple[Hashable, dict[tuple[str
         tuple(map(described, (one.source, one.target, one.source_padding, one.target_padding)))
         for one in together.values()
     )
-    return (boxes, tuple(file for file, _ in numbers)), numbers, firsts.values()
+    order = {file: number for number, file in enumerate(sorted(firsts))}
+    return (boxes, tuple(order[file] for file, _ in numbers)), numbers, firsts
 
 
 def _worked_out(
-    ends: Ends, together: Mapping[str, Stored], key: Hashable, numbers: Mapping[tuple[str, str], int]
+    ends: Ends,
+    together: Mapping[str, Stored],
+    key: Hashable,
+    numbers: Mapping[tuple[str, str], int],
+    files: tuple[str, ...],
 ) -> _Geometry:
     filled = [0] * len(numbers)
     faults = []
@@ -209,7 +217,7 @@ def _worked_out(
         faults.append(tuple(cover_fault((r.box for r in regions), meta.rows, meta.columns) for regions in sides))
     listed = [] if any(map(any, faults)) else bands_of(ends, together.values())
     transfer = transfer_of(ends, (), listed) if listed else None
-    return _Geometry(transfer, tuple(filled), tuple(faults), hashlib.sha256(repr(key).encode()).hexdigest())
+    return _Geometry(files, transfer, tuple(filled), tuple(faults), hashlib.sha256(repr(key).encode()).hexdigest())
 
 
 def _unfilled(

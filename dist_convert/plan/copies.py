@@ -6,7 +6,7 @@ is kept of them is a `Transfer` for each group of tensors that lie in one stored
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -70,6 +70,14 @@ class Transfer:
     def all_needs(self) -> tuple[tuple[str, ...], ...]:
         """All that ranks must reach to do the transfer."""
         return (*self.needs, *((file,) for file in self.target_files)) if self.has_own_targets else self.needs
+
+    def renamed(self, names: tuple[str, ...], files: Mapping[str, str]) -> Transfer:
+        """The same of other tensors, in files that are called otherwise."""
+        sources, needs = (
+            tuple(tuple(files[f] for f in alike) for alike in of) for of in (self.source_files, self.needs)
+        )
+        targets = tuple(files[file] for file in self.target_files)
+        return replace(self, names=names, source_files=sources, target_files=targets, needs=needs)
 
 
 def transfer_of(ends: Ends, names: tuple[str, ...], listed: Sequence[Block]) -> Transfer:

@@ -67,6 +67,8 @@ def divide(
     """
     every_file = frozenset(file.name for file in content.files)
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
+    alike = dict(zip(visible, visible, strict=True))  # one object for equal ones, which are then compared in no time
+    visible = [alike[files] for files in visible]
     listed = enumerate(content.transfers)
     finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
     teams = form_teams(content.transfers, visible, placement, finished)
@@ -97,6 +99,6 @@ def schedule_digest(plan: Plan) -> str:
             "placement": plan.placement,
             "teams": [[team.ranks, [astuple(share) for share in team.shares]] for team in plan.teams],
             "limits": [astuple(limit) for limit in plan.limits],
-            "done": [plan.done.starts, plan.done.ends, sorted(map(astuple, plan.done.gapped))],
+            "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }
     )

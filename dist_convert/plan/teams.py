@@ -37,7 +37,7 @@ def sees_all(homes: Homes, seen: frozenset[str]) -> bool:
 
 def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
     """The files that some ranks see together."""
-    return frozenset[str]().union(*(visible[rank] for rank in ranks))
+    return frozenset[str]().union(*{visible[rank] for rank in ranks})
 
 
 @dataclass(frozen=True)
