@@ -89,7 +89,7 @@ def plan_content(
     known: dict[Hashable, _Geometry] = {}
     copies = hashlib.sha256()
     for together in _stored_together(ends):
-        key, places, first_bytes = _described(together)
+        key, places, first_bytes = _described(ends, together)
         geometry = known.get(key)
         if geometry is None:
             geometry = known[key] = _worked_out(ends, together, key, places, tuple(first_bytes))
@@ -155,7 +155,7 @@ class _Geometry:
         transfer: of their copies, from and to these files; None where nothing is copied.
         filled: elements of the target that regions fill, by number of the stored tensor.
         faults: for each tensor, why its regions do not cover it once, at the source and at the target.
-        digest: of the boxes, distances and strides.
+        digest: of the shapes, boxes, distances and strides.
     """
 
     files: tuple[str, ...]
@@ -165,12 +165,14 @@ class _Geometry:
     digest: str
 
 
-def _described(together: Mapping[str, Stored]) -> tuple[Hashable, dict[tuple[str, str], int], dict[str, int]]:
+def _described(
+    ends: Ends, together: Mapping[str, Stored]
+) -> tuple[Hashable, dict[tuple[str, str], int], dict[str, int]]:
     """Where tensors lie, in three parts: first what those of other layers and experts may have in common with them.
 
     Returns:
-        Boxes, distances from the first byte in a file, strides, and how the files are sorted; the numbers of the stored
-        tensors, by file and name; the first byte in each file.
+        Shapes, boxes, distances from the first byte in a file, strides, and how the files are sorted; the numbers of
+        the stored tensors, by file and name; the first byte in each file.
     """
     numbers: dict[tuple[str, str], int] = {}
     firsts: dict[str, int] = {}
@@ -191,12 +193,13 @@ def _described(together: Mapping[str, Stored]) -> tuple[Hashable, dict[tuple[str
             for region in regions
         )
 
-    boxes = tuple(
+    shapes = [ends.target.tensors[name].shape for name in together]
+    boxes = [
         tuple(map(described, (one.source, one.target, one.source_padding, one.target_padding)))
         for one in together.values()
-    )
+    ]
     order = {file: number for number, file in enumerate(sorted(firsts))}
-    return (boxes, tuple(order[file] for file, _ in numbers)), numbers, firsts
+    return (*shapes, *boxes, *(order[file] for file, _ in numbers)), numbers, firsts
 
 
 def _worked_out(
