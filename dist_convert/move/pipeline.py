@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dist_convert.move.timeline import Timeline
 from dist_convert.plan.copies import BLOCK_BYTES
+from dist_convert.plan.limits import STEP_BYTES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, Write, messages, received_bytes, steps_of
 from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
@@ -79,7 +80,7 @@ def move(
     limit = plan.limits[number]
     gatherer = make_gatherer(world, plan.teams[number].ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
-    slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
+    slots = [make_slot(STEP_BYTES, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)

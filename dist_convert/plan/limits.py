@@ -33,13 +33,11 @@ class Limits:
         send_bytes: of what each member sends to a gather.
         members: of the team.
         on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
-        step_bytes: of what the rank reads in a step.
     """
 
     send_bytes: int
     members: int
     on_accelerator: bool = False
-    step_bytes: int = STEP_BYTES
 
     @property
     def slots(self) -> int:
@@ -58,7 +56,7 @@ class Limits:
     @property
     def total_bytes(self) -> int:
         """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and staging."""
-        slot_bytes = [self.step_bytes, self.received_bytes]
+        slot_bytes = [STEP_BYTES, self.received_bytes]
         if self._is_staged:
             slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
         return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import Transfer, bands, blocks_of_band, part_of
-from dist_convert.plan.limits import Limits, able_readers, aligned, readers_of
+from dist_convert.plan.limits import STEP_BYTES, Limits, able_readers, aligned, readers_of
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.teams import Share, Team
 from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, side_by_side
@@ -82,7 +82,7 @@ def steps_of(plan: Plan, rank: int) -> Iterator[Step]:
         BudgetTooSmall: a single block does not fit.
     """
     number, member = plan.place_of(rank)
-    local = _Packer(plan.limits[number].step_bytes, crosses=False)
+    local = _Packer(STEP_BYTES, crosses=False)
     crossing = _Packer(plan.limits[number].send_bytes, crosses=True)
     for block in blocks_of_member(plan, plan.teams[number], member):
         readers = {read.reader for read in block.reads}

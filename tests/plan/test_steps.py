@@ -15,7 +15,7 @@ from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
-from dist_convert.plan.limits import ALIGNMENT_BYTES, Limits, limits
+from dist_convert.plan.limits import ALIGNMENT_BYTES, STEP_BYTES, Limits, limits
 from dist_convert.plan.plan import Plan, schedule_digest
 from dist_convert.plan.steps import Step, blocks_of_member, blocks_of_team
 from dist_convert.plan.teams import Team
@@ -84,10 +84,10 @@ def assert_buffers_suffice(divided: Plan, budget_bytes: int) -> None:
                 assert read.offset_bytes >= ends[read.reader]
                 ends[read.reader] = read.offset_bytes + read.size_bytes
             if step.send_bytes:
-                assert max(ends.values()) <= step.send_bytes <= min(limit.send_bytes, limit.step_bytes)
+                assert max(ends.values()) <= step.send_bytes <= min(limit.send_bytes, STEP_BYTES)
                 assert step.send_bytes % 4 == 0  # it is sent as int32
             else:
-                assert max(ends.values()) == ends[member] <= limit.step_bytes
+                assert max(ends.values()) == ends[member] <= STEP_BYTES
 
 
 @contents
