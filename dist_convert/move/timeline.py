@@ -115,16 +115,13 @@ def _is_trace(path: Path) -> bool:
 def _append(path: Path, lines: bytes) -> bool:
     """Add lines behind those of all ranks of the node, in one call, between whose lines none come; whether it could."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        try:
-            if os.write(descriptor, lines) != len(lines):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
+            if file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return True
-        finally:
-            os.close(descriptor)
     except OSError as error:
         print(f"{path}: the trace ends before the conversion: {error.strerror}", file=sys.stderr)
         return False
+    return True
 
 
 class _Trace:
