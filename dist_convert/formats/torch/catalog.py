@@ -78,6 +78,8 @@ class TorchCatalog:
     #: By a row of the table and how it is cut: the same for all layers and experts.
     _shard_sizes: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
     _places: dict[tuple[int, int, bool, int], tuple[Place, ...]] = field(default_factory=dict, init=False, repr=False)
+    #: The shards of the parameter that was asked for last: the tensors that are stacked into it follow each other.
+    _latest: dict[int, dict[int, tuple[Replica, ...]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_owned(self) -> bool:
@@ -129,7 +131,10 @@ class TorchCatalog:
     def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
         """A region for each stored piece of each place."""
         add = self.add_to_norms if parameter.row.is_norm else 0
-        found: dict[int, tuple[Replica, ...]] = {}
+        found = self._latest.get(id(parameter))
+        if found is None:
+            self._latest.clear()
+            found = self._latest[id(parameter)] = {}
         for place in wanted:
             if place.shard not in found:
                 found[place.shard] = equal_replicas(self, parameter, place.shard)
