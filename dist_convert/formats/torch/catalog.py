@@ -75,11 +75,6 @@ class TorchCatalog:
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
     params_dtype: str = ""
-    #: By a row of the table and how it is cut: the same for all layers and experts.
-    _shard_sizes: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
-    _places: dict[tuple[int, int, bool, int], tuple[Place, ...]] = field(default_factory=dict, init=False, repr=False)
-    #: The shards of the parameter that was asked for last: the tensors that are stacked into it follow each other.
-    _latest: dict[int, dict[int, tuple[Replica, ...]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_owned(self) -> bool:
@@ -127,6 +122,21 @@ class TorchCatalog:
     def sizes(self) -> Mapping[str, int]:
         """See `Architecture.sizes`."""
         return self.architecture.sizes()
+
+    @cached_property
+    def known_sizes(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
+        """What `shard_size_of` has found, by a row of the table and how it is cut: for all layers and experts."""
+        return {}
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int, bool, int], tuple[Place, ...]]:
+        """Those of a row's tensors, which are the same for all layers and experts too."""
+        return {}
+
+    @cached_property
+    def _latest(self) -> dict[int, dict[int, tuple[Replica, ...]]]:
+        """The shards of the parameter that was asked for last: the tensors stacked into it follow each other."""
+        return {}
 
     def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
         """A region for each stored piece of each place."""
@@ -190,7 +200,7 @@ def parameter_of(
 def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
     """Rows and columns of each shard of a parameter."""
     row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
-    known = catalog._shard_sizes
+    known = catalog.known_sizes
     key = (id(row), shards, is_per_shard)
     if key not in known:
         known[key] = shard_size(row, catalog.sizes, shards, is_per_shard=is_per_shard)
