@@ -55,11 +55,16 @@ MUTATIONS = (
         "first = min(rows, max(0, real_rows - shard * rows) + 1)",
         GOLDEN,
     ),
-    Mutation("padding-repeats-the-first-row", "last = ends.source.tensors[name].rows - 1", "last = 0", GOLDEN),
+    Mutation(
+        "padding-repeats-the-first-row",
+        "last = max(region.box.row_end for region in one.source) - 1",
+        "last = 0",
+        GOLDEN,
+    ),
     Mutation(
         "norms-keep-what-is-stored",
-        "_window(want, box), have.add - want.add)",
-        "_window(want, box))",
+        "want.window(box), have.add - want.add)",
+        "want.window(box))",
         GOLDEN,
     ),
     Mutation(
@@ -101,14 +106,14 @@ MUTATIONS = (
     ),
     Mutation(
         "messages-are-cut-short",
-        "// ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # up to where",
-        "// 128) * 64  # up to where",
+        "size_bytes = aligned(size_bytes)  # up to where",
+        "size_bytes = size_bytes // 128 * 64  # up to where",
         "tests/plan/test_crossings.py",
     ),
     Mutation(
         "done-bytes-cover-one-more",
-        "self.ends[window.file][before - 1] >= window.offset_bytes + window.run_bytes",
-        "self.ends[window.file][before - 1] >= window.offset_bytes",
+        "stretches[before - 1][1] >= window.offset_bytes + window.run_bytes",
+        "stretches[before - 1][1] >= window.offset_bytes",
         "tests/plan/test_done.py",
     ),
     Mutation(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dist_convert.move.report import Report, report_text
-from dist_convert.move.timeline import Stretch, Timeline
+from dist_convert.move.timeline import Timeline
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 
@@ -34,16 +34,14 @@ def outcome(ranks: int) -> Report:
     return Report(10**9, 0, 6 * 10**9, 200_000_000, 10.0, {}, {}, tuple(profiles), 4.0, target=Path("/out"))
 
 
-def test_a_timeline_adds_up_what_each_phase_takes_and_tells_every_stretch() -> None:
-    heard: list[Stretch] = []
-    timeline = Timeline(heard.append)
+def test_a_timeline_adds_up_what_each_phase_takes() -> None:
+    timeline = Timeline()
     for _ in range(2):
         with timeline.during("read", "a tensor", 7):
             time.sleep(0.01)
-    assert [(stretch.phase, stretch.subject, stretch.size_bytes) for stretch in heard] == [("read", "a tensor", 7)] * 2
-    lengths = [stretch.end_seconds - stretch.start_seconds for stretch in heard]
-    assert min(lengths) >= 0.01
-    assert timeline.seconds() == {"read": sum(lengths), "gather": 0, "place": 0, "write": 0, "wait": 0}
+    seconds = timeline.seconds()
+    assert 0.02 <= seconds.pop("read") < 1
+    assert seconds == {"gather": 0, "place": 0, "write": 0, "wait": 0}
 
 
 def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> None:

@@ -1,22 +1,21 @@
 """What is compared, and who compares it: the tensors that both checkpoints have, cut into blocks and dealt to ranks.
 
-Every block goes to a rank that sees its files; every rank works that out alike. Where shards lie on the nodes' own
-disks, a block that no rank sees as a whole is cut further, until each part of it, and each copy of that part, is with
-a rank that sees it and its counterpart. Copies on different nodes are then compared with the other checkpoint and not
-with each other.
+Every block goes to a rank that sees its files. Where shards lie on the nodes' own disks, a block that no rank sees as a
+whole is cut further, until each part, and each copy of it, is with a rank that sees it and its counterpart. Copies on
+different nodes are then compared with the other checkpoint and not with each other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 
-from dist_convert.compare.catalog import Checkpoint
 from dist_convert.errors import UsageError
-from dist_convert.models.catalog import Region
+from dist_convert.models.catalog import Catalog, Region, TensorMeta
 from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
 
 #: Bytes of one block in the wider of its two dtypes.
@@ -24,6 +23,43 @@ BLOCK_BYTES = 2 << 20
 
 #: Columns of a block of a tensor that either side stores transposed: runs of 2 KiB at least.
 _TRANSPOSED_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to be compared.
+
+    Attributes:
+        path: the directory of its files, as this rank sees it.
+        kind: for people: "Hugging Face", or "Megatron" with its grid and iteration.
+        says_vocab: whether the checkpoint itself tells the size of its vocabulary without padding.
+        catalog: of its tensors.
+        visible: for each rank, the files that it can read.
+        copies: where nodes have different files of one name: a `name_at` for each of them, by the file's own name.
+    """
+
+    path: Path
+    kind: str
+    says_vocab: bool
+    catalog: Catalog
+    visible: tuple[frozenset[str], ...]
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorMeta]:
+        return self.catalog.tensors
+
+    def regions(self, name: str) -> Sequence[Region]:
+        """The catalog's regions, with each of several different files of one name as a replica."""
+        regions = self.catalog.regions(name)
+        if not self.copies:
+            return regions
+        return [
+            replace(
+                r, replicas=tuple(replace(view, file=file) for view in r.replicas for file in self.copies[view.file])
+            )
+            for r in regions
+        ]
 
 
 @dataclass(frozen=True)
@@ -67,27 +103,23 @@ class Block:
     @property
     def size_bytes(self) -> int:
         """Of everything that is read: every copy on both sides."""
-        return sum(view.size_bytes for region in (*self.a, *self.b) for view in region.replicas)
-
-
-def shared_tensors(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """The tensors that both have in one shape, in the order of the first."""
-    return [name for name, tensor in a.tensors.items() if name in b.tensors and tensor.shape == b.tensors[name].shape]
+        return _size_bytes(_views((*self.a, *self.b)))
 
 
 def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
-    """Every block that is compared; a tensor that neither side stores has none.
+    """Every block of the tensors that both have in one shape; a tensor that neither side stores has none.
 
     Args:
         a, b: the checkpoints.
         sample: share of the blocks; the first and the last of each tensor always belong to it.
     """
-    for name in shared_tensors(a, b):
+    for name, tensor in a.tensors.items():
+        if name not in b.tensors or b.tensors[name].shape != tensor.shape:
+            continue
         regions_a, regions_b = a.regions(name), b.regions(name)
-        copies = [view for region in (*regions_a, *regions_b) for view in region.replicas]
+        copies = _views((*regions_a, *regions_b))
         if not copies:
             continue
-        tensor = a.tensors[name]
         item_bytes = max(DTYPE_BYTES[side.tensors[name].dtype] for side in (a, b))
         columns = min(tensor.columns, BLOCK_BYTES // item_bytes)
         if any(view.is_transposed for view in copies):
@@ -95,14 +127,18 @@ def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
         boxes = list(tiles(tensor.rows, tensor.columns, max(1, BLOCK_BYTES // (columns * item_bytes)), columns))
         for number, box in enumerate(boxes):
             if number in (0, len(boxes) - 1) or is_sampled(name, number, sample):
-                yield whole_block(name, box, cut(regions_a, box), cut(regions_b, box))
+                cuts = cut(regions_a, box), cut(regions_b, box)
+                every = [_size_bytes(_views(regions)) for regions in cuts]
+                further = [_size_bytes(view for r in regions for view in r.replicas[1:]) for regions in cuts]
+                yield Block(name, box, *cuts, Amount(box.elements, *every, *further))
 
 
-def whole_block(tensor: str, box: Box, a: tuple[Region, ...], b: tuple[Region, ...]) -> Block:
-    """A block with every copy of what it compares."""
-    every = [sum(view.size_bytes for region in regions for view in region.replicas) for regions in (a, b)]
-    further = [sum(view.size_bytes for region in regions for view in region.replicas[1:]) for regions in (a, b)]
-    return Block(tensor, box, a, b, Amount(box.elements, *every, *further))
+def _views(regions: Sequence[Region]) -> list[View]:
+    return [view for region in regions for view in region.replicas]
+
+
+def _size_bytes(views: Iterable[View]) -> int:
+    return sum(view.size_bytes for view in views)
 
 
 def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
@@ -113,13 +149,8 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
 
 def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
     """The regions that lie in a box, and of each what lies in it."""
-    found = []
-    for region in regions:
-        inside = intersect(region.box, box)
-        if inside is not None:
-            window = Box(inside.row - region.box.row, inside.column - region.box.column, inside.rows, inside.columns)
-            found.append(Region(inside, tuple(view.window(window) for view in region.replicas), region.add))
-    return tuple(found)
+    pairs = ((region, intersect(region.box, box)) for region in regions)
+    return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
 
 
 #: (files of A, files of B) that some ranks see -> these ranks.
@@ -150,7 +181,7 @@ def _seen(block: Block, sights: _Sights) -> Iterator[tuple[tuple[int, ...], Bloc
     if len(sights) == 1:
         yield next(iter(sights.values())), block
         return
-    files_a, files_b = ({v.file for region in regions for v in region.replicas} for regions in (block.a, block.b))
+    files_a, files_b = ({view.file for view in _views(regions)} for regions in (block.a, block.b))
     ranks = [rank for (in_a, in_b), seeing in sights.items() if files_a <= in_a and files_b <= in_b for rank in seeing]
     if ranks:
         yield tuple(sorted(ranks)), block
@@ -173,14 +204,12 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
         new_a, new_b = set(copies_a) - done_a, set(copies_b) - done_b
         if is_visible and (new_a or new_b):
             is_first = not done_a and not done_b
-            bytes_a, bytes_b = (sum(view.size_bytes for view in new) for new in (new_a, new_b))
+            bytes_a, bytes_b = _size_bytes(new_a), _size_bytes(new_b)
             first_a, first_b = ((r.replicas[0].size_bytes if r.replicas and is_first else 0) for r in (a, b))
             amount = Amount(box.elements * is_first, bytes_a, bytes_b, bytes_a - first_a, bytes_b - first_b)
             between = "A and B" if is_first else "copies of A and B on another node"
-            yield (
-                ranks,
-                Block(tensor, box, (Region(box, copies_a, a.add),), (Region(box, copies_b, b.add),), amount, between),
-            )
+            cuts = (Region(box, copies_a, a.add),), (Region(box, copies_b, b.add),)
+            yield ranks, Block(tensor, box, *cuts, amount, between)
             done_a |= new_a
             done_b |= new_b
     missed = [view for view in (*a.replicas, *b.replicas) if view not in done_a | done_b]
@@ -197,3 +226,34 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
 
 def _files(region: Region) -> str:
     return ", ".join(view.file for view in region.replicas[:8]) or "nothing"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all ranks compare together.
+
+    Attributes:
+        sample: share of the blocks.
+        tensors: names of those that have blocks.
+        amount: of all blocks.
+        size_bytes: that are read for it.
+        digest: of who compares what.
+    """
+
+    sample: Fraction
+    tensors: tuple[str, ...]
+    amount: Amount
+    size_bytes: int
+    digest: str
+
+
+def work_of(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Work:
+    """Count what there is to compare, before anything is read; raises what `deal` does."""
+    tensors: dict[str, None] = {}
+    amount, size_bytes, digest = Amount(), 0, hashlib.sha256()
+    for rank, block in deal(a, b, sample):
+        tensors[block.tensor] = None
+        amount += block.amount
+        size_bytes += block.size_bytes
+        digest.update(f"{rank} {block.tensor} {block.box} {block.size_bytes}\n".encode())
+    return Work(sample, tuple(tensors), amount, size_bytes, digest.hexdigest())

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block
-from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, Checkpoint
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.models.catalog import Region
 from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, local_name
+from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, intersect, local_name
 
 #: Integers as wide as each item, in which bits are compared.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,7 +23,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NEEDED_BYTES = (2 * 5 + 4) * BLOCK_BYTES
 
 
-@dataclass
+@dataclass(frozen=True)
 class Difference:
     """What differs in one tensor between the two checkpoints, or between two copies within one of them.
 
@@ -47,22 +46,18 @@ class Difference:
 
 @dataclass
 class Compared:
-    """What one rank has compared, and the differences that it found by (tensor, between)."""
+    """What has been compared, and the differences that were found, by tensor and `between`."""
 
     amount: Amount = field(default_factory=Amount)
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
-    def add(self, found: Difference | None) -> None:
-        """Keep a difference; those of one tensor are counted together, under the first index."""
-        if found is None:
-            return
-        key = (found.tensor, found.between)
-        known = self.differences.setdefault(key, found)
-        if known is not found:
-            found.elements += known.elements
-            if known.index < found.index:
-                found.index, found.values, found.files = known.index, known.values, known.files
-            self.differences[key] = found
+    def add(self, found: Difference) -> None:
+        """Count a difference with others of its tensor, under the first index."""
+        known = self.differences.get((found.tensor, found.between))
+        if known:
+            first = min(known, found, key=lambda one: one.index)
+            found = replace(first, elements=known.elements + found.elements)
+        self.differences[found.tensor, found.between] = found
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,23 @@ class _Side:
     whole: Buffer
     first: Buffer
     other: Buffer
+
+    @staticmethod
+    def of(letter: str, checkpoint: Checkpoint) -> _Side:
+        reader = FileReader(checkpoint.path, make_buffer(2 * BLOCK_BYTES))
+        return _Side(letter, checkpoint, reader, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
+
+    def read(self, view: View, dtype: str, add: int, buffer: Buffer, offset_bytes: int = 0) -> torch.Tensor:
+        """A view's values in a dtype, as rows x columns of a buffer."""
+        if self.checkpoint.copies:
+            view = replace(view, file=local_name(view.file))  # as it is called on this node
+        self.reader.read(view, dtype, add, buffer, offset_bytes)
+        return _matrix(buffer, dtype, view.rows, view.columns, offset_bytes)
+
+
+def _matrix(buffer: Buffer, dtype: str, rows: int, columns: int, offset_bytes: int = 0) -> torch.Tensor:
+    end_bytes = offset_bytes + rows * columns * DTYPE_BYTES[dtype]
+    return buffer.tensor[offset_bytes:end_bytes].view(TORCH_DTYPES[dtype]).view(rows, columns)
 
 
 def check_budget(budget_bytes: int) -> None:
@@ -102,19 +114,14 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
         SourceError: a file that ends early, or cannot be read.
     """
     compared = Compared()
-    with (
-        closing(FileReader(a.path, make_buffer(2 * BLOCK_BYTES))) as reader_a,
-        closing(FileReader(b.path, make_buffer(2 * BLOCK_BYTES))) as reader_b,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        side_a = _Side("A", a, reader_a, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
-        side_b = _Side("B", b, reader_b, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
+    side_a, side_b = _Side.of("A", a), _Side.of("B", b)
+    with closing(side_a.reader), closing(side_b.reader), ThreadPoolExecutor(1) as pool:
         for block in mine:
-            target = b.tensors[block.tensor]
-            reading = pool.submit(_load, side_a, block.a, block, target.dtype)
-            values_b, found_b = _load(side_b, block.b, block, target.dtype)
+            dtype = b.tensors[block.tensor].dtype
+            reading = pool.submit(_load, side_a, block.a, block, dtype)
+            values_b, found_b = _load(side_b, block.b, block, dtype)
             values_a, found_a = reading.result()
-            for found in (*found_a, *found_b, _cross(a, b, block, values_a, values_b)):
+            for found in (*found_a, *found_b, *_across(a, b, block, values_a, values_b)):
                 compared.add(found)
             compared.amount += block.amount
             on_compared(block.size_bytes)
@@ -125,70 +132,48 @@ def _load(side: _Side, regions: Sequence[Region], block: Block, dtype: str) -> t
     """A block's values in a dtype, as rows x columns, and how the copies of its regions differ."""
     box = block.box
     found = [difference for region in regions for difference in _compare_copies(side, region, block.tensor)]
-    item_bytes = DTYPE_BYTES[dtype]
-    matrix = side.whole.tensor[: box.elements * item_bytes].view(TORCH_DTYPES[dtype]).view(box.rows, box.columns)
+    matrix = _matrix(side.whole, dtype, box.rows, box.columns)
     for region in regions:
         row, column = region.box.row - box.row, region.box.column - box.column
-        if region.replicas and region.box.columns == box.columns:
-            offset_bytes = row * box.columns * item_bytes
-            side.reader.read(_here(side, region.replicas[0]), dtype, region.add, side.whole, offset_bytes)
-            continue
         window = matrix[row : row + region.box.rows, column : column + region.box.columns]
-        if region.replicas:
-            window.copy_(_read(side, region.replicas[0], dtype, region.add, side.first))
-        else:
+        if not region.replicas:
             window.zero_()
+        elif region.box.columns == box.columns:
+            offset_bytes = row * box.columns * DTYPE_BYTES[dtype]
+            side.read(region.replicas[0], dtype, region.add, side.whole, offset_bytes)
+        else:
+            window.copy_(side.read(region.replicas[0], dtype, region.add, side.first))
     return matrix, found
 
 
-def _here(side: _Side, view: View) -> View:
-    """A view with the name that its file has on this node."""
-    return replace(view, file=local_name(view.file)) if side.checkpoint.is_at_places else view
-
-
-def _read(side: _Side, view: View, dtype: str, add: int, buffer: Buffer) -> torch.Tensor:
-    side.reader.read(_here(side, view), dtype, add, buffer, 0)
-    size_bytes = view.rows * view.columns * DTYPE_BYTES[dtype]
-    return buffer.tensor[:size_bytes].view(TORCH_DTYPES[dtype]).view(view.rows, view.columns)
-
-
-def _compare_copies(side: _Side, region: Region, tensor: str) -> list[Difference]:
+def _compare_copies(side: _Side, region: Region, tensor: str) -> Iterator[Difference]:
     """Compare every other copy with the first, as they are stored."""
-    found = []
     if len(region.replicas) > 1:
-        one = region.replicas[0]
-        first = _read(side, one, one.dtype, 0, side.first)
-        for view in region.replicas[1:]:
-            other = _read(side, view, one.dtype, 0, side.other)
-            difference = _difference(
-                tensor, region.box, first, other, f"two copies in {side.letter}", (one.file, view.file)
-            )
-            found += [difference] if difference else []
-    return found
+        one, *others = region.replicas
+        first = side.read(one, one.dtype, 0, side.first)
+        for view in others:
+            other = side.read(view, one.dtype, 0, side.other)
+            between, files = f"two copies in {side.letter}", (one.file, view.file)
+            yield from _differences(tensor, region.box, first, other, between, files)
 
 
-def _cross(a: Checkpoint, b: Checkpoint, block: Block, first: torch.Tensor, second: torch.Tensor) -> Difference | None:
-    of_a, of_b = a.tensors[block.tensor], b.tensors[block.tensor]
+def _across(
+    a: Checkpoint, b: Checkpoint, block: Block, first: torch.Tensor, second: torch.Tensor
+) -> Iterator[Difference]:
     adds = {region.add for region in (*block.a, *block.b)}
-    rounds = of_a.dtype != of_b.dtype or len(adds) > 1
-    found = _difference(block.tensor, block.box, first, second, block.between, ("", ""), any_nan=rounds)
-    if found is not None:
-        found.files = (_file_at(block.a, found.index), _file_at(block.b, found.index))
-    return found
+    rounds = a.tensors[block.tensor].dtype != b.tensors[block.tensor].dtype or len(adds) > 1
+    for found in _differences(block.tensor, block.box, first, second, block.between, ("", ""), any_nan=rounds):
+        yield replace(found, files=(_file_at(block.a, found.index), _file_at(block.b, found.index)))
 
 
 def _file_at(regions: Sequence[Region], index: tuple[int, ...]) -> str:
+    """The file that holds an element; "" where it is a zero that no file holds."""
     row, column = index
-    here = (
-        region
-        for region in regions
-        if region.box.row <= row < region.box.row_end and region.box.column <= column < region.box.column_end
-    )
-    copies = next(here).replicas
-    return copies[0].file if copies else ""
+    replicas = next(region.replicas for region in regions if intersect(region.box, Box(row, column, 1, 1)))
+    return replicas[0].file if replicas else ""
 
 
-def _difference(
+def _differences(
     tensor: str,
     box: Box,
     first: torch.Tensor,
@@ -197,26 +182,20 @@ def _difference(
     files: tuple[str, str],
     *,
     any_nan: bool = False,
-) -> Difference | None:
-    """How two matrices of one dtype differ in bits.
+) -> Iterator[Difference]:
+    """How two contiguous matrices of one dtype, a box of the tensor, differ in bits, if they do.
 
-    Args:
-        tensor, between, files: see `Difference`.
-        box: of the tensor, which the matrices are.
-        first, second: contiguous.
-        any_nan: a NaN equals every NaN: casts do not define what they make of its other bits.
+    With `any_nan` a NaN equals every NaN: casts do not define what they make of its other bits.
     """
     bits = _BITS[first.dtype.itemsize]
     mask = first.view(bits) != second.view(bits)
     if any_nan and mask.any():
         mask &= ~(first.isnan() & second.isnan())
     elements = int(mask.count_nonzero())
-    if not elements:
-        return None
-    position = int(mask.flatten().view(torch.uint8).argmax())
-    row, column = divmod(position, box.columns)
-    values = (_value(first[row, column]), _value(second[row, column]))
-    return Difference(tensor, between, elements, (box.row + row, box.column + column), values, files)
+    if elements:
+        row, column = divmod(int(mask.flatten().view(torch.uint8).argmax()), box.columns)
+        values = _value(first[row, column]), _value(second[row, column])
+        yield Difference(tensor, between, elements, (box.row + row, box.column + column), values, files)
 
 
 def _value(element: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ query-group interleave", "MLP and the gate-up interleave" and "Experts".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.names import Piece
@@ -22,47 +22,45 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor
 #: Of each tensor, the first and the last among them.
 _ELEMENTS = 64
 
-#: By shard and file, see `stored_pieces`.
-PiecesOfShards = dict[int, dict[str, list[tuple[Piece, StoredTensor, int, int]]]]
+#: The stored tensors that hold a shard in one file, see `stored_pieces`.
+_Pieces = Sequence[tuple[Piece, StoredTensor, int, int]]
 
 
 def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
-    """Compare where the catalog says that some elements of tensors are stored with where the formula says it.
-
-    Raises:
-        PlanError: naming the first tensor of which an element lies elsewhere.
-    """
+    """Check some elements of tensors as `check_tensor` does; those without a parameter are zeros."""
     for name in names:
-        meta, regions = catalog.tensors[name], catalog.regions(name)
-        pieces: PiecesOfShards = {}
-        for index in _drawn(name, meta.rows * meta.columns) if name in catalog.parameters else ():
-            check_element(catalog, name, regions, pieces, *divmod(index, meta.columns))
+        if name in catalog.parameters:
+            meta = catalog.tensors[name]
+            drawn = _drawn(name, meta.rows * meta.columns)
+            check_tensor(catalog, name, (divmod(index, meta.columns) for index in drawn))
 
 
-def check_element(
-    catalog: TorchCatalog, name: str, regions: Sequence[Region], pieces: PiecesOfShards, row: int, column: int
-) -> None:
-    """Compare where a tensor's regions have one of its elements with where the formula has it.
-
-    Args:
-        catalog, name, regions: the tensor.
-        pieces: what is known of its shards; more is added.
-        row, column: the element.
+def check_tensor(catalog: TorchCatalog, name: str, elements: Iterable[tuple[int, int]]) -> None:
+    """Compare where a tensor's regions have elements, given by row and column, with where the formula has them.
 
     Raises:
         PlanError: they are two places, or a file that has the element is not among the regions'.
     """
-    found = _in_regions(regions, row, column)
-    for file, expected in _by_formula(catalog, name, pieces, row, column):
-        if expected not in found.get(file, []):
-            raise PlanError(
-                f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
-                tensor=name,
-                file=file,
-                expected=f"byte {expected}",
-                found=f"byte {', '.join(map(str, found.get(file, []))) or 'nowhere'}",
-                remedy="this is a mistake of dist_convert, please report it; do not use what was written",
-            )
+    parameter, number = catalog.parameters[name]
+    sizes, regions = catalog.architecture.sizes(), catalog.regions(name)
+    shards: dict[int, dict[str, _Pieces]] = {}
+    for row, column in elements:
+        shard, inside, across = shard_element(parameter, number, sizes, row, column)
+        if shard not in shards:
+            files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
+            shards[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
+        found = _in_regions(regions, row, column)
+        for file, pieces in shards[shard].items():
+            expected = _offset_bytes(pieces, inside, across)
+            if expected not in found.get(file, []):
+                raise PlanError(
+                    f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
+                    tensor=name,
+                    file=file,
+                    expected=f"byte {expected}",
+                    found=f"byte {', '.join(map(str, found.get(file, []))) or 'nowhere'}",
+                    remedy="this is a mistake of dist_convert, please report it; do not use what was written",
+                )
 
 
 def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, list[int]]:
@@ -77,31 +75,10 @@ def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, l
     return found
 
 
-def _by_formula(
-    catalog: TorchCatalog, name: str, pieces: PiecesOfShards, row: int, column: int
-) -> Iterator[tuple[str, int]]:
-    """Where the layout has an element: each file, and the byte in it."""
-    parameter, number = catalog.parameters[name]
-    shard, inside, across = shard_element(parameter, number, catalog.architecture.sizes(), row, column)
-    if shard not in pieces:
-        files = files_of(catalog, parameter, shard)
-        files = files[:1] if parameter.name in catalog.pinned else files
-        pieces[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
-    for file, of_file in pieces[shard].items():
-        yield file, _offset_bytes(of_file, inside, across)
-
-
 def shard_element(
     parameter: Parameter, number: int, sizes: Mapping[str, int], row: int, column: int
 ) -> tuple[int, int, int]:
-    """The shard that holds an element of a parameter's tensor, and the element's row and column in it.
-
-    Args:
-        parameter: that the tensor is stacked into.
-        number: of the tensor among those that are stacked.
-        sizes: see `Architecture.sizes`.
-        row, column: of the element in the tensor.
-    """
+    """The shard that holds an element of the `number`-th tensor of a parameter, and its row and column in the shard."""
     table, shards = parameter.row, parameter.shards
     if table.split == "replicated":
         return 0, row, column
@@ -120,7 +97,7 @@ def shard_element(
     return shard, inside, column
 
 
-def _offset_bytes(pieces: Sequence[tuple[Piece, StoredTensor, int, int]], row: int, column: int) -> int:
+def _offset_bytes(pieces: _Pieces, row: int, column: int) -> int:
     """Where an element of a shard lies in its file: of one of the pieces that hold so many rows and columns each."""
     for piece, stored, rows, columns in pieces:
         if row // rows == piece.part:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from math import prod
 from typing import Any
 
-from dist_convert.compare.blocks import Amount
-from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.blocks import Amount, Checkpoint, Work
 from dist_convert.compare.compare import Compared, Difference
 from dist_convert.models.schema import Architecture
 from dist_convert.records import DTYPE_BYTES, human_bytes
@@ -62,49 +61,33 @@ class Outcome:
         return not (self.config or self.only_a or self.only_b or self.shapes or self.values)
 
 
-def outcome_of(
-    a: Checkpoint,
-    b: Checkpoint,
-    compared: Sequence[Compared],
-    tensors: Sequence[str],
-    sample: Fraction,
-) -> Outcome:
-    """Add up what all ranks found.
-
-    Args:
-        a, b: the checkpoints.
-        compared: of every rank.
-        tensors: names of those that were compared.
-        sample: share of the blocks that were compared.
-    """
-    total = Compared()
-    for of_rank in compared:
-        for difference in of_rank.differences.values():
-            total.add(difference)
+def outcome_of(a: Checkpoint, b: Checkpoint, work: Work, compared: Compared) -> Outcome:
+    """Everything that differs, of config, tensors and values; `compared` is what all ranks found."""
     names = [field.name for field in fields(Architecture) if field.name not in _NOT_THE_MODEL]
-    pairs = {name: (getattr(a.architecture, name), getattr(b.architecture, name)) for name in names}
-    both = [name for name in a.tensors if name in b.tensors]
-    shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in both}
+    config = {name: (getattr(a.catalog.architecture, name), getattr(b.catalog.architecture, name)) for name in names}
+    shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in a.tensors if name in b.tensors}
     order = {name: number for number, name in enumerate(a.tensors)}
-    values = [
-        replace(found, index=found.index[: len(a.tensors[found.tensor].shape)]) for found in total.differences.values()
-    ]
+    found = sorted(compared.differences.values(), key=lambda one: (order[one.tensor], one.between))
     return Outcome(
         a=(str(a.path), a.kind),
         b=(str(b.path), b.kind),
         fields=len(names),
-        config={name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        config={name: pair for name, pair in config.items() if pair[0] != pair[1]},
         only_a=tuple(name for name in a.tensors if name not in b.tensors),
         only_b=tuple(name for name in b.tensors if name not in a.tensors),
         shapes={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
-        values=tuple(sorted(values, key=lambda found: (order[found.tensor], found.between))),
-        tensors=Counter((a.tensors[name].dtype, b.tensors[name].dtype) for name in tensors),
-        amount=sum((of_rank.amount for of_rank in compared), Amount()),
-        all_elements=sum(prod(a.tensors[name].shape) for name in tensors),
-        padding_rows=(a.padding_rows, b.padding_rows),
-        sample=sample,
-        notes=tuple(_notes(a, b, {found.tensor for found in values})),
+        values=tuple(replace(one, index=one.index[: len(a.tensors[one.tensor].shape)]) for one in found),
+        tensors=Counter((a.tensors[name].dtype, b.tensors[name].dtype) for name in work.tensors),
+        amount=compared.amount,
+        all_elements=sum(prod(a.tensors[name].shape) for name in work.tensors),
+        padding_rows=(_padding_rows(a), _padding_rows(b)),
+        sample=work.sample,
+        notes=tuple(_notes(a, b, {one.tensor for one in found})),
     )
+
+
+def _padding_rows(side: Checkpoint) -> int:
+    return sum(region.box.rows for name in side.tensors for region in side.catalog.padding(name))
 
 
 def _notes(a: Checkpoint, b: Checkpoint, differ: set[str]) -> list[str]:
@@ -125,21 +108,13 @@ def differences(outcome: Outcome) -> list[str]:
     lines = [f"{name}: {first} in A, {second} in B" for name, (first, second) in outcome.config.items()]
     lines += [f"{name}: only in A" for name in outcome.only_a]
     lines += [f"{name}: only in B" for name in outcome.only_b]
-    lines += [
-        f"{name}: shape {list(first)} in A, {list(second)} in B" for name, (first, second) in outcome.shapes.items()
-    ]
-    return lines + [_of_values(found, outcome) for found in outcome.values]
-
-
-def _of_values(found: Difference, outcome: Outcome) -> str:
-    places = [
-        f"{value}" + (f" in {file}" if file else "") for value, file in zip(found.values, found.files, strict=True)
-    ]
+    lines += [f"{name}: shape {list(one)} in A, {list(other)} in B" for name, (one, other) in outcome.shapes.items()]
     least = "at least " if outcome.sample < 1 else ""
-    return (
-        f"{found.tensor}: {found.between} differ in {least}{found.elements} elements, first at "
-        f"{list(found.index)}: {places[0]}, {places[1]}"
-    )
+    for found in outcome.values:
+        first, second = (v + (f" in {file}" if file else "") for v, file in zip(found.values, found.files, strict=True))
+        what = f"{found.between} differ in {least}{found.elements} elements"
+        lines.append(f"{found.tensor}: {what}, first at {list(found.index)}: {first}, {second}")
+    return lines
 
 
 def describe_sample(outcome: Outcome) -> str:

@@ -1,29 +1,34 @@
 """`dist-convert verify A B`, and `--verify` of a conversion: do two checkpoints hold the same model?
 
 read headers -> name every tensor and where it lies -> deal blocks to ranks -> read and compare -> report
+
+Files of one name on the disks of several nodes are each a copy of its own, and compared where they lie.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-from dist_convert.compare.blocks import Amount, deal
-from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.blocks import Amount, Checkpoint, Work, deal, work_of
 from dist_convert.compare.compare import Compared, Difference, check_budget, compare
-from dist_convert.compare.open import checkpoints, open_named
+from dist_convert.compare.elements import check_elements
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
-from dist_convert.errors import DifferentModel, PlanError, UsageError
+from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
-from dist_convert.formats.open import settled, where_of
+from dist_convert.formats.open import open_checkpoint, settled, where_of
+from dist_convert.formats.torch.catalog import TorchCatalog
+from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.ranks.embedded import Control
+from dist_convert.read.discover import gather_listings
+from dist_convert.read.source import stamp
+from dist_convert.records import name_at
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.task import Task
 
@@ -36,25 +41,16 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
     """
     check_budget(job.max_memory_per_rank_bytes)
     wheres = [
-        Where(
-            job.a,
-            job.ckpt_dir_name_a,
-            job.habana_imported_experts_a,
-            job.true_vocab_size,
-            name_flag="--ckpt-dir-name-a",
-        ),
-        Where(
-            job.b,
-            job.ckpt_dir_name_b,
-            job.habana_imported_experts_b,
-            job.true_vocab_size,
-            name_flag="--ckpt-dir-name-b",
-        ),
+        Where(path, name, imported, job.true_vocab_size, name_flag=flag)
+        for path, name, imported, flag in (
+            (job.a, job.ckpt_dir_name_a, job.habana_imported_experts_a, "--ckpt-dir-name-a"),
+            (job.b, job.ckpt_dir_name_b, job.habana_imported_experts_b, "--ckpt-dir-name-b"),
+        )
     ]
     for where in wheres:
         refuse_unfinished(where.path, where.ckpt_dir_name)
-    opened = [open_named(letter, where, world) for letter, where in zip("AB", wheres, strict=True)]
-    a, b = checkpoints(opened[0], opened[1], world)
+    first, second = (_open(letter, where, world) for letter, where in zip("AB", wheres, strict=True))
+    a, b = _checkpoints(first, second, world)
     work = work_of(a, b, job.sample)
 
     def progress(size_bytes: int) -> None:
@@ -65,39 +61,61 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
         return compare_all(a, b, work, world, progress)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What all ranks compare together.
-
-    Attributes:
-        sample: share of the blocks.
-        tensors: names of those that have blocks.
-        amount: of all blocks.
-        size_bytes: that are read for it.
-        digest: of who compares what.
-    """
-
-    sample: Fraction
-    tensors: tuple[str, ...]
-    amount: Amount
-    size_bytes: int
-    digest: str
+def _open(letter: str, where: Where, world: World) -> Model:
+    """Read the headers of a checkpoint; errors say which of the two it is."""
+    with _named(f"{letter} ({where.path})"):
+        return open_checkpoint(where, world)
 
 
-def work_of(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Work:
-    """Count what there is to compare, before anything is read.
+def _checkpoints(
+    first: Model, second: Model, world: World, *, is_shared: bool = False
+) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints; one that does not say the size of its vocabulary takes the other's.
+
+    `is_shared` says that all ranks are known to see the same files of the second.
 
     Raises:
-        UsageError: no rank sees all files that a block needs.
+        SourceError: tensors that are missing, unknown or of another shape than the config says.
     """
-    tensors: dict[str, None] = {}
-    amount, size_bytes, digest = Amount(), 0, hashlib.sha256()
-    for rank, block in deal(a, b, sample):
-        tensors[block.tensor] = None
-        amount += block.amount
-        size_bytes += block.size_bytes
-        digest.update(f"{rank} {block.tensor} {block.box} {block.size_bytes}\n".encode())
-    return Work(sample, tuple(tensors), amount, size_bytes, digest.hexdigest())
+    with _named("A"):
+        a = _checkpoint(first, second.vocab, world)
+    with _named("B"):
+        b = _checkpoint(second, first.vocab, world)
+    return _with_copies(a, world), b if is_shared else _with_copies(b, world)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of one of the two before what is wrong with it."""
+    try:
+        yield
+    except ConversionError as error:
+        error.what = f"{name}: {error.what}"
+        raise
+
+
+def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
+    catalog, _ = model.catalog(vocab, with_tied_copies=True)
+    kind = "Hugging Face"
+    if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
+        check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
+        iteration = model.shards[min(model.shards)].iteration
+        kind = f"Megatron {catalog.grid}" + ("" if iteration is None else f", iteration {iteration}")
+    return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
+
+
+def _with_copies(checkpoint: Checkpoint, world: World) -> Checkpoint:
+    """The checkpoint with a name of its own for each different file of one name."""
+    mine = {file: stamp(checkpoint.path / file) for file in sorted(checkpoint.visible[world.rank])}
+    listings = [{file: tuple(found) for file, found in of.items()} for of in gather_listings(world, mine)]
+    known: dict[str, dict[tuple[int, ...], str]] = {}
+    for file, found in ((file, found) for listing in listings for file, found in listing.items()):
+        alike = known.setdefault(file, {})
+        alike.setdefault(found, name_at(len(alike), file))
+    if all(len(alike) == 1 for alike in known.values()):
+        return checkpoint
+    visible = tuple(frozenset(known[file][found] for file, found in listing.items()) for listing in listings)
+    return replace(checkpoint, visible=visible, copies={file: tuple(alike.values()) for file, alike in known.items()})
 
 
 def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compared: Callable[[int], None]) -> Outcome:
@@ -109,47 +127,24 @@ def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compa
     """
     agree(world, work.digest)
     mine = (block for rank, block in deal(a, b, work.sample) if rank == world.rank)
-    compared = [_from_json(data) for data in gather_objects(world, _to_json(compare(a, b, mine, on_compared)))]
-    done = sum((of_rank.amount for of_rank in compared), Amount())
-    if done != work.amount:
-        raise PlanError("not everything was compared", expected=work.amount, found=done)
-    return outcome_of(a, b, compared, work.tensors, work.sample)
+    found = compare(a, b, mine, on_compared)
+    total = Compared()
+    for amount, listed in gather_objects(world, [asdict(found.amount), [*map(asdict, found.differences.values())]]):
+        total.amount += Amount(**amount)
+        for one in listed:
+            pairs = {name: tuple(one[name]) for name in ("index", "values", "files")}
+            total.add(Difference(**{**one, **pairs}))
+    if total.amount != work.amount:
+        raise PlanError("not everything was compared", expected=work.amount, found=total.amount)
+    return outcome_of(a, b, work, total)
 
 
-def _to_json(compared: Compared) -> dict[str, Any]:
-    return {
-        "amount": asdict(compared.amount),
-        "differences": [asdict(found) for found in compared.differences.values()],
-    }
-
-
-def _from_json(data: dict[str, Any]) -> Compared:
-    compared = Compared(Amount(**data["amount"]))
-    for found in data["differences"]:
-        row, column = found["index"]
-        pairs = {name: tuple(found[name]) for name in ("values", "files")}
-        compared.add(Difference(**{**found, **pairs, "index": (row, column)}))
-    return compared
-
-
+#: Differences that an error names.
 _SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Check:
-    """A comparison of a conversion's target with its source that has been prepared.
-
-    Attributes:
-        source: its headers, read anew: nothing of the conversion's plan is used.
-        sample: share of the blocks.
-    """
-
-    source: Model
-    sample: Fraction
-
-
-def prepare_check(job: Options, task: Task, world: World) -> Check | None:
-    """Get ready to compare a conversion's target with its source; None where that was not asked for.
+def prepare_check(job: Options, task: Task, world: World) -> Model | None:
+    """A conversion's source, its headers read anew, to compare the target with; None where that was not asked for.
 
     Raises:
         BudgetTooSmall, UsageError: the comparison could not be made.
@@ -159,25 +154,28 @@ def prepare_check(job: Options, task: Task, world: World) -> Check | None:
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
     where = where_of(job, task.source)
-    source = open_named("source", where, world)
-    if where.accept_differing_copies:
-        source = settled(source, where, world)
-    return Check(source, SAMPLE if job.verify == "sample" else Fraction(1))
+    source = _open("source", where, world)
+    return settled(source, where, world) if where.accept_differing_copies else source
 
 
-def compare_with_source(check: Check, task: Task, directory: Path, world: World) -> str:
+def compare_with_source(source: Model, task: Task, directory: Path, world: World) -> str:
     """Compare what lies in a directory with what it was made from, on every rank; says what was compared.
 
     Raises:
         DifferentModel: they are not the same model.
         SourceError: a file cannot be read, or is damaged.
     """
-    target = open_named("target", Where(directory), world)
-    a, b = checkpoints(check.source, target, world, is_shared=not any(task.places))
-    outcome = compare_all(a, b, work_of(a, b, check.sample), world, lambda _: None)
+    target = _open("target", Where(directory), world)
+    a, b = _checkpoints(source, target, world, is_shared=not any(task.places))
+    work = work_of(a, b, SAMPLE if task.job.verify == "sample" else Fraction(1))
+    outcome = compare_all(a, b, work, world, lambda _: None)
     if not outcome.is_same:
         raise _different(task, directory, outcome)
-    return _line(task, outcome)
+    share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
+    return (
+        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
+        f"elements and {outcome.fields} config fields are the source's{share}"
+    )
 
 
 def _check_sights(task: Task) -> None:
@@ -215,12 +213,4 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
         expected="every tensor and config field alike",
         found=f"\n{'':12}".join(found[:_SHOWN]) + more,
         remedy=f"{state} or the target may lie on a failing disk: {again}, and report it if it stays",
-    )
-
-
-def _line(task: Task, outcome: Outcome) -> str:
-    share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
-    return (
-        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
-        f"elements and {outcome.fields} config fields are the source's{share}"
     )

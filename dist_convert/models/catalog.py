@@ -81,6 +81,11 @@ class Region:
     replicas: tuple[View, ...]
     add: int = 0
 
+    def window(self, box: Box) -> tuple[View, ...]:
+        """What each replica has of a box of the tensor that lies inside the region."""
+        inside = Box(box.row - self.box.row, box.column - self.box.column, box.rows, box.columns)
+        return tuple(view.window(inside) for view in self.replicas)
+
 
 class Catalog(Protocol):
     """The logical tensors of a checkpoint, to be read or to be written."""

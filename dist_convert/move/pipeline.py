@@ -10,53 +10,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 from dist_convert.move.timeline import Timeline
-from dist_convert.plan.assign import Write
 from dist_convert.plan.copies import BLOCK_BYTES
+from dist_convert.plan.limits import STEP_BYTES
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import Step, messages, received_bytes
-from dist_convert.ranks.collectives import Gatherer, World, begin_gather, make_gatherer
+from dist_convert.plan.steps import Step, Write, messages, received_bytes, steps_of
+from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
+from dist_convert.ranks.embedded import Control
 from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer, make_slot
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.read.source import Listing
-from dist_convert.records import Message, View
+from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
-
-
-class Progress(Protocol):
-    """Who hears how far a rank is."""
-
-    def doing(self, what: str) -> None:
-        """What the main thread does from now on."""
-
-    def add_progress(self, size_bytes: int) -> None:
-        """How many bytes a step has written."""
-
 
 #: Steps that are read, or being read, before they are gathered.
 _READ_AHEAD = 2
 
 #: Steps that are planned at a time, at most: after each read and write the processor's cache has forgotten the planner.
 _PLANNED_AHEAD = 8
-
-
-@dataclass(frozen=True)
-class _Gathering:
-    """A step whose bytes are on their way between ranks, and what waits for them."""
-
-    number: int
-    step: Step
-    slot: Slot
-    wait: Callable[[], None]
 
 
 @dataclass
@@ -77,7 +56,7 @@ def move(
     known: Listing,
     target: Path,
     journal: Journal,
-    progress: Progress,
+    progress: Control,
     timeline: Timeline,
     *,
     is_last_use: bool = False,
@@ -85,14 +64,12 @@ def move(
     """Do this rank's part of a plan.
 
     Args:
-        plan: the same on every rank.
-        world: this rank.
+        plan, world: the same plan on every rank, and this rank.
         source: the iteration's directory as this rank sees it.
         known: what its files were when their headers were read.
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
-        progress: hears of every step; its `doing` may raise an error to end the work between two steps.
-        timeline: hears where the time goes.
+        progress, timeline: hear of every step, and where the time goes.
         is_last_use: what was read leaves the page cache.
 
     Raises:
@@ -100,10 +77,10 @@ def move(
         LostRank, Interrupted: another rank has gone, or a signal has come.
     """
     number, member = plan.place_of(world.rank)
-    team, limit = plan.teams[number], plan.limits[number]
-    gatherer = make_gatherer(world, team.ranks, limit.send_bytes)
+    limit = plan.limits[number]
+    gatherer = make_gatherer(world, plan.teams[number].ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
-    slots = [make_slot(limit.step_bytes, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
+    slots = [make_slot(STEP_BYTES, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
@@ -134,18 +111,24 @@ def move(
         progress.add_progress(writer.written_bytes - before)
         return slot
 
-    with closing(reader), closing(writer), _thread("reader") as reads, _thread("writer") as writes:
+    with (
+        closing(reader),
+        closing(writer),
+        ThreadPoolExecutor(1, thread_name_prefix="reader") as reads,
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as writes,
+    ):
         free, reading, writing = list(slots), deque[Future[tuple[Step, Slot]]](), deque[Future[Slot]]()
-        gathering = deque[_Gathering]()
+        # Number, step and slot of what is on its way between ranks, and what waits for it.
+        gathering = deque[tuple[int, Step, Slot, Callable[[], None]]]()
 
         def end_gather() -> None:
-            crossing = gathering.popleft()
-            progress.doing(f"waiting for other ranks in step {crossing.number}")
-            with timeline.during("gather", f"the rest of step {crossing.number}"):
-                crossing.wait()
-            writing.append(writes.submit(write, crossing.step, crossing.slot))
+            number, step, slot, wait = gathering.popleft()
+            progress.doing(f"waiting for other ranks in step {number}")
+            with timeline.during("gather", f"the rest of step {number}"):
+                wait()
+            writing.append(writes.submit(write, step, slot))
 
-        steps = _planned_ahead(plan.steps(world.rank))
+        steps = _planned_ahead(steps_of(plan, world.rank))
         upcoming = next(steps, None)
         number = 0
         while upcoming is not None or reading or gathering:
@@ -173,12 +156,13 @@ def move(
                 passed = messages(step)
                 size_bytes = received_bytes(step, passed, member, limit)
                 with timeline.during("gather", f"step {number}", size_bytes):
-                    wait = _begin_gather(gatherer, step, slot, passed)
+                    received = slot.received.tensor[: step.send_bytes * gatherer.members]
+                    wait = begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
                 moved.gathered_bytes += size_bytes
             if wait is None:
                 writing.append(writes.submit(write, step, slot))
                 continue
-            gathering.append(_Gathering(number, step, slot, wait))
+            gathering.append((number, step, slot, wait))
             if len(gathering) > 1:
                 end_gather()
         progress.doing(f"writing step {number}")
@@ -196,15 +180,6 @@ def _planned_ahead(steps: Iterator[Step]) -> Iterator[Step]:
     while planned := list(islice(steps, count)):
         yield from planned
         count = min(2 * count, _PLANNED_AHEAD)
-
-
-def _thread(name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix=name)
-
-
-def _begin_gather(gatherer: Gatherer, step: Step, slot: Slot, passed: Sequence[Message]) -> Callable[[], None] | None:
-    received = slot.received.tensor[: step.send_bytes * gatherer.members]
-    return begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
 
 
 def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:

@@ -13,7 +13,7 @@ from typing import Any
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import bytes_of, messages, received_bytes
+from dist_convert.plan.steps import bytes_of, messages, received_bytes, steps_of
 from dist_convert.records import counted, human_bytes, names
 
 
@@ -33,13 +33,12 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     Each rank works this out for itself: that takes seconds for a large model.
     """
     number, member = plan.place_of(rank)
-    all_read_bytes, all_received_bytes, all_written_bytes = 0, 0, 0
-    for step in plan.steps(rank):
+    load_bytes = [0, 0, 0]
+    for step in steps_of(plan, rank):
         read_bytes, written_bytes = bytes_of(step, member)
-        all_read_bytes += read_bytes
-        all_received_bytes += received_bytes(step, messages(step), member, plan.limits[number])
-        all_written_bytes += written_bytes
-    return [all_read_bytes, all_received_bytes, all_written_bytes, peak_memory_bytes()]
+        step_bytes = read_bytes, received_bytes(step, messages(step), member, plan.limits[number]), written_bytes
+        load_bytes = [sum(pair) for pair in zip(load_bytes, step_bytes, strict=True)]
+    return [*load_bytes, peak_memory_bytes()]
 
 
 def describe_plan(
@@ -47,12 +46,7 @@ def describe_plan(
 ) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write.
 
-    Args:
-        plan: of the conversion.
-        loads: of each rank, from `load_of`.
-        free_bytes: where the target would be.
-        report: what is known of the conversion.
-        partial: what an earlier run of the same conversion has left, with which this one would go on, if there is any.
+    `loads` are of `load_of`, by rank. `partial` is what an earlier run has left, with which this one would go on.
     """
     if report.was_complete:
         return report_text(report)
@@ -124,30 +118,54 @@ class Report:
     @staticmethod
     def of_ranks(outcomes: Sequence[Mapping[str, Any]]) -> Report:
         """Add the ranks' own outcomes up."""
-        overflowed: Counter[str] = Counter()
-        rounded: Counter[str] = Counter()
-        for outcome in outcomes:
-            overflowed.update(outcome["overflowed"])
-            rounded.update(outcome["rounded_norms"])
-        return Report(
-            sum(outcome["read_bytes"] for outcome in outcomes),
-            sum(outcome["gathered_bytes"] for outcome in outcomes),
-            sum(outcome["written_bytes"] for outcome in outcomes),
-            max((outcome["peak_memory_bytes"] for outcome in outcomes), default=0),
-            overflowed=dict(overflowed),
-            rounded_norms=dict(rounded),
-            profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome),
-        )
+        found: dict[str, Any] = {"peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes)}
+        for name in ("read_bytes", "gathered_bytes", "written_bytes"):
+            found[name] = sum(outcome[name] for outcome in outcomes)
+        for name in ("overflowed", "rounded_norms"):
+            found[name] = dict(sum((Counter(outcome[name]) for outcome in outcomes), Counter[str]()))
+        return Report(**found, profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome))
 
 
 def report_text(report: Report) -> str:
     """What a conversion says at its end: where the time went, and a line that sums up."""
     if report.was_complete:
         return f"{report.target} is complete already, by an earlier run of this conversion"
-    line = _outcome_line(report)
+    line = (
+        f"{report.target}: read {human_bytes(report.read_bytes)}, wrote {human_bytes(report.written_bytes)} "
+        f"in {report.seconds:.1f} s, {_rate(report, report.seconds)}, "
+        f"peak memory of the largest rank {human_bytes(report.peak_memory_bytes)}"
+    )
+    if report.overflowed:
+        line += f"; {sum(report.overflowed.values())} values became infinite in {names(report.overflowed)}"
+    if report.rounded_norms:
+        line += (
+            f"; adding 1 was rounded in {sum(report.rounded_norms.values())} values of norms "
+            "(exact with --target-params-dtype fp32)"
+        )
     if report.left_behind:
         line += f"; left behind: {', '.join(f'{what} ({human_bytes(size)})' for what, _, size in report.left_behind)}"
     return "\n".join([*_profile_lines(report), line])
+
+
+def _rate(report: Report, seconds: float) -> str:
+    return f"{report.written_bytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def _profile_lines(report: Report) -> list[str]:
+    """Seconds of each rank, in columns; of many ranks those that took longest, and the mean."""
+    if not report.profiles:
+        return []
+    columns = ("moved", *PHASES)
+    rows = [(f"rank {rank}", profile) for rank, profile in enumerate(report.profiles)]
+    if len(rows) > _LISTED_RANKS:
+        rows = sorted(rows, key=lambda row: -row[1]["moved"])[: _LISTED_RANKS - 1]
+        rows.append(("mean", {c: sum(p[c] for p in report.profiles) / len(report.profiles) for c in columns}))
+    longest = max(profile["moved"] for profile in report.profiles)
+    return [
+        f"{'seconds':10}" + "".join(f"{column:>9}" for column in columns),
+        *(f"{name:10}" + "".join(f"{profile[column]:9.2f}" for column in columns) for name, profile in rows),
+        f"data moved in {longest:.2f} s, {_rate(report, longest)}; forced to the disk in {report.synced_seconds:.2f} s",
+    ]
 
 
 def report_details(report: Report) -> dict[str, Any]:
@@ -158,42 +176,6 @@ def report_details(report: Report) -> dict[str, Any]:
 def report_from_details(details: Mapping[str, Any]) -> Report:
     """The inverse of `report_details`; keys that are no fields are ignored."""
     known = {one.name: details[one.name] for one in fields(Report)}
-    tuples = {name: tuple(known[name]) for name in ("profiles", "notes")}
-    left_behind = tuple((what, count, size_bytes) for what, count, size_bytes in known["left_behind"])
-    paths = {name: Path(known[name]) for name in ("source", "target")}
-    return Report(**{**known, **tuples, **paths, "left_behind": left_behind})
-
-
-def _profile_lines(outcome: Report) -> list[str]:
-    """Seconds of each rank, in columns; of many ranks those that took longest, and the mean."""
-    if not outcome.profiles:
-        return []
-    columns = ("moved", *PHASES)
-    rows = [(f"rank {rank}", profile) for rank, profile in enumerate(outcome.profiles)]
-    if len(rows) > _LISTED_RANKS:
-        rows = sorted(rows, key=lambda row: -row[1]["moved"])[: _LISTED_RANKS - 1]
-        rows.append(("mean", {c: sum(p[c] for p in outcome.profiles) / len(outcome.profiles) for c in columns}))
-    longest = max(profile["moved"] for profile in outcome.profiles)
-    rate = outcome.written_bytes / max(longest, 1e-9) / 1e9
-    return [
-        f"{'seconds':10}" + "".join(f"{column:>9}" for column in columns),
-        *(f"{name:10}" + "".join(f"{profile[column]:9.2f}" for column in columns) for name, profile in rows),
-        f"data moved in {longest:.2f} s, {rate:.2f} GB/s; forced to the disk in {outcome.synced_seconds:.2f} s",
-    ]
-
-
-def _outcome_line(outcome: Report) -> str:
-    rate = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
-    line = (
-        f"{outcome.target}: read {human_bytes(outcome.read_bytes)}, wrote {human_bytes(outcome.written_bytes)} "
-        f"in {outcome.seconds:.1f} s, {rate:.2f} GB/s, "
-        f"peak memory of the largest rank {human_bytes(outcome.peak_memory_bytes)}"
-    )
-    if outcome.overflowed:
-        line += f"; {sum(outcome.overflowed.values())} values became infinite in {names(outcome.overflowed)}"
-    if outcome.rounded_norms:
-        line += (
-            f"; adding 1 was rounded in {sum(outcome.rounded_norms.values())} values of norms "
-            "(exact with --target-params-dtype fp32)"
-        )
-    return line
+    known |= {name: Path(known[name]) for name in ("source", "target")}
+    known |= {name: tuple(known[name]) for name in ("profiles", "notes")}
+    return Report(**{**known, "left_behind": tuple(map(tuple, known["left_behind"]))})

@@ -14,9 +14,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,46 +28,28 @@ from dist_convert.write.partial import partial_of
 PHASES = ("read", "gather", "place", "write", "wait")
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of one thread's time, in seconds of `time.perf_counter`.
-
-    Attributes:
-        phase: one of `PHASES`.
-        subject: the tensor or step that it was spent on.
-        size_bytes: that were read, received, placed or written; 0 where that means nothing.
-    """
-
-    phase: str
-    subject: str
-    start_seconds: float
-    end_seconds: float
-    size_bytes: int
-
-
-def _heard_by_nobody(stretch: Stretch) -> None:
-    """For a timeline that only adds up."""
-
-
-@dataclass(frozen=True)
 class Timeline:
-    """Adds up what each phase takes, and tells every stretch to who listens.
+    """Adds up what each phase takes, and puts every stretch of it into a trace, if there is one."""
 
-    Attributes:
-        on_stretch: called from the thread whose time it was.
-    """
-
-    on_stretch: Callable[[Stretch], None] = _heard_by_nobody
-    _spent: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
+    def __init__(self, trace: _Trace | None = None) -> None:
+        self._trace = trace
+        self._spent: dict[tuple[str, int], float] = defaultdict(float)
 
     @contextmanager
     def during(self, phase: str, subject: str, size_bytes: int = 0) -> Iterator[None]:
-        """Count what the block takes, unless it fails."""
+        """Count what the block takes, unless it fails.
+
+        Args:
+            phase: one of `PHASES`.
+            subject: the tensor or step that the time is spent on.
+            size_bytes: that are read, received, placed or written; 0 where that means nothing.
+        """
         start = time.perf_counter()
         yield
         end = time.perf_counter()
         self._spent[phase, threading.get_ident()] += end - start  # a key for each thread: none waits for another
-        self.on_stretch(Stretch(phase, subject, start, end, size_bytes))
+        if self._trace:
+            self._trace.add(phase, subject, start, end, size_bytes)
 
     def seconds(self) -> dict[str, float]:
         """What each phase has taken, over all threads."""
@@ -85,12 +66,8 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
     """A timeline for the block, written to a file if there is a path.
 
     The ranks of a node share a file. With several nodes its name gets the node's number: `trace-node1.json`. A trace
-    that cannot be written any more is given up with a line that says so; the conversion goes on.
-
-    Args:
-        path: of the file, which may replace an earlier trace; None for a timeline that only adds up.
-        world: this rank.
-        target: of the conversion, which is renamed and replaced, so that no trace can lie in it.
+    that cannot be written any more is given up with a line that says so; the conversion goes on. No trace can lie in
+    the conversion's target, which is renamed and replaced.
 
     Raises:
         UsageError: the file cannot be made, or is something else than a trace.
@@ -106,7 +83,7 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
     start_ns: int = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
     trace = _Trace(path, world.rank, time.perf_counter() - (time.time_ns() - start_ns) / 1e9)
     try:
-        yield Timeline(trace.add)
+        yield Timeline(trace)
     finally:
         trace.close()
     barrier(world)
@@ -120,7 +97,7 @@ def _make(path: Path, target: Path) -> None:
     try:
         if any(path.absolute().is_relative_to(used) for used in (target, partial_of(target))):
             found = f"a path inside of the target {target}"
-        elif path.exists() and not _is_trace(path):
+        elif path.exists() and not (path.is_file() and _is_trace(path)):
             found = "a file that is no trace"
         else:
             path.write_bytes(_FIRST_LINE)
@@ -131,29 +108,20 @@ def _make(path: Path, target: Path) -> None:
 
 
 def _is_trace(path: Path) -> bool:
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         return file.read(len(_FIRST_LINE)) == _FIRST_LINE
 
 
 def _append(path: Path, lines: bytes) -> bool:
-    """Add lines behind those of all ranks of the node, in one call, which no other one's lines come between.
-
-    Returns:
-        Whether that was possible.
-    """
+    """Add lines behind those of all ranks of the node, in one call, between whose lines none come; whether it could."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        try:
-            if os.write(descriptor, lines) != len(lines):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
+            if file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return True
-        finally:
-            os.close(descriptor)
     except OSError as error:
         print(f"{path}: the trace ends before the conversion: {error.strerror}", file=sys.stderr)
         return False
+    return True
 
 
 class _Trace:
@@ -164,23 +132,23 @@ class _Trace:
         self._rank = rank
         self._zero_seconds = zero_seconds
         self._lock = threading.Lock()
-        self._lines: list[bytes] = []
-        self._size_bytes = 0
+        self._lines = bytearray()
         self._goes_on = True
         self._put({"name": "process_name", "ph": "M", "args": {"name": f"rank {rank}"}})
         for number, name in enumerate(_THREADS):
             self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": name}})
 
-    def add(self, stretch: Stretch) -> None:
+    def add(self, phase: str, subject: str, start_seconds: float, end_seconds: float, size_bytes: int) -> None:
+        """A stretch of the calling thread's time, in seconds of `time.perf_counter`."""
         thread = threading.current_thread().name
         self._put(
             {
-                "name": stretch.phase,
+                "name": phase,
                 "ph": "X",
                 "tid": next((number for number, name in enumerate(_THREADS) if thread.startswith(name)), 0),
-                "ts": round((stretch.start_seconds - self._zero_seconds) * 1e6, 1),
-                "dur": round((stretch.end_seconds - stretch.start_seconds) * 1e6, 1),
-                "args": {"what": stretch.subject, "bytes": stretch.size_bytes},
+                "ts": round((start_seconds - self._zero_seconds) * 1e6, 1),
+                "dur": round((end_seconds - start_seconds) * 1e6, 1),
+                "args": {"what": subject, "bytes": size_bytes},
             }
         )
 
@@ -191,11 +159,10 @@ class _Trace:
     def _put(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({"pid": self._rank, **event}, separators=(",", ":")).encode() + b",\n"
         with self._lock:
-            self._lines.append(line)
-            self._size_bytes += len(line)
-            if self._size_bytes >= _BUFFER_BYTES:
+            self._lines += line
+            if len(self._lines) >= _BUFFER_BYTES:
                 self._flush()
 
     def _flush(self) -> None:
-        self._goes_on = self._goes_on and _append(self._path, b"".join(self._lines))
-        self._lines, self._size_bytes = [], 0
+        self._goes_on = self._goes_on and _append(self._path, bytes(self._lines))
+        self._lines.clear()

@@ -1,4 +1,4 @@
-"""A conversion is the intersection of two catalogs: all box copies of each tensor, and the bands that are cut together.
+"""The copies between both ends of a tensor, and the bands of copies that are cut into blocks together.
 
 Copies are expanded when they are needed, and never all at once: a model of 256 experts has hundreds of thousands. What
 is kept of them is a `Transfer` for each group of tensors that lie in one stored tensor.
@@ -6,14 +6,13 @@ is kept of them is a `Transfer` for each group of tensors that lie in one stored
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from dist_convert.errors import ConversionError, PlanError, raise_together
+from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, TargetFile, View, cover_fault, intersect, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, intersect, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -24,11 +23,9 @@ _TILE_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class Ends:
-    """Both ends of a conversion.
+    """Both ends of a conversion, of the same tensors.
 
-    Attributes:
-        source, target: their catalogs, of the same tensors.
-        repeat_last_row: fill the target's padding rows with the last row of the tensor, not with zeros.
+    `repeat_last_row` fills the target's padding rows with the last row of the tensor, not with zeros.
     """
 
     source: Catalog
@@ -43,33 +40,114 @@ class Transfer:
     Attributes:
         names: of the tensors.
         size_bytes: of the copies, in the target's dtype, counting equal targets once.
-        written_bytes: the same, counting every equal target.
         source_files: for each piece of the source, the files that hold it (equal copies).
         target_files: the files that are written to.
         target_bytes: how much, for each of these.
         needs: sets of files; ranks can do the transfer together if they reach one file of each.
         stretches: up to which byte each piece of the source goes, with its number in `source_files`.
         crosses: a row of a band lies in several pieces of the source.
-        own_targets: sets as in `needs`, of target files that not every rank can write.
+        has_own_targets: not every rank can write the target files: whoever does the transfer must reach them too.
         is_part: others write the same tensors to further files; this one has what goes to `target_files`.
     """
 
     names: tuple[str, ...]
     size_bytes: int
-    written_bytes: int
     source_files: tuple[tuple[str, ...], ...]
     target_files: tuple[str, ...]
     target_bytes: tuple[int, ...]
     needs: tuple[tuple[str, ...], ...]
     stretches: tuple[tuple[int, int], ...]
     crosses: bool
-    own_targets: tuple[tuple[str, ...], ...] = ()
+    has_own_targets: bool = False
     is_part: bool = False
+
+    @property
+    def written_bytes(self) -> int:
+        """Of the copies, counting every equal target."""
+        return sum(self.target_bytes)
 
     @property
     def all_needs(self) -> tuple[tuple[str, ...], ...]:
         """All that ranks must reach to do the transfer."""
-        return (*self.needs, *self.own_targets)
+        return (*self.needs, *((file,) for file in self.target_files)) if self.has_own_targets else self.needs
+
+    def renamed(self, names: tuple[str, ...], files: Mapping[str, str]) -> Transfer:
+        """The same of other tensors, in files that are called otherwise."""
+        sources, needs = (
+            tuple(tuple(files[f] for f in alike) for alike in of) for of in (self.source_files, self.needs)
+        )
+        targets = tuple(files[file] for file in self.target_files)
+        return replace(self, names=names, source_files=sources, target_files=targets, needs=needs)
+
+
+def transfer_of(ends: Ends, names: tuple[str, ...], listed: Sequence[Block]) -> Transfer:
+    """What a transfer of some bands needs and moves."""
+    size_bytes = 0
+    target_bytes: dict[str, int] = {}
+    pieces: dict[tuple[str, ...], int] = {}
+    stretches: list[tuple[int, int]] = []
+    crosses = False
+    for band in listed:
+        of_band = dict.fromkeys(tuple(view.file for view in copy.sources) for copy in band)
+        first, *others = [pieces.setdefault(files, len(pieces)) for files in of_band]
+        crosses |= bool(others)
+        for copy in band:
+            copy_bytes = copy.targets[0].size_bytes
+            size_bytes += copy_bytes
+            for view in copy.targets:
+                target_bytes[view.file] = target_bytes.get(view.file, 0) + copy_bytes
+        if stretches and stretches[-1][0] == first:
+            stretches.pop()
+        stretches.append((first, size_bytes))
+    return Transfer(
+        names=names,
+        size_bytes=size_bytes,
+        source_files=tuple(pieces),
+        target_files=tuple(target_bytes),
+        target_bytes=tuple(target_bytes.values()),
+        needs=(*pieces, *((file,) for file in target_bytes if ends.target.is_owned)),
+        stretches=tuple(stretches) if ends.source.is_owned and not crosses else ((0, size_bytes),),
+        crosses=crosses,
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The regions of a tensor at both ends, and those of what is stored behind its last row."""
+
+    source: Sequence[Region]
+    target: Sequence[Region]
+    source_padding: Sequence[Region]
+    target_padding: Sequence[Region]
+
+
+def stored(ends: Ends, name: str) -> Stored:
+    """Where a tensor lies at both ends."""
+    source, target = ends.source, ends.target
+    return Stored(source.regions(name), target.regions(name), source.padding(name), target.padding(name))
+
+
+def bands(ends: Ends, names: Sequence[str]) -> list[Block]:
+    """The copies of some tensors, those together whose rows are parts of one stored row.
+
+    In the order of the shards, of the source or else of the target, and in those by place.
+    """
+    return bands_of(ends, [stored(ends, name) for name in names])
+
+
+def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
+    """The same of tensors whose regions are known."""
+    found: list[Block] = []
+    padding: list[Block] = []
+    for one in listed:
+        found += _common_bands(one.source, one.target)
+        padding += _bands_of_padding(one, repeats=ends.repeat_last_row)
+
+    def place(band: Block) -> tuple[str, int]:
+        view = (band[0].sources if ends.source.is_owned else band[0].targets)[0]
+        return view.file, view.offset_bytes
+
+    return sorted(found + padding, key=place)
 
 
 @dataclass(frozen=True)
@@ -94,11 +172,6 @@ class _Common:
         )
 
 
-def _window(region: Region, box: Box) -> tuple[View, ...]:
-    inside = Box(box.row - region.box.row, box.column - region.box.column, box.rows, box.columns)
-    return tuple(view.window(inside) for view in region.replicas)
-
-
 def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterator[_Common]:
     """Both are in the order of their rows, so that what lies above a region need not be looked at again."""
     first = 0
@@ -110,35 +183,11 @@ def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterato
                 break
             box = intersect(want.box, have.box)
             if box is not None and want.replicas and have.replicas:
-                yield _Common(box, Copy(_window(have, box), _window(want, box), have.add - want.add), have, want)
+                yield _Common(box, Copy(have.window(box), want.window(box), have.add - want.add), have, want)
 
 
-#: The regions of a tensor at both ends.
-_Both = tuple[Sequence[Region], Sequence[Region]]
-
-
-def _regions(ends: Ends, name: str) -> _Both:
-    return ends.source.regions(name), ends.target.regions(name)
-
-
-def bands(ends: Ends, names: Sequence[str]) -> list[Block]:
-    """The copies of some tensors, those together whose rows are parts of one stored row.
-
-    In the order of the shards, of the source or else of the target, and in those by place.
-    """
-    return _bands(ends, {name: _regions(ends, name) for name in names})
-
-
-def _bands(ends: Ends, regions: Mapping[str, _Both]) -> list[Block]:
-    found = [band for both in regions.values() for band in _bands_of_tensor(both)]
-    found += [band for name, (source, _) in regions.items() for band in _bands_of_padding(ends, name, source)]
-    if ends.source.is_owned:
-        return sorted(found, key=lambda band: (band[0].sources[0].file, band[0].sources[0].offset_bytes))
-    return sorted(found, key=lambda band: (band[0].targets[0].file, band[0].targets[0].offset_bytes))
-
-
-def _bands_of_tensor(both: _Both) -> Iterator[Block]:
-    found = list(_intersection(*both))
+def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterator[Block]:
+    found = list(_intersection(source, target))
     yield from ((common.copy,) for common in found if not common.is_wide)
     wide = [common for common in found if common.is_wide]
     borders = sorted({row for common in wide for row in (common.box.row, common.box.row_end)})
@@ -154,164 +203,21 @@ def _bands_of_tensor(both: _Both) -> Iterator[Block]:
             yield tuple(one.copy for one in band)
 
 
-def _bands_of_padding(ends: Ends, name: str, source: Sequence[Region]) -> Iterator[Block]:
+def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
     """The source's padding as far as both sides have it; behind it the tensor's last row, or zeros."""
-    wanted = ends.target.padding(name)
-    if not wanted:
+    if not one.target_padding:
         return
-    known = ends.source.padding(name)
-    yield from _bands_of_tensor((known, wanted))
-    if ends.repeat_last_row:
-        end = max((region.box.row_end for region in known), default=0)
-        beyond = [_rows_from(want, end) for want in wanted if want.box.row_end > end]
-        yield from ((copy,) for copy in _repeated_rows(ends, name, source, beyond))
-
-
-def _rows_from(region: Region, first: int) -> Region:
-    """What of a region lies at a row of the tensor or below it."""
-    row = max(first, region.box.row)
-    box = replace(region.box, row=row, rows=region.box.row_end - row)
-    return replace(region, box=box, replicas=_window(region, box))
-
-
-def _repeated_rows(ends: Ends, name: str, source: Sequence[Region], wanted: Sequence[Region]) -> Iterator[Copy]:
-    """The tensor's last row for each row of padding."""
-    last = ends.source.tensors[name].rows - 1
-    for want in wanted:
-        for have in (region for region in source if region.box.row_end > last and region.replicas):
-            row = replace(have.box, row=last, rows=1)
-            box = intersect(replace(want.box, row=last, rows=1), row)
-            if box is not None:
-                repeated = tuple(replace(v, rows=want.box.rows, row_stride=0) for v in _window(have, box))
-                columns = replace(box, row=want.box.row, rows=want.box.rows)
-                yield Copy(repeated, _window(want, columns), have.add - want.add)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """All that is copied: transfers in the order of the tensors, a digest of their copies, and what stays zero."""
-
-    transfers: tuple[Transfer, ...]
-    digest: str
-    zero_tensors: tuple[str, ...]
-
-
-def plan_transfers(ends: Ends, files: Sequence[TargetFile], extras: frozenset[tuple[str, str]]) -> Planned:
-    """Intersect both ends, and check that every element of the target is written once.
-
-    Args:
-        ends: both ends.
-        files: the target's weights files.
-        extras: (file, tensor) of the target that are filled with something else.
-
-    Raises:
-        Problems, or the one problem there is: tensors that one end lacks, of other shapes, or not covered exactly.
-    """
-    raise_together(list(_unpaired(ends)))
-    problems: list[ConversionError] = []
-    transfers: list[Transfer] = []
-    zeros: list[str] = []
-    digest = hashlib.sha256()
-    filled: dict[tuple[str, str], int] = {}
-    waiting: dict[str, _Both] = {}
-    together: set[tuple[str, str]] = set()
-    for name in ends.target.tensors:
-        both = _regions(ends, name)
-        problems += _cover_problems(ends, name, both)
-        for region in (*both[1], *ends.target.padding(name)):
-            for view in region.replicas:
-                filled[view.file, view.tensor] = filled.get((view.file, view.tensor), 0) + region.box.elements
-        stored = {(side[0].replicas[0].file, side[0].replicas[0].tensor) for side in both if side[0].replicas}
-        if together.isdisjoint(stored):
-            transfers += _transfers_of(ends, waiting, digest)
-            waiting = {}
-        waiting[name] = both
-        together = stored
-        if both[1][0].replicas and not both[0][0].replicas:
-            zeros.append(name)
-    problems += _unfilled(files, filled, extras)
-    raise_together(problems)
-    transfers += _transfers_of(ends, waiting, digest)
-    return Planned(tuple(transfers), digest.hexdigest(), tuple(zeros))
-
-
-def _unfilled(
-    files: Sequence[TargetFile], filled: Mapping[tuple[str, str], int], extras: frozenset[tuple[str, str]]
-) -> Iterator[ConversionError]:
-    """Stored tensors of which some element belongs to no region, or to two."""
-    for file in files:
-        for tensor in file.tensors:
-            key = (file.name, tensor.name)
-            if key not in extras and filled.get(key, 0) != tensor.elements:
-                yield PlanError(
-                    "nothing fills a tensor of the target",
-                    tensor=tensor.name,
-                    file=file.name,
-                    expected=f"{tensor.elements} elements",
-                    found=filled.get(key, 0),
-                )
-
-
-def _unpaired(ends: Ends) -> Iterator[ConversionError]:
-    """Tensors that are not the same at both ends."""
-    source, target = ends.source.tensors, ends.target.tensors
-    for name in [*source, *(name for name in target if name not in source)]:
-        shapes = [list(side[name].shape) if name in side else "no such tensor" for side in (source, target)]
-        if shapes[0] != shapes[1]:
-            yield PlanError("a tensor is not the same at both ends", tensor=name, expected=shapes[0], found=shapes[1])
-
-
-def _cover_problems(ends: Ends, name: str, both: _Both) -> Iterator[ConversionError]:
-    """Regions that do not cover the tensor exactly once."""
-    for side, regions in zip((ends.source, ends.target), both, strict=True):
-        meta = side.tensors[name]
-        fault = cover_fault((region.box for region in regions), meta.rows, meta.columns)
-        if fault is not None:
-            file = next((view.file for region in regions for view in region.replicas), "")
-            yield PlanError("the plan does not cover a tensor exactly", tensor=name, file=file, found=fault)
-
-
-def _transfers_of(ends: Ends, regions: Mapping[str, _Both], digest: hashlib._Hash) -> list[Transfer]:
-    """The transfer of tensors that lie together; none where nothing of them is stored."""
-    listed = _bands(ends, regions)
-    if not listed:
-        return []
-    digest.update(repr((*regions, listed)).encode())
-    return [transfer_of(ends, tuple(regions), listed)]
-
-
-def transfer_of(ends: Ends, names: tuple[str, ...], listed: Sequence[Block]) -> Transfer:
-    """What a transfer of some bands needs and moves."""
-    size_bytes = 0
-    target_bytes: dict[str, int] = {}
-    pieces: dict[tuple[str, ...], int] = {}
-    stretches: list[tuple[int, int]] = []
-    crosses = False
-    for band in listed:
-        of_band = dict.fromkeys(tuple(view.file for view in copy.sources) for copy in band)
-        numbers = [pieces.setdefault(files, len(pieces)) for files in of_band]
-        crosses |= len(numbers) > 1
-        for copy in band:
-            copy_bytes = copy.targets[0].size_bytes
-            size_bytes += copy_bytes
-            for view in copy.targets:
-                target_bytes[view.file] = target_bytes.get(view.file, 0) + copy_bytes
-        if stretches and stretches[-1][0] == numbers[0]:
-            stretches[-1] = (numbers[0], size_bytes)
-        else:
-            stretches.append((numbers[0], size_bytes))
-    needs = tuple(pieces) + tuple((file,) for file in target_bytes if ends.target.is_owned)
-    return Transfer(
-        names=names,
-        size_bytes=size_bytes,
-        written_bytes=sum(target_bytes.values()),
-        source_files=tuple(pieces),
-        target_files=tuple(target_bytes),
-        target_bytes=tuple(target_bytes.values()),
-        needs=needs,
-        stretches=tuple(stretches) if ends.source.is_owned and not crosses else ((0, size_bytes),),
-        crosses=crosses,
-    )
+    yield from _common_bands(one.source_padding, one.target_padding)
+    last = max(region.box.row_end for region in one.source) - 1
+    end = max((region.box.row_end for region in one.source_padding), default=0)
+    for want in one.target_padding if repeats else ():
+        first = max(end, want.box.row)
+        rows = want.box.row_end - first
+        for have in one.source if rows > 0 else ():
+            box = intersect(replace(want.box, row=last, rows=1), have.box)
+            if box is not None and have.replicas:
+                row = tuple(replace(view, rows=rows, row_stride=0) for view in have.window(box))
+                yield (Copy(row, want.window(replace(box, row=first, rows=rows)), have.add - want.add),)
 
 
 def part_of(transfer: Transfer, band: Block) -> Block:
@@ -326,28 +232,25 @@ def blocks_of_band(transfer: Transfer, band: Block) -> Iterator[Block]:
     """One of a transfer's `bands` cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows stay together.
 
     The blocks of a part of a transfer are those of the whole, with fewer targets: their borders are the same.
+
+    Raises:
+        PlanError: a row is larger than a block.
     """
-    for block in _blocks_of_whole(band):
+    is_transposed = any(view.is_transposed for copy in band for view in (*copy.sources, *copy.targets))
+    for block in _square_tiles(band) if is_transposed else _row_blocks(band):
         if kept := part_of(transfer, block):
             yield kept
 
 
-def _blocks_of_whole(band: Block) -> Iterator[Block]:
-    if any(view.is_transposed for copy in band for view in (*copy.sources, *copy.targets)):
-        yield from ((copy.window(tile),) for copy in band for tile in _square_tiles(copy))
-    else:
-        yield from _row_blocks(band)
-
-
-def _square_tiles(copy: Copy) -> Iterator[Box]:
-    columns = min(copy.columns, _TILE_COLUMNS)
-    row_bytes = columns * _widest_item_bytes(copy)
-    return tiles(copy.rows, copy.columns, max(1, BLOCK_BYTES // row_bytes), columns)
+def _square_tiles(band: Block) -> Iterator[Block]:
+    for copy in band:
+        columns = min(copy.columns, _TILE_COLUMNS)
+        for tile in tiles(copy.rows, copy.columns, max(1, BLOCK_BYTES // (columns * _widest_bytes(copy))), columns):
+            yield (copy.window(tile),)
 
 
 def _row_blocks(band: Block) -> Iterator[Block]:
-    columns = sum(copy.columns for copy in band)
-    row_bytes = columns * max(_widest_item_bytes(copy) for copy in band)
+    row_bytes = sum(copy.columns for copy in band) * max(map(_widest_bytes, band))
     if row_bytes > BLOCK_BYTES:
         raise PlanError(
             "a row is larger than a block",
@@ -359,5 +262,6 @@ def _row_blocks(band: Block) -> Iterator[Block]:
         yield tuple(copy.window(Box(tile.row, 0, tile.rows, copy.columns)) for copy in band)
 
 
-def _widest_item_bytes(copy: Copy) -> int:
+def _widest_bytes(copy: Copy) -> int:
+    """Of one element."""
     return max(DTYPE_BYTES[view.dtype] for view in (*copy.sources, *copy.targets))

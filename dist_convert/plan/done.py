@@ -6,7 +6,7 @@ Pure, and about bytes of target files alone: it holds for any number of ranks, e
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_convert.plan.copies import Ends, Transfer
@@ -18,48 +18,38 @@ class Done:
     """Finished bytes.
 
     Attributes:
-        starts, ends: by file, the borders of disjoint stretches in ascending order.
+        stretches: by file, first and end byte of disjoint stretches in ascending order.
         gapped: finished windows with gaps, which are found again only as they are.
         size_bytes: of all.
     """
 
-    starts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    ends: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stretches: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     gapped: frozenset[Window] = frozenset()
     size_bytes: int = 0
 
     @staticmethod
     def of(windows: Iterable[Window]) -> Done:
         """Join windows, in any order and as often as they come."""
-        dense: dict[str, list[tuple[int, int]]] = {}
-        gapped = set()
-        for window in windows:
-            if window.runs == 1:
-                stretch = (window.offset_bytes, window.offset_bytes + window.run_bytes)
-                dense.setdefault(window.file, []).append(stretch)
-            else:
-                gapped.add(window)
-        starts: dict[str, tuple[int, ...]] = {}
-        ends: dict[str, tuple[int, ...]] = {}
-        for file, stretches in dense.items():
-            joined: list[list[int]] = []
-            for start, end in sorted(stretches):
-                if joined and start <= joined[-1][1]:
-                    joined[-1][1] = max(joined[-1][1], end)
-                else:
-                    joined.append([start, end])
-            starts[file], ends[file] = tuple(s for s, _ in joined), tuple(e for _, e in joined)
-        size_bytes = sum(window.size_bytes for window in gapped)
-        size_bytes += sum(sum(ends[file]) - sum(starts[file]) for file in starts)
-        return Done(starts, ends, frozenset(gapped), size_bytes)
+        distinct = frozenset(windows)
+        gapped = frozenset(window for window in distinct if window.runs > 1)
+        joined: dict[str, list[tuple[int, int]]] = {}
+        for window in sorted(distinct - gapped, key=lambda window: window.offset_bytes):
+            start, end = window.offset_bytes, window.offset_bytes + window.run_bytes
+            known = joined.setdefault(window.file, [])
+            if known and start <= known[-1][1]:
+                start, last = known.pop()
+                end = max(end, last)
+            known.append((start, end))
+        dense_bytes = sum(end - start for of_file in joined.values() for start, end in of_file)
+        return Done(joined, gapped, dense_bytes + sum(window.size_bytes for window in gapped))
 
     def covers(self, window: Window) -> bool:
         """Whether all bytes of a window are finished."""
         if window.runs > 1:
             return window in self.gapped
-        starts = self.starts.get(window.file, ())
-        before = bisect_right(starts, window.offset_bytes)
-        return before > 0 and self.ends[window.file][before - 1] >= window.offset_bytes + window.run_bytes
+        stretches = self.stretches.get(window.file, ())
+        before = bisect_right(stretches, window.offset_bytes, key=lambda stretch: stretch[0])
+        return before > 0 and stretches[before - 1][1] >= window.offset_bytes + window.run_bytes
 
 
 NOTHING_DONE = Done()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import Ends, Transfer, bands, part_of, transfer_of
@@ -44,11 +45,7 @@ def deal_files(
 def places_alike(
     content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """For each target file, the places that see about equally much of its source, and no place sees more of it.
-
-    Args:
-        content, visible, places: see `deal_files`.
-    """
+    """For each target file, the places that see about equally much of its source, and no place sees more of it."""
     numbers = range(max(places) + 1)
     seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(places) if of == place)) for place in numbers]
     held_bytes = {file.name: [0] * len(seen) for file in content.files}
@@ -65,21 +62,14 @@ def places_alike(
 
 def with_own_targets(content: Content) -> Content:
     """A content whose target files not every rank can write: whoever does a transfer must reach them."""
-    own = ((transfer, tuple((file,) for file in transfer.target_files)) for transfer in content.transfers)
-    return replace(content, transfers=tuple(replace(transfer, own_targets=files) for transfer, files in own))
+    return replace(content, transfers=tuple(replace(one, has_own_targets=True) for one in content.transfers))
 
 
 def file_numbers(content: Content, files: frozenset[str]) -> str:
     """Which of the weights files some are, by their numbers from 1: `1-3, 5`."""
-    runs: list[list[int]] = []
-    for number, file in enumerate(content.files, start=1):
-        if file.name not in files:
-            continue
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
+    numbers = [number for number, file in enumerate(content.files, start=1) if file.name in files]
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
 def writable_by_one_node(
@@ -92,8 +82,7 @@ def writable_by_one_node(
     """For each rank, the target files that it writes: those of its place that are dealt to its node.
 
     Args:
-        content: of the conversion.
-        visible: for each rank, the source files that it can read.
+        content, visible: see `deal_files`.
         writable: for each rank, the target files where its target lies.
         places: for each rank, the number of that place; where it does not matter who writes what, a negative one.
         nodes: for each rank, the number of its node.
@@ -120,14 +109,12 @@ def _deal(
     sizes_bytes = {file.name: file.size_bytes for file in content.files if file.name in files}
     by_experts = sorted(content.transfers, key=lambda transfer: len(transfer.target_files))
     ordered = dict.fromkeys(f for transfer in by_experts for f in transfer.target_files) | dict.fromkeys(sizes_bytes)
-    total_bytes, dealt_bytes = sum(sizes_bytes.values()), 0
-    count = max(nodes) + 1
-    filled_bytes = [0] * count
+    total_bytes, filled_bytes = sum(sizes_bytes.values()), [0] * (max(nodes) + 1)
     chosen: dict[str, int] = {}
     for file in (file for file in ordered if file in sizes_bytes):
-        node = (2 * dealt_bytes + sizes_bytes[file]) * count // (2 * total_bytes)  # by the middle of the file
-        dealt_bytes += sizes_bytes[file]
-        if len(alike[file]) < count:
+        middle_bytes = 2 * sum(filled_bytes) + sizes_bytes[file]  # twice that, as bytes are whole
+        node = middle_bytes * len(filled_bytes) // (2 * total_bytes)
+        if len(alike[file]) < len(filled_bytes):
             node = min(alike[file], key=lambda node: filled_bytes[node])
         chosen[file] = node
         filled_bytes[node] += sizes_bytes[file]

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import BLOCK_BYTES, Transfer
 from dist_convert.plan.teams import Team
-from dist_convert.records import human_bytes
 
 #: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
 #: steps do not pay: what was read is written while the processor's cache has it.
@@ -22,18 +20,21 @@ _SLOTS = 3
 ALIGNMENT_BYTES = 64
 
 
+def aligned(size_bytes: int) -> int:
+    """Up to where the next piece may begin."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes of one rank's buffers, in bytes.
 
     Attributes:
-        step_bytes: of what the rank reads in a step.
         send_bytes: of what each member sends to a gather.
         members: of the team.
         on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
     """
 
-    step_bytes: int
     send_bytes: int
     members: int
     on_accelerator: bool = False
@@ -55,7 +56,7 @@ class Limits:
     @property
     def total_bytes(self) -> int:
         """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and staging."""
-        slot_bytes = [self.step_bytes, self.received_bytes]
+        slot_bytes = [STEP_BYTES, self.received_bytes]
         if self._is_staged:
             slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
         return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes
@@ -70,46 +71,18 @@ def _pinned_bytes(size_bytes: int) -> int:
     return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
 
 
-def least_bytes(members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> int:
-    """The smallest budget that holds steps of one block.
-
-    Args:
-        members: of the team.
-        least_send_bytes: what one block needs, see `largest_send_bytes`.
-        on_accelerator: see `Limits`.
-    """
-    return Limits(STEP_BYTES, least_send_bytes, members, on_accelerator).total_bytes
-
-
-def limits(budget_bytes: int, members: int, least_send_bytes: int, *, on_accelerator: bool = False) -> Limits:
-    """The largest useful buffers within a rank's budget, which is at least `least_bytes`."""
-    least = Limits(STEP_BYTES, least_send_bytes, members, on_accelerator)
-    buffers = (least.slots + on_accelerator) * members
-    left_bytes = budget_bytes - least.total_bytes
-    affordable_bytes = least_send_bytes + left_bytes // buffers // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    send_bytes = max(least_send_bytes, min(affordable_bytes, STEP_BYTES)) if least_send_bytes else 0
-    found = Limits(STEP_BYTES, send_bytes, members, on_accelerator)
-    while found.total_bytes > budget_bytes and found.send_bytes > least_send_bytes:
+def limits(budget_bytes: int, least: Limits) -> Limits:
+    """The largest useful buffers within a rank's budget, which holds the least that one block needs."""
+    buffers = (least.slots + least.on_accelerator) * least.members
+    left_bytes = (budget_bytes - least.total_bytes) // buffers
+    affordable_bytes = least.send_bytes + left_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    send_bytes = max(least.send_bytes, min(affordable_bytes, STEP_BYTES)) if least.send_bytes else 0
+    found = replace(least, send_bytes=send_bytes)
+    while found.total_bytes > budget_bytes and found.send_bytes > least.send_bytes:
         # An accelerator's staging takes more, and its pinned memory goes in steps of two.
         half_bytes = found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        found = replace(found, send_bytes=max(least_send_bytes, half_bytes))
+        found = replace(found, send_bytes=max(least.send_bytes, half_bytes))
     return found
-
-
-def check_budget(budget_bytes: int, needed_bytes: int, placement: str) -> None:
-    """Refuse a budget that some team cannot work with.
-
-    Raises:
-        BudgetTooSmall: naming the least that all teams can work with.
-    """
-    if budget_bytes < needed_bytes:
-        raise BudgetTooSmall(
-            "the memory budget does not hold one step",
-            expected=f"--max-memory-per-rank of at least {-(-needed_bytes // 1_000_000)}MB",
-            found=human_bytes(budget_bytes),
-            remedy="raise --max-memory-per-rank"
-            + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
-        )
 
 
 def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]]) -> int:
@@ -119,21 +92,20 @@ def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Seque
     reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
     largest_bytes = 0
     shared = [transfers[share.transfer] for share in team.shares]
-    distinct = {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}
-    for transfer in distinct.values():
+    for transfer in {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}.values():
         readers = readers_of(transfer, team, visible)
         pieces = max(Counter(member for members in readers for member in members).values())
         if not reached_by_all.issuperset(transfer.target_files):
             largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
         elif transfer.crosses and len(readers) > 1:
             largest_bytes = max(largest_bytes, BLOCK_BYTES * pieces // len(readers) + pieces * ALIGNMENT_BYTES)
-    return -(-largest_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return aligned(largest_bytes)
 
 
 def able_readers(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
     """For each piece of a transfer's source, the members that see it."""
     return [
-        tuple(m for m, rank in enumerate(team.ranks) if any(file in visible[rank] for file in files))
+        tuple(member for member, rank in enumerate(team.ranks) if not visible[rank].isdisjoint(files))
         for files in transfer.source_files
     ]
 

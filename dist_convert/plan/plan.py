@@ -6,15 +6,15 @@ headers; one digest of it is compared before any byte moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
+from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.content import Content, digest
 from dist_convert.plan.done import NOTHING_DONE, Done, is_transfer_done
-from dist_convert.plan.limits import Limits, check_budget, largest_send_bytes, least_bytes, limits
-from dist_convert.plan.steps import Step, steps_of_rank
+from dist_convert.plan.limits import Limits, largest_send_bytes, limits
 from dist_convert.plan.teams import Team, form_teams
-from dist_convert.records import __version__
+from dist_convert.records import __version__, human_bytes
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,6 @@ class Plan:
         """A rank's team, and its position in it."""
         return next((n, team.ranks.index(rank)) for n, team in enumerate(self.teams) if rank in team.ranks)
 
-    def steps(self, rank: int) -> Iterator[Step]:
-        """What a rank does, in order; expanded while it is iterated."""
-        number, member = self.place_of(rank)
-        return steps_of_rank(
-            self.content.ends,
-            self.content.transfers,
-            self.teams[number],
-            member,
-            self.visible,
-            self.limits[number],
-            self.done,
-        )
-
 
 def divide(
     content: Content,
@@ -68,28 +55,36 @@ def divide(
     """Divide a content over ranks.
 
     Args:
-        content: what is converted.
+        content, placement, done: see `Plan`.
         visible: for each rank, the source files that it can read.
-        placement: "gather" or "direct".
         budget_bytes: of memory, for each rank.
         writable: for each rank, the target files that it can write; None where the target is shared.
         on_accelerator: the ranks gather through an accelerator's memory, which the budget holds as well.
-        done: what an earlier run has written.
 
     Raises:
-        BudgetTooSmall, UsageError, MissingShard: see `teams` and `steps`.
+        BudgetTooSmall: naming the least that all teams can work with.
+        UsageError, MissingShard: see `form_teams`.
     """
     every_file = frozenset(file.name for file in content.files)
     visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
-    finished = frozenset(
-        n for n, transfer in enumerate(content.transfers) if is_transfer_done(content.ends, transfer, done)
-    )
+    alike = dict(zip(visible, visible, strict=True))  # one object for equal ones, which are then compared in no time
+    visible = [alike[files] for files in visible]
+    listed = enumerate(content.transfers)
+    finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
     teams = form_teams(content.transfers, visible, placement, finished)
-    least_send_bytes = [largest_send_bytes(content.transfers, team, visible) for team in teams]
-    needs = [(len(team.ranks), send_bytes) for team, send_bytes in zip(teams, least_send_bytes, strict=True)]
-    check_budget(budget_bytes, max(least_bytes(*need, on_accelerator=on_accelerator) for need in needs), placement)
-    sizes = tuple(limits(budget_bytes, *need, on_accelerator=on_accelerator) for need in needs)
-    return Plan(content, placement, tuple(visible), teams, sizes, done)
+    least = [
+        Limits(largest_send_bytes(content.transfers, team, visible), len(team.ranks), on_accelerator) for team in teams
+    ]
+    least_bytes = max(limit.total_bytes for limit in least)
+    if budget_bytes < least_bytes:
+        raise BudgetTooSmall(
+            "the memory budget does not hold one step",
+            expected=f"--max-memory-per-rank of at least {-(-least_bytes // 1_000_000)}MB",
+            found=human_bytes(budget_bytes),
+            remedy="raise --max-memory-per-rank"
+            + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
+        )
+    return Plan(content, placement, tuple(visible), teams, tuple(limits(budget_bytes, one) for one in least), done)
 
 
 def schedule_digest(plan: Plan) -> str:
@@ -102,8 +97,8 @@ def schedule_digest(plan: Plan) -> str:
             "version": __version__,
             "content": plan.content.digest,
             "placement": plan.placement,
-            "teams": [asdict(team) for team in plan.teams],
-            "limits": [asdict(limit) for limit in plan.limits],
-            "done": [plan.done.starts, plan.done.ends, sorted(map(astuple, plan.done.gapped))],
+            "teams": [[team.ranks, [astuple(share) for share in team.shares]] for team in plan.teams],
+            "limits": [astuple(limit) for limit in plan.limits],
+            "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }
     )

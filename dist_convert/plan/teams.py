@@ -15,16 +15,15 @@ from itertools import accumulate, pairwise
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.plan.copies import Transfer
 
+_Ranks = tuple[int, ...]
+
 #: Sets of files of which a team must see one each.
 Homes = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Share:
-    """The blocks of one transfer that start at bytes `first_byte` up to (not including) `end_byte` of it.
-
-    `transfer` is its number in the plan.
-    """
+    """The blocks of a transfer, by its number in the plan, that start at byte `first_byte` to before `end_byte`."""
 
     transfer: int
     first_byte: int
@@ -33,111 +32,12 @@ class Share:
 
 def sees_all(homes: Homes, seen: frozenset[str]) -> bool:
     """Whether one file of each set is among those seen."""
-    return all(any(file in seen for file in files) for files in homes)
+    return not any(seen.isdisjoint(files) for files in homes)
 
 
 def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
     """The files that some ranks see together."""
-    return frozenset[str]().union(*(visible[rank] for rank in ranks))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Bytes of transfers that every team gets its part of, so that all members of all teams have about equally much.
-
-    Attributes:
-        teams: that can do them.
-        copies: how often each byte is written.
-        crosses: whether a team of several ranks gathers them.
-        piece: number of the source's piece that they lie in, as members may see one only; 0 where that does not matter.
-    """
-
-    teams: tuple[int, ...]
-    copies: int
-    crosses: bool
-    piece: int
-
-
-def deal(
-    transfers: Sequence[Transfer],
-    groups: Sequence[tuple[int, ...]],
-    bridges: Sequence[tuple[int, ...]],
-    visible: Sequence[frozenset[str]],
-    finished: frozenset[int],
-) -> list[list[Share]]:
-    """Cut each kind of bytes into contiguous stretches, in proportion to the teams' ranks.
-
-    Args:
-        transfers: all of the plan.
-        groups: the ranks of each team.
-        bridges: those of them that do only what no other can.
-        visible: for each rank, the files that it can reach.
-        finished: numbers of the transfers that need no team any more.
-
-    Returns:
-        For each team, its shares.
-
-    Raises:
-        UsageError: no team sees all that a transfer needs.
-    """
-    teams_seeing: dict[frozenset[str], list[int]] = {}
-    for team, ranks in enumerate(groups):
-        teams_seeing.setdefault(union(ranks, visible), []).append(team)
-    able: dict[Homes, tuple[int, ...]] = {}
-    kinds: dict[_Kind, list[Share]] = {}
-    for number, transfer in enumerate(transfers):
-        if number in finished:
-            continue
-        needs = transfer.all_needs
-        if needs not in able:
-            seeing = [team for files, of in teams_seeing.items() if sees_all(needs, files) for team in of]
-            able[needs] = tuple(sorted([team for team in seeing if groups[team] not in bridges] or seeing))
-        teams = able[needs]
-        if not teams:
-            raise UsageError(
-                f"no rank alone sees all shards of {', '.join(transfer.names)}",
-                expected="every rank sees every file, for --placement direct",
-                found="files on the disks of different machines",
-                remedy="use --placement gather",
-            )
-        crosses = transfer.crosses and any(len(groups[team]) > 1 for team in teams)
-        copies = transfer.written_bytes // transfer.size_bytes
-        first = 0
-        for piece, end in transfer.stretches:
-            kinds.setdefault(_Kind(teams, copies, crosses, piece), []).append(Share(number, first, end))
-            first = end
-    shares: list[list[Share]] = [[] for _ in groups]
-    for kind, whole in kinds.items():
-        for position, share in _stretches(whole, [len(groups[team]) for team in kind.teams]):
-            shares[kind.teams[position]].append(share)
-    # In the order of transfers, what is gathered comes between what is not, and both go on at the same time.
-    return [_joined(sorted(of_team, key=lambda share: (share.transfer, share.first_byte))) for of_team in shares]
-
-
-def _joined(shares: Sequence[Share]) -> list[Share]:
-    """Shares that follow each other in one transfer as one: it is expanded once for each share of it."""
-    joined: list[Share] = []
-    for share in shares:
-        if joined and (joined[-1].transfer, joined[-1].end_byte) == (share.transfer, share.first_byte):
-            joined[-1] = replace(joined[-1], end_byte=share.end_byte)
-        else:
-            joined.append(share)
-    return joined
-
-
-def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
-    """What each of several teams gets of some bytes, in proportion to its weight: position of the team, its share."""
-    total_bytes = sum(share.end_byte - share.first_byte for share in whole)
-    borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]
-    start = 0
-    for share in whole:
-        end = start + share.end_byte - share.first_byte
-        begun = bisect_right(borders, start, hi=len(weights))  # stretches that begin with this share or before it
-        for position in range(begun - 1, bisect_left(borders, end, hi=len(weights))):
-            first, last = max(borders[position], start), min(borders[position + 1], end)
-            if first < last:
-                yield position, Share(share.transfer, share.first_byte + first - start, share.first_byte + last - start)
-        start = end
+    return frozenset[str]().union(*{visible[rank] for rank in ranks})
 
 
 @dataclass(frozen=True)
@@ -158,7 +58,7 @@ def form_teams(
 
     Args:
         transfers: all of the plan.
-        visible: for each rank, the shard files that it can read.
+        visible: for each rank, the files that it can reach.
         placement: "gather" or "direct".
         finished: numbers of the transfers that need no team any more.
 
@@ -166,13 +66,85 @@ def form_teams(
         MissingShard: a shard that no rank sees.
         UsageError: direct placement where some shard set is not seen whole by any single rank.
     """
-    bridges: list[tuple[int, ...]] = []
-    if placement == "direct":
-        groups: list[tuple[int, ...]] = [(rank,) for rank in range(len(visible))]
-    else:
+    groups: list[_Ranks] = [(rank,) for rank in range(len(visible))]
+    bridges: list[_Ranks] = []
+    if placement != "direct":
         groups, bridges = _gather_groups(transfers, visible)
-    shares = deal(transfers, groups, bridges, visible, finished)
-    return tuple(Team(ranks, tuple(listed)) for ranks, listed in zip(groups, shares, strict=True))
+    shares: list[list[Share]] = [[] for _ in groups]
+    for teams, whole in _kinds(transfers, groups, bridges, visible, finished):
+        for position, share in _stretches(whole, [len(groups[team]) for team in teams]):
+            shares[teams[position]].append(share)
+    # In the order of transfers, what is gathered comes between what is not, and both go on at the same time.
+    in_order = (_joined(sorted(listed, key=lambda share: (share.transfer, share.first_byte))) for listed in shares)
+    return tuple(map(Team, groups, in_order))
+
+
+def _kinds(
+    transfers: Sequence[Transfer],
+    groups: Sequence[_Ranks],
+    bridges: Sequence[_Ranks],
+    visible: Sequence[frozenset[str]],
+    finished: frozenset[int],
+) -> Iterable[tuple[tuple[int, ...], list[Share]]]:
+    """The teams that can do bytes of one kind, and all of these: each team gets its part of every kind.
+
+    A kind is told by its teams, by how often each byte is written, by whether a team of several ranks gathers it, and
+    by the piece of the source, as members may see one only. So all members of all teams have about equally much.
+    Bridges are teams that do only what no other can.
+    """
+    teams_seeing: dict[frozenset[str], list[int]] = {}
+    for team, ranks in enumerate(groups):
+        teams_seeing.setdefault(union(ranks, visible), []).append(team)
+    able: dict[Homes, tuple[int, ...]] = {}
+    kinds: dict[tuple[tuple[int, ...], int, bool, int], list[Share]] = {}
+    for number, transfer in enumerate(transfers):
+        if number in finished:
+            continue
+        needs = transfer.all_needs
+        if needs not in able:
+            seeing = [team for files, of in teams_seeing.items() if sees_all(needs, files) for team in of]
+            able[needs] = tuple(sorted([team for team in seeing if groups[team] not in bridges] or seeing))
+        teams = able[needs]
+        if not teams:
+            raise UsageError(
+                f"no rank alone sees all shards of {', '.join(transfer.names)}",
+                expected="every rank sees every file, for --placement direct",
+                found="files on the disks of different machines",
+                remedy="use --placement gather",
+            )
+        crosses = transfer.crosses and any(len(groups[team]) > 1 for team in teams)
+        first = 0
+        for piece, end in transfer.stretches:
+            kind = (teams, transfer.written_bytes // transfer.size_bytes, crosses, piece)
+            kinds.setdefault(kind, []).append(Share(number, first, end))
+            first = end
+    return ((teams, whole) for (teams, *_), whole in kinds.items())
+
+
+def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
+    """Shares that follow each other in one transfer as one: it is expanded once for each share of it."""
+    joined: list[Share] = []
+    for share in shares:
+        if joined and (joined[-1].transfer, joined[-1].end_byte) == (share.transfer, share.first_byte):
+            joined[-1] = replace(joined[-1], end_byte=share.end_byte)
+        else:
+            joined.append(share)
+    return tuple(joined)
+
+
+def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
+    """What each of several teams gets of some bytes, in proportion to its weight: position of the team, its share."""
+    total_bytes = sum(share.end_byte - share.first_byte for share in whole)
+    borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]
+    start = 0
+    for share in whole:
+        end = start + share.end_byte - share.first_byte
+        begun = bisect_right(borders, start, hi=len(weights))  # stretches that begin with this share or before it
+        for position in range(begun - 1, bisect_left(borders, end, hi=len(weights))):
+            first, last = max(borders[position], start), min(borders[position + 1], end)
+            if first < last:
+                yield position, Share(share.transfer, share.first_byte + first - start, share.first_byte + last - start)
+        start = end
 
 
 def _shard_sets(transfers: Sequence[Transfer]) -> tuple[Homes, ...]:
@@ -193,26 +165,24 @@ def _replicas(transfer: Transfer) -> float:
 
 def _gather_groups(
     transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+) -> tuple[list[_Ranks], list[_Ranks]]:
     """Ranks that see the same files, merged where only several of them together see a whole set of shards.
 
     Both are split again, for what a rank receives grows with what its team gathers. Where ranks of nodes could do most
-    transfers alone, and few cross the nodes' own disks, each lends some ranks to teams for those, which are returned on
-    their own as well.
+    transfers alone, and few cross the nodes' own disks, each lends some ranks to teams for those: the bridges, which
+    are returned on their own as well.
     """
     classes = _classes(range(len(visible)), visible)
-    whole = [*classes]
-    merged: list[tuple[int, ...]] = []
+    whole, merged = [*classes], list[_Ranks]()
     for homes in dict.fromkeys(transfer.all_needs for transfer in transfers):
         candidates = whole + merged
-        if any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
-            continue
-        chosen = _cover(homes, candidates, visible)
-        whole = [ranks for ranks in whole if ranks not in chosen]
-        merged = [ranks for ranks in merged if ranks not in chosen]
-        merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
-    bridges: list[tuple[int, ...]] = []
-    for ranks in [*merged] if any(transfer.own_targets for transfer in transfers) else []:
+        if not any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
+            chosen = _cover(homes, candidates, visible)
+            whole = [ranks for ranks in whole if ranks not in chosen]
+            merged = [ranks for ranks in merged if ranks not in chosen]
+            merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
+    bridges: list[_Ranks] = []
+    for ranks in [*merged] if any(transfer.has_own_targets for transfer in transfers) else []:
         kept, lent = _lend([part for part in classes if part[0] in ranks], transfers, visible)
         if kept:
             merged.remove(ranks)
@@ -224,7 +194,7 @@ def _gather_groups(
     return sorted(split + bridges), bridges
 
 
-def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
     """The ranks that see the same files."""
     classes: dict[frozenset[str], list[int]] = {}
     for rank in ranks:
@@ -233,22 +203,22 @@ def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[tu
 
 
 def _lend(
-    classes: Sequence[tuple[int, ...]], transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    classes: Sequence[_Ranks], transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
+) -> tuple[list[_Ranks], list[_Ranks]]:
     """What classes of a merged team keep, and the teams of ranks that they lend: one for each set of classes that
     together do transfers which none of them can do alone.
 
     A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that.
     """
-    alone_bytes: Counter[tuple[int, ...]] = Counter()
-    crossing_bytes: Counter[tuple[tuple[int, ...], ...]] = Counter()
+    alone_bytes: Counter[_Ranks] = Counter()
+    crossing_bytes: Counter[tuple[_Ranks, ...]] = Counter()
     for transfer in transfers:
         able = [part for part in classes if sees_all(transfer.all_needs, visible[part[0]])]
         alone_bytes.update(dict.fromkeys(able, transfer.size_bytes))
         if not able and sees_all(transfer.all_needs, union([part[0] for part in classes], visible)):
             crossing_bytes[tuple(sorted(_cover(transfer.all_needs, [*classes], visible)))] += transfer.size_bytes
     kept = {part: part for part in classes}
-    lent: list[tuple[int, ...]] = []
+    lent: list[_Ranks] = []
     for bridged, size_bytes in crossing_bytes.items():
         team: list[int] = []
         for part in bridged:
@@ -263,26 +233,26 @@ def _lend(
     return list(kept.values()), lent
 
 
-def _cover(homes: Homes, candidates: list[tuple[int, ...]], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    chosen: list[tuple[int, ...]] = []
+def _cover(homes: Homes, candidates: list[_Ranks], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+    """The first candidates that together see one file of each set."""
+    chosen: list[_Ranks] = []
     for files in homes:
-        if any(file in union(ranks, visible) for ranks in chosen for file in files):
-            continue
-        seeing = [ranks for ranks in candidates if any(file in union(ranks, visible) for file in files)]
-        if not seeing:
-            raise MissingShard("no rank sees a shard", expected=" or ".join(files), found="nothing")
-        chosen.append(seeing[0])
+        if union([rank for ranks in chosen for rank in ranks], visible).isdisjoint(files):
+            seeing = next((ranks for ranks in candidates if not union(ranks, visible).isdisjoint(files)), None)
+            if seeing is None:
+                raise MissingShard("no rank sees a shard", expected=" or ".join(files), found="nothing")
+            chosen.append(seeing)
     return chosen
 
 
-def _split(ranks: tuple[int, ...], sets: tuple[Homes, ...], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+def _split(ranks: _Ranks, sets: tuple[Homes, ...], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
     """A team for each set of shards, as far as there are ranks, and no more ranks in a team than shards in a set."""
     served = sum(sees_all(homes, visible[ranks[0]]) for homes in sets)
     least_teams = -(-len(ranks) // max(len(homes) for homes in sets))
     return list(_parts(ranks, min(len(ranks), max(least_teams, served))))
 
 
-def _split_merged(ranks: tuple[int, ...], visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+def _split_merged(ranks: _Ranks, visible: Sequence[frozenset[str]]) -> list[_Ranks]:
     """As many teams as can have a rank of each kind: all of them see the same files together."""
     classes = _classes(ranks, visible)
     teams = min(map(len, classes))
@@ -290,6 +260,6 @@ def _split_merged(ranks: tuple[int, ...], visible: Sequence[frozenset[str]]) -> 
     return [tuple(sorted(rank for part in parts for rank in part)) for parts in parted]
 
 
-def _parts(ranks: tuple[int, ...], parts: int) -> Iterator[tuple[int, ...]]:
+def _parts(ranks: _Ranks, parts: int) -> Iterator[_Ranks]:
     """So many stretches of ranks, about equally long."""
     return (ranks[first:end] for first, end in pairwise(part * len(ranks) // parts for part in range(parts + 1)))

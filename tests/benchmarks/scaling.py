@@ -20,15 +20,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_convert.plan.assign import assigned_blocks, bands_of_share
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.plan.steps import messages
+from dist_convert.plan.steps import blocks_of_team, messages, steps_of
 from tests.plan.headers import FULL_SIZE, plan_to_huggingface, plan_to_megatron, shards
 
 MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")
@@ -101,7 +99,7 @@ def load(content: Content, placement: str, ranks: int, content_seconds: float = 
     started = time.process_time()
     plan = divide(content, seen, placement=placement.split()[0], budget_bytes=1_000_000_000)
     schedule_digest(plan)
-    for _ in plan.steps(0):
+    for _ in steps_of(plan, 0):
         pass
     plan_seconds = content_seconds + time.process_time() - started
     by_rank = dict(pair for number in range(len(plan.teams)) for pair in _team_load(plan, number))
@@ -111,16 +109,15 @@ def load(content: Content, placement: str, ranks: int, content_seconds: float = 
 
 def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """For each rank of a team, the bytes of `Load` from `read` to `buffers`."""
-    team, content = plan.teams[number], plan.content
+    team = plan.teams[number]
     members = len(team.ranks)
     read, written, received = [0] * members, [0] * members, [0] * members
-    bands_of = partial(bands_of_share, content.ends, content.transfers, team, plan.visible)
-    for block in assigned_blocks(bands_of, team, plan.visible, plan.done):
+    for block in blocks_of_team(plan, team):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes
         for write in block.writes:
             written[write.writer] += write.target.size_bytes
-    gathers = [step for step in plan.steps(team.ranks[0]) if step.send_bytes] if members > 1 else []
+    gathers = [step for step in steps_of(plan, team.ranks[0]) if step.send_bytes] if members > 1 else []
     for message in (message for step in gathers for message in messages(step)):
         received[message.receiver] += message.size_bytes
     gathered = sum(step.send_bytes for step in gathers) * members

@@ -27,7 +27,7 @@ with importing():  # as the command does
     import dist_convert.api
     from dist_convert.move.pipeline import Moved
     from dist_convert.plan.plan import Plan
-    from dist_convert.plan.steps import messages
+    from dist_convert.plan.steps import messages, steps_of
     from dist_convert.ranks.collectives import World, barrier
 
 from tests.benchmarks.machine import COPY
@@ -56,7 +56,7 @@ def noting_messages(load_of: Callable[..., Any], record: dict[str, Any]) -> Call
 
     def call(plan: Plan, rank: int) -> Any:
         team = plan.teams[plan.place_of(rank)[0]].ranks
-        steps = (messages(step) for step in plan.steps(rank) if step.send_bytes)
+        steps = (messages(step) for step in steps_of(plan, rank) if step.send_bytes)
         record["messages"] = [[(team[m.sender], team[m.receiver], m.size_bytes) for m in of_step] for of_step in steps]
         return load_of(plan, rank)
 

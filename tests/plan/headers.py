@@ -18,7 +18,7 @@ from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.models.schema import Architecture
 from dist_convert.plan.content import Content, plan_content
 from dist_convert.plan.plan import Plan, divide
-from dist_convert.plan.steps import Step
+from dist_convert.plan.steps import Step, steps_of
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 ONE = Grid()
@@ -193,10 +193,7 @@ def plan_to_huggingface(
         source,
         catalog_of_files(a, files),
         files,
-        title=source.title,
-        params_dtype=source.params_dtype,
         target_dtype=target_dtype,
-        kept_dtypes=source.kept_dtypes,
         left_behind=left_behind,
     )
 
@@ -210,8 +207,6 @@ def plan_to_megatron(
         catalog_of_files(a, to_hf.files),
         target,
         files_of_headers(made),
-        title=target.title,
-        params_dtype="BF16",
         repeat_last_row=repeat_last_row,
     )
 
@@ -243,7 +238,7 @@ def steps_by_rank(plan: Plan) -> Iterator[tuple[int, int, list[Step]]]:
     """(rank, its position in its team, its steps) for every rank, in order."""
     for rank in range(len(plan.visible)):
         _, member = plan.place_of(rank)
-        yield rank, member, list(plan.steps(rank))
+        yield rank, member, list(steps_of(plan, rank))
 
 
 def written_intervals(steps: Iterable[Step], member: int) -> Iterator[Interval]:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from dist_convert.plan.plan import divide, schedule_digest
+from dist_convert.plan.steps import steps_of
 from tests.plan.headers import FULL_SIZE, Interval, cover_faults, plan_to_huggingface, shards, written_intervals
 
 
@@ -37,7 +38,7 @@ def planned(name: str, placement: str, world: int, most_ranks: int | None = None
     intervals: list[Interval] = []
     for rank in ranks:
         started = time.process_time()
-        steps = list(plan.steps(rank))
+        steps = list(steps_of(plan, rank))
         steps_seconds = max(steps_seconds, time.process_time() - started)
         team, member = plan.place_of(rank)
         written = list(written_intervals(steps, member))

@@ -12,9 +12,10 @@ from dist_convert.errors import ConversionError, Problems
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import TensorMeta
 from dist_convert.models.llama import LLAMA, MLP
 from dist_convert.models.schema import Architecture, Family, Row, ZeroTensor, norm, part
-from dist_convert.plan.content import Content
+from dist_convert.plan.content import Content, plan_content
 from tests import checkpoints
 from tests.plan import arrays
 from tests.plan.headers import (
@@ -147,3 +148,15 @@ def test_a_tensor_of_the_target_that_nothing_fills_is_refused() -> None:
     with pytest.raises(ConversionError) as error:
         plan_to_megatron(content(architecture()), {file: replace(shard, chunks=(more,))}, architecture())
     assert (error.value.tensor, error.value.file) == ("decoder.other.weight", file)
+
+
+def test_a_tensor_that_its_regions_do_not_cover_is_named_though_they_cover_others_of_the_same_geometry() -> None:
+    source = content(architecture()).ends.source
+    assert isinstance(source, TorchCatalog)
+    name = "model.layers.1.mlp.down_proj.weight"
+    larger = replace(source, tensors={**source.tensors, name: TensorMeta((32, 24), "BF16")})
+    with pytest.raises(Problems) as error:
+        plan_content(larger, larger, ())
+    assert [(problem.tensor, problem.found) for problem in error.value.problems] == [
+        (name, "rows are covered up to 16 of 32")
+    ] * 2

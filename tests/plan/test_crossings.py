@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dist_convert.plan.assign import Part, Read, Write
 from dist_convert.plan.limits import Limits
-from dist_convert.plan.steps import Step, messages, received_bytes
+from dist_convert.plan.steps import Part, Read, Step, Write, messages, received_bytes
 from dist_convert.records import Message, View
 
 
@@ -50,11 +49,11 @@ def test_a_piece_that_a_member_writes_to_several_files_comes_once() -> None:
 def test_over_gloo_a_member_receives_its_messages_and_on_an_accelerator_everything() -> None:
     passed = messages(TWO_BLOCKS)
     for member in (0, 1):
-        assert received_bytes(TWO_BLOCKS, passed, member, Limits(4096, 256, members=2)) == 128
-        assert received_bytes(TWO_BLOCKS, passed, member, Limits(4096, 256, members=2, on_accelerator=True)) == 512
+        assert received_bytes(TWO_BLOCKS, passed, member, Limits(256, members=2)) == 128
+        assert received_bytes(TWO_BLOCKS, passed, member, Limits(256, members=2, on_accelerator=True)) == 512
 
 
 def test_a_step_in_which_nothing_crosses_receives_nothing() -> None:
     alone = Step((read(0, 0),), (write(0, 0),), send_bytes=0)
     assert messages(alone) == []
-    assert received_bytes(alone, messages(alone), 0, Limits(4096, 0, members=2)) == 0
+    assert received_bytes(alone, messages(alone), 0, Limits(0, members=2)) == 0

@@ -32,8 +32,7 @@ JOINED: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
 def test_windows_are_joined_to_as_few_stretches_as_they_fill(name: str) -> None:
     written, stretches = JOINED[name]
     done = Done.of(windows(*written))
-    assert done.starts == {FILE: tuple(start for start, _ in stretches)}
-    assert done.ends == {FILE: tuple(end for _, end in stretches)}
+    assert done.stretches == {FILE: stretches}
 
 
 @pytest.mark.parametrize(

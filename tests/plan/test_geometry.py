@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.compare.elements import PiecesOfShards, check_element
+from dist_convert.compare.elements import check_tensor
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.geometry import Place, places, shard_size
 from dist_convert.models.llama import EMBEDDING, MLP, QKV
@@ -121,10 +121,8 @@ def rebuilt(model: checkpoints.Model, grid: checkpoints.Grid, **spelled: str) ->
     arrays.assert_rebuilt(made, arrays.copies(made.content))
     catalog = arrays.shards_of(made)
     for name, meta in catalog.tensors.items():
-        regions = catalog.regions(name)
-        pieces: PiecesOfShards = {}
-        for row, column in product(range(meta.rows), range(meta.columns) if name in catalog.parameters else ()):
-            check_element(catalog, name, regions, pieces, row, column)
+        if name in catalog.parameters:
+            check_tensor(catalog, name, product(range(meta.rows), range(meta.columns)))
 
 
 @given(

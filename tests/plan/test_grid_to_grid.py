@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.plan.copies import Ends, bands, blocks_of_band, plan_transfers
+from dist_convert.plan.content import plan_content
+from dist_convert.plan.copies import Ends, bands, blocks_of_band
 from dist_convert.records import Block
 from tests.checkpoints import Grid, Model
 from tests.plan import arrays
@@ -43,9 +44,8 @@ def as_target(made: Made) -> TorchCatalog:
 
 def planned(source: Made, target: Made) -> list[Block]:
     """All blocks between the files of two checkpoints."""
-    ends = Ends(arrays.shards_of(source), as_target(target))
-    transfers = plan_transfers(ends, (), frozenset()).transfers
-    found = [(transfer, band) for transfer in transfers for band in bands(ends, transfer.names)]
+    made = plan_content(arrays.shards_of(source), as_target(target), ())
+    found = [(transfer, band) for transfer in made.transfers for band in bands(made.ends, transfer.names)]
     return [block for transfer, band in found for block in blocks_of_band(transfer, band)]
 
 

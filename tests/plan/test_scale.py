@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.torch.survey import files_of_headers, open_catalog
+from dist_convert.plan.content import plan_content
+from dist_convert.plan.copies import Ends, Stored, bands_of
+from dist_convert.plan.plan import schedule_digest
+from dist_convert.records import Block
 from tests.benchmarks import scaling
+from tests.plan import headers
+from tests.plan.headers import FULL_SIZE
 
 ROOT = Path(__file__).parents[2]
 
 #: Of the processor, far beyond the one or two that it takes: only a planner that has become slower by orders fails.
 PATIENCE_SECONDS = 30
+
+#: Of a plan for 1,024 ranks: the processor's time, and memory.
+PLAN_SECONDS, PLAN_BYTES = 5, 150_000_000
 
 LLAMA_405B, LLAMA_70B = "Llama-3.1-405B TP8 PP16", "Llama-3.1-70B TP8 PP4"
 MIXTRAL_8X22B, MIXTRAL_8X7B = "Mixtral-8x22B TP2 PP4 EP8", "Mixtral-8x7B TP4 EP2"
@@ -76,6 +90,49 @@ def test_a_thousand_ranks_with_one_shard_each_form_teams_as_large_as_a_tensor_pa
     assert found["teams"] == teams
     assert found["different_gathers"] == found["teams_seen"] == 1
     assert found["overlaps"] == 0
+
+
+@pytest.mark.parametrize("pair", ["megatron-to-hf", "hf-to-megatron", "megatron-to-megatron"])
+@pytest.mark.parametrize(("name", "other"), [(LLAMA_405B, Grid(4, 14, 1, 1, 4)), (MIXTRAL_8X22B, Grid(4, 2, 1, 4, 4))])
+def test_each_pair_of_formats_is_planned_for_a_thousand_ranks_in_seconds_and_little_memory(
+    name: str, other: Grid, pair: str
+) -> None:
+    model, grid, layers = FULL_SIZE[name]
+    source, target = headers.shards(model, grid, layers), headers.shards(model, other)
+    known = headers.plan_to_huggingface(source, model) if pair == "hf-to-megatron" else None
+
+    def planned_once() -> float:
+        started = time.process_time()
+        if known is not None:
+            content = headers.plan_to_megatron(known, source, model)
+        elif pair == "megatron-to-hf":
+            content = headers.plan_to_huggingface(source, model)
+        else:
+            ends = open_catalog(source, model)[0], open_catalog(target, model, with_tied_copies=True)[0]
+            content = plan_content(*ends, files_of_headers(target), repeat_last_row=True)
+        schedule_digest(headers.plan(content, scaling.visible(content, "gather own", 1024), "gather"))
+        return time.process_time() - started
+
+    assert planned_once() < PLAN_SECONDS
+    tracemalloc.start()
+    planned_once()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < PLAN_BYTES
+
+
+def test_what_tensors_of_equal_geometry_have_in_common_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked_out: list[object] = []
+
+    def counting(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
+        worked_out.append(listed)
+        return bands_of(ends, listed)
+
+    monkeypatch.setattr("dist_convert.plan.content.bands_of", counting)
+    model = headers.architecture(layers=60, experts=64)
+    made = headers.content(model, Grid(tensor=2, pipeline=2, expert=2, expert_tensor=2))
+    assert len(made.transfers) == 60 * (5 + 2 * 64) + 3
+    assert len(worked_out) < 100
 
 
 @pytest.mark.parametrize(

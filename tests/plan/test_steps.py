@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -14,12 +13,11 @@ from hypothesis import strategies as st
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.shards import Shard
-from dist_convert.plan.assign import Assigned, assigned_blocks, bands_of_share, blocks_of_member
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
-from dist_convert.plan.limits import ALIGNMENT_BYTES, least_bytes, limits
+from dist_convert.plan.limits import ALIGNMENT_BYTES, STEP_BYTES, Limits, limits
 from dist_convert.plan.plan import Plan, schedule_digest
-from dist_convert.plan.steps import Step
+from dist_convert.plan.steps import Step, blocks_of_member, blocks_of_team
 from dist_convert.plan.teams import Team
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import (
@@ -86,10 +84,10 @@ def assert_buffers_suffice(divided: Plan, budget_bytes: int) -> None:
                 assert read.offset_bytes >= ends[read.reader]
                 ends[read.reader] = read.offset_bytes + read.size_bytes
             if step.send_bytes:
-                assert max(ends.values()) <= step.send_bytes <= min(limit.send_bytes, limit.step_bytes)
+                assert max(ends.values()) <= step.send_bytes <= min(limit.send_bytes, STEP_BYTES)
                 assert step.send_bytes % 4 == 0  # it is sent as int32
             else:
-                assert max(ends.values()) == ends[member] <= limit.step_bytes
+                assert max(ends.values()) == ends[member] <= STEP_BYTES
 
 
 @contents
@@ -108,15 +106,12 @@ def test_a_step_without_traffic_is_read_and_written_by_the_same_rank(name: str) 
             assert {read.reader for step in alone for read in step.reads} <= {member}
 
 
-def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Assigned]:
+def blocks_of(divided: Plan, team: Team, member: int | None = None) -> list[Step]:
     """A team's blocks as one member takes them; without a member all of them, in the order of the plan."""
-    ends, transfers, visible, done = divided.content.ends, divided.content.transfers, divided.visible, divided.done
-    if member is not None:
-        return list(blocks_of_member(ends, transfers, team, visible, done, member))
-    return list(assigned_blocks(partial(bands_of_share, ends, transfers, team, visible), team, visible, done))
+    return list(blocks_of_team(divided, team) if member is None else blocks_of_member(divided, team, member))
 
 
-def movers_of(block: Assigned) -> set[int]:
+def movers_of(block: Step) -> set[int]:
     return {read.reader for read in block.reads} | {write.writer for write in block.writes}
 
 
@@ -238,21 +233,21 @@ def test_the_least_budget_that_a_refusal_names_holds_every_step_whatever_ranks_s
 @pytest.mark.parametrize("on_accelerator", [False, True], ids=["CPU", "accelerator"])
 def test_the_least_budget_of_any_team_is_accepted(on_accelerator: bool, members: int, shards_of_block: int) -> None:
     least_send_bytes = BLOCK_BYTES // shards_of_block // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    least = least_bytes(members, least_send_bytes, on_accelerator=on_accelerator)
-    limit = limits(least, members, least_send_bytes, on_accelerator=on_accelerator)
+    least = Limits(least_send_bytes, members, on_accelerator)
+    limit = limits(least.total_bytes, least)
     assert limit.send_bytes >= least_send_bytes
-    assert limit.total_bytes <= least
+    assert limit.total_bytes <= least.total_bytes
 
 
 def test_the_budget_holds_an_accelerators_staging_and_pinned_memory_in_powers_of_two() -> None:
     # In KiB: three slots of 4160 read and 3 x 4160 received, pinned as 8192 and 16384; five blocks of 4096; 4160
     # sent and 12480 received on a card. Over gloo there is a slot more: of the step on its way between ranks.
-    pinned = limits(1000 * MB, 3, 1 << 20, on_accelerator=True)
+    pinned = limits(1000 * MB, Limits(1 << 20, 3, on_accelerator=True))
     assert pinned.total_bytes == (3 * (8192 + 16384) + 5 * 4096 + 4160 + 12480) << 10
-    assert limits(1000 * MB, 3, 1 << 20).total_bytes == (4 * (4160 + 12480) + 5 * 4096) << 10
-    assert limits(1000 * MB, 3, 0).total_bytes == (3 * 4160 + 5 * 4096) << 10  # nothing crosses
+    assert limits(1000 * MB, Limits(1 << 20, 3)).total_bytes == (4 * (4160 + 12480) + 5 * 4096) << 10
+    assert limits(1000 * MB, Limits(0, 3)).total_bytes == (3 * 4160 + 5 * 4096) << 10  # nothing crosses
     for budget_bytes in range(80 * MB, 400 * MB, 7 * MB):
-        assert limits(budget_bytes, 3, 1 << 20, on_accelerator=True).total_bytes <= budget_bytes
+        assert limits(budget_bytes, Limits(1 << 20, 3, on_accelerator=True)).total_bytes <= budget_bytes
 
 
 def test_the_content_digest_is_the_same_for_any_ranks_placement_and_budget_and_the_schedule_digest_is_not() -> None:

@@ -197,7 +197,7 @@ def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_al
     for world in (4, 8, 16):
         divided = plan(made, own_shards(made, range(world), world), "gather")
         _, member, steps = next(headers.steps_by_rank(divided))
-        gathered = Limits(0, 0, members=len(divided.teams[0].ranks), on_accelerator=True)
+        gathered = Limits(0, members=len(divided.teams[0].ranks), on_accelerator=True)
         totals_bytes.append(sum(received_bytes(step, messages(step), member, gathered) for step in steps))
     # What is cut along columns, of the eight layers of a stage: output and down projections.
     whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, blocks, deal, is_sampled
-from dist_convert.compare.catalog import Checkpoint
+from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, Checkpoint, blocks, deal, is_sampled
 from dist_convert.errors import UsageError
 from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture

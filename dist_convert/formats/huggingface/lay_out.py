@@ -46,10 +46,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         source,
         catalog_of_files(source.architecture, files),
         files,
-        title=source.title,
-        params_dtype=source.params_dtype,
         target_dtype=target_dtype,
-        kept_dtypes=source.kept_dtypes,
         left_behind=left_behind,
     )
     if isinstance(model, HuggingFaceModel):
@@ -154,7 +151,7 @@ def _notes(target: HuggingFaceTarget) -> list[str]:
     claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}
     notes += vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
-    stored = TORCH_NAMES[content.params_dtype]
+    stored = TORCH_NAMES[content.ends.source.params_dtype]
     if trained in TORCH_NAMES.values() and trained != stored:
         notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
     notes += notes_on_content(content)

@@ -180,7 +180,7 @@ Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's
 | Conversion | |
 |---|---|
 | Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
-| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.params_dtype]} |
+| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.ends.source.params_dtype]} |
 | Converted by | dist_convert {__version__} with torch {torch.__version__} |
 | Weights load with | transformers 4.49 and later |
 | Tokenizer at conversion | {_origin(model.tokenizer)} |

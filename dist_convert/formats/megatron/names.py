@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from dist_convert.records import StoredTensor, View
@@ -122,6 +123,7 @@ def synonyms(megatron: str) -> tuple[tuple[str, str], ...]:
     return (("canonical", megatron), *_SYNONYMS.get(megatron, ()))
 
 
+@lru_cache(maxsize=8)  # it is asked for again for each file, and for each tensor that is stacked
 def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
     """Every way in which a canonical parameter may be stored.
 

@@ -5,13 +5,13 @@ It serves a source, from the headers of its files, and a target, from those that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.geometry import Place, padding_places, places
+from dist_convert.formats.megatron.geometry import Place, padding_places, places, shard_size
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
 from dist_convert.formats.megatron.names import ExpertNumber, Piece, Spelling
 from dist_convert.formats.megatron.parameters import Parameter, Replica, parameters_of, stored_regions
@@ -64,16 +64,18 @@ class TorchCatalog:
         if name not in self.parameters:
             return (Region(meta.box, ()),)
         parameter, number = self.parameters[name]
-        row, sizes, shards = parameter.row, self._sizes, parameter.shards
-        wanted = places(row, number, sizes, shards, is_per_shard=parameter.is_per_shard)
-        return tuple(self._stored(parameter, wanted))
+        row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
+        key = (id(row), shards, is_per_shard, number)
+        if key not in self._places:
+            self._places[key] = tuple(places(row, number, self.sizes, shards, is_per_shard=is_per_shard))
+        return tuple(self._stored(parameter, self._places[key]))
 
     def padding(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         if name not in self.parameters:
             return ()
         parameter, _ = self.parameters[name]
-        return tuple(self._stored(parameter, padding_places(parameter.row, self._sizes, parameter.shards)))
+        return tuple(self._stored(parameter, tuple(padding_places(parameter.row, self.sizes, parameter.shards))))
 
     def checksum(self, view: View) -> int | None:
         """What the file tells of a stored tensor, where all of it is one copy or several."""
@@ -94,13 +96,36 @@ class TorchCatalog:
         dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
         return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
 
-    @property
-    def _sizes(self) -> Mapping[str, int]:
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """See `Architecture.sizes`."""
         return self.architecture.sizes()
 
-    def _stored(self, parameter: Parameter, wanted: Iterable[Place]) -> Iterator[Region]:
+    @cached_property
+    def known_sizes(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
+        """What `shard_size_of` has found, by a row of the table and how it is cut: for all layers and experts."""
+        return {}
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int, bool, int], tuple[Place, ...]]:
+        """Those of a row's tensors, which are the same for all layers and experts too."""
+        return {}
+
+    @cached_property
+    def _latest(self) -> dict[int, dict[int, tuple[Replica, ...]]]:
+        """The shards of the parameter that was asked for last: the tensors stacked into it follow each other."""
+        return {}
+
+    def _stored(self, parameter: Parameter, wanted: Sequence[Place]) -> Iterator[Region]:
         add = self.add_to_norms if parameter.row.is_norm else 0
-        return stored_regions(wanted, lambda shard: equal_replicas(self, parameter, shard), add)
+        found = self._latest.get(id(parameter))
+        if found is None:
+            self._latest.clear()
+            found = self._latest[id(parameter)] = {}
+        for place in wanted:
+            if place.shard not in found:
+                found[place.shard] = equal_replicas(self, parameter, place.shard)
+        return stored_regions(wanted, found.__getitem__, add)
 
 
 def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -127,6 +152,16 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
 def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
     """All Megatron parameters of the model."""
     return parameters_of(catalog.architecture, catalog.grid, imported_experts=catalog.imported_experts)
+
+
+def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
+    """Rows and columns of each shard of a parameter."""
+    row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
+    known = catalog.known_sizes
+    key = (id(row), shards, is_per_shard)
+    if key not in known:
+        known[key] = shard_size(row, catalog.sizes, shards, is_per_shard=is_per_shard)
+    return known[key]
 
 
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
@@ -163,11 +198,9 @@ def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, .
     return megatron_names.spellings(parameter.row.megatron, layer, number)
 
 
-def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spelling) -> Replica | None:
-    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, columns: int) -> Replica | None:
     if any(piece.name not in stored for piece in spelling.pieces):
         return None
-    rows, columns = parameter.shard_size(catalog.architecture)
     found = []
     for piece in spelling.pieces:
         piece_rows = rows // piece.parts
@@ -180,7 +213,9 @@ def _views(catalog: TorchCatalog, parameter: Parameter, file: str, spelling: Spe
 
 def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> dict[Spelling, Replica]:
     """The spellings whose pieces a file stores in fitting shapes, and where."""
-    found = ((spelling, _views(catalog, parameter, file, spelling)) for spelling in _spellings(catalog, parameter))
+    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
+    size = shard_size_of(catalog, parameter)
+    found = ((spelling, _views(stored, spelling, *size)) for spelling in _spellings(catalog, parameter))
     return {spelling: views for spelling, views in found if views is not None}
 
 
