@@ -7,6 +7,7 @@ errors are the exceptions of `dist_convert.errors`. Heavy imports come with the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from dist_convert import errors
 from dist_convert.errors import ConversionError
 from dist_convert.options import CONVERT, FORMATS, Options, VerifyJob, check_values, options_of
-from dist_convert.ranks.listener import Collector
 from dist_convert.records import __version__, parse_bytes
 
 __all__ = ["ConversionError", "__version__", "convert", "errors", "inspect", "open", "verify"]
@@ -80,12 +80,8 @@ def convert(
     from dist_convert.ranks.collectives import alone, joined_group
     from dist_convert.ranks.embedded import Embedded
 
-    listener = Collector(on_progress)
-    if group is None:
-        world = alone()
-        return convert_job(job, world, Embedded(world, listener, cancel))
-    with joined_group(group, job.timeout_seconds) as world:
-        return convert_job(job, world, Embedded(world, listener, cancel))
+    with contextlib.nullcontext(alone()) if group is None else joined_group(group, job.timeout_seconds) as world:
+        return convert_job(job, world, Embedded(world, on_progress, cancel))
 
 
 def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, given: Mapping[str, Any]) -> Options:
@@ -185,7 +181,7 @@ def verify(
         raise errors.UsageError("not a share", expected="above 0 and up to 1", found=sample)
     world = alone()
     job = VerifyJob(Path(a), Path(b), sample=share, **values)
-    return verify_job(job, world, Embedded(world, Collector(on_progress), cancel))
+    return verify_job(job, world, Embedded(world, on_progress, cancel))
 
 
 def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from dist_convert.errors import Cancelled
 from dist_convert.ranks.collectives import World, barrier
-from dist_convert.ranks.listener import Listener
 
 
 class Control(Protocol):
@@ -29,58 +28,62 @@ class Control(Protocol):
         """Show the progress of all ranks until the block ends."""
 
     def say(self, event: str, text: str, **details: Any) -> None:
-        """Tell the user, on rank 0; see `Listener`."""
+        """Tell the user, on rank 0: an event's kind, its text for people, and JSON values for programs."""
 
     def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
-        """Do something on some ranks, however long it takes; all return when it is done on each of them."""
+        """Do something on some ranks, however long it takes; all return when it is done on each of them.
+
+        Args:
+            ranks: that do it. The others wait, outside of any collective.
+            name: of the work, once in a run.
+            work: what these ranks do. Where it fails, all end as with any failure.
+            timeout_seconds: how long such a rank may show no sign of life.
+
+        Raises:
+            LostRank: a rank is silent for longer.
+        """
 
 
 class Embedded:
-    """A `Control` without threads or a store.
+    """A `Control` without threads or a store; it says nothing, as a report holds all of it.
 
     Args:
         world: this rank.
-        listener: hears what rank 0 says, and the progress of this rank.
+        on_progress: is called with the bytes that this rank has done, and those of the whole work, from any thread.
         cancel: is asked between two steps whether to end.
     """
 
-    def __init__(self, world: World, listener: Listener, cancel: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> None:
         self._world = world
-        self._listener = listener
+        self._on_progress = on_progress
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._done_bytes = 0
-        self._update: Callable[[int], None] | None = None
+        self._done_bytes = self._total_bytes = 0
 
     def doing(self, what: str) -> None:
-        """See `Control`."""
         if self._cancel is not None and self._cancel():
             raise Cancelled
 
     def add_progress(self, size_bytes: int) -> None:
-        """See `Control`."""
         with self._lock:
             self._done_bytes += size_bytes
-            if self._update is not None:
-                self._update(self._done_bytes)
+            if self._on_progress is not None:
+                self._on_progress(self._done_bytes, self._total_bytes)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[None]:
-        """See `Control`."""
-        with self._listener.progress(total_bytes, what) as update:
-            self._done_bytes, self._update = 0, update
-            try:
-                yield
-            finally:
-                self._update = None
+        self._done_bytes, self._total_bytes = 0, total_bytes
+        yield
 
     def say(self, event: str, text: str, **details: Any) -> None:
-        """See `Control`."""
-        if self._world.rank == 0:
-            self._listener.say(event, text, **details)
+        """Nothing."""
 
     def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
-        """See `Control`; how long it may take is decided by the control group."""
         if self._world.rank in ranks:
             work()
-        barrier(self._world)
+        barrier(self._world)  # which decides how long it may take
