@@ -77,8 +77,8 @@ def convert(
 
         return convert_in_ranks(job, ranks, on_progress, cancel)
     from dist_convert.api import convert as convert_job
+    from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone, joined_group
-    from dist_convert.ranks.embedded import Embedded
 
     with contextlib.nullcontext(alone()) if group is None else joined_group(group, job.timeout_seconds) as world:
         return convert_job(job, world, Embedded(world, on_progress, cancel))
@@ -166,8 +166,8 @@ def verify(
         ConversionError: see `dist_convert.errors`.
     """
     from dist_convert.compare.verify import verify as verify_job
+    from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone
-    from dist_convert.ranks.embedded import Embedded
 
     known = {_plain_name(one.name): one.name for one in fields(VerifyJob)}
     unknown = [name for name in options if _plain_name(name) not in known or name in ("json", "timeout")]

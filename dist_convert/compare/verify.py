@@ -22,8 +22,8 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.open import settled, where_of
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
-from dist_convert.ranks.embedded import Control
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.task import Task
 

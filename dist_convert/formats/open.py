@@ -13,8 +13,8 @@ from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.models.catalog import Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, TORCH, Options, path_flags
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import no_directory
 from dist_convert.write.partial import refuse_unfinished
 

@@ -4,6 +4,9 @@ A thread on every rank watches the store where they meet. A rank that fails post
 prints it once; then every rank leaves with the same exit code, instead of a crowd of broken connections. A signal to
 one rank is a failure of all, which leaves main threads some seconds to end between two steps. Every rank posts a beat
 a second with what it does, so that one that no longer moves is found out and named.
+
+Inside a program that has called a function (`Embedded`) there is nothing of this: no thread is started, no signal
+caught, no process ended, and ranks tell each other only what their collectives do.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from itertools import chain, repeat
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
+from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_contact
 from dist_convert.ranks.answer import answer_within
+from dist_convert.ranks.collectives import World, barrier, named_loss
 from dist_convert.ranks.log import Log
 
 BEAT_SECONDS = 1.0
@@ -102,12 +106,13 @@ class Failures:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said: how often it has, on which machine it is, and what its main thread does."""
+    """What a rank last said: how often it has, where it is, what its main thread does, and the bytes that are done."""
 
     rank: int
     count: int
     host: str
     doing: str
+    done_bytes: int
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}, last heard of while {self.doing}"
@@ -141,8 +146,6 @@ class Watchdog:
 class Channel:
     """One rank's connection to the others, beside the process group; alone, it prints and heeds signals.
 
-    It is a `Control`, whose methods are explained there.
-
     Args:
         rank, size: of the world.
         take_signal: tells the number of a signal that has come and ends the conversion; see `signals.noted`.
@@ -161,10 +164,9 @@ class Channel:
         self._rank = rank
         self._take_signal = take_signal
         self._log = log or Log()
-        self._lock = threading.Lock()  # of the next three
+        self._lock = threading.Lock()  # of the next two
         self._stopped_by: int | None = None
-        self._unsent_bytes = 0
-        self._sent_bytes = 0
+        self._done_bytes = 0
         self._on_progress: Callable[[int], object] | None = None
         self._doing = "starting"
         self._long_work: str | None = None
@@ -179,16 +181,19 @@ class Channel:
         self._watcher.start()
 
     def doing(self, what: str) -> None:
+        """Note what the main thread does from now on; raises `Interrupted` where the work is to end."""
         self._doing = what
         if (number := self._signal()) is not None:
             raise Interrupted(number)
 
     def say(self, event: str, text: str, **details: Any) -> None:
+        """Tell the user, on rank 0: an event's kind, its text for people, and JSON values for programs."""
         if self._rank == 0:
             self._log.say(event, text, **details)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[None]:
+        """Show the progress of all ranks until the block ends."""
         if self._rank != 0:
             yield
             return
@@ -199,30 +204,39 @@ class Channel:
             update(total_bytes)  # the last counts of other ranks may still be on their way
 
     def add_progress(self, size_bytes: int) -> None:
+        """Count bytes that are done; any thread may call it."""
         with self._lock:
-            self._unsent_bytes += size_bytes
-        if self._store is None:
-            self._send_progress()
+            self._done_bytes += size_bytes
+        if self._store is None and (show := self._on_progress) is not None:
+            show(self._done_bytes)
 
     def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
+        """Do something on some ranks, however long it takes; all return when it is done on each of them.
+
+        Args:
+            ranks: that do it. The others wait, outside of any collective.
+            name: of the work, once in a run.
+            work: what these ranks do. Where it fails, all end as with any failure.
+            timeout_seconds: how long such a rank may show no sign of life.
+
+        Raises:
+            LostRank: a rank is silent for longer.
+        """
         if self._rank in ranks:
             self._long_work = name
             work()
         if self._store is None:
             return
-        try:
+        with named_loss():
             if self._rank in ranks:
                 self._store.set(f"{name}/{self._rank}/done", "1")
             _wait_for_work(self._store, ranks, name, timeout_seconds)
-        except DistError as error:
-            raise lost_contact(str(error).splitlines()[0]) from error
         self._long_work = None
 
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
         self._closed.set()
         self._watcher.join(timeout=_PATIENCE_SECONDS)
-        self._send_progress()
 
     def fail(self, message: str, exit_code: int) -> int:
         """Report this rank's failure and wait until it has been printed, once for all ranks.
@@ -317,7 +331,6 @@ class Channel:
                     return
                 failures.await_print(_PATIENCE_SECONDS)
                 os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
-            self._send_progress()
             self._beat(store, failures)
             if self._long_work is not None:
                 store.add(f"{self._long_work}/{self._rank}/alive", 1)
@@ -329,14 +342,18 @@ class Channel:
             return self._stopped_by
 
     def _beat(self, store: Store, failures: Failures) -> None:
-        """Beat, if it is time; on rank 0, look which ranks have not moved for too long."""
+        """Beat, if it is time; on rank 0, show progress, and look which ranks have not moved for too long."""
         if time.monotonic() < self._beat_at + BEAT_SECONDS:
             return
         self._beat_at, self._beats = time.monotonic(), self._beats + 1
-        beat = [self._rank, self._beats, socket.gethostname(), self._doing]
-        store.set(self._beat_keys[self._rank], json.dumps(beat))
-        silent = self._watchdog.look(self._heard(store)) if self._rank == 0 else []
-        if silent:
+        beat = Beat(self._rank, self._beats, socket.gethostname(), self._doing, self._done_bytes)
+        store.set(self._beat_keys[self._rank], json.dumps(astuple(beat)))
+        if self._rank != 0:
+            return
+        beats = self._heard(store)
+        if (show := self._on_progress) is not None:
+            show(sum(beat.done_bytes for beat in beats))
+        if silent := self._watchdog.look(beats):
             error = LostRank(
                 f"{silent[0]}, has not moved for too long",
                 found="; ".join(map(str, silent[1:])),
@@ -344,17 +361,6 @@ class Channel:
             )
             error.resume = RESUME
             failures.post(str(error), error.exit_code)
-
-    def _send_progress(self) -> None:
-        with self._lock:
-            new_bytes, self._unsent_bytes = self._unsent_bytes, 0
-            self._sent_bytes += new_bytes
-            all_bytes = self._sent_bytes
-        show = self._on_progress
-        if self._store is not None and (new_bytes or show is not None):
-            all_bytes = self._store.add("written", new_bytes)
-        if show is not None:
-            show(all_bytes)
 
 
 def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
@@ -378,3 +384,52 @@ def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_second
             signs[rank] = (latest, now if latest > count else heard)
             if now - signs[rank][1] > timeout_seconds and not store.check([f"{name}/{rank}/done"]):
                 raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
+
+
+class Embedded:
+    """What a `Channel` is to the ranks of a command, to those of a program; it says nothing, as a report holds all.
+
+    Args:
+        world: this rank.
+        on_progress: is called with the bytes that this rank has done, and those of the whole work, from any thread.
+        cancel: is asked between two steps whether to end.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> None:
+        self._world = world
+        self._on_progress = on_progress
+        self._cancel = cancel
+        self._lock = threading.Lock()
+        self._done_bytes = self._total_bytes = 0
+
+    def doing(self, what: str) -> None:
+        if self._cancel is not None and self._cancel():
+            raise Cancelled
+
+    def say(self, event: str, text: str, **details: Any) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, total_bytes: int, what: str) -> Iterator[None]:
+        self._done_bytes, self._total_bytes = 0, total_bytes
+        yield
+
+    def add_progress(self, size_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += size_bytes
+            if self._on_progress is not None:
+                self._on_progress(self._done_bytes, self._total_bytes)
+
+    def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
+        if self._world.rank in ranks:
+            work()
+        barrier(self._world)  # which decides how long it may take
+
+
+#: What a conversion tells those who wait for it, and what its ranks do while others wait.
+Control = Channel | Embedded

@@ -18,14 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_convert.errors import (
-    ConversionError,
-    LostRank,
-    PlanError,
-    error_details,
-    error_from_details,
-    lost_contact,
-)
+from dist_convert.errors import ConversionError, LostRank, PlanError, error_details, error_from_details, lost_contact
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.records import Message
 
@@ -101,7 +94,13 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
         yield world
     except Exception as error:
         told = error if isinstance(error, ConversionError) else ConversionError(f"{type(error).__name__}: {error}")
-        if isinstance(error, LostRank) or (told.rank is None and not _tell(world, told)):
+        is_lost = isinstance(error, LostRank)
+        if not is_lost and told.rank is None:
+            try:
+                _exchange(world, ["error", error_details(told)])  # what others say meanwhile is lost
+            except LostRank:
+                is_lost = True
+        if is_lost:
             _group_of.cache_clear()  # its connections may be broken
         raise
 
@@ -150,7 +149,7 @@ def _numbered(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _gathered(mine: str, size: int, group: ProcessGroup | None = None) -> list[str]:
-    texts: list[Any] = [None] * size
+    texts = [""] * size
     dist.all_gather_object(texts, mine, group=group)
     return texts
 
@@ -179,23 +178,14 @@ def gather_objects(world: World, mine: Any) -> list[Any]:
     return [content for _, content in said]
 
 
-def _tell(world: World, error: ConversionError) -> bool:
-    """Tell the others of an error, and lose what they say meanwhile; whether they have heard it."""
-    try:
-        _exchange(world, ["error", error_details(error)])
-    except LostRank:
-        return False
-    return True
-
-
 def _exchange(world: World, mine: Any) -> list[Any]:
-    with _named_loss():
+    with named_loss():
         texts = _gathered(json.dumps(mine, separators=(",", ":")), world.size, world.group)
     return [json.loads(text) for text in texts]
 
 
 @contextmanager
-def _named_loss() -> Iterator[None]:
+def named_loss() -> Iterator[None]:
     """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
     try:
         yield
@@ -210,7 +200,7 @@ def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
     if world.size == 1:
         return mine
     buffer = bytearray(mine if world.rank == 0 else size_bytes)
-    with _named_loss():
+    with named_loss():
         dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), group=world.group, group_src=0)
     return bytes(buffer)
 
@@ -310,14 +300,14 @@ def begin_gather(
         LostRank: at once, or from what is returned.
     """
     source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
-    with _named_loss():
+    with named_loss():
         if gatherer.staging is not None:
             _gather_on_device(gatherer.group, gatherer.staging, source, target)
             return None
         works = _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
 
     def wait() -> None:
-        with _named_loss():
+        with named_loss():
             for work in works:
                 work.wait()
 

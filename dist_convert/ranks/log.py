@@ -26,7 +26,7 @@ class Log:
     interval_seconds: float = 30.0
 
     def say(self, event: str, text: str, **details: Any) -> None:
-        """See `Control`."""
+        """See `Channel.say`."""
         line = as_json_line(event, text, **details) if self.is_json else text
         print(line, file=sys.stdout if event == "plan" and not self.is_json else sys.stderr, flush=True)
 
