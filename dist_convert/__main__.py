@@ -19,7 +19,7 @@ from dist_convert.cli.old_flags import notes_on_old_flags
 from dist_convert.errors import ConversionError, LostRank, error_details
 from dist_convert.options import Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
-from dist_convert.ranks.signals import ending_at_once, noted, stopped_by
+from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, stopped_by
 
 if TYPE_CHECKING:
     from dist_convert.ranks.channel import Channel
@@ -84,7 +84,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
 def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Do a rank's part of a command that several ranks share, or all of it; the exit code."""
     job = _job(flags)
-    if flags.command == "hf-to-megatron" and os.environ.get("RANK", "0") == "0":
+    if flags.command == "hf-to-megatron" and is_first_rank():
         print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
     return _run(job, stack)
 
@@ -118,7 +118,7 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
     from dist_convert.cli.flags import tokenizer_job_from_flags
     from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         job = tokenizer_job_from_flags(flags)
         print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
     return 0
@@ -131,7 +131,7 @@ def _upload(
     from dist_convert.formats.tokenizer.huggingface import is_huggingface
     from dist_convert.formats.tokenizer.record import Tokenizer, how_to_add_tokenizer
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         address = upload(directory, repository, private=private)
         print(f"{directory}: uploaded as {address}", file=sys.stderr)
         if not is_huggingface(directory):

@@ -153,9 +153,8 @@ def _tell(rank: int, number: int, failures: Failures) -> None:
     """Tell the user and the other ranks of one that a signal has ended, or an error that it did not expect."""
     names = {known.value: known.name for known in signal.Signals}
     how = f"was ended by {names.get(number, f'signal {number}')}" if number else "has crashed"
-    error = LostRank(f"rank {rank} {how}")
-    if number == signal.SIGKILL:
-        error.remedy = "if memory was short (dmesg tells), start fewer ranks or give less --max-memory-per-rank"
+    remedy = "if memory was short (dmesg tells), start fewer ranks or give less --max-memory-per-rank"
+    error = LostRank(f"rank {rank} {how}", remedy=remedy if number == signal.SIGKILL else "")
     error.resume = RESUME
     if failures.post(str(error), error.exit_code):
         failures.print_once()

@@ -41,9 +41,14 @@ def ending_at_once() -> Iterator[None]:
         yield
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def stopped_by(number: int) -> int:
     """Say once for all ranks which signal ends them; the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         with contextlib.suppress(OSError):  # the terminal or pipe may be gone before us
             os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     return 128 + number
@@ -66,13 +71,14 @@ def noted() -> Iterator[Callable[[], int | None]]:
             return None
         return next((number for number in numbers if number in CAUGHT), None)
 
-    with received, sent, handled_by(lambda _number, _frame: None):
+    with received, sent:
         if not _is_main_thread():
             yield take
             return
-        # The interpreter's own handler writes the number at once; the one above waits for the main thread.
+        # The interpreter's own handler writes the number at once; the one below waits for the main thread.
         wakeup = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         try:
-            yield take
+            with handled_by(lambda _number, _frame: None):
+                yield take
         finally:
             signal.set_wakeup_fd(wakeup)

@@ -19,20 +19,25 @@ from typing import Any, ClassVar
 
 from dist_convert.errors import CorruptFile, UnsafePickle
 
-#: torch's storage classes and scalar types, by safetensors name.
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
-    "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
-    "UInt16Storage": "U16", "UInt32Storage": "U32", "UInt64Storage": "U64", "UntypedStorage": "U8",
-}  # fmt: skip
-DTYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
-    "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64",
-}  # fmt: skip
+_DTYPE_NAMES = {
+    "F64": "float64 double DoubleStorage",
+    "F32": "float32 float FloatStorage",
+    "F16": "float16 half HalfStorage",
+    "BF16": "bfloat16 BFloat16Storage",
+    "F8_E4M3": "float8_e4m3fn Float8_e4m3fnStorage",
+    "F8_E5M2": "float8_e5m2 Float8_e5m2Storage",
+    "I64": "int64 LongStorage",
+    "I32": "int32 IntStorage",
+    "I16": "int16 ShortStorage",
+    "I8": "int8 CharStorage",
+    "U64": "uint64 UInt64Storage",
+    "U32": "uint32 UInt32Storage",
+    "U16": "uint16 UInt16Storage",
+    "U8": "uint8 ByteStorage UntypedStorage",
+    "BOOL": "bool BoolStorage",
+}
+#: torch's scalar types and storage classes -> safetensors name.
+DTYPES = {name: dtype for dtype, names in _DTYPE_NAMES.items() for name in names.split()}
 
 #: Everything below these packages may be named; it is neither imported nor called.
 INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
@@ -79,7 +84,7 @@ _MAX_ITEMS = 64
 
 @dataclass(frozen=True)
 class Dtype:
-    """A `torch.dtype` in the pickle, by safetensors name and by torch's."""
+    """A `torch.dtype` or a class of storages in the pickle, by safetensors name and by torch's."""
 
     name: str
     torch_name: str
@@ -250,9 +255,7 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("a global without a name")
         if full_name in _REBUILD:
             return _REBUILD[full_name]
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return Dtype(STORAGES[name], name)
-        if module == "torch" and name in DTYPES:
+        if module in ("torch", "torch.storage") and name in DTYPES:
             return Dtype(DTYPES[name], full_name)
         if module == "signal" and name in signal.Signals.__members__:  # as some Python versions pickle its members
             return Inert("signal.Signals", (signal.Signals[name].value,))
@@ -268,12 +271,10 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, saved_id: Any) -> Storage:
         """A storage reference: ("storage", class, key, location, elements)."""
-        if not (isinstance(saved_id, tuple) and len(saved_id) == 5 and saved_id[0] == "storage"):
-            raise pickle.UnpicklingError("an unknown persistent id")
-        _, kind, key, _location, elements = saved_id
-        if not (isinstance(kind, Dtype) and isinstance(key, str) and isinstance(elements, int)):
-            raise pickle.UnpicklingError("a damaged storage reference")
-        return Storage(key, kind.name, elements)
+        match saved_id:
+            case ("storage", Dtype() as kind, str() as key, _, int() as elements):
+                return Storage(key, kind.name, elements)
+        raise pickle.UnpicklingError("a damaged storage reference")
 
 
 def load(data: bytes, label: str) -> Any:
@@ -290,8 +291,8 @@ def load(data: bytes, label: str) -> Any:
     except UnsafePickle:
         raise
     except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-        OverflowError, RecursionError, AssertionError, struct.error,
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
+        RecursionError, AssertionError, struct.error,
     ) as error:  # fmt: skip
         raise CorruptFile(
             "damaged pickle",
@@ -302,11 +303,10 @@ def load(data: bytes, label: str) -> Any:
 
 
 #: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
-_ENUM_MEMBERS: dict[tuple[str, object], str] = {
-    ("ModelType", 1): "encoder_or_decoder",
-    ("AttnBackend", 1): "flash", ("AttnBackend", 2): "fused", ("AttnBackend", 3): "unfused",
-    ("AttnBackend", 4): "local", ("AttnBackend", 5): "auto",
-}  # fmt: skip
+_ENUM_MEMBERS: dict[str, dict[Any, str]] = {
+    "ModelType": {1: "encoder_or_decoder"},
+    "AttnBackend": {1: "flash", 2: "fused", 3: "unfused", 4: "local", 5: "auto"},
+}
 
 #: Training arguments are some hundred values, a few levels deep. A pickle can share one list a million times.
 _MAX_DEPTH = 16
@@ -365,5 +365,5 @@ class _Converter:
             return f"{named}.{self.text(member)}"
         if len(value.arguments) == 1 and isinstance(value.arguments[0], int | str):
             argument = value.arguments[0]
-            return f"{short_name}.{_ENUM_MEMBERS.get((short_name, argument), self.text(argument))}"
+            return f"{short_name}.{_ENUM_MEMBERS.get(short_name, {}).get(argument) or self.text(argument)}"
         return f"<{value.class_name}>"
