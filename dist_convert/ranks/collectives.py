@@ -86,8 +86,12 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
     They talk over a gloo group of their own. Bytes are gathered over the backend of the program's group, on the device
     that the program has chosen. An error of one rank is raised on all, where they would next hear of each other.
     """
-    control = _control_group(group, timeout_seconds)
-    size, device = dist.get_world_size(group), current_device(dist.get_backend(group))
+    members, backend = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group)
+    # torch names a group of some of a program's ranks by how many groups a rank is in, which its members need not have
+    # in common: none is made where their own is over gloo. One of all ranks is made in the order in which all make any.
+    is_control = backend == "gloo" and len(members) < dist.get_world_size()
+    control = group if is_control else _group_of(members, "gloo", timeout_seconds, group)
+    size, device = len(members), current_device(backend)
     nodes = _numbered(_gathered(socket.gethostname(), size, control))
     world = World(dist.get_rank(group), size, nodes, device, timeout_seconds, control)
     try:
@@ -103,18 +107,6 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
         if is_lost:
             _group_of.cache_clear()  # its connections may be broken
         raise
-
-
-def _control_group(group: ProcessGroup, timeout_seconds: float) -> ProcessGroup:
-    """A gloo group of the same ranks: the program's own where it is one of some of its ranks over gloo.
-
-    Of all ranks a further one is made in the order in which all make groups. torch names one of some ranks by how many
-    groups a rank is in, which its members need not have in common; so none is made where it can be avoided.
-    """
-    members = tuple(dist.get_process_group_ranks(group))
-    if len(members) < dist.get_world_size() and dist.get_backend(group) == "gloo":
-        return group
-    return _group_of(members, "gloo", timeout_seconds, group)
 
 
 @cache

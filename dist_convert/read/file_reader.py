@@ -15,7 +15,7 @@ import torch
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.read.buffers import Buffer
-from dist_convert.read.source import Listing, check_unchanged, open_to_read, source_error
+from dist_convert.read.source import Listing, check_unchanged, open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, Box, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -135,13 +135,13 @@ class FileReader:
 
     def _read_into(self, window: memoryview, view: View, offset_bytes: int) -> None:
         done = 0
+        expected = f"{len(window)} bytes at offset {offset_bytes}"
         while done < len(window):
             try:
                 count = os.preadv(self._descriptor(view.file), [window[done:]], offset_bytes + done)
             except OSError as error:
                 if error.errno == errno.ESPIPE:  # it is no file any more
                     self._check_unchanged(view)
-                expected = f"{len(window)} bytes at offset {offset_bytes}"
                 raise source_error(error, view.file, tensor=view.tensor, expected=expected) from error
             if count == 0:
                 self._check_unchanged(view)
@@ -149,7 +149,7 @@ class FileReader:
                     "the file ends inside a tensor",
                     tensor=view.tensor,
                     file=view.file,
-                    expected=f"{len(window)} bytes at offset {offset_bytes}",
+                    expected=expected,
                     found=f"{done} bytes",
                     remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
@@ -164,14 +164,10 @@ class FileReader:
                 os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _check_unchanged(self, view: View) -> None:
-        known = self._known.get(view.file)
-        if known is None:
-            return
-        try:
-            found = os.fstat(self._descriptor(view.file))
-        except OSError as error:
-            raise source_error(error, view.file, tensor=view.tensor) from error
-        check_unchanged(found, known, view.file, view.tensor)
+        if (known := self._known.get(view.file)) is not None:
+            with reading(view.file, view.tensor):
+                found = os.fstat(self._descriptor(view.file))
+            check_unchanged(found, known, view.file, view.tensor)
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)

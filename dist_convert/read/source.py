@@ -35,7 +35,7 @@ def source_error(error: OSError, file: str, *, tensor: str = "", expected: str =
 
 
 @contextmanager
-def reading(file: str | Path) -> Iterator[None]:
+def reading(file: str | Path, tensor: str = "") -> Iterator[None]:
     """Within it a source file or directory is read.
 
     Raises:
@@ -44,7 +44,7 @@ def reading(file: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise source_error(error, str(file)) from error
+        raise source_error(error, str(file), tensor=tensor) from error
 
 
 def check_unchanged(found: os.stat_result, known: Sequence[int], file: str, tensor: str = "") -> None:
