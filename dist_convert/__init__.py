@@ -7,6 +7,7 @@ errors are the exceptions of `dist_convert.errors`. Heavy imports come with the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -26,7 +27,6 @@ from dist_convert.options import (
     options_of,
     plain_name,
 )
-from dist_convert.ranks.listener import Collector
 from dist_convert.records import __version__, parse_bytes
 
 __all__ = ["ConversionError", "__version__", "convert", "errors", "inspect", "open", "verify"]
@@ -86,15 +86,11 @@ def convert(
 
         return convert_in_ranks(job, ranks, on_progress, cancel)
     from dist_convert.api import convert as convert_job
+    from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone, joined_group
-    from dist_convert.ranks.embedded import Embedded
 
-    listener = Collector(on_progress)
-    if group is None:
-        world = alone()
-        return convert_job(job, world, Embedded(world, listener, cancel))
-    with joined_group(group, job.timeout_seconds) as world:
-        return convert_job(job, world, Embedded(world, listener, cancel))
+    with contextlib.nullcontext(alone()) if group is None else joined_group(group, job.timeout_seconds) as world:
+        return convert_job(job, world, Embedded(world, on_progress, cancel))
 
 
 def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, given: Mapping[str, Any]) -> Options:
@@ -178,15 +174,15 @@ def verify(
         ConversionError: see `dist_convert.errors`.
     """
     from dist_convert.compare.verify import verify as verify_job
+    from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone
-    from dist_convert.ranks.embedded import Embedded
 
     share = Fraction(sample).limit_denominator(1_000_000)
     values = _values("verify", options, "sample", "json", "timeout_seconds")
     job = VerifyJob(Path(a), Path(b), sample=share, **values)
     check_values(job)
     world = alone()
-    return verify_job(job, world, Embedded(world, Collector(on_progress), cancel))
+    return verify_job(job, world, Embedded(world, on_progress, cancel))
 
 
 def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> dict[str, Any]:

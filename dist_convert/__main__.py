@@ -18,8 +18,8 @@ from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, ve
 from dist_convert.cli.old_flags import notes_on_old_flags
 from dist_convert.errors import ConversionError, LostRank, error_details
 from dist_convert.options import Options, VerifyJob
-from dist_convert.ranks.listener import JsonLog, Listener, TextLog, as_json_line
-from dist_convert.ranks.signals import Signals, ending_at_once, stopped_by
+from dist_convert.ranks.log import Log, as_json_line
+from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, stopped_by
 
 if TYPE_CHECKING:
     from dist_convert.ranks.channel import Channel
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending_at_once())
         try:
-            exit_code = _heeding_ctrl_c(lambda: _main(argv, stack))
+            exit_code = _reported(lambda: _main(sys.argv[1:] if argv is None else argv, stack))
             sys.stdout.flush()
         except BrokenPipeError:  # whoever has read what is printed is gone; Python would say so at length
             for stream in (1, 2):
@@ -42,47 +42,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code
 
 
-def _heeding_ctrl_c(run: Callable[[], int]) -> int:
+def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
+    """The exit code of what runs, or of its error, which is reported: all ranks usually have it, but sometimes one."""
     try:
         return run()
     except KeyboardInterrupt:
         return stopped_by(signal.SIGINT)
+    except (ConversionError, OSError) as raised:
+        error = _explained(raised)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    channel = None
+    if size > 1:
+        from dist_convert.ranks.channel import Channel, is_served_by_launcher
+
+        channel = Channel(rank, size) if is_served_by_launcher() else None
+    return _fail(channel, error, is_json=is_json)
 
 
-def _main(argv: Sequence[str] | None, stack: contextlib.ExitStack) -> int:
-    is_json = False
-    try:
-        flags = parse(sys.argv[1:] if argv is None else argv)
-        is_json = getattr(flags, "log_format", "text") == "json"
-        if flags.command == "inspect":
-            return _inspect(flags)
-        if flags.command in ("tokenizer", "push"):
-            stack.close()  # they have files to tidy away
-        if flags.command == "tokenizer":
-            return _add_tokenizer(flags)
-        if flags.command == "push":
-            return _upload(flags.directory, flags.push_to_hub, flags.private)
+def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    flags = parse(argv)
+    is_json = getattr(flags, "log_format", "text") == "json"
+    if flags.command == "inspect":
+        return _inspect(flags)
+    if flags.command in ("tokenizer", "push"):
+        stack.close()  # they have files to tidy away
+    if flags.command == "tokenizer":
+        return _add_tokenizer(flags)
+    if flags.command == "push":
+        return _upload(flags.directory, flags.push_to_hub, flags.private)
+
+    def command() -> int:
         ranks = ranks_to_start(flags)
-        if ranks > 1:
-            _job(flags)  # what is wrong with it is said before ranks are there
-            return _start_ranks(ranks, lambda: _heeding_ctrl_c(lambda: be_rank(flags, stack)))
-    except ConversionError as error:
-        return _fail_early(error, is_json=is_json)
-    except OSError as error:
-        return _fail_early(_refused(error), is_json=is_json)
-    return be_rank(flags, stack)
+        if ranks == 1:
+            return be_rank(flags, stack)
+        _job(flags)  # what is wrong with it is said before ranks are there
+        return _start_ranks(ranks, lambda: _reported(lambda: be_rank(flags, stack), is_json=is_json))
+
+    return _reported(command, is_json=is_json)
 
 
 def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Do a rank's part of a command that several ranks share, or all of it; the exit code."""
-    try:
-        job = _job(flags)
-        if flags.command == "hf-to-megatron" and os.environ.get("RANK", "0") == "0":
-            print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
-    except ConversionError as error:
-        return _fail_early(error)
-    except OSError as error:
-        return _fail_early(_refused(error))
+    job = _job(flags)
+    if flags.command == "hf-to-megatron" and is_first_rank():
+        print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
     return _run(job, stack)
 
 
@@ -101,22 +104,6 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     return run_ranks(ranks, run)
 
 
-def _fail_early(error: ConversionError, *, is_json: bool = False) -> int:
-    """Report an error of flags or job files, which all ranks usually have, but sometimes one of them alone."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        from dist_convert.ranks.channel import Channel, is_served_by_launcher
-
-        if is_served_by_launcher():
-            return Channel(rank, size).fail(_message(error, is_json=is_json), error.exit_code)
-    print(_message(error, is_json=is_json), file=sys.stderr)
-    return error.exit_code
-
-
-def _message(error: ConversionError, *, is_json: bool) -> str:
-    return as_json_line("error", str(error), **error_details(error)) if is_json else str(error)
-
-
 def _inspect(flags: argparse.Namespace) -> int:
     from dist_convert.formats.describe import as_screen, inspect_checkpoint, missing_line
 
@@ -131,7 +118,7 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
     from dist_convert.cli.flags import tokenizer_job_from_flags
     from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         job = tokenizer_job_from_flags(flags)
         print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
     return 0
@@ -144,7 +131,7 @@ def _upload(
     from dist_convert.formats.tokenizer.huggingface import is_huggingface
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         address = upload(directory, repository, private=private)
         print(f"{directory}: uploaded as {address}", file=sys.stderr)
         if not is_huggingface(directory):
@@ -158,24 +145,18 @@ def _upload(
 def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags and inspect do without
         from dist_convert.api import convert
-        from dist_convert.compare.outcome import Outcome
-        from dist_convert.compare.outcome import as_json as outcome_json
-        from dist_convert.compare.outcome import as_text as outcome_text
+        from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    is_json = isinstance(job, Options) and job.log_format == "json"
 
     def connect() -> Channel:
-        signals = Signals()
-        stack.enter_context(signals.caught())
-        return Channel(rank, size, signals, _SILENT_SHARE * job.timeout_seconds, _listener(job))
-
-    def show(outcome: Outcome, as_json: bool) -> None:
-        if rank == 0:
-            print(outcome_json(outcome) if as_json else outcome_text(outcome), flush=True)
+        log = Log(is_json, job.log_interval_seconds) if isinstance(job, Options) else Log()
+        return Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)
 
     channel = connect() if size == 1 or is_served_by_launcher() else None
     try:
@@ -187,7 +168,8 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         exit_code = 0
         if isinstance(job, VerifyJob):
             outcome = verify(job, world, channel)
-            show(outcome, job.json)
+            if rank == 0:
+                print(as_json(outcome) if job.json else as_text(outcome), flush=True)
             exit_code = 0 if outcome.is_same else 1
         else:
             convert(job, world, channel)
@@ -197,25 +179,16 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         stack.close()  # and which signals end
         if isinstance(job, Options) and job.push_to_hub and not job.dry_run:
             _upload(job.target, job.push_to_hub, job.private, job.instruct, job.source_model_type)
-    except ConversionError as error:
-        if isinstance(error, LostRank) and channel is not None:
-            channel.explain(error)
-        return _fail(channel, error, job)
+        return exit_code
     except KeyboardInterrupt:
         raise
-    except OSError as error:
-        return _fail(channel, _refused(error), job)
+    except (ConversionError, OSError) as raised:
+        error = _explained(raised)
+        if isinstance(error, LostRank) and channel is not None:
+            channel.explain(error)
     except BaseException:
-        found = f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}"
-        return _fail(channel, ConversionError(found), job)
-    return exit_code
-
-
-def _listener(job: Options | VerifyJob) -> Listener:
-    if isinstance(job, Options):
-        kind = JsonLog if job.log_format == "json" else TextLog
-        return kind(job.log_interval_seconds)
-    return TextLog()
+        error = ConversionError(f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}")
+    return _fail(channel, error, is_json=is_json)
 
 
 @contextlib.contextmanager
@@ -229,12 +202,14 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def _refused(error: OSError) -> ConversionError:
-    """An operating system's refusal outside of the reading and writing of weights, and where it was met."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]
-    where = f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
+def _explained(error: ConversionError | OSError) -> ConversionError:
+    """The error, or an operating system's refusal outside of the reading and writing of weights, with its place."""
+    if isinstance(error, ConversionError):
+        return error
     if isinstance(error, BrokenPipeError):
         return ConversionError("nobody reads what is printed", remedy="start it again with a reader that stays")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]
+    where = f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
     return ConversionError(
         "the operating system refuses",
         file=str(error.filename or ""),
@@ -243,9 +218,9 @@ def _refused(error: OSError) -> ConversionError:
     )
 
 
-def _fail(channel: Channel | None, error: ConversionError, job: Options | VerifyJob) -> int:
+def _fail(channel: Channel | None, error: ConversionError, *, is_json: bool) -> int:
     """Report an error, once for all ranks; the exit code."""
-    message = _message(error, is_json=isinstance(job, Options) and job.log_format == "json")
+    message = as_json_line("error", str(error), **error_details(error)) if is_json else str(error)
     if channel is not None:
         return channel.fail(message, error.exit_code)
     print(message, file=sys.stderr)

@@ -26,8 +26,8 @@ from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, Options, check_applies
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
-from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import human_bytes, local_name
 from dist_convert.write.checksums import KnownRange

@@ -61,11 +61,10 @@ def test_a_single_rank_works_and_returns() -> None:
 BUSY_RANK = """
 import time
 from dist_convert.ranks.channel import Channel
-from dist_convert.ranks.signals import Signals
+from dist_convert.ranks.signals import noted
 
-signals = Signals()
-with signals.caught():
-    channel = Channel(0, 2, signals)
+with noted() as take_signal:
+    channel = Channel(0, 2, take_signal)
     print("ready", flush=True)
     while True:
         time.sleep(1)

@@ -29,30 +29,23 @@ def convert_in_ranks(
     """Run the command in a process of its own, whose log says what happens."""
     with tempfile.TemporaryDirectory(prefix="dist_convert-") as directory:
         file = Path(directory) / "job.yaml"
-        file.write_text(
-            json.dumps(
-                _job_file(replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS)), ensure_ascii=False
-            ),
-            encoding="utf-8",
-        )
-        command = [sys.executable, "-m", "dist_convert", CONVERT, "--config", str(file), "--ranks", str(ranks)]
+        logged = replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS)
+        file.write_text(json.dumps(_job_file(logged), ensure_ascii=False), encoding="utf-8")
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        process = subprocess.Popen(
-            command,
+        with subprocess.Popen(
+            [sys.executable, "-m", "dist_convert", CONVERT, "--config", str(file), "--ranks", str(ranks)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-        )
-        with process:
+        ) as process:
             stop = threading.Event()
-            watcher = threading.Thread(target=_end_when_asked, args=(process, cancel, stop), daemon=True)
             if cancel is not None:
-                watcher.start()
+                threading.Thread(target=_end_when_asked, args=(process, cancel, stop), daemon=True).start()
             try:
                 said = list(_events(process, on_progress))
             except BaseException:
@@ -60,10 +53,10 @@ def convert_in_ranks(
                 raise
             finally:
                 stop.set()
-            exit_code = process.wait()
-    for event in said if exit_code == 0 else ():
-        if "report" in event:
-            return report_from_details(event["report"])
+    exit_code = process.returncode
+    reports = [event["report"] for event in said if "report" in event]
+    if exit_code == 0 and reports:
+        return report_from_details(reports[0])
     if cancel is not None and exit_code in (128 + signal.SIGTERM, -signal.SIGTERM):
         raise errors.Cancelled
     for event in said:

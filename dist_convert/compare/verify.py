@@ -24,8 +24,8 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
-from dist_convert.ranks.embedded import Control
 from dist_convert.read.discover import gather_listings
 from dist_convert.read.source import stamp
 from dist_convert.records import name_at

@@ -15,8 +15,8 @@ from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.ranks.embedded import Control
 from dist_convert.read.source import no_directory
 from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished

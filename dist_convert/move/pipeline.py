@@ -22,9 +22,9 @@ from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.limits import STEP_BYTES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import Step, Write, messages, received_bytes, steps_of
+from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
-from dist_convert.ranks.embedded import Control
-from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer, make_slot
+from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.read.source import Listing
 from dist_convert.records import View
@@ -80,7 +80,10 @@ def move(
     limit = plan.limits[number]
     gatherer = make_gatherer(world, plan.teams[number].ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
-    slots = [make_slot(STEP_BYTES, limit.received_bytes, gathers_on) for _ in range(limit.slots)]
+    slots = [
+        Slot(make_buffer(STEP_BYTES, gathers_on), make_buffer(limit.received_bytes, gathers_on))
+        for _ in range(limit.slots)
+    ]
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)

@@ -1,8 +1,4 @@
-"""An answer that is waited for so long and no longer.
-
-For calls that have no limit of their own: most requests of huggingface_hub (`timeout=None` in its `utils/_http.py`),
-and calls to torch's store behind a network that is cut.
-"""
+"""An answer that is waited for so long and no longer."""
 
 from __future__ import annotations
 
@@ -15,9 +11,10 @@ Answer = TypeVar("Answer")
 
 
 def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """What a question is answered, or the error that it raises.
+    """What a question is answered, or the error that it raises; its thread does not keep Python from ending.
 
-    The question goes on in a thread that does not keep Python from ending.
+    For calls that have no limit of their own: most requests of huggingface_hub (`timeout=None` in its
+    `utils/_http.py`), and calls to torch's store behind a network that is cut.
 
     Raises:
         TimeoutError: there is no answer in so many seconds.

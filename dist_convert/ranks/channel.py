@@ -4,6 +4,9 @@ A thread on every rank watches the store where they meet. A rank that fails post
 prints it once; then every rank leaves with the same exit code, instead of a crowd of broken connections. A signal to
 one rank is a failure of all, which leaves main threads some seconds to end between two steps. Every rank posts a beat
 a second with what it does, so that one that no longer moves is found out and named.
+
+Inside a program that has called a function (`Embedded`) there is nothing of this: no thread is started, no signal
+caught, no process ended, and ranks tell each other only what their collectives do.
 """
 
 from __future__ import annotations
@@ -15,19 +18,26 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from itertools import chain, repeat
-from typing import Any, Protocol
+from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from dist_convert.errors import RESUME, Interrupted, LostRank, lost_contact
+from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_contact
 from dist_convert.ranks.answer import answer_within
-from dist_convert.ranks.listener import Listener, TextLog
-from dist_convert.ranks.signals import Signals
+from dist_convert.ranks.collectives import World, barrier, named_loss
+from dist_convert.ranks.log import Log
+
+BEAT_SECONDS = 1.0
+_POLL_SECONDS = 0.3
+#: How long what others do at once is waited for.
+_PATIENCE_SECONDS = 5.0
+#: From a signal until a main thread that has not ended by itself is ended.
+_GRACE_SECONDS = 5.0
 
 
 def is_served_by_launcher() -> bool:
@@ -58,191 +68,79 @@ def _with_prefix(store: Store) -> Store:
     return PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-class KeyValueStore(Protocol):
-    """The part of torch's store that ranks talk through."""
-
-    def add(self, key: str, amount: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def get(self, key: str, /) -> bytes: ...
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
-    def set(self, key: str, value: str, /) -> None: ...
-
-
+@dataclass(frozen=True)
 class Failures:
-    """A rank's view of the failure.
+    """The failure that ends all ranks, in the store that they share: the first that was posted."""
 
-    Args:
-        store: of all ranks.
-        lock: held around every use of the store.
-    """
-
-    def __init__(self, store: KeyValueStore, lock: threading.Lock) -> None:
-        self._store = store
-        self._lock = lock
+    store: Store
 
     def post(self, message: str, exit_code: int, signal_number: int | None = None) -> bool:
         """Post a failure unless another one has been posted; whether it was the first."""
-        with self._lock:
-            first = self._store.add("failures", 1) == 1
-            if first:
-                failure = {"message": message, "exit_code": exit_code, "signal": signal_number}
-                self._store.set("failure", json.dumps(failure))
-        return first
+        is_first = self.store.add("failures", 1) == 1
+        if is_first:
+            failure = {"message": message, "exit_code": exit_code, "signal": signal_number}
+            self.store.set("failure", json.dumps(failure))
+        return is_first
 
     def read(self) -> dict[str, Any] | None:
         """The failure's message, exit code and signal; None where all is well."""
-        with self._lock:
-            return json.loads(self._store.get("failure")) if self._store.check(["failure"]) else None
+        return json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
 
     def is_printed(self) -> bool:
-        with self._lock:
-            return self._store.check(["printed"])
+        return self.store.check(["printed"])
 
     def print_once(self) -> None:
         """Print the message, unless another process does; one must have been posted."""
-        with self._lock:
-            if self._store.add("printers", 1) == 1:
-                print(json.loads(self._store.get("failure"))["message"], file=sys.stderr, flush=True)
-                self._store.set("printed", "1")
+        if self.store.add("printers", 1) == 1:
+            print(json.loads(self.store.get("failure"))["message"], file=sys.stderr, flush=True)
+            self.store.set("printed", "1")
 
-
-BEAT_SECONDS = 1.0
-#: How often the store is asked whether work is done: often at first, as most of it is short.
-_FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.005, 0.3
-#: What a rank does alone; in anything else it may wait for others as long as they take.
-_ALONE = ("reading step", "writing step")
+    def await_print(self, seconds: float, *, prints: bool = False) -> None:
+        """Wait so long at most until the message has been printed, by this process where that is its part."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.is_printed():
+            if prints and self.read() is not None:
+                self.print_once()
+            time.sleep(_POLL_SECONDS / 3)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said: how often it has, on which machine it is, and what its main thread does.
-
-    `is_silent` where it has not said anything for a while.
-    """
+    """What a rank last said: how often it has, where it is, what its main thread does, and the bytes that are done."""
 
     rank: int
     count: int
     host: str
     doing: str
-    is_silent: bool = False
+    done_bytes: int
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}, last heard of while {self.doing}"
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it waits for nobody; in anything else it may wait for others as long as they take."""
+        return self.doing.startswith(("reading step", "writing step"))
 
-@dataclass
+
 class Watchdog:
-    """Remembers since when each rank has said the same.
+    """Remembers since when each rank has said the same, which it may do for so many seconds."""
 
-    Attributes:
-        patience_seconds: how long it may.
-    """
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience_seconds = patience_seconds
+        self._last: dict[int, tuple[Beat, float, float]] = {}
 
-    patience_seconds: float
-    _heard: dict[int, tuple[int, float]] = field(default_factory=dict)
-    _seen_doing: dict[int, tuple[str, float]] = field(default_factory=dict)
-
-    def look(self, beats: Iterable[Beat], now_seconds: float) -> list[Beat]:
-        """The ranks that have been silent, or in the same step, for longer than they may."""
-        found = []
+    def look(self, beats: Iterable[Beat]) -> list[Beat]:
+        """The ranks that have been silent, or alone in the same step, for longer than they may."""
+        now, found = time.monotonic(), []
         for beat in beats:
-            count, since = self._heard.get(beat.rank, (-1, now_seconds))
-            if count != beat.count:
-                since = now_seconds
-            self._heard[beat.rank] = (beat.count, since)
-            doing, doing_since = self._seen_doing.get(beat.rank, ("", now_seconds))
-            if doing != beat.doing:
-                doing_since = now_seconds
-            self._seen_doing[beat.rank] = (beat.doing, doing_since)
-            is_stuck = beat.doing.startswith(_ALONE) and now_seconds - doing_since > self.patience_seconds
-            if is_stuck or now_seconds - since > self.patience_seconds:
+            last, heard, began = self._last.get(beat.rank, (beat, now, now))
+            heard = heard if beat.count == last.count else now
+            began = began if beat.doing == last.doing else now
+            self._last[beat.rank] = (beat, heard, began)
+            if now - (min(heard, began) if beat.is_alone else heard) > self._patience_seconds:
                 found.append(beat)
         return found
-
-
-def suspects(before: Sequence[Beat], after: Sequence[Beat]) -> list[Beat]:
-    """Who keeps the others waiting: the ranks that were silent between two looks, else those that wait for nobody."""
-    counts = {beat.rank: beat.count for beat in before}
-    silent = [replace(beat, is_silent=True) for beat in after if counts.get(beat.rank) == beat.count]
-    return silent or [beat for beat in after if beat.doing.startswith(_ALONE)]
-
-
-class Pulse:
-    """One rank's beats in the store, and its view of the others'.
-
-    Args:
-        rank, size: of the world.
-        patience_seconds: see `Watchdog`.
-    """
-
-    def __init__(self, rank: int, size: int, patience_seconds: float) -> None:
-        self._rank = rank
-        self._keys = [f"beat/{rank}" for rank in range(size)]
-        self._count = 0
-        self._beat_at = 0.0
-        self._watchdog = Watchdog(patience_seconds)
-
-    def beat(self, store: KeyValueStore, lock: threading.Lock, doing: str) -> list[Beat]:
-        """Beat, if it is time; rank 0 learns which ranks have not moved for too long."""
-        now = time.monotonic()
-        if now < self._beat_at + BEAT_SECONDS:
-            return []
-        self._beat_at, self._count = now, self._count + 1
-        with lock:
-            store.set(self._keys[self._rank], json.dumps([self._rank, self._count, socket.gethostname(), doing]))
-        return [] if self._rank else self._watchdog.look(self.heard(store, lock), now)
-
-    def heard(self, store: KeyValueStore, lock: threading.Lock) -> list[Beat]:
-        """Every rank's last beat; none before all have given one."""
-        with lock:
-            texts = store.multi_get(self._keys) if store.check(self._keys) else []
-        return [Beat(*json.loads(text)) for text in texts]
-
-    def suspects(self, store: KeyValueStore, lock: threading.Lock) -> list[Beat]:
-        """Who keeps the others waiting, or is gone; it takes some seconds to find out."""
-        before = self.heard(store, lock)
-        time.sleep(2.5 * BEAT_SECONDS)
-        return suspects(before, self.heard(store, lock))
-
-
-def wait_for_work(
-    ranks: Sequence[int],
-    name: str,
-    timeout_seconds: float,
-    is_set: Callable[[str], bool],
-    count_of: Callable[[str], int],
-) -> None:
-    """Wait until work of some ranks is done, as long as they give signs of life.
-
-    Args:
-        ranks: that work.
-        name: of the work: a rank's keys in the store are `NAME/RANK/done`, and `NAME/RANK/alive`, which it counts up.
-        timeout_seconds: how long a rank may show no sign of life.
-        is_set, count_of: of a key.
-
-    Raises:
-        LostRank: a rank is silent for longer.
-    """
-    asked, pause_seconds = time.monotonic(), _FIRST_POLL_SECONDS
-    signs = dict.fromkeys(ranks, (0, asked))
-    while not all(is_set(f"{name}/{rank}/done") for rank in ranks):
-        time.sleep(pause_seconds)
-        pause_seconds = min(2 * pause_seconds, _LAST_POLL_SECONDS)
-        now = time.monotonic()
-        if now - asked < timeout_seconds / 4:
-            continue
-        asked = now
-        for rank, (count, heard) in signs.items():
-            latest = count_of(f"{name}/{rank}/alive")
-            signs[rank] = (latest, now if latest > count else heard)
-            if now - signs[rank][1] > timeout_seconds and not is_set(f"{name}/{rank}/done"):
-                raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
-
-
-_POLL_SECONDS = 0.3
-_PATIENCE_SECONDS = 5.0
-#: From a signal until a main thread that has not ended by itself is ended.
-_GRACE_SECONDS = 5.0
 
 
 class Channel:
@@ -250,73 +148,67 @@ class Channel:
 
     Args:
         rank, size: of the world.
-        signals: that end the conversion.
+        take_signal: tells the number of a signal that has come and ends the conversion; see `signals.noted`.
         silent_seconds: after which a rank that is not heard of, or stays in one step, has failed.
-        listener: hears what rank 0 says; None: standard error.
+        log: for what rank 0 says.
     """
 
     def __init__(
         self,
         rank: int,
         size: int,
-        signals: Signals | None = None,
+        take_signal: Callable[[], int | None] = lambda: None,
         silent_seconds: float = math.inf,
-        listener: Listener | None = None,
+        log: Log | None = None,
     ) -> None:
         self._rank = rank
-        self._listener = listener or TextLog()
-        self._signals = signals
-        self._lock = threading.Lock()  # of the store, whose calls do not return while a network is cut
-        self._count_lock = threading.Lock()
-        self._unsent_bytes = 0
-        self._written_alone_bytes = 0
-        self._on_progress: Callable[[int], None] | None = None
-        self._long_work: str | None = None
-        self._closed = threading.Event()
+        self._take_signal = take_signal
+        self._log = log or Log()
+        self._lock = threading.Lock()  # of the next two
         self._stopped_by: int | None = None
+        self._done_bytes = 0
+        self._on_progress: Callable[[int], object] | None = None
         self._doing = "starting"
-        self._pulse = Pulse(rank, size, silent_seconds)
+        self._long_work: str | None = None
+        self._beats = 0
+        self._beat_at = 0.0
+        self._beat_keys = [f"beat/{rank}" for rank in range(size)]
+        self._watchdog = Watchdog(silent_seconds)
         self._printer_is_silent = False
         self._store = connect() if size > 1 else None
-        self._failures = Failures(self._store, self._lock) if self._store is not None else None
+        self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
     def doing(self, what: str) -> None:
-        """Note what this rank's main thread does from now on, for others to know where it stands.
-
-        Raises:
-            Interrupted: a signal has arrived, here or on another rank.
-        """
+        """Note what the main thread does from now on; raises `Interrupted` where the work is to end."""
         self._doing = what
-        if self._signals is not None and self._stopped_by is None:
-            self._stopped_by = self._signals.noted
-        if self._stopped_by is not None:
-            raise Interrupted(self._stopped_by)
+        if (number := self._signal()) is not None:
+            raise Interrupted(number)
 
     def say(self, event: str, text: str, **details: Any) -> None:
-        """See `Control`."""
+        """Tell the user, on rank 0: an event's kind, its text for people, and JSON values for programs."""
         if self._rank == 0:
-            self._listener.say(event, text, **details)
+            self._log.say(event, text, **details)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[None]:
-        """See `Control`."""
+        """Show the progress of all ranks until the block ends."""
         if self._rank != 0:
             yield
             return
-        with self._listener.progress(total_bytes, what) as update:
+        with self._log.progress(total_bytes, what) as update:
             self._on_progress = update
             yield
             self._on_progress = None
             update(total_bytes)  # the last counts of other ranks may still be on their way
 
     def add_progress(self, size_bytes: int) -> None:
-        """Count bytes that this rank has written; any thread may call it."""
-        with self._count_lock:
-            self._unsent_bytes += size_bytes
-        if self._store is None:
-            self._exchange_progress()
+        """Count bytes that are done; any thread may call it."""
+        with self._lock:
+            self._done_bytes += size_bytes
+        if self._store is None and (show := self._on_progress) is not None:
+            show(self._done_bytes)
 
     def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
         """Do something on some ranks, however long it takes; all return when it is done on each of them.
@@ -324,30 +216,27 @@ class Channel:
         Args:
             ranks: that do it. The others wait, outside of any collective.
             name: of the work, once in a run.
-            work: what these ranks do. Where it fails, all leave as with any failure.
+            work: what these ranks do. Where it fails, all end as with any failure.
             timeout_seconds: how long such a rank may show no sign of life.
 
         Raises:
-            ConversionError: a rank is silent for longer.
+            LostRank: a rank is silent for longer.
         """
         if self._rank in ranks:
             self._long_work = name
             work()
         if self._store is None:
-            return  # alone
-        try:
+            return
+        with named_loss():
             if self._rank in ranks:
-                self._add(f"{name}/{self._rank}/done", 1)
-            wait_for_work(ranks, name, timeout_seconds, self._is_set, lambda key: self._add(key, 0))
-        except DistError as error:
-            raise lost_contact(str(error).splitlines()[0]) from error
+                self._store.set(f"{name}/{self._rank}/done", "1")
+            _wait_for_work(self._store, ranks, name, timeout_seconds)
         self._long_work = None
 
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
         self._closed.set()
         self._watcher.join(timeout=_PATIENCE_SECONDS)
-        self._exchange_progress()
 
     def fail(self, message: str, exit_code: int) -> int:
         """Report this rank's failure and wait until it has been printed, once for all ranks.
@@ -356,38 +245,31 @@ class Channel:
             The exit code of the failure that was reported first.
         """
         self._closed.set()
-        if self._failures is None:
+        if self._store is None:
             print(message, file=sys.stderr, flush=True)
             return exit_code
+        failures = Failures(self._store)
         try:
-            return answer_within(2.5 * _PATIENCE_SECONDS, lambda: self._report_if_served(message, exit_code))
+            return answer_within(2.5 * _PATIENCE_SECONDS, lambda: self._report(failures, message, exit_code))
         except TimeoutError:
             print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
             os._exit(exit_code)
 
-    def _report_if_served(self, message: str, exit_code: int) -> int:
-        assert self._failures is not None
+    def _report(self, failures: Failures, message: str, exit_code: int) -> int:
         self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
-            return self._report(self._failures, message, exit_code)
+            is_first = failures.post(message, exit_code, self._stopped_by)
+            failures.await_print(0.0 if self._printer_is_silent else _PATIENCE_SECONDS, prints=self._rank == 0)
+            if is_first:
+                failures.print_once()  # rank 0 has not
+            if self._rank == 0 and not is_served_by_launcher():
+                time.sleep(3 * _POLL_SECONDS)  # until the others have read it from the store that this process serves
+            posted = failures.read()
+            return exit_code if is_first or posted is None else int(posted["exit_code"])
         except DistError:  # who served the store is gone: rank 0, which has printed the failure, or its whole machine
             if is_served_by_launcher() and os.environ.get("LOCAL_RANK") == "0":
                 print(message, file=sys.stderr, flush=True)
             return exit_code
-
-    def _report(self, failures: Failures, message: str, exit_code: int) -> int:
-        first = failures.post(message, exit_code, self._stopped_by)
-        deadline = time.monotonic() + (0.0 if self._printer_is_silent else _PATIENCE_SECONDS)
-        while time.monotonic() < deadline and not failures.is_printed():
-            if self._rank == 0 and failures.read() is not None:
-                failures.print_once()
-            time.sleep(_POLL_SECONDS / 3)
-        if first:
-            failures.print_once()  # rank 0 has not
-        if self._rank == 0 and not is_served_by_launcher():
-            time.sleep(3 * _POLL_SECONDS)  # until the others have read it from the store that this process serves
-        posted = failures.read()
-        return exit_code if first or posted is None else int(posted["exit_code"])
 
     def explain(self, error: LostRank) -> None:
         """Say in an error which rank it may be that keeps the others waiting, or is gone; backends do not know."""
@@ -395,76 +277,83 @@ class Channel:
         if store is None:
             return
         try:
-            found = answer_within(2 * _PATIENCE_SECONDS, lambda: self._pulse.suspects(store, self._lock))
+            before, after = answer_within(2 * _PATIENCE_SECONDS, lambda: self._heard_twice(store))
         except (TimeoutError, DistError):
             error.found = f"{os.environ.get('MASTER_ADDR')}, where all ranks meet, does not answer; {error.found}"
             return
-        if "tim" not in error.found.lower():  # a connection that broke: whoever is gone is silent
-            found = [beat for beat in found if beat.is_silent]
+        silent = [beat for beat in after if beat in before]
+        self._printer_is_silent = any(beat.rank == 0 for beat in silent)
+        found = silent
+        if not silent and "tim" in error.found.lower():  # else a connection broke, and whoever is gone is silent
+            found = [beat for beat in after if beat.is_alone]
         if found:
-            self._printer_is_silent = any(beat.rank == 0 for beat in found)
             error.what = f"{found[0]}, does not answer"
             error.found = "; ".join(map(str, found[1:])) or error.found
 
+    def _heard_twice(self, store: Store) -> tuple[list[Beat], list[Beat]]:
+        """Every rank's last beat, and again when each has had the time for another."""
+        before = self._heard(store)
+        time.sleep(2.5 * BEAT_SECONDS)
+        return before, self._heard(store)
+
+    def _heard(self, store: Store) -> list[Beat]:
+        """Every rank's last beat; none before all have given one."""
+        texts = store.multi_get(self._beat_keys) if store.check(self._beat_keys) else []
+        return [Beat(*json.loads(text)) for text in texts]
+
     def _watch(self) -> None:
+        if self._store is not None:
+            with suppress(DistError):  # the store is gone; what served it is ending this run, or has ended
+                self._watch_store(self._store, Failures(self._store))
+        # Without a store, too: the signal that tells of a launcher's end comes after its connections broke.
+        while (number := self._signal()) is None:
+            if self._closed.wait(_POLL_SECONDS):
+                return
+        if self._closed.wait(_GRACE_SECONDS):
+            return
+        if self._store is None:
+            print(Interrupted(number), file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    def _watch_store(self, store: Store, failures: Failures) -> None:
         for pause_seconds in chain([0.0], repeat(_POLL_SECONDS)):  # the first beat at once: a rank may be lost soon
             if self._closed.wait(pause_seconds):
                 return
-            try:
-                self._heed_signals()
-                if self._failures is None:
-                    continue
-                failure = self._failures.read()
-                if failure is not None:
-                    if self._rank == 0:
-                        self._failures.print_once()
-                    self._leave(self._failures, failure)
+            if (number := self._signal()) is not None:
+                stop = Interrupted(number)
+                failures.post(str(stop), stop.exit_code, number)
+            if (failure := failures.read()) is not None:
+                if self._rank == 0:
+                    failures.print_once()
+                with self._lock:
+                    self._stopped_by = self._stopped_by or failure["signal"]
+                if self._stopped_by is not None and self._closed.wait(_GRACE_SECONDS):
                     return
-                self._exchange_progress()
-                self._exchange_beats(self._failures)
-                if self._long_work is not None:
-                    self._add(f"{self._long_work}/{self._rank}/alive", 1)
-            except DistError:  # the store is gone; what served it is ending this run, or has ended
-                self._watch_signals()
-                return
+                failures.await_print(_PATIENCE_SECONDS)
+                os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
+            self._beat(store, failures)
+            if self._long_work is not None:
+                store.add(f"{self._long_work}/{self._rank}/alive", 1)
 
-    def _watch_signals(self) -> None:
-        """Heed signals without a store; the one that tells of the launcher's end comes after its connections broke."""
-        while self._stopped_by is None:
-            if self._closed.wait(_POLL_SECONDS):
-                return
-            self._take_signal()
-        if not self._closed.wait(_GRACE_SECONDS):
-            os._exit(128 + self._stopped_by)
+    def _signal(self) -> int | None:
+        """The signal that ends this rank, if one has come, here or on another rank."""
+        with self._lock:
+            self._stopped_by = self._stopped_by or self._take_signal()
+            return self._stopped_by
 
-    def _take_signal(self) -> None:
-        if self._signals is not None and self._stopped_by is None:
-            self._stopped_by = self._signals.take()
-
-    def _heed_signals(self) -> None:
-        self._take_signal()
-        if self._stopped_by is None:
+    def _beat(self, store: Store, failures: Failures) -> None:
+        """Beat, if it is time; on rank 0, show progress, and look which ranks have not moved for too long."""
+        if time.monotonic() < self._beat_at + BEAT_SECONDS:
             return
-        stop = Interrupted(self._stopped_by)
-        if self._failures is not None:
-            self._failures.post(str(stop), stop.exit_code, self._stopped_by)
-        elif not self._closed.wait(_GRACE_SECONDS):
-            print(stop, file=sys.stderr, flush=True)
-            os._exit(stop.exit_code)
-
-    def _leave(self, failures: Failures, failure: Mapping[str, Any]) -> None:
-        self._stopped_by = self._stopped_by or failure["signal"]
-        if self._stopped_by is not None and self._closed.wait(_GRACE_SECONDS):
+        self._beat_at, self._beats = time.monotonic(), self._beats + 1
+        beat = Beat(self._rank, self._beats, socket.gethostname(), self._doing, self._done_bytes)
+        store.set(self._beat_keys[self._rank], json.dumps(astuple(beat)))
+        if self._rank != 0:
             return
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline and not failures.is_printed():
-            time.sleep(_POLL_SECONDS / 3)
-        os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
-
-    def _exchange_beats(self, failures: Failures) -> None:
-        assert self._store is not None
-        silent = self._pulse.beat(self._store, self._lock, self._doing)
-        if silent:
+        beats = self._heard(store)
+        if (show := self._on_progress) is not None:
+            show(sum(beat.done_bytes for beat in beats))
+        if silent := self._watchdog.look(beats):
             error = LostRank(
                 f"{silent[0]}, has not moved for too long",
                 found="; ".join(map(str, silent[1:])),
@@ -473,22 +362,74 @@ class Channel:
             error.resume = RESUME
             failures.post(str(error), error.exit_code)
 
-    def _is_set(self, key: str) -> bool:
-        with self._lock:
-            return self._store is not None and bool(self._store.check([key]))
 
-    def _add(self, key: str, count: int) -> int:
-        with self._lock:
-            assert self._store is not None
-            return int(self._store.add(key, count))
+def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
+    """Wait until each rank's `NAME/RANK/done` is set, as long as its `NAME/RANK/alive` is counted up.
 
-    def _exchange_progress(self) -> None:
+    Raises:
+        LostRank: a rank is silent for longer than it may.
+    """
+    asked = time.monotonic()
+    signs = dict.fromkeys(ranks, (0, asked))
+    pause_seconds = 0.005  # most of it is short
+    while not store.check([f"{name}/{rank}/done" for rank in ranks]):
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
+        now = time.monotonic()
+        if now - asked < timeout_seconds / 4:
+            continue
+        asked = now
+        for rank, (count, heard) in signs.items():
+            latest = store.add(f"{name}/{rank}/alive", 0)
+            signs[rank] = (latest, now if latest > count else heard)
+            if now - signs[rank][1] > timeout_seconds and not store.check([f"{name}/{rank}/done"]):
+                raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
+
+
+class Embedded:
+    """What a `Channel` is to the ranks of a command, to those of a program; it says nothing, as a report holds all.
+
+    Args:
+        world: this rank.
+        on_progress: is called with the bytes that this rank has done, and those of the whole work, from any thread.
+        cancel: is asked between two steps whether to end.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> None:
+        self._world = world
+        self._on_progress = on_progress
+        self._cancel = cancel
+        self._lock = threading.Lock()
+        self._done_bytes = self._total_bytes = 0
+
+    def doing(self, what: str) -> None:
+        if self._cancel is not None and self._cancel():
+            raise Cancelled
+
+    def say(self, event: str, text: str, **details: Any) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, total_bytes: int, what: str) -> Iterator[None]:
+        self._done_bytes, self._total_bytes = 0, total_bytes
+        yield
+
+    def add_progress(self, size_bytes: int) -> None:
         with self._lock:
-            with self._count_lock:
-                new_bytes, self._unsent_bytes = self._unsent_bytes, 0
-            self._written_alone_bytes += new_bytes
-            all_bytes = self._written_alone_bytes
-            if self._store is not None and (new_bytes or self._on_progress is not None):
-                all_bytes = self._store.add("written", new_bytes)
-        if self._on_progress is not None:
-            self._on_progress(all_bytes)
+            self._done_bytes += size_bytes
+            if self._on_progress is not None:
+                self._on_progress(self._done_bytes, self._total_bytes)
+
+    def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
+        if self._world.rank in ranks:
+            work()
+        barrier(self._world)  # which decides how long it may take
+
+
+#: What a conversion tells those who wait for it, and what its ranks do while others wait.
+Control = Channel | Embedded

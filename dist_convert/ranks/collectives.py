@@ -18,14 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_convert.errors import (
-    ConversionError,
-    LostRank,
-    PlanError,
-    error_details,
-    error_from_details,
-    lost_contact,
-)
+from dist_convert.errors import ConversionError, LostRank, PlanError, error_details, error_from_details, lost_contact
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.records import Message
 
@@ -62,7 +55,7 @@ class World:
     @property
     def first_ranks(self) -> list[int]:
         """The first rank of each node, for what one rank does for all of its node."""
-        return [rank for rank, node in enumerate(self.nodes) if node not in self.nodes[:rank]]
+        return sorted(map(self.nodes.index, set(self.nodes)))
 
 
 def alone() -> World:
@@ -74,7 +67,7 @@ def join_world(device: str, timeout_seconds: float) -> World:
     """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
 
     Args:
-        device: as in `ranks.device.choose_device`.
+        device: see `choose_device`.
         timeout_seconds: after which a collective with a silent rank fails.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,60 +81,44 @@ def join_world(device: str, timeout_seconds: float) -> World:
 
 @contextmanager
 def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[World]:
-    """The ranks of a process group that a program has made, for as long as the block lasts.
+    """The ranks of a program's process group, all of which enter the block, for as long as it lasts.
 
     They talk over a gloo group of their own. Bytes are gathered over the backend of the program's group, on the device
-    that the program has chosen.
-
-    An error of one rank is raised on all of them, at the point where they would next hear of each other.
-
-    Args:
-        group: every rank of it enters the block.
-        timeout_seconds: after which a collective with a silent rank fails.
+    that the program has chosen. An error of one rank is raised on all, where they would next hear of each other.
     """
-    control = _control_group(group, timeout_seconds)
-    names: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, socket.gethostname(), group=control)
-    nodes = tuple(map(list(dict.fromkeys(names)).index, names))
-    device = current_device(dist.get_backend(group))
-    world = World(dist.get_rank(group), len(names), nodes, device, timeout_seconds, control)
+    members, backend = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group)
+    # torch names a group of some of a program's ranks by how many groups a rank is in, which its members need not have
+    # in common: none is made where their own is over gloo. One of all ranks is made in the order in which all make any.
+    is_control = backend == "gloo" and len(members) < dist.get_world_size()
+    control = group if is_control else _group_of(members, "gloo", timeout_seconds, group)
+    size, device = len(members), current_device(backend)
+    nodes = _numbered(_gathered(socket.gethostname(), size, control))
+    world = World(dist.get_rank(group), size, nodes, device, timeout_seconds, control)
     try:
         yield world
     except Exception as error:
         told = error if isinstance(error, ConversionError) else ConversionError(f"{type(error).__name__}: {error}")
-        if isinstance(error, LostRank) or (told.rank is None and not _tell(world, told)):
+        is_lost = isinstance(error, LostRank)
+        if not is_lost and told.rank is None:
+            try:
+                _exchange(world, ["error", error_details(told)])  # what others say meanwhile is lost
+            except LostRank:
+                is_lost = True
+        if is_lost:
             _group_of.cache_clear()  # its connections may be broken
         raise
 
 
-def _control_group(group: ProcessGroup, timeout_seconds: float) -> ProcessGroup:
-    """A gloo group of the same ranks: the program's own where it is one of some of its ranks over gloo.
-
-    Of all ranks a further one is made in the order in which all make groups. torch names one of some ranks by how many
-    groups a rank is in, which its members need not have in common; so none is made where it can be avoided.
-    """
-    members = tuple(dist.get_process_group_ranks(group))
-    if len(members) < dist.get_world_size() and dist.get_backend(group) == "gloo":
-        return group
-    return _group_of(members, "gloo", timeout_seconds, group)
-
-
 @cache
 def _group_of(members: tuple[int, ...], backend: str, timeout_seconds: float, within: ProcessGroup) -> ProcessGroup:
-    """A group of some ranks of a program, made once; others take no part.
+    """A group of some ranks of the whole program, made once for a group that they are `within`; others take no part.
 
     It lasts as long as the program's own: torch gives a later one of the same ranks the name of one that was
     destroyed, and meets its dead connections in the store.
-
-    Args:
-        members: ranks of the whole program.
-        backend: that it uses.
-        timeout_seconds: which is not inherited.
-        within: the group that they are of, which a program may make anew.
     """
     group: ProcessGroup = dist.new_group(
         list(members),
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timedelta(seconds=timeout_seconds),  # which is not inherited
         backend=backend,
         use_local_synchronization=len(members) < dist.get_world_size(),
     )
@@ -155,11 +132,18 @@ def _nodes(rank: int, size: int) -> tuple[int, ...]:
     node, local_size = os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
     if node is None and local_size is not None:
         node = str(rank // int(local_size))
-    names: list[Any] = [None] * size
-    dist.all_gather_object(names, node or socket.gethostname())
-    if node is not None:
-        return tuple(map(int, names))
+    names = _gathered(node or socket.gethostname(), size)
+    return tuple(map(int, names)) if node is not None else _numbered(names)
+
+
+def _numbered(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(map(list(dict.fromkeys(names)).index, names))
+
+
+def _gathered(mine: str, size: int, group: ProcessGroup | None = None) -> list[str]:
+    texts = [""] * size
+    dist.all_gather_object(texts, mine, group=group)
+    return texts
 
 
 def leave_world(world: World) -> None:
@@ -186,24 +170,14 @@ def gather_objects(world: World, mine: Any) -> list[Any]:
     return [content for _, content in said]
 
 
-def _tell(world: World, error: ConversionError) -> bool:
-    """Tell the others of an error; what they say meanwhile is lost. Whether they have heard it."""
-    try:
-        _exchange(world, ["error", error_details(error)])
-    except LostRank:
-        return False
-    return True
-
-
 def _exchange(world: World, mine: Any) -> list[Any]:
-    texts: list[Any] = [None] * world.size
-    with _named_loss():
-        dist.all_gather_object(texts, json.dumps(mine, separators=(",", ":")), group=world.group)
+    with named_loss():
+        texts = _gathered(json.dumps(mine, separators=(",", ":")), world.size, world.group)
     return [json.loads(text) for text in texts]
 
 
 @contextmanager
-def _named_loss() -> Iterator[None]:
+def named_loss() -> Iterator[None]:
     """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
     try:
         yield
@@ -218,7 +192,7 @@ def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
     if world.size == 1:
         return mine
     buffer = bytearray(mine if world.rank == 0 else size_bytes)
-    with _named_loss():
+    with named_loss():
         dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), group=world.group, group_src=0)
     return bytes(buffer)
 
@@ -245,6 +219,19 @@ def agree(world: World, digest: str) -> None:
             )
 
 
+#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
+WIRE_DTYPE = torch.int32
+
+
+@dataclass(frozen=True)
+class Staging:
+    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
+
+    send: torch.Tensor
+    received: torch.Tensor
+    stream: Any
+
+
 @dataclass(frozen=True)
 class Gatherer:
     """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one.
@@ -267,13 +254,7 @@ class Gatherer:
 
 
 def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
-    """Prepare the gathers of a team, or None for a team of one.
-
-    Args:
-        world: this rank's world.
-        ranks: of the team.
-        send_bytes: the most that a member contributes to one gather.
-    """
+    """Prepare the gathers of a team of ranks, whose members send so many bytes at most; None for a team of one."""
     if len(ranks) == 1:
         return None
     member, backend = ranks.index(world.rank), BACKENDS[world.device.type]
@@ -283,7 +264,9 @@ def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gather
         return Gatherer(whole, tuple(ranks), member, None)
     of_program = dist.get_process_group_ranks(whole)
     group = _group_of(tuple(of_program[rank] for rank in ranks), backend, world.timeout_seconds, whole)
-    staging = make_staging(world.device, send_bytes, len(ranks))
+    words = send_bytes // WIRE_DTYPE.itemsize
+    send, received = (torch.empty(n, dtype=WIRE_DTYPE, device=world.device) for n in (words, words * len(ranks)))
+    staging = Staging(send, received, torch.get_device_module(world.device).Stream())
     return Gatherer(group, tuple(range(len(ranks))), member, staging)
 
 
@@ -309,14 +292,14 @@ def begin_gather(
         LostRank: at once, or from what is returned.
     """
     source, target = send.view(WIRE_DTYPE), received.view(WIRE_DTYPE)
-    with _named_loss():
+    with named_loss():
         if gatherer.staging is not None:
             _gather_on_device(gatherer.group, gatherer.staging, source, target)
             return None
         works = _pass_messages(gatherer, source, target.view(gatherer.members, -1), wanted)
 
     def wait() -> None:
-        with _named_loss():
+        with named_loss():
             for work in works:
                 work.wait()
 
@@ -347,26 +330,3 @@ def _gather_on_device(group: dist.ProcessGroup, staging: Staging, source: torch.
         all_gather(device_target, device_source, group=group)
         # This copy blocks: it ends the wait for all three, and has Gaudi's lazy mode carry them out.
         target.copy_(device_target)
-
-
-#: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
-WIRE_DTYPE = torch.int32
-
-
-@dataclass(frozen=True)
-class Staging:
-    """An accelerator's memory for gathers, one buffer to send and one to receive, and the stream that they use."""
-
-    send: torch.Tensor
-    received: torch.Tensor
-    stream: Any
-
-
-def make_staging(device: torch.device, send_bytes: int, members: int) -> Staging:
-    """Room on a device for what each of so many members sends to a gather."""
-    words = send_bytes // WIRE_DTYPE.itemsize
-    return Staging(
-        torch.empty(words, dtype=WIRE_DTYPE, device=device),
-        torch.empty(words * members, dtype=WIRE_DTYPE, device=device),
-        torch.get_device_module(device).Stream(),
-    )

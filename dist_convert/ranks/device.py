@@ -40,40 +40,38 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if wanted == "hpu":
-        return _hpu(local_rank)
-    if not torch.cuda.is_available():
-        raise UsageError(
-            "no CUDA device is available",
-            expected="a GPU, its driver, and a torch that was built for it",
-            found=f"torch {torch.__version__}",
-            remedy="use --device cpu",
-        )
-    _check_cards("GPUs", torch.cuda.device_count(), local_rank)
+        needed = "a free card, and the package habana-torch-plugin of Intel's container"
+        found = "no card" if _has_habana() else "no package habana_frameworks"
+        _check_cards("Gaudi", _hpu_cards(), local_rank, needed, found)
+        # On import it takes the card of LOCAL_RANK (in HLS_MODULE_ID), before anything has opened one.
+        importlib.import_module("habana_frameworks.torch.distributed.hccl")
+        return torch.device("hpu")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed = "a GPU, its driver, and a torch that was built for it"
+    _check_cards("CUDA", cards, local_rank, needed, f"torch {torch.__version__}")
     # A rank that falls silent is then an error of the gather, not the end of this process by NCCL's watchdog.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
+def _check_cards(kind: str, cards: int, local_rank: int, needed: str, found: str) -> None:
+    if not cards:
+        remedy = "start where one is (Intel's container for Gaudi), or use --device cpu"
+        raise UsageError(f"no {kind} device is available", expected=needed, found=found, remedy=remedy)
+    if local_rank >= cards:
+        raise UsageError(
+            f"fewer {kind} cards than ranks on this machine",
+            expected=f"more than {local_rank}, one for each rank",
+            found=cards,
+            remedy="start one rank for each card (torchrun --nproc-per-node), or use --device cpu",
+        )
+
+
 def current_device(backend: str) -> torch.device:
     """The device that a program has chosen for the collectives of a backend."""
     kind = next((device for device, name in BACKENDS.items() if name == backend), "cpu")
     return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _hpu(local_rank: int) -> torch.device:
-    cards = _hpu_cards()
-    if not cards:
-        raise UsageError(
-            "no Gaudi device is available",
-            expected="a free card, and the package habana-torch-plugin of Intel's container",
-            found="no card" if _has_habana() else "no package habana_frameworks",
-            remedy="run inside Intel's Gaudi container, or use --device cpu",
-        )
-    _check_cards("Gaudi cards", cards, local_rank)
-    # On import it takes the card of LOCAL_RANK (in HLS_MODULE_ID), before anything has opened one.
-    importlib.import_module("habana_frameworks.torch.distributed.hccl")
-    return torch.device("hpu")
 
 
 def _has_habana() -> bool:
@@ -90,16 +88,6 @@ def _hpu_cards() -> int:
         return 0  # the package without the driver's libraries: Intel's container on a machine without cards
     module = torch.get_device_module("hpu")
     return int(module.device_count()) if module.is_available() else 0
-
-
-def _check_cards(kind: str, cards: int, local_rank: int) -> None:
-    if local_rank >= cards:
-        raise UsageError(
-            f"fewer {kind} than ranks on this machine",
-            expected=f"more than {local_rank}, one for each rank",
-            found=cards,
-            remedy="start one rank for each card (torchrun --nproc-per-node), or use --device cpu",
-        )
 
 
 def return_freed_memory() -> None:

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,12 @@ from multiprocessing.process import BaseProcess
 
 from dist_convert.errors import RESUME, ConversionError, LostRank
 from dist_convert.ranks.channel import Failures, serve
+from dist_convert.ranks.signals import CAUGHT, handled_by
 
 #: From the end of a rank that failed until the others, which should have ended by themselves, are killed.
 _GRACE_SECONDS = 20.0
 #: The exit code of a rank that met an error before it could tell the others.
 _CRASHED = 70
-_FORWARDED = (signal.SIGTERM, signal.SIGINT)
 #: A parameter of prctl(2).
 _PR_SET_PDEATHSIG = 1
 
@@ -44,6 +43,9 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
 
     Returns:
         The exit code of the first rank that failed, or 0.
+
+    Raises:
+        ConversionError: the system does not allow so many processes.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=max(count, 128)) as meeting:
         context = multiprocessing.get_context("fork")
@@ -53,7 +55,7 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
         ]
         try:
             with _forwarding(processes) as forwarded:
-                failures = Failures(serve(meeting), threading.Lock())
+                failures = Failures(serve(meeting))
                 exit_code = _wait(processes, failures, forwarded)
                 if (posted := failures.read()) and not failures.is_printed():
                     print(posted["message"], file=sys.stderr)  # who posted it was killed before it could
@@ -67,20 +69,18 @@ def _be_rank(rank: int, count: int, meeting: socket.socket, launcher: int, run: 
     address, port = meeting.getsockname()
     meeting.close()
     os.environ.update(
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine's name resolves to
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)  # it was gone before it could be asked for
     try:
@@ -103,27 +103,22 @@ def _forwarding(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
 
-    heeded = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup's are not
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # none may come between a fork and its handler
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how ranks end
-    try:
+    with contextlib.ExitStack() as stack:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # none may come between a fork and its handler
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how ranks end
         try:
             for process in processes:
                 process.start()
+            stack.enter_context(handled_by(forward))
         except OSError as error:
             raise ConversionError(
                 f"rank {sum(process.pid is not None for process in processes)} cannot be started",
                 found=error.strerror or str(error),
                 remedy="start fewer ranks, or allow more processes (ulimit -u)",
             ) from error
-        handlers = {number: signal.signal(number, forward) for number in heeded}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield forwarded
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _wait(processes: Sequence[BaseProcess], failures: Failures, forwarded: Sequence[int]) -> int:
@@ -133,15 +128,19 @@ def _wait(processes: Sequence[BaseProcess], failures: Failures, forwarded: Seque
         left_seconds = None if deadline_seconds == math.inf else max(0.0, deadline_seconds - time.monotonic())
         wait([process.sentinel for process in running.values()], left_seconds)
         for rank, process in list(running.items()):
-            if process.exitcode is None:
+            code = process.exitcode
+            if code is None:
                 continue
             del running[rank]
-            number = _signal_of(process.exitcode)
-            is_lost = process.exitcode == _CRASHED or (number and number not in forwarded)
+            # The signal that has ended it, or that it heeded before it could tell the others.
+            number = -code if code < 0 else max(0, code - 128)
+            is_lost = code == _CRASHED or (number and number not in forwarded)
             if is_lost and failures.read() is None:
                 _tell(rank, number, failures)
-            exit_code = exit_code or _answer(process.exitcode, forwarded)
-            if process.exitcode and failures.read() is not None:  # of `verify` a difference is no failure
+            if code < 0:
+                code = 128 + number if number in forwarded else LostRank.exit_code
+            exit_code = exit_code or (LostRank.exit_code if code == _CRASHED else code)
+            if code and failures.read() is not None:  # of `verify` a difference is no failure
                 deadline_seconds = min(deadline_seconds, time.monotonic() + _GRACE_SECONDS)
         if running and time.monotonic() > deadline_seconds:
             names = ", ".join(map(str, running))
@@ -150,25 +149,12 @@ def _wait(processes: Sequence[BaseProcess], failures: Failures, forwarded: Seque
     return exit_code
 
 
-def _answer(exitcode: int, forwarded: Sequence[int]) -> int:
-    """The command's exit code, from that of a rank."""
-    if exitcode < 0 and -exitcode in forwarded:
-        return 128 - exitcode
-    return LostRank.exit_code if exitcode < 0 or exitcode == _CRASHED else exitcode
-
-
-def _signal_of(exitcode: int) -> int:
-    """The signal that has ended a rank, or that it heeded before it could tell the others; 0 if it was none."""
-    return -exitcode if exitcode < 0 else max(0, exitcode - 128)
-
-
 def _tell(rank: int, number: int, failures: Failures) -> None:
     """Tell the user and the other ranks of one that a signal has ended, or an error that it did not expect."""
     names = {known.value: known.name for known in signal.Signals}
     how = f"was ended by {names.get(number, f'signal {number}')}" if number else "has crashed"
-    error = LostRank(f"rank {rank} {how}")
-    if number == signal.SIGKILL:
-        error.remedy = "if memory was short (dmesg tells), start fewer ranks or give less --max-memory-per-rank"
+    remedy = "if memory was short (dmesg tells), start fewer ranks or give less --max-memory-per-rank"
+    error = LostRank(f"rank {rank} {how}", remedy=remedy if number == signal.SIGKILL else "")
     error.resume = RESUME
     if failures.post(str(error), error.exit_code):
         failures.print_once()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as events that a thread can wait for, even while the main thread is inside a collective."""
+"""SIGTERM and SIGINT: answered at once, or noted for any thread, even while the main one is inside a collective."""
 
 from __future__ import annotations
 
@@ -7,9 +7,28 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within it a function of ours handles the signals. Outside the main thread nothing is changed."""
+    before: dict[int, Any] = {}
+    try:
+        for number in CAUGHT:
+            if _is_main_thread() and signal.getsignal(number) != signal.SIG_IGN:  # nohup's are not heeded
+                before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for caught, known in before.items():
+            signal.signal(caught, known)
 
 
 @contextlib.contextmanager
@@ -18,72 +37,48 @@ def ending_at_once() -> Iterator[None]:
 
     Not by KeyboardInterrupt: inside an import it is swallowed, or becomes a page of frames.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(lambda number, _: os._exit(stopped_by(number))):
         yield
-        return
-    handlers = {number: signal.signal(number, _end) for number in _heeded()}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stopped_by(number: int) -> int:
     """Say once for all ranks which signal ends them; the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         with contextlib.suppress(OSError):  # the terminal or pipe may be gone before us
             os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     return 128 + number
 
 
-def _end(number: int, _frame: object) -> None:
-    os._exit(stopped_by(number))
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], int | None]]:
+    """Within it the signals are only noted: what it gives tells the number of one that has come, from any thread.
 
+    Several that have come since it was asked count as the first. Outside the main thread none is noted.
+    """
+    received, sent = socket.socketpair()
+    received.setblocking(False)
+    sent.setblocking(False)
 
-def _heeded() -> list[int]:
-    return [number for number in _CAUGHT if signal.getsignal(number) != signal.SIG_IGN]  # nohup's are not
-
-
-class Signals:
-    """Signals that have arrived and were not asked for yet."""
-
-    def __init__(self) -> None:
-        self._received, self._sent = socket.socketpair()
-        self._received.setblocking(False)
-        self._sent.setblocking(False)
-        self._noted: int | None = None
-
-    @property
-    def noted(self) -> int | None:
-        """The first signal that the main thread has noticed, however often it asks; no other thread does."""
-        return self._noted
-
-    def take(self) -> int | None:
-        """The number of a signal that has arrived, if one has; several of them count as the first."""
+    def take() -> int | None:
         try:
-            numbers = self._received.recv(4096)
-        except OSError:  # none has arrived, or none is waited for any more
+            numbers = received.recv(4096)
+        except OSError:  # none has come, or none is waited for any more
             return None
-        return next((number for number in numbers if number in _CAUGHT), None)
+        return next((number for number in numbers if number in CAUGHT), None)
 
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Within it the signals only arrive here, however often. Outside the main thread nothing is changed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
+    with received, sent:
+        if not _is_main_thread():
+            yield take
             return
-        handlers = {number: signal.signal(number, self._note) for number in _heeded()}
-        # The interpreter's own handler writes the number at once; the one above waits for the main thread.
-        wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
+        # The interpreter's own handler writes the number at once; the one below waits for the main thread.
+        wakeup = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         try:
-            yield
+            with handled_by(lambda _number, _frame: None):
+                yield take
         finally:
             signal.set_wakeup_fd(wakeup)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self._received.close()
-            self._sent.close()
-
-    def _note(self, number: int, _frame: object) -> None:
-        self._noted = self._noted or number

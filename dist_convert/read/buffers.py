@@ -40,8 +40,3 @@ class Slot:
 
     data: Buffer
     received: Buffer
-
-
-def make_slot(data_bytes: int, received_bytes: int, device: torch.device = CPU) -> Slot:
-    """Both buffers of a slot, for a device that gathers from the one into the other."""
-    return Slot(make_buffer(data_bytes, device), make_buffer(received_bytes, device))

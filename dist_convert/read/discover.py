@@ -40,9 +40,8 @@ def discover(
 
     Args:
         world: this rank.
-        directory: of the source, as this rank sees it.
-        files: in it that this rank sees.
-        read_header: a file's header in JSON values.
+        directory: of the source, as this rank sees it, with the `files` that it sees.
+        read_header: gives a file's header in JSON values.
         expected: what kind of file was looked for, for messages.
 
     Raises:
@@ -97,17 +96,17 @@ def _check_same_files(world: World, directory: Path, files: Sequence[str], listi
         return
     mine = {file: sample_digest(directory / file, file) for file, ranks in sampled_by.items() if world.rank in ranks}
     samples: list[dict[str, str]] = gather_objects(world, mine)
-    for file, ranks in sampled_by.items():
-        for rank in ranks[1:]:
-            sizes_bytes = listings[ranks[0]][file][0], listings[rank][file][0]
-            if sizes_bytes[0] != sizes_bytes[1] or samples[ranks[0]][file] != samples[rank][file]:
+    for file, (first, *others) in sampled_by.items():
+        size_bytes = listings[first][file][0]
+        for rank in others:
+            other_bytes = listings[rank][file][0]
+            if size_bytes != other_bytes or samples[first][file] != samples[rank][file]:
+                content = " of other content" if size_bytes == other_bytes else ""
                 raise InconsistentShards(
                     "two ranks see different files under one name",
                     file=file,
-                    expected=f"{sizes_bytes[0]} bytes as on rank {ranks[0]}",
-                    found=f"{sizes_bytes[1]} bytes"
-                    + (" of other content" if sizes_bytes[0] == sizes_bytes[1] else "")
-                    + f" on rank {rank}",
+                    expected=f"{size_bytes} bytes as on rank {first}",
+                    found=f"{other_bytes} bytes{content} on rank {rank}",
                     remedy="nodes hold shards of different runs; remove the wrong ones",
                 )
 

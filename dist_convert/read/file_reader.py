@@ -15,7 +15,7 @@ import torch
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.read.buffers import Buffer
-from dist_convert.read.source import Listing, check_unchanged, open_to_read, source_error
+from dist_convert.read.source import Listing, check_unchanged, open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, Box, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,9 +38,7 @@ class Counts:
 
 
 class FileReader:
-    """Reads views of the files below one directory; keeps a limited number of them open.
-
-    Not for use by two threads at once.
+    """Reads views of the files below one directory, of which it keeps some open; not for two threads at once.
 
     Args:
         root: the directory.
@@ -60,7 +58,6 @@ class FileReader:
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def close(self) -> None:
-        """Close every file."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
@@ -79,9 +76,7 @@ class FileReader:
             Of `overflowed` and `rounded_norms`, what these values added to the counts; empty where nothing.
 
         Raises:
-            CorruptFile: the file ends before the view does.
-            SourceChanged: it is not the file any more that it was.
-            SourceError: it cannot be read.
+            CorruptFile, SourceChanged, SourceError: the file ends too early, is another one, or cannot be read.
             UnsupportedModel: the elements of a row lie farther apart than the scratch buffer is long.
             PlanError: the buffer is too small.
         """
@@ -101,14 +96,13 @@ class FileReader:
             return {}
         packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
         matrix = packed.view(view.rows, view.columns)
-        counted = {"overflowed": self.counts.overflowed, "rounded_norms": self.counts.rounded_norms}
-        before = {kind: values[view.tensor] for kind, values in counted.items()}
+        changed = Counter[str]()
         for box, values in self._fetch(view):
-            part = matrix[box.row : box.row_end, box.column : box.column_end]
-            self._place(values, part, add, view.tensor)
+            changed += _place(values, matrix[box.row : box.row_end, box.column : box.column_end], add)
         self._end(view)
-        added = {kind: values[view.tensor] - before[kind] for kind, values in counted.items()}
-        return {kind: values for kind, values in added.items() if values}
+        for kind, count in changed.items():
+            getattr(self.counts, kind)[view.tensor] += count
+        return changed
 
     def _fetch(self, view: View) -> Iterator[tuple[Box, torch.Tensor]]:
         """The view's values as strided tensors over the scratch buffer, in as few parts as fit it."""
@@ -131,45 +125,23 @@ class FileReader:
             for number, start in enumerate(starts):
                 window = self._scratch.memory[number * run_bytes : (number + 1) * run_bytes]
                 self._read_into(window, view, view.offset_bytes + start * item_bytes)
-            box = Box(0, 0, view.rows, view.columns)
-            if len(fetched.starts) > 1:
-                lines = (
-                    (0, first, view.rows, len(starts)) if not fetched.by_row else (first, 0, len(starts), view.columns)
-                )
-                box = Box(*lines)
+            if len(fetched.starts) == 1:
+                box = Box(0, 0, view.rows, view.columns)
+            elif fetched.by_row:
+                box = Box(first, 0, len(starts), view.columns)
+            else:
+                box = Box(0, first, view.rows, len(starts))
             yield box, values.as_strided((box.rows, box.columns), (fetched.row_stride, fetched.column_stride))
-
-    def _place(self, values: torch.Tensor, target: torch.Tensor, add: int, tensor: str) -> None:
-        """Cast contiguous values, so that every element takes the same path whatever the strides."""
-        if values.dtype == target.dtype and not add:
-            target.copy_(values)
-            return
-        exact = values.contiguous()
-        if add:
-            exact = exact.to(torch.float64) + add
-        cast = target if target.is_contiguous() else torch.empty_like(exact, dtype=target.dtype)
-        cast.copy_(exact)
-        # If any value is infinite or not a number, so is an extreme, and those are found ten times as fast.
-        if not all(map(torch.isfinite, torch.aminmax(cast))):
-            overflowed = int((torch.isinf(cast) & torch.isfinite(exact)).sum())
-            if overflowed:
-                self.counts.overflowed[tensor] += overflowed
-        if add:
-            rounded = int((cast.to(torch.float64) != exact).sum())
-            if rounded:
-                self.counts.rounded_norms[tensor] += rounded
-        if cast is not target:
-            target.copy_(cast)
 
     def _read_into(self, window: memoryview, view: View, offset_bytes: int) -> None:
         done = 0
+        expected = f"{len(window)} bytes at offset {offset_bytes}"
         while done < len(window):
             try:
                 count = os.preadv(self._descriptor(view.file), [window[done:]], offset_bytes + done)
             except OSError as error:
                 if error.errno == errno.ESPIPE:  # it is no file any more
                     self._check_unchanged(view)
-                expected = f"{len(window)} bytes at offset {offset_bytes}"
                 raise source_error(error, view.file, tensor=view.tensor, expected=expected) from error
             if count == 0:
                 self._check_unchanged(view)
@@ -177,7 +149,7 @@ class FileReader:
                     "the file ends inside a tensor",
                     tensor=view.tensor,
                     file=view.file,
-                    expected=f"{len(window)} bytes at offset {offset_bytes}",
+                    expected=expected,
                     found=f"{done} bytes",
                     remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
@@ -192,14 +164,10 @@ class FileReader:
                 os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _check_unchanged(self, view: View) -> None:
-        known = self._known.get(view.file)
-        if known is None:
-            return
-        try:
-            found = os.fstat(self._descriptor(view.file))
-        except OSError as error:
-            raise source_error(error, view.file, tensor=view.tensor) from error
-        check_unchanged(found, known, view.file, view.tensor)
+        if (known := self._known.get(view.file)) is not None:
+            with reading(view.file, view.tensor):
+                found = os.fstat(self._descriptor(view.file))
+            check_unchanged(found, known, view.file, view.tensor)
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
@@ -209,3 +177,24 @@ class FileReader:
                 os.close(self._open.popitem(last=False)[1])
         self._open[file] = descriptor
         return descriptor
+
+
+def _place(values: torch.Tensor, target: torch.Tensor, add: int) -> Counter[str]:
+    """Cast contiguous values, so that every element takes the same path whatever the strides; what that has changed."""
+    changed = Counter[str]()
+    if values.dtype == target.dtype and not add:
+        target.copy_(values)
+        return changed
+    exact = values.contiguous()
+    if add:
+        exact = exact.to(torch.float64) + add
+    cast = target if target.is_contiguous() else torch.empty_like(exact, dtype=target.dtype)
+    cast.copy_(exact)
+    # If any value is infinite or not a number, so is an extreme, and those are found ten times as fast.
+    if not all(map(torch.isfinite, torch.aminmax(cast))):
+        changed["overflowed"] = int((torch.isinf(cast) & torch.isfinite(exact)).sum())
+    if add:
+        changed["rounded_norms"] = int((cast.to(torch.float64) != exact).sum())
+    if cast is not target:
+        target.copy_(cast)
+    return changed

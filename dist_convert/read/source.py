@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def source_error(error: OSError, file: str, *, tensor: str = "", expected: str =
 
 
 @contextmanager
-def reading(file: str | Path) -> Iterator[None]:
+def reading(file: str | Path, tensor: str = "") -> Iterator[None]:
     """Within it a source file or directory is read.
 
     Raises:
@@ -43,7 +44,7 @@ def reading(file: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise source_error(error, str(file)) from error
+        raise source_error(error, str(file), tensor=tensor) from error
 
 
 def check_unchanged(found: os.stat_result, known: Sequence[int], file: str, tensor: str = "") -> None:
@@ -61,18 +62,13 @@ def check_unchanged(found: os.stat_result, known: Sequence[int], file: str, tens
             tensor=tensor,
             file=file,
             expected=f"{size_bytes} bytes, as when the conversion began",
-            found=f"{found.st_size} bytes"
-            + (", written to or replaced since" if found.st_size == size_bytes else ", cut or replaced since"),
+            found=f"{found.st_size} bytes, {'written to' if found.st_size == size_bytes else 'cut'} or replaced since",
             remedy=BACK_OR_ANEW,
         )
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor; a pipe that has come in the file's place keeps nobody waiting for its writer.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """A descriptor; a pipe that has come in the file's place keeps nobody waiting for its writer."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
@@ -85,12 +81,8 @@ def changed_files(directory: Path, known: Listing) -> list[str]:
     changed = []
     for file, before in known.items():
         try:
-            with reading(file):
-                descriptor = open_to_read(directory / file)
-                try:
-                    check_unchanged(os.fstat(descriptor), before, file)
-                finally:
-                    os.close(descriptor)
+            with reading(file), os.fdopen(open_to_read(directory / file), "rb", buffering=0) as opened:
+                check_unchanged(os.fstat(opened.fileno()), before, file)
         except SourceChanged:
             changed.append(file)
     return changed
@@ -111,12 +103,8 @@ def sample_digest(path: Path, file: str) -> str:
 
     Weights of two trainings or of two iterations differ nearly everywhere, and so in any sample.
 
-    Args:
-        path: the file on this machine.
-        file: how messages name it.
-
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file, named so in messages, cannot be read.
     """
     digest = hashlib.sha256()
     with reading(file), path.open("rb") as opened:
@@ -165,12 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def no_directory(path: Path, kind: str) -> CheckpointNotFound:
-    """The error about a path that is no directory.
-
-    Args:
-        path: as it was given.
-        kind: of the directory, such as "checkpoint".
-    """
+    """The error about a path that is no directory of a kind such as "checkpoint"."""
     if path.exists():
         return CheckpointNotFound(
             f"a file, not a {kind} directory", file=str(path), remedy="give the directory that it lies in"
@@ -190,21 +173,9 @@ def pushes_others_out(streamed_bytes: int) -> bool:
     the cache takes, so it is done only where it saves somebody theirs.
     """
     try:
-        free_bytes = unused_bytes(_MEMORY.read_text(encoding="ascii"))
+        # Names and kibibytes (https://www.kernel.org/doc/html/latest/filesystems/proc.html, "meminfo"); free is what
+        # nobody uses, not for a page cache either.
+        free = re.search(r"^MemFree:\s*(\d+)", _MEMORY.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
         return False
-    return free_bytes is not None and streamed_bytes > free_bytes
-
-
-def unused_bytes(meminfo: str) -> int | None:
-    """The memory that nobody uses, not for a page cache either; None where the text does not have it.
-
-    Args:
-        meminfo: lines of names and kibibytes
-            (https://www.kernel.org/doc/html/latest/filesystems/proc.html, "meminfo").
-    """
-    for line in meminfo.splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemFree":
-            return int(value.split()[0]) * 1024
-    return None
+    return free is not None and streamed_bytes > int(free[1]) * 1024

@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Tensor, load
 from dist_convert.read.source import reading, source_error
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor, names
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
 MAX_PICKLE_BYTES = 256 << 20
@@ -37,7 +37,6 @@ class Record:
     """One stored record.
 
     Attributes:
-        name: without the archive's folder.
         header_offset_bytes: of its local header.
         size_bytes: of its data.
         limit_bytes: where the next local header or the directory begins; its data ends before.
@@ -45,7 +44,6 @@ class Record:
         checksum: CRC-32 of its data by the directory; 0 where nobody has worked it out.
     """
 
-    name: str
     header_offset_bytes: int
     size_bytes: int
     limit_bytes: int
@@ -64,7 +62,10 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Container:
-    """The records of one `.pt` file, or of a stretch of a larger file, by name."""
+    """The records of one `.pt` file, or of a stretch of a larger file, by name without the archive's folder.
+
+    Messages name the file by its label.
+    """
 
     path: Path
     label: str
@@ -157,12 +158,9 @@ def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Co
                 f"{entry.file_size} bytes",
                 remedy="copy the file again from the machine that saved it",
             )
-        records[name] = Record(name, entry.header_offset, entry.file_size, limit, _stored_name(entry), entry.CRC)
+        stored_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
+        records[name] = Record(entry.header_offset, entry.file_size, limit, stored_name, entry.CRC)
     return Container(path, label, size_bytes, records, stretch)
-
-
-def _stored_name(entry: zipfile.ZipInfo) -> bytes:
-    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
 
 
 def read_small_record(container: Container, name: str) -> bytes:
@@ -180,16 +178,15 @@ def read_small_record(container: Container, name: str) -> bytes:
             found="none" if record is None else f"{record.size_bytes} bytes",
             remedy="check that this is a model_optim_rng.pt of Megatron's `torch` format",
         )
-    offset_bytes = data_offsets_bytes(container, [name])[name]
     with reading(container.label), _opened(container.path, container.stretch) as file:
-        file.seek(offset_bytes)
+        file.seek(_data_offset_bytes(container, name, file))
         content = file.read(record.size_bytes)
     if record.checksum and zlib.crc32(content) != record.checksum:  # 0: torch was told not to work it out
         raise CorruptFile("a record cannot be read", file=container.label, found=f"Bad CRC-32 for file {name!r}")
     return content
 
 
-def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]:
+def data_offsets_bytes(container: Container, records: Iterable[str]) -> dict[str, int]:
     """Where the data of the named records begins in the container.
 
     The local headers are read because torch pads each one to align its data.
@@ -198,7 +195,7 @@ def data_offsets_bytes(container: Container, names: list[str]) -> dict[str, int]
         CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
     """
     with reading(container.label), _opened(container.path, container.stretch) as file:
-        return {name: _data_offset_bytes(container, name, file) for name in names}
+        return {name: _data_offset_bytes(container, name, file) for name in records}
 
 
 def _data_offset_bytes(container: Container, name: str, file: BinaryIO) -> int:
@@ -264,10 +261,6 @@ def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
 def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[str, StoredTensor]:
     """Where each tensor's first element is in the file, and how the others follow.
 
-    Args:
-        tensors: by the name that the places shall have.
-        container: of the file.
-
     Raises:
         CorruptFile: a tensor reaches past its storage, or a storage is damaged.
     """
@@ -275,31 +268,28 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
     first_byte = container.stretch.first_byte if container.stretch else 0
     stored = {}
     for name, tensor in tensors.items():
-        record, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
+        key, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
+        record, item_bytes = container.records[key], DTYPE_BYTES[dtype]
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-        end_bytes = (tensor.offset + reach + 1) * DTYPE_BYTES[dtype] if all(tensor.shape) else 0
-        if end_bytes > container.records[record].size_bytes:
+        end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
+        if end_bytes > record.size_bytes:
             raise CorruptFile(
                 "a tensor reaches past its storage",
                 tensor=name,
                 file=container.label,
-                expected=f"at least {end_bytes} bytes in {record}",
-                found=f"{container.records[record].size_bytes} bytes",
+                expected=f"at least {end_bytes} bytes in {key}",
+                found=f"{record.size_bytes} bytes",
                 remedy="copy the file again from where it was saved",
             )
-        offset_bytes = first_byte + offsets_bytes[record] + tensor.offset * DTYPE_BYTES[dtype]
-        is_all = reach + 1 == math.prod(tensor.shape) == container.records[record].size_bytes // DTYPE_BYTES[dtype]
-        checksum = (container.records[record].checksum or None) if is_all else None
+        is_all = reach + 1 == math.prod(tensor.shape) == record.size_bytes // item_bytes
+        checksum = (record.checksum or None) if is_all else None
+        offset_bytes = first_byte + offsets_bytes[key] + tensor.offset * item_bytes
         stored[name] = StoredTensor(name, container.label, dtype, tensor.shape, tensor.strides, offset_bytes, checksum)
     return stored
 
 
 def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
     """Every tensor of the file, by name, with the strides that it was saved with.
-
-    Args:
-        path: the file on this machine.
-        file: how messages and the tensors name it.
 
     Raises:
         CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`; or a tensor outside its storage.
@@ -316,7 +306,7 @@ def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
             "a weights file that holds more than tensors by name",
             file=file,
             expected="the flat dict of tensors that save_pretrained writes",
-            found=", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else ""),
+            found=names(others),
             remedy="load the model with transformers and save it with save_pretrained",
         )
     return place_tensors(saved, container)

@@ -161,6 +161,12 @@ def length(opcode: bytes, size: int, form: str = "<Q") -> bytes:
 
 #: A list, then forty times a list of ten times the one before.
 LAUGHS = b"]q\x00" + (b"0](" + b"h\x00" * 10 + b"eq\x00") * 40
+#: Many items, to be closed into a list or tuple.
+MANY = b"(" + b"K\x01" * 10**5
+PAIRS = b"(" + b"".join(b"M" + struct.pack("<H", number) + b"N\x86" for number in range(1 << 16))
+ORDERED = b"ccollections\nOrderedDict\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor\n"
+TENSOR = b"h\x01((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x00tQK\x00h\x00h\x00tR"
 BOMBS = {
     "memo index": checkpoint(b"N" + length(b"r", 2**32 - 1, "<I")),
     "bytes": checkpoint(length(b"\x8e", 2**50)), "text": checkpoint(length(b"\x8d", 2**50)),
@@ -174,6 +180,10 @@ BOMBS = {
     "shared tuples as a key": checkpoint(b"})" + b"2\x86" * 64 + b"Ns"),
     "shared tuples as an enum's name": checkpoint(b"cbuiltins\ngetattr\nN)" + b"2\x86" * 64 + b"\x86R"),
     "shared tuples as a path": checkpoint(b"cpathlib\nPath\n)" + b"2\x86" * 64 + b"\x85R"),
+    "shared tuples as a key of an ordered dict": checkpoint(ORDERED + b"])" + b"2\x86" * 64 + b"N\x86a\x85R"),
+    "one tuple for many calls": checkpoint(MANY + b"tq\x00cmegatron\na\nq\x01](" + b"h\x01h\x00R" * 10**4 + b"e"),
+    "one list for many dicts": checkpoint(PAIRS + b"lq\x00" + ORDERED + b"q\x01](" + b"h\x01h\x00\x85R" * 10**4 + b"e"),
+    "one shape for many tensors": checkpoint(MANY + b"lq\x00" + REBUILD + b"q\x01](" + TENSOR * 10**4 + b"e"),
     "billion laughs": checkpoint(LAUGHS), "list of itself": checkpoint(b"]q\x00" + b"h\x00a" * 10),
     "many classes": checkpoint(b"]" + b"cmegatron\na\na" * 200_000),
 }  # fmt: skip

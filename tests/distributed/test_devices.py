@@ -139,6 +139,6 @@ def test_gaudi_without_intels_package_is_one_message_and_no_traceback(
         "no Gaudi device is available",
         "  expected: a free card, and the package habana-torch-plugin of Intel's container",
         "  found:    no package habana_frameworks",
-        "  remedy:   run inside Intel's Gaudi container, or use --device cpu",
+        "  remedy:   start where one is (Intel's container for Gaudi), or use --device cpu",
     ]
     assert os.listdir(tmp_path) == ["megatron"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dist_convert.read import source
@@ -10,20 +12,20 @@ MEMINFO = """MemTotal:       24683832 kB
 MemFree:        22755100 kB
 MemAvailable:   22963496 kB
 """
+FREE_BYTES = 22755100 * 1024
 
 
-def test_memory_that_only_a_page_cache_uses_is_in_use() -> None:
-    assert source.unused_bytes(MEMINFO) == 22755100 * 1024
-    assert source.unused_bytes("MemTotal: 1 kB\n") is None
-
-
-def test_more_than_is_free_pushes_others_out_and_less_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "unused_bytes", lambda _: 1000)
-    assert [source.pushes_others_out(streamed_bytes) for streamed_bytes in (999, 1000, 1001)] == [
-        False,
-        False,
-        True,
-    ]
+@pytest.mark.parametrize(
+    ("meminfo", "expected"), [(MEMINFO, [False, False, True]), ("MemTotal: 1 kB\n", [False] * 3), (None, [False] * 3)]
+)
+def test_more_than_nobody_uses_pushes_others_out_and_less_does_not(
+    meminfo: str | None, expected: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_MEMORY", tmp_path / "meminfo")
+    if meminfo is not None:
+        (tmp_path / "meminfo").write_text(meminfo)
+    amounts_bytes = (FREE_BYTES - 1, FREE_BYTES, FREE_BYTES + 1)
+    assert [source.pushes_others_out(size_bytes) for size_bytes in amounts_bytes] == expected
 
 
 def test_a_model_that_no_memory_holds_pushes_others_out_of_this_machines() -> None:
