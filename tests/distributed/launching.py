@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from tests.warm import IMPORTED, REPOSITORY, TIMEOUT_SECONDS, Process, Run
 
 #: From torchrun's SIGTERM to its SIGKILL.
@@ -50,6 +48,8 @@ def start_ranks(
         nodes: the environment of each node's ranks, but for what launchers set.
         imported, exits: see `Process`.
     """
+    from torch.distributed import TCPStore  # benchmarks, which measure memory, start from here without torch
+
     ranks_each = len(programs) // len(nodes)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stack.callback(lambda: store)  # until then
