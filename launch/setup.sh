@@ -4,6 +4,8 @@
 #   PYTHON              the Python that the environment is made of (default: python3)
 #   DIST_CONVERT_VENV   where the environment is, or shall be (default: .venv in the repository)
 #
+# A script that sets `dependencies_only` gets an environment without dist_convert itself, which several clones can share.
+#
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -62,7 +64,7 @@ provide_pip() {
 enter_environment() {
     # From where the packages were installed, and which.
     local installed=$venv/installed-for-dist_convert wanted
-    wanted=$PWD$'\n'$(cat pyproject.toml)
+    wanted=${dependencies_only:-$PWD}$'\n'$(cat pyproject.toml)
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     if [[ -e $installed && $(cat "$installed") == "$wanted" ]]; then
         return
@@ -73,6 +75,7 @@ enter_environment() {
     provide_pip
     has_module python torch || show python -m pip install --quiet torch==2.13.0
     PYTHONWARNINGS=ignore show python -m pip install --quiet --editable '.[test]'
+    [[ -z ${dependencies_only:-} ]] || show python -m pip uninstall --quiet --yes dist-convert
     printf '%s\n' "$wanted" >"$installed"
 }
 

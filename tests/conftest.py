@@ -14,7 +14,7 @@ from tests.distributed.interrupting import Runs, interrupted_runs
 from tests.file_systems import mounted
 
 #: Folders and files that take a minute or more each; `launch/test.sh -m ""` runs them too.
-SLOW = ("tests/faults/", "tests/distributed/test_hosts.py", "tests/launch/test_slurm.py", "tests/test_jobs.py")
+SLOW = ("tests/faults/", "tests/launch/test_slurm.py", "tests/test_jobs.py")
 
 
 def pytest_configure() -> None:
@@ -25,11 +25,12 @@ def pytest_configure() -> None:
 
 #: Files that take longest, in that order: whoever is done with one of them still has small ones to do.
 LONGEST = (
-    "tests/distributed/test_local_ranks.py", "tests/oracle/test_megatron_loads.py", "tests/oracle/test_logits.py",
-    "tests/plan/test_scale.py", "tests/distributed/test_node_local_targets.py", "tests/distributed/test_lost_ranks.py",
-    "tests/tokenizer/test_huggingface_directory.py", "tests/oracle/test_real_model.py",
-    "tests/distributed/test_to_megatron.py", "tests/distributed/test_same_bytes.py",
-    "tests/distributed/test_stopping.py", "tests/write/test_hub.py", "tests/attacks/test_fuzzing.py",
+    "tests/distributed/test_stopping.py", "tests/distributed/test_local_ranks.py", "tests/oracle/test_real_model.py",
+    "tests/oracle/test_megatron_loads.py", "tests/plan/test_scale.py", "tests/distributed/test_to_megatron.py",
+    "tests/distributed/test_resume.py", "tests/distributed/test_killed_nodes.py", "tests/distributed/test_hosts.py",
+    "tests/oracle/test_logits.py", "tests/distributed/test_same_bytes.py", "tests/distributed/test_lost_ranks.py",
+    "tests/distributed/test_own_shards.py", "tests/distributed/test_hub.py", "tests/write/test_hub.py",
+    "tests/tokenizer/test_huggingface_directory.py", "tests/distributed/test_save_per_node.py",
 )  # fmt: skip
 
 

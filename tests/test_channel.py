@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from torch.distributed import TCPStore
 
 from dist_convert.errors import ConversionError
 from dist_convert.ranks.channel import Channel
+from tests.warm import Process
 
 
 @pytest.fixture
@@ -80,20 +79,11 @@ time.sleep(600)
 
 
 def test_a_busy_rank_heeds_a_signal_that_comes_after_the_store_is_gone() -> None:
-    store = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
-    assert store.stdout is not None
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.stdout.readline().strip()}
-    rank = subprocess.Popen([sys.executable, "-c", BUSY_RANK], env=environment, stdout=subprocess.PIPE, text=True)
-    assert rank.stdout is not None
-    try:
-        assert rank.stdout.readline() == "ready\n"
-        store.kill()
-        store.wait()
-        time.sleep(2)  # until the rank has noticed
-        rank.send_signal(signal.SIGTERM)
-        assert rank.wait(timeout=60) == 143
-    finally:
-        store.kill()
-        rank.kill()
-        store.communicate()
-        rank.communicate()
+    with Process(["-c", STORE], os.environ) as store:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.printed_line().strip()}
+        with Process(["-c", BUSY_RANK], {**os.environ, **meeting}) as rank:
+            assert rank.printed_line() == "ready\n"
+            store.kill()
+            time.sleep(2)  # until the rank has noticed
+            rank.send_signal(signal.SIGTERM)
+            assert rank.finish(60).returncode == 143

@@ -21,6 +21,7 @@ import dist_convert
 from dist_convert.errors import Cancelled, MissingShard, TargetExists, UsageError
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, read_tensors
+from tests.distributed.launching import environment, run_ranks
 from tests.to_megatron import make_hf, read_shards
 
 ROOT = Path(__file__).parents[1]
@@ -174,12 +175,8 @@ dist.destroy_process_group()
 
 def test_a_program_converts_within_a_process_group_of_its_own_and_goes_on(llama: Made, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(GROUP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(llama[0]), str(tmp_path)],
-        cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_ranks(3, str(llama[0]), str(tmp_path), module="program", env=env)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (1, 2)]
     assert found[0] == found[1]

@@ -19,6 +19,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 Damaged = st.SearchStrategy[bytes]
+#: All damage of one kind to a valid file.
+Way = Callable[[bytes], Damaged]
 
 #: Bytes that formats are made of: numbers at their limits, and the opcodes, brackets and signatures of the formats.
 TOKENS = (
@@ -42,9 +44,12 @@ OPCODES = (
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 7, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 #: What may stand in JSON: also where something else is expected, and much larger than makes sense.
+ODD_VALUES = (
+    None, True, False, "", "a", "../a", "/etc/passwd", "F32", "BF16", "I64", [], {}, [[]], [None],
+    -1, 0.5, 1e308, float("nan"), float("inf"), -float("inf"), 10**18, 10**400, *NUMBERS,
+)  # fmt: skip
 VALUES = st.one_of(
-    st.sampled_from((None, True, False, "", "a", "../a", "/etc/passwd", "F32", "BF16", "I64", [], {}, [[]], [None])),
-    st.sampled_from((-1, 0.5, 1e308, float("nan"), float("inf"), -float("inf"), 10**18, 10**400, *NUMBERS)),
+    st.sampled_from(ODD_VALUES),
     st.integers(-4, 260),
     st.text(max_size=3),
     st.lists(st.integers(-1, 70), max_size=4),
@@ -52,11 +57,12 @@ VALUES = st.one_of(
 )
 PLACES = st.floats(0, 1, exclude_max=True)  # a share of a length
 
+BYTE_KINDS = ("over", "between", "out")
 #: What is done at a place: bytes put over others or between them, or bytes taken out.
 CHANGES = st.lists(
     st.tuples(
         PLACES,
-        st.sampled_from(["over", "between", "out"]),
+        st.sampled_from(BYTE_KINDS),
         st.one_of(st.sampled_from(TOKENS), st.binary(min_size=1, max_size=8)),
     ),
     min_size=1,
@@ -64,17 +70,16 @@ CHANGES = st.lists(
 )
 
 
+def change_bytes(data: bytes, changes: Sequence[tuple[float, str, bytes]]) -> bytes:
+    for place, kind, value in changes:
+        at = int(place * len(data))
+        data = data[:at] + (b"" if kind == "out" else value) + data[at + (kind != "between") * len(value) :]
+    return data
+
+
 def with_other_bytes(data: bytes) -> Damaged:
     """Up to three changes of bytes, anywhere."""
-
-    def changed(changes: list[tuple[float, str, bytes]]) -> bytes:
-        found = data
-        for place, kind, value in changes:
-            at = int(place * len(found))
-            found = found[:at] + (b"" if kind == "out" else value) + found[at + (kind != "between") * len(value) :]
-        return found
-
-    return CHANGES.map(changed)
+    return CHANGES.map(lambda changes: change_bytes(data, changes))
 
 
 def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -85,60 +90,76 @@ def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _nodes(value[key])
 
 
+VALUE_KINDS = ("value", "copy", "name", "gone")
+
+
+def change_values(data: bytes, changes: Sequence[tuple[float, str, Any, float]]) -> bytes:
+    whole = json.loads(data)
+    for place, kind, value, other in changes:
+        nodes = list(_nodes(whole))
+        if not nodes:
+            break
+        (container, key), (from_container, from_key) = (nodes[int(at * len(nodes))] for at in (place, other))
+        value = copy.deepcopy(from_container[from_key] if kind == "copy" else value)
+        if kind == "name" and isinstance(container, dict):
+            container[str(value)] = container.pop(key)
+        elif kind == "gone":
+            del container[key]
+        else:
+            container[key] = value
+    return json.dumps(whole).encode()
+
+
 def with_other_values(data: bytes) -> Damaged:
     """JSON of which up to three values, anywhere, are others, come from elsewhere, have another name, or are gone."""
-    whats = st.sampled_from(["value", "value", "value", "copy", "name", "gone"])
-    changes = st.lists(st.tuples(PLACES, whats, VALUES, PLACES), min_size=1, max_size=3)
+    kinds = st.sampled_from(["value", "value", *VALUE_KINDS])
+    changes = st.lists(st.tuples(PLACES, kinds, VALUES, PLACES), min_size=1, max_size=3)
+    return changes.map(lambda changes: change_values(data, changes))
 
-    def changed(changes: list[tuple[float, str, Any, float]]) -> bytes:
-        whole = json.loads(data)
-        for place, what, value, other in changes:
-            nodes = list(_nodes(whole))
-            if not nodes:
-                break
-            (container, key), (from_container, from_key) = (nodes[int(at * len(nodes))] for at in (place, other))
-            value = copy.deepcopy(from_container[from_key] if what == "copy" else value)
-            if what == "name" and isinstance(container, dict):
-                container[str(value)] = container.pop(key)
-            elif what == "gone":
-                del container[key]
-            else:
-                container[key] = value
-        return json.dumps(whole).encode()
 
-    return st.builds(changed, changes)
+def change_header(data: bytes, changes: Sequence[tuple[float, str, Any, float]]) -> bytes:
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = change_values(data[8:end], changes)
+    return struct.pack("<Q", len(text)) + text + data[end:]
 
 
 def with_other_header(data: bytes) -> Damaged:
     """A safetensors file in whose header values are others; the length before it is right."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    return with_other_values(data[8:end]).map(lambda text: struct.pack("<Q", len(text)) + text + data[end:])
+    changes = st.lists(st.tuples(PLACES, st.sampled_from(VALUE_KINDS), VALUES, PLACES), min_size=1, max_size=3)
+    return changes.map(lambda changes: change_header(data, changes))
+
+
+INSTRUCTION_KINDS = ("over", "between", "copy", "exchange", "gone")
+
+
+def change_instructions(parts: Sequence[bytes], changes: Sequence[tuple[float, str, bytes, float]]) -> bytes:
+    found = list(parts)
+    for place, kind, value, other in changes:
+        at, elsewhere = int(place * len(found)), int(other * len(found))
+        if kind == "over":
+            found[at] = value
+        elif kind == "between":
+            found.insert(at, value)
+        elif kind == "copy":
+            found.insert(at, found[elsewhere])
+        elif kind == "exchange":
+            found[at], found[elsewhere] = found[elsewhere], found[at]
+        else:
+            del found[at]
+    return b"".join(found) + b"."
+
+
+def _instructions(data: bytes) -> list[bytes]:
+    """All but the last, STOP."""
+    starts = [position for _, _, position in pickletools.genops(data) if position is not None]
+    return [data[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def with_other_instructions(data: bytes) -> Damaged:
     """A pickle of which up to three whole instructions are others, more, doubled, exchanged, or gone."""
-    starts = [position for _, _, position in pickletools.genops(data) if position is not None]
-    parts = [data[start:end] for start, end in itertools.pairwise(starts)]  # all but the last, STOP
-    whats = st.sampled_from(["over", "over", "between", "between", "copy", "exchange", "gone"])
-    changes = st.lists(st.tuples(PLACES, whats, st.sampled_from(OPCODES), PLACES), min_size=1, max_size=3)
-
-    def changed(changes: list[tuple[float, str, bytes, float]]) -> bytes:
-        found = list(parts)
-        for place, what, value, other in changes:
-            at, elsewhere = int(place * len(found)), int(other * len(found))
-            if what == "over":
-                found[at] = value
-            elif what == "between":
-                found.insert(at, value)
-            elif what == "copy":
-                found.insert(at, found[elsewhere])
-            elif what == "exchange":
-                found[at], found[elsewhere] = found[elsewhere], found[at]
-            else:
-                del found[at]
-        return b"".join(found) + b"."
-
-    return st.builds(changed, changes)
+    parts, kinds = _instructions(data), st.sampled_from(["over", "between", *INSTRUCTION_KINDS])
+    changes = st.lists(st.tuples(PLACES, kinds, st.sampled_from(OPCODES), PLACES), min_size=1, max_size=3)
+    return changes.map(lambda changes: change_instructions(parts, changes))
 
 
 #: Fields of a local header, of an entry of the directory and of its end: offset, bytes (PKWARE's APPNOTE.TXT, 4.3).
@@ -158,6 +179,14 @@ def _zip_fields(data: bytes) -> list[tuple[int, int]]:
     return fields + [(end + offset, size) for offset, size in _END]
 
 
+def change_fields(data: bytes, changes: Sequence[tuple[tuple[int, int], tuple[bool, int]]]) -> bytes:
+    found = bytearray(data)
+    for (at, size), (is_added, number) in changes:
+        before = int.from_bytes(found[at : at + size], "little") if is_added else 0
+        found[at : at + size] = ((before + number) % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(found)
+
+
 def with_other_fields(data: bytes) -> Damaged:
     """A zip file in which up to three numbers of its headers are others, or a little more or less."""
     fields: Sequence[tuple[int, int]] = _zip_fields(data)
@@ -165,17 +194,22 @@ def with_other_fields(data: bytes) -> Damaged:
         st.tuples(st.just(False), st.sampled_from(NUMBERS)), st.tuples(st.just(True), st.integers(-70, 70))
     )
     changes = st.lists(st.tuples(st.sampled_from(fields), numbers), min_size=1, max_size=3)
-
-    def changed(changes: list[tuple[tuple[int, int], tuple[bool, int]]]) -> bytes:
-        found = bytearray(data)
-        for (at, size), (is_added, number) in changes:
-            before = int.from_bytes(found[at : at + size], "little") if is_added else 0
-            found[at : at + size] = ((before + number) % (1 << 8 * size)).to_bytes(size, "little")
-        return bytes(found)
-
-    return st.builds(changed, changes)
+    return changes.map(lambda changes: change_fields(data, changes))
 
 
-def either(*ways: Callable[[bytes], Damaged]) -> Callable[[bytes], Damaged]:
-    """Damage in one of several ways."""
-    return lambda data: st.one_of([way(data) for way in ways])
+def each_kind(way: Way, data: bytes) -> Iterator[bytes]:
+    """One case of each kind of a way's damage: with every token, value, instruction or field, and in every manner."""
+    if way is with_other_bytes:
+        for kind, value in itertools.product(BYTE_KINDS, TOKENS):
+            yield change_bytes(data, [(0.5, kind, value)])
+    elif way is with_other_instructions:
+        parts = _instructions(data)
+        for kind, value in itertools.product(INSTRUCTION_KINDS, OPCODES):
+            yield change_instructions(parts, [(0.5, kind, value, 0.25)])
+    elif way is with_other_fields:
+        for field, number in itertools.product(_zip_fields(data), ((False, 2**31 - 1), (True, 1))):
+            yield change_fields(data, [(field, number)])
+    else:
+        change = change_header if way is with_other_header else change_values
+        for kind, value in itertools.product(VALUE_KINDS, ODD_VALUES):
+            yield change(data, [(0.5, kind, value, 0.25)])

@@ -52,7 +52,8 @@ class Runs:
             flags: of `dist_convert`.
             how: ranks, and on how many nodes; and rank, moment (number of a call of that rank), signals, all (whether
                 every rank gets them),
-                pause_seconds before them, patience_seconds from a rank's end to the others' SIGTERM.
+                pause_seconds before them, patience_seconds from a rank's end to the others' SIGTERM; before, a module
+                of `programs` that prepares each rank, and arguments.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -62,9 +63,9 @@ class Runs:
 
 
 @contextmanager
-def interrupted_runs(module: str = "interrupted_runs") -> Iterator[Runs]:
-    """Start the process, and end it; `module` is one of `programs` that does what this one does, and more."""
-    program = [sys.executable, "-m", f"tests.distributed.programs.{module}"]
+def interrupted_runs() -> Iterator[Runs]:
+    """Start the process, and end it."""
+    program = [sys.executable, "-m", "tests.distributed.programs.interrupted_runs"]
     with subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
     ) as process:

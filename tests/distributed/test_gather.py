@@ -8,7 +8,8 @@ import pytest
 
 from tests.checkpoints import Grid, make
 from tests.converting import assert_same, convert, read_tensors
-from tests.distributed.launching import torchrun
+from tests.distributed.interrupting import Runs
+from tests.distributed.launching import run_ranks
 from tests.distributed.programs.gather_patterns import SIZES_BYTES, TEAMS
 from tests.distributed.small_sources import LLAMA
 
@@ -17,7 +18,7 @@ from tests.distributed.small_sources import LLAMA
 def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory where three ranks left what they received."""
     directory = tmp_path_factory.mktemp("gathered")
-    run = torchrun(3, str(directory), module="tests.distributed.programs.gather_patterns")
+    run = run_ranks(3, str(directory), module="tests.distributed.programs.gather_patterns")
     assert run.returncode == 0, run.stderr
     return directory
 
@@ -39,17 +40,15 @@ def test_every_rank_knows_every_ranks_json_values_by_rank(rank: int, gathered: P
     assert (gathered / f"objects-{rank}").read_text() == repr(values)
 
 
-def test_while_a_member_is_late_the_others_read_and_write_what_needs_nothing_of_it(tmp_path: Path) -> None:
+def test_while_a_member_is_late_the_others_read_and_write_what_needs_nothing_of_it(runs: Runs, tmp_path: Path) -> None:
     make(tmp_path / "megatron", LLAMA, Grid(tp=2))
     for rank, shard in enumerate(("mp_rank_00", "mp_rank_01")):
         (tmp_path / f"rank{rank}").mkdir()
         (tmp_path / f"rank{rank}" / shard).symlink_to(tmp_path / "megatron" / "iter_0000004" / shard)
-    run = torchrun(
-        2, f"{tmp_path}/mark", "megatron-to-hf", "--load-path", f"{tmp_path}/rank{{rank}}", "--save-path",
-        f"{tmp_path}/gathered", "--placement", "gather", "--device", "cpu",
-        module="tests.distributed.programs.late_member",
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "the other rank went on" in run.stderr
+    words = ["megatron-to-hf", "--load-path", f"{tmp_path}/rank{{rank}}", "--save-path", f"{tmp_path}/gathered"]
+    words += ["--placement", "gather", "--device", "cpu"]
+    run = runs.do(words, ranks=2, before=["late_member", str(tmp_path / "mark")])
+    assert run.exit_codes == [0, 0], run.printed
+    assert "the other rank went on" in run.printed
     assert convert(tmp_path / "megatron", tmp_path / "alone") == 0
     assert_same(read_tensors(tmp_path / "gathered"), read_tensors(tmp_path / "alone"))

@@ -70,6 +70,7 @@ def assert_resumes(found: Hosts) -> None:
     }
 
 
+@pytest.mark.slow
 def test_hosts_with_a_shard_each_convert_to_a_disk_that_they_share(two_hosts: Hosts) -> None:
     runs = two_hosts.torchrun(*job(two_hosts))
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
@@ -77,6 +78,7 @@ def test_hosts_with_a_shard_each_convert_to_a_disk_that_they_share(two_hosts: Ho
     assert_same(read_tensors(two_hosts.root / "hf"), expected)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_on_no_host_is_named(two_hosts: Hosts) -> None:
     (two_hosts.disk(1) / ITERATION / "mp_rank_01").rename(two_hosts.root / "elsewhere")
     runs = two_hosts.torchrun(*job(two_hosts))
@@ -87,6 +89,7 @@ def test_a_shard_that_is_on_no_host_is_named(two_hosts: Hosts) -> None:
     assert not (two_hosts.root / "hf").exists()
 
 
+@pytest.mark.slow
 def test_different_shards_of_one_name_on_two_hosts_are_refused(two_hosts: Hosts) -> None:
     make(two_hosts.root / "other", MODEL, Grid(tp=2), seed=1)
     shard = f"{ITERATION}/mp_rank_00"
@@ -112,6 +115,14 @@ def test_each_host_keeps_its_files_and_all_of_them_in_one_directory_are_the_mode
     assert_same(read_tensors(two_hosts.root / "merged"), hf_tensors(MODEL))
 
 
+def test_the_others_end_when_a_host_loses_its_rank(two_hosts: Hosts) -> None:
+    runs = lose(two_hosts, "kill")
+    assert "exitcode  : -9" in runs[1].stderr
+    assert f"rank 1 on {two_hosts.names[1]}, last heard of while" in runs[0].stderr
+    assert (two_hosts.root / "hf.partial" / "resumable").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_others_end_when_a_host_loses_its_rank_and_it_goes_on(rank: int, two_hosts: Hosts) -> None:
     runs = lose(two_hosts, "kill", rank)
@@ -123,6 +134,7 @@ def test_the_others_end_when_a_host_loses_its_rank_and_it_goes_on(rank: int, two
     assert_resumes(two_hosts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_others_end_when_a_rank_is_stopped_and_it_goes_on(rank: int, two_hosts: Hosts) -> None:
     # Whatever started the stopped rank waits for it for ever: that host is switched off when the other has ended.
@@ -131,6 +143,7 @@ def test_the_others_end_when_a_rank_is_stopped_and_it_goes_on(rank: int, two_hos
     assert_resumes(two_hosts)
 
 
+@pytest.mark.slow
 def test_all_end_when_a_host_loses_its_network_and_it_goes_on(two_hosts: Hosts) -> None:
     for run in lose(two_hosts, "run:ip link set eth0 down"):
         # Whichever is noticed first: a rank that is not heard of any more, or a connection that broke.

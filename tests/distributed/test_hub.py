@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import REPOSITORY, TIMEOUT_SECONDS, command
+from tests.distributed.launching import REPOSITORY, Run, run_ranks
 from tests.hub_stand_in import Hub, Repository, serving
 from tests.to_megatron import assert_same_shards, expected_shards, make_hf, read_shards
 
@@ -25,24 +24,18 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, place: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def run(hub: Hub, place: Path, *arguments: str, **more: str) -> Run:
     """Run `dist_convert` on two ranks that wait two seconds for each other."""
-    return subprocess.run(
-        command(2, *arguments, "--device", "cpu", "--timeout", "2"),
-        env=hub.environment(place / "home", PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1", **more),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    env = hub.environment(place / "home", PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1", **more)
+    return run_ranks(2, *arguments, "--device", "cpu", "--timeout", "2", env=env)
 
 
-def fetch(hub: Hub, place: Path) -> subprocess.CompletedProcess[str]:
+def fetch(hub: Hub, place: Path) -> Run:
     paths = ["--load-dir", "org/model", "--save-dir", str(place / "megatron")]
     return run(hub, place, "hf-to-megatron", *paths, "--make-vocab-size-divisible-by", "4")
 
 
-def upload(hub: Hub, place: Path) -> subprocess.CompletedProcess[str]:
+def upload(hub: Hub, place: Path) -> Run:
     make(place / "in", Model(), Grid(tp=2))
     paths = ["--load-path", str(place / "in"), "--save-path", str(place / "out")]
     return run(hub, place, "megatron-to-hf", *paths, "--push-to-hub", "org/new", HF_TOKEN="hf_of_alice")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, read_tensors
-from tests.distributed.launching import environment, flags, free_port, on_two_nodes, run_together
+from tests.distributed.launching import environment, flags, free_port, on_two_nodes
+from tests.warm import Process
 
 ITERATION = "iter_0000004"
 
@@ -43,9 +44,10 @@ def test_a_launcher_that_only_sets_torchs_variables_will_do(tmp_path: Path) -> N
     expected = make(tmp_path / "megatron", Model(), Grid(tp=2))
     meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     job = flags(tmp_path / "megatron", tmp_path / "hf", "--placement", "gather")
-    runs = run_together(
-        [[sys.executable, "-m", "dist_convert", *job]] * 2,
-        [environment(RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"],
-    )
+    with ExitStack() as stack:
+        ranks = [
+            Process(["-m", "dist_convert", *job], environment(RANK=rank, LOCAL_RANK=rank, **meeting)) for rank in "01"
+        ]
+        runs = [stack.enter_context(rank).finish() for rank in ranks]
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
     assert_same(read_tensors(tmp_path / "hf"), expected)

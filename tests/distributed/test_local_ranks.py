@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import TIMEOUT_SECONDS, Run, environment, flags, hashes
+from tests.distributed.launching import Run, environment, flags, hashes
+from tests.distributed.launching import run_program as run
+from tests.warm import Process
 
 MODEL = Model(hidden=512, ffn=4096, heads=8, groups=4, head_dim=64, layers=2)  # about 25 MB
 HOW = "start the same command again; it goes on where this one stopped"
@@ -34,22 +36,6 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     target = tmp_path_factory.mktemp("undisturbed") / "hf"
     assert run(*flags(checkpoint, target)).returncode == 0
     return hashes(target)
-
-
-def line(*arguments: str, module: str = "dist_convert") -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
-def run(*arguments: str, module: str = "dist_convert", **env: str) -> Run:
-    done = subprocess.run(
-        line(*arguments, module=module),
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def run_faulty(rank: int, fault: str, *arguments: str) -> Run:
@@ -152,7 +138,7 @@ def test_a_launcher_whose_parent_ignores_its_childrens_end_still_learns_of_it(ch
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
     )
-    job = line(*flags(checkpoint, tmp_path / "hf"), "--ranks", "2")
+    job = [sys.executable, "-m", "dist_convert", *flags(checkpoint, tmp_path / "hf"), "--ranks", "2"]
     done = subprocess.run([sys.executable, "-c", ignoring, *job], env=environment(), timeout=60, check=False)
     assert done.returncode == 0
     assert (tmp_path / "hf").is_dir()
@@ -185,14 +171,7 @@ command.be_rank = be_rank
 sys.exit(command.main(sys.argv[1:]))
 """
     job = [*flags(checkpoint, tmp_path / "hf"), "--ranks", "2"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *job],
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = Process(["-c", program, *job], environment()).finish()
     assert done.returncode == 1
     assert done.stderr.count("rank 1 has crashed") == 1, done.stderr
     assert "can't start new thread" in done.stderr
@@ -213,15 +192,13 @@ def test_a_rank_that_is_stopped_is_named_and_killed(
 def test_a_signal_to_ranks_that_have_just_been_started_ends_them_with_one_line(
     number: signal.Signals, checkpoint: Path, tmp_path: Path
 ) -> None:
-    job = line(*flags(checkpoint, tmp_path / "hf"), "--ranks", "2")
-    with subprocess.Popen(
-        job, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as launcher:
+    job = ["-m", "dist_convert", *flags(checkpoint, tmp_path / "hf"), "--ranks", "2"]
+    with Process(job, environment()) as launcher:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
         while len(children.read_text().split()) < 2:
             time.sleep(0.001)
         os.killpg(launcher.pid, number)
-        printed = launcher.communicate(timeout=120)[1]
+        printed = launcher.finish(120).stderr
     assert launcher.returncode == 128 + number
     assert 1 <= printed.count(f"stopped by {number.name}") <= 2, printed  # rank 0, and who can tell the others already
     assert "memory" not in printed
@@ -229,17 +206,15 @@ def test_a_signal_to_ranks_that_have_just_been_started_ends_them_with_one_line(
 
 
 @contextmanager
-def paused(tmp_path: Path, *job: str) -> Iterator[subprocess.Popen[str]]:
+def paused(tmp_path: Path, *job: str) -> Iterator[Process]:
     """A command with two ranks, whose rank 1 waits for the file `go` after it has moved its first bytes."""
     wait = tmp_path / "wait"
     # Without `waits` the whole directory is gone: the test was over before this looked.
     until_go = f"until [ -e {tmp_path}/go ] || ! [ -e {tmp_path}/waits ]; do sleep 0.05; done"
     wait.write_text(f"#!/bin/sh\ntrap '' TERM INT\ntouch {tmp_path}/waits\n{until_go}\n")
     wait.chmod(0o755)
-    program = line("1", f"run:{wait}", *job, "--ranks", "2", module="tests.distributed.programs.faulty_rank")
-    with subprocess.Popen(
-        program, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as launcher:
+    program = ["-m", "tests.distributed.programs.faulty_rank", "1", f"run:{wait}", *job, "--ranks", "2"]
+    with Process(program, environment()) as launcher:
         deadline = time.monotonic() + 60
         while not (tmp_path / "waits").exists():
             assert time.monotonic() < deadline
@@ -256,7 +231,7 @@ def test_a_signal_ends_all_ranks_with_its_exit_code(
     with paused(tmp_path, *flags(checkpoint, tmp_path / "hf", "--placement", "direct")) as launcher:
         (os.kill if to == "launcher" else os.killpg)(launcher.pid, number)  # Ctrl-C in a terminal goes to all
         (tmp_path / "go").touch()
-        printed = launcher.communicate(timeout=120)[1]
+        printed = launcher.finish(120).stderr
     assert launcher.returncode == exit_code
     assert printed.count(f"stopped by {number.name}") == printed.count(HOW) == 1, printed
     assert "Traceback" not in printed

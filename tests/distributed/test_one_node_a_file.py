@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import Grid
-from tests.distributed.interrupting import Run, Runs, hashes_below, interrupted_runs
+from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.distributed.small_sources import make_small_sources
 from tests.to_megatron import grid_flags
 
@@ -18,10 +19,19 @@ NOTE = "the target lies on nfs4: each weights file is written by one node"
 CASES = ("megatron-to-hf", "hf-to-megatron, llama", "hf-to-megatron, mixtral")
 
 
-@pytest.fixture(scope="module")
-def on_nfs() -> Iterator[Runs]:
-    with interrupted_runs("nodes_on_nfs") as started:
-        yield started
+@dataclass(frozen=True)
+class OnNfs:
+    """Runs whose targets lie on NFS."""
+
+    runs: Runs
+
+    def do(self, flags: list[str], **how: Any) -> Run:
+        return self.runs.do(flags, before=["nodes_on_nfs"], **how)
+
+
+@pytest.fixture
+def on_nfs(runs: Runs) -> OnNfs:
+    return OnNfs(runs)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +76,8 @@ def nodes_of_files(run: Run, ranks_each: int) -> dict[str, set[int]]:
 @pytest.mark.parametrize("placement", ["direct", "gather"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_file_is_written_by_one_node_with_the_bytes_of_any_other_conversion(
-    case: str, placement: str, nodes: int, ranks: int, on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]],
-    tmp_path: Path,
+    case: str, placement: str, nodes: int, ranks: int, on_nfs: OnNfs, sources: Path,
+    expected: dict[str, dict[str, str]], tmp_path: Path,
 ) -> None:  # fmt: skip
     run = on_nfs.do(command(case, sources, tmp_path, "--placement", placement), ranks=ranks, nodes=nodes)
     assert run.exit_codes == [0] * ranks, run.printed
@@ -81,7 +91,7 @@ def test_every_file_is_written_by_one_node_with_the_bytes_of_any_other_conversio
 
 
 def test_shards_of_both_nodes_end_in_files_of_one_node_each(
-    on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+    on_nfs: OnNfs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     for shard in (sources / "megatron").glob("iter_*/mp_rank_*"):
         node = int(shard.name.split("_")[2])  # a tensor rank a node
@@ -97,7 +107,7 @@ def test_shards_of_both_nodes_end_in_files_of_one_node_each(
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_other_nodes_began_without_regard_to_it_is_gone_on_with(
-    case: str, runs: Runs, on_nfs: Runs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
+    case: str, runs: Runs, on_nfs: OnNfs, sources: Path, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     words = command(case, sources, tmp_path)
     killed = {"signals": ["SIGKILL"], "all": True}
@@ -125,7 +135,9 @@ SAID: dict[str, tuple[str, list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_a_dry_run_says_so_and_shows_nodes_without_work(name: str, on_nfs: Runs, sources: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_so_and_shows_nodes_without_work(
+    name: str, on_nfs: OnNfs, sources: Path, tmp_path: Path
+) -> None:
     case, more, nodes, note = SAID[name]
     run = on_nfs.do(command(case, sources, tmp_path, *more), ranks=nodes, nodes=nodes)
     assert run.exit_codes == [0] * nodes, run.printed
@@ -133,7 +145,7 @@ def test_a_dry_run_says_so_and_shows_nodes_without_work(name: str, on_nfs: Runs,
     assert len(re.findall("0 B +0 B +0 B", run.stdout[0])) == (nodes - 1 if "none" in note else 0)
 
 
-def test_ranks_of_one_node_share_its_files_as_elsewhere(on_nfs: Runs, sources: Path, tmp_path: Path) -> None:
+def test_ranks_of_one_node_share_its_files_as_elsewhere(on_nfs: OnNfs, sources: Path, tmp_path: Path) -> None:
     run = on_nfs.do(command(CASES[0], sources, tmp_path, "--max-shard-size", "5GB"), ranks=2)
     assert run.exit_codes == [0, 0], run.printed
     assert all("model.safetensors is open to write" in printed for printed in run.stderr)

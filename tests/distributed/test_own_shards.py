@@ -76,7 +76,7 @@ def hand_out(checkpoint: Path, places: Sequence[Sequence[int]], root: Path) -> N
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case converted, by a torchrun for each number of ranks: case -> outcome, expected and found tensors."""
+    """Every case converted, case -> outcome, expected and found tensors."""
     found = {}
     for ranks in (2, 3, 4):
         jobs, expected = {}, {}

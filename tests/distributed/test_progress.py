@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import command, environment, flags, torchrun
+from tests.distributed.launching import REPOSITORY, environment, flags, run_ranks
 
 #: 53.5 MB in bf16.
 MODEL = Model(hidden=512, ffn=8192, heads=8, groups=4, head_dim=64, layers=2)
 
 
-def run_on_terminal(line: list[str]) -> str:
+def run_on_terminal(line: list[str], **env: str) -> str:
     """Run a command whose output is a terminal of 100 columns; returns what it shows."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
-    with subprocess.Popen(line, stdout=theirs, stderr=theirs, stdin=theirs, env=environment()) as process:
+    with subprocess.Popen(line, stdout=theirs, stderr=theirs, stdin=theirs, env=environment(**env)) as process:
         os.close(theirs)
         shown = b""
         while True:
@@ -49,9 +49,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a terminal shows while two ranks convert."""
+    """What a terminal shows while two ranks of a torchrun convert, as a user starts it on one machine."""
     target = tmp_path_factory.mktemp("hf")
-    return run_on_terminal(command(2, *flags(checkpoint, target, "--placement", "gather")))
+    start = str(REPOSITORY / "launch" / "local.sh")
+    return run_on_terminal([start, *flags(checkpoint, target, "--placement", "gather")], RANKS="2")
 
 
 def bars(shown: str) -> list[str]:
@@ -72,7 +73,7 @@ def test_one_rank_shows_one_bar_in_one_line(shown: str) -> None:
 
 
 def test_a_pipe_gets_no_bar_but_the_line_at_the_end(checkpoint: Path, tmp_path: Path) -> None:
-    run = torchrun(2, *flags(checkpoint, tmp_path / "hf"))
+    run = run_ranks(2, *flags(checkpoint, tmp_path / "hf"))
     assert bars(run.stderr + run.stdout) == []
     assert re.search(
         rf"{tmp_path}/hf: read 53\.5 MB, wrote 53\.5 MB in [\d.]+ s, [\d.]+ GB/s, "

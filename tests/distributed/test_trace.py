@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import run_ranks
 
 
 def test_ranks_of_a_node_share_a_file_and_tell_what_they_gathered(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_ranks_of_a_node_share_a_file_and_tell_what_they_gathered(tmp_path: Path
         own = tmp_path / f"rank{rank}"
         own.mkdir()
         (own / shard).symlink_to(tmp_path / "megatron" / "iter_0000004" / shard)
-    run = torchrun(
+    run = run_ranks(
         2, "megatron-to-hf", "--load-path", f"{tmp_path}/rank{{rank}}", "--save-path", f"{tmp_path}/hf",
         "--device", "cpu", "--trace", f"{tmp_path}/trace.json",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import Answer, flags, on_two_nodes, run_jobs, torchrun
+from tests.distributed.launching import Answer, flags, on_two_nodes, run_jobs, run_ranks
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, edit_shard, flip
 
@@ -152,9 +152,11 @@ def test_a_conversion_is_verified_by_all_ranks_and_says_so_once(
     assert [f"{root / target}: verified, 21 tensors" in text for text in found[name].stderr] == [True, False]
 
 
-def test_torchrun_sees_the_difference_in_the_exit_code(answers: tuple[Path, dict[str, Answer]]) -> None:
+def test_a_report_for_people_is_printed_once_and_the_exit_code_is_the_difference(
+    answers: tuple[Path, dict[str, Answer]],
+) -> None:
     root, _ = answers
-    run = torchrun(2, "verify", str(root / "hf"), str(root / "wrong"))
+    run = run_ranks(2, "verify", str(root / "hf"), str(root / "wrong"))
     assert run.returncode == 1
     assert run.stdout.count("DIFFERENT: 2 differences") == 1
     assert "Traceback (most recent call last)" not in run.stdout

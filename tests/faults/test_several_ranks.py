@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.interrupting import Runs, hashes_below
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import run_ranks
 from tests.faults.conftest import (
     DIRECTIONS,
     SOURCE_FILES,
@@ -94,7 +94,7 @@ def test_a_disk_that_does_not_answer_one_of_two_ranks_is_told_with_the_rank_and_
 
 
 @pytest.mark.parametrize("fault", ["source", "target"])
-def test_under_torchrun_it_is_the_same(
+def test_under_a_launcher_it_is_the_same(
     fault: str, disk: FaultyDisk, undisturbed_on_disk: Undisturbed, tmp_path: Path
 ) -> None:
     direction = "hf-to-megatron"
@@ -104,12 +104,12 @@ def test_under_torchrun_it_is_the_same(
         disk.fail("read", SOURCE_FILES[direction], "ESTALE", at=undisturbed_on_disk.written_bytes[direction] // 2)
     else:
         disk.fail("fsync", TARGET_FILES[direction], "EIO")
-    failed = torchrun(2, *words)
+    failed = run_ranks(2, *words)
     assert failed.returncode == 1
     assert failed.stderr.count("\n  found:") == 1
     assert failed.stderr.count("\n  resume:") == 1
     assert not target.exists()
     disk.heal()
-    assert torchrun(2, *words).returncode == 0
+    assert run_ranks(2, *words).returncode == 0
     assert hashes_below(target) == undisturbed_on_disk.targets[direction]
     shutil.rmtree(disk.behind / tmp_path.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from dist_convert.formats.huggingface.config import special_token_ids
 from dist_convert.formats.tokenizer.record import Tokenizer
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
+from tests.distributed.launching import environment
+from tests.warm import Process
 
 TRANSFORMERS_4 = os.environ.get("DIST_CONVERT_TRANSFORMERS_4_PYTHON")
 LONG = {"max_position_embeddings": 131072, "norm_epsilon": 1e-6}
@@ -137,7 +138,7 @@ def test_transformers_4_reads_the_same_model(converted: dict[str, Path]) -> None
     if not TRANSFORMERS_4:
         pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     paths = json.dumps({name: str(path) for name, path in converted.items()})
-    done = subprocess.run([TRANSFORMERS_4, "-c", PROBE, paths], capture_output=True, text=True)
+    done = Process(["-c", PROBE, paths], environment(), python=TRANSFORMERS_4).finish()
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["version"].startswith("4.")

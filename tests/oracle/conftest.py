@@ -10,43 +10,45 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launching import REPOSITORY, environment, start_ranks, wait_as_torchrun
+
 #: Runs a script of this folder on N ranks with arguments.
-Torchrun = Callable[..., None]
+Ranks = Callable[..., None]
+#: All that the scripts import and all that takes long of it, once for their ranks.
+IMPORTED = ("torch.distributed", "megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer")
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Torchrun:
+def ranks() -> Ranks:
     """Run one of the scripts that need megatron-core, on that many ranks."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install -e '.[test]')")
 
     def run(script: str, ranks: int, *arguments: object) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*command, str(Path(__file__).parent / script), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        program = [script, *map(str, arguments)]
+        env = environment(PYTHONPATH=os.pathsep.join((str(Path(__file__).parent), str(REPOSITORY))))
+        with ExitStack() as stack:
+            started = start_ranks(stack, [program] * ranks, [env], IMPORTED)
+            wait_as_torchrun(started)
+            for rank in started:
+                assert rank.finish().returncode == 0, rank.printed[1][-4000:]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def oracle(torchrun: Torchrun) -> Path:
+def oracle(ranks: Ranks) -> Path:
     """A directory with CASE/iter_0000004/... and CASE/oracle.pt for every case, written by 8 ranks."""
-    return kept("oracle", "", lambda directory: torchrun("megatron_writer.py", 8, directory))
+    return kept("oracle", "", lambda directory: ranks("megatron_writer", 8, directory))
 
 
 def kept(name: str, more: str, make: Callable[[Path], None]) -> Path:

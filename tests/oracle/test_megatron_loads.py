@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dist_convert.__main__ import main
 from tests.oracle.cases import CASES, LOSSY_CASES, OracleCase
-from tests.oracle.conftest import Torchrun
+from tests.oracle.conftest import Ranks
 
 KNOWN = {case.name: case for case in CASES + LOSSY_CASES}
 
@@ -157,12 +157,12 @@ def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(oracle: Path, written: Path, torchrun: Torchrun) -> Path:
+def loaded(oracle: Path, written: Path, ranks: Ranks) -> Path:
     """The directory of `written`, with NAME/output.pt by megatron-core for every target."""
     for target in [*TARGETS, *DISTRIBUTED]:
         input_ids = torch.load(oracle / target.case.name / "oracle.pt")["input_ids"]
         torch.save({"input_ids": input_ids, "new_tokens": 0}, written / target.name / "input.pt")
-    torchrun("megatron_reader.py", 8, written, *(target.name for target in [*TARGETS, *DISTRIBUTED]))
+    ranks("megatron_reader", 8, written, *(target.name for target in [*TARGETS, *DISTRIBUTED]))
     return written
 
 

@@ -6,7 +6,6 @@ Every fetch runs in a process of its own, because huggingface_hub reads its envi
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import pytest
 from dist_convert.errors import CheckpointNotFound
 from dist_convert.formats.huggingface.hub import local_directory
 from tests.hub_stand_in import Hub, Repository, pythons, serving
+from tests.warm import REPOSITORY, Process, Run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 _PROGRAM = """
 import sys
 from dist_convert.errors import ConversionError
@@ -61,15 +60,9 @@ class Client:
     home: Path
     hub: Hub
 
-    def ask(self, name: str, *, python: str = sys.executable, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [python, "-c", _PROGRAM, name],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=self.hub.environment(self.home, PYTHONPATH=str(REPOSITORY), **more),
-            check=False,
-        )
+    def ask(self, name: str, *, python: str = sys.executable, **more: str) -> Run:
+        env = self.hub.environment(self.home, PYTHONPATH=str(REPOSITORY), **more)
+        return Process(["-c", _PROGRAM, name], env, python=python).finish()
 
     def fetch(self, name: str, *, python: str = sys.executable, **more: str) -> Path:
         done = self.ask(name, python=python, **more)

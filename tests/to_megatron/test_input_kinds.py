@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from tests.to_megatron import (
     read_shards,
     to_megatron,
 )
+from tests.warm import Process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIXTRAL = Model(experts=4, groups=4, layers=2)
@@ -273,16 +272,13 @@ def test_a_model_of_the_hub_is_fetched_into_its_cache(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     target = ["--save-dir", str(tmp_path / "megatron"), "--make-vocab-size-divisible-by", str(DIVISIBLE_BY)]
     grid = ["--target-tensor-parallel-size", "2", "--target-expert-parallel-size", "2", "--device", "cpu"]
-    command = [sys.executable, "-m", "dist_convert", "hf-to-megatron", "--load-dir", "org/model", *target, *grid]
+    command = ["-m", "dist_convert", "hf-to-megatron", "--load-dir", "org/model", *target, *grid]
     with serving(Hub({"org/model": Repository(content, token="secret")})) as hub:
         ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         ours |= {"HF_TOKEN": "secret", "PYTHONPATH": str(REPOSITORY), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        done = subprocess.run(command, env=kept | ours, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = Process(command, kept | ours, tmp_path).finish()
         assert done.returncode == 0, done.stderr
         assert hub.downloaded() == ["config.json", "model.safetensors"]
     assert_same_shards(read_shards(tmp_path / "megatron"), SHARDS)
-    again = subprocess.run(
-        [*command, "--overwrite"], env=kept | ours | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    again = Process([*command, "--overwrite"], kept | ours | {"HF_HUB_OFFLINE": "1"}, tmp_path).finish()
     assert again.returncode == 0, again.stderr

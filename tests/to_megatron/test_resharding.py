@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -27,6 +25,7 @@ from tests.to_megatron import (
     read_shards,
     same_bits,
 )
+from tests.warm import Process
 
 LLAMA, MIXTRAL = Model(heads=4, groups=4), Model(experts=4, heads=4, groups=4)
 WHOLE = {"make_vocab_size_divisible_by": 4}
@@ -223,14 +222,12 @@ def test_what_a_killed_rank_left_is_gone_on_with(tmp_path: Path) -> None:
     make(tmp_path / "source", model, Grid(tp=2, pp=2), **WHOLE)
     words = ["convert", str(tmp_path / "source"), str(tmp_path / "target"), "--to", "torch", "--ranks", "2"]
     words += ["--target-tensor-parallel-size", "4"]
-    process = subprocess.Popen([sys.executable, "-m", "dist_convert", *words], stderr=subprocess.PIPE, text=True)
-    with process:
+    with Process(["-m", "dist_convert", *words], os.environ) as process:
         while process.poll() is None and not list((tmp_path / "target").glob("*.partial/mp_rank_*/*.pt")):
             time.sleep(0.002)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        assert process.stderr is not None
-        assert "was ended by SIGKILL" in process.stderr.read()
+        assert "was ended by SIGKILL" in process.finish().stderr
     assert (process.returncode, main([*words, "--verify"])) == (1, 0)
 
 

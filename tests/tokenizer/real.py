@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.distributed.launching import environment
+from tests.warm import Process
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(os.environ.get("DIST_CONVERT_REAL_TOKENIZERS", ROOT / ".cache" / "real-tokenizers"))
@@ -70,7 +72,7 @@ def load_and_encode(
         pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     wanted = {"lines": lines, "chats": chats, "numbers": numbers}
     wanted["directories"] = {name: str(path) for name, path in directories.items()}
-    done = subprocess.run([python, "-c", _PROGRAM], input=json.dumps(wanted), capture_output=True, text=True)
+    done = Process(["-c", _PROGRAM], environment(), python=python, entered=json.dumps(wanted)).finish()
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["version"].startswith(version[-1] + ".")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from tests.checkpoints import Model, make
 from tests.converting import convert
 from tests.tokenizer.pieces import train
 from tests.tokenizer.test_huggingface_directory import files_of, make_tokenizer
+from tests.warm import Process
 
 LAYER = Model(layers=1)
 NAMED = "/of/the/machine/that/trained"
@@ -256,7 +255,7 @@ def cached(home: Path, name: str, revision: str = "0" * 40) -> Path:
 
 
 #: huggingface_hub reads its environment once, when it is imported.
-CLI = [sys.executable, "-m", "dist_convert", "megatron-to-hf", "--device", "cpu"]
+CLI = ["-m", "dist_convert", "megatron-to-hf", "--device", "cpu"]
 
 
 def test_a_name_on_the_hub_is_looked_up_in_the_cache_alone(tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_a_name_on_the_hub_is_looked_up_in_the_cache_alone(tmp_path: Path) -> No
         model = name.split("/")[1]
         make(tmp_path / model, LAYER, tokenizer_model=name)
         command = [*CLI, "--load-path", str(tmp_path / model), "--save-path", str(tmp_path / f"{model}-hf")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = Process(command, environment).finish()
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"{model}-hf" / "tokenizer.json").is_file() is found
         assert ("nor in the cache of the Hugging Face Hub" in done.stderr) is not found
@@ -280,9 +279,7 @@ def test_a_missing_package_is_named_and_only_the_flag_makes_it_an_error(tmp_path
     program = "import sys; sys.modules['google'] = None; from dist_convert.__main__ import main; sys.exit(main())"
     for number, flags in enumerate(([], ["--tokenizer", str(file)])):
         command = ["--load-path", str(tmp_path / "in"), "--save-path", str(tmp_path / f"out{number}"), *flags]
-        done = subprocess.run(
-            [sys.executable, "-c", program, *CLI[3:], *command], capture_output=True, text=True, timeout=120
-        )
+        done = Process(["-c", program, *CLI[2:], *command], os.environ).finish()
         assert done.returncode == number
         assert "building a tokenizer from this file needs the package protobuf" in done.stderr
         assert "pip install protobuf" in done.stderr

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,10 @@ from tiktoken.load import load_tiktoken_bpe
 
 from tests.checkpoints import Model, make
 from tests.converting import convert
+from tests.distributed.launching import environment
 from tests.tokenizer import corpus
-from tests.tokenizer.real import LLAMA3, MIXTRAL, ROOT, VERSIONS, load_and_encode, require_real_files
+from tests.tokenizer.real import LLAMA3, MIXTRAL, VERSIONS, load_and_encode, require_real_files
+from tests.warm import Process
 
 LINES = corpus.lines()
 every_version = pytest.mark.parametrize("version", VERSIONS)
@@ -254,8 +254,8 @@ def test_a_converter_on_transformers_4_builds_the_same_bytes(
     if not python:
         pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     shutil.copy(converted[name] / "config.json", tmp_path)
-    command = [python, "-m", "dist_convert", "tokenizer", str(CASES[name][2]), str(tmp_path), "--instruct"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = ["-m", "dist_convert", "tokenizer", str(CASES[name][2]), str(tmp_path), "--instruct"]
+    done = Process(command, environment(), python=python).finish()
     assert done.returncode == 0, done.stderr
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (converted[name] / file.name).read_bytes(), file.name

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,6 +19,7 @@ from dist_convert.records import Box, View, cover_fault
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
 from tests.verify import edit_hf, flip, verify
+from tests.warm import Process
 
 ARCHITECTURE = Architecture("llama", 1, 16, 16, 1, 1, 16, 9, 9, 9, 1e-5, 1e4)
 ALL = Fraction(1)
@@ -206,6 +206,7 @@ for path in sys.argv[1:]:
     print(peak_memory_bytes(), file=sys.stderr)
 """
     models = [str(tmp_path / name) for name in ("1", "5")]
-    done = subprocess.run([sys.executable, "-c", code, *models], capture_output=True, text=True, check=True)
+    done = Process(["-c", code, *models], os.environ).finish()
+    assert done.returncode == 0, done.stderr
     small_bytes, large_bytes = map(int, done.stderr.split())
     assert large_bytes - small_bytes < budget_bytes / 4

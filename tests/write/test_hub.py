@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.hub_stand_in import Hub, Repository, pythons, serving
+from tests.warm import REPOSITORY, Process, Run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "hf_of_alice"
 ALICE = {"name": "alice", "type": "user", "orgs": [{"name": "org"}, {"name": "readers", "roleInOrg": "read"}]}
 READ_ONLY = ALICE | {"auth": {"accessToken": {"displayName": "laptop", "role": "read"}}}
@@ -48,42 +47,17 @@ class Client:
     place: Path
     hub: Hub
 
-    def run(
-        self, *arguments: str, python: str = sys.executable, token: str = TOKEN, **more: str
-    ) -> subprocess.CompletedProcess[str]:
+    def start(self, *words: str, python: str = sys.executable, token: str = TOKEN, **more: str) -> Process:
         given = {"HF_TOKEN": token} if token else {}
-        return subprocess.run(
-            [python, "-m", "dist_convert", *arguments],
-            cwd=self.place,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
-            check=False,
-        )
+        env = self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more)
+        return Process(words, env, self.place, python)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A command under way, whose messages are read as they come."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "dist_convert", *arguments],
-            cwd=self.place,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), HF_TOKEN=TOKEN),
-        )
+    def run(self, *arguments: str, **how: str) -> Run:
+        return self.start("-m", "dist_convert", *arguments, **how).finish()
 
     def check(self, name: str, *, token: str = TOKEN, answer_seconds: float = 30, **more: str) -> str:
         """The message of a check that finds why a private upload of `out` would not start."""
-        given = {"HF_TOKEN": token} if token else {}
-        done = subprocess.run(
-            [sys.executable, "-c", _CHECK, name, str(answer_seconds)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=self.hub.environment(self.place / "home", PYTHONPATH=str(REPOSITORY), **given, **more),
-            check=False,
-        )
+        done = self.start("-c", _CHECK, name, str(answer_seconds), token=token, **more).finish()
         assert done.returncode == 1
         assert "UploadError: " in done.stderr, done.stderr
         return done.stderr
@@ -243,16 +217,14 @@ def test_a_directory_with_a_tokenizer_is_uploaded_without_a_warning(client: Clie
 )
 def test_ctrl_c_ends_an_upload_without_a_traceback(client: Client, arguments: tuple[str, ...]) -> None:
     client.hub.delays_seconds["create"] = 20
-    with client.start(*arguments) as process:
-        assert process.stderr is not None
-        printed = ""
-        while "uploading" not in printed:
-            printed += (line := process.stderr.readline())
-            assert line, printed
+    with client.start("-m", "dist_convert", *arguments) as process:
+        while "uploading" not in process.printed[1]:
+            assert process.poll() is None, process.printed
+            time.sleep(0.02)
         time.sleep(1)  # until the hub is waited for
         process.send_signal(signal.SIGINT)
         started = time.monotonic()
-        printed += process.stderr.read()
+        printed = process.finish().stderr
     assert time.monotonic() - started < 10
     assert process.returncode == 130
     assert "Traceback" not in printed

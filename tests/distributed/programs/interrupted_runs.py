@@ -9,6 +9,7 @@ run is printed as a line of JSON: exit codes, calls and output of each rank, and
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import math
 import mmap
@@ -38,10 +39,10 @@ from tests.distributed.programs.forked_store import end_store, fork_store  # noq
 
 TIMEOUT_SECONDS = 60.0
 #: What a run is by default; each of the nodes has as many ranks. From the end of one rank to the SIGTERM of the others
-#: `patience_seconds` pass.
+#: `patience_seconds` pass. `before` is a module beside this one, which prepares each rank, and arguments.
 DEFAULTS: dict[str, Any] = {
     "ranks": 1, "nodes": 1, "rank": -1, "moment": 0, "signals": [], "all": False, "pause_seconds": 0.0,
-    "patience_seconds": 0.5,
+    "patience_seconds": 0.5, "before": [],
 }  # fmt: skip
 CALLS = ("preadv", "pwrite", "write", "fsync", "fdatasync", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
 
@@ -106,6 +107,8 @@ def run_rank(run: Mapping[str, Any], rank: int, port: int, answers: Path, counts
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 5)
+    for module in run["before"][:1]:
+        importlib.import_module(f"tests.distributed.programs.{module}").prepare(*run["before"][1:])
     count_calls(counts, rank, run["moment"] if rank == run["rank"] else 0, act_of(run))
     return dist_convert.__main__.main(run["flags"])
 

@@ -1,8 +1,7 @@
-"""dist_convert on rank 0, and on rank 1 one that reads nothing of its first gather until rank 0 has gone on without it.
+"""Before a run of `interrupted_runs`: rank 1 reads nothing of its first gather until rank 0 has gone on without it.
 
-`late_member MARK FLAGS...`: rank 0 makes the file `MARK` when it has written of a weight that it reads after what goes
-into the first gather and before what goes into the second. Rank 1 waits so long for it, and prints whether it came.
-Blocks and steps are small, so that a small checkpoint has many.
+Rank 0 makes a file when it has written of a weight that it reads after what goes into the first gather and before what
+goes into the second. Rank 1 waits so long for it, and prints whether it came.
 """
 
 from __future__ import annotations
@@ -13,23 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dist_convert.plan.copies
-
-dist_convert.plan.copies.BLOCK_BYTES = 4096
-
-import dist_convert.plan.limits  # noqa: E402  all others take the sizes from these two
-
-dist_convert.plan.limits.STEP_BYTES = 16384
-
-from dist_convert.__main__ import main  # noqa: E402
-from dist_convert.read.file_reader import FileReader  # noqa: E402
-from dist_convert.write.files import FileWriter  # noqa: E402
+from dist_convert.read.file_reader import FileReader
+from dist_convert.write.files import FileWriter
 
 #: Cut along its columns, so it is gathered; the first of its kind.
 FIRST_GATHERED = "decoder.layers.0.self_attention.linear_proj.weight"
 #: Cut along its rows, so it stays with its rank. Each member sends 16 KiB of a layer, as much as one step holds.
 READ_LATER = "model.layers.1.mlp.up_proj.weight"
 PATIENCE_SECONDS = 20.0
+
+
+def prepare(mark: str) -> None:
+    """From now on, be the rank that goes on or the one that is late; `mark` is the file."""
+    (go_on if os.environ["RANK"] == "0" else be_late)(Path(mark))
 
 
 def is_there(mark: Path) -> bool:
@@ -65,8 +60,3 @@ def be_late(mark: Path) -> None:
         return read(reader, view, *arguments)
 
     FileReader.read = late  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    (go_on if os.environ["RANK"] == "0" else be_late)(Path(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))

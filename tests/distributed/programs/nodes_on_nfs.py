@@ -1,4 +1,4 @@
-"""`interrupted_runs` on a stand-in for NFS, which needs servers and clients with kernels of their own.
+"""Before a run of `interrupted_runs`: a stand-in for NFS, which needs servers and clients with kernels of their own.
 
 It is this machine's file system under another name: the conversion is told `nfs4`. Every rank prints which target files
 it writes tensors to, and how it has opened them.
@@ -11,11 +11,15 @@ import os
 import sys
 from typing import Any
 
-from tests.distributed.programs import interrupted_runs  # first: it sets the sizes of blocks
-
-import dist_convert.write.task  # isort: skip
+import dist_convert.write.task
 
 KINDS = {os.O_RDONLY: "to read", os.O_WRONLY: "to write", os.O_RDWR: "to read and write"}
+
+
+def prepare() -> None:
+    """From now on, every target lies on NFS."""
+    dist_convert.write.task.file_system_type = lambda path: "nfs4"
+    note_writes()
 
 
 def note_writes() -> None:
@@ -33,9 +37,3 @@ def note_writes() -> None:
         return pwrite(descriptor, data, offset_bytes)
 
     os.pwrite = noting
-
-
-if __name__ == "__main__":
-    dist_convert.write.task.file_system_type = lambda path: "nfs4"
-    note_writes()
-    interrupted_runs.main()
