@@ -18,10 +18,12 @@ from dist_convert.options import (
     COMMANDS,
     CONVERT,
     FORMATS,
+    HUGGINGFACE,
     KINDS,
     PAIRS,
     PATH_FLAGS,
     RELEASE,
+    TORCH,
     Kind,
     Option,
     Options,
@@ -212,7 +214,7 @@ def _values(flags: argparse.Namespace) -> dict[str, Any]:
 
 def options_from_flags(flags: argparse.Namespace) -> Options:
     """The options of a conversion, of which those that are given go together."""
-    to = flags.to if flags.command == CONVERT else PAIRS[flags.command][1]
+    to = getattr(flags, "to", PAIRS.get(flags.command, ("", ""))[1])
     target = Path(with_numbers(flags.target)).resolve()
     options = Options(to, with_numbers(flags.source), target, command=flags.command, **_values(flags))
     check_together(options)
@@ -348,6 +350,9 @@ def _add_conversion(commands: Any, name: str) -> None:
             groups[field].add_argument(flag, dest=field, metavar="PATH", help=text)
     if name == CONVERT:
         groups["target"].add_argument("--to", choices=FORMATS, help="(required) the format that is made")
+    elif PAIRS[name][1] == TORCH:
+        kept = [one for one in FORMATS if one != HUGGINGFACE]
+        groups["target"].add_argument("--target-format", dest="to", choices=kept, default=TORCH, help="(%(default)s)")
     _add_options(groups, name)
     _add_ranks(groups["run"])
     groups["run"].add_argument(

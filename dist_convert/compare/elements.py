@@ -1,4 +1,4 @@
-"""Single elements of tensors, found in Megatron's shards by a formula that knows neither regions nor boxes.
+"""Single elements of tensors, found in Megatron's files by a formula that knows neither regions nor boxes.
 
 Both sides of a comparison, and the conversion before it, take the places of a tensor from one kind of catalog. If that
 were wrong in the same way for reading and for writing, the copies would agree. So some elements of each tensor are
@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.names import Piece
-from dist_convert.formats.megatron.parameters import Parameter
+from dist_convert.formats.megatron.parameters import Parameter, Replica
 from dist_convert.formats.torch.catalog import TorchCatalog, files_of, stored_pieces
+from dist_convert.formats.torch_dist.catalog import DistCatalog
 from dist_convert.models.catalog import Region
 from dist_convert.models.schema import part_size
 from dist_convert.records import DTYPE_BYTES, StoredTensor
@@ -26,7 +27,11 @@ _ELEMENTS = 64
 _Pieces = Sequence[tuple[Piece, StoredTensor, int, int]]
 
 
-def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
+#: The catalogs of Megatron's formats.
+_Megatron = TorchCatalog | DistCatalog
+
+
+def check_elements(catalog: _Megatron, names: Sequence[str]) -> None:
     """Check some elements of tensors as `check_tensor` does; those without a parameter are zeros."""
     for name in names:
         if name in catalog.parameters:
@@ -35,7 +40,7 @@ def check_elements(catalog: TorchCatalog, names: Sequence[str]) -> None:
             check_tensor(catalog, name, (divmod(index, meta.columns) for index in drawn))
 
 
-def check_tensor(catalog: TorchCatalog, name: str, elements: Iterable[tuple[int, int]]) -> None:
+def check_tensor(catalog: _Megatron, name: str, elements: Iterable[tuple[int, int]]) -> None:
     """Compare where a tensor's regions have elements, given by row and column, with where the formula has them.
 
     Raises:
@@ -46,12 +51,15 @@ def check_tensor(catalog: TorchCatalog, name: str, elements: Iterable[tuple[int,
     shards: dict[int, dict[str, _Pieces]] = {}
     for row, column in elements:
         shard, inside, across = shard_element(parameter, number, sizes, row, column)
-        if shard not in shards:
-            files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
-            shards[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
         found = _in_regions(regions, row, column)
-        for file, pieces in shards[shard].items():
-            expected = _offset_bytes(pieces, inside, across)
+        if isinstance(catalog, DistCatalog):
+            places = _in_chunks(catalog.replicas[parameter.name], inside, across)
+        else:
+            if shard not in shards:
+                files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
+                shards[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
+            places = {file: _offset_bytes(pieces, inside, across) for file, pieces in shards[shard].items()}
+        for file, expected in places.items():
             if expected not in found.get(file, []):
                 raise PlanError(
                     f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
@@ -61,6 +69,16 @@ def check_tensor(catalog: TorchCatalog, name: str, elements: Iterable[tuple[int,
                     found=f"byte {', '.join(map(str, found.get(file, []))) or 'nowhere'}",
                     remedy="this is a mistake of dist_convert, please report it; do not use what was written",
                 )
+
+
+def _in_chunks(replica: Replica, row: int, column: int) -> dict[str, int]:
+    """Where an element of a parameter lies that is stored in boxes: file -> byte."""
+    for first_row, first_column, v in replica:
+        down, right = row - first_row, column - first_column
+        if 0 <= down < v.rows and 0 <= right < v.columns:
+            elements = down * v.row_stride + right * v.column_stride
+            return {v.file: v.offset_bytes + elements * DTYPE_BYTES[v.dtype]}
+    raise PlanError("an element beyond its parameter", found=(row, column))
 
 
 def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, list[int]]:

@@ -22,6 +22,8 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.open import open_checkpoint, settled, where_of
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
+from dist_convert.formats.torch_dist.catalog import DistCatalog
+from dist_convert.formats.torch_dist.open import DistModel
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Control
@@ -101,6 +103,9 @@ def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
         iteration = model.shards[min(model.shards)].iteration
         kind = f"Megatron {catalog.grid}" + ("" if iteration is None else f", iteration {iteration}")
+    elif isinstance(model, DistModel) and isinstance(catalog, DistCatalog):
+        check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
+        kind = "Megatron torch_dist" + ("" if model.iteration is None else f", iteration {model.iteration}")
     return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
 

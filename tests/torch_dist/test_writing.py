@@ -174,6 +174,27 @@ def test_there_and_back_at_another_grid_gives_the_same_hugging_face_files(tmp_pa
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
 
 
+def test_the_older_command_makes_it_with_a_flag_and_verify_names_both_kinds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", LLAMA)
+    command = ["hf-to-megatron", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "dist")]
+    assert main([*command, "--target-format", "torch_dist", "--target-tensor-parallel-size", "2"]) == 0
+    make(tmp_path / "torch", LLAMA, Grid(tp=4))
+    assert main(["verify", str(tmp_path / "dist"), str(tmp_path / "torch")]) == 0
+    assert [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "Megatron torch_dist, iteration 1", "Megatron TP4 PP1 VPP1 EP1 ETP4, iteration 4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--target-ranks-per-node", "--load-capacity-bins"])
+def test_what_only_rank_files_have_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    more = [flag, "2"] if flag == "--target-ranks-per-node" else [flag]
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), *more) == 2
+    assert f"{flag}: no meaning in a conversion from huggingface to torch_dist" in capsys.readouterr().err
+
+
 def test_dynamic_experts_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf", MIXTRAL)
     assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), "--expert-layout", "habana-dynamic") == 2
