@@ -20,6 +20,9 @@ from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.plan.copies import Ends, Stored, Transfer, bands_of, stored, transfer_of
 from dist_convert.records import TargetFile, cover_fault, human_bytes, names
 
+#: So many are remembered: where chunks are spread over files at random, no two tensors lie alike.
+_MOST_GEOMETRIES = 1024
+
 
 @dataclass(frozen=True)
 class Content:
@@ -92,6 +95,8 @@ def plan_content(
         key, places, first_bytes = _described(ends, together)
         geometry = known.get(key)
         if geometry is None:
+            if len(known) == _MOST_GEOMETRIES:
+                known.clear()
             geometry = known[key] = _worked_out(ends, together, key, places, tuple(first_bytes))
         if geometry.transfer:
             files_now = dict(zip(geometry.files, first_bytes, strict=True))

@@ -113,6 +113,13 @@ def holds_no_weights(name: str) -> bool:
     return f".{name}".endswith(_NO_WEIGHTS) or any(inside in name for inside in _NO_WEIGHTS_INSIDE)
 
 
+def reason_to_drop(name: str) -> str | None:
+    """What an entry is that a converted model does not need; None for weights and for what is not known."""
+    if CAPACITY_BINS in name:
+        return "capacity bins (statistics of training)"
+    return "extra state (no weights)" if holds_no_weights(name) else None
+
+
 def has_fused_norm(name: str) -> bool:
     """Whether a tensor is a norm that Transformer Engine fused into the linear layer behind it."""
     return name.endswith(".layer_norm_weight")

@@ -235,10 +235,6 @@ def _leftovers(
 
 
 def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
-    if megatron_names.CAPACITY_BINS in name:
-        return "capacity bins (statistics of training)"
-    if megatron_names.holds_no_weights(name):
-        return "extra state (no weights)"
     if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
         return "output layer (equal to the embedding that it is tied to)"
-    return None
+    return megatron_names.reason_to_drop(name)

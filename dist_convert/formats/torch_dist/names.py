@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_convert.formats.megatron.names import normalise, synonyms
+from dist_convert.formats.megatron.names import normalise, reason_to_drop, synonyms
 
 _LAYERS = "decoder.layers"
 _LAYER = f"{_LAYERS}.{{layer}}."
@@ -57,17 +57,15 @@ _NO_WEIGHTS = (
     ("optimizer.", "optimizer"),
     ("rng_state", "rng_state"),
     ("rerun_state_machine", "rerun_state_machine"),
-    ("common_state/", "args"),
+    ("common_state", "args"),
 )
 _EXTRA_STATE = "._extra_state"
 
 
 def reason_to_leave(key: str) -> str | None:
     """What of a checkpoint is no part of the model, by its key; None for weights and for what is not known."""
-    name = normalise(key)
-    if _EXTRA_STATE in name and not name.startswith("optimizer."):
-        return "extra state (no weights)"
-    return next((what for start, what in _NO_WEIGHTS if name.startswith(start)), None)
+    name = normalise(key).partition("/")[0]  # objects have their place among shards behind it
+    return next((what for start, what in _NO_WEIGHTS if name.startswith(start)), None) or reason_to_drop(name)
 
 
 def common_object(key: str) -> bool:
