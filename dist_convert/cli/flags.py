@@ -20,10 +20,12 @@ from dist_convert.options import (
     FORMATS,
     HUGGINGFACE,
     KINDS,
+    MEGATRON,
     PAIRS,
     PATH_FLAGS,
     RELEASE,
     TORCH,
+    TORCH_DIST,
     Kind,
     Option,
     Options,
@@ -367,7 +369,8 @@ def _groups(parser: ArgumentParser) -> dict[str, Any]:
 def _add_options(groups: Mapping[str, Any], command: str) -> None:
     """The flags of a command's options."""
     for one, known in options_of(command):
-        text = known.help + (f"; --to {known.to}" if command == CONVERT and known.to else "")
+        to = " or ".join((TORCH, TORCH_DIST) if known.to == MEGATRON else (known.to,))
+        text = known.help + (f"; --to {to}" if command == CONVERT and to else "")
         _add_option(groups[known.group], one, known, text, command)
 
 
