@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Model, Grid, list[list[int]]]] = {
     "a stage a rank": (Model(), Grid(tp=2, pp=2), [[0, 1], [2, 3], [], []]),
     "two files a rank that share nothing": (Model(), Grid(tp=2, pp=2), [[3, 0], [1, 2], [0], [3]]),
     "experts": (MIXTRAL, Grid(tp=2, ep=2), [[0], [1], [2], [3]]),
+    "another metadata on one disk": (Model(), Grid(tp=2, pp=2), [[0], [1], [2], [3]]),
     "a file that nobody has": (Model(), Grid(tp=2, pp=2), [[0], [1], [2], [2]]),
 }
 
@@ -45,13 +46,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for case, (model, grid, places) in CASES.items():
         expected[case] = make_distributed(root / case / "whole", model, grid)
         hand_out(root / case / "whole", places, root / case / "rank")
+        if case == "another metadata on one disk":
+            other = (root / case / "whole" / ITERATION / ".metadata").read_bytes().replace(b"__3_0", b"__0_0")
+            (root / case / "rank/1" / ITERATION / ".metadata").write_bytes(other)
         how = ("--ckpt-dir-name", ITERATION, "--max-memory-per-rank", "72MB")
         jobs[case] = flags(f"{root / case}/rank/{{rank}}", root / case / "hf", *how)
     answers = run_jobs(4, jobs, root)
     return {case: (answers[case], expected[case], root / case / "hf") for case in jobs}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "a file that nobody has"])
+@pytest.mark.parametrize("case", list(CASES)[:-2])
 def test_ranks_with_nothing_but_their_own_files_convert_the_whole(case: str, outcomes: dict[str, Any]) -> None:
     answer, expected, target = outcomes[case]
     assert answer.exit_codes == [0] * 4, answer.stderr
@@ -63,4 +67,12 @@ def test_a_file_that_no_rank_sees_is_named(outcomes: dict[str, Any]) -> None:
     answer, _, target = outcomes["a file that nobody has"]
     assert set(answer.exit_codes) == {1}
     assert "1 missing: __3_0.distcp" in "".join(answer.stderr)
+    assert not target.exists()
+
+
+def test_nodes_with_different_metadata_are_named(outcomes: dict[str, Any]) -> None:
+    answer, _, target = outcomes["another metadata on one disk"]
+    assert set(answer.exit_codes) == {1}
+    assert "nodes have different files .metadata" in "".join(answer.stderr)
+    assert "another one on rank 3 than on rank 1" in "".join(answer.stderr)
     assert not target.exists()

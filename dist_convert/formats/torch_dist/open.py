@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from dist_convert.options import TORCH_DIST
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, place_chunks
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.source import stamp
+from dist_convert.read.source import reading, stamp
 from dist_convert.records import names
 
 
@@ -112,7 +113,7 @@ _Saved = tuple[str, tuple[int, ...], tuple[Chunk, ...]]
 
 
 def _saved(values: Sequence[Any]) -> _Saved:
-    """The inverse of what `_describe` makes of a tensor."""
+    """The inverse of what `read_contents` makes of a tensor."""
     dtype, shape, chunks = values
     return dtype, tuple(shape), tuple(Chunk(tuple(at), tuple(sizes), Blob(*blob)) for at, sizes, *blob in chunks)
 
@@ -125,22 +126,26 @@ def _shared_metadata(directory: Path, world: World) -> dict[str, Any]:
         InconsistentShards: nodes have different ones.
     """
     path = directory / METADATA_FILE
-    sees: list[list[int] | None] = gather_objects(world, list(stamp(path))[::2] if path.is_file() else None)
-    if not any(sees):
+    stamps: list[list[int] | None] = gather_objects(world, list(stamp(path)) if path.is_file() else None)
+    firsts = {stamps.index(one) for one in stamps if one is not None}
+    if not firsts:
         raise CheckpointNotFound(
             "no rank sees .metadata, without which the .distcp files cannot be read",
             file=str(path),
             expected="the file that training writes last, on the node of its first rank",
             remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
         )
-    reader = next(rank for rank, seen in enumerate(sees) if seen)
-    sizes_bytes = {seen[0] for seen in sees if seen}
-    if len(sizes_bytes) > 1:
+    reader = min(firsts)
+    with reading(path):
+        mine = hashlib.sha256(path.read_bytes()).hexdigest() if world.rank in firsts else ""
+    digests: list[str] = gather_objects(world, mine)
+    others = [rank for rank in sorted(firsts) if digests[rank] != digests[reader]]
+    if others:
         raise InconsistentShards(
             "nodes have different files .metadata",
             file=str(path),
             expected="one checkpoint's on every node that has it",
-            found=f"{', '.join(map(str, sorted(sizes_bytes)))} bytes",
+            found=f"another one on rank {others[0]} than on rank {reader}",
             remedy="nodes hold files of different runs or iterations; name the iteration, or copy the right files",
         )
     told = gather_objects(world, read_contents(directory) if world.rank == reader else None)
