@@ -132,10 +132,14 @@ def test_a_tracker_file_that_names_no_iteration_says_so(content: str | None, fai
     assert_says(message, remedy="--ckpt-dir-name")
 
 
-def test_a_distributed_checkpoint_is_refused_with_how_to_save_it(failure: Failure, tmp_path: Path) -> None:
+def test_a_distributed_checkpoint_of_another_kind_is_refused_with_how_to_save_it(
+    failure: Failure, tmp_path: Path
+) -> None:
     (tmp_path / "in" / "iter_0000004").mkdir(parents=True)
-    (tmp_path / "in" / "iter_0000004" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    assert_says(failure("--ckpt-dir-name", "iter_0000004"), expected="torch", remedy="--ckpt-format torch")
+    (tmp_path / "in" / "iter_0000004" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    (tmp_path / "in" / "iter_0000004" / ".metadata").write_bytes(b"")
+    message = failure("--ckpt-dir-name", "iter_0000004")
+    assert_says(message, expected="torch_dist", found="zarr", remedy="--ckpt-format torch_dist")
 
 
 @pytest.mark.parametrize("grid", [Grid(tp=2), Grid(pp=2), Grid(tp=2, pp=2)], ids=str)

@@ -331,6 +331,9 @@ _CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
 }
 
 
+_SAVED_AS = "as --ckpt-format of Megatron-LM has it (default: %(default)s)"
+
+
 def _add_conversion(commands: Any, name: str) -> None:
     """A command that converts, with the flags of its options."""
     what, more, *paths = _CONVERSIONS[name]
@@ -354,7 +357,7 @@ def _add_conversion(commands: Any, name: str) -> None:
         groups["target"].add_argument("--to", choices=FORMATS, help="(required) the format that is made")
     elif PAIRS[name][1] == TORCH:
         kept = [one for one in FORMATS if one != HUGGINGFACE]
-        groups["target"].add_argument("--target-format", dest="to", choices=kept, default=TORCH, help="(%(default)s)")
+        groups["target"].add_argument("--target-format", dest="to", choices=kept, default=TORCH, help=_SAVED_AS)
     _add_options(groups, name)
     _add_ranks(groups["run"])
     groups["run"].add_argument(

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -39,8 +40,10 @@ def ranks() -> Ranks:
         with ExitStack() as stack:
             started = start_ranks(stack, [program] * ranks, [env], IMPORTED)
             wait_as_torchrun(started)
-            for rank in started:
-                assert rank.finish().returncode == 0, rank.printed[1][-4000:]
+            ended = [rank.finish() for rank in started]
+            # Those that were told to end because another failed come last.
+            for one in sorted(ended, key=lambda one: one.returncode == -signal.SIGTERM):
+                assert one.returncode == 0, one.stderr[-4000:]
 
     return run
 

@@ -45,9 +45,7 @@ class _Items:
     items: Iterable[tuple[object, object]]
 
 
-_TORCH_NAMES = {
-    name: torch_name for torch_name, name in DTYPES.items() if torch_name not in ("double", "float", "half")
-}
+_TORCH_NAMES = {dtype: name for name, dtype in DTYPES.items() if not name.endswith("Storage")}
 
 
 def metadata_bytes(tensors: Mapping[str, SavedTensor], objects: Mapping[str, Blob]) -> bytes:
