@@ -71,12 +71,15 @@ def read_metadata(path: Path) -> Metadata:
         UnsupportedModel: its blobs are compressed or changed otherwise.
     """
     file = str(path)
-    with reading(path), path.open("rb") as opened:
-        data = opened.read(MAX_PICKLE_BYTES + 1)
-    if len(data) > MAX_PICKLE_BYTES:
-        raise CorruptFile("a .metadata too large to be one", file=file, expected=f"at most {MAX_PICKLE_BYTES} bytes")
+    with reading(path):
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_PICKLE_BYTES:
+            expected = f"at most {MAX_PICKLE_BYTES} bytes"
+            raise CorruptFile("a .metadata too large to be one", file=file, expected=expected, found=size_bytes)
+        data = path.read_bytes()
     saved = load(data, file)
-    kind = "MCoreMetadata" if f"{saved}".endswith(".MCoreMetadata>") else "Metadata"  # of Megatron-Core up to 0.15
+    is_core = isinstance(saved, Inert) and saved.class_name.endswith(".MCoreMetadata")  # up to Megatron-Core 0.15
+    kind = "MCoreMetadata" if is_core else "Metadata"
     state = _state(saved, kind, file)
     blobs = _blobs(_mapping(state, "storage_data", file), file)
     tensors: dict[str, SavedTensor] = {}
