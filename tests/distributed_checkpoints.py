@@ -107,7 +107,7 @@ def make_distributed(
     for layer in range(model.layers):
         files.object(f"decoder.layers.self_attention.linear_qkv._extra_state/shard_{layer}_{model.layers}", [None])
     files.object("rng_state/shard_0.0_1.1", [{"torch_rng_state": torch.get_rng_state()}])
-    files.tensor("optimizer.state.exp_avg.decoder.final_layernorm.weight", (4,), [((0,), torch.ones(4), 0)])
+    files.tensor("chained_0.optimizer.state.exp_avg.decoder.final_layernorm.weight", (4,), [((0,), torch.ones(4), 0)])
     saved = {"args": training_args(model, grid, **args), "checkpoint_version": 3.0, "iteration": iteration}
     if common == "object":
         files.object("common_state/shard_0_1", [saved])

@@ -15,12 +15,13 @@ from dist_convert.formats.megatron.target import (
     Given,
     Own,
     TargetDialect,
+    cuts_pipeline,
     notes_to_megatron,
     plan_target,
     settle_target,
     target_dtypes,
 )
-from dist_convert.formats.megatron.target_args import read_margs, target_tokenizer
+from dist_convert.formats.megatron.target_args import PIPELINE_LAYOUT, read_margs, target_tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.target import catalog_of_target as torch_catalog
@@ -47,7 +48,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
     source, left_behind = model.catalog()
-    own = _own(model, source)
+    own = _own(job, model, source)
     given = _given(job, model, own, world)
     architecture, settings = settle_target(job, source.architecture, model.vocab, given.margs, own)
     wanted = TARGET_DTYPES[job.target_params_dtype or "keep"]
@@ -110,18 +111,23 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     )
 
 
-def _own(model: Model, catalog: Catalog) -> Own | None:
+def _own(job: Options, model: Model, catalog: Catalog) -> Own | None:
     """What a Megatron source says of itself."""
     if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
         grid, chunks = catalog.grid, catalog.chunks
         norms, experts = dialect_of(name for shard in model.shards.values() for chunk in shard.chunks for name in chunk)
         iteration = model.shards[min(model.shards)].iteration
     elif isinstance(model, DistModel):
-        grid, chunks = grid_of_args(model.args, catalog.architecture.layers)
+        # How its pipeline was cut does not matter where the target's is said.
+        cut = (*PIPELINE_LAYOUT, "pipeline_model_parallel_size") if cuts_pipeline(job) else ()
+        args = {name: value for name, value in model.args.items() if name not in cut}
+        grid, chunks = grid_of_args(args, catalog.architecture.layers)
         norms, experts = dialect_of_args(model.args)
         iteration = model.iteration
     else:
         return None
+    if job.to == TORCH_DIST:
+        norms = dialect_of_args(model.args)[0]  # names do not tell there, and training goes by the args
     is_release = model.directory.resolve().name == RELEASE
     dialect = TargetDialect(norms, experts or "sequential")
     return Own(model.args, grid, chunks, None if is_release else iteration or 0, dialect)

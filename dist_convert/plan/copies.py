@@ -173,7 +173,14 @@ class _Common:
 
 
 def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterator[_Common]:
-    """Both are in the order of their rows, so that what lies above a region need not be looked at again."""
+    """Both are in the order of their rows, so that what lies above a region need not be looked at again.
+
+    Raises:
+        PlanError: they are not, and copies would be missed.
+    """
+    for before, after in (pair for regions in (source, target) for pair in pairwise(regions)):
+        if before.box.row > after.box.row:
+            raise PlanError("regions are not in the order of their rows", expected=before.box, found=after.box)
     first = 0
     for want in target:
         while first < len(source) and source[first].box.row_end <= want.box.row:

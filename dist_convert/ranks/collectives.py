@@ -187,13 +187,13 @@ def named_loss() -> Iterator[None]:
         raise lost_contact(str(error).splitlines()[0]) from error
 
 
-def broadcast(world: World, mine: bytes, size_bytes: int) -> bytes:
-    """Rank 0's bytes, so many of them, on every rank; others' are not used. They travel over gloo, on every device."""
+def broadcast(world: World, mine: bytes, size_bytes: int, source: int = 0) -> bytes:
+    """The source's bytes, so many of them, on every rank; others' are not used. They travel over gloo everywhere."""
     if world.size == 1:
         return mine
-    buffer = bytearray(mine if world.rank == 0 else size_bytes)
+    buffer = bytearray(mine if world.rank == source else size_bytes)
     with named_loss():
-        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), group=world.group, group_src=0)
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), group=world.group, group_src=source)
     return bytes(buffer)
 
 

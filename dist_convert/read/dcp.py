@@ -26,6 +26,7 @@ METADATA_FILE = ".metadata"
 SUFFIX = ".distcp"
 _MOST_DIMENSIONS = 8
 _MOST = 1 << 60
+_LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,25 @@ def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
         if place.get("transform_descriptors"):
             raise UnsupportedModel(
                 "blobs that were compressed or changed otherwise on saving",
-                tensor=str(named.get("fqn")),
+                tensor=_shown(named.get("fqn")),
                 file=file,
-                found=f"transform_descriptors {place['transform_descriptors']!r}"[:200],
+                found=f"transform_descriptors {_shown(place['transform_descriptors'])}",
                 remedy="save the checkpoint without extensions of the storage writer",
             )
         name, offset_bytes, size_bytes = (place.get(what) for what in ("relative_path", "offset", "length"))
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        key = named.get("fqn")
+        if not isinstance(key, str):
+            raise _damaged(file, "the key of a place", key)
+        is_bare = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+        if not isinstance(name, str) or not is_bare or len(name.encode(errors="replace")) > _LONGEST_NAME_BYTES:
             raise _damaged(file, "the bare name of a file beside .metadata", name)
         if not _is_count(offset_bytes) or not _is_count(size_bytes):
             raise _damaged(file, f"a place in {name}", (offset_bytes, size_bytes))
         offset = named.get("offset")
-        key = str(named.get("fqn")), None if offset is None else _size(offset, file)
+        at = key, None if offset is None else _size(offset, file)
         blob = Blob(name, offset_bytes, size_bytes)
-        if found.setdefault(key, blob) != blob:
-            raise _damaged(file, f"one place of {key[0]} at {key[1]}", f"{found[key]} and {blob}")
+        if found.setdefault(at, blob) != blob:
+            raise _damaged(file, f"one place of {key} at {at[1]}", f"{found[at]} and {blob}")
     return found
 
 
@@ -133,7 +138,8 @@ def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> Sav
     shape = _size(state.get("size"), file)
     properties = state.get("properties")
     inside = properties.state if isinstance(properties, Inert) else None
-    dtype = inside[0] if isinstance(inside, tuple) and inside else (inside or {}).get("dtype")
+    dtype = inside[0] if isinstance(inside, tuple) and inside else None
+    dtype = inside.get("dtype") if isinstance(inside, Mapping) else dtype
     if not isinstance(dtype, Dtype):
         raise _damaged(file, f"the dtype of {key}", dtype)
     chunks = []
@@ -142,7 +148,11 @@ def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> Sav
         inner = _state(chunk, "ChunkStorageMetadata", file)
         offsets, sizes = _size(inner.get("offsets"), file), _size(inner.get("sizes"), file)
         fits = len(offsets) == len(sizes) == len(shape)
-        if not fits or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True)):
+        if (
+            not fits
+            or (0 in sizes and 0 not in shape)
+            or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True))
+        ):
             raise _damaged(file, f"a box of {key} inside {list(shape)}", f"{list(sizes)} at {list(offsets)}")
         chunks.append(Chunk(offsets, sizes, _blob(blobs, key, offsets, file)))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
@@ -180,9 +190,17 @@ def _damaged(file: str, expected: str, found: object) -> CorruptFile:
         "damaged .metadata of a distributed checkpoint",
         file=file,
         expected=expected,
-        found=f"{found}"[:200],
+        found=_shown(found),
         remedy="copy the file again from where it was saved",
     )
+
+
+def _shown(value: object) -> str:
+    """A value of a pickle for a message: it may be huge, or share parts a million times."""
+    if isinstance(value, Inert):
+        return f"a {value.class_name}"[:200]
+    is_short = isinstance(value, str) or (isinstance(value, int) and value.bit_length() < 100) or value is None
+    return str(value)[:200] if is_short or isinstance(value, Blob) else f"a {type(value).__name__}"
 
 
 def read_object(directory: Path, blob: Blob) -> Any:

@@ -41,9 +41,8 @@ def checksum_of(path: Path, start: int, end: int, known: Sequence[KnownRange]) -
     """
     whole, position = 0, start
     with path.open("rb") as file:
-        for offset, size_bytes, checksum in known[bisect_left(known, (start, 0, 0)) :]:
-            if offset >= end:
-                break
+        for number in range(bisect_left(known, (start, 0, 0)), bisect_left(known, (end, 0, 0))):
+            offset, size_bytes, checksum = known[number]
             if offset >= position and offset + size_bytes <= end:
                 whole = isal_zlib.crc32_combine(_read_checksum(file, position, offset, whole), checksum, size_bytes)
                 position = offset + size_bytes

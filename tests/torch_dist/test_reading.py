@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,33 @@ def test_inspect_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
     assert found["grid"] == {"TP": 2, "PP": 1, "VPP": 1, "EP": 2, "ETP": 2}
     (tmp_path / "dist/iter_0000004/__3_0.distcp").unlink()
     assert dist_convert.inspect(tmp_path / "dist")["missing_shards"] == ["__3_0.distcp"]
+
+
+def test_a_head_beside_args_that_do_not_say_is_one_of_its_own(tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", LLAMA, untie_embeddings_and_output_weights=None)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    assert torch.equal(load_file(tmp_path / "hf/model.safetensors")["lm_head.weight"], hf["lm_head.weight"])
+
+
+def test_a_head_beside_args_that_tie_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, untie_embeddings_and_output_weights=False)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 1
+    assert "a head of its own beside args that tie it" in capsys.readouterr().err
+
+
+def test_norms_of_local_modules_are_stored_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, apply_layernorm_1p=True, transformer_impl="local")
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 1
+    assert "cannot be told whether the norms are stored as gamma - 1" in capsys.readouterr().err
+
+
+FIXTURES = Path(os.environ.get("DIST_CONVERT_FIXTURES", "../shared/fixtures")) / "torch_dist"
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.1", "0.19.2"])
+def test_what_each_version_of_megatron_core_saved_becomes_the_files_of_its_twin(version: str, tmp_path: Path) -> None:
+    if not FIXTURES.is_dir():
+        pytest.skip(f"{FIXTURES} is not here; DIST_CONVERT_FIXTURES names the place of real checkpoints")
+    assert convert(FIXTURES / f"{version}-llama-tp2pp2", tmp_path / "hf") == 0
+    assert convert(FIXTURES / "0.16.1-llama-tp2pp2-torch", tmp_path / "twin") == 0
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (tmp_path / "twin/model.safetensors").read_bytes()

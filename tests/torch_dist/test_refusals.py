@@ -75,6 +75,21 @@ def _unknown_key(metadata: Any) -> None:
     metadata.storage_data[type(index)("decoder.layers.mystery.weight", index.offset)] = metadata.storage_data.pop(index)
 
 
+def _unknown_object(metadata: Any) -> None:
+    key = next(key for key in metadata.state_dict_metadata if "_extra_state" in key)
+    index = next(index for index in metadata.storage_data if index.fqn == key)
+    metadata.state_dict_metadata["decoder.layers.codebook/shard_0_1"] = metadata.state_dict_metadata[key]
+    metadata.storage_data[type(index)("decoder.layers.codebook/shard_0_1")] = metadata.storage_data[index]
+
+
+def _long_name(metadata: Any) -> None:
+    chunk_of(metadata, NORM).relative_path = 300 * "a"
+
+
+def _huge_number(metadata: Any) -> None:
+    chunk_of(metadata, NORM).offset = 10**5000
+
+
 def _without_a_key(metadata: Any) -> None:
     del metadata.state_dict_metadata[NORM]
 
@@ -88,9 +103,12 @@ def _without_a_key(metadata: Any) -> None:
         (_wrong_dtype, ("a blob is not what .metadata says", NORM, "F32", "BF16")),
         (_without_a_chunk, ("damaged .metadata", QKV)),
         (_chunk_twice, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
-        (_compressed, ("compressed or changed", QKV, "zstd")),
+        (_compressed, ("compressed or changed", QKV, "transform_descriptors")),
         (_without_a_place, ("damaged .metadata", f"a place of {NORM}")),
         (_unknown_key, ("decoder.layers.mystery.weight has no place in a llama model",)),
+        (_unknown_object, ("decoder.layers.codebook/shard_0_1 has no place",)),
+        (_long_name, ("damaged .metadata", "bare name")),
+        (_huge_number, ("damaged .metadata", "a place in __0_0.distcp")),
         (_without_a_key, (f"no tensor for {NORM}",)),
     ],
 )

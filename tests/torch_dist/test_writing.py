@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -46,7 +47,7 @@ def tensors_of(root: Path) -> dict[str, torch.Tensor]:
     state = {
         key: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
         for key, tensor in saved
-        if isinstance(tensor, TensorStorageMetadata) and not key.startswith("optimizer.")
+        if isinstance(tensor, TensorStorageMetadata) and "optimizer." not in key
     }
     torch_dcp.load(state, checkpoint_id=next(root.glob("iter_*")), no_dist=True)
     return state
@@ -57,7 +58,7 @@ def chunks_of(root: Path) -> dict[str, set[tuple[Any, ...]]]:
     return {
         key: {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks}
         for key, tensor in metadata_of(root).state_dict_metadata.items()
-        if isinstance(tensor, TensorStorageMetadata) and not key.startswith("optimizer.")
+        if isinstance(tensor, TensorStorageMetadata) and "optimizer." not in key
     }
 
 
@@ -193,6 +194,30 @@ def test_what_only_rank_files_have_is_refused(flag: str, tmp_path: Path, capsys:
     more = [flag, "2"] if flag == "--target-ranks-per-node" else [flag]
     assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), *more) == 2
     assert f"{flag}: no meaning in a conversion from huggingface to torch_dist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+@pytest.mark.parametrize(("saved", "wanted"), [(Grid(tp=4, pp=4), Grid(tp=2)), (Grid(tp=8, pp=2), Grid(tp=8))])
+def test_files_of_many_ranks_are_put_together_in_the_order_of_rows(
+    saved: Grid, wanted: Grid, to: str, tmp_path: Path
+) -> None:
+    model = Model(heads=8, groups=8, padded_vocab=64)
+    make_distributed(tmp_path / "dist", model, saved)  # __8_0 and __9_0 come before __10_0, and not by name
+    flags = ["--target-tensor-parallel-size", str(wanted.tp), "--target-pipeline-parallel-size", "1"]
+    assert main(["convert", str(tmp_path / "dist"), str(tmp_path / "other"), "--to", to, *flags]) == 0
+    assert main(["verify", str(tmp_path / "dist"), str(tmp_path / "other")]) == 0
+
+
+def test_layers_of_different_dtypes_are_refused_as_one_tensor_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_hf(tmp_path / "hf", LLAMA)
+    norm = "model.layers.2.input_layernorm.weight"
+    save_file({**hf, norm: hf[norm].float()}, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid()) == 1
+    error = capsys.readouterr().err
+    assert "decoder.layers.2.input_layernorm.weight" in error
+    assert "need one dtype" in error
 
 
 def test_dynamic_experts_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,10 @@ Which argument means what, and why some values are refused: docs/formats.md, "Ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
-from dist_convert.formats.megatron.names import has_fused_norm
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import (
     MOST,
@@ -221,28 +220,27 @@ def model_type_from_args(args: Mapping[str, Any]) -> str | None:
     return "llama3.1" if args.get("use_rope_scaling") else None
 
 
-def added_to_norms(args: Mapping[str, Any], names: Iterable[str], file: str) -> int:
+def added_to_norms(args: Mapping[str, Any], file: str, *, is_fused: bool) -> int:
     """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
 
     Args:
         args: the training arguments.
-        names: of the stored tensors.
         file: where the args are, for messages.
+        is_fused: whether norms are Transformer Engine's, which fuses them into the linear layers behind.
 
     Raises:
         UnsupportedModel: the args ask for it, but nothing shows whether the norm's class obeyed.
     """
     if not args.get("apply_layernorm_1p"):
         return 0
-    fused = any(map(has_fused_norm, names))
     is_habana = "use_fused_rmsnorm" in args
-    if fused != is_habana:
-        return int(fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
+    if is_fused != is_habana:
+        return int(is_fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
     raise UnsupportedModel(
         "it cannot be told whether the norms are stored as gamma - 1",
         file=file,
         expected="--apply-layernorm-1p with one kind of norm in all layers",
-        found="norms of Transformer Engine beside Habana's" if fused else "norms that refuse --apply-layernorm-1p",
+        found="norms of Transformer Engine beside Habana's" if is_fused else "norms that refuse --apply-layernorm-1p",
         remedy="save the checkpoint without --apply-layernorm-1p",
     )
 

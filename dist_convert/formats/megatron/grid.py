@@ -544,7 +544,10 @@ def _ranks(
 def _parse(layout: str, reasons: list[str]) -> list[str]:
     """The letters of each stage. Commas mean nothing; `x*n` and `(...)*n` repeat; parentheses do not nest."""
     letters = layout.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+    if len(layout) > _LONGEST_LAYOUT:
+        reasons.append(f"the layout has more than {_LONGEST_LAYOUT} letters")
+        return []
+    for pattern in (r"\(([^)]{1,1000})\)\*(\d{1,6})", r"(.)\*(\d{1,6})"):
         length = len(letters) + sum(len(what) * int(count) for what, count in re.findall(pattern, letters))
         if length > _LONGEST_LAYOUT:
             reasons.append(f"the layout describes more than {_LONGEST_LAYOUT} letters")

@@ -11,8 +11,11 @@ from dist_convert.errors import CheckpointNotFound, CorruptFile
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
 from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
-from dist_convert.read.source import no_directory, reading
+from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.write.files import TRACKER_FILE
+
+#: Names the kind of a distributed checkpoint.
+KIND_FILE = "metadata.json"
 
 _MAX_DIGITS = 18
 _MAX_TRACKER_CHARACTERS = 1024
@@ -60,7 +63,15 @@ def is_distributed(directory: Path) -> bool:
     if not directory.is_dir() or rank_files(directory):
         return False
     names = {path.name for path in directory.iterdir()}
-    return METADATA_FILE in names or "metadata.json" in names or any(name.endswith(SUFFIX) for name in names)
+    return METADATA_FILE in names or any(name.endswith(SUFFIX) for name in names) or _has_kind(directory / KIND_FILE)
+
+
+def _has_kind(path: Path) -> bool:
+    """Whether a metadata.json is Megatron's."""
+    try:
+        return path.is_file() and "sharded_backend" in read_json(path)
+    except CorruptFile:
+        return False
 
 
 def _tracked(root: Path, name_flag: str) -> str:

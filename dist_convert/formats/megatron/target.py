@@ -41,7 +41,7 @@ from dist_convert.formats.megatron.target_args import (
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import PATH_FLAGS, RELEASE, Options, given_flags
+from dist_convert.options import PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
 from dist_convert.write.files import TRACKER_FILE, replace_text
@@ -190,6 +190,11 @@ _PIPELINE_OPTIONS = (
 )  # fmt: skip
 
 
+def cuts_pipeline(job: Options) -> bool:
+    """Whether a flag says how the target's pipeline is cut."""
+    return any(getattr(job, name) is not None for name in _PIPELINE_OPTIONS)
+
+
 def settle_target(
     job: Options, source: Architecture, vocab: int | None, margs: Mapping[str, Any] | None, own: Own | None
 ) -> tuple[Architecture, Settings]:
@@ -223,7 +228,7 @@ def settle_target(
             )
         )
     layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
-    keeps_pipeline = own is not None and all(getattr(job, name) is None for name in _PIPELINE_OPTIONS)
+    keeps_pipeline = own is not None and not cuts_pipeline(job)
     with _collected(problems):
         check_model_size(job.model_size, architecture)
     with _collected(problems):
@@ -331,6 +336,7 @@ def plan_target(
     """
     grid, stages, dialect = settings.grid, settings.stages, settings.dialect
     kept = given.own.dialect if given.own else TargetDialect("", "")
+    is_silent = job.to == TORCH_DIST and given.own is not None and given.own.args.get("transformer_impl") is None
     args = target_args(
         architecture,
         grid=grid,
@@ -344,7 +350,7 @@ def plan_target(
         own=given.own.args if given.own else None,
         tokenizer_model=given.tokenizer_model,
         tokenizer_type=given.tokenizer_type,
-        transformer_impl=dialect.norms if dialect.norms != kept.norms else None,
+        transformer_impl=dialect.norms if dialect.norms != kept.norms or is_silent else None,
         expert_layout=dialect.experts,
         changes_experts=dialect.experts != kept.experts,
         first=job.decoder_first_pipeline_num_layers,

@@ -116,7 +116,10 @@ def open_catalog(
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
     names = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
     surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
-    return replace(surveyed, add_to_norms=added_to_norms(first.args, names, min(shards))), left_behind
+    return replace(
+        surveyed,
+        add_to_norms=added_to_norms(first.args, min(shards), is_fused=any(map(megatron_names.has_fused_norm, names))),
+    ), left_behind
 
 
 def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:

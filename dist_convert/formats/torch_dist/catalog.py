@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 from typing import Any
 
 from dist_convert.errors import (
@@ -20,7 +19,7 @@ from dist_convert.errors import (
 from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.geometry import padding_places, places
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.megatron.names import TIED, is_tied_copy, normalise
+from dist_convert.formats.megatron.names import TIED, has_fused_norm, is_tied_copy, normalise
 from dist_convert.formats.megatron.parameters import (
     Parameter,
     Replica,
@@ -33,7 +32,7 @@ from dist_convert.formats.megatron.parameters import (
 )
 from dist_convert.formats.torch_dist.names import KeyPiece, Keys, keys
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
+from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture
 from dist_convert.records import DTYPE_BYTES, Box, View, cover_fault
 
@@ -118,8 +117,8 @@ class DistCatalog:
 
 def open_catalog(
     stored: Mapping[str, Stored], architecture: Architecture, args: Mapping[str, Any], file: str
-) -> tuple[DistCatalog, LeftBehind]:
-    """A checkpoint from what its files hold of the model, and what of it is dropped on purpose.
+) -> DistCatalog:
+    """A checkpoint from what its files hold of the model.
 
     Args:
         stored: each tensor by its key, without what `reason_to_leave` names.
@@ -130,7 +129,10 @@ def open_catalog(
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
     """
-    by_name = {normalise(key): tensor for key, tensor in stored.items()}
+    by_name: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        if (other := by_name.setdefault(normalise(key), tensor)) is not tensor:
+            raise InconsistentShards(f"{other.key} is stored twice", tensor=key, file=file, found=f"{other.key}, {key}")
     problems: list[ConversionError] = []
     replicas: dict[str, Replica] = {}
     dtypes: dict[str, str] = {}
@@ -149,26 +151,46 @@ def open_catalog(
         except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
             problems.append(problem)
             continue
-        replicas[parameter.name] = tuple(found)
+        replicas[parameter.name] = tuple(sorted(found, key=_position))  # regions are in the order of their rows
         dtypes[parameter.name] = found[0][2].dtype
         for _, _, view in found:
             problems += dtype_problems(view, dtypes[parameter.name])
             bytes_of[view.dtype] += view.size_bytes
     family = FAMILIES[architecture.family]
-    left_behind: list[tuple[str, int, int]] = []
-    for name, tensor in by_name.items():
-        if name not in used and architecture.tied and is_tied_copy(name):
-            size_bytes = prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-            left_behind.append(("output layer (equal to the embedding that it is tied to)", 1, size_bytes))
-        elif name not in used:
-            problems.append(unknown_tensor(family, file, tensor.key))
+    problems += [unknown_tensor(family, file, tensor.key) for name, tensor in by_name.items() if name not in used]
     raise_together(problems)
     raise_together(list(cover_problems(architecture, _WHOLE)))
     params_dtype = bytes_of.most_common(1)[0][0]
     tensors, stacked = tensors_of(architecture, _WHOLE, dtypes, params_dtype)
     files = len({chunk.file for tensor in stored.values() for chunk in tensor.chunks})
-    added = added_to_norms(args, by_name, file)
-    return DistCatalog(architecture, replicas, added, files, tensors, stacked, params_dtype), tuple(left_behind)
+    # The local modules' norms have the same keys as those that Transformer Engine fuses.
+    is_fused = args.get("transformer_impl") != "local" and any(map(has_fused_norm, by_name))
+    added = added_to_norms(args, file, is_fused=is_fused)
+    return DistCatalog(architecture, replicas, added, files, tensors, stacked, params_dtype)
+
+
+def _position(piece: tuple[int, int, View]) -> tuple[int, int]:
+    return piece[0], piece[1]
+
+
+def with_own_head(architecture: Architecture, args: Mapping[str, Any], stored: Mapping[str, Stored]) -> Architecture:
+    """The architecture, whose head is not the embedding where it has a key: tied ones are stored once.
+
+    Raises:
+        InconsistentShards: the args say that both are tied.
+    """
+    head = next((key for key in stored if is_tied_copy(normalise(key))), None)
+    if head is None or not architecture.tied:
+        return architecture
+    if args.get("untie_embeddings_and_output_weights") is None:
+        return replace(architecture, tied=False)
+    raise InconsistentShards(
+        "a head of its own beside args that tie it to the embedding",
+        tensor=head,
+        expected="no head, or untie_embeddings_and_output_weights in the args",
+        found="untie_embeddings_and_output_weights false",
+        remedy="the checkpoint is of another model than its args; find out which is right, and save it anew",
+    )
 
 
 def stored_args(args: Mapping[str, Any], stored: Mapping[str, Stored]) -> Mapping[str, Any]:

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import MissingArguments, UnsupportedModel
-from dist_convert.formats.torch_dist.names import common_object, reason_to_leave
+from dist_convert.errors import MissingArguments, UnknownTensor, UnsupportedModel
+from dist_convert.formats.megatron.iterations import KIND_FILE
+from dist_convert.formats.torch_dist.names import common_object, is_of_model, reason_to_leave
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Metadata, read_metadata, read_object
 from dist_convert.read.restricted_pickle import Inert, plain_dict
@@ -18,7 +19,6 @@ from dist_convert.read.torch_file import open_saved
 from dist_convert.records import DTYPE_BYTES
 
 COMMON_FILE = "common.pt"
-KIND_FILE = "metadata.json"
 
 
 def read_contents(directory: Path) -> dict[str, Any]:
@@ -41,7 +41,17 @@ def read_contents(directory: Path) -> dict[str, Any]:
             chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in tensor.chunks]
             tensors[key] = [tensor.dtype, tensor.shape, chunks]
     for key, blob in metadata.objects.items():
-        reason = reason_to_leave(key) or f"object {key}"
+        reason = reason_to_leave(key)
+        if reason is None and is_of_model(key):
+            raise UnknownTensor(
+                f"{key} has no place in any model",
+                tensor=key,
+                file=str(directory / METADATA_FILE),
+                expected="tensors, and extra state of modules",
+                found="an object",
+                remedy="nothing is dropped silently: save the checkpoint without it",
+            )
+        reason = reason or f"object {key}"
         counts[reason] += 1
         sizes_bytes[reason] += blob.size_bytes
     args, iteration = _args(directory, metadata)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dist_convert.errors import PlanError
+from dist_convert.errors import PlanError, UnsupportedModel
 from dist_convert.formats.megatron.grid import Grid, written_ranks
 from dist_convert.formats.megatron.parameters import Parameter, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
@@ -92,7 +92,11 @@ def _object_template() -> Template:
 
 
 def lay_out_files(target: MegatronTarget) -> PlannedFiles:
-    """Place every chunk and object of a target."""
+    """Place every chunk and object of a target.
+
+    Raises:
+        UnsupportedModel: layers or experts of different dtypes.
+    """
     architecture, grid, norms = target.architecture, target.grid, target.dialect.norms
     holders = _holders(grid)
     templates: dict[tuple[str, tuple[int, ...]], Template] = {("", ()): _object_template()}
@@ -103,6 +107,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         place = _place(ends_bytes, files[0], templates["", ()])
         blobs[files[0]].append(PlannedBlob(key, "", (), (), place))
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row.megatron, layer, expert, norms=norms, has_experts=architecture.experts > 0)
@@ -113,6 +118,15 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         rows, columns = replace(parameter, shards=1).shard_size(architecture)
         shapes[piece.key] = (*axes, *(rows, columns)[:dimensions])
         dtype = target.dtypes[parameter.name]
+        if (first := dtypes.setdefault(piece.key, dtype)) != dtype:
+            raise UnsupportedModel(
+                "layers or experts of one torch_dist tensor need one dtype",
+                tensor=parameter.name,
+                file=piece.key,
+                expected=f"{first}, as in the layers before",
+                found=dtype,
+                remedy="save the model in one dtype, or convert it with --to torch",
+            )
         for shard, box in _boxes(parameter, rows, columns, architecture):
             files = holders[stage, expert_rank, shard]
             # Dense chunks go round the files of a stage's expert parallel ranks, which all hold them.

@@ -65,7 +65,15 @@ _EXTRA_STATE = "._extra_state"
 def reason_to_leave(key: str) -> str | None:
     """What of a checkpoint is no part of the model, by its key; None for weights and for what is not known."""
     name = normalise(key).partition("/")[0]  # objects have their place among shards behind it
+    first, _, rest = name.partition(".")
+    if first.startswith("chained_") and first[8:].isdecimal():  # of several optimizers, as experts have them
+        name = rest
     return next((what for start, what in _NO_WEIGHTS if name.startswith(start)), None) or reason_to_drop(name)
+
+
+def is_of_model(key: str) -> bool:
+    """Whether a key is that of a module of the model."""
+    return normalise(key).startswith(("decoder.", "embedding.", "output_layer.", "mtp."))
 
 
 def common_object(key: str) -> bool:
@@ -93,7 +101,7 @@ def extra_states(layers: int, experts: int, *, norms: str) -> tuple[tuple[str, i
 
     Those of the local spec, or of all of Transformer Engine's: training ignores what it does not ask for.
     """
-    is_te = norms == "transformer_engine"
+    is_te = norms != "local"
     modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
     modules += ["self_attention.core_attention"] * is_te + ["pre_mlp_layernorm"] * bool(is_te and experts)
     modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,18 @@ from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingS
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
-from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, StoredChunk, open_catalog, stored_args
+from dist_convert.formats.torch_dist.catalog import (
+    DistCatalog,
+    Stored,
+    StoredChunk,
+    open_catalog,
+    stored_args,
+    with_own_head,
+)
 from dist_convert.formats.torch_dist.contents import COMMON_FILE, read_contents
 from dist_convert.models.catalog import LeftBehind, Where
 from dist_convert.options import TORCH_DIST
-from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, place_chunks
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.source import reading, stamp
@@ -62,8 +70,8 @@ class DistModel:
         padded = architecture_from_args(args, vocab=None, file=COMMON_FILE).padded_vocab
         size = min(self.vocab or vocab or padded, padded)
         architecture = architecture_from_args(args, vocab=size, file=COMMON_FILE)
-        catalog, left_behind = open_catalog(self.stored, architecture, self.args, METADATA_FILE)
-        return catalog, (*left_behind, *self.beside)
+        architecture = with_own_head(architecture, args, self.stored)
+        return open_catalog(self.stored, architecture, self.args, METADATA_FILE), self.beside
 
 
 def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
@@ -137,7 +145,7 @@ def _shared_metadata(directory: Path, world: World) -> dict[str, Any]:
         )
     reader = min(firsts)
     with reading(path):
-        mine = hashlib.sha256(path.read_bytes()).hexdigest() if world.rank in firsts else ""
+        mine = _digest(path) if world.rank in firsts else ""
     digests: list[str] = gather_objects(world, mine)
     others = [rank for rank in sorted(firsts) if digests[rank] != digests[reader]]
     if others:
@@ -148,9 +156,18 @@ def _shared_metadata(directory: Path, world: World) -> dict[str, Any]:
             found=f"another one on rank {others[0]} than on rank {reader}",
             remedy="nodes hold files of different runs or iterations; name the iteration, or copy the right files",
         )
-    told = gather_objects(world, read_contents(directory) if world.rank == reader else None)
-    said: dict[str, Any] = told[reader]
+    data = json.dumps(read_contents(directory)).encode() if world.rank == reader else b""
+    size_bytes: int = gather_objects(world, len(data))[reader]
+    said: dict[str, Any] = json.loads(broadcast(world, data, size_bytes, reader))
     return said
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import UsageError
+from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.saved import common_content, lay_out_container, pickled
 from dist_convert.formats.torch_dist.catalog import DistCatalog, Stored, open_catalog
-from dist_convert.formats.torch_dist.contents import COMMON_FILE, KIND_FILE
+from dist_convert.formats.torch_dist.contents import COMMON_FILE
 from dist_convert.formats.torch_dist.lay_out import PlannedBlob, PlannedFiles, lay_out_files, stored_chunk, target_file
 from dist_convert.formats.torch_dist.pickled_metadata import metadata_bytes
 from dist_convert.options import TORCH_DIST
@@ -131,5 +132,5 @@ def catalog_of_target(target: DistTarget) -> tuple[DistCatalog, tuple[TargetFile
         key: Stored(key, dtypes[key], shape, tuple(stored_chunk(files, chunk) for chunk in chunks[key]))
         for key, shape in files.shapes.items()
     }
-    catalog, _ = open_catalog(stored, target.target.architecture, target.target.args.values, METADATA_FILE)
+    catalog = open_catalog(stored, target.target.architecture, target.target.args.values, METADATA_FILE)
     return catalog, tuple(target_file(files, name) for name in sorted(files.sizes_bytes))
