@@ -28,7 +28,14 @@ from dist_convert.formats.megatron.grid import (
     missing_directories,
     rank_directory,
 )
-from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, iteration_directory, rank_files
+from dist_convert.formats.megatron.iterations import (
+    has_rank_directories,
+    is_checkpoint,
+    is_distributed,
+    iteration_directory,
+    rank_files,
+    refuse_two_formats,
+)
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
 from dist_convert.formats.torch.shards import Shard, files_beside, read_shard
 from dist_convert.formats.torch.survey import count_layers
@@ -71,7 +78,9 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
             remedy="give a checkpoint's root, one of its iterations, or what save_pretrained made",
         )
     directory = iteration_directory(path, ckpt_dir_name)
-    return _describe_torch_dist(directory) if is_distributed(directory) else _describe_torch(directory)
+    distributed = is_distributed(directory)
+    refuse_two_formats(directory, has_rank_directories=has_rank_directories(directory), is_distributed=distributed)
+    return _describe_torch_dist(directory) if distributed else _describe_torch(directory)
 
 
 def _describe_torch_dist(directory: Path) -> dict[str, Any]:

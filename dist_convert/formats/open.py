@@ -9,7 +9,13 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import is_huggingface
-from dist_convert.formats.megatron.iterations import is_distributed, iteration_directory, tracked_name
+from dist_convert.formats.megatron.iterations import (
+    has_rank_directories,
+    is_distributed,
+    iteration_directory,
+    refuse_two_formats,
+    tracked_name,
+)
 from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch
 from dist_convert.formats.torch_dist.open import open_torch_dist
@@ -42,7 +48,10 @@ def _open(where: Where, world: World) -> Model:
 
 def _open_megatron(where: Where, world: World) -> Model:
     directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
-    if any(gather_objects(world, is_distributed(directory))):
+    mine = [has_rank_directories(directory), is_distributed(directory)]
+    is_torch, distributed = map(any, zip(*gather_objects(world, mine), strict=True))
+    refuse_two_formats(directory, has_rank_directories=is_torch, is_distributed=distributed)
+    if distributed:
         return open_torch_dist(where, directory, world)
     return open_torch(where, directory, world)
 

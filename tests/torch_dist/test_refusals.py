@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import Grid, Model
+import dist_convert
+from dist_convert.__main__ import main
+from dist_convert.errors import Cancelled
+from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.distributed_checkpoints import make_distributed
 
@@ -160,3 +164,41 @@ def test_an_incomplete_directory_is_named_file_by_file(
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == [], error
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("command", [["convert", "--to", "huggingface"], ["inspect"]])
+def test_two_formats_in_one_directory_are_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", LLAMA)
+    make(tmp_path / "torch", LLAMA)
+    shutil.copytree(tmp_path / "torch/iter_0000004", tmp_path / DIRECTORY, dirs_exist_ok=True)
+    target = [str(tmp_path / "hf")] if command[0] == "convert" else []
+    assert main([command[0], str(tmp_path / "dist"), *target, *command[1:]]) == 1
+    error = capsys.readouterr().err
+    assert "two checkpoints in one directory" in error
+    assert "mp_rank_*" in error
+
+
+def test_args_of_another_model_are_named_once_for_each_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", LLAMA, num_layers=3)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert "6 problems found" in error
+    assert error.count("[3, 32, 16] from the args") == 1
+
+
+def test_args_that_changed_after_a_conversion_was_stopped_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", LLAMA)
+    with pytest.raises(Cancelled):
+        dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface", cancel=lambda: True)
+    path = tmp_path / DIRECTORY / "common.pt"
+    common = torch.load(path, weights_only=False)
+    common["args"].rotary_base = 10000
+    torch.save(common, path)
+    assert convert(tmp_path / "dist", tmp_path / "hf") > 0
+    assert "--overwrite" in capsys.readouterr().err

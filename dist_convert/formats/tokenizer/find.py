@@ -15,6 +15,7 @@ from typing import Any
 
 from dist_convert.errors import MissingPackage, SourceError, UsageError
 from dist_convert.formats.huggingface.hub import cached_snapshot
+from dist_convert.formats.megatron.args import true_vocab
 from dist_convert.formats.tokenizer.build import is_sentencepiece, is_tiktoken, read_sentencepiece, read_tiktoken
 from dist_convert.formats.tokenizer.huggingface import (
     CONFIG,
@@ -25,6 +26,7 @@ from dist_convert.formats.tokenizer.huggingface import (
     read_huggingface,
 )
 from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.models.catalog import Where
 from dist_convert.ranks.collectives import World, gather_objects
 
 #: Arguments that may name the tokenizer; the last two are GPT2BPETokenizer's.
@@ -154,13 +156,23 @@ def _bare_file(directory: Path) -> Path | None:
     return versions[0] if len(versions) == 1 else found
 
 
-def shared_tokenizer(asked: Path | None, args: Mapping[str, Any], directory: Path, world: World) -> Tokenizer:
+def shared_tokenizer(
+    where: Where, args: Mapping[str, Any], directory: Path, world: World, *, padded: int, file: str
+) -> tuple[Tokenizer, int | None]:
     """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike.
 
     Args:
-        asked, args, directory: see `find_tokenizer`.
+        where: the checkpoint.
+        args, directory: see `find_tokenizer`.
         world: this rank.
+        padded, file: see `true_vocab`.
+
+    Returns:
+        The tokenizer, and the tokens without padding, of which nobody may say how many there are.
     """
-    found = find_tokenizer(asked, args, directory) if world.rank == 0 else Tokenizer("none")
+    found = find_tokenizer(where.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
     shared = gather_objects(world, asdict(replace(found, path=None)))[0]
-    return Tokenizer(**{**shared, "path": found.path})
+    tokenizer = Tokenizer(**{**shared, "path": found.path})
+    flag = where.true_vocab_size
+    vocab, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
+    return tokenizer, None if who == "padded size" else vocab

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.iterations import rank_files
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -106,12 +106,10 @@ def open_torch(where: Where, directory: Path, world: World) -> TorchModel:
     check_same_run(shards.values())
     file = min(shards)
     args = shards[file].args
-    tokenizer = shared_tokenizer(where.tokenizer, args, directory, world)
     padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
-    vocab, who = true_vocab(flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
-    says = None if who == "padded size" else vocab
+    tokenizer, vocab = shared_tokenizer(where, args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
-    return TorchModel(directory, found, shards, tokenizer, says, where.habana_imported_experts, beside)
+    return TorchModel(directory, found, shards, tokenizer, vocab, where.habana_imported_experts, beside)
 
 
 def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:

@@ -149,7 +149,8 @@ def open_catalog(
                 one for piece in pieces for one in _stored_piece(parameter, architecture, piece, by_name, index_of)
             ]
         except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
-            problems.append(problem)
+            if problem.tensor not in {known.tensor for known in problems}:  # of all layers and experts in it
+                problems.append(problem)
             continue
         replicas[parameter.name] = tuple(sorted(found, key=_position))  # regions are in the order of their rows
         dtypes[parameter.name] = found[0][2].dtype

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
-from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
+from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch_dist.catalog import (
@@ -106,14 +106,10 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
         )
     stored = _stored(tensors, found)
-    tokenizer = shared_tokenizer(where.tokenizer, args, directory, world)
     padded = architecture_from_args(stored_args(args, stored), vocab=None, file=COMMON_FILE).padded_vocab
-    vocab, who = true_vocab(
-        flag=where.true_vocab_size, args=args, tokenizer=tokenizer.size, padded=padded, file=COMMON_FILE
-    )
-    says = None if who == "padded size" else vocab
+    tokenizer, vocab = shared_tokenizer(where, args, directory, world, padded=padded, file=COMMON_FILE)
     beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
-    return DistModel(directory, found, stored, args, said["iteration"], tokenizer, says, beside)
+    return DistModel(directory, found, stored, args, said["iteration"], tokenizer, vocab, beside)
 
 
 #: dtype, shape and chunks of a tensor.
