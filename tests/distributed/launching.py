@@ -97,6 +97,7 @@ def on_two_nodes(ranks_each: int, *job: str, env: Sequence[Mapping[str, str]] = 
 
 def _together(runs: Sequence[Run]) -> Run:
     codes = [run.returncode for run in runs if run.returncode]
+    codes.sort(key=lambda code: code == -signal.SIGTERM)  # one that was told to end failed after the one that did
     return Run(codes[0] if codes else 0, "".join(run.stdout for run in runs), "".join(run.stderr for run in runs))
 
 
