@@ -130,6 +130,9 @@ def open(
     true_vocab_size: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     habana_imported_experts: bool = False,
+    like: str | os.PathLike[str] | None = None,
+    rope_theta: float | None = None,
+    rope_scaling_factor: float | None = None,
 ) -> Weights:
     """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
 
@@ -140,16 +143,27 @@ def open(
         ckpt_dir_name: the iteration; None: what the tracker file says.
         true_vocab_size: tokens without padding; None: what the checkpoint or its tokenizer says.
         tokenizer: where the args' own path is not here.
-        habana_imported_experts: see `dist-convert convert --help`.
+        habana_imported_experts, like, rope_theta, rope_scaling_factor: see `dist-convert convert --help`.
 
     Raises:
         ConversionError: no checkpoint, an incomplete or a damaged one, or no supported model.
     """
+    from dist_convert.formats.open import read_like
     from dist_convert.formats.weights import open_weights
     from dist_convert.models.catalog import Where
+    from dist_convert.ranks.collectives import alone
 
     said = None if tokenizer is None else Path(tokenizer)
-    where = Where(Path(path), ckpt_dir_name, habana_imported_experts, true_vocab_size, said)
+    where = Where(
+        Path(path),
+        ckpt_dir_name,
+        habana_imported_experts,
+        true_vocab_size,
+        said,
+        like=None if like is None else read_like(Path(like), alone()),
+        rope_theta=rope_theta,
+        rope_scaling_factor=rope_scaling_factor,
+    )
     return open_weights(where, dtype, device)
 
 

@@ -45,7 +45,7 @@ SAMPLE = Fraction(1, 16)
 MOST_SECONDS = 1_000_000
 
 Group = Literal["source", "target", "run"]
-Kind = Literal["text", "path", "count", "iteration", "size", "seconds", "switch", "repository", "share"]
+Kind = Literal["text", "path", "count", "iteration", "size", "seconds", "switch", "repository", "share", "number"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,14 @@ class Options:
         "path or hub id (org/name), for the args", to=MEGATRON, shown="the model's own", metavar="PATH"
     )
     tokenizer_type: str | None = _source("Megatron's name of its kind", to=MEGATRON, shown="by the model")
+    like: Path | None = _of_megatron(
+        "config.json of such a model, or its directory: decides the family and whatever else the args do not tell",
+        shown="what the args tell",
+    )
+    rope_theta: float | None = _of_megatron("the model's, whatever the args say", shown="the args' rotary_base")
+    rope_scaling_factor: float | None = _of_megatron(
+        "of Llama 3.1's scaling of rotary frequencies, whatever the args say", shown="8 where the args say it"
+    )
     habana_imported_experts: bool = _source(
         "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
         "interleaved over ranks. Use it only on a checkpoint that came straight from that converter, never on one "
@@ -310,6 +318,7 @@ def flag_of(one: Field[Any]) -> str:
 _KINDS_OF_TYPES: Mapping[str, Kind] = {
     "bool": "switch",
     "int | None": "count",
+    "float | None": "number",
     "int | str | None": "iteration",
     "Fraction": "share",
     "Path | None": "path",
@@ -334,6 +343,7 @@ KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
     "repository": ("text", lambda value: isinstance(value, str)),
     "path": ("a path", lambda value: isinstance(value, Path)),
     "switch": ("True or False", lambda value: isinstance(value, bool)),
+    "number": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 1e300),
     "count": ("a positive whole number", lambda value: type(value) is int and value > 0),
     "size": ("bytes, or text with a unit", lambda value: type(value) is int and value > 0),
     "seconds": (f"whole seconds up to {MOST_SECONDS}", lambda value: type(value) is int and 0 < value <= MOST_SECONDS),

@@ -98,7 +98,12 @@ def strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def tensor_words() -> set[str]:
     """Components of tensor names, of all tables and spellings, that no other kind of string has."""
-    rows = [row for f in FAMILIES.values() for row in (*f.before, *f.layer, *f.after) if isinstance(row, Row)]
+    rows = [
+        row
+        for f in FAMILIES.values()
+        for row in (*f.before, *f.layer, *f.dense, *f.moe, *f.after)
+        if isinstance(row, Row)
+    ]
     names = [row.megatron for row in rows] + [part.name for row in rows for part in row.parts]
     names += [text for _, text in strings(tree_of(SPELLINGS[0])) if "." in text and " " not in text]
     components = {component for name in names for component in re.split(r"[.{}]+", name)}

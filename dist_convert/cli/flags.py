@@ -73,6 +73,7 @@ _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
     "text": (str, "NAME"),
     "path": (Path, "PATH"),
     "count": (_whole_number, "N"),
+    "number": (float, "NUMBER"),
     "seconds": (_whole_number, "SECONDS"),
     "iteration": (lambda text: RELEASE if text == RELEASE else _whole_number(text), "N"),
     "size": (parse_bytes, "SIZE"),

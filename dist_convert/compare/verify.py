@@ -20,10 +20,12 @@ from dist_convert.compare.outcome import Outcome, describe_sample, differences, 
 from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
 from dist_convert.formats.open import open_checkpoint, settled, where_of
+from dist_convert.formats.tokenizer.huggingface import is_huggingface
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch_dist.catalog import DistCatalog
 from dist_convert.formats.torch_dist.open import DistModel
+from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Control
@@ -43,7 +45,7 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
     """
     check_budget(job.max_memory_per_rank_bytes)
     wheres = [
-        Where(path, name, imported, job.true_vocab_size, name_flag=flag)
+        Where(path, name, imported, job.true_vocab_size, is_compared=True, name_flag=flag)
         for path, name, imported, flag in (
             (job.a, job.ckpt_dir_name_a, job.habana_imported_experts_a, "--ckpt-dir-name-a"),
             (job.b, job.ckpt_dir_name_b, job.habana_imported_experts_b, "--ckpt-dir-name-b"),
@@ -51,7 +53,7 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
     ]
     for where in wheres:
         refuse_unfinished(where.path, where.ckpt_dir_name)
-    first, second = (_open(letter, where, world) for letter, where in zip("AB", wheres, strict=True))
+    first, second = _open_both(wheres[0], wheres[1], world)
     a, b = _checkpoints(first, second, world)
     work = work_of(a, b, job.sample)
 
@@ -61,6 +63,21 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
 
     with channel.progress(work.size_bytes, "comparing"):
         return compare_all(a, b, work, world, progress)
+
+
+def _open_both(a: Where, b: Where, world: World) -> tuple[Model, Model]:
+    """Read the headers of two checkpoints; one whose args leave the family open is taken to be of the other's."""
+    if any(gather_objects(world, is_huggingface(b.path))):
+        second = _open("B", b, world)
+        return _open("A", replace(a, family=_family(second)), world), second
+    first = _open("A", a, world)
+    return first, _open("B", replace(b, family=_family(first)), world)
+
+
+def _family(model: Model) -> str | None:
+    """The family that a config.json names."""
+    named = (model.config or {}).get("model_type")
+    return named if named in FAMILIES else None
 
 
 def _open(letter: str, where: Where, world: World) -> Model:
@@ -170,7 +187,8 @@ def compare_with_source(source: Model, task: Task, directory: Path, world: World
         DifferentModel: they are not the same model.
         SourceError: a file cannot be read, or is damaged.
     """
-    target = _open("target", Where(directory), world)
+    family = task.content.ends.source.architecture.family
+    target = _open("target", Where(directory, family=family, is_compared=True), world)
     a, b = _checkpoints(source, target, world, is_shared=not any(task.places))
     work = work_of(a, b, SAMPLE if task.job.verify == "sample" else Fraction(1))
     outcome = compare_all(a, b, work, world, lambda _: None)

@@ -32,7 +32,7 @@ class Model(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any] | None:
-        """The content of config.json; None where the format has none."""
+        """The content of config.json, or of the one that the user names; None where there is none."""
 
     @property
     def args(self) -> Mapping[str, Any] | None:
@@ -41,6 +41,10 @@ class Model(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the training arguments or the user name, as rank 0 sees it; of kind "none" otherwise."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how it is read, a line each."""
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[Catalog, LeftBehind]:
         """The checkpoint as a catalog, and what of it is no part of the model.

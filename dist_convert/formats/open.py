@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
-from dist_convert.formats.huggingface.read import is_huggingface
+from dist_convert.formats.huggingface.read import is_huggingface, read_config
 from dist_convert.formats.megatron.iterations import (
     has_rank_directories,
     is_distributed,
@@ -23,7 +26,7 @@ from dist_convert.models.catalog import NAME_FLAG, Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import no_directory
+from dist_convert.read.source import no_directory, read_json
 from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
@@ -62,12 +65,27 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     Raises:
         SourceError: there is none, or all that the headers show to be wrong.
     """
-    where = where_of(job, Path(job.source), job.ckpt_dir_name)
+    where = replace(where_of(job, Path(job.source), job.ckpt_dir_name), like=read_like(job.like, world))
     refuse_unfinished(where.path, where.ckpt_dir_name)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world)
     return settled(_open_megatron(where, world) if source == TORCH else _open(where, world), where, world)
+
+
+def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
+    """The content of the config.json that `--like` names, as rank 0 reads it; it may name the file or its directory.
+
+    Raises:
+        CheckpointNotFound, CorruptFile: there is none, or it is damaged.
+    """
+    if path is None:
+        return None
+    mine = None
+    if world.rank == 0:
+        mine = read_json(path) if path.is_file() else read_config(path)
+    shared: Mapping[str, Any] = gather_objects(world, mine)[0]
+    return shared
 
 
 def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Where:
@@ -80,6 +98,8 @@ def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Wher
         job.tokenizer,
         job.accept_differing_copies,
         job.accept_shard_order,
+        rope_theta=job.rope_theta,
+        rope_scaling_factor=job.rope_scaling_factor,
     )
 
 

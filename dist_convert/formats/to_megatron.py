@@ -106,7 +106,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         rank=world.rank,
         places=places,
         writable=writable,
-        notes=notes_to_megatron(job, target, settings, given, content, places, writable),
+        notes=[*model.notes, *notes_to_megatron(job, target, settings, given, content, places, writable)],
         layout=layout,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dist_convert.errors import BudgetTooSmall, UsageError
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, special_token_ids
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, special_token_ids
 from dist_convert.formats.open import open_checkpoint
 from dist_convert.models.catalog import Catalog, Region, Where
 from dist_convert.ranks.collectives import alone
@@ -43,9 +43,14 @@ def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: t
     catalog, _ = model.catalog()
     config = dict(model.config or {})
     if model.args is not None:
-        bos, eos = special_token_ids(catalog.architecture.vocab, model.tokenizer, instruct=False)
-        config = config_json(catalog.architecture, _safetensors_name(dtype) or catalog.params_dtype)
-        config |= {"bos_token_id": bos, "eos_token_id": eos}
+        bos, eos = special_token_ids(
+            catalog.architecture.family, catalog.architecture.vocab, model.tokenizer, instruct=False
+        )
+        stored = _safetensors_name(dtype) or catalog.params_dtype
+        if model.config is None:
+            config = config_json(catalog.architecture, stored) | {"bos_token_id": bos, "eos_token_id": eos}
+        else:
+            config = config_like(model.config, catalog.architecture, stored)
     return Weights(
         model.directory, config, catalog, model.found.listing, _safetensors_name(dtype), torch.device(device)
     )

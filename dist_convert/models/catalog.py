@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dist_convert.models.schema import Architecture
 from dist_convert.records import Box, View
@@ -32,6 +32,10 @@ class Where:
         tokenizer: its directory, where the args' own path is not here.
         accept_shard_order: the args' ranks may contradict the directories' names.
         accept_differing_copies: of parameters whose copies differ, the lowest rank's is taken.
+        like: a config.json of the model, which tells what its args do not.
+        rope_theta, rope_scaling_factor: of the model, whatever its args say.
+        family: that it may be of, where its args do not tell.
+        is_compared: it is held against another, and what its args leave open needs no answer.
         name_flag: that gives `ckpt_dir_name`, for messages.
     """
 
@@ -42,6 +46,11 @@ class Where:
     tokenizer: Path | None = None
     accept_differing_copies: bool = False
     accept_shard_order: bool = False
+    like: Mapping[str, Any] | None = None
+    rope_theta: float | None = None
+    rope_scaling_factor: float | None = None
+    family: str | None = None
+    is_compared: bool = False
     name_flag: str = NAME_FLAG
 
 

@@ -1,16 +1,17 @@
 """The numbers that define a model, and what a model family's table is made of.
 
 A row says which Hugging Face tensors are stacked into one Megatron parameter, and how that parameter is cut over
-tensor parallel ranks. Shapes, shards, copies and checks in both directions follow from it. Names are templates with
-`{layer}` and `{expert}` (global numbers); dimensions are size names of `Architecture.sizes`.
+tensor parallel ranks. Shapes, shards, copies and checks in both directions follow from it. A key says what config.json
+and the training arguments call one fact (`models.keys`). Names are templates with `{layer}` and `{expert}` (global
+numbers); dimensions are size names of `Architecture.sizes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from dist_convert.errors import UnsupportedModel
 
@@ -54,17 +55,22 @@ class RopeScaling:
     """Llama 3.1's scaling of the rotary frequencies, transformers' `rope_type` "llama3"."""
 
     factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_max_positions: int
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+#: A fact that only some families have.
+Fact = int | float | bool
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer with rotary embeddings, RMSNorm and gated MLPs or experts.
 
-    `ffn` is the width of one MLP, or of one expert where `experts` > 0. `qkv_bias` says that the query, key and value
-    projections have biases, `linear_bias` that the output projection and the MLP have them too.
+    `ffn` is the width of one MLP, `expert_ffn` that of one expert. `qkv_bias` says that the query, key and value
+    projections have biases, `linear_bias` that the output projection and the MLP have them too. `dense_layers` are the
+    layers without experts, where others have them. `facts` are those of the family's own keys.
     """
 
     family: str
@@ -83,10 +89,32 @@ class Architecture:
     tied: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
+    qk_norm: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    expert_ffn: int = 0
+    dense_layers: tuple[int, ...] = ()
     router_aux_loss: float = 0.0
     sliding_window: int | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+
+    def fact(self, name: str) -> Any:
+        """A field, or one of `facts`; 0 where this family has no such fact."""
+        return getattr(self, name) if name in FIELDS else self.facts.get(name, 0)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and no MLP."""
+        return self.experts > 0 and layer not in self.dense_layers
+
+    @property
+    def expert_width(self) -> int:
+        """The width of one expert, which some families call that of an MLP."""
+        return self.expert_ffn or self.ffn
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some layers have experts and others do not."""
+        return bool(self.dense_layers)
 
     def sizes(self) -> dict[str, int]:
         """The values of the size names that the tables in this package use."""
@@ -95,23 +123,47 @@ class Architecture:
             "padded_vocab": self.padded_vocab,
             "hidden": self.hidden,
             "ffn": self.ffn,
+            "expert_ffn": self.expert_ffn,
             "query_groups": self.query_groups,
+            "head_dim": self.head_dim,
             "query": self.heads * self.head_dim,
             "key_value": self.query_groups * self.head_dim,
             "experts": self.experts,
+            "one": 1,
+            **{name: value for name, value in self.facts.items() if type(value) is int},
         }
 
+
+#: Those that every family has.
+FIELDS = frozenset(known.name for known in fields(Architecture))
 
 #: Whole on every rank; rows over ranks ("column parallel" in Megatron); columns over ranks ("row parallel").
 Split = Literal["replicated", "rows", "columns"]
 
 
 @dataclass(frozen=True)
+class Alias:
+    """Another name under which files hold a Hugging Face tensor.
+
+    Attributes:
+        name: the template.
+        is_stacked: all experts lie in it, along a leading axis.
+        part, parts: which of how many equal row ranges (of each expert) the tensor is.
+    """
+
+    name: str
+    is_stacked: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor: its name, and a size name per dimension."""
+    """One Hugging Face tensor: its published name, a size name per dimension, and its other name if it has one."""
 
     name: str
     dims: tuple[str, ...]
+    alias: Alias | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +177,9 @@ class Row:
         by_query_group: the parts' rows alternate, those of one query group after those of the other.
         padded_rows: size name of its rows where padding follows the parts' rows, as in the vocabulary.
         is_norm: whether "stored as gamma - 1" may apply to it.
-        when, unless: names of boolean fields of `Architecture` that switch the row on or off.
+        when, unless: names of facts of the `Architecture` that switch the row on or off, by their truth.
+        transformer_engine, habana: what these modules call it, where they call it otherwise.
+        local_key: under which the local modules save it in torch_dist, where that is none of these names.
     """
 
     megatron: str
@@ -136,11 +190,14 @@ class Row:
     is_norm: bool = False
     when: str | None = None
     unless: str | None = None
+    transformer_engine: str = ""
+    habana: str = ""
+    local_key: str = ""
 
     def applies_to(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the parameter."""
-        wanted = self.when is None or bool(getattr(architecture, self.when))
-        return wanted and not (self.unless is not None and getattr(architecture, self.unless))
+        wanted = self.when is None or bool(architecture.fact(self.when))
+        return wanted and not (self.unless is not None and architecture.fact(self.unless))
 
 
 @dataclass(frozen=True)
@@ -153,10 +210,19 @@ class ZeroTensor:
 
     def applies_to(self, architecture: Architecture) -> bool:
         """Whether the Hugging Face model needs the tensor."""
-        return bool(getattr(architecture, self.when)) and not getattr(architecture, self.unless)
+        return bool(architecture.fact(self.when)) and not architecture.fact(self.unless)
 
 
 Entry = Row | ZeroTensor
+
+
+#: How an argument says a fact, where it does not say it plainly:
+#:   opposite: it is true where the fact is false.
+#:   or_none: None stands for 0.
+#:   window: of W tokens with the token itself it says (W - 1, 0).
+#:   leading_dense: a list with 0 for each layer without experts, of which config.json counts those that come first.
+#:   sparse_steps: the same list; config.json has `decoder_sparse_step` and `mlp_only_layers`.
+Codec = Literal["plain", "opposite", "or_none", "window", "leading_dense", "sparse_steps"]
 
 
 @dataclass(frozen=True)
@@ -164,14 +230,15 @@ class Key:
     """A fact about a model under its names.
 
     Attributes:
-        field: of `Architecture`.
-        config: the key of a config.json; "" where that has none.
+        field: of `Architecture`, or a name of its `facts`.
+        config: the key of a config.json; "" where that has none, and `default` holds for all models of the family.
         arg: the training argument; "" where it is not that value by itself.
         kind: a whole number, another number, or yes and no.
         default: transformers', where a config.json lacks the key; None where the value then follows from others.
         arg_default: Megatron's, where the args lack it.
         most: of a size.
-        is_opposite: the argument is true where the key is false.
+        codec: how the argument says it.
+        aliases: other names in config.json, which some versions of transformers write.
     """
 
     field: str
@@ -181,7 +248,8 @@ class Key:
     default: int | float | None = None
     arg_default: int | float | None = None
     most: int = MOST
-    is_opposite: bool = False
+    codec: Codec = "plain"
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +272,15 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A size that is `factor` times the sum of `terms`, all names of facts."""
+
+    name: str
+    factor: str
+    terms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: its names and facts, and its table in the order in which tensors are written.
 
@@ -212,18 +289,29 @@ class Family:
         hf_class: `architectures` of its config.json.
         keys: what its config.json and its training arguments say.
         pins: see `Pin`.
-        config: what every config.json of it says besides.
+        signs: arguments by which its models are told from those of other families, and whether they are set.
+        config: what every config.json of it says besides, whatever another one may say.
+        config_pins: likewise, but another value makes another model.
         before, layer, after: rows before the layers, of each layer, and after them.
+        dense, moe: further rows of the layers without and with experts.
+        special_ids: of begin and end of text, where there is no tokenizer.
+        products: sizes that its tables have besides.
     """
 
     name: str
     hf_class: str
     keys: tuple[Key, ...]
     pins: tuple[Pin, ...]
+    signs: Mapping[str, bool]
     config: Mapping[str, object]
     before: tuple[Entry, ...]
     layer: tuple[Entry, ...]
     after: tuple[Entry, ...]
+    dense: tuple[Entry, ...] = ()
+    moe: tuple[Entry, ...] = ()
+    config_pins: Mapping[str, object] = field(default_factory=dict)
+    special_ids: tuple[int | None, int | None] = (None, None)
+    products: tuple[Product, ...] = ()
 
 
 def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
@@ -231,7 +319,8 @@ def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry,
     for entry in family.before:
         yield entry, None, None
     for layer in range(architecture.layers):
-        for entry, expert in _entries_of_layer(family.layer, architecture.experts):
+        listed = (*family.layer, *(family.moe if architecture.has_experts(layer) else family.dense))
+        for entry, expert in _entries_of_layer(listed, architecture.experts):
             if entry.applies_to(architecture):
                 yield entry, layer, expert
     for entry in family.after:
@@ -264,14 +353,14 @@ def part_size(part: Part, sizes: Mapping[str, int]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
-def part(name: str, dims: str) -> Part:
+def part(name: str, dims: str, alias: Alias | None = None) -> Part:
     """A part with its dimensions written as one string, "query hidden"."""
-    return Part(name, tuple(dims.split()))
+    return Part(name, tuple(dims.split()), alias)
 
 
-def norm(megatron: str, hf: Part) -> Row:
+def norm(megatron: str, hf: Part, *, transformer_engine: str = "", habana: str = "", when: str | None = None) -> Row:
     """A norm's weight: whole on every rank."""
-    return Row(megatron, (hf,), is_norm=True)
+    return Row(megatron, (hf,), is_norm=True, when=when, transformer_engine=transformer_engine, habana=habana)
 
 
 def replicated(megatron: str, hf: Part, *, when: str | None = None) -> Row:
@@ -286,11 +375,12 @@ def column_parallel(
     padded_rows: str | None = None,
     when: str | None = None,
     unless: str | None = None,
+    habana: str = "",
 ) -> Row:
     """A parameter whose output rows are divided over ranks (Megatron's ColumnParallelLinear)."""
-    return Row(megatron, parts, "rows", by_query_group, padded_rows, when=when, unless=unless)
+    return Row(megatron, parts, "rows", by_query_group, padded_rows, when=when, unless=unless, habana=habana)
 
 
-def row_parallel(megatron: str, hf: Part) -> Row:
+def row_parallel(megatron: str, hf: Part, *, when: str | None = None) -> Row:
     """A parameter whose input columns are divided over ranks (Megatron's RowParallelLinear)."""
-    return Row(megatron, (hf,), "columns")
+    return Row(megatron, (hf,), "columns", when=when)

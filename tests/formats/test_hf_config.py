@@ -59,7 +59,11 @@ CASES: dict[str, tuple[Model, dict[str, Any], dict[str, Any]]] = {
         {"theta": 10000.0, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "torch.float32"},
     ),
     "tied": (Model(layers=1, tied=True), {}, {"tie_word_embeddings": True, "left_out": ["lm_head.weight"]}),
-    "QKV bias": (Model(layers=1, qkv_bias=True), {}, {"attention_bias": True, "mlp_bias": False}),
+    "qwen2": (
+        Model(layers=1, qkv_bias=True),
+        {"norm_epsilon": 1e-6},
+        {"model_type": "qwen2", "use_sliding_window": False, "rms_norm_eps": 1e-6, "left_out": []},
+    ),
     "biases": (Model(layers=1, linear_bias=True), {}, {"attention_bias": True, "mlp_bias": True}),
     "mixtral": (
         Model(layers=1, head_dim=8, experts=4),
@@ -152,11 +156,15 @@ def test_transformers_4_reads_the_same_model(converted: dict[str, Path]) -> None
         torch.testing.assert_close(torch.tensor(found[name]["logits"]), logits.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_an_output_bias_of_zeros_is_added_where_only_qkv_have_biases(
+def test_an_output_bias_of_zeros_is_added_where_the_model_is_said_to_be_a_llama_and_only_qkv_have_biases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = make(tmp_path / "in", Model(layers=2, qkv_bias=True), Grid(tp=2))
-    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    model = Model(layers=2, qkv_bias=True)
+    expected = make(tmp_path / "in", model, Grid(tp=2))
+    like = {"model_type": "llama", "attention_bias": True, "hidden_size": 16, "intermediate_size": 24}
+    like |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    (tmp_path / "like.json").write_text(json.dumps(like | {"rms_norm_eps": 1e-5, "head_dim": 4}))
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "like.json")) == 0
     zeros = {f"model.layers.{n}.self_attn.o_proj.bias": torch.zeros(16, dtype=torch.bfloat16) for n in range(2)}
     assert_same(read_tensors(tmp_path / "out"), expected | zeros)
     note = "all zeros, because Megatron has no such parameter: model.layers.0.self_attn.o_proj.bias"
@@ -172,7 +180,7 @@ def test_linear_biases_all_come_from_the_checkpoint(tmp_path: Path) -> None:
 def test_qkv_biases_of_a_mixtral_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", Model(layers=1, experts=2, qkv_bias=True))
     assert convert(tmp_path / "in", tmp_path / "out") == 1
-    assert "tensor:   decoder.layers.0.self_attention.linear_qkv.bias" in capsys.readouterr().err
+    assert "--add-qkv-bias has a value that the target cannot express" in capsys.readouterr().err
 
 
 #: A vocabulary of Llama 3's size is what makes its special tokens.
@@ -231,4 +239,4 @@ ENDS = [128001, 128008, 128009]
 def test_special_ids_are_the_tokenizers_or_without_one_the_familys_if_they_have_rows(
     vocab: int, tokenizer: Tokenizer, instruct: bool, expected: tuple[Any, Any]
 ) -> None:
-    assert special_token_ids(vocab, tokenizer, instruct=instruct) == expected
+    assert special_token_ids("llama", vocab, tokenizer, instruct=instruct) == expected

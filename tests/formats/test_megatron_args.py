@@ -12,6 +12,7 @@ import torch
 
 from dist_convert.errors import MissingArguments, Problems, UnsupportedModel
 from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.models import FAMILIES
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import convert
 
@@ -29,7 +30,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("swiglu", False),
     ("multi_latent_attention", True),
     ("mtp_num_layers", 1),
-    ("qk_layernorm", True),
     ("qk_l2_norm", True),
     ("no_rope_freq", [0, 1]),
     ("attention_output_gate", True),
@@ -105,18 +105,52 @@ def test_all_refused_arguments_are_reported_together() -> None:
     ]
 
 
-def test_a_window_of_attention_is_refused_for_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path / "in", LLAMA, window_size=(4095, 0))
-    assert convert(tmp_path / "in", tmp_path / "out") == 1
-    assert "window_size=[4095, 0]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("args", "name", "hf_class"),
+    [
+        ({}, "llama", "LlamaForCausalLM"),
+        ({"window_size": (-1, 0)}, "llama", "LlamaForCausalLM"),
+        ({"window_size": (4095, 0)}, "mistral", "MistralForCausalLM"),
+        ({"add_qkv_bias": True}, "qwen2", "Qwen2ForCausalLM"),
+        ({"add_qkv_bias": True, "add_bias_linear": True}, "llama", "LlamaForCausalLM"),
+        ({"qk_layernorm": True}, "qwen3", "Qwen3ForCausalLM"),
+        ({"num_experts": 4}, "mixtral", "MixtralForCausalLM"),
+        ({"num_experts": 4, "qk_layernorm": True}, "qwen3_moe", "Qwen3MoeForCausalLM"),
+        (
+            {"num_experts": 4, "add_qkv_bias": True, "moe_shared_expert_gate": True,
+             "moe_shared_expert_intermediate_size": 48},
+            "qwen2_moe", "Qwen2MoeForCausalLM",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_family_follows_from_the_arguments(args: dict[str, Any], name: str, hf_class: str) -> None:
+    said = json.loads(json.dumps(vars(training_args(LLAMA)) | args, default=str))
+    found = architecture_from_args(said, vocab=None, file="shard")
+    assert (found.family, FAMILIES[found.family].hf_class) == (name, hf_class)
 
 
-def test_a_rope_factor_that_training_did_not_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("flag", "factor"), [("32", 32.0), ("8", 8.0)])
+def test_a_rope_factor_that_training_may_have_ignored_is_refused_until_the_user_says_which_it_was(
+    flag: str, factor: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "in", LLAMA, use_rope_scaling=True, rope_scaling_factor=32.0)
     assert convert(tmp_path / "in", tmp_path / "out") == 1
-    err = capsys.readouterr().err
-    assert "--rope-scaling-factor" in err
-    assert "found:    32.0" in err
+    assert "say which it was: --rope-scaling-factor 32, or 8" in capsys.readouterr().err
+    assert convert(tmp_path / "in", tmp_path / "out", "--rope-scaling-factor", flag) == 0
+    scaling = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
+    assert (scaling["rope_type"], scaling["factor"]) == ("llama3", factor)
+    warned = "warning: rope_scaling_factor is 32.0 in the args, 8.0 is taken as you say" in capsys.readouterr().err
+    assert warned is (factor == 8.0)
+
+
+def test_a_rope_theta_that_an_importer_lost_is_taken_from_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LLAMA, rotary_base=10000)
+    assert convert(tmp_path / "in", tmp_path / "out", "--rope-theta", "500000") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 500000.0
+    assert "warning: rotary_base is 10000 in the args, 500000.0 is taken as you say" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

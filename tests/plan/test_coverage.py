@@ -12,8 +12,9 @@ from dist_convert.errors import ConversionError, Problems
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
+from dist_convert.models.blocks import MLP
 from dist_convert.models.catalog import TensorMeta
-from dist_convert.models.llama import LLAMA, MLP
+from dist_convert.models.llama import LLAMA
 from dist_convert.models.schema import Architecture, Family, Row, ZeroTensor, norm, part
 from dist_convert.plan.content import Content, plan_content
 from tests import checkpoints
@@ -96,9 +97,12 @@ def test_tensors_of_zeros_are_in_the_target_and_not_moved() -> None:
     assert data_bytes - made.moved_bytes == 2 * 16 * 2
 
 
+ALL = (*LLAMA.layer, *LLAMA.dense)
+
+
 def with_layer(*layer: Row | ZeroTensor) -> Family:
     """Llama with another table of its layers."""
-    return replace(LLAMA, layer=layer)
+    return replace(LLAMA, layer=layer, dense=())
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, family: Family) -> Content:
@@ -109,7 +113,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, family: Family) -> Content:
 def test_a_table_that_names_a_target_tensor_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = MLP[0].parts[0]
     doubled = replace(MLP[0], parts=(gate, gate))
-    layer = tuple(doubled if entry is MLP[0] else entry for entry in LLAMA.layer)
+    layer = tuple(doubled if entry is MLP[0] else entry for entry in ALL)
     with pytest.raises(ConversionError, match=r"mlp\.gate_proj\.weight"):
         planned(monkeypatch, with_layer(*layer))
 
@@ -119,7 +123,7 @@ def test_two_rows_with_one_target_tensor_are_refused(monkeypatch: pytest.MonkeyP
         norm(entry.megatron, part("model.layers.{layer}.input_layernorm.weight", "hidden"))
         if isinstance(entry, Row) and entry.is_norm
         else entry
-        for entry in LLAMA.layer
+        for entry in ALL
     )
     with pytest.raises(ConversionError, match=r"input_layernorm\.weight"):
         planned(monkeypatch, with_layer(*layer))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.compare.elements import check_tensor
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.geometry import Place, places, shard_size
-from dist_convert.models.llama import EMBEDDING, MLP, QKV
+from dist_convert.models.blocks import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box

@@ -32,7 +32,7 @@ def test_a_right_conversion_is_verified_and_gets_its_name(
     ends = "1/16 of the blocks, and the first and last block of every tensor: 100 % of all elements"
     sample = f" (a sample: {ends})" if "sample" in how else ""
     assert said == [
-        f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 18 config fields are the source's{sample}"
+        f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 22 config fields are the source's{sample}"
         for name in ("hf", "back/iter_0000001")
     ]
 

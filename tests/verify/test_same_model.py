@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
-from tests.converting import convert
 from tests.to_megatron import make_hf
 from tests.verify import edit_args, edit_hf, edit_shard, flip, verify
 
@@ -106,8 +105,9 @@ def test_output_biases_that_megatron_has_no_place_for_must_be_zeros(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Model(qkv_bias=True)
-    make(tmp_path / "megatron", model, Grid(tp=2))
-    assert convert(tmp_path / "megatron", tmp_path / "hf") == 0
+    tensors = make(tmp_path / "megatron", model, Grid(tp=2))
+    zeros = {f"model.layers.{n}.self_attn.o_proj.bias": torch.zeros(16, dtype=torch.bfloat16) for n in range(4)}
+    make_hf(tmp_path / "hf", model, tensors | zeros, attention_bias=True, mlp_bias=False)
     assert verify(tmp_path / "megatron", tmp_path / "hf", capsys)[0] == 0
     edit_hf(tmp_path / "hf", flip("model.layers.1.self_attn.o_proj.bias", (3,)))
     code, report = verify(tmp_path / "megatron", tmp_path / "hf", capsys)
@@ -217,7 +217,7 @@ def test_the_report_for_people_says_what_was_compared(tmp_path: Path, capsys: py
     assert capsys.readouterr().out.splitlines() == [
         f"A  {tmp_path}/megatron/iter_0000004  Megatron TP2 PP2 VPP1 EP1 ETP2, iteration 4",
         f"B  {tmp_path}/hf  Hugging Face",
-        "config   18 fields compared",
+        "config   22 fields compared",
         "tensors  39 compared, bit for bit in BF16",
         "values   8,752 elements, 17.8 kB of A, 17.5 kB of B",
         "copies   288 B of A and 0 B of B are further copies of the same tensors, compared with the first",
@@ -255,4 +255,4 @@ def test_what_is_compared_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["sample"] == 0.0625
     assert report["compared"]["all_elements"] == report["compared"]["elements"]
     assert report["a"] == report["b"] == {"path": str(tmp_path / "hf"), "kind": "Hugging Face"}
-    assert report["compared"]["config_fields"] == 18
+    assert report["compared"]["config_fields"] == 22

@@ -85,7 +85,7 @@ def open_catalog(
         for part in parts_of(entry):
             name = part.name.format(layer=layer, expert=expert)
             try:
-                view = hf_view(part.name, layer, expert, stored, *part_size(part, sizes), experts=architecture.experts)
+                view = hf_view(part, layer, expert, stored, *part_size(part, sizes), experts=architecture.experts)
             except ConversionError as problem:
                 problems.append(problem)
                 continue

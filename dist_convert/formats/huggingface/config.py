@@ -16,6 +16,7 @@ from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES
+from dist_convert.models.keys import architecture_of, to_config
 from dist_convert.models.schema import (
     Architecture,
     Family,
@@ -26,8 +27,9 @@ from dist_convert.models.schema import (
     is_size,
 )
 
-#: The only scaling of rotary frequencies that Megatron-Core has, with constants of its own.
-_LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+#: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
+_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_FACTOR = "factor"
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -42,7 +44,8 @@ class _Config:
         self.keys = {key.config: key for key in self.family.keys if key.config}
 
     def get(self, name: str) -> object:
-        return self.given.get(name, self.keys[name].default)
+        key = self.keys[name]
+        return next((self.given[known] for known in (name, *key.aliases) if known in self.given), key.default)
 
     def refuse(self, what: str, *, expected: object, found: object, remedy: str = _NONE) -> None:
         self.problems.append(UnsupportedModel(what, file=CONFIG_FILE, expected=expected, found=found, remedy=remedy))
@@ -71,8 +74,22 @@ class _Config:
     def value(self, key: Key) -> int | float:
         """What a key says by itself."""
         if key.kind == "flag":
-            return bool(self.given.get(key.config))
+            return bool(self.get(key.config))
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
+
+    def dense_layers(self, key: Key) -> tuple[int, ...]:
+        """The layers without experts."""
+        layers, said = self.get("num_hidden_layers"), self.get(key.config)
+        if not isinstance(layers, int) or not isinstance(said, int) or not 0 <= said <= layers:
+            self.misread(f"{key.config} is no number of layers", "a whole number", said)
+            return ()
+        if key.codec == "leading_dense":
+            return tuple(range(said))
+        listed = self.given.get("mlp_only_layers") or []
+        if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+            self.misread("mlp_only_layers is no list of layers", "whole numbers", listed)
+            return ()
+        return tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % max(1, said))
 
 
 def config_vocab(config: Mapping[str, Any]) -> int:
@@ -109,26 +126,19 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
         what = "the width of a head does not follow from the config"
         read.check_divides(what, hidden, heads, expected="head_dim, or hidden_size divisible by num_attention_heads")
     values: dict[str, Any] = {"hidden": hidden, "heads": heads, "query_groups": groups, "head_dim": head_dim}
-    if "attention_bias" in read.keys:
+    values |= {key.field: key.default for key in read.family.keys if not key.config}
+    if "mlp_bias" in read.keys:
         values["qkv_bias"], values["linear_bias"] = _biases(read, zero_output_bias)
     if "router_aux_loss_coef" in read.keys:
         values["router_aux_loss"] = read.number("router_aux_loss_coef", above=-1)
-    if config.get("sliding_window") is None or "sliding_window" not in read.keys:
+    if "sliding_window" in read.keys and read.get("sliding_window") is None:
         values["sliding_window"] = None
+    values |= {key.field: read.dense_layers(key) for key in read.keys.values() if key.field == "dense_layers"}
     values["rope_theta"], values["rope_scaling"] = _rope(read)
-    if config.get("hidden_act", "silu") != "silu":
-        found = config["hidden_act"]
-        read.refuse("Megatron's --swiglu is another activation", expected="hidden_act=silu", found=found)
-    if config.get("quantization_config"):
-        read.refuse(
-            "the weights are quantised",
-            expected="no quantization_config",
-            found=config["quantization_config"],
-            remedy="load the model dequantised, save it in bfloat16, and convert that",
-        )
+    _check_pins(read)
     values |= {key.field: read.value(key) for key in read.keys.values() if key.field not in values}
     raise_together(read.problems)
-    architecture = Architecture(family=read.family.name, padded_vocab=values["vocab"], **values)
+    architecture = architecture_of(read.family, values | {"padded_vocab": values["vocab"]})
     check_experts(architecture.layers, architecture.experts, CONFIG_FILE)
     return architecture
 
@@ -146,6 +156,25 @@ def _family(config: Mapping[str, Any]) -> Family:
         expected=" or ".join(f"{family.name} ({family.hf_class})" for family in FAMILIES.values()),
         found=f"model_type={named!r}, architectures={classes!r}",
     )
+
+
+def _check_pins(read: _Config) -> None:
+    """Refuse what no model of the family has that Megatron can train."""
+    config = read.given
+    for name, wanted in {"hidden_act": "silu", **read.family.config_pins}.items():
+        if (found := config.get(name, wanted)) != wanted:
+            what = "Megatron's --swiglu is another activation" if name == "hidden_act" else f"{name} is not supported"
+            read.refuse(what, expected=f"{name}={wanted}", found=found)
+    kinds = config.get("layer_types") or []
+    if "sliding_window" not in read.keys and any(kind != "full_attention" for kind in kinds):
+        read.refuse("layers attend in different ways", expected="full_attention in all layer_types", found=kinds)
+    if config.get("quantization_config"):
+        read.refuse(
+            "the weights are quantised",
+            expected="no quantization_config",
+            found=config["quantization_config"],
+            remedy="load the model dequantised, save it in bfloat16, and convert that",
+        )
 
 
 def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
@@ -197,7 +226,7 @@ def _refuse_both(read: _Config, old: str, new: str) -> None:
 def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
     """What decides the scaling: its type, and the numbers of Llama 3.1's."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return (kind,) if kind == "default" else (kind, *map(rope.get, _LLAMA3))
+    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, _LLAMA3))
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | None:
@@ -206,13 +235,19 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         read.refuse("another scaling of rotary frequencies", expected="rope_type default or llama3", found=kind)
-    elif any(rope.get(name) != value for name, value in _LLAMA3.items()):
+        return None
+    factor = rope.get(_FACTOR)
+    if any(rope.get(name) != value for name, value in _LLAMA3.items()):
         read.refuse(
             "Megatron-Core's scaling of rotary frequencies has constants of its own",
             expected=", ".join(f"{name}={value}" for name, value in _LLAMA3.items()),
             found=", ".join(f"{name}={rope.get(name)}" for name in _LLAMA3),
         )
-    return RopeScaling(8.0, 1.0, 4.0, 8192)
+    elif not isinstance(factor, int | float) or not is_number(factor) or factor < 1:
+        read.misread("the factor of rope_scaling is no number", "a number of at least 1", factor)
+    else:
+        return RopeScaling(float(factor))
+    return None
 
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -220,24 +255,29 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 #: Tokens that end a turn of an instruct model: end_of_text, eom_id, eot_id.
 _LLAMA3_INSTRUCT_EOS = [128001, 128008, 128009]
 _LLAMA3_VOCAB = 128000
+_LLAMA3_ROWS = 128256
 
 
-def special_token_ids(vocab: int, tokenizer: Tokenizer, *, instruct: bool) -> tuple[int | None, int | list[int] | None]:
+def special_token_ids(
+    family: str | None, vocab: int, tokenizer: Tokenizer, *, instruct: bool
+) -> tuple[int | None, int | list[int] | None]:
     """Begin and end of text: what the tokenizer says, or what the family has where there is none.
 
     Args:
+        family: the model's, where it is known.
         vocab: rows of the model's embedding; ids from there on are None.
         tokenizer: as found.
         instruct: whether the tokens that end a turn of Llama 3 end the text, too.
     """
     bos, eos, is_llama3 = tokenizer.bos, tokenizer.eos, tokenizer.is_llama3
     if tokenizer.kind == "none":
-        is_llama3 = vocab > _LLAMA3_VOCAB
-        bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else (1, 2)
+        is_llama3 = family == "llama" and vocab == _LLAMA3_ROWS
+        known = FAMILIES[family].special_ids if family in FAMILIES else (None, None)
+        bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else known
     ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
-    known = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
+    inside = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
     begin = bos if bos is not None and bos < vocab else None
-    return begin, known if len(known) > 1 else next(iter(known), None)
+    return begin, inside if len(inside) > 1 else next(iter(inside), None)
 
 
 def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -249,11 +289,12 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """
     family, scaling = FAMILIES[architecture.family], None
     if architecture.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **dict(zip(_LLAMA3, astuple(architecture.rope_scaling), strict=True))}
+        names = (_FACTOR, *_LLAMA3)
+        scaling = {"rope_type": "llama3", **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
     return {
         "architectures": [family.hf_class],
         "model_type": family.name,
-        **{key.config: getattr(architecture, key.field) for key in family.keys if key.config},
+        **{name: value for key in family.keys if key.config for name, value in to_config(key, architecture).items()},
         "hidden_act": "silu",
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": architecture.rope_theta, **(scaling or {"rope_type": "default"})},
@@ -265,6 +306,7 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "dtype": TORCH_NAMES[dtype],
         "use_cache": True,
         **family.config,
+        **family.config_pins,
     }
 
 
@@ -275,13 +317,20 @@ def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype:
     return {**config, **rope, "torch_dtype": ours["torch_dtype"], "dtype": ours["dtype"]}
 
 
+def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The config of a model from another's of its kind, whose special ids and further keys are taken over."""
+    ours = config_json(architecture, dtype)
+    own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")
+    return {**config, **{name: ours[name] for name in own}}
+
+
 def with_special_ids(
     config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
 ) -> dict[str, dict[str, Any]]:
     """File name to content: both configs with the special ids and the sampling of a tokenizer, all else as it was."""
     rows = int(config.get("vocab_size") or 0)
     ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
-    bos, eos = special_token_ids(rows, tokenizer, instruct=ends_turns)
+    bos, eos = special_token_ids(config.get("model_type"), rows, tokenizer, instruct=ends_turns)
     pad = padding_id(tokenizer, style, rows)
     generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
     generates |= {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}

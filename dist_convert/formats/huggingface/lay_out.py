@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_of_copy
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, config_of_copy
 from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
@@ -98,8 +98,10 @@ def _layout(
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    target = HuggingFaceTarget(job, content, model, config_json(source.architecture, dtype), bins=bins, disks=disks)
-    return target, _notes(target)
+    like = model.config
+    config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
+    target = HuggingFaceTarget(job, content, model, config, bins=bins, disks=disks)
+    return target, [*model.notes, *_notes(target)]
 
 
 def _notes_on_places(

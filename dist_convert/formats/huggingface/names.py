@@ -19,25 +19,13 @@ from dataclasses import replace
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
 from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.megatron.names import Piece, stored_shape, view
-from dist_convert.models import llama
+from dist_convert.formats.megatron.names import Piece, Storage, stored_shape, view
+from dist_convert.models.schema import Part
 from dist_convert.records import Box, StoredTensor, View
 
 _BASE_MODEL = "model."
-_LAYER = llama.HF
-_MOE = f"{_LAYER}.block_sparse_moe"
-_EXPERT = f"{_MOE}.experts.{{expert}}"
-_FUSED = f"{_LAYER}.mlp"
 HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
-
-#: Other spellings of a table's part; of a stack, which of how many equal row ranges of each expert it is.
-_SYNONYMS = {
-    f"{_MOE}.gate.weight": Piece(f"{_FUSED}.gate.weight"),
-    f"{_EXPERT}.w1.weight": Piece(f"{_FUSED}.experts.gate_up_proj", "stacked", part=0, parts=2),
-    f"{_EXPERT}.w3.weight": Piece(f"{_FUSED}.experts.gate_up_proj", "stacked", part=1, parts=2),
-    f"{_EXPERT}.w2.weight": Piece(f"{_FUSED}.experts.down_proj", "stacked"),
-}
 
 #: Tensors without a place in any family here: part of the name -> what they are.
 _HOMELESS = (
@@ -51,8 +39,11 @@ _HOMELESS = (
 )
 
 
-def _spellings(part: str, layer: int | None, expert: int | None, experts: int) -> list[Piece]:
-    templates = [Piece(part), *([_SYNONYMS[part]] if part in _SYNONYMS else [])]
+def _spellings(part: Part, layer: int | None, expert: int | None, experts: int) -> list[Piece]:
+    templates = [Piece(part.name)]
+    if (alias := part.alias) is not None:
+        storage: Storage = "stacked" if alias.is_stacked else "plain"
+        templates.append(Piece(alias.name, storage, part=alias.part, parts=alias.parts))
     whole = [
         replace(piece, name=piece.name.format(layer=layer, expert=expert), index=expert or 0, count=experts)
         for piece in templates
@@ -62,7 +53,7 @@ def _spellings(part: str, layer: int | None, expert: int | None, experts: int) -
 
 
 def hf_view(
-    part: str,
+    part: Part,
     layer: int | None,
     expert: int | None,
     stored: Mapping[str, StoredTensor],
@@ -74,7 +65,7 @@ def hf_view(
     """Where a table's part at one layer and expert is stored, as rows x columns.
 
     Args:
-        part: the name template, a `Part.name`.
+        part: of the table.
         layer, expert: global numbers, for templates with `{layer}` and `{expert}`.
         stored: all tensors of the model by name.
         rows, columns: by config.json; vectors have one column.
@@ -86,7 +77,7 @@ def hf_view(
         InconsistentShards: under two of its names.
     """
     spellings = _spellings(part, layer, expert, experts)
-    name, shape = spellings[0].name, [rows] if columns == 1 else [rows, columns]
+    name, shape = spellings[0].name, [rows] if len(part.dims) == 1 else [rows, columns]
     present = [(piece, stored[piece.name]) for piece in spellings if piece.name in stored]
     if not present:
         remedy = f"the model is incomplete, or {CONFIG_FILE} is of another one; download or save it again"
@@ -114,7 +105,7 @@ def hf_view(
     [(piece, tensor)] = present
     of_piece = view(piece, tensor, piece.parts * rows, columns)
     if of_piece is None:
-        expected = stored_shape(piece, piece.parts * rows, columns, is_vector=columns == 1)
+        expected = stored_shape(piece, piece.parts * rows, columns, is_vector=len(part.dims) == 1)
         raise WrongShape(
             f"wrong shape for {name}",
             tensor=tensor.name,

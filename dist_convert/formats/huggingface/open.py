@@ -28,8 +28,8 @@ from dist_convert.formats.huggingface.read import (
     read_weights_header,
 )
 from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.models.blocks import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.catalog import Catalog, LeftBehind
-from dist_convert.models.llama import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.schema import MOST_LAYERS, is_size
 from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.collectives import World, gather_objects
@@ -65,6 +65,10 @@ class HuggingFaceModel:
     @property
     def args(self) -> None:
         return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -10,10 +10,11 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.models import FAMILIES
+from dist_convert.models.keys import architecture_of, fits_signs, of_arg, pins_of
 from dist_convert.models.schema import (
     MOST,
     Architecture,
-    Key,
+    Family,
     RopeScaling,
     check_experts,
     is_number,
@@ -21,12 +22,12 @@ from dist_convert.models.schema import (
 )
 
 #: Arguments that are computed with, and what they are at most.
+_KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg and key.codec in ("plain", "or_none")]
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
-    key.arg: key.most for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "size"
+    key.arg: key.most for key in _KEYS if key.kind == "size"
 }
 _NUMBERS = dict.fromkeys(
-    ["layernorm_epsilon"]
-    + [key.arg for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "number"]
+    ["layernorm_epsilon", "rope_scaling_factor", *(key.arg for key in _KEYS if key.kind == "number")]
 )
 
 
@@ -58,26 +59,38 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
     check_experts(args.get("num_layers") or 0, args.get("num_experts") or 0, file)
 
 
-#: Megatron-Core's constants of Llama 3.1's scaling of rotary frequencies.
+#: What Megatron's own scripts train with; most versions ignore the argument.
 _LLAMA3_FACTOR = 8.0
-_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 
 
-def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: str) -> Architecture:
+def families_of_args(args: Mapping[str, Any]) -> list[Family]:
+    """The families that models trained with these arguments may be of, the likeliest first.
+
+    Where there is none, it is the plainest that has experts, or has none, and whose pins tell what is wrong.
+    """
+    fitting = [family for family in FAMILIES.values() if fits_signs(family, args)]
+    alike = [family for family in FAMILIES.values() if bool(family.moe) == bool(args.get("num_experts"))]
+    return fitting or alike[-1:]
+
+
+def architecture_from_args(
+    args: Mapping[str, Any], *, vocab: int | None, file: str, family: Family | None = None, trusts_factor: bool = False
+) -> Architecture:
     """The model that the training arguments describe.
 
     Args:
         args: the checkpoint's `args` as JSON values.
         vocab: true vocabulary size, if it is known from elsewhere (see `vocabulary`).
         file: where the args came from, for messages.
+        family: of the model, if it is known from elsewhere.
+        trusts_factor: the factor of its rotary scaling is known to be the argument's.
 
     Raises:
         MissingArguments: an argument without which the model is not determined.
         UnsupportedModel: options that have no counterpart in transformers. All are reported together.
     """
     check_sizes(args, file)
-    experts = args.get("num_experts") or 0
-    family = FAMILIES["mixtral" if experts else "llama"]
+    family = family or families_of_args(args)[0]
     problems: list[ConversionError] = [
         UnsupportedModel(
             f"--{pin.arg.replace('_', '-')} has a value that the target cannot express",
@@ -86,21 +99,28 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
             found=repr(args[pin.arg]),
             remedy=pin.why,
         )
-        for pin in family.pins
+        for pin in pins_of(family)
         if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
     ]
-    if experts and args.get("add_bias_linear"):
+    factor = args.get("rope_scaling_factor")
+    if args.get("use_rope_scaling") and factor not in (None, _LLAMA3_FACTOR) and not trusts_factor:
         problems.append(
-            UnsupportedModel("Mixtral's experts and projections have no biases", file=file, found="add_bias_linear")
+            UnsupportedModel(
+                "the factor of the rotary scaling cannot be told",
+                file=file,
+                expected=f"rope_scaling_factor {_LLAMA3_FACTOR:g}, with which versions train that ignore the argument",
+                found=f"rope_scaling_factor {factor:g}",
+                remedy=f"say which it was: --rope-scaling-factor {factor:g}, or {_LLAMA3_FACTOR:g}",
+            )
         )
-    if experts and "sinkhorn" in str(args.get("moe_router_load_balancing_type")):
+    if family.moe and "sinkhorn" in str(args.get("moe_router_load_balancing_type")):
         problems.append(
             UnsupportedModel(
                 "--moe-router-load-balancing-type has a value that the target cannot express",
                 file=file,
                 expected="aux_loss or none",
                 found="sinkhorn",
-                remedy="sinkhorn does not normalise the weights of the chosen experts, MixtralForCausalLM does",
+                remedy="sinkhorn does not normalise the weights of the chosen experts, transformers does",
             )
         )
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size")
@@ -113,32 +133,20 @@ def architecture_from_args(args: Mapping[str, Any], *, vocab: int | None, file: 
         )
     raise_together(problems)
     heads = args["num_attention_heads"]
-    plain = {key.field: _value(key, args) for key in family.keys if key.arg}
-    return Architecture(
-        **plain
-        | {
-            "family": family.name,
-            "ffn": _ffn(args, experts),
-            "query_groups": _query_groups(args, heads),
-            "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
-            "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
-            "padded_vocab": args["padded_vocab_size"],
-            "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or plain["norm_epsilon"]),
-            "rope_scaling": _rope_scaling(args),
-            "qkv_bias": plain["qkv_bias"] or plain["linear_bias"],
-            "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if experts else 0.0,
-            "sliding_window": _sliding_window(args, experts, file),
-        }
-    )
-
-
-def _value(key: Key, args: Mapping[str, Any]) -> Any:
-    """A fact as the argument that bears it has it."""
-    value = args.get(key.arg)
-    if key.kind == "flag":
-        return bool(value) != key.is_opposite
-    value = value or key.arg_default
-    return value if key.kind == "size" else float(value or 0)
+    facts = {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
+    facts |= {
+        "ffn": _ffn(args, family),
+        "expert_ffn": facts.get("expert_ffn") or (_ffn(args, family) if "expert_ffn" in facts else 0),
+        "query_groups": _query_groups(args, heads),
+        "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
+        "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
+        "padded_vocab": args["padded_vocab_size"],
+        "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
+        "rope_scaling": _rope_scaling(args),
+        "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
+        "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
+    }
+    return architecture_of(family, facts)
 
 
 def _one_for_all(value: Any) -> Any:
@@ -146,9 +154,9 @@ def _one_for_all(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
 
 
-def _ffn(args: Mapping[str, Any], experts: int) -> int:
+def _ffn(args: Mapping[str, Any], family: Family) -> int:
     dense = args.get("ffn_hidden_size") or int((4 * args["hidden_size"] * 2 / 3) / 64) * 64
-    if experts and not args.get("moe_dynamic_hpu"):
+    if family.moe and not family.dense and not args.get("moe_dynamic_hpu"):
         return args.get("moe_ffn_hidden_size") or dense
     return dense  # Habana's dynamic experts take ffn_hidden_size
 
@@ -160,26 +168,9 @@ def _query_groups(args: Mapping[str, Any], heads: int) -> int:
 
 
 def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:
-    if not args.get("use_rope_scaling"):
-        return None
-    return RopeScaling(_LLAMA3_FACTOR, _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_POSITIONS)
-
-
-def _sliding_window(args: Mapping[str, Any], experts: int, file: str) -> int | None:
-    window = args.get("window_size")
-    if window in (None, [-1, 0], [-1, -1], [None, None]):
-        return None
-    is_uniform = args.get("window_attn_skip_freq") in (None, 0)
-    if (
-        experts
-        and is_uniform
-        and isinstance(window, list)
-        and window
-        and isinstance(window[0], int)
-        and is_size(window[0])
-    ):
-        return int(window[0]) + 1  # Megatron counts the tokens to the left, transformers the token itself as well
-    raise UnsupportedModel("LlamaConfig has no sliding window attention", file=file, found=f"window_size={window}")
+    return (
+        RopeScaling(float(args.get("rope_scaling_factor") or _LLAMA3_FACTOR)) if args.get("use_rope_scaling") else None
+    )
 
 
 def _first_number(value: Any) -> float:

@@ -388,13 +388,14 @@ def check_target(
         divided += [("the rows of queries, keys and values", qkv_rows, "tensor", grid.tensor)]
     if a.experts:
         divided += [("the experts", a.experts, "expert", grid.expert)]
-        divided += [("the columns of an expert", a.ffn, "expert-tensor", grid.expert_tensor)]
-    else:
-        divided += [("the columns of the MLP", a.ffn, "tensor", grid.tensor)]
+        divided += [("the columns of an expert", a.expert_width, "expert-tensor", grid.expert_tensor)]
+    widths = {"the columns of the MLP": 0 if a.experts and not a.is_mixed else a.ffn}
+    widths["the columns of the shared experts"] = a.fact("shared_ffn")
+    divided += [(what, width, "tensor", grid.tensor) for what, width in widths.items() if width]
     allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
-        "tensor": math.gcd(a.heads, a.query_groups, 0 if a.experts else a.ffn),  # the vocabulary is padded for any
+        "tensor": math.gcd(a.heads, a.query_groups, *widths.values()),  # the vocabulary is padded for any
         "expert": a.experts,
-        "expert-tensor": math.gcd(a.ffn, grid.tensor),
+        "expert-tensor": math.gcd(a.expert_width, grid.tensor),
     }
     problems: list[ConversionError] = [
         UsageError(

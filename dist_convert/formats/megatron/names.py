@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from dist_convert.models.schema import Row
 from dist_convert.records import StoredTensor, View
 
 #: plain: as in the table. transposed: columns x rows. stacked: experts along a leading axis. grouped: all experts of
@@ -55,24 +56,6 @@ class ExpertNumber:
     local: int
     per_rank: int
 
-
-_LAYER = "decoder.layers.{layer}"
-_FC1 = f"{_LAYER}.mlp.experts.{{expert}}.linear_fc1.weight"
-_FC2 = f"{_LAYER}.mlp.experts.{{expert}}.linear_fc2.weight"
-
-#: Other names for a canonical parameter that is stored as it is, with the dialect that uses them.
-_SYNONYMS: dict[str, tuple[tuple[str, str], ...]] = {
-    f"{_LAYER}.input_layernorm.weight": (
-        ("transformer_engine", f"{_LAYER}.self_attention.linear_qkv.layer_norm_weight"),
-        ("habana", f"{_LAYER}.self_attention.linear_qkv.norm.weight"),
-    ),
-    f"{_LAYER}.pre_mlp_layernorm.weight": (
-        ("transformer_engine", f"{_LAYER}.mlp.linear_fc1.layer_norm_weight"),
-        ("habana", f"{_LAYER}.mlp.linear_fc1.norm.weight"),
-    ),
-    f"{_LAYER}.self_attention.linear_qkv.weight": (("habana", f"{_LAYER}.self_attention.linear_qkv.linear.weight"),),
-    f"{_LAYER}.mlp.linear_fc1.weight": (("habana", f"{_LAYER}.mlp.linear_fc1.linear.weight"),),
-}
 
 #: Ends of names that hold no weights.
 _NO_WEIGHTS = ("._extra_state", ".rotary_pos_emb.inv_freq", ".local_tokens_per_expert")
@@ -125,32 +108,36 @@ def has_fused_norm(name: str) -> bool:
     return name.endswith(".layer_norm_weight")
 
 
-def synonyms(megatron: str) -> tuple[tuple[str, str], ...]:
-    """The templates under which a canonical parameter may be stored as it is, each with the dialect that uses it."""
-    return (("canonical", megatron), *_SYNONYMS.get(megatron, ()))
+def synonyms(row: Row) -> tuple[tuple[str, str], ...]:
+    """The templates under which a parameter may be stored as it is, each with the dialect that uses it."""
+    others = (("transformer_engine", row.transformer_engine), ("habana", row.habana))
+    return (("canonical", row.megatron), *((dialect, name) for dialect, name in others if name))
 
 
 @lru_cache(maxsize=8)  # it is asked for again for each file, and for each tensor that is stacked
-def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
-    """Every way in which a canonical parameter may be stored.
+def spellings(row: Row, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
+    """Every way in which a parameter may be stored.
 
     Args:
-        megatron: the canonical name template, a `Row.megatron`.
+        row: of the table.
         layer: number of the layer within the file, for templates with `{layer}`.
         expert: for templates with `{expert}`.
     """
     if expert is None:
-        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in synonyms(megatron))
-    if megatron not in (_FC1, _FC2):
-        raise AssertionError(f"no spellings are known for {megatron}")
-    experts = f"decoder.layers.{layer}.mlp.experts."
-    linear, grouped = ("linear_fc1", "weight1") if megatron == _FC1 else ("linear_fc2", "weight2")
-    dynamic = f"{experts}local_expert_{expert.overall}_{linear}"
+        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in synonyms(row))
+    before, tail = row.megatron.format(layer=layer, expert="{expert}").split("{expert}.")
+    linear, kind = tail.split(".")
     found = [
-        Spelling("sequential", (Piece(f"{experts}local_experts.{expert.local}.{linear}.weight"),)),
-        Spelling("te-grouped", (Piece(f"{experts}{linear}.weight{expert.local}"),)),
-        Spelling("te-single", (Piece(f"{experts}{linear}.weight", "stacked", expert.local, expert.per_rank),)),
-        Spelling("grouped", (Piece(f"{experts}{grouped}", "grouped", expert.local, expert.per_rank),)),
+        Spelling("sequential", (Piece(f"{before}local_experts.{expert.local}.{tail}"),)),
+        Spelling("te-grouped", (Piece(f"{before}{tail}{expert.local}"),)),
+        Spelling("te-single", (Piece(f"{before}{tail}", "stacked", expert.local, expert.per_rank),)),
+    ]
+    if kind != "weight":
+        return tuple(found)
+    grouped = "weight1" if linear == "linear_fc1" else "weight2"
+    dynamic = f"{before}local_expert_{expert.overall}_{linear}"
+    found += [
+        Spelling("grouped", (Piece(f"{before}{grouped}", "grouped", expert.local, expert.per_rank),)),
         Spelling("habana-dynamic", (Piece(f"{dynamic}_weight"),)),
         Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
     ]
@@ -159,7 +146,7 @@ def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> 
         ("transposed", "habana-dynamic-transposed"),
     )
     for storage, dialect in storages:
-        if megatron == _FC1:
+        if linear == "linear_fc1":
             halves = (
                 Piece(f"{dynamic}1_weight", storage, part=0, parts=2),
                 Piece(f"{dynamic}2_weight", storage, part=1, parts=2),
@@ -168,19 +155,16 @@ def spellings(megatron: str, layer: int | None, expert: ExpertNumber | None) -> 
     return tuple(found)
 
 
-def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str, has_experts: bool) -> Spelling:
+def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str) -> Spelling:
     """The spelling that a target wants.
 
     Args:
         found: all spellings of one parameter.
         norms: "local", "transformer_engine" or "habana", which has the names of "local".
         experts: "sequential", "te-grouped", "grouped" or "habana-dynamic".
-        has_experts: whether the model has experts; their norm is not fused by Transformer Engine.
     """
     listed = tuple(found)
-    fuses_nothing = has_experts and any("pre_mlp_layernorm" in piece.name for s in listed for piece in s.pieces)
-    fused = "transformer_engine" if norms == "transformer_engine" and not fuses_nothing else "canonical"
-    wanted = (experts, fused, "canonical")
+    wanted = (experts, "transformer_engine" if norms == "transformer_engine" else "canonical", "canonical")
     return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
 
 

@@ -21,6 +21,7 @@ from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
+from dist_convert.models.keys import pins_of, to_arg
 from dist_convert.models.schema import Architecture
 from dist_convert.options import TORCH
 from dist_convert.read.source import read_json
@@ -76,9 +77,9 @@ def default_values(a: Architecture, tokenizer_model: str | None) -> Found:
 def model_values(a: Architecture) -> dict[str, object]:
     """What config.json decides, with what it implies in Megatron's words."""
     family = FAMILIES[a.family]
-    facts = {key.arg: getattr(a, key.field) for key in family.keys if key.arg}
-    facts |= {key.arg: not facts[key.arg] for key in family.keys if key.is_opposite}
-    pinned = {pin.arg: pin.allowed[0] for pin in family.pins if pin.is_written}
+    facts = {key.arg: to_arg(key, a) for key in family.keys if key.arg}
+    written = (pin for pin in pins_of(family) if pin.is_written and (not pin.when or facts.get(pin.when)))
+    pinned = {pin.arg: pin.allowed[0] for pin in written}
     return (
         facts
         | pinned
@@ -87,11 +88,12 @@ def model_values(a: Architecture) -> dict[str, object]:
             "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
             "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
             "use_rope_scaling": a.rope_scaling is not None,
-            "window_size": None if a.sliding_window is None else (a.sliding_window - 1, 0),  # without the token itself
+            "rope_scaling_factor": a.rope_scaling.factor if a.rope_scaling else 8.0,
+            "window_size": facts.get("window_size"),
             "apply_layernorm_1p": False,
             "squared_relu": False,
             "num_experts": a.experts or None,
-            "moe_ffn_hidden_size": a.ffn if a.experts else None,
+            "moe_ffn_hidden_size": a.expert_width if a.experts else None,
         }
     )
 
@@ -178,8 +180,8 @@ def norm_values(transformer_impl: str) -> Found:
     return {"transformer_impl": (impl, "flag --saver-transformer-impl")}
 
 
-def expert_values(layout: str, ffn: int) -> Found:
-    """Which class of experts the tensors' names belong to (docs/formats.md, "Experts"), of that width."""
+def expert_values(layout: str, a: Architecture) -> Found:
+    """Which class of experts the tensors' names belong to (docs/formats.md, "Experts"), of their width."""
     dynamic = layout == "habana-dynamic"
     values: dict[str, object] = {
         "moe_grouped_gemm": layout in ("te-grouped", "grouped"),
@@ -191,7 +193,7 @@ def expert_values(layout: str, ffn: int) -> Found:
     } | ({"moe_capacity_bins_num": 0} if dynamic else {})
     of_layout: Found = {name: (value, "flag --expert-layout") for name, value in values.items()}
     # Habana's dynamic experts take the one, all others the other.
-    return of_layout | dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), (ffn, CONFIG))
+    return of_layout | {"ffn_hidden_size": (a.ffn, CONFIG), "moe_ffn_hidden_size": (a.expert_width, CONFIG)}
 
 
 #: Which variant of a layout the experts' tensors have.
@@ -332,7 +334,7 @@ def target_args(
         if own is not None:  # the target's are stored as gamma
             fixed["apply_layernorm_1p"] = False, "flag --saver-transformer-impl"
     if architecture.experts and expert_layout:
-        values = expert_values(expert_layout, architecture.ffn)
+        values = expert_values(expert_layout, architecture)
         # A kept layout is written in one variant of it, and the rest of what the source's args say of it holds.
         fixed |= values if changes_experts else {name: values[name] for name in _VARIANTS if name in (own or {})}
     if tokenizer_model is not None:
@@ -349,8 +351,10 @@ def target_args(
         found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {whose} says)" if differs else origin
     origins |= {name: origin for name, (_, origin) in found.items()}
     args = TargetArgs({name: found[name][0] for name in sorted(found)}, dict(sorted(origins.items())))
-    described = architecture_from_args(json.loads(args_json(args)), vocab=vocab, file=whose)
-    if own is not None and described != replace(architecture, vocab=described.vocab):
+    family, written = FAMILIES[architecture.family], json.loads(args_json(args))
+    described = architecture_from_args(written, vocab=vocab, file=whose, family=family, trusts_factor=True)
+    # A margs file may know the loss of training better.
+    if described != replace(architecture, vocab=described.vocab, router_aux_loss=described.router_aux_loss):
         raise PlanError("the target's args describe another model", expected=architecture, found=described)
     return args
 

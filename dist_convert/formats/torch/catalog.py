@@ -195,7 +195,7 @@ def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, .
     if parameter.expert is not None:
         per_rank = catalog.architecture.experts // catalog.grid.expert
         number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
-    return megatron_names.spellings(parameter.row.megatron, layer, number)
+    return megatron_names.spellings(parameter.row, layer, number)
 
 
 def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, columns: int) -> Replica | None:

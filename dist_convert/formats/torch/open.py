@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.iterations import rank_files
+from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
@@ -35,6 +35,7 @@ class TorchModel:
         directory: the iteration's, as this rank sees it.
         found: its files.
         shards: their headers, by file.
+        said: their args, and what is known beside.
         tokenizer: the one that the args or the user name, as rank 0 sees it.
         vocab: tokens without padding; None where nobody says.
         imported_experts: see `survey.open_catalog`.
@@ -46,6 +47,7 @@ class TorchModel:
     directory: Path
     found: Discovery
     shards: Mapping[str, Shard]
+    said: Said
     tokenizer: Tokenizer
     vocab: int | None
     imported_experts: bool = False
@@ -58,20 +60,25 @@ class TorchModel:
         return TORCH
 
     @property
-    def config(self) -> None:
-        return None
+    def notes(self) -> tuple[str, ...]:
+        return self.said.notes
 
     @property
-    def args(self) -> dict[str, Any]:
-        """The training arguments, as the first file has them."""
-        return self.shards[min(self.shards)].args
+    def config(self) -> Mapping[str, Any] | None:
+        """Of such a model, where the user names one."""
+        return self.said.config
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """The training arguments, as the first file has them, and the user corrects them."""
+        return self.said.args
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
         """See `Model`."""
         file = min(self.shards)
-        padded = architecture_from_args(self.args, vocab=None, file=file).padded_vocab
+        padded = self.said.architecture(vocab=None, file=file).padded_vocab
         size = min(self.vocab or vocab or padded, padded)
-        architecture = architecture_from_args(self.args, vocab=size, file=file)
+        architecture = self.said.architecture(vocab=size, file=file)
         if self.is_untied:
             architecture = replace(architecture, tied=False)
         catalog, left_behind = open_catalog(
@@ -105,11 +112,11 @@ def open_torch(where: Where, directory: Path, world: World) -> TorchModel:
     shards = {file: shard_from_json(header) for file, header in found.headers.items()}
     check_same_run(shards.values())
     file = min(shards)
-    args = shards[file].args
-    padded = architecture_from_args(args, vocab=None, file=file).padded_vocab
-    tokenizer, vocab = shared_tokenizer(where, args, directory, world, padded=padded, file=file)
+    said = said_of(where, shards[file].args, file)
+    padded = said.architecture(vocab=None, file=file).padded_vocab
+    tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
-    return TorchModel(directory, found, shards, tokenizer, vocab, where.habana_imported_experts, beside)
+    return TorchModel(directory, found, shards, said, tokenizer, vocab, where.habana_imported_experts, beside)
 
 
 def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:

@@ -34,6 +34,7 @@ from dist_convert.formats.torch.catalog import (
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind
+from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture
 from dist_convert.records import StoredTensor, TargetFile, local_name
 
@@ -55,7 +56,9 @@ def check_same_run(shards: Iterable[Shard]) -> None:
     first = listed[0]
     problems = []
     names = dict.fromkeys(key.arg for family in FAMILIES.values() for key in family.keys if key.arg)
-    names |= dict.fromkeys((*_SAME_IN_ALL, *(pin.arg for family in FAMILIES.values() for pin in family.pins)))
+    names |= dict.fromkeys(
+        (*_SAME_IN_ALL, *(pin.arg for family in FAMILIES.values() for pin in (*NEUTRAL, *family.pins)))
+    )
     for shard in listed[1:]:
         pairs = [("iteration", first.iteration, shard.iteration)]
         pairs += [(name, first.args.get(name), shard.args.get(name)) for name in names]

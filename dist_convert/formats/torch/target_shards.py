@@ -70,10 +70,9 @@ def _specs(
         per_rank = architecture.experts // grid.expert
         number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
     spelling = megatron_names.spelling_for(
-        megatron_names.spellings(parameter.row.megatron, layer, number),
+        megatron_names.spellings(parameter.row, layer, number),
         norms=dialect.norms,
         experts=dialect.experts,
-        has_experts=architecture.experts > 0,
     )
     rows, columns = shard_size(parameter.row, architecture.sizes(), parameter.shards)
     is_vector = len(parameter.row.parts[0].dims) == 1

@@ -140,7 +140,7 @@ def open_catalog(
     bytes_of: Counter[str] = Counter()
     index_of: dict[tuple[str, int], _Index] = {}
     for parameter in parameters_of(architecture, _WHOLE):
-        spelled = keys(parameter.row.megatron, parameter.layer, parameter.expert)
+        spelled = keys(parameter.row, parameter.layer, parameter.expert)
         present = [pieces for pieces in spelled if all(piece.key in by_name for piece in pieces)]
         used |= {piece.key for pieces in present for piece in pieces}
         try:

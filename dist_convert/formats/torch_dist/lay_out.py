@@ -102,7 +102,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     templates: dict[tuple[str, tuple[int, ...]], Template] = {("", ()): _object_template()}
     ends_bytes = {file: 0 for files in holders.values() for file in files}
     blobs: dict[str, list[PlannedBlob]] = {file: [] for file in ends_bytes}
-    for key, layer, expert in extra_states(architecture.layers, architecture.experts, norms=norms):
+    for key, layer, expert in extra_states(architecture, norms=norms):
         files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
         place = _place(ends_bytes, files[0], templates["", ()])
         blobs[files[0]].append(PlannedBlob(key, "", (), (), place))
@@ -110,7 +110,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
-        piece = target_key(row.megatron, layer, expert, norms=norms, has_experts=architecture.experts > 0)
+        piece = target_key(row, layer, expert, norms=norms, is_mixed=architecture.is_mixed)
         stage = _stage(target, layer, is_before=row in FAMILIES[architecture.family].before)
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))

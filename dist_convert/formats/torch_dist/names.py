@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_convert.formats.megatron.names import normalise, reason_to_drop, synonyms
+from dist_convert.models.schema import Architecture, Row
 
 _LAYERS = "decoder.layers"
 _LAYER = f"{_LAYERS}.{{layer}}."
@@ -30,15 +31,16 @@ class KeyPiece:
 Keys = tuple[KeyPiece, ...]
 
 
-def keys(megatron: str, layer: int | None, expert: int | None) -> tuple[Keys, ...]:
+def keys(row: Row, layer: int | None, expert: int | None) -> tuple[Keys, ...]:
     """Every way in which a parameter may be stored.
 
     Args:
-        megatron: the canonical name template, a `Row.megatron`.
+        row: of the table.
         layer, expert: global numbers, for templates that have them.
     """
     found: list[Keys] = []
-    for _, template in synonyms(megatron):
+    templates = [name for _, name in synonyms(row)]
+    for template in [*templates, row.local_key] if row.local_key else templates:
         name = template.replace(_EXPERT, _EXPERTS)
         own = template.replace(_EXPERT, f"{_EXPERTS}{{expert}}.").format(layer=layer, expert=expert)
         experts = () if expert is None else (expert,)
@@ -81,37 +83,49 @@ def common_object(key: str) -> bool:
     return key.startswith("common_state/")
 
 
-def target_key(megatron: str, layer: int | None, expert: int | None, *, norms: str, has_experts: bool) -> KeyPiece:
+def target_key(row: Row, layer: int | None, expert: int | None, *, norms: str, is_mixed: bool) -> KeyPiece:
     """Where training with Megatron-Core saves a parameter.
 
     Args:
-        megatron, layer, expert: see `keys`.
+        row, layer, expert: see `keys`.
         norms: spelling of the target's norms, see `TargetDialect`.
-        has_experts: whether the model has experts; Transformer Engine then does not fuse their norm.
+        is_mixed: whether some layers have experts and others do not: their numbers are then in the keys.
     """
-    fused = [name for dialect, name in synonyms(megatron) if dialect == "transformer_engine"]
-    is_apart = norms == "transformer_engine" and has_experts and ".pre_mlp_layernorm." in megatron
-    template = fused[0] if fused and not is_apart else megatron  # the local spec saves its norms under the fused names
-    index = tuple(number for number in (layer, expert) if number is not None)
-    return KeyPiece(template.replace(_EXPERT, _EXPERTS).replace(_LAYER, f"{_LAYERS}."), index)
+    # The local modules save their norms under the fused names, too.
+    local = "" if norms == "transformer_engine" else row.local_key
+    template = (row.transformer_engine or local or row.megatron).replace(_EXPERT, _EXPERTS)
+    experts = () if expert is None else (expert,)
+    if layer is None or is_mixed:
+        return KeyPiece(template.format(layer=layer), experts)
+    return KeyPiece(template.replace(_LAYER, f"{_LAYERS}."), (layer, *experts))
 
 
-def extra_states(layers: int, experts: int, *, norms: str) -> tuple[tuple[str, int | None, int | None], ...]:
+def extra_states(architecture: Architecture, *, norms: str) -> tuple[tuple[str, int | None, int | None], ...]:
     """Keys of the empty objects that Megatron-Core's modules ask for, with the layer and expert of each.
 
     Those of the local spec, or of all of Transformer Engine's: training ignores what it does not ask for.
     """
-    is_te = norms != "local"
-    modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
-    modules += ["self_attention.core_attention"] * is_te + ["pre_mlp_layernorm"] * bool(is_te and experts)
-    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    is_te, layers, experts = norms != "local", architecture.layers, architecture.experts
     found: list[tuple[str, int | None, int | None]] = []
     for layer in range(layers):
-        found += [(f"{_LAYERS}.{module}{_EXTRA_STATE}/shard_{layer}_{layers}", layer, None) for module in modules]
-        for expert in range(experts):
-            at = f"/shard_{layer}.{expert}_{layers}.{experts}"
+        has_experts = architecture.has_experts(layer)
+        modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
+        modules += ["self_attention.core_attention"] * is_te + ["pre_mlp_layernorm"] * bool(is_te and has_experts)
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] * bool(is_te and architecture.qk_norm)
+        shared = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
+        modules += (
+            shared * bool(architecture.fact("shared_ffn")) if has_experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+        )
+        at, shard, of = (
+            (f"{_LAYERS}.{layer}", "0", "1") if architecture.is_mixed else (_LAYERS, str(layer), str(layers))
+        )
+        found += [(f"{at}.{module}{_EXTRA_STATE}/shard_{shard}_{of}", layer, None) for module in modules]
+        for expert in range(experts) if has_experts else ():
+            of_expert = (
+                f"/shard_{expert}_{experts}" if architecture.is_mixed else f"/shard_{layer}.{expert}_{layers}.{experts}"
+            )
             found += [
-                (f"{_LAYERS}{_EXPERTS}{linear}{_EXTRA_STATE}{at}", layer, expert)
+                (f"{at}{_EXPERTS}{linear}{_EXTRA_STATE}{of_expert}", layer, expert)
                 for linear in ("linear_fc1", "linear_fc2")
             ]
     if is_te:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
-from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch_dist.catalog import (
@@ -40,7 +40,7 @@ class DistModel:
         directory: the iteration's, as this rank sees it.
         found: its files that hold weights.
         stored: the tensors of the model, by their keys.
-        args: the training arguments.
+        said: the training arguments, and what is known beside.
         iteration: training step, or None.
         tokenizer: the one that the args or the user name, as rank 0 sees it.
         vocab: tokens without padding; None where nobody says.
@@ -50,7 +50,7 @@ class DistModel:
     directory: Path
     found: Discovery
     stored: Mapping[str, Stored]
-    args: Mapping[str, Any]
+    said: Said
     iteration: int | None
     tokenizer: Tokenizer
     vocab: int | None
@@ -61,16 +61,25 @@ class DistModel:
         return TORCH_DIST
 
     @property
-    def config(self) -> None:
-        return None
+    def notes(self) -> tuple[str, ...]:
+        return self.said.notes
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """Of such a model, where the user names one."""
+        return self.said.config
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """The training arguments, as the user corrects them, with the rows of the embedding that is stored."""
+        return self.said.args
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[DistCatalog, LeftBehind]:
         """See `Model`; a tied embedding is stored once."""
-        args = stored_args(self.args, self.stored)
-        padded = architecture_from_args(args, vocab=None, file=COMMON_FILE).padded_vocab
+        padded = self.said.architecture(vocab=None, file=COMMON_FILE).padded_vocab
         size = min(self.vocab or vocab or padded, padded)
-        architecture = architecture_from_args(args, vocab=size, file=COMMON_FILE)
-        architecture = with_own_head(architecture, args, self.stored)
+        architecture = self.said.architecture(vocab=size, file=COMMON_FILE)
+        architecture = with_own_head(architecture, self.args, self.stored)
         return open_catalog(self.stored, architecture, self.args, METADATA_FILE), self.beside
 
 
@@ -106,10 +115,11 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
         )
     stored = _stored(tensors, found)
-    padded = architecture_from_args(stored_args(args, stored), vocab=None, file=COMMON_FILE).padded_vocab
-    tokenizer, vocab = shared_tokenizer(where, args, directory, world, padded=padded, file=COMMON_FILE)
+    known = said_of(where, stored_args(args, stored), COMMON_FILE)
+    padded = known.architecture(vocab=None, file=COMMON_FILE).padded_vocab
+    tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=COMMON_FILE)
     beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
-    return DistModel(directory, found, stored, args, said["iteration"], tokenizer, vocab, beside)
+    return DistModel(directory, found, stored, known, said["iteration"], tokenizer, vocab, beside)
 
 
 #: dtype, shape and chunks of a tensor.

@@ -1,0 +1,124 @@
+"""What is known of a Megatron model beside its training arguments: what the user says, and another model's config.
+
+Arguments do not tell every family from every other, and some tools leave values in them that the model does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.huggingface.config import architecture_from_config
+from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
+from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Where
+from dist_convert.models.keys import to_arg
+from dist_convert.models.schema import Architecture, Family, Key
+
+_LIKE = "--like"
+#: Facts for which a config of `--like` stands where the args say something else.
+_CORRECTED = ("rope_theta", "vocab")
+
+
+@dataclass(frozen=True)
+class Said:
+    """The args of a model as they are to be read.
+
+    Attributes:
+        args: as the checkpoint has them, corrected by what the user says.
+        family: of the model; None where the args tell.
+        config: a config.json of such a model, from `--like`.
+        trusts_factor: the factor of the rotary scaling is that of the args.
+        notes: what the user should know of it, a line each.
+    """
+
+    args: Mapping[str, Any]
+    family: Family | None = None
+    config: Mapping[str, Any] | None = None
+    trusts_factor: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def architecture(self, *, vocab: int | None, file: str) -> Architecture:
+        """See `architecture_from_args`."""
+        return architecture_from_args(
+            self.args, vocab=vocab, file=file, family=self.family, trusts_factor=self.trusts_factor
+        )
+
+
+def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
+    """The args of a checkpoint, corrected.
+
+    Args:
+        where: the checkpoint, and what is said of it.
+        args: its training arguments.
+        file: that holds them, for messages.
+
+    Raises:
+        UnsupportedModel: `--like` is of another model; all differences are reported together.
+    """
+    corrected, notes = dict(args), []
+    scaling = {} if where.rope_scaling_factor is None else {"rope_scaling_factor": where.rope_scaling_factor}
+    flags = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
+    family, trusts_factor = None, bool(scaling) or where.is_compared
+    if where.like is not None:
+        like = architecture_from_config(where.like, zero_output_bias=True)
+        family, trusts_factor = FAMILIES[like.family], True
+        flags = {"rotary_base": like.rope_theta} | flags
+        if like.rope_scaling is not None:
+            flags = {"rope_scaling_factor": like.rope_scaling.factor} | flags
+        silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
+        corrected = {**args, **silent}
+    elif where.family is not None:
+        family = _possible(FAMILIES[where.family], args, file)
+    if "rope_scaling_factor" in flags:
+        flags["use_rope_scaling"] = True
+    for name, value in flags.items():
+        if args.get(name) != value and (args.get(name) or name != "rope_scaling_factor"):
+            notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
+    said = Said(corrected | flags, family, where.like, trusts_factor, tuple(notes))
+    if where.like is not None:
+        _check_like(said, like, file)
+    elif family is None and len(fitting := families_of_args(args)) > 1:
+        others = " or ".join(one.name for one in fitting[1:])
+        note = (
+            f"family: {fitting[0].name}; the args of {others} look the same: if it is one, say so with {_LIKE} CONFIG"
+        )
+        said = Said(said.args, None, None, trusts_factor, (*notes, note))
+    return said
+
+
+def _is_silent(key: Key, args: Mapping[str, Any]) -> bool:
+    """Whether the args do not tell a fact."""
+    return key.arg not in args or (args[key.arg] is None and key.codec == "plain" and key.kind != "flag")
+
+
+def _possible(family: Family, args: Mapping[str, Any], file: str) -> Family | None:
+    """A family, if a model with these args can be of it."""
+    if bool(family.moe) != bool(args.get("num_experts")):
+        return None
+    try:
+        architecture_from_args(args, vocab=None, file=file, family=family, trusts_factor=True)
+    except ConversionError:
+        return None
+    return family
+
+
+def _check_like(said: Said, like: Architecture, file: str) -> None:
+    """Refuse a config that the args contradict."""
+    own = said.architecture(vocab=None, file=file)
+    names = {key.field: key for key in FAMILIES[like.family].keys if key.arg and key.field not in _CORRECTED}
+    raise_together(
+        [
+            UnsupportedModel(
+                f"{_LIKE} is of another model than the checkpoint",
+                file=file,
+                expected=f"{key.config or key.arg} {like.fact(name)}, as {_LIKE} says",
+                found=f"{own.fact(name)}, by the checkpoint's argument {key.arg}",
+                remedy=f"give the config of this model; where the training changed it, change it in a copy for {_LIKE}",
+            )
+            for name, key in names.items()
+            if own.fact(name) != like.fact(name)
+        ]
+    )

@@ -1,0 +1,160 @@
+"""Rows and keys that many families share. Names and shapes: docs/formats.md, "Parameter names"."""
+
+from dataclasses import replace
+
+from dist_convert.models.schema import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Alias,
+    Key,
+    ZeroTensor,
+    column_parallel,
+    norm,
+    part,
+    replicated,
+    row_parallel,
+)
+
+MEGATRON = "decoder.layers.{layer}"
+HF = "model.layers.{layer}"
+
+EMBEDDING = (
+    column_parallel(
+        "embedding.word_embeddings.weight",
+        part("model.embed_tokens.weight", "vocab hidden"),
+        padded_rows="padded_vocab",
+    ),
+)
+FINAL_NORM_AND_HEAD = (
+    norm("decoder.final_layernorm.weight", part("model.norm.weight", "hidden")),
+    column_parallel(
+        "output_layer.weight",
+        part("lm_head.weight", "vocab hidden"),
+        padded_rows="padded_vocab",
+        unless="tied",
+    ),
+)
+
+_ATTENTION, _HF_ATTENTION = f"{MEGATRON}.self_attention", f"{HF}.self_attn"
+ATTENTION_NORM = norm(
+    f"{MEGATRON}.input_layernorm.weight",
+    part(f"{HF}.input_layernorm.weight", "hidden"),
+    transformer_engine=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
+    habana=f"{_ATTENTION}.linear_qkv.norm.weight",
+)
+QKV = column_parallel(
+    f"{_ATTENTION}.linear_qkv.weight",
+    part(f"{_HF_ATTENTION}.q_proj.weight", "query hidden"),
+    part(f"{_HF_ATTENTION}.k_proj.weight", "key_value hidden"),
+    part(f"{_HF_ATTENTION}.v_proj.weight", "key_value hidden"),
+    by_query_group=True,
+    habana=f"{_ATTENTION}.linear_qkv.linear.weight",
+)
+QKV_BIAS = column_parallel(
+    f"{_ATTENTION}.linear_qkv.bias",
+    part(f"{_HF_ATTENTION}.q_proj.bias", "query"),
+    part(f"{_HF_ATTENTION}.k_proj.bias", "key_value"),
+    part(f"{_HF_ATTENTION}.v_proj.bias", "key_value"),
+    by_query_group=True,
+    when="qkv_bias",
+)
+QK_NORMS = (
+    norm(f"{_ATTENTION}.q_layernorm.weight", part(f"{_HF_ATTENTION}.q_norm.weight", "head_dim"), when="qk_norm"),
+    norm(f"{_ATTENTION}.k_layernorm.weight", part(f"{_HF_ATTENTION}.k_norm.weight", "head_dim"), when="qk_norm"),
+)
+OUTPUT = row_parallel(f"{_ATTENTION}.linear_proj.weight", part(f"{_HF_ATTENTION}.o_proj.weight", "hidden query"))
+_O_BIAS = part(f"{_HF_ATTENTION}.o_proj.bias", "hidden")
+OUTPUT_BIAS = replicated(f"{_ATTENTION}.linear_proj.bias", _O_BIAS, when="linear_bias")
+# Llama's attention_bias covers all four projections; Megatron's add_qkv_bias only three of them.
+OUTPUT_BIAS_OF_ZEROS = ZeroTensor(_O_BIAS, when="qkv_bias", unless="linear_bias")
+
+_MLP_NORM, _HF_MLP_NORM = (
+    f"{MEGATRON}.pre_mlp_layernorm.weight",
+    part(f"{HF}.post_attention_layernorm.weight", "hidden"),
+)
+MLP_NORM = norm(
+    _MLP_NORM,
+    _HF_MLP_NORM,
+    transformer_engine=f"{MEGATRON}.mlp.linear_fc1.layer_norm_weight",
+    habana=f"{MEGATRON}.mlp.linear_fc1.norm.weight",
+)
+#: Nothing fuses it, as the router reads it too; yet the local modules save it as if it were.
+MOE_NORM = replace(norm(_MLP_NORM, _HF_MLP_NORM), local_key=MLP_NORM.transformer_engine)
+
+MLP = (
+    column_parallel(
+        f"{MEGATRON}.mlp.linear_fc1.weight",
+        part(f"{HF}.mlp.gate_proj.weight", "ffn hidden"),
+        part(f"{HF}.mlp.up_proj.weight", "ffn hidden"),
+        habana=f"{MEGATRON}.mlp.linear_fc1.linear.weight",
+    ),
+    column_parallel(
+        f"{MEGATRON}.mlp.linear_fc1.bias",
+        part(f"{HF}.mlp.gate_proj.bias", "ffn"),
+        part(f"{HF}.mlp.up_proj.bias", "ffn"),
+        when="linear_bias",
+    ),
+    row_parallel(f"{MEGATRON}.mlp.linear_fc2.weight", part(f"{HF}.mlp.down_proj.weight", "hidden ffn")),
+    replicated(f"{MEGATRON}.mlp.linear_fc2.bias", part(f"{HF}.mlp.down_proj.bias", "hidden"), when="linear_bias"),
+)
+
+ROUTER = replicated(f"{MEGATRON}.mlp.router.weight", part(f"{HF}.mlp.gate.weight", "experts hidden"))
+_EXPERT, _HF_EXPERTS = f"{MEGATRON}.mlp.experts.{{expert}}", f"{HF}.mlp.experts"
+#: Of each expert in a file: rows 0..F of gate_up_proj are the gate, F..2F up.
+_GATE, _UP = (Alias(f"{_HF_EXPERTS}.gate_up_proj", is_stacked=True, part=number, parts=2) for number in range(2))
+EXPERTS = (
+    column_parallel(
+        f"{_EXPERT}.linear_fc1.weight",
+        part(f"{_HF_EXPERTS}.{{expert}}.gate_proj.weight", "expert_ffn hidden", _GATE),
+        part(f"{_HF_EXPERTS}.{{expert}}.up_proj.weight", "expert_ffn hidden", _UP),
+    ),
+    row_parallel(
+        f"{_EXPERT}.linear_fc2.weight",
+        part(
+            f"{_HF_EXPERTS}.{{expert}}.down_proj.weight",
+            "hidden expert_ffn",
+            Alias(f"{_HF_EXPERTS}.down_proj", is_stacked=True),
+        ),
+    ),
+)
+
+
+def dense_keys(
+    *,
+    vocab: int,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    query_groups: int | None,
+    head_dim: int | None,
+    positions: int,
+    epsilon: float,
+    theta: float,
+) -> tuple[Key, ...]:
+    """The facts that all families have, with the defaults of its class in transformers."""
+    return (
+        Key("vocab", "vocab_size", "vocab_size", default=vocab),
+        Key("hidden", "hidden_size", "hidden_size", default=hidden),
+        Key("ffn", "intermediate_size", "ffn_hidden_size", default=ffn),
+        Key("layers", "num_hidden_layers", "num_layers", default=layers, most=MOST_LAYERS),
+        Key("heads", "num_attention_heads", "num_attention_heads", default=heads),
+        Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),
+        Key("head_dim", "head_dim", "kv_channels", default=head_dim),
+        Key("max_positions", "max_position_embeddings", "max_position_embeddings", default=positions),
+        Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
+        Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
+        Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite"),
+    )
+
+
+def expert_keys(*, experts: int, per_token: int, ffn: int, aux_loss: float) -> tuple[Key, ...]:
+    """Those of families that name the width of an expert apart, likewise."""
+    return (
+        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=ffn),
+        Key(
+            "experts", "num_experts", "num_experts", default=experts, most=MOST_EXPERTS, aliases=("num_local_experts",)
+        ),
+        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=per_token, arg_default=2),
+        Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=aux_loss),
+    )

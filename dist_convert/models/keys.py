@@ -1,0 +1,113 @@
+"""The facts of a model as training arguments and as config.json have them, by the keys of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dist_convert.errors import UnsupportedModel
+from dist_convert.models.neutral import NEUTRAL
+from dist_convert.models.schema import FIELDS, Architecture, Family, Key, Pin
+
+#: The values of an argument that is not set.
+_UNSET: tuple[object, ...] = (None, False, 0, "", "vanilla", [-1, 0], [-1, -1], [None, None])
+
+
+def is_set(value: object) -> bool:
+    """Whether an argument, as JSON has it, asks for anything."""
+    return value not in _UNSET
+
+
+def fits_signs(family: Family, args: Mapping[str, Any]) -> bool:
+    """Whether a family's models are trained with arguments like these."""
+    return all(is_set(args.get(name)) == wanted for name, wanted in family.signs.items())
+
+
+def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
+    """The model of a family whose facts these are, with the sizes that follow from them."""
+    own = {name: value for name, value in facts.items() if name in FIELDS}
+    others = {name: value for name, value in facts.items() if name not in FIELDS}
+    plain = Architecture(family=family.name, facts=others, **own)
+    products = {p.name: plain.fact(p.factor) * sum(map(plain.fact, p.terms)) for p in family.products}
+    return replace(plain, facts=others | products)
+
+
+def pins_of(family: Family) -> tuple[Pin, ...]:
+    """What is fixed in all models of a family: its own pins, and the neutral value of all that it has no key for."""
+    known = {key.arg for key in family.keys} | {pin.arg for pin in family.pins}
+    return (*(pin for pin in NEUTRAL if pin.arg not in known), *family.pins)
+
+
+def to_arg(key: Key, architecture: Architecture) -> object:
+    """The value of a key's argument for a model."""
+    value = architecture.fact(key.field)
+    match key.codec:
+        case "opposite":
+            return not value
+        case "or_none":
+            return value or None
+        case "window":
+            return None if value is None else (value - 1, 0)  # without the token itself
+        case "leading_dense" | "sparse_steps":
+            return [int(layer not in value) for layer in range(architecture.layers)] if value else 1
+        case "plain":
+            return value
+
+
+def to_config(key: Key, architecture: Architecture) -> dict[str, object]:
+    """What config.json says of a fact."""
+    value = architecture.fact(key.field)
+    match key.codec:
+        case "leading_dense":
+            return {key.config: len(value)}
+        case "sparse_steps":
+            return {key.config: 1, "mlp_only_layers": list(value)}
+    return {key.config: value}
+
+
+def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
+    """A fact as the argument that bears it has it.
+
+    Raises:
+        UnsupportedModel: the argument has a value that config.json cannot say.
+    """
+    value = args.get(key.arg)
+    match key.codec:
+        case "leading_dense" | "sparse_steps":
+            return _dense_layers(key, value, args.get("num_layers") or 0, file)
+        case "window":
+            return _window(key, value, file) if is_set(value) else None
+    if key.kind == "flag":
+        return bool(value) != (key.codec == "opposite")
+    value = value or key.arg_default
+    return value or 0 if key.kind == "size" else float(value or 0)
+
+
+def _dense_layers(key: Key, value: object, layers: int, file: str) -> tuple[int, ...]:
+    expected = "a whole number, or a list with 0 or 1 for each layer"
+    if value is None or (type(value) is int and value > 0):
+        step = value or 1
+        dense = tuple(layer for layer in range(layers) if layer % step)
+    elif isinstance(value, list) and len(value) == layers and all(one in (0, 1) for one in value):
+        dense = tuple(layer for layer, one in enumerate(value) if not one)
+    else:
+        raise _unsupported(key, expected, value, file)
+    if key.codec == "leading_dense" and dense != tuple(range(len(dense))):
+        raise _unsupported(key, "layers without experts at the beginning only", value, file)
+    return dense
+
+
+def _window(key: Key, value: object, file: str) -> int:
+    if isinstance(value, Sequence) and value and type(value[0]) is int and value[0] > 0 and value[1:] in ([0], []):
+        return value[0] + 1  # Megatron counts the tokens to the left, transformers the token itself as well
+    raise _unsupported(key, "the number of tokens to the left, and 0", value, file)
+
+
+def _unsupported(key: Key, expected: str, value: object, file: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"--{key.arg.replace('_', '-')} has a value that the target cannot express",
+        file=file,
+        expected=expected,
+        found=repr(value)[:80],
+    )

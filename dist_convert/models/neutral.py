@@ -1,0 +1,78 @@
+"""Megatron's arguments that decide what a model computes, with the value that adds nothing to a Llama.
+
+A family is held to all of them but those that it has a key or a pin of its own for. Versions of Megatron know fewer or
+more of them; args that lack one mean its neutral value.
+"""
+
+from dist_convert.models.schema import Pin
+
+_ROUTER = "num_experts"
+
+NEUTRAL = (
+    Pin("position_embedding_type", ("rope",), "the family has rotary positions only", is_written=True),
+    Pin("rotary_percent", (1.0, 1), "the family rotates all of each head", is_written=True),
+    Pin("rotary_interleaved", (False, None), "transformers rotates halves, not neighbouring pairs", is_written=True),
+    Pin("normalization", ("RMSNorm",), "the family normalises by RMSNorm", is_written=True),
+    Pin("swiglu", (True,), "the family has gated SiLU MLPs", is_written=True),
+    Pin("quick_geglu", (False, None), "the family has gated SiLU MLPs"),
+    Pin("multi_latent_attention", (False, None), "the family has no latent attention", is_written=True),
+    Pin("mtp_num_layers", (None, 0), "the family has no multi-token prediction layers", is_written=True),
+    Pin("qk_layernorm", (False, None), "the family has no query and key norms", is_written=True),
+    Pin("add_qkv_bias", (False, None), "the family's queries, keys and values have no biases", is_written=True),
+    Pin("add_bias_linear", (False, None), "the family's linear layers have no biases", is_written=True),
+    Pin("qk_l2_norm", (False, None), "the family does not normalise queries and keys"),
+    Pin("no_rope_freq", (None, 0), "the family has no layers without rotary positions"),
+    Pin("softmax_scale", (None,), "transformers scales attention by the root of head_dim"),
+    Pin("attention_output_gate", (False, None), "the family does not gate its attention output"),
+    Pin("softmax_type", ("vanilla", None), "the family has no attention sinks"),
+    Pin("window_attn_skip_freq", (None, 0), "all layers of the family attend alike"),
+    Pin("apply_residual_connection_post_layernorm", (False, None), "the family is pre-norm"),
+    Pin("apply_norm_post_sub_block", (False, None), "the family is pre-norm"),
+    Pin("heterogeneous_layers_config_path", (None,), "all layers of the family are alike"),
+    Pin("heterogeneous_layers_config_encoded_json", (None, ""), "all layers of the family are alike"),
+    Pin("glu_linear_offset", (None, 0, 0.0), "transformers adds nothing to the up projection"),
+    Pin("activation_func_clamp_value", (None,), "transformers does not clamp the activation"),
+    Pin("use_mup", (False, None), "transformers knows no maximal update parametrisation"),
+    Pin(
+        "rotary_seq_len_interpolation_factor",
+        (None, 1, 1.0),
+        "most Megatron versions ignore it, so it cannot be told whether the model was trained with it; if it was not, "
+        "save the checkpoint without the argument",
+        is_written=True,
+    ),
+    Pin("gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
+    Pin(
+        "moe_router_pre_softmax",
+        (False, None),
+        "the family normalises the weights of the chosen experts",
+        is_written=True,
+        when=_ROUTER,
+    ),
+    Pin("moe_router_score_function", ("softmax", None), "the family scores by softmax", is_written=True, when=_ROUTER),
+    Pin(
+        "moe_router_topk_scaling_factor",
+        (None, 1, 1.0),
+        "the family does not scale expert weights",
+        is_written=True,
+        when=_ROUTER,
+    ),
+    Pin("moe_router_num_groups", (None, 1), "the family does not group experts", when=_ROUTER),
+    Pin("moe_layer_freq", (1, None), "every layer of the family has experts", is_written=True, when=_ROUTER),
+    Pin(
+        "moe_shared_expert_intermediate_size",
+        (None, 0),
+        "the family has no shared experts",
+        is_written=True,
+        when=_ROUTER,
+    ),
+    Pin(
+        "moe_router_enable_expert_bias",
+        (False, None),
+        "the family's router has no expert bias",
+        is_written=True,
+        when=_ROUTER,
+    ),
+    Pin("moe_shared_expert_gate", (False, None), "the family has no gate of shared experts", when=_ROUTER),
+    Pin("moe_mlp_glu_interleave_size", (None,), "gate and up rows alternate in blocks", when=_ROUTER),
+    Pin("moe_apply_probs_on_input", (False, None), "transformers weighs the experts' outputs", when=_ROUTER),
+)
