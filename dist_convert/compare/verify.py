@@ -19,8 +19,8 @@ from dist_convert.compare.elements import check_elements
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
 from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.read import is_huggingface
 from dist_convert.formats.open import open_checkpoint, settled, where_of
-from dist_convert.formats.tokenizer.huggingface import is_huggingface
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch_dist.catalog import DistCatalog

@@ -58,14 +58,15 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     Raises:
         UnsupportedModel: `--like` is of another model; all differences are reported together.
     """
-    corrected, notes = dict(args), []
+    corrected: Mapping[str, Any] = args
+    notes: list[str] = []
     scaling = {} if where.rope_scaling_factor is None else {"rope_scaling_factor": where.rope_scaling_factor}
-    flags = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
+    flags: dict[str, Any] = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
     family, trusts_factor = None, bool(scaling) or where.is_compared
     if where.like is not None:
         like = architecture_from_config(where.like, zero_output_bias=True)
         family, trusts_factor = FAMILIES[like.family], True
-        flags = {"rotary_base": like.rope_theta} | flags
+        flags = {"rotary_base": like.rope_theta, "use_rope_scaling": like.rope_scaling is not None} | flags
         if like.rope_scaling is not None:
             flags = {"rope_scaling_factor": like.rope_scaling.factor} | flags
         silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
@@ -75,7 +76,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     if "rope_scaling_factor" in flags:
         flags["use_rope_scaling"] = True
     for name, value in flags.items():
-        if args.get(name) != value and (args.get(name) or name != "rope_scaling_factor"):
+        if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
     said = Said(corrected | flags, family, where.like, trusts_factor, tuple(notes))
     if where.like is not None:
