@@ -78,7 +78,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     for name, value in flags.items():
         if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
-    said = Said(corrected | flags, family, where.like, trusts_factor, tuple(notes))
+    said = Said({**corrected, **flags}, family, where.like, trusts_factor, tuple(notes))
     if where.like is not None:
         _check_like(said, like, file)
     elif family is None and len(fitting := families_of_args(args)) > 1:
