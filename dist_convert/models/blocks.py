@@ -7,6 +7,7 @@ from dist_convert.models.schema import (
     MOST_LAYERS,
     Alias,
     Key,
+    Part,
     ZeroTensor,
     column_parallel,
     norm,
@@ -34,6 +35,17 @@ FINAL_NORM_AND_HEAD = (
         unless="tied",
     ),
 )
+
+
+def attention(name: str) -> str:
+    """What Megatron calls a parameter of a layer's attention."""
+    return f"{MEGATRON}.self_attention.{name}"
+
+
+def head_of(name: str, dims: str) -> Part:
+    """A tensor of a layer's attention."""
+    return part(f"{HF}.self_attn.{name}", dims)
+
 
 _ATTENTION, _HF_ATTENTION = f"{MEGATRON}.self_attention", f"{HF}.self_attn"
 ATTENTION_NORM = norm(
@@ -118,6 +130,65 @@ EXPERTS = (
     ),
 )
 
+#: What is added to the experts' scores to choose them, in Megatron a buffer that is never rounded.
+ROUTER_BIAS = replicated(
+    f"{MEGATRON}.mlp.router.expert_bias",
+    Part(f"{HF}.mlp.gate.e_score_correction_bias", ("experts",), dtype="F32"),
+)
+_SHARED, _HF_SHARED = f"{MEGATRON}.mlp.shared_experts", f"{HF}.mlp.shared_experts"
+#: Cut over all tensor parallel ranks, whatever the experts are cut over.
+SHARED_EXPERTS = (
+    column_parallel(
+        f"{_SHARED}.linear_fc1.weight",
+        part(f"{_HF_SHARED}.gate_proj.weight", "shared_ffn hidden"),
+        part(f"{_HF_SHARED}.up_proj.weight", "shared_ffn hidden"),
+        when="shared_ffn",
+    ),
+    row_parallel(
+        f"{_SHARED}.linear_fc2.weight", part(f"{_HF_SHARED}.down_proj.weight", "hidden shared_ffn"), when="shared_ffn"
+    ),
+)
+
+
+def basic_keys(
+    *, vocab: int, hidden: int, ffn: int, layers: int, heads: int, positions: int, epsilon: float, theta: float
+) -> tuple[Key, ...]:
+    """The facts that all families have but those of their attention, with the defaults of its class in transformers."""
+    return (
+        Key("vocab", "vocab_size", "vocab_size", default=vocab),
+        Key("hidden", "hidden_size", "hidden_size", default=hidden),
+        Key("ffn", "intermediate_size", "ffn_hidden_size", default=ffn),
+        Key("layers", "num_hidden_layers", "num_layers", default=layers, most=MOST_LAYERS),
+        Key("heads", "num_attention_heads", "num_attention_heads", default=heads),
+        Key("max_positions", "max_position_embeddings", "max_position_embeddings", default=positions),
+        Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
+        Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
+        Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite"),
+    )
+
+
+def group_keys(*, groups: int, chosen: int, shared: int, scale: float) -> tuple[Key, ...]:
+    """Those of DeepSeek-V3's router and shared experts, likewise."""
+    return (
+        Key("expert_groups", "n_group", "moe_router_num_groups", default=groups, codec="or_one"),
+        Key("chosen_groups", "topk_group", "moe_router_group_topk", default=chosen, codec="or_one"),
+        Key(
+            "router_scale",
+            "routed_scaling_factor",
+            "moe_router_topk_scaling_factor",
+            "number",
+            default=scale,
+            arg_default=1.0,
+        ),
+        Key(
+            "shared_experts",
+            "n_shared_experts",
+            "moe_shared_expert_intermediate_size",
+            default=shared,
+            codec="experts_wide",
+        ),
+    )
+
 
 def dense_keys(
     *,
@@ -132,19 +203,25 @@ def dense_keys(
     epsilon: float,
     theta: float,
 ) -> tuple[Key, ...]:
-    """The facts that all families have, with the defaults of its class in transformers."""
+    """Those of families with grouped queries."""
+    first, last = (
+        basic_keys(
+            vocab=vocab,
+            hidden=hidden,
+            ffn=ffn,
+            layers=layers,
+            heads=heads,
+            positions=positions,
+            epsilon=epsilon,
+            theta=theta,
+        )[part]
+        for part in (slice(5), slice(5, None))
+    )
     return (
-        Key("vocab", "vocab_size", "vocab_size", default=vocab),
-        Key("hidden", "hidden_size", "hidden_size", default=hidden),
-        Key("ffn", "intermediate_size", "ffn_hidden_size", default=ffn),
-        Key("layers", "num_hidden_layers", "num_layers", default=layers, most=MOST_LAYERS),
-        Key("heads", "num_attention_heads", "num_attention_heads", default=heads),
+        *first,
         Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),
         Key("head_dim", "head_dim", "kv_channels", default=head_dim),
-        Key("max_positions", "max_position_embeddings", "max_position_embeddings", default=positions),
-        Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
-        Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
-        Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite"),
+        *last,
     )
 
 
@@ -158,3 +235,13 @@ def expert_keys(*, experts: int, per_token: int, ffn: int, aux_loss: float) -> t
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=per_token, arg_default=2),
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=aux_loss),
     )
+
+
+QKV_BIAS_KEY = Key("qkv_bias", "", "add_qkv_bias", "flag", default=True)
+QK_NORM_KEY = Key("qk_norm", "", "qk_layernorm", "flag", default=True)
+#: Which layers of a Qwen have experts, and whether the chosen ones' weights are made to sum to one.
+SPARSE_KEYS = (
+    Key("dense_layers", "decoder_sparse_step", "moe_layer_freq", default=1, codec="sparse_steps"),
+    Key("norm_topk_prob", "norm_topk_prob", "moe_router_pre_softmax", "flag", codec="opposite"),
+)
+NO_WINDOW = {"use_sliding_window": False}

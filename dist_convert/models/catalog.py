@@ -60,10 +60,18 @@ LeftBehind = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """A logical tensor: elements per dimension (one or two), and the safetensors name of the dtype it is stored in."""
+    """A logical tensor: elements per dimension (one or two), and the safetensors name of the dtype it is stored in.
+
+    `own_dtype` is the one that it has in every target, whatever the others have.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    own_dtype: str = ""
+
+    def dtype_in(self, target_dtype: str | None, main_dtype: str) -> str:
+        """The dtype in a target for which most of the model is cast from the main dtype to another, or not."""
+        return self.own_dtype or (target_dtype if target_dtype and self.dtype == main_dtype else self.dtype)
 
     @property
     def rows(self) -> int:

@@ -29,7 +29,9 @@ def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
     own = {name: value for name, value in facts.items() if name in FIELDS}
     others = {name: value for name, value in facts.items() if name not in FIELDS}
     plain = Architecture(family=family.name, facts=others, **own)
-    products = {p.name: plain.fact(p.factor) * sum(map(plain.fact, p.terms)) for p in family.products}
+    products = {
+        p.name: (plain.fact(p.factor) if p.factor else 1) * sum(map(plain.fact, p.terms)) for p in family.products
+    }
     return replace(plain, facts=others | products)
 
 
@@ -47,6 +49,10 @@ def to_arg(key: Key, architecture: Architecture) -> object:
             return not value
         case "or_none":
             return value or None
+        case "or_one":
+            return None if value == 1 else value
+        case "experts_wide":
+            return value * architecture.expert_width
         case "window":
             return None if value is None else (value - 1, 0)  # without the token itself
         case "leading_dense" | "sparse_steps":
@@ -59,6 +65,8 @@ def to_config(key: Key, architecture: Architecture) -> dict[str, object]:
     """What config.json says of a fact."""
     value = architecture.fact(key.field)
     match key.codec:
+        case "or_none":
+            return {key.config: value or None}
         case "leading_dense":
             return {key.config: len(value)}
         case "sparse_steps":
@@ -78,6 +86,13 @@ def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
             return _dense_layers(key, value, args.get("num_layers") or 0, file)
         case "window":
             return _window(key, value, file) if is_set(value) else None
+        case "or_one":
+            return value or 1
+        case "experts_wide":
+            width = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size") or 1
+            if not isinstance(value or 0, int) or (value or 0) % width:
+                raise _unsupported(key, f"a multiple of {width}, the width of an expert", value, file)
+            return (value or 0) // width
     if key.kind == "flag":
         return bool(value) != (key.codec == "opposite")
     value = value or key.arg_default

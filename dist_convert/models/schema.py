@@ -60,6 +60,18 @@ class RopeScaling:
     original_max_positions: int = 8192
 
 
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's scaling, transformers' `rope_type` "yarn", with the two factors of DeepSeek's attention."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_positions: int
+    mscale: float
+    mscale_all_dim: float
+
+
 #: A fact that only some families have.
 Fact = int | float | bool
 
@@ -85,7 +97,7 @@ class Architecture:
     max_positions: int
     norm_epsilon: float
     rope_theta: float
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | None = None
     tied: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
@@ -159,11 +171,15 @@ class Alias:
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor: its published name, a size name per dimension, and its other name if it has one."""
+    """One Hugging Face tensor: its published name, a size name per dimension, and its other name if it has one.
+
+    `dtype` is the safetensors name of the one that it has whatever the others have.
+    """
 
     name: str
     dims: tuple[str, ...]
     alias: Alias | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,7 @@ class Row:
         is_norm: whether "stored as gamma - 1" may apply to it.
         when, unless: names of facts of the `Architecture` that switch the row on or off, by their truth.
         transformer_engine, habana: what these modules call it, where they call it otherwise.
+        is_whole_in_te: Transformer Engine's modules do not cut it.
         local_key: under which the local modules save it in torch_dist, where that is none of these names.
     """
 
@@ -193,6 +210,7 @@ class Row:
     transformer_engine: str = ""
     habana: str = ""
     local_key: str = ""
+    is_whole_in_te: bool = False
 
     def applies_to(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the parameter."""
@@ -219,10 +237,12 @@ Entry = Row | ZeroTensor
 #: How an argument says a fact, where it does not say it plainly:
 #:   opposite: it is true where the fact is false.
 #:   or_none: None stands for 0.
+#:   or_one: None stands for 1.
+#:   experts_wide: the width of so many experts.
 #:   window: of W tokens with the token itself it says (W - 1, 0).
 #:   leading_dense: a list with 0 for each layer without experts, of which config.json counts those that come first.
 #:   sparse_steps: the same list; config.json has `decoder_sparse_step` and `mlp_only_layers`.
-Codec = Literal["plain", "opposite", "or_none", "window", "leading_dense", "sparse_steps"]
+Codec = Literal["plain", "opposite", "or_none", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps"]
 
 
 @dataclass(frozen=True)
@@ -273,7 +293,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class Product:
-    """A size that is `factor` times the sum of `terms`, all names of facts."""
+    """A size that is the sum of `terms`, times `factor` if it has one, all names of facts."""
 
     name: str
     factor: str
@@ -296,6 +316,8 @@ class Family:
         dense, moe: further rows of the layers without and with experts.
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
+        other_types: further values of `model_type` for the same model.
+        has_yarn: whether its rotary scaling is YaRN's, and not Llama 3.1's.
     """
 
     name: str
@@ -312,6 +334,8 @@ class Family:
     config_pins: Mapping[str, object] = field(default_factory=dict)
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
+    other_types: tuple[str, ...] = ()
+    has_yarn: bool = False
 
 
 def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
@@ -376,9 +400,20 @@ def column_parallel(
     when: str | None = None,
     unless: str | None = None,
     habana: str = "",
+    is_whole_in_te: bool = False,
 ) -> Row:
     """A parameter whose output rows are divided over ranks (Megatron's ColumnParallelLinear)."""
-    return Row(megatron, parts, "rows", by_query_group, padded_rows, when=when, unless=unless, habana=habana)
+    return Row(
+        megatron,
+        parts,
+        "rows",
+        by_query_group,
+        padded_rows,
+        when=when,
+        unless=unless,
+        habana=habana,
+        is_whole_in_te=is_whole_in_te,
+    )
 
 
 def row_parallel(megatron: str, hf: Part, *, when: str | None = None) -> Row:

@@ -210,7 +210,7 @@ def test_what_megatron_cannot_express_is_refused(keys: dict[str, Any], expected:
 
 
 def test_a_partial_rotation_is_refused_where_transformers_5_writes_it() -> None:
-    with pytest.raises(UnsupportedModel, match="a part of each head is not rotated"):
+    with pytest.raises(UnsupportedModel, match="another part of each head is rotated"):
         read(v5(LLAMA, partial_rotary_factor=0.5))
 
 

@@ -102,7 +102,7 @@ def open_catalog(
                         remedy="save the model dequantised",
                     )
                 )
-            tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype), (view,)
+            tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype, part.dtype), (view,)
     head = stored.get(HEAD)
     if with_tied_copies and architecture.tied and not problems and head is not None and len(head.shape) == 2:
         embedding, copy = next(iter(views)), View.of(head)  # the embedding comes first in every table

@@ -22,6 +22,7 @@ from dist_convert.models.schema import (
     Family,
     Key,
     RopeScaling,
+    YarnScaling,
     check_experts,
     is_number,
     is_size,
@@ -29,7 +30,12 @@ from dist_convert.models.schema import (
 
 #: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-_FACTOR = "factor"
+_FACTOR, _PARTIAL = "factor", "partial_rotary_factor"
+#: Of YaRN's in the order of `YarnScaling`, with the values that DeepSeek's own code has where they are absent.
+_YARN: dict[str, Any] = {
+    _FACTOR: 1.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096, "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}  # fmt: skip
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -75,6 +81,8 @@ class _Config:
         """What a key says by itself."""
         if key.kind == "flag":
             return bool(self.get(key.config))
+        if key.codec in ("or_none", "experts_wide") and self.get(key.config) in (None, 0):
+            return 0
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
     def dense_layers(self, key: Key) -> tuple[int, ...]:
@@ -119,9 +127,9 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
     groups = heads if read.get("num_key_value_heads") is None else read.size("num_key_value_heads")
     what = "query heads cannot be shared out among the key and value heads"
     read.check_divides(what, heads, groups, expected="num_attention_heads divisible by num_key_value_heads")
-    head_dim = hidden // heads
-    if config.get("head_dim") is not None:
-        head_dim = read.size("head_dim")
+    head_dim, [name] = hidden // heads, [key.config for key in read.family.keys if key.field == "head_dim"]
+    if read.get(name) is not None:
+        head_dim = read.size(name)
     else:
         what = "the width of a head does not follow from the config"
         read.check_divides(what, hidden, heads, expected="head_dim, or hidden_size divisible by num_attention_heads")
@@ -148,7 +156,9 @@ def _family(config: Mapping[str, Any]) -> Family:
     classes = config.get("architectures") or []
     classes = classes if isinstance(classes, list) else [classes]
     for family in FAMILIES.values():
-        if named in (family.name, None) and (family.hf_class in classes or (not classes and named)):
+        if named in (family.name, None, *family.other_types) and (
+            family.hf_class in classes or (not classes and named)
+        ):
             return family
     raise UnsupportedModel(
         "not a model that can be converted",
@@ -191,7 +201,7 @@ def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
     return attention, mlp
 
 
-def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
+def _rope(read: _Config) -> tuple[float, RopeScaling | YarnScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` (version 4) or `rope_parameters` (version 5)."""
     config, default = read.given, read.keys["rope_theta"].default
     v4, v5 = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
@@ -208,9 +218,9 @@ def _rope(read: _Config) -> tuple[float, RopeScaling | None]:
         if "rope_scaling" in config and _kind(v4) != _kind(v5):
             _refuse_both(read, f"rope_scaling={config['rope_scaling']}", f"rope_parameters={dict(v5)}")
         theta = new
-    partial = [style.get("partial_rotary_factor") for style in (config, v4, v5)]
-    if not all(share in (None, 1) for share in partial):
-        read.refuse("a part of each head is not rotated", expected="partial_rotary_factor=1", found=partial)
+    partial, whole = [style.get(_PARTIAL) for style in (config, v4, v5)], read.family.config_pins.get(_PARTIAL, 1)
+    if not all(share in (None, whole) for share in partial):
+        read.refuse("another part of each head is rotated", expected=f"{_PARTIAL}={whole}", found=partial)
     return read.number("rope_theta", theta), _read_scaling(read, v5 or v4)
 
 
@@ -226,15 +236,21 @@ def _refuse_both(read: _Config, old: str, new: str) -> None:
 def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
     """What decides the scaling: its type, and the numbers of Llama 3.1's."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, _LLAMA3))
+    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*_LLAMA3, *_YARN)))
 
 
-def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = _kind(rope)[0]
+def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
+    kind, known = _kind(rope)[0], "yarn" if read.family.has_yarn else "llama3"
     if kind == "default":
         return None
-    if kind != "llama3":
-        read.refuse("another scaling of rotary frequencies", expected="rope_type default or llama3", found=kind)
+    if kind != known:
+        read.refuse("another scaling of rotary frequencies", expected=f"rope_type default or {known}", found=kind)
+        return None
+    if read.family.has_yarn:
+        said = {name: rope.get(name, default) for name, default in _YARN.items()}
+        if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
+            return YarnScaling(*said.values())
+        read.misread("rope_scaling holds no numbers", ", ".join(_YARN), said)
         return None
     factor = rope.get(_FACTOR)
     if any(rope.get(name) != value for name, value in _LLAMA3.items()):
@@ -289,15 +305,16 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """
     family, scaling = FAMILIES[architecture.family], None
     if architecture.rope_scaling is not None:
-        names = (_FACTOR, *_LLAMA3)
-        scaling = {"rope_type": "llama3", **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
+        kind, names = ("yarn", tuple(_YARN)) if family.has_yarn else ("llama3", (_FACTOR, *_LLAMA3))
+        scaling = {"rope_type": kind, **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
+    partial = {name: value for name, value in family.config_pins.items() if name == _PARTIAL}
     return {
         "architectures": [family.hf_class],
         "model_type": family.name,
         **{name: value for key in family.keys if key.config for name, value in to_config(key, architecture).items()},
         "hidden_act": "silu",
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": architecture.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {"rope_theta": architecture.rope_theta, **(scaling or {"rope_type": "default"}), **partial},
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "bos_token_id": None,

@@ -23,10 +23,7 @@ _LENGTH_BYTES = 8
 def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
     """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
     main_dtype = source.params_dtype
-    return [
-        (name, target_dtype if target_dtype and meta.dtype == main_dtype else meta.dtype, meta.shape)
-        for name, meta in source.tensors.items()
-    ]
+    return [(name, meta.dtype_in(target_dtype, main_dtype), meta.shape) for name, meta in source.tensors.items()]
 
 
 def _size_bytes(spec: TensorSpec) -> int:

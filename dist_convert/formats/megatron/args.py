@@ -16,13 +16,15 @@ from dist_convert.models.schema import (
     Architecture,
     Family,
     RopeScaling,
+    YarnScaling,
     check_experts,
     is_number,
     is_size,
 )
 
+_NUMERIC = ("plain", "or_none", "or_one", "experts_wide")
 #: Arguments that are computed with, and what they are at most.
-_KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg and key.codec in ("plain", "or_none")]
+_KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg and key.codec in _NUMERIC]
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
     key.arg: key.most for key in _KEYS if key.kind == "size"
 }
@@ -59,6 +61,11 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
     check_experts(args.get("num_layers") or 0, args.get("num_experts") or 0, file)
 
 
+#: Arguments of YaRN in the order of `YarnScaling`, with the defaults of Megatron's command line.
+YARN: dict[str, Any] = {
+    "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
+    "mscale": 1.0, "mscale_all_dim": 0.0,
+}  # fmt: skip
 #: What Megatron's own scripts train with; most versions ignore the argument.
 _LLAMA3_FACTOR = 8.0
 
@@ -138,11 +145,11 @@ def architecture_from_args(
         "ffn": _ffn(args, family),
         "expert_ffn": facts.get("expert_ffn") or (_ffn(args, family) if "expert_ffn" in facts else 0),
         "query_groups": _query_groups(args, heads),
-        "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
+        "head_dim": facts.get("head_dim") or args["hidden_size"] // heads,
         "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
         "padded_vocab": args["padded_vocab_size"],
         "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
-        "rope_scaling": _rope_scaling(args),
+        "rope_scaling": _yarn(args, file) if family.has_yarn else _rope_scaling(args),
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
         "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
     }
@@ -165,6 +172,21 @@ def _query_groups(args: Mapping[str, Any], heads: int) -> int:
     # argparse leaves num_query_groups at 1 in args of models without grouped queries.
     groups = args.get("num_query_groups") or 1
     return groups if args.get("group_query_attention", groups > 1) else heads
+
+
+def _yarn(args: Mapping[str, Any], file: str) -> YarnScaling | None:
+    """What latent attention scales rotary frequencies by; a factor of 1 is none.
+
+    Raises:
+        MissingArguments: the factor, for which Megatron's classes and its command line have different defaults.
+    """
+    if args.get("rope_type") == "rope":
+        return None
+    if not is_number(args.get("rotary_scaling_factor")):
+        raise MissingArguments("the checkpoint's args lack rotary_scaling_factor", file=file)
+    said = {name: args[name] for name in YARN if is_number(args.get(name))}
+    scaling = YarnScaling(*({**YARN, **said}).values())
+    return scaling if scaling.factor > 1 else None
 
 
 def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:

@@ -7,7 +7,8 @@ A parameter is a row of a family's table at one layer and expert, and is stored 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape
 from dist_convert.formats.megatron.geometry import Place, cover_faults, shard_count, shard_size
@@ -45,19 +46,42 @@ class Parameter:
         return shard_size(self.row, architecture.sizes(), self.shards, is_per_shard=self.is_per_shard)
 
 
+@cache
+def _whole(row: Row) -> Row:
+    return replace(row, split="replicated")
+
+
 def parameter_of(
-    row: Row, layer: int | None, expert: int | None, grid: Grid, *, imported_experts: bool = False
+    row: Row,
+    layer: int | None,
+    expert: int | None,
+    grid: Grid,
+    *,
+    imported_experts: bool = False,
+    whole_latents: bool = False,
 ) -> Parameter:
-    """A table row at one layer and expert, on a grid."""
+    """A table row at one layer and expert, on a grid.
+
+    Args:
+        row, layer, expert, grid: the row, global numbers, and the grid.
+        imported_experts: see `survey.open_catalog`.
+        whole_latents: parameters that Transformer Engine's modules do not cut are whole on every rank.
+    """
+    if whole_latents and row.is_whole_in_te:
+        row = _whole(row)
     shards = shard_count(row, grid.tensor if expert is None else grid.expert_tensor)
     return Parameter(row, layer, expert, shards, is_per_shard=expert is None or not imported_experts)
 
 
-def parameters_of(architecture: Architecture, grid: Grid, *, imported_experts: bool = False) -> Iterator[Parameter]:
-    """All parameters of a model on a grid."""
+def parameters_of(
+    architecture: Architecture, grid: Grid, *, imported_experts: bool = False, whole_latents: bool = False
+) -> Iterator[Parameter]:
+    """All parameters of a model on a grid; see `parameter_of`."""
     for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
         if isinstance(entry, Row):
-            yield parameter_of(entry, layer, expert, grid, imported_experts=imported_experts)
+            yield parameter_of(
+                entry, layer, expert, grid, imported_experts=imported_experts, whole_latents=whole_latents
+            )
 
 
 def stored_regions(
@@ -94,11 +118,12 @@ def tensors_of(
     params_dtype: str,
     *,
     imported_experts: bool = False,
+    whole_latents: bool = False,
 ) -> tuple[dict[str, TensorMeta], dict[str, tuple[Parameter, int]]]:
     """Every tensor of the tables; and those that are stored, with the parameter that each is stacked into.
 
     Args:
-        architecture, grid, imported_experts: see `parameters_of`.
+        architecture, grid, imported_experts, whole_latents: see `parameters_of`.
         dtypes: of each parameter, by its canonical name.
         params_dtype: of what is not stored.
 
@@ -114,25 +139,30 @@ def tensors_of(
     for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
         parameter = None
         if isinstance(entry, Row):
-            parameter = parameter_of(entry, layer, expert, grid, imported_experts=imported_experts)
+            parameter = parameter_of(
+                entry, layer, expert, grid, imported_experts=imported_experts, whole_latents=whole_latents
+            )
         for number, part in enumerate(parts_of(entry)):
             name = part.name.format(layer=layer, expert=expert)
             if name in tensors:
                 raise PlanError("two rows of the table name one tensor", tensor=name)
             dtype = dtypes[parameter.name] if parameter else params_dtype
-            tensors[name] = TensorMeta(part_shape(part, sizes), dtype)
+            tensors[name] = TensorMeta(part_shape(part, sizes), dtype, part.dtype)
             if parameter:
                 stacked[name] = (parameter, number)
     return tensors, stacked
 
 
-def cover_problems(architecture: Architecture, grid: Grid, *, imported_experts: bool = False) -> Iterator[PlanError]:
+def cover_problems(
+    architecture: Architecture, grid: Grid, *, imported_experts: bool = False, whole_latents: bool = False
+) -> Iterator[PlanError]:
     """Parameters whose places do not cover their tensors and shards exactly.
 
     Layers and experts repeat the geometry of a row, which depends on nothing else.
     """
     checked: dict[tuple[int, int], list[str]] = {}
-    for parameter in parameters_of(architecture, grid, imported_experts=imported_experts):
+    listed = parameters_of(architecture, grid, imported_experts=imported_experts, whole_latents=whole_latents)
+    for parameter in listed:
         row, shards = parameter.row, parameter.shards
         key = (id(row), shards)
         if key not in checked:

@@ -503,7 +503,8 @@ def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:
                         remedy="save the model in one dtype",
                     )
                 )
-            found[entry.megatron.format(layer=layer, expert=expert)] = stored[0]
+            meta = source.tensors[names[0]]
+            name = entry.megatron.format(layer=layer, expert=expert)
+            found[name] = meta.dtype_in(target_dtype, source.params_dtype)
     raise_together(problems)
-    main = source.params_dtype
-    return {name: target_dtype if target_dtype and dtype == main else dtype for name, dtype in found.items()}
+    return found

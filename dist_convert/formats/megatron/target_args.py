@@ -12,17 +12,17 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.args import YARN, architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
-from dist_convert.models.schema import Architecture
+from dist_convert.models.schema import Architecture, YarnScaling
 from dist_convert.options import TORCH
 from dist_convert.read.source import read_json
 
@@ -87,8 +87,7 @@ def model_values(a: Architecture) -> dict[str, object]:
             "group_query_attention": a.query_groups != a.heads,
             "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
             "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
-            "use_rope_scaling": a.rope_scaling is not None,
-            "rope_scaling_factor": a.rope_scaling.factor if a.rope_scaling else 8.0,
+            **rope_values(a),
             "window_size": facts.get("window_size"),
             "apply_layernorm_1p": False,
             "squared_relu": False,
@@ -96,6 +95,17 @@ def model_values(a: Architecture) -> dict[str, object]:
             "moe_ffn_hidden_size": a.expert_width if a.experts else None,
         }
     )
+
+
+def rope_values(a: Architecture) -> dict[str, object]:
+    """How rotary frequencies are scaled, in the words of Llama 3.1 or of latent attention."""
+    scaling = a.rope_scaling
+    if not FAMILIES[a.family].has_yarn:
+        factor = scaling.factor if scaling else 8.0
+        return {"use_rope_scaling": scaling is not None, "rope_scaling_factor": factor}
+    if not isinstance(scaling, YarnScaling):
+        return {"use_rope_scaling": False, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {"use_rope_scaling": False, "rope_type": "yarn", **dict(zip(YARN, astuple(scaling), strict=True))}
 
 
 def vocabulary_values(a: Architecture, vocab: int | None, divisible_by: int) -> Found:

@@ -30,6 +30,7 @@ class TorchCatalog:
         files: which files hold which shard.
         stored: each tensor by file and virtual stage, then by its normalised name.
         imported_experts: see `survey.open_catalog`.
+        whole_latents: see `parameters.parameter_of`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         add_to_norms: 1 where norms are stored as gamma - 1.
         pinned: parameters whose copies differ; that of the lowest rank is taken.
@@ -46,6 +47,7 @@ class TorchCatalog:
     files: ShardFiles
     stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
     imported_experts: bool = False
+    whole_latents: bool = False
     permuted_experts: bool = False
     add_to_norms: int = 0
     pinned: frozenset[str] = frozenset()
@@ -151,7 +153,12 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
 
 def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
     """All Megatron parameters of the model."""
-    return parameters_of(catalog.architecture, catalog.grid, imported_experts=catalog.imported_experts)
+    return parameters_of(
+        catalog.architecture,
+        catalog.grid,
+        imported_experts=catalog.imported_experts,
+        whole_latents=catalog.whole_latents,
+    )
 
 
 def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.models.neutral import NEUTRAL
-from dist_convert.models.schema import Architecture
+from dist_convert.models.schema import Architecture, Row, part_shape
 from dist_convert.records import StoredTensor, TargetFile, local_name
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go.
@@ -113,6 +113,7 @@ def open_catalog(
         files,
         stored,
         imported_experts=imported_experts,
+        whole_latents=_latents_are_whole(architecture, stored),
         with_tied_copies=with_tied_copies,
         pinned=pinned,
     )
@@ -174,6 +175,20 @@ def count_layers(names: Iterable[str]) -> int:
     return max((layer + 1 for name in names if (layer := megatron_names.layer_of(name)) is not None), default=0)
 
 
+def _latents_are_whole(
+    architecture: Architecture, stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
+) -> bool:
+    """Whether every rank has all of what Transformer Engine's modules do not cut: by the shape of any such tensor."""
+    rows = [row for row in FAMILIES[architecture.family].layer if isinstance(row, Row) and row.is_whole_in_te]
+    for row in rows:
+        whole = part_shape(row.parts[0], architecture.sizes())
+        for chunk in stored.values():
+            found = chunk.get(row.megatron.format(layer=0))
+            if found is not None and row.applies_to(architecture):
+                return found.shape == whole
+    return False
+
+
 def _experts_are_permuted(catalog: TorchCatalog, flag: bool) -> bool:
     """Whether Habana's dynamic experts are stored as rows x columns: by the shape of any that is not square."""
     for parameter in parameters(catalog):
@@ -212,8 +227,18 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
     left_behind, unknown = _leftovers(catalog, shards, used)
     raise_together(problems + unknown)
     imported, params_dtype = catalog.imported_experts, bytes_of.most_common(1)[0][0]
-    raise_together(list(cover_problems(catalog.architecture, catalog.grid, imported_experts=imported)))
-    tensors, stacked = tensors_of(catalog.architecture, catalog.grid, dtypes, params_dtype, imported_experts=imported)
+    whole = catalog.whole_latents
+    raise_together(
+        list(cover_problems(catalog.architecture, catalog.grid, imported_experts=imported, whole_latents=whole))
+    )
+    tensors, stacked = tensors_of(
+        catalog.architecture,
+        catalog.grid,
+        dtypes,
+        params_dtype,
+        imported_experts=imported,
+        whole_latents=whole,
+    )
     return replace(catalog, tensors=tensors, parameters=stacked, params_dtype=params_dtype), left_behind
 
 

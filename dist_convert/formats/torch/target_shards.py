@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.geometry import shard_size
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import ExpertNumber
 from dist_convert.formats.megatron.parameters import Parameter, parameter_of
@@ -38,7 +37,7 @@ def lay_out_shards(
     for entry, layer, expert in entries(family, architecture):
         if not isinstance(entry, Row):
             continue
-        parameter = parameter_of(entry, layer, expert, grid)
+        parameter = parameter_of(entry, layer, expert, grid, whole_latents=dialect.norms == "transformer_engine")
         outermost = chunks[0] if entry in family.before else chunks[-1]
         chunk = outermost if layer is None else chunk_of[layer]
         found = _specs(parameter, architecture, grid, chunk, dialect, dtypes[parameter.name])
@@ -74,7 +73,7 @@ def _specs(
         norms=dialect.norms,
         experts=dialect.experts,
     )
-    rows, columns = shard_size(parameter.row, architecture.sizes(), parameter.shards)
+    rows, columns = parameter.shard_size(architecture)
     is_vector = len(parameter.row.parts[0].dims) == 1
     return [
         (piece.name, dtype, megatron_names.stored_shape(piece, rows // piece.parts, columns, is_vector=is_vector))

@@ -1,0 +1,118 @@
+"""DeepSeek-V3 and R1, Moonlight and Kimi K2: latent attention, a router that is corrected by a bias, shared experts."""
+
+from dataclasses import replace
+
+from dist_convert.models.blocks import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    EXPERTS,
+    FINAL_NORM_AND_HEAD,
+    MLP,
+    MLP_NORM,
+    MOE_NORM,
+    ROUTER,
+    ROUTER_BIAS,
+    SHARED_EXPERTS,
+    attention,
+    basic_keys,
+    group_keys,
+    head_of,
+)
+from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product, column_parallel, norm, row_parallel
+
+#: Of the latent attention: docs/formats.md, "Latent attention".
+LATENT_ATTENTION = (
+    # Nothing fuses the norm before it, as two projections read it.
+    replace(ATTENTION_NORM, transformer_engine="", habana=""),
+    column_parallel(
+        attention("linear_q_proj.weight"), head_of("q_proj.weight", "latent_query hidden"), unless="q_rank"
+    ),
+    column_parallel(
+        attention("linear_q_down_proj.weight"),
+        head_of("q_a_proj.weight", "q_rank hidden"),
+        when="q_rank",
+        is_whole_in_te=True,
+    ),
+    norm(
+        attention("q_layernorm.weight"),
+        head_of("q_a_layernorm.weight", "q_rank"),
+        transformer_engine=attention("linear_q_up_proj.layer_norm_weight"),
+        when="q_rank",
+    ),
+    column_parallel(
+        attention("linear_q_up_proj.weight"), head_of("q_b_proj.weight", "latent_query q_rank"), when="q_rank"
+    ),
+    column_parallel(
+        attention("linear_kv_down_proj.weight"),
+        head_of("kv_a_proj_with_mqa.weight", "latent_width hidden"),
+        is_whole_in_te=True,
+    ),
+    norm(
+        attention("kv_layernorm.weight"),
+        head_of("kv_a_layernorm.weight", "kv_rank"),
+        transformer_engine=attention("linear_kv_up_proj.layer_norm_weight"),
+    ),
+    column_parallel(attention("linear_kv_up_proj.weight"), head_of("kv_b_proj.weight", "latent_key_value kv_rank")),
+    row_parallel(attention("linear_proj.weight"), head_of("o_proj.weight", "hidden latent_output")),
+)
+
+#: The widths of a head's parts, and what follows from them.
+LATENT_KEYS = (
+    Key("query_groups", "num_key_value_heads", ""),
+    Key("head_dim", "v_head_dim", "v_head_dim", default=128),
+    Key("q_rank", "q_lora_rank", "q_lora_rank", default=1536, codec="or_none"),
+    Key("kv_rank", "kv_lora_rank", "kv_lora_rank", default=512),
+    Key("plain_dim", "qk_nope_head_dim", "qk_head_dim", default=128),
+    Key("rotary_dim", "qk_rope_head_dim", "qk_pos_emb_head_dim", default=64),
+)
+LATENT_SIZES = (
+    Product("latent_query", "heads", ("plain_dim", "rotary_dim")),
+    Product("latent_width", "", ("kv_rank", "rotary_dim")),
+    Product("latent_key_value", "heads", ("plain_dim", "head_dim")),
+    Product("latent_output", "heads", ("head_dim",)),
+)
+LATENT_PINS = (
+    Pin("multi_latent_attention", (True,), "the family has latent attention", is_written=True),
+    Pin("qk_layernorm", (True,), "the latents of the family have norms", is_written=True),
+)
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    hf_class="DeepseekV3ForCausalLM",
+    # The defaults of DeepseekV3Config in transformers 5.24.
+    keys=(
+        *basic_keys(
+            vocab=129280,
+            hidden=7168,
+            ffn=18432,
+            layers=61,
+            heads=128,
+            positions=4096,
+            epsilon=1e-6,
+            theta=10000.0,
+        ),
+        *LATENT_KEYS,
+        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=2048),
+        Key("experts", "n_routed_experts", "num_experts", default=256, most=MOST_EXPERTS),
+        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=8, arg_default=2),
+        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=3, codec="leading_dense"),
+        *group_keys(groups=8, chosen=4, shared=1, scale=2.5),
+    ),
+    pins=(
+        *LATENT_PINS,
+        Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
+        Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
+    ),
+    signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": True},
+    config={"num_nextn_predict_layers": 0, "topk_method": "noaux_tc", "ep_size": 1, "seq_aux": True},
+    config_pins={"norm_topk_prob": True, "attention_bias": False, "scoring_func": "sigmoid", "rope_interleave": True},
+    before=EMBEDDING,
+    layer=LATENT_ATTENTION,
+    dense=(MLP_NORM, *MLP),
+    moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
+    after=FINAL_NORM_AND_HEAD,
+    special_ids=(0, 1),
+    products=(*LATENT_SIZES, Product("shared_ffn", "shared_experts", ("expert_ffn",))),
+    other_types=("kimi_k2",),
+    has_yarn=True,
+)

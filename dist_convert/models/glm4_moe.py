@@ -1,0 +1,62 @@
+"""GLM-4.5 and 4.6: grouped queries with biases, half of each head rotated, and DeepSeek-V3's experts."""
+
+from dist_convert.models.blocks import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    EXPERTS,
+    FINAL_NORM_AND_HEAD,
+    MLP,
+    MLP_NORM,
+    MOE_NORM,
+    OUTPUT,
+    QK_NORMS,
+    QKV,
+    QKV_BIAS,
+    ROUTER,
+    ROUTER_BIAS,
+    SHARED_EXPERTS,
+    dense_keys,
+    group_keys,
+)
+from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product
+
+GLM4_MOE = Family(
+    name="glm4_moe",
+    hf_class="Glm4MoeForCausalLM",
+    # The defaults of Glm4MoeConfig in transformers 5.24.
+    keys=(
+        *dense_keys(
+            vocab=151552,
+            hidden=4096,
+            ffn=10944,
+            layers=46,
+            heads=96,
+            query_groups=8,
+            head_dim=None,
+            positions=131072,
+            epsilon=1e-5,
+            theta=10000.0,
+        ),
+        Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
+        Key("qk_norm", "use_qk_norm", "qk_layernorm", "flag"),
+        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1408),
+        Key("experts", "n_routed_experts", "num_experts", default=128, most=MOST_EXPERTS),
+        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=8, arg_default=2),
+        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=1, codec="leading_dense"),
+        *group_keys(groups=1, chosen=1, shared=1, scale=1.0),
+    ),
+    pins=(
+        Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
+        Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
+        Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
+    ),
+    signs={"num_experts": True, "multi_latent_attention": False, "moe_router_enable_expert_bias": True},
+    config={"num_nextn_predict_layers": 0},
+    config_pins={"norm_topk_prob": True, "partial_rotary_factor": 0.5},
+    before=EMBEDDING,
+    layer=(ATTENTION_NORM, QKV, QKV_BIAS, *QK_NORMS, OUTPUT),
+    dense=(MLP_NORM, *MLP),
+    moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
+    after=FINAL_NORM_AND_HEAD,
+    products=(Product("shared_ffn", "shared_experts", ("expert_ffn",)),),
+)
