@@ -1,5 +1,6 @@
-"""Model families: a table each, and the registry."""
+"""Model families: a table each, the registry, and what is known not to be convertible."""
 
+from dist_convert.models.deepseek_v2 import DEEPSEEK_V2
 from dist_convert.models.deepseek_v3 import DEEPSEEK_V3
 from dist_convert.models.glm4_moe import GLM4_MOE
 from dist_convert.models.llama import LLAMA
@@ -9,9 +10,25 @@ from dist_convert.models.qwen2 import QWEN2
 from dist_convert.models.qwen2_moe import QWEN2_MOE
 from dist_convert.models.qwen3 import QWEN3
 from dist_convert.models.qwen3_moe import QWEN3_MOE
+from dist_convert.models.schema import Family
+from dist_convert.models.seed_oss import SEED_OSS
 
+_DENSE = (QWEN2, QWEN3, MISTRAL, SEED_OSS, LLAMA)
+_MOE = (QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, MIXTRAL)
 #: Training arguments may be those of several families: the first that they fit is taken.
-FAMILIES = {
-    family.name: family
-    for family in (QWEN2, QWEN3, MISTRAL, LLAMA, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, GLM4_MOE, MIXTRAL)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MOE)}
+
+_GEMMA = "its layers have four norms, and its embedding and logits are scaled"
+#: Values of `model_type` that people ask for, and what Megatron's models or this table lack for them.
+REFUSED = {
+    "olmo2": "its norms come behind attention and MLP, and normalise queries and keys over all heads",
+    "olmoe": "its norms of queries and keys go over all heads",
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "granite": "its embedding, attention, residuals and logits have multipliers",
+    "granitemoe": "its embedding, attention, residuals and logits have multipliers",
+    "qwen3_next": "most of its layers have linear attention",
+    "phi3": "its files fuse queries, keys and values; convert a Llama that it was saved as",
+    "gpt_oss": "its experts are stored with alternating columns",
 }

@@ -168,10 +168,17 @@ def basic_keys(
 
 
 def group_keys(*, groups: int, chosen: int, shared: int, scale: float) -> tuple[Key, ...]:
-    """Those of DeepSeek-V3's router and shared experts, likewise."""
+    """Those of DeepSeek-V3's router, which chooses groups first, likewise."""
     return (
         Key("expert_groups", "n_group", "moe_router_num_groups", default=groups, codec="or_one"),
         Key("chosen_groups", "topk_group", "moe_router_group_topk", default=chosen, codec="or_one"),
+        *shared_keys(shared=shared, scale=scale),
+    )
+
+
+def shared_keys(*, shared: int, scale: float) -> tuple[Key, ...]:
+    """Those of shared experts, and of weights that are scaled, likewise."""
+    return (
         Key(
             "router_scale",
             "routed_scaling_factor",

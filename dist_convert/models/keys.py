@@ -35,6 +35,23 @@ def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
     return replace(plain, facts=others | products)
 
 
+def check_groups(architecture: Architecture, file: str) -> None:
+    """Refuse groups of experts that Megatron scores otherwise than transformers, which adds up the two best of each.
+
+    Raises:
+        UnsupportedModel
+    """
+    groups, chosen = architecture.fact("expert_groups"), architecture.fact("chosen_groups")
+    if groups > 1 and architecture.experts_per_token != 2 * chosen:
+        raise UnsupportedModel(
+            "Megatron scores groups of experts otherwise than transformers",
+            file=file,
+            expected=f"{2 * chosen} experts for each token, two for each of {chosen} chosen groups",
+            found=architecture.experts_per_token,
+            remedy="the model cannot be the same in both; there is nothing to convert to",
+        )
+
+
 def pins_of(family: Family) -> tuple[Pin, ...]:
     """What is fixed in all models of a family: its own pins, and the neutral value of all that it has no key for."""
     known = {key.arg for key in family.keys} | {pin.arg for pin in family.pins}

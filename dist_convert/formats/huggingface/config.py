@@ -15,8 +15,8 @@ from dist_convert.errors import ConversionError, UnsupportedModel, raise_togethe
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
-from dist_convert.models import FAMILIES
-from dist_convert.models.keys import architecture_of, to_config
+from dist_convert.models import FAMILIES, REFUSED
+from dist_convert.models.keys import architecture_of, check_groups, to_config
 from dist_convert.models.schema import (
     Architecture,
     Family,
@@ -148,6 +148,7 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
     raise_together(read.problems)
     architecture = architecture_of(read.family, values | {"padded_vocab": values["vocab"]})
     check_experts(architecture.layers, architecture.experts, CONFIG_FILE)
+    check_groups(architecture, CONFIG_FILE)
     return architecture
 
 
@@ -161,7 +162,9 @@ def _family(config: Mapping[str, Any]) -> Family:
         ):
             return family
     raise UnsupportedModel(
-        "not a model that can be converted",
+        f"not a model that can be converted: {REFUSED[named]}"
+        if named in REFUSED
+        else "not a model that can be converted",
         file=CONFIG_FILE,
         expected=" or ".join(f"{family.name} ({family.hf_class})" for family in FAMILIES.values()),
         found=f"model_type={named!r}, architectures={classes!r}",

@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.models import FAMILIES
-from dist_convert.models.keys import architecture_of, fits_signs, of_arg, pins_of
+from dist_convert.models.keys import architecture_of, check_groups, fits_signs, of_arg, pins_of
 from dist_convert.models.schema import (
     MOST,
     Architecture,
@@ -153,7 +153,9 @@ def architecture_from_args(
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
         "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
     }
-    return architecture_of(family, facts)
+    architecture = architecture_of(family, facts)
+    check_groups(architecture, file)
+    return architecture
 
 
 def _one_for_all(value: Any) -> Any:

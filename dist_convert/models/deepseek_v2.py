@@ -1,0 +1,62 @@
+"""DeepSeek-V2-Lite: latent attention and shared experts; a router of softmax scores without groups."""
+
+from dist_convert.models.blocks import (
+    EMBEDDING,
+    EXPERTS,
+    FINAL_NORM_AND_HEAD,
+    MLP,
+    MLP_NORM,
+    MOE_NORM,
+    ROUTER,
+    SHARED_EXPERTS,
+    basic_keys,
+    shared_keys,
+)
+from dist_convert.models.deepseek_v3 import LATENT_ATTENTION, LATENT_KEYS, LATENT_PINS, LATENT_SIZES
+from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    hf_class="DeepseekV2ForCausalLM",
+    # The defaults of DeepseekV2Config in transformers 5.24.
+    keys=(
+        *basic_keys(
+            vocab=32000,
+            hidden=4096,
+            ffn=11008,
+            layers=32,
+            heads=32,
+            positions=2048,
+            epsilon=1e-6,
+            theta=10000.0,
+        ),
+        *LATENT_KEYS,
+        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1407),
+        Key("experts", "n_routed_experts", "num_experts", default=64, most=MOST_EXPERTS),
+        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=1, arg_default=2),
+        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=0, codec="leading_dense"),
+        *shared_keys(shared=2, scale=1.0),
+    ),
+    pins=(
+        *LATENT_PINS,
+        Pin("moe_router_pre_softmax", (True,), "the family does not normalise the chosen weights", is_written=True),
+    ),
+    signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": False},
+    config={},
+    # V2 itself scores groups by their best expert, and Megatron by the sum of several.
+    config_pins={
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    before=EMBEDDING,
+    layer=LATENT_ATTENTION,
+    dense=(MLP_NORM, *MLP),
+    moe=(MOE_NORM, ROUTER, *EXPERTS, *SHARED_EXPERTS),
+    after=FINAL_NORM_AND_HEAD,
+    special_ids=(100000, 100001),
+    products=(*LATENT_SIZES, Product("shared_ffn", "shared_experts", ("expert_ffn",))),
+    has_yarn=True,
+)
