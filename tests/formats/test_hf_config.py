@@ -191,7 +191,7 @@ TINY_LLAMA_3 = Model(layers=1, hidden=4, ffn=4, heads=2, groups=2, head_dim=2, v
     ("model", "flags", "expected"),
     [
         (Model(layers=1), (), (1, 2, None, None, None)),
-        (Model(layers=1), ("--instruct",), (1, 2, True, 0.6, 0.9)),
+        (Model(layers=1), ("--instruct",), (1, 2, None, None, None)),
         (Model(layers=1, experts=2), ("--instruct",), (1, 2, None, None, None)),
         (TINY_LLAMA_3, (), (128000, 128001, None, None, None)),
         (TINY_LLAMA_3, ("--no-instruct",), (128000, 128001, None, None, None)),
@@ -212,6 +212,24 @@ def test_generation_ends_where_the_family_ends_and_samples_for_instruct_models(
     assert bool(loaded.do_sample) is bool(expected[2])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == expected[:2]
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["config.json", "directory"])
+def test_a_model_like_this_one_gives_its_special_ids_and_its_whole_generation_config(
+    is_file: bool, tmp_path: Path
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    like = tmp_path / "like"
+    assert convert(tmp_path / "in", like) == 0
+    config = json.loads((like / "config.json").read_text()) | {"eos_token_id": [27, 28], "bos_token_id": 3}
+    (like / "config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [27, 28], "temperature": 0.7, "do_sample": True, "repetition_penalty": 1.1}
+    (like / "generation_config.json").write_text(json.dumps(generation))
+    path = like / "config.json" if is_file else like
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(path)) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (3, [27, 28])
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
 
 
 NOT_FOUND = Tokenizer("none")

@@ -175,11 +175,11 @@ def test_the_old_tokenizer_goes_only_when_the_new_one_is_there(
 
 
 @pytest.mark.parametrize("model_type", ["llama2", "mistral"])
-def test_only_instruct_models_of_llama_sample(model_type: str, tmp_path: Path) -> None:
+def test_models_with_another_tokenizer_than_llama_3s_do_not_get_its_sampling(model_type: str, tmp_path: Path) -> None:
     train(tmp_path / "source")
     target = converted(tmp_path, Model(layers=1, vocab=400, padded_vocab=512))
     assert (
         main(["tokenizer", str(tmp_path / "source"), str(target), "--instruct", "--source-model-type", model_type]) == 0
     )
     generation = json.loads((target / "generation_config.json").read_text())
-    assert ("temperature" in generation) is (model_type == "llama2")
+    assert "temperature" not in generation

@@ -67,7 +67,7 @@ def test_every_kind_of_tokenizer_file_is_copied_byte_for_byte(tmp_path: Path) ->
 def test_nothing_but_the_tokenizer_is_copied(tmp_path: Path) -> None:
     make(tmp_path / "in", LAYER)
     source = make_tokenizer(tmp_path / "tokenizer")
-    for name in ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "README.md"):
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "README.md"):
         (source / name).write_text("of another model")
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
     assert [name for name, content in files_of(tmp_path / "out").items() if content == b"of another model"] == []

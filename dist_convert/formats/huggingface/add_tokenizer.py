@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import TargetError, TargetExists, UsageError
-from dist_convert.formats.huggingface.config import with_special_ids
+from dist_convert.formats.huggingface.config import published, with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
@@ -61,7 +61,9 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     print(*notes, sep="\n", file=sys.stderr)
 
     generation = job.target / GENERATION_FILE
-    changed = with_special_ids(config, read_json(generation) if generation.is_file() else {}, tokenizer, style)
+    changed = published(config, tokenizer.path) or with_special_ids(
+        config, read_json(generation) if generation.is_file() else {}, tokenizer, style
+    )
     partial = job.target / _PARTIAL
     try:
         if partial.exists():

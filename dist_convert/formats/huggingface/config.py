@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
-from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE
+from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside, read_config
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES, REFUSED
@@ -27,6 +28,7 @@ from dist_convert.models.schema import (
     is_number,
     is_size,
 )
+from dist_convert.read.source import read_json
 
 #: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -290,13 +292,34 @@ def special_token_ids(
     """
     bos, eos, is_llama3 = tokenizer.bos, tokenizer.eos, tokenizer.is_llama3
     if tokenizer.kind == "none":
-        is_llama3 = family == "llama" and vocab == _LLAMA3_ROWS
+        is_llama3 = _has_llama3_ids(family, vocab, tokenizer)
         known = FAMILIES[family].special_ids if family in FAMILIES else (None, None)
         bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else known
     ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
     inside = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
     begin = bos if bos is not None and bos < vocab else None
     return begin, inside if len(inside) > 1 else next(iter(inside), None)
+
+
+def _has_llama3_ids(family: str | None, rows: int, tokenizer: Tokenizer) -> bool:
+    return tokenizer.is_llama3 or (tokenizer.kind == "none" and family == "llama" and rows == _LLAMA3_ROWS)
+
+
+def published(config: Mapping[str, Any], directory: Path | None) -> dict[str, dict[str, Any]]:
+    """File name to content: both configs as the makers of a model have them in a directory, as far as they are there.
+
+    Args:
+        config: of the model, which gets the special ids that theirs has.
+        directory: of a tokenizer, or of a model like this one.
+    """
+    if directory is None or not (directory / GENERATION_FILE).is_file():
+        return {}
+    check_inside(directory, GENERATION_FILE)
+    theirs = read_config(directory) if (directory / CONFIG_FILE).is_file() else {}
+    ids: dict[str, Any] = {
+        name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs
+    }
+    return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: read_json(directory / GENERATION_FILE)}
 
 
 def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -351,11 +374,13 @@ def with_special_ids(
     rows = int(config.get("vocab_size") or 0)
     ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
     bos, eos = special_token_ids(config.get("model_type"), rows, tokenizer, instruct=ends_turns)
+    if tokenizer.kind == "none" and config.get("eos_token_id") is not None:
+        bos, eos = config.get("bos_token_id"), config["eos_token_id"]
     pad = padding_id(tokenizer, style, rows)
     generates = {key: value for key, value in generation.items() if key != "pad_token_id"}
     generates |= {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
     generates |= {} if pad is None else {"pad_token_id": pad}
-    # Instruct models of Llama sample; Mistral's makers say nothing of it.
-    if style.instruct and style.model_type.startswith("llama") and config.get("model_type") == "llama":
+    # What Llama 3's makers say of its instruct models; others say nothing, or other things.
+    if style.instruct and _has_llama3_ids(config.get("model_type"), rows, tokenizer):
         generates |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     return {CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos}, GENERATION_FILE: generates}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, config_of_copy
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, config_of_copy, published
 from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
@@ -100,7 +100,9 @@ def _layout(
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     like = model.config
     config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
-    target = HuggingFaceTarget(job, content, model, config, bins=bins, disks=disks)
+    directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
+    theirs = published(config, directory) if world.rank == 0 else {}
+    target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]
 
 

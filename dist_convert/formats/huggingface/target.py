@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class HuggingFaceTarget:
         content: what is converted.
         model: the source; of one without training arguments, all but the weights is taken over as it is.
         config: the content of config.json, before a tokenizer's special ids.
+        published: file name to content of configs that are taken over from the model's makers, see `config.published`.
         copied: names of the source's files that are copied.
         bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
         disks: how many hold a part of the target each.
@@ -60,6 +61,7 @@ class HuggingFaceTarget:
     content: Content
     model: Model
     config: Mapping[str, Any]
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     copied: Sequence[str] = ()
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
@@ -91,7 +93,8 @@ class HuggingFaceTarget:
         else:
             tokenizer = self.model.tokenizer
             style = style_of(tokenizer, self.config, self.job)
-            configs = {**with_special_ids(self.config, {}, tokenizer, style), ARGS_FILE: self.model.args}
+            found = self.published or with_special_ids(self.config, {}, tokenizer, style)
+            configs = {**found, ARGS_FILE: self.model.args}
             (partial / CARD_FILE).write_text(model_card(self.content, self.model), encoding="utf-8")
             if self.bins is not None:
                 write_bins(partial, *self.bins)
