@@ -20,6 +20,7 @@ from dist_convert.formats.megatron.target_args import (
     padded_vocab,
     target_args,
     target_margs_json,
+    training_flags,
 )
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.models.schema import Architecture, RopeScaling
@@ -226,3 +227,22 @@ def test_a_vocabulary_is_padded_to_a_multiple_on_every_tensor_parallel_rank(
 def test_a_vocabulary_is_not_padded_to_a_multiple_of_nothing() -> None:
     with pytest.raises(UsageError, match="cannot be padded"):
         padded_vocab(250, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags"),
+    [
+        ({}, []),
+        ({"norm_epsilon": 1e-6}, ["--norm-epsilon 1e-06"]),
+        ({"rope_scaling": RopeScaling(32.0)}, ["--rope-scaling-factor 32.0", "--use-rope-scaling"]),
+        ({"family": "qwen3", "qk_norm": True}, ["--qk-layernorm"]),
+        ({"family": "mistral", "sliding_window": 4096}, ["--window-size 4095,0"]),
+    ],
+)
+def test_what_training_does_not_take_from_a_checkpoint_is_said_in_its_flags(
+    change: dict[str, Any], flags: list[str]
+) -> None:
+    architecture = replace(LLAMA, **{"norm_epsilon": 1e-5, "rope_scaling": None, **change})
+    assert training_flags(architecture) == flags
+    written = json.loads(target_margs_json(make(architecture), training_flags(architecture)))
+    assert written.get("training_flags", []) == flags

@@ -37,6 +37,7 @@ from dist_convert.formats.megatron.target_args import (
     padded_vocab,
     target_args,
     target_margs_json,
+    training_flags,
 )
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
@@ -123,7 +124,7 @@ class MegatronTarget:
 
     def publish(self) -> None:
         """Name this iteration as the newest, and describe it beside the others."""
-        replace_text(self.root / ARGS_FILE, target_margs_json(self.args))
+        replace_text(self.root / ARGS_FILE, target_margs_json(self.args, training_flags(self.architecture)))
         replace_text(self.root / TRACKER_FILE, RELEASE if self.iteration is None else str(self.iteration))
 
 
@@ -385,6 +386,9 @@ def notes_to_megatron(
         places, writable: for each rank, where its target lies, and the files that it can write.
     """
     notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target, settings)]
+    flags = [] if given.own else training_flags(target.architecture)
+    if flags:
+        notes.append(f"training needs, beside --use-checkpoint-args, which does not restore it: {' '.join(flags)}")
     sizes = {
         "tensor": (job.target_tensor_parallel_size, target.grid.tensor),
         "pipeline": (job.target_pipeline_parallel_size, target.grid.pipeline),

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,31 @@ def rope_values(a: Architecture) -> dict[str, object]:
     if not isinstance(scaling, YarnScaling):
         return {"use_rope_scaling": False, "rope_type": "rope", "rotary_scaling_factor": 1.0}
     return {"use_rope_scaling": False, "rope_type": "yarn", **dict(zip(YARN, astuple(scaling), strict=True))}
+
+
+#: Of what decides a model, what Megatron-LM takes from a checkpoint with --use-checkpoint-args (0.19.2).
+_RESTORED = frozenset({
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
+    "kv_channels", "max_position_embeddings", "position_embedding_type", "add_position_embedding", "rotary_base",
+    "rotary_percent", "rotary_interleaved", "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu",
+    "untie_embeddings_and_output_weights", "apply_layernorm_1p", "normalization", "mtp_num_layers", "num_experts",
+    "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size", "moe_router_score_function", "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor", "vocab_size",
+})  # fmt: skip
+#: What training has where neither the checkpoint nor a flag says anything.
+_TRAINING_DEFAULTS = {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0, "rotary_scaling_factor": 1.0}
+
+
+def training_flags(a: Architecture) -> list[str]:
+    """Flags that training needs beside --use-checkpoint-args, which does not restore all that decides the model."""
+    found = []
+    for name, value in sorted(model_values(a).items()):
+        if name not in _RESTORED and value not in (None, False, _TRAINING_DEFAULTS.get(name)):
+            flag = "--" + name.replace("_", "-")
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            found.append(flag if value is True else f"{flag} {text}")
+    return found
 
 
 def vocabulary_values(a: Architecture, vocab: int | None, divisible_by: int) -> Found:
@@ -212,6 +237,8 @@ _UNTIED = "untie_embeddings_and_output_weights"
 
 #: Not an argument: in `target_megatron_args.json` it says where each of them is from.
 ORIGINS = "origins_of_arguments"
+#: Likewise: what training has to be started with.
+TRAINING_FLAGS = "training_flags"
 
 #: Sizes of the grid that a margs file gives where no flag does.
 TAKEN_SIZES = (
@@ -262,7 +289,7 @@ def read_margs(path: Path) -> dict[str, Any]:
             file=str(path),
             remedy="give its right path, or leave the flag out: then arguments follow from config.json",
         )
-    return {name: value for name, value in read_json(path).items() if name != ORIGINS}
+    return {name: value for name, value in read_json(path).items() if name not in (ORIGINS, TRAINING_FLAGS)}
 
 
 def target_args(
@@ -412,9 +439,13 @@ def args_json(args: TargetArgs) -> str:
     return json.dumps(args.values, default=str)
 
 
-def target_margs_json(args: TargetArgs) -> str:
-    """The content of `target_megatron_args.json`: as `args_json`, and below it where each argument is from."""
-    return json.dumps({**args.values, ORIGINS: args.origins}, indent=2, default=str) + "\n"
+def target_margs_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
+    """The content of `target_megatron_args.json`: as `args_json`, and below it where each argument is from.
+
+    `flags` are those of `training_flags`, where there are any.
+    """
+    beside: dict[str, object] = {ORIGINS: args.origins} | ({TRAINING_FLAGS: list(flags)} if flags else {})
+    return json.dumps({**args.values, **beside}, indent=2, default=str) + "\n"
 
 
 def describe_origins(args: TargetArgs) -> str:
