@@ -34,7 +34,6 @@ from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, settle, sweep, sync_files
 from dist_convert.write.files import target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
-from dist_convert.write.partial import is_made_of
 from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
     begin,
@@ -43,7 +42,7 @@ from dist_convert.write.resume import (
     facts_of,
     has_name,
     held_target,
-    identity_of,
+    is_unfinished,
     notes_on_replacing,
 )
 from dist_convert.write.task import Task, Writers, find_writers
@@ -53,7 +52,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     """Convert a checkpoint, together with all other ranks; what was done is returned on every rank.
 
     Raises:
-        ConversionError: see `errors`; nothing is left under the target's name.
+        ConversionError: see `errors`.
     """
     model = open_source(job, world, channel)
     check_applies(job, model.format)
@@ -63,7 +62,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     plan = _divide(task, writers, world, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
-    free_bytes = check_start(task) if task.is_first else 0
+    free_bytes, replaces = check_start(task) if task.is_first else (0, "")
     notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
     for note in notes:
         channel.say("note", note)
@@ -79,7 +78,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     if job.dry_run:
         is_done = any(gather_objects(world, task.is_first and has_name(task)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
-        unfinished = task.partial if is_made_of(task.partial, identity_of(task)) else None
+        unfinished = task.partial if is_unfinished(task) else None
         report = replace(report, was_complete=is_done)
         report = replace(report, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
         channel.say("plan", report.plan, report=report_details(report))
@@ -94,7 +93,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
             channel.say("verified", compare_with_source(check, task, held.directory, world))
         channel.doing("giving the target its name")
         # No place speaks of the target before every place has it.
-        give_name = partial(commit, task.partial, task.target, overwrite=job.overwrite)
+        give_name = partial(commit, task.partial, task.target, replaces=replaces)
         channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
         if task.is_first:
             task.layout.publish()
@@ -103,8 +102,9 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         channel.say("done", report_text(report), report=report_details(report))
         if words := task.layout.to_do():
             channel.say("to do", words)
-        if task.is_first:
-            settle(task.target)  # the last thing of all: until then, the same command finds what is left to do
+        # The last thing of all: until then, the same command finds what is left to do.
+        if task.is_first and (words := settle(task.target)):
+            channel.say("note", words)
     if task.is_first:
         sweep(task.target)
     return report
@@ -168,7 +168,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
 def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
     """Write the manifest at every place, and what else a divided target has everywhere."""
     records = {
-        file.name: file_record(task.partial / local_name(file.name), known.get(file.name, ())) for file in task.share
+        file.name: file_record(task.partial, local_name(file.name), known.get(file.name, ())) for file in task.share
     }
     of_ranks: list[dict[str, Any]] = gather_objects(world, records)
     check_source(task, world)

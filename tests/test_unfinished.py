@@ -270,14 +270,15 @@ def test_a_conversion_at_work_is_named_to_a_second_one(runs: Runs, source: Path)
 def test_what_ranks_left_that_were_killed_as_they_looked_around_goes_after_a_day(runs: Runs, source: Path) -> None:
     two_days_ago = time.time() - 2 * 24 * 3600.0
     for name, text, changed in (
-        ("left", "", two_days_ago), ("at work", "", time.time()), ("of somebody else", "text", two_days_ago)
+        ("0" * 16, "", two_days_ago), ("1" * 16, "", time.time()), ("2" * 16, "text", two_days_ago),
+        ("notes", "", two_days_ago),
     ):  # fmt: skip
         path = source.parent / f".dist_convert-{name}"
         path.write_text(text)
         os.utime(path, (changed, changed))
     assert runs.do(to_hf(source, "--dry-run"), ranks=2).exit_codes == [0, 0]
     assert sorted(path.name for path in source.parent.glob(".*")) == [
-        ".dist_convert-at work", ".dist_convert-of somebody else",
+        f".dist_convert-{'1' * 16}", f".dist_convert-{'2' * 16}", ".dist_convert-notes",
     ]  # fmt: skip
 
 

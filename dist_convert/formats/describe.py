@@ -29,6 +29,7 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.iterations import (
+    TRACKER_FILE,
     has_rank_directories,
     is_checkpoint,
     is_distributed,
@@ -44,7 +45,6 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Row, entries, part_shape
 from dist_convert.read.source import no_directory
 from dist_convert.records import DTYPE_BYTES, human_bytes, names
-from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
 

@@ -13,6 +13,7 @@ from dist_convert.formats.huggingface.hub import local_directory, revision_on_hu
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import is_huggingface, read_config
 from dist_convert.formats.megatron.iterations import (
+    TRACKER_FILE,
     has_rank_directories,
     is_distributed,
     iteration_directory,
@@ -27,7 +28,6 @@ from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH,
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import no_directory, read_json
-from dist_convert.write.files import TRACKER_FILE
 from dist_convert.write.partial import refuse_unfinished
 
 

@@ -18,7 +18,7 @@ from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, intersect, tiles
 BLOCK_BYTES = 4 << 20
 
 #: Columns of a tile where source and target lie transposed to each other: runs of 2 KiB on both sides.
-_TILE_COLUMNS = 1024
+TILE_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def blocks_of_band(transfer: Transfer, band: Block) -> Iterator[Block]:
 
 def _square_tiles(band: Block) -> Iterator[Block]:
     for copy in band:
-        columns = min(copy.columns, _TILE_COLUMNS)
+        columns = min(copy.columns, TILE_COLUMNS)
         for tile in tiles(copy.rows, copy.columns, max(1, BLOCK_BYTES // (columns * _widest_bytes(copy))), columns):
             yield (copy.window(tile),)
 

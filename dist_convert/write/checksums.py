@@ -12,7 +12,6 @@ import zipfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from isal import isal_zlib
 
@@ -30,58 +29,58 @@ _HAS_DESCRIPTOR = 1 << 3
 _DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 
 
-def checksum_of(path: Path, start: int, end: int, known: Sequence[KnownRange]) -> int:
+def checksum_of(descriptor: int, label: str, start: int, end: int, known: Sequence[KnownRange]) -> int:
     """The checksum of a stretch of a file from byte `start` to `end`; only what no known range covers is read.
 
     Args:
+        descriptor, label: of the file, and how messages name it.
         known: in ascending order; a range that overlaps the one before it, or the border of the stretch, is not used.
 
     Raises:
         CorruptFile: the file ends before the stretch does.
     """
     whole, position = 0, start
-    with path.open("rb") as file:
-        for number in range(bisect_left(known, (start, 0, 0)), bisect_left(known, (end, 0, 0))):
-            offset, size_bytes, checksum = known[number]
-            if offset >= position and offset + size_bytes <= end:
-                whole = isal_zlib.crc32_combine(_read_checksum(file, position, offset, whole), checksum, size_bytes)
-                position = offset + size_bytes
-        return _read_checksum(file, position, end, whole)
+    for number in range(bisect_left(known, (start, 0, 0)), bisect_left(known, (end, 0, 0))):
+        offset, size_bytes, checksum = known[number]
+        if offset >= position and offset + size_bytes <= end:
+            whole = _read_checksum(descriptor, label, position, offset, whole)
+            whole = isal_zlib.crc32_combine(whole, checksum, size_bytes)
+            position = offset + size_bytes
+    return _read_checksum(descriptor, label, position, end, whole)
 
 
-def _read_checksum(file: BinaryIO, start: int, end: int, checksum: int) -> int:
+def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: int) -> int:
     """The checksum of bytes that are read, and of all before them, which is given."""
-    file.seek(start)
     while start < end:
-        data = file.read(min(end - start, _READ_BYTES))
+        data = os.pread(descriptor, min(end - start, _READ_BYTES), start)
         if not data:
-            raise CorruptFile("a file of the target has become shorter", file=file.name, found=f"{start} bytes")
+            raise CorruptFile("a file of the target has become shorter", file=label, found=f"{start} bytes")
         checksum = isal_zlib.crc32(data, checksum)
         start += len(data)
     return checksum
 
 
-def seal(path: Path, label: str, known: Sequence[KnownRange]) -> None:
+def seal(root: Path, name: str, known: Sequence[KnownRange]) -> None:
     """Write the storages' checksums to the two places of a `.pt` file that hold them; once more, it changes nothing.
 
     Args:
-        path, label: of the complete file, and how messages name it.
+        root, name: of the complete file, see `open_below`.
         known: checksums of ranges of the file, in ascending order. What they do not cover is read.
 
     Raises:
         CorruptFile: it is not a container that torch wrote.
     """
-    container = open_container(path, label)
-    starts = data_offsets_bytes(container, [name for name in container.records if name.startswith("data/")])
+    container = open_container(root / name, name)
+    starts = data_offsets_bytes(container, [record for record in container.records if record.startswith("data/")])
     central = dict(_central_headers(container))
-    with writing(label), opened(path, os.O_RDWR) as descriptor:
-        for name, start in starts.items():
-            record = container.records[name]
+    with writing(name), opened(root, name, os.O_RDWR) as descriptor:
+        for storage, start in starts.items():
+            record = container.records[storage]
             end = start + record.size_bytes
-            value = checksum_of(path, start, end, known).to_bytes(4, "little")
-            place = _local_place(descriptor, record.header_offset_bytes, end, f"{label}: {name}")
+            value = checksum_of(descriptor, name, start, end, known).to_bytes(4, "little")
+            place = _local_place(descriptor, record.header_offset_bytes, end, f"{name}: {storage}")
             os.pwrite(descriptor, value, place)
-            os.pwrite(descriptor, value, central[name] + _CENTRAL_CRC)
+            os.pwrite(descriptor, value, central[storage] + _CENTRAL_CRC)
 
 
 def _central_headers(container: Container) -> Iterator[tuple[str, int]]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.records import counted
-from dist_convert.write.files import sync, writing
+from dist_convert.write.files import sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, manifest_of
 from dist_convert.write.partial import (
+    IDENTITY_FILE,
     REPLACES,
     RESUMABLE,
     aside_of,
     files_below,
     has_note,
+    is_moved_aside,
+    look,
     partial_of,
+    remove,
     set_note,
     used_bytes,
 )
@@ -41,8 +45,9 @@ def check_target(
         UsageError: source and target lie in one another.
     """
     file, another = str(target), "choose another target"
-    if target.exists() and not target.is_dir():
-        raise TargetExists("the target is a file", file=file, remedy=another)
+    if os.path.lexists(target) and not target.is_dir():
+        what = "the target is a link to nothing" if target.is_symlink() else "the target is a file"
+        raise TargetExists(what, file=file, remedy=another)
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if there and not overwrite:
         instead = "replace it with --overwrite" if manifest_of(target) else "remove the directory yourself"
@@ -63,6 +68,18 @@ def check_target(
             found=", ".join(there[:6]),
             remedy=f"{another}, or remove the directory yourself",
         )
+    if target.is_symlink() and not there:
+        remedy = f"give what it leads to, {target.resolve()}"
+        raise TargetExists("the target is a link to a directory", file=file, remedy=remedy)
+    for place in (target, partial_of(target)):
+        if not place.is_symlink() and place.is_dir() and is_mount_point(place):
+            raise TargetError(
+                "the target is a file system of its own, and gets its name by renaming, which is not possible there",
+                file=str(place),
+                expected="a new directory, or an empty one on the file system of the directory that holds it",
+                found="a mount point",
+                remedy=f"choose a target inside of it, such as {target / 'model'}",
+            )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
             remedy = f"{another}; its name, and its name with .partial and .replaced, are written to"
@@ -71,7 +88,7 @@ def check_target(
     if target.resolve().is_relative_to(source.resolve()):
         expected = f"a directory outside of {source}"
         raise UsageError("the target lies in its own source", file=file, expected=expected, remedy=another)
-    if aside_of(target).exists() and not has_note(partial_of(target), REPLACES):
+    if os.path.lexists(aside_of(target)) and (there or not is_moved_aside(target, partial_of(target))):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",
             file=str(aside_of(target)),
@@ -101,6 +118,22 @@ def existing_parent(target: Path) -> Path:
     return next(parent for parent in target.absolute().parents if os.path.lexists(parent))
 
 
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a directory is where a file system is mounted, or a part of one that renaming does not leave."""
+    if path.stat().st_dev != path.absolute().parent.stat().st_dev:
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    # A bind mount has the device of what it shows. Blanks are octal there (see `places.types_by_device`).
+    points = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines}
+    return os.fsencode(path.resolve()) in points
+
+
 def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
     """Force what this machine wrote of the named files to the disk."""
     for name in names:
@@ -108,13 +141,17 @@ def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
             sync(directory / name)
 
 
-def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
+def commit(partial: Path, target: Path, *, replaces: str) -> None:
     """Give the partial directory its final name; a target that is replaced moves aside first.
 
     The journal stays inside until `settle`: by it a run that finds the target knows what is left to do.
 
+    Args:
+        partial, target: the directory, and its final path.
+        replaces: what `look` said at the start of a target that may be replaced; "" where there was none.
+
     Raises:
-        TargetExists: a target appeared while the conversion ran, and `overwrite` is false.
+        TargetExists: the target is another than at the start; both are kept.
         TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
     aside = aside_of(target)
@@ -124,44 +161,64 @@ def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
             sync(path)
         (partial / RESUMABLE).unlink(missing_ok=True)
         sync(partial)
-        replaced = target.exists() and any(target.iterdir())
-        if replaced:
-            if not overwrite:
-                raise TargetExists("the target appeared during the conversion", file=str(target))
-            set_note(partial, REPLACES)
+        moves = target.is_symlink() or (target.exists() and any(target.iterdir()))
+        if moves:
+            _check_same(target, target, replaces)
+            set_note(partial, REPLACES, replaces)
             target.rename(aside)
         try:
+            if moves:
+                _check_same(target, aside, replaces)
             partial.rename(target)
-        except OSError:
-            if replaced:
+        except BaseException:
+            if moves:
                 aside.rename(target)
             raise
-        sync(target.absolute().parent)
+        sync_parent(target)
 
 
-def settle(target: Path) -> None:
-    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for."""
-    aside, journal = aside_of(target), target / JOURNAL_DIRECTORY
+def _check_same(target: Path, place: Path, replaces: str) -> None:
+    """Check that what is to be replaced, wherever it is by now, is still what it was at the start."""
+    if look(place) != replaces:
+        raise TargetExists(
+            "the target was changed during the conversion, so it is not replaced",
+            file=str(target),
+            expected="what was there when the conversion began" if replaces else "nothing, as when it began",
+            remedy=f"move it away, then start the same command again: {partial_of(target)} is complete",
+        )
+
+
+def settle(target: Path) -> str:
+    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for.
+
+    Returns:
+        What is left for the user to remove, in a sentence.
+    """
+    aside, journal, kept = aside_of(target), target / JOURNAL_DIRECTORY, ""
     with writing(target):
         if has_note(target, REPLACES) and os.path.lexists(aside):
-            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
-        sweep(target)
-        for left in target.parent.glob(f".{partial_of(target).name}-*"):
-            shutil.rmtree(left, ignore_errors=True)  # of runs that were killed when they began
-        if journal.exists():
-            for diary in journal.glob("run-*"):
-                diary.unlink()
-            journal.rename(_old_journal(target))  # all the rest at once
+            if is_moved_aside(target, target):
+                aside.rename(journal / aside.name)  # so that it is known as what may go, whatever is left of it
+            else:
+                kept = f"warning: {aside} was changed since it was moved aside, and is kept"
+        if journal.is_dir() and not journal.is_symlink():
+            for path in journal.iterdir():
+                if path.name != IDENTITY_FILE:
+                    remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                # Until here the directory was its owner's alone; now others have of it what they have of its files.
+                usual = (journal / IDENTITY_FILE).stat().st_mode & 0o666
+                with contextlib.suppress(PermissionError):  # of file systems without modes
+                    target.chmod(target.stat().st_mode & 0o7000 | 0o700 | usual | (usual & 0o444) >> 2)
+                (journal / IDENTITY_FILE).unlink()
             sweep(target)
+    return kept
 
 
 def sweep(target: Path) -> None:
-    """Remove the journal that `settle` has put aside.
+    """Remove the journal's directory.
 
     Network file systems keep a file that is removed while it is open, as the lock is: call it once more when it is not.
     """
-    shutil.rmtree(_old_journal(target), ignore_errors=True)
-
-
-def _old_journal(target: Path) -> Path:
-    return target.with_name(f".{target.name}.journal")
+    with contextlib.suppress(OSError):
+        (target / JOURNAL_DIRECTORY).rmdir()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import secrets
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from isal import isal_zlib
@@ -14,11 +16,63 @@ from isal import isal_zlib
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import View, Window, local_name
 
+#: Of every descriptor: no link is followed, and nobody waits for the other end of a pipe.
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
+
 
 @contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A descriptor of a file or directory, for as long as the block lasts."""
-    descriptor = os.open(path, flags, 0o666)
+def holding(root: Path, name: str, *, makes: bool = False) -> Iterator[tuple[int, str]]:
+    """A descriptor of the directory that holds a path below another one, and the path's name in it.
+
+    Args:
+        root, name: the directory, which may be a link no more than those on the way, and the path below it.
+        makes: whether directories on the way are made.
+    """
+    *above, last = name.split("/")
+    holder = os.open(root, os.O_DIRECTORY | _PLAIN)
+    try:
+        for part in above:
+            if makes:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=holder)
+            outer, holder = holder, os.open(part, os.O_DIRECTORY | _PLAIN, dir_fd=holder)
+            os.close(outer)
+        yield holder, last
+    except OSError as error:
+        error.filename = str(root / name)
+        raise
+    finally:
+        os.close(holder)
+
+
+def open_below(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file below a directory of the target, reached without following any link.
+
+    Args:
+        root, name: see `holding`.
+        flags: of open(2).
+
+    Raises:
+        OSError: the operating system's; or something is in the file's place that no conversion has put there: a link,
+            a pipe, or a file that has another name elsewhere.
+    """
+    with holding(root, name, makes=bool(flags & os.O_CREAT)) as (holder, last):
+        descriptor = os.open(last, flags | _PLAIN, 0o666, dir_fd=holder)
+        if not is_plain(os.fstat(descriptor)):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "a link, a pipe or a file with a second name is in its place")
+        return descriptor
+
+
+def is_plain(found: os.stat_result) -> bool:
+    """Whether something is a file with one name."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+
+
+@contextmanager
+def opened(root: Path, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """What `open_below` opens, for as long as the block lasts."""
+    descriptor = open_below(root, name, flags)
     try:
         yield descriptor
     finally:
@@ -31,8 +85,16 @@ def sync(path: Path) -> None:
     Raises:
         OSError: it may not be there; trying again would say that it is.
     """
-    with opened(path) as descriptor:
+    descriptor = os.open(path, os.O_RDONLY | _PLAIN)
+    try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_parent(path: Path) -> None:
+    """Force to the disk which names the directory has that holds a path; that directory may be reached by a link."""
+    sync(path.absolute().parent.resolve())
 
 
 def target_error(error: OSError, file: str) -> TargetError:
@@ -40,11 +102,13 @@ def target_error(error: OSError, file: str) -> TargetError:
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
     what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
+    if error.errno == errno.EFBIG:
+        what = "lift the limit on the size of files (ulimit -f)"
     return (NotEnoughSpace if is_full else TargetError)(
         "cannot write the target",
         file=file,
         found=error.strerror or str(error),
-        remedy=f"{what}, or choose another target; nothing is left under the final name",
+        remedy=f"{what}, or choose another target",
     )
 
 
@@ -118,44 +182,55 @@ class FileWriter:
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            descriptor = os.open(self._root / local_name(file), os.O_WRONLY)
+            descriptor = open_below(self._root, local_name(file), os.O_WRONLY)
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[file] = descriptor
         return descriptor
 
 
-def make_file(path: Path, label: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
+def make_file(root: Path, name: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
     """Write all of a file that is no tensor's values, and give it its size; values that are there already stay.
 
     Args:
-        path, label: of the file, and how messages name it; directories above it are made.
+        root, name: see `open_below`.
         pieces: offset in bytes and content.
         size_bytes: of the whole file.
-
-    Raises:
-        TargetError: the file is there and longer.
     """
-    with writing(label):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:  # NFS reads no page for it
-            found_bytes = os.fstat(descriptor).st_size
-            if found_bytes > size_bytes:
-                raise TargetError(
-                    "an unfinished file is longer than it can be",
-                    file=label,
-                    expected=f"at most {size_bytes} bytes",
-                    found=f"{found_bytes} bytes",
-                    remedy="it is not cut; remove the partial directory, or start anew with --overwrite",
-                )
-            if found_bytes < size_bytes:
+    with writing(root / name):
+        is_new = not os.path.lexists(root / name)
+        flags = os.O_WRONLY | (os.O_CREAT | os.O_EXCL if is_new else 0)  # NFS reads no page for it
+        with opened(root, name, flags) as descriptor:
+            if os.fstat(descriptor).st_size < size_bytes:
                 os.ftruncate(descriptor, size_bytes)
             for offset_bytes, piece in pieces:
                 if os.pwrite(descriptor, piece, offset_bytes) != len(piece):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def reserve_file(path: Path, label: str) -> bool:
+def write_file(root: Path, name: str, content: bytes) -> None:
+    """Write all of a small file of a target that is not complete yet; what an earlier run has made of it goes.
+
+    Args:
+        root, name: see `open_below`.
+        content: of the file.
+    """
+    with writing(root / name):
+        with holding(root, name, makes=True) as (holder, last), suppress(FileNotFoundError):
+            os.unlink(last, dir_fd=holder)
+        _write_new(root, name, content)
+
+
+def _write_new(root: Path, name: str, content: bytes, *, is_forced: bool = False) -> None:
+    with opened(root, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        if is_forced:
+            os.fsync(descriptor)
+
+
+def reserve_file(root: Path, name: str) -> bool:
     """Have blocks of the disk behind all of a file, so that no write can find it full; values that are there stay.
 
     By fallocate(2) itself: posix_fallocate falls back to writing, which may fall on what another rank has written.
@@ -163,7 +238,7 @@ def reserve_file(path: Path, label: str) -> bool:
     Returns:
         Whether the file system can promise that. Where it cannot, its free space has been compared before.
     """
-    with writing(label), opened(path, os.O_WRONLY) as descriptor:
+    with writing(name), opened(root, name, os.O_WRONLY) as descriptor:
         size_bytes = os.fstat(descriptor).st_size
         call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
         if not size_bytes:
@@ -181,15 +256,39 @@ def reserve_file(path: Path, label: str) -> bool:
     return True
 
 
-#: In the root of a Megatron checkpoint: which of its iterations is the newest.
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
+#: Ends the names of what is not complete yet.
+PARTIAL_SUFFIX = ".partial"
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that readers see the old one or the new one, and nothing between."""
-    fresh = path.with_name(path.name + ".new")
-    with writing(path):
-        fresh.write_text(text, encoding="utf-8")
-        sync(fresh)
-        fresh.replace(path)
-        sync(path.absolute().parent)
+    replace_files(path.parent, {path.name: text.encode()})
+
+
+def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace small files, or add them; none before all are written and forced to the disk, and none in part.
+
+    Args:
+        directory: may be reached by a link.
+        contents: by name. A link that has the name is replaced as well, and what it leads to is left alone.
+    """
+    root = directory.resolve()
+    fresh = {name: str(Path(name).with_name(_random_name(Path(name).name))) for name in contents}
+    try:
+        for name, content in contents.items():
+            with writing(root / name):
+                _write_new(root, fresh[name], content, is_forced=True)
+        for name, made in fresh.items():
+            with writing(root / name), holding(root, name) as (holder, last):
+                os.rename(Path(made).name, last, src_dir_fd=holder, dst_dir_fd=holder)
+                os.fsync(holder)
+    except BaseException:
+        for made in fresh.values():
+            with suppress(OSError), holding(root, made) as (holder, last):
+                os.unlink(last, dir_fd=holder)
+        raise
+
+
+def _random_name(name: str) -> str:
+    """Of a file that is going to be renamed: nobody has it or can prepare it."""
+    return f".{name[:150]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"

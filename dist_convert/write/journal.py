@@ -6,7 +6,8 @@ then the journal, with a mark behind the lines that are safe now. So a line coun
 been started anew since, or if a mark stands behind it. Whether it has is known only where a rank of this run is on
 that machine; of any other machine, what is marked counts.
 
-A line is a CRC-32 in eight hexadecimal digits, a blank, and JSON: a line that was torn is known by its checksum.
+A line is a CRC-32 in eight hexadecimal digits, a blank, and JSON: a line that was torn is known by its checksum. One
+whose checksum is right and that says something else than a journal does is no accident, and nothing is believed then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -28,12 +30,13 @@ from isal import isal_zlib
 
 from dist_convert.errors import TargetError
 from dist_convert.records import View, Window, local_name
-from dist_convert.write.files import Written, opened, target_error, writing
+from dist_convert.write.files import Written, open_below, opened, target_error, writing
 
 #: Of the partial directory, the part that is not the target.
 JOURNAL_DIRECTORY = ".journal"
 _MARK_SECONDS = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_JOURNAL = re.compile(r"run-[0-9]{5,9}-rank-[0-9]{5,9}")
 
 
 def this_boot() -> tuple[str, str]:
@@ -48,12 +51,14 @@ class Journal:
         self._partial = partial
         self._run = run
         self._path = partial / JOURNAL_DIRECTORY / f"run-{run:05d}-rank-{rank:05d}"
+        self._is_torn = False
         self._lock = threading.Lock()
         self._unsynced: set[str] = set()
         self._failure: TargetError | None = None
         host, boot = this_boot()
         with writing(self._path):
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+            self._descriptor = open_below(partial, f"{JOURNAL_DIRECTORY}/{self._path.name}", flags)
         self._append({"run": run, "rank": rank, "host": host, "boot": boot})
 
     def wrote(self, written: Sequence[Written]) -> None:
@@ -88,7 +93,7 @@ class Journal:
         if not files:
             return
         for file in sorted(files):
-            with self.syncing(file), opened(self._partial / file) as descriptor:
+            with self.syncing(file), opened(self._partial, file) as descriptor:
                 os.fdatasync(descriptor)
         self._append({"mark": safe_bytes}, is_forced=True)
 
@@ -129,25 +134,58 @@ class Journal:
 
     def _append(self, record: Mapping[str, Any], unsynced: Iterable[str] = (), *, is_forced: bool = False) -> None:
         text = json.dumps(record, separators=(",", ":")).encode()
-        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
         with self._lock, writing(self._path):
+            # Behind what a full disk has cut off, a line of its own.
+            line = memoryview(b"%s%08x %s\n" % (b"\n" if self._is_torn else b"", zlib.crc32(text), text))
+            self._is_torn = True
             while line:
                 line = line[os.write(self._descriptor, line) :]
+            self._is_torn = False
             self._unsynced.update(unsynced)
         if is_forced:
             with self.syncing(JOURNAL_DIRECTORY):
                 os.fdatasync(self._descriptor)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The sound lines of a journal, each with the position of its end in bytes; torn ones are passed over."""
+def read_lines(partial: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """The whole lines of a journal, each with the position of its end in bytes; torn ones are passed over.
+
+    Raises:
+        ValueError: a whole line that is no JSON.
+    """
     end_bytes = 0
-    with path.open("rb") as file:
+    with os.fdopen(open_below(partial, f"{JOURNAL_DIRECTORY}/{name}"), "rb") as file:
         for line in file:
             end_bytes += len(line)
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text):
-                yield end_bytes, json.loads(text)
+                try:
+                    yield end_bytes, json.loads(text)
+                except RecursionError as error:
+                    raise ValueError(str(error)) from error
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a whole line says something that a journal says."""
+    match record:
+        case {"wrote": [*windows]}:
+            return all(_is_written(window) for window in windows)
+        case {"run": int(), "rank": int(), "host": str(), "boot": str()}:
+            return True
+        case {"mark": int()} | {"lost": str(), "until": int()}:
+            return True
+        case {"overflowed": [str(), str(), int(), int(), int(), int()]}:
+            return True
+        case {"rounded_norms": [str(), str(), int(), int(), int(), int()]}:
+            return True
+    return False
+
+
+def _is_written(values: Any) -> bool:
+    match values:
+        case [str(), int(offset), int(run), int(stride), int(runs), int() | None]:
+            return min(offset, run, stride) >= 0 and runs > 0
+    return False
 
 
 CHANGES = ("overflowed", "rounded_norms")
@@ -168,7 +206,11 @@ class History:
 
 def journals(partial: Path) -> list[str]:
     """The names of all journals that this machine sees."""
-    return sorted(path.name for path in (partial / JOURNAL_DIRECTORY).glob("run-*-rank-*"))
+    try:
+        found = sorted(os.listdir(partial / JOURNAL_DIRECTORY))
+    except FileNotFoundError:
+        return []
+    return [name for name in found if _JOURNAL.fullmatch(name)]
 
 
 def last_run(names: Iterable[str]) -> int:
@@ -179,12 +221,20 @@ def last_run(names: Iterable[str]) -> int:
 def has_written(partial: Path, runs_before: int) -> bool:
     """Whether any run after the first so many has finished bytes of the target, as far as this machine sees."""
     fresh = [name for name in journals(partial) if last_run([name]) > runs_before]
-    return any("wrote" in record for name in fresh for _, record in read_lines(partial / JOURNAL_DIRECTORY / name))
+    return any("wrote" in record for name in fresh for _, record in read_lines(partial, name))
 
 
-def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """What counts of one journal, in JSON values; `boots` are (host, boot) of the machines of this run's ranks."""
-    lines = list(read_lines(partial / JOURNAL_DIRECTORY / name))
+def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any] | None:
+    """What counts of one journal, in JSON values; None where a line of it is whole and yet no journal's.
+
+    `boots` are (host, boot) of the machines of this run's ranks.
+    """
+    try:
+        lines = list(read_lines(partial, name))
+    except ValueError:
+        return None
+    if not all(_is_record(record) for _, record in lines):
+        return None
     head = lines[0][1] if lines and "run" in lines[0][1] else {}
     safe_bytes = max((record["mark"] for _, record in lines if "mark" in record), default=0)
     began = [head.get("host"), head.get("boot")]

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import TargetBusy
-from dist_convert.write.files import opened, writing
+from dist_convert.write.files import open_below, opened, writing
 from dist_convert.write.journal import this_boot
 
 BEAT_SECONDS = 5.0
 #: What another machine has not touched for so long is given up.
 STALE_SECONDS = 30.0
+_RELEASED = b"{}\n"
 
 
 class Lock:
@@ -33,19 +34,32 @@ class Lock:
     Args:
         path, label: of the file, which is made where it is not there, and what messages call it.
         stale_seconds: how long another machine's holder is watched.
+        fresh_seconds: how long one is waited for who has made the file, and has not said yet who he is.
 
     Raises:
         TargetBusy: naming who holds it.
     """
 
-    def __init__(self, path: Path, label: str, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(
+        self, path: Path, label: str, stale_seconds: float = STALE_SECONDS, fresh_seconds: float = BEAT_SECONDS
+    ) -> None:
         self._released = threading.Event()
+        is_new = True
         with writing(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._descriptor = open_below(path.parent, path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                is_new = False
+                self._descriptor = open_below(path.parent, path.name, os.O_RDWR)
         try:
             holder = _refuse_held(self._descriptor, label)
+            if not is_new and holder is None:
+                time.sleep(fresh_seconds)
+                holder = _refuse_held(self._descriptor, label)
             if holder and _lives(holder, path, stale_seconds):
                 raise _busy(label, holder)
+            if not is_new and not _is_there(path, self._descriptor):
+                raise _busy(label, None)  # who held it has just completed the target
             with writing(path):
                 self._write()
         except BaseException:
@@ -60,6 +74,7 @@ class Lock:
         self._beats.join()
         with contextlib.suppress(OSError):  # what is left behind is known to be stale
             os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, _RELEASED, 0)
         os.close(self._descriptor)
 
     def _write(self) -> None:
@@ -78,17 +93,21 @@ class Lock:
 
 def check_unlocked(path: Path, label: str) -> None:
     """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
-    with contextlib.suppress(FileNotFoundError), opened(path, os.O_RDWR) as descriptor:
+    with contextlib.suppress(FileNotFoundError), opened(path.parent, path.name, os.O_RDWR) as descriptor:
         _refuse_held(descriptor, label)
 
 
-def _refuse_held(descriptor: int, label: str) -> dict[str, Any]:
-    """Who wrote the file, empty where nobody did; refused is what another process has, as far as flock(2) tells."""
+def _refuse_held(descriptor: int, label: str) -> dict[str, Any] | None:
+    """Who wrote the file: empty where it is nobody, None where the file is empty, as for a moment when it is new.
+
+    Refused is what another process has, as far as flock(2) tells.
+    """
+    text = os.pread(descriptor, 4096, 0)
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         found = None
-    holder = found if isinstance(found, dict) else {}
+    holder = found if isinstance(found, dict) else {} if text else None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -111,7 +130,15 @@ def _lives(holder: dict[str, Any], path: Path, stale_seconds: float) -> bool:
     return False
 
 
-def _busy(label: str, holder: dict[str, Any]) -> TargetBusy:
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _busy(label: str, holder: dict[str, Any] | None) -> TargetBusy:
     who = f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('started')}" if holder else ""
     return TargetBusy(
         "another conversion is making this target",

@@ -6,14 +6,16 @@ Nothing in it depends on the ranks, or on when or how often the conversion was s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
-from dist_convert.write.files import Written, replace_text, writing
+from dist_convert.write.files import Written, opened, replace_text, write_file, writing
 from dist_convert.write.journal import History, fields, from_fields, joined
 from dist_convert.write.partial import differences_of_complete, files_below
 
@@ -30,11 +32,12 @@ def known_ranges(world: World, mine: Iterable[Written], history: History) -> dic
     return {file: sorted(of_file) for file, of_file in ranges.items()}
 
 
-def file_record(path: Path, known: Sequence[KnownRange] = ()) -> dict[str, Any]:
+def file_record(root: Path, name: str, known: Sequence[KnownRange] = ()) -> dict[str, Any]:
     """A file's size and checksum, of which only what the known ranges do not cover is read."""
-    with writing(path):
-        size_bytes = path.stat().st_size
-        return {"size_bytes": size_bytes, "crc32": f"{checksum_of(path, 0, size_bytes, known):08x}"}
+    with writing(root / name), opened(root, name) as descriptor:
+        size_bytes = os.fstat(descriptor).st_size
+        checksum = checksum_of(descriptor, str(root / name), 0, size_bytes, known)
+        return {"size_bytes": size_bytes, "crc32": f"{checksum:08x}"}
 
 
 def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -46,22 +49,28 @@ def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str
         facts: what else is said, see `resume.facts_of`.
     """
     names = sorted((files_below(partial) | weights.keys()) - {MANIFEST_FILE})
-    files = {name: weights.get(name) or file_record(partial / name) for name in names}
-    with writing(MANIFEST_FILE):
-        (partial / MANIFEST_FILE).write_text(_text({**facts, "files": files}), encoding="utf-8")
+    files = {name: weights.get(name) or file_record(partial, name) for name in names}
+    write_file(partial, MANIFEST_FILE, _text({**facts, "files": files}).encode())
 
 
 def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -> None:
     """Tell the manifest of a directory, if it has one, of files that were removed, and of others that were replaced.
 
     Raises:
-        CorruptFile: it is not JSON.
+        CorruptFile: it is no manifest.
     """
-    if not (target / MANIFEST_FILE).is_file():
+    if not os.path.lexists(target / MANIFEST_FILE):
         return
-    manifest = read_json(target / MANIFEST_FILE)
+    manifest = manifest_of(target)
+    if not manifest:
+        raise CorruptFile(
+            "what has the manifest's name is none, and was not renewed",
+            file=str(target / MANIFEST_FILE),
+            expected="what a conversion leaves",
+            remedy="move it away; the files themselves are written",
+        )
     files = {name: record for name, record in manifest["files"].items() if name not in set(gone)}
-    files |= {name: file_record(target / name) for name in fresh}
+    files |= {name: file_record(target.resolve(), name) for name in fresh}
     replace_text(target / MANIFEST_FILE, _text({**manifest, "files": dict(sorted(files.items()))}))
 
 
@@ -72,8 +81,8 @@ def _text(manifest: Mapping[str, Any]) -> str:
 def manifest_of(target: Path) -> dict[str, Any]:
     """The manifest of a directory that some conversion has made, whatever is there besides; empty for any other."""
     try:
-        manifest = json.loads((target / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(target / MANIFEST_FILE)
+    except SourceError:
         return {}
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
 

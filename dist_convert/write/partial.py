@@ -1,16 +1,28 @@
 """`NAME.partial`, where a target is made, and the journal directory in it that says whose it is.
 
-Only a directory with such a journal is ever taken up or emptied, and never read as a checkpoint. A new one appears
-under its name complete, journal and lock inside, so that of two conversions that start together one finds the other.
-What it is made from stands in its identity, by which a later run knows whether it may go on with it.
+What lies beside each other says how far a conversion is; whoever finds it holds the lock before he changes anything:
+
+| There is | State | What `claim` does |
+|---|---|---|
+| no `NAME.partial`, or an empty one, or a journal directory without an identity | new | makes what is missing |
+| `NAME.partial/.journal/identity.json` | unfinished | goes on with it; else, with `--overwrite`, empties it |
+| `NAME.partial/.journal/replaces`, `NAME.replaced`, no `NAME` | unfinished | gives the old target its name back first |
+| `NAME/.journal/identity.json` | complete, and has its name | nothing: `commit.settle` is left to do |
+| anything else named `NAME.partial` | somebody else's | refuses, and touches nothing |
+
+Only a directory with an identity is ever taken up or emptied, and never read as a checkpoint; nor is one that another
+user owns or can write. It is its owner's alone until it is complete, and no link in it is followed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +30,18 @@ from typing import Any
 
 from dist_convert.errors import ResumeRefused, SourceError, TargetExists
 from dist_convert.records import human_bytes, names
-from dist_convert.write.files import TRACKER_FILE, replace_text, sync, writing
-from dist_convert.write.journal import JOURNAL_DIRECTORY
+from dist_convert.write.files import (
+    PARTIAL_SUFFIX,
+    is_plain,
+    open_below,
+    opened,
+    replace_text,
+    sync,
+    sync_parent,
+    write_file,
+    writing,
+)
+from dist_convert.write.journal import JOURNAL_DIRECTORY, journals
 from dist_convert.write.lock import Lock, check_unlocked
 
 #: Of the digests in an identity and in a manifest: 2 since copies are the intersection of two catalogs.
@@ -32,7 +54,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if old.get("format") != new["format"]:
         return f"{_other_version(old, new)}, which alone can go on with it"
     found = [*_source_differences(old["source"], new["source"])]
-    if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
+    if any(old.get(part) != new[part] for part in ("plan", "settings", "blocks")) and not found:
         found = [
             *_value_differences("--", old["flags"], new["flags"]),
             *_value_differences("argument ", old["settings"], new["settings"]),
@@ -85,11 +107,10 @@ def _time(nanoseconds: int) -> str:
 
 #: In the partial directory while starting again may be all it takes: what a job script looks for before it does.
 RESUMABLE = "resumable"
-_IDENTITY, _LOCK = "identity.json", "lock"
-#: Notes: this conversion is what moves the old target aside, which it replaces; and nothing counts of what has been
-#: written, here and at the target's other places, so that the next run has to `forget` it.
+IDENTITY_FILE, _LOCK = "identity.json", "lock"
+#: Notes: what the old target was that this conversion moves aside; and nothing counts of what has been written, here
+#: and at the target's other places, so that the next run has to `forget` it.
 REPLACES, VOID = "replaces", "void"
-PARTIAL_SUFFIX = ".partial"
 
 
 def partial_of(target: Path) -> Path:
@@ -110,23 +131,37 @@ def files_below(directory: Path) -> set[str]:
 
 def is_ours(directory: Path) -> bool:
     """Whether a conversion made a directory and has not ended."""
-    return (directory / JOURNAL_DIRECTORY / _IDENTITY).is_file()
+    return _is_plain_file(directory / JOURNAL_DIRECTORY / IDENTITY_FILE)
+
+
+def _is_plain_file(path: Path) -> bool:
+    try:
+        return is_plain(path.lstat()) and not path.parent.is_symlink()
+    except OSError:
+        return False
 
 
 def has_note(directory: Path, note: str) -> bool:
     """Whether a run has left a note in a directory of ours."""
-    return (directory / JOURNAL_DIRECTORY / note).exists()
+    return _is_plain_file(directory / JOURNAL_DIRECTORY / note)
 
 
-def set_note(directory: Path, note: str, *, holds: bool = True) -> None:
-    """Note something for later runs, or that it holds no more.
+def read_note(directory: Path, note: str) -> str:
+    """What a note says, "" where there is none."""
+    try:
+        with opened(directory, f"{JOURNAL_DIRECTORY}/{note}") as descriptor:
+            return os.read(descriptor, 4096).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def set_note(directory: Path, note: str, text: str = "") -> None:
+    """Note something for later runs.
 
     Raises:
-        OSError: the file system refuses.
+        TargetError: the file system refuses.
     """
-    path = directory / JOURNAL_DIRECTORY / note
-    path.touch() if holds else path.unlink(missing_ok=True)
-    sync(path.parent)
+    replace_text(directory / JOURNAL_DIRECTORY / note, text)
 
 
 def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
@@ -134,99 +169,185 @@ def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
     return is_ours(directory) and not _differences(directory, identity)
 
 
-def check_partial(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
+    try:
+        return differences(_read_identity(directory), identity)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return "the record of what it is made from cannot be read"
+
+
+def _read_identity(directory: Path) -> Mapping[str, Any]:
+    with os.fdopen(open_below(directory, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}"), "rb") as file:
+        try:
+            return dict(json.load(file))
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+
+
+def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> None:
     """Check what earlier runs left of a target; makes nothing.
 
     Args:
         target: final path.
         identity: of this conversion, see `resume.identity_of`.
-        overwrite: whether what is being made of something else may be thrown away.
+        sizes: in bytes, of the weights files that are made in this directory.
+        overwrite: whether what cannot be gone on with may be thrown away.
 
     Raises:
         TargetExists: something that no conversion left has the partial directory's name.
-        ResumeRefused: an unfinished conversion of something else, without `overwrite`.
+        ResumeRefused: an unfinished conversion that this one cannot go on with, without `overwrite`.
         TargetBusy: it is at work.
     """
     partial = partial_of(target)
-    if _is_free(partial):
+    if not os.path.lexists(partial):
         return
+    _refuse_others(partial)
     if not is_ours(partial):
+        if _is_new(partial):
+            return
         raise TargetExists(
             "what lies where the target is made was not left by a conversion",
             file=str(partial),
-            expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{_IDENTITY}",
+            expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{IDENTITY_FILE}",
             remedy="move it away or remove it yourself, or choose another target",
         )
     check_unlocked(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
-    different = _differences(partial, identity)
-    if different and not overwrite:
-        raise ResumeRefused(
+    if not overwrite and (refused := _obstacle(partial, identity, sizes)):
+        raise refused
+
+
+def is_gone_on_with(partial: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> bool:
+    """Whether a conversion takes up what is there; one that may overwrite does not where the last one found no way."""
+    has_way = not overwrite or (partial / RESUMABLE).exists()
+    return is_ours(partial) and has_way and _obstacle(partial, identity, sizes) is None
+
+
+def _refuse_others(partial: Path) -> None:
+    """Refuse a partial directory that somebody else may have prepared, or may change while it is used."""
+    found = partial.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        what = "a link" if stat.S_ISLNK(found.st_mode) else "no directory"
+    elif found.st_uid == os.geteuid() and not found.st_mode & _OF_OTHERS:
+        return
+    else:
+        # Some network file systems show all files as somebody else's, or as everybody's: so they show a new one.
+        try:
+            name = f"{JOURNAL_DIRECTORY}-{secrets.token_hex(8)}"
+            with opened(partial, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                os.fchmod(descriptor, 0o600)
+                usual = os.fstat(descriptor)
+                (partial / name).unlink()
+        except OSError:
+            usual = None
+        if usual and found.st_uid == usual.st_uid and not found.st_mode & _OF_OTHERS & ~usual.st_mode:
+            return
+        what = f"a directory of user {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}"
+    raise TargetExists(
+        "what lies where the target is made may be somebody else's",
+        file=str(partial),
+        expected=f"a directory of user {os.geteuid()} that nobody else can write",
+        found=what,
+        remedy="choose another target; or move it away, or, if all in it is yours, take away the right of others to "
+        "write it",
+    )
+
+
+#: The right of others to write.
+_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def _is_new(partial: Path) -> bool:
+    """Whether nothing is there but what `claim` makes before the identity."""
+    names = set(os.listdir(partial))
+    journal = partial / JOURNAL_DIRECTORY
+    if JOURNAL_DIRECTORY in names:
+        if journal.is_symlink() or not journal.is_dir():
+            return False
+        before = (_LOCK, f".{IDENTITY_FILE}.")
+        if not all(name.startswith(before) for name in os.listdir(journal)):
+            return False
+    return names <= {JOURNAL_DIRECTORY, RESUMABLE}
+
+
+def _obstacle(partial: Path, identity: Mapping[str, Any], sizes: Mapping[str, int]) -> ResumeRefused | None:
+    """Why a conversion cannot go on with what is there, if it cannot."""
+    if different := _differences(partial, identity):
+        return ResumeRefused(
             "an unfinished conversion of something else is where the target is made",
             file=str(partial),
             found=different,
             remedy="to go on with it, start it as it was begun; or start anew with --overwrite",
         )
+    for path in sorted(partial.rglob("*")):
+        name, found = path.relative_to(partial).as_posix(), path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            if name in sizes or path.parent.name == JOURNAL_DIRECTORY:
+                return damaged(path, "a directory in a file's place")
+        elif not is_plain(found):
+            return damaged(path, "a link, a pipe or a file with a second name")
+        elif found.st_size > sizes.get(name, found.st_size):
+            return damaged(path, f"{found.st_size} bytes, of which it can have {sizes[name]}")
+    return None
 
 
-def _is_free(partial: Path) -> bool:
-    return not os.path.lexists(partial) or (partial.is_dir() and not any(partial.iterdir()))
+def damaged(path: Path, found: str) -> ResumeRefused:
+    """The error about something in a partial directory that no conversion leaves there."""
+    return ResumeRefused(
+        "an unfinished conversion was changed or damaged, and cannot be gone on with",
+        file=str(path),
+        found=found,
+        remedy="start anew with --overwrite, or choose another target",
+    )
 
 
-def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
-    try:
-        return differences(json.loads((directory / JOURNAL_DIRECTORY / _IDENTITY).read_bytes()), identity)
-    except (ValueError, KeyError, TypeError):
-        return "the record of what it is made from cannot be read"
-
-
-def claim(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Lock:
+def claim(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> Lock:
     """Make the partial directory, or take up one that passes `check_partial`; nobody else has it until the release."""
     partial = partial_of(target)
+    if is_made_of(target, identity):  # only the last steps are missing
+        return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
     with writing(partial):
-        if is_made_of(target, identity):  # only the last steps are missing
-            return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
-        if _is_free(partial) and (made := _make(partial, identity)):
-            return made
-        check_partial(target, identity, overwrite=overwrite)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir(mode=0o700)
+        check_partial(target, identity, sizes, overwrite=overwrite)
+        with contextlib.suppress(FileExistsError):
+            (partial / JOURNAL_DIRECTORY).mkdir()
         lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
         try:
             _restore_aside(target)
-            if _differences(partial, identity):
+            if not overwrite and is_ours(partial) and (refused := _obstacle(partial, identity, sizes)):
+                raise refused
+            if not is_gone_on_with(partial, identity, sizes, overwrite=overwrite):
                 _start_anew(partial, identity)
-            _mark_resumable(partial)
+            elif not (partial / RESUMABLE).exists():
+                _mark_resumable(partial)
         except BaseException:
             lock.release()
             raise
         return lock
 
 
-def _make(partial: Path, identity: Mapping[str, Any]) -> Lock | None:
-    """Make the directory under another name first; None where somebody else was quicker."""
-    fresh = partial.with_name(f".{partial.name}-{secrets.token_hex(4)}")
-    (fresh / JOURNAL_DIRECTORY).mkdir(parents=True)
-    lock = Lock(fresh / JOURNAL_DIRECTORY / _LOCK, str(partial))
-    try:
-        _write_record(fresh, identity)
-        fresh.rename(partial)  # onto nothing, or onto an empty directory
-        sync(partial.absolute().parent)
-    except BaseException as error:
-        lock.release()
-        is_renamed = not fresh.exists()
-        shutil.rmtree(fresh, ignore_errors=True)
-        if is_renamed or _is_free(partial) or not isinstance(error, OSError):
-            raise
-        return None
-    return lock
-
-
 def _mark_resumable(partial: Path) -> None:
-    (partial / RESUMABLE).write_text("unfinished: start the same command again to go on\n", encoding="utf-8")
+    write_file(partial, RESUMABLE, b"unfinished: start the same command again to go on\n")
 
 
-def _write_record(partial: Path, identity: Mapping[str, Any]) -> None:
+def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
+    """Begin in a directory that is new, or empty one of ours: its journals first, which speak of all else in it."""
+    kept = (JOURNAL_DIRECTORY, IDENTITY_FILE, _LOCK, VOID)
+    forget(partial)
+    for path in sorted([*(partial / JOURNAL_DIRECTORY).iterdir(), *partial.iterdir()]):
+        if path.name not in kept:
+            remove(path)
+    (partial / JOURNAL_DIRECTORY / VOID).unlink(missing_ok=True)
     _mark_resumable(partial)
-    replace_text(partial / JOURNAL_DIRECTORY / _IDENTITY, json.dumps(identity, indent=1))
+    replace_text(partial / JOURNAL_DIRECTORY / IDENTITY_FILE, json.dumps(identity, indent=1))
     sync(partial)
+    sync_parent(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove something of ours, whatever it is; what a link leads to stays."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def forget(partial: Path) -> None:
@@ -235,33 +356,40 @@ def forget(partial: Path) -> None:
     Raises:
         OSError: the file system refuses.
     """
-    for path in sorted((partial / JOURNAL_DIRECTORY).glob("run-*")):
-        path.unlink()
+    for name in journals(partial):
+        (partial / JOURNAL_DIRECTORY / name).unlink()
     sync(partial / JOURNAL_DIRECTORY)
-
-
-def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
-    """Empty a directory of ours: its journals first, so that none speaks of what is no longer there."""
-    forget(partial)
-    for path in sorted(partial.iterdir()):
-        if path.name != JOURNAL_DIRECTORY:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    set_note(partial, VOID, holds=False)
-    _write_record(partial, identity)
 
 
 def _restore_aside(target: Path) -> None:
     """Give a target its name back that was moved aside by a run that ended before its successor had the name."""
-    if not os.path.lexists(target) and os.path.lexists(aside_of(target)) and has_note(partial_of(target), REPLACES):
+    if not os.path.lexists(target) and is_moved_aside(target, partial_of(target)):
         aside_of(target).rename(target)
-        sync(target.absolute().parent)
+        sync_parent(target)
+
+
+def look(target: Path) -> str:
+    """What a target is at this moment: its inode, and a digest of what lies in it; "" where there is nothing."""
+    if not os.path.lexists(target):
+        return ""
+    found = [(path, path.lstat()) for path in sorted(target.rglob("*"))]
+    lines = [
+        [path.relative_to(target).as_posix(), one.st_mode, *([one.st_size, one.st_mtime_ns] if is_plain(one) else [])]
+        for path, one in found
+    ]
+    return f"{target.lstat().st_ino} {hashlib.sha256(json.dumps(lines).encode()).hexdigest()}"
+
+
+def is_moved_aside(target: Path, directory: Path) -> bool:
+    """Whether what waits aside is what the conversion that makes a directory has moved there, and nothing else."""
+    return read_note(directory, REPLACES) == (look(aside_of(target)) or None)
 
 
 def used_bytes(partial: Path) -> int:
     """What a directory of ours has on its disk already, and is free for its successor."""
     if not is_ours(partial):
         return 0
-    return sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    return sum(path.lstat().st_blocks * 512 for path in partial.rglob("*"))
 
 
 def refuse_unfinished(path: Path, name: str | None = None) -> None:
@@ -277,8 +405,8 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     for place in _places(path, name):
         if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
             try:
-                flags = dict(json.loads((place / JOURNAL_DIRECTORY / _IDENTITY).read_bytes())["flags"])
-            except (OSError, ValueError, KeyError, TypeError):
+                flags = dict(_read_identity(place)["flags"])
+            except (OSError, ValueError, LookupError, TypeError):
                 flags = {}
             source = flags.get("source") or flags.get("load_path") or flags.get("load_dir")
             raise SourceError(
@@ -293,7 +421,7 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
 def _places(path: Path, name: str | None) -> Iterator[Path]:
     for place in (path, *([path / name] if name else [])):
         yield place if os.path.lexists(place) else partial_of(place)
-    if name is None and path.is_dir() and not (path / TRACKER_FILE).exists():
-        iterations = sorted([*path.glob("iter_*"), *path.glob("release*")])
-        if all(place.name.endswith(PARTIAL_SUFFIX) for place in iterations):
-            yield from iterations
+    if name is None and path.is_dir():
+        below = sorted(place for place in path.iterdir() if place.is_dir())
+        if all(place.name.endswith(PARTIAL_SUFFIX) for place in below):
+            yield from below

@@ -7,15 +7,16 @@ is made from: a tokenizer, for instance.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
-import stat
 from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.write.commit import existing_parent
-from dist_convert.write.files import writing
+from dist_convert.write.files import is_plain, opened, write_file, writing
 from dist_convert.write.partial import files_below
 
 _PROBE = ".dist_convert-"
@@ -79,10 +80,10 @@ def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str
 def _remove_left_behind(parent: Path, probe: str) -> None:
     """Remove the probes of runs that ended while they looked around; others may be at it now."""
     now = (parent / probe).stat().st_mtime
-    for path in parent.glob(f"{_PROBE}*"):
+    for path in parent.iterdir():
         with contextlib.suppress(OSError):  # another run was quicker, or it is another user's
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode) and not found.st_size and now - found.st_mtime > _LEFT_BEHIND_SECONDS:
+            found = path.lstat() if re.fullmatch(rf"{re.escape(_PROBE)}[0-9a-f]{{16}}", path.name) else None
+            if found and is_plain(found) and not found.st_size and now - found.st_mtime > _LEFT_BEHIND_SECONDS:
                 path.unlink()
 
 
@@ -130,16 +131,19 @@ def spread_files(world: World, directory: Path, weights: frozenset[str], *, rece
     files: list[tuple[str, int]] = [(name, size) for name, size in gather_objects(world, mine)[0]]
     for name, size_bytes in files:
         with writing(directory / name):
-            _spread(world, directory / name, size_bytes, receives=receives)
-
-
-def _spread(world: World, path: Path, size_bytes: int, *, receives: bool) -> None:
-    if receives:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    mine = path if receives or world.rank == 0 else Path(os.devnull)
-    with mine.open("wb" if receives else "rb") as file:
-        for first in range(0, size_bytes, _PIECE_BYTES):
-            count = min(_PIECE_BYTES, size_bytes - first)
-            piece = broadcast(world, b"" if receives else file.read(count), count)
             if receives:
-                file.write(piece)
+                write_file(directory, name, b"")
+            if receives or world.rank == 0:
+                with opened(directory, name, os.O_RDWR) as descriptor:
+                    _spread(world, descriptor, size_bytes, receives=receives)
+            else:
+                _spread(world, None, size_bytes, receives=False)
+
+
+def _spread(world: World, descriptor: int | None, size_bytes: int, *, receives: bool) -> None:
+    for first in range(0, size_bytes, _PIECE_BYTES):
+        count = min(_PIECE_BYTES, size_bytes - first)
+        sent = b"" if receives or descriptor is None else os.pread(descriptor, count, first)
+        piece = broadcast(world, sent, count)
+        if receives and descriptor is not None and os.pwrite(descriptor, piece, first) != count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,24 @@ from dist_convert.errors import (
     Interrupted,
     LostRank,
     SourceChanged,
+    TargetError,
     ValueOverflow,
 )
 from dist_convert.options import fingerprint
 from dist_convert.plan.content import digest
+from dist_convert.plan.copies import BLOCK_BYTES, TILE_COLUMNS
 from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
 from dist_convert.records import TargetFile, __version__, local_name, names
 from dist_convert.write.commit import check_target
-from dist_convert.write.files import reserve_file, writing
+from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
+    JOURNAL_DIRECTORY,
     History,
     Journal,
+    from_fields,
     has_written,
     history_of,
     journals,
@@ -52,12 +57,16 @@ from dist_convert.write.partial import (
     FORMAT,
     RESUMABLE,
     VOID,
+    aside_of,
     check_partial,
     claim,
+    damaged,
     forget,
     has_note,
+    is_gone_on_with,
     is_made_of,
     is_ours,
+    look,
     set_note,
 )
 from dist_convert.write.task import Task
@@ -67,8 +76,8 @@ def identity_of(task: Task) -> dict[str, Any]:
     """What an unfinished target must have been made from, for this conversion to go on with it, in JSON values.
 
     `plan` is the digest of the content, `source` has the size, the time of the last change in ns and the digest of the
-    header of each file, `settings` what else the bytes of weights files depend on. `flags` and `version` only say what
-    changed.
+    header of each file, `settings` what else the bytes of weights files depend on, and `blocks` how they are cut, as
+    what is done with gaps is found again only in blocks of the same size. `flags` and `version` only say what changed.
     """
     where = {"source": task.job.source, "target": str(task.job.target)}
     settings = dict(task.layout.settings)
@@ -79,6 +88,7 @@ def identity_of(task: Task) -> dict[str, Any]:
         "plan": task.content.digest,
         "source": {file: list(known) for file, known in sorted(task.source_identity.items())},
         "settings": settings,
+        "blocks": [BLOCK_BYTES, TILE_COLUMNS],
         "flags": where | fingerprint(task.job, task.source_format),
         "version": __version__,
     }
@@ -106,19 +116,33 @@ def has_name(task: Task) -> bool:
     return is_settled or is_made_of(task.target, identity_of(task))
 
 
-def check_start(task: Task) -> int:
-    """Check, without making anything, that the target can be made or gone on with; returns its disk's free bytes."""
+def _sizes(task: Task) -> dict[str, int]:
+    """The weights files where this rank's target lies, and their sizes in bytes."""
+    return {local_name(file.name): file.size_bytes for file in task.files}
+
+
+def is_unfinished(task: Task) -> bool:
+    """Whether an earlier run has left what this one would go on with."""
+    return is_gone_on_with(task.partial, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
+
+
+def check_start(task: Task) -> tuple[int, str]:
+    """Check, without making anything, that the target can be made or gone on with.
+
+    Returns:
+        The free bytes of its disk, and what is there to be replaced (see `partial.look`).
+    """
     if has_name(task):
-        return shutil.disk_usage(task.target).free
+        return shutil.disk_usage(task.target).free, ""
     free_bytes = check_target(
         task.target,
         task.source,
         overwrite=task.job.overwrite,
-        needed_bytes=sum(file.size_bytes for file in task.files),
+        needed_bytes=sum(_sizes(task).values()),
         different=what_differs(task.target, facts_of(task), task.elsewhere),
     )
-    check_partial(task.target, identity_of(task), overwrite=task.job.overwrite)
-    return free_bytes
+    check_partial(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
+    return free_bytes, (look(task.target) or look(aside_of(task.target))) if task.job.overwrite else ""
 
 
 def notes_on_replacing(task: Task) -> list[str]:
@@ -134,27 +158,56 @@ def begin(task: Task, world: World) -> tuple[History, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
     partial, files = task.partial, task.files
     _forget_what_is_void(task, world)
+    run, read, odd = _read_journals(task, world)
+    if odd and task.job.overwrite:
+        if task.is_first:
+            set_note(partial, VOID)
+        gather_objects(world, None)
+        _forget_what_is_void(task, world)
+        run, read, odd = _read_journals(task, world)
+    if odd:
+        raise damaged(Path(odd[0]), "a journal that says what none does, with a right checksum")
+    broken = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
+    history = history_of(read, {file for of_rank in gather_objects(world, broken) for file in of_rank})
+    if task.is_first:
+        task.layout.make_files(partial, files, is_first=world.rank == 0)
+        for file in files:
+            reserve_file(partial, local_name(file.name))
+    journal = Journal(partial, run, world.rank)
+    for name in broken if run > 1 else ():
+        journal.lost(local_name(name), with_this_run=False)
+    gather_objects(world, None)
+    return history, journal
+
+
+def _read_journals(task: Task, world: World) -> tuple[int, list[dict[str, Any]], list[str]]:
+    """The number of this run, what counts of the journals of all places, and which of them are damaged."""
+    partial, files = task.partial, task.files
     boots = gather_objects(world, list(this_boot()))
     listings: list[list[str]] = gather_objects(world, journals(partial))
     run = last_run(name for of_rank in listings for name in of_rank) + 1
     # Journals of two places may have one name, and are two.
     seen = [{f"{place}/{name}": 0 for name in of} for place, of in zip(task.places, listings, strict=True)]
     mine = deal_headers(sorted({name for of_rank in seen for name in of_rank}), seen)[world.rank]
-    records = [_planned(read_journal(partial, name.partition("/")[2], boots), files) for name in mine]
-    damaged = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
-    gathered = gather_objects(world, [records, damaged])
-    history = history_of(
-        [one for of_rank, _ in gathered for one in of_rank], {file for _, of in gathered for file in of}
+    records, odd = [], []
+    for name in (name.partition("/")[2] for name in mine):
+        record = read_journal(partial, name, boots)
+        if record is None or not _fits(record, _sizes(task)):
+            odd.append(str(partial / JOURNAL_DIRECTORY / name))
+        else:
+            records.append(_planned(record, files))
+    gathered = gather_objects(world, [records, odd])
+    return run, [one for of_rank, _ in gathered for one in of_rank], [one for _, of_rank in gathered for one in of_rank]
+
+
+def _fits(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    """Whether all that a journal has as written lies inside of its files."""
+    windows = (from_fields(values)[0] for values in record["wrote"])
+    return all(
+        window.offset_bytes + (window.runs - 1) * window.stride_bytes + window.run_bytes
+        <= sizes.get(window.file, sys.maxsize)
+        for window in windows
     )
-    if task.is_first:
-        task.layout.make_files(partial, files, is_first=world.rank == 0)
-        for file in files:
-            reserve_file(partial / local_name(file.name), file.name)
-    journal = Journal(partial, run, world.rank)
-    for name in damaged if run > 1 else ():
-        journal.lost(local_name(name), with_this_run=False)
-    gather_objects(world, None)
-    return history, journal
 
 
 def _forget_what_is_void(task: Task, world: World) -> None:
@@ -166,7 +219,8 @@ def _forget_what_is_void(task: Task, world: World) -> None:
             forget(task.partial)
         gather_objects(world, None)  # the note goes last: until then, the next run finds it
         if task.is_first:
-            set_note(task.partial, VOID, holds=False)
+            (task.partial / JOURNAL_DIRECTORY / VOID).unlink(missing_ok=True)
+            sync(task.partial / JOURNAL_DIRECTORY)
 
 
 def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
@@ -223,7 +277,7 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
     lock, is_here, runs_before = None, False, 0
     is_named = task.is_first and has_name(task)
     if task.is_first and (not is_named or is_ours(task.target)):
-        lock = claim(task.target, identity_of(task), overwrite=task.job.overwrite)
+        lock = claim(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     try:
         named: list[bool] = gather_objects(world, is_named)
         is_here = not named[task.places.index(task.places[task.rank])]
@@ -233,7 +287,7 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
     except ConversionError as error:
         if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
             error.resume = RESUME
-        with contextlib.suppress(OSError):  # the same disk may refuse this too
+        with contextlib.suppress(OSError, TargetError):  # the same disk may refuse this too
             if is_here:
                 _leave(task.partial, error, runs_before)
         raise

@@ -17,6 +17,7 @@ from dist_convert.errors import CorruptFile
 from dist_convert.formats.torch.skeleton import write_skeleton
 from dist_convert.read.torch_file import data_offsets_bytes, open_container
 from dist_convert.write.checksums import checksum_of, seal
+from dist_convert.write.files import opened
 
 STATE = {
     "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),
@@ -63,8 +64,8 @@ def without_serialization_id(path: Path) -> bytes:
 def test_a_truncated_file_is_not_sealed(filled: Path) -> None:
     os.truncate(filled, filled.stat().st_size - 30)
     with pytest.raises(CorruptFile) as caught:
-        seal(filled, "mp_rank_00/model_optim_rng.pt", [])
-    assert caught.value.file == "mp_rank_00/model_optim_rng.pt"
+        seal(filled.parent, filled.name, [])
+    assert caught.value.file == "model_optim_rng.pt"
 
 
 def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path, tmp_path: Path) -> None:
@@ -72,21 +73,27 @@ def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path,
     with whole.open("wb") as file:
         torch.save(STATE, file)
     assert without_serialization_id(filled) != without_serialization_id(whole)
-    seal(filled, "filled.pt", [])
+    seal(filled.parent, filled.name, [])
     assert without_serialization_id(filled) == without_serialization_id(whole)
 
 
 def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path) -> None:
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() == "archive/data/0"
-    seal(filled, "filled.pt", [])
+    seal(filled.parent, filled.name, [])
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() is None
 
 
 def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(path, {"num_layers": 1}, 7, [[("w", "F32", (100,)), ("empty", "F32", (0,)), ("b", "I8", (3,))]])
+    write_skeleton(
+        path.parent,
+        path.name,
+        {"num_layers": 1},
+        7,
+        [[("w", "F32", (100,)), ("empty", "F32", (0,)), ("b", "I8", (3,))]],
+    )
     known = []
     with path.open("r+b") as file:
         for name, (offset, size) in record_ranges(path).items():
@@ -94,7 +101,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
             for half, at in zip(halves, (offset, offset + size // 2), strict=True):
                 os.pwrite(file.fileno(), half, at)
                 known.append((at, len(half), zlib.crc32(half)))
-    seal(path, path.name, sorted(known))
+    seal(path.parent, path.name, sorted(known))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert {name: archive.read(f"archive/{name}") for name in ("data/0", "data/1", "data/2")} == {
@@ -104,7 +111,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="unzip is not installed")
 def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) -> None:
-    seal(filled, "filled.pt", [])
+    seal(filled.parent, filled.name, [])
     assert subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True).returncode == 0
     offset, _ = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
@@ -116,9 +123,9 @@ def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) ->
 
 
 def test_patching_twice_gives_the_same_bytes(filled: Path) -> None:
-    seal(filled, "filled.pt", [])
+    seal(filled.parent, filled.name, [])
     once = filled.read_bytes()
-    seal(filled, "filled.pt", [])
+    seal(filled.parent, filled.name, [])
     assert filled.read_bytes() == once
 
 
@@ -128,19 +135,19 @@ def test_a_record_without_its_descriptor_is_refused(filled: Path) -> None:
         file.seek(offset + size)
         file.write(b"xx")
     with pytest.raises(CorruptFile) as caught:
-        seal(filled, "filled.pt", [])
+        seal(filled.parent, filled.name, [])
     assert caught.value.file == "filled.pt: data/2"
 
 
 def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(path, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]])
+    write_skeleton(path.parent, path.name, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]])
     offset, size = record_ranges(path)["data/1"]
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(DATA["data/2"])
     huge, _ = record_ranges(path)["data/0"]
-    seal(path, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
+    seal(path.parent, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
     with zipfile.ZipFile(path) as archive:
         assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
         assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum
@@ -161,11 +168,12 @@ def test_what_no_known_range_covers_is_read(known: list[tuple[int, int]], start:
     data = random.Random(7).randbytes(120)
     (tmp_path / "file").write_bytes(data)
     ranges = [(offset, size, zlib.crc32(data[offset : offset + size])) for offset, size in known]
-    assert checksum_of(tmp_path / "file", start, end, ranges) == zlib.crc32(data[start:end])
+    with opened(tmp_path, "file") as descriptor:
+        assert checksum_of(descriptor, "file", start, end, ranges) == zlib.crc32(data[start:end])
 
 
 def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(50))
-    with pytest.raises(CorruptFile, match="has become shorter") as caught:
-        checksum_of(tmp_path / "file", 0, 100, [])
-    assert (caught.value.file, caught.value.found) == (str(tmp_path / "file"), "50 bytes")
+    with opened(tmp_path, "file") as descriptor, pytest.raises(CorruptFile, match="has become shorter") as caught:
+        checksum_of(descriptor, "out/file", 0, 100, [])
+    assert (caught.value.file, caught.value.found) == ("out/file", "50 bytes")

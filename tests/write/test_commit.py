@@ -10,6 +10,7 @@ import pytest
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.commit import check_target, commit, settle
+from dist_convert.write.partial import look
 
 
 @pytest.fixture
@@ -147,12 +148,11 @@ def test_a_directory_without_write_permission_is_named(target: Path, source: Pat
     assert caught.value.found == f"{target.parent} is no directory or is write-protected"
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "empty directory"])
-def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, overwrite: bool, there: bool) -> None:
+def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, there: bool) -> None:
     if there:
         target.mkdir()
-    commit(partial, target, overwrite=overwrite)
+    commit(partial, target, replaces="")
     settle(target)
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
@@ -161,7 +161,7 @@ def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, o
 def test_with_overwrite_nothing_of_the_old_target_is_left(target: Path, partial: Path) -> None:
     write(target, "config.json", "old")
     write(target, "model-00001-of-00002.safetensors", "old")
-    commit(partial, target, overwrite=True)
+    commit(partial, target, replaces=look(target))
     settle(target)
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert (target / "config.json").read_text() == "new"
@@ -187,7 +187,7 @@ def test_a_source_where_the_target_is_made_is_refused(target: Path, name: str) -
 def test_a_target_that_appeared_meanwhile_is_left_alone_without_overwrite(target: Path, partial: Path) -> None:
     write(target, "config.json", "someone else's")
     with pytest.raises(TargetExists) as caught:
-        commit(partial, target, overwrite=False)
+        commit(partial, target, replaces="")
     assert caught.value.file == str(target)
     assert (target / "config.json").read_text() == "someone else's"
     assert (partial / "config.json").read_text() == "new"
@@ -198,7 +198,7 @@ def test_a_target_may_be_named_relative_to_the_working_directory(
     target: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(target.parent)
-    commit(Path("model.partial"), Path("model"), overwrite=False)
+    commit(Path("model.partial"), Path("model"), replaces="")
     assert (target / "config.json").read_text() == "new"
 
 
@@ -206,7 +206,7 @@ def test_a_link_to_a_model_is_replaced_and_the_model_it_leads_to_is_kept(target:
     elsewhere = target.parent / "elsewhere"
     write(elsewhere, "config.json", "old")
     target.symlink_to(elsewhere)
-    commit(partial, target, overwrite=True)
+    commit(partial, target, replaces=look(target))
     settle(target)
     assert (target / "config.json").read_text() == "new"
     assert (elsewhere / "config.json").read_text() == "old"

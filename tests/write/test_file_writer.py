@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -102,9 +102,11 @@ def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path, writer: 
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_full_file_system_is_told_from_other_refusals() -> None:
-    writer = FileWriter(Path("/dev"))
+def test_a_full_file_system_is_told_from_other_refusals(make_disk: Callable[[str], Path]) -> None:
+    disk = make_disk("size=16k")
+    (disk / "full").touch()
+    writer = FileWriter(disk)
     with pytest.raises(NotEnoughSpace) as caught:
-        writer.write(view(0, 1, 1, file="full"), memoryview(b"x"))
+        writer.write(view(0, 1, 20_000, file="full"), memoryview(bytes(20_000)))
     writer.close()
     assert (caught.value.file, caught.value.found) == ("full", "No space left on device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -87,7 +88,7 @@ def test_the_lock_of_a_process_that_was_killed_here_is_taken_over_at_once(tmp_pa
     assert time.monotonic() - started < 1
     assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
     lock.release()
-    assert (tmp_path / "lock").read_text() == ""
+    assert (tmp_path / "lock").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("changed", ["host", "boot"])
@@ -128,12 +129,43 @@ def test_a_lock_of_another_machine_that_is_touched_meanwhile_is_held_whatever_it
     assert json.loads(path.read_text()) == ELSEWHERE
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\0" * 200])
+@pytest.mark.parametrize("text", ["{}\n", "{", "[]", "\0" * 200, "[" * 4000])
 def test_a_file_that_names_no_holder_is_taken_over_at_once(text: str, tmp_path: Path) -> None:
     (tmp_path / "lock").write_text(text)
     started = time.monotonic()
     Lock(tmp_path / "lock", LABEL).release()
     assert time.monotonic() - started < 1
+
+
+def test_who_has_just_made_the_file_on_another_machine_is_waited_for_until_he_says_who_he_is(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    started = time.monotonic()
+    Lock(path, LABEL, fresh_seconds=0.2).release()
+    assert 0.2 <= time.monotonic() - started < 1
+
+    path.write_text("")
+    other = threading.Timer(0.1, path.write_text, [json.dumps(ELSEWHERE)])
+    beat = threading.Timer(0.6, os.utime, [path, (1, 1)])
+    other.start()
+    beat.start()
+    with pytest.raises(TargetBusy, match="process 4711 on elsewhere"):
+        Lock(path, LABEL, WATCHED_SECONDS, fresh_seconds=0.3)
+
+
+def test_a_lock_that_is_removed_by_the_end_of_its_conversion_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").write_text("{}\n")
+    flock = fcntl.flock
+
+    def ended_meanwhile(descriptor: int, operation: int) -> None:
+        (tmp_path / "lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ended_meanwhile)
+    with pytest.raises(TargetBusy):
+        Lock(tmp_path / "lock", LABEL)
 
 
 @pytest.fixture

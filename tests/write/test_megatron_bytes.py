@@ -43,7 +43,7 @@ def test_the_pickle_is_these_bytes() -> None:
 
 def test_the_pickle_remembers_no_object(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(path, ARGS, 7, CHUNKS)
+    write_skeleton(path.parent, path.name, ARGS, 7, CHUNKS)
     with zipfile.ZipFile(path) as archive:
         operations = {operation.name for operation, _, _ in pickletools.genops(archive.read("archive/data.pkl"))}
     assert not {name for name in operations if "PUT" in name or "GET" in name or "MEMO" in name}
@@ -82,10 +82,11 @@ def test_equal_args_give_equal_bytes_whichever_objects_they_share(same: Callable
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib; from tests.write.test_megatron_bytes import *;"
-        "write_skeleton(pathlib.Path(sys.argv[1]), {name: ARGS[name] for name in set(ARGS)}, 7, CHUNKS)"
+        "write_skeleton(pathlib.Path(sys.argv[1]), 'renamed.pt', {name: ARGS[name] for name in set(ARGS)}, 7, CHUNKS)"
     )
     path, other = tmp_path / "model_optim_rng.pt", tmp_path / "elsewhere" / "renamed.pt"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program, str(other)], env=environment, check=True)
-    write_skeleton(path, ARGS, 7, CHUNKS)
+    other.parent.mkdir()
+    subprocess.run([sys.executable, "-c", program, str(other.parent)], env=environment, check=True)
+    write_skeleton(path.parent, path.name, ARGS, 7, CHUNKS)
     assert other.read_bytes() == path.read_bytes()

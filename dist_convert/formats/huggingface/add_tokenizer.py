@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, writ
 from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.options import TokenizerJob
 from dist_convert.read.source import read_json
-from dist_convert.write.files import sync, target_error
+from dist_convert.write.files import replace_files
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished
-
-_PARTIAL = ".tokenizer.partial"
 
 
 def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
@@ -64,23 +61,11 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     changed = published(config, tokenizer.path) or with_special_ids(
         config, read_json(generation) if generation.is_file() else {}, tokenizer, style
     )
-    partial = job.target / _PARTIAL
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        names = write_tokenizer(tokenizer, style, partial)
-        for name, data in changed.items():
-            (partial / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        for name in (*names, *changed):
-            sync(partial / name)
-        for name in (*names, *changed):
-            (job.target / name).parent.mkdir(exist_ok=True)
-            os.replace(partial / name, job.target / name)
-    except OSError as error:
-        raise target_error(error, str(error.filename or job.target)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # an upload would take it along
+    with tempfile.TemporaryDirectory() as scratch:
+        names = write_tokenizer(tokenizer, style, Path(scratch))
+        contents = {name: (Path(scratch) / name).read_bytes() for name in names}
+    contents |= {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in changed.items()}
+    replace_files(job.target, contents)
     renew_manifest(job.target, gone=old, fresh=(*names, *changed))
     _remove(job.target, [name for name in old if name not in names])
     return (*names, *changed)

@@ -32,7 +32,7 @@ from dist_convert.plan.content import Content
 from dist_convert.read.source import MAX_BYTES, read_small_file, reading
 from dist_convert.records import TargetFile, __version__
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.files import make_file
+from dist_convert.write.files import make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
 
 CARD_FILE = "README.md"
@@ -76,7 +76,7 @@ class HuggingFaceTarget:
             tokenizer = self.model.tokenizer  # first, so that what fails here fails early
             write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
         for file in files:
-            make_file(partial / file.name, file.name, [(0, file.header)], file.size_bytes)
+            make_file(partial, file.name, [(0, file.header)], file.size_bytes)
 
     def complete(
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
@@ -87,21 +87,19 @@ class HuggingFaceTarget:
         if self.model.args is None:
             configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
             for name in self.copied:
-                content = read_small_file(self.model.directory / name)
-                (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_bytes(content)
+                write_file(partial, name, read_small_file(self.model.directory / name))
         else:
             tokenizer = self.model.tokenizer
             style = style_of(tokenizer, self.config, self.job)
             found = self.published or with_special_ids(self.config, {}, tokenizer, style)
             configs = {**found, ARGS_FILE: self.model.args}
-            (partial / CARD_FILE).write_text(model_card(self.content, self.model), encoding="utf-8")
+            write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
             if self.bins is not None:
                 write_bins(partial, *self.bins)
         for name, config in configs.items():
-            (partial / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_file(partial, name, (json.dumps(config, indent=2) + "\n").encode())
         if index := index_json(self.content.files):
-            (partial / INDEX_FILE).write_text(index, encoding="utf-8")
+            write_file(partial, INDEX_FILE, index.encode())
 
     def publish(self) -> None:
         """See `Target`."""

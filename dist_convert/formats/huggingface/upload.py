@@ -23,7 +23,8 @@ from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_hugg
 from dist_convert.ranks.answer import answer_within
 from dist_convert.read.source import no_directory
 from dist_convert.records import human_bytes, names
-from dist_convert.write.partial import PARTIAL_SUFFIX, refuse_unfinished
+from dist_convert.write.files import PARTIAL_SUFFIX
+from dist_convert.write.partial import refuse_unfinished
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

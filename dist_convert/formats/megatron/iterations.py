@@ -12,8 +12,9 @@ from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
 from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
 from dist_convert.read.source import no_directory, read_json, reading
-from dist_convert.write.files import TRACKER_FILE
 
+#: In the root of a checkpoint: which of its iterations is the newest.
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
 #: Names the kind of a distributed checkpoint.
 KIND_FILE = "metadata.json"
 

@@ -28,6 +28,7 @@ from dist_convert.formats.megatron.grid import (
     stage_layers,
     virtual_stages,
 )
+from dist_convert.formats.megatron.iterations import TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
     PIPELINE_LAYOUT,
     TargetArgs,
@@ -45,7 +46,7 @@ from dist_convert.models.schema import Architecture, Row, entries
 from dist_convert.options import PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
-from dist_convert.write.files import TRACKER_FILE, replace_text
+from dist_convert.write.files import replace_text
 
 ARGS_FILE = "target_megatron_args.json"
 

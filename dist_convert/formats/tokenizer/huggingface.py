@@ -29,7 +29,7 @@ from dist_convert.formats.tokenizer.build import (
 from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_json, read_small_file
-from dist_convert.write.files import target_error
+from dist_convert.write.files import write_file
 
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -298,12 +298,8 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         files = {_FAST_FILE: fast, CONFIG: _json(config), _SPECIAL_TOKENS: _json(special)}
         if tokenizer.kind == "sentencepiece":
             files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
-    try:
-        for name, content in files.items():
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(content)
-    except OSError as error:
-        raise target_error(error, str(error.filename or target)) from error
+    for name, content in files.items():
+        write_file(target, name, content)
     return tuple(files)
 
 

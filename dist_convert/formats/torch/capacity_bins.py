@@ -6,6 +6,7 @@ They are written as `capacity_bins.pt` in the nesting that Habana's converter us
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
 from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.write.files import write_file
 
 FILE = "capacity_bins.pt"
 _DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
@@ -70,7 +72,9 @@ def write_bins(target: Path, catalog: TorchCatalog, bins: Iterable[Bin]) -> None
         layer = first_layer[rank.pipeline, virtual] + local_layer
         slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(catalog))
         slots[rank.pipeline][rank.expert][rank.tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
-    torch.save(nested, target / FILE)
+    content = io.BytesIO()
+    torch.save(nested, content)
+    write_file(target, FILE, content.getvalue())
 
 
 def _places(catalog: TorchCatalog) -> Iterator[tuple[str, Rank]]:

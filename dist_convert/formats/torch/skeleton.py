@@ -30,20 +30,20 @@ class Skeleton:
 
 
 def write_skeleton(
-    path: Path, args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]]
+    root: Path, name: str, args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]]
 ) -> None:
     """Make one rank's file in its final size, with zeros for every tensor, or what an earlier run has put there.
 
     Args:
-        path: of the file; directories above it are made.
+        root, name: of the file, see `write.files.open_below`.
         args, iteration, chunks: see `lay_out_skeleton`.
 
     Raises:
         PlanError: see `lay_out_skeleton`.
         NotEnoughSpace, TargetError: see `make_file`.
     """
-    skeleton = lay_out_skeleton(args, iteration, chunks, str(path))
-    make_file(path, str(path), skeleton.pieces, skeleton.size_bytes)
+    skeleton = lay_out_skeleton(args, iteration, chunks, str(root / name))
+    make_file(root, name, skeleton.pieces, skeleton.size_bytes)
 
 
 def lay_out_skeleton(

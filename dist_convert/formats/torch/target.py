@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.records import TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, seal
+from dist_convert.write.files import opened, writing
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
 Extras = Mapping[tuple[str, str], bytes]
@@ -53,7 +55,7 @@ class TorchTarget:
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""
         for name in (local_name(file.name) for file in files):
-            write_skeleton(partial / name, self.target.args.values, self.target.iteration or 0, self.files[name])
+            write_skeleton(partial, name, self.target.args.values, self.target.iteration or 0, self.files[name])
 
     def complete(
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
@@ -62,11 +64,10 @@ class TorchTarget:
         for file in files:
             name = local_name(file.name)
             tensors = {tensor.name: tensor for tensor in file.tensors}
-            with (partial / name).open("r+b") as output:
+            with writing(name), opened(partial, name, os.O_WRONLY) as descriptor:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
-                    output.seek(tensors[tensor].offset_bytes)
-                    output.write(data)
-            seal(partial / name, name, known.get(file.name, ()))
+                    os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
+            seal(partial, name, known.get(file.name, ()))
 
     def publish(self) -> None:
         """See `Target`."""

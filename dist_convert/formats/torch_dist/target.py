@@ -21,7 +21,7 @@ from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, SavedTensor
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange, checksum_of
-from dist_convert.write.files import make_file, target_error
+from dist_convert.write.files import make_file, opened, write_file, writing
 
 #: As every version of Megatron-Core from 0.13 on reads it.
 _KIND = {
@@ -46,7 +46,7 @@ class DistTarget:
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""
         for file in files:
-            make_file(partial / file.name, file.name, self._pieces(file.name), file.size_bytes)
+            make_file(partial, file.name, self._pieces(file.name), file.size_bytes)
 
     def _pieces(self, file: str) -> Iterator[tuple[int, bytes]]:
         """All of a file that is no tensor's values."""
@@ -59,27 +59,24 @@ class DistTarget:
     ) -> None:
         """See `Target`: the checksums of all chunks; `.metadata` and the args."""
         for file in files:
-            self._seal(partial / file.name, known.get(file.name, ()))
+            self._seal(partial, file.name, known.get(file.name, ()))
         if not is_first:
             return
         content = common_content(self.target.args.values, self.target.iteration or 0, COMMON_FILE)
         pieces, size_bytes, _ = lay_out_container(pickled(content), [])
-        make_file(partial / COMMON_FILE, COMMON_FILE, pieces, size_bytes)
-        (partial / KIND_FILE).write_text(json.dumps(_KIND), encoding="utf-8")
-        (partial / METADATA_FILE).write_bytes(metadata_bytes(*saved_metadata(self.files)))
+        make_file(partial, COMMON_FILE, pieces, size_bytes)
+        write_file(partial, KIND_FILE, json.dumps(_KIND).encode())
+        write_file(partial, METADATA_FILE, metadata_bytes(*saved_metadata(self.files)))
 
-    def _seal(self, path: Path, known: Sequence[KnownRange]) -> None:
+    def _seal(self, partial: Path, name: str, known: Sequence[KnownRange]) -> None:
         """Write the checksum of each chunk to both places that hold it."""
-        try:
-            with path.open("r+b") as output:
-                for chunk in (blob for blob in self.files.blobs[path.name] if blob.dtype):
-                    template, first_byte = self.files.templates[chunk.dtype, chunk.sizes], chunk.place.offset_bytes
-                    start = first_byte + template.data_offset_bytes
-                    checksum = checksum_of(path, start, start + template.data_bytes, known)
-                    for place in template.checksums:
-                        os.pwrite(output.fileno(), checksum.to_bytes(4, "little"), first_byte + place)
-        except OSError as error:
-            raise target_error(error, str(path)) from error
+        with writing(name), opened(partial, name, os.O_RDWR) as descriptor:
+            for chunk in (blob for blob in self.files.blobs[name] if blob.dtype):
+                template, first_byte = self.files.templates[chunk.dtype, chunk.sizes], chunk.place.offset_bytes
+                start = first_byte + template.data_offset_bytes
+                checksum = checksum_of(descriptor, name, start, start + template.data_bytes, known)
+                for place in template.checksums:
+                    os.pwrite(descriptor, checksum.to_bytes(4, "little"), first_byte + place)
 
     def publish(self) -> None:
         """See `Target`."""
