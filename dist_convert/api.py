@@ -31,7 +31,7 @@ from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import human_bytes, local_name
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import commit, settle, sweep, sync_files
+from dist_convert.write.commit import commit, publish, settle, sweep, sync_files
 from dist_convert.write.files import target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.places import spread_files
@@ -96,7 +96,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         give_name = partial(commit, task.partial, task.target, replaces=replaces)
         channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
         if task.is_first:
-            task.layout.publish()
+            publish(task.target, task.layout.beside())
         barrier(world)
         report = replace(report, seconds=time.monotonic() - started, was_complete=held.is_complete)
         channel.say("done", report_text(report), report=report_details(report))

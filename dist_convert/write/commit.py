@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.records import counted
-from dist_convert.write.files import sync, sync_parent, writing
+from dist_convert.write.files import replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, manifest_of
 from dist_convert.write.partial import (
@@ -20,6 +20,7 @@ from dist_convert.write.partial import (
     files_below,
     has_note,
     is_moved_aside,
+    is_ours,
     look,
     partial_of,
     remove,
@@ -186,6 +187,15 @@ def _check_same(target: Path, place: Path, replaces: str) -> None:
             expected="what was there when the conversion began" if replaces else "nothing, as when it began",
             remedy=f"move it away, then start the same command again: {partial_of(target)} is complete",
         )
+
+
+def publish(target: Path, files: Mapping[str, bytes]) -> None:
+    """Replace files in the directory that holds a target, which has its name.
+
+    They are written in the target's journal first: whatever a killed run leaves of them is removed with it.
+    """
+    root = target.absolute().parent
+    replace_files(root, files, target / JOURNAL_DIRECTORY if is_ours(target) else root)
 
 
 def settle(target: Path) -> str:

@@ -265,30 +265,27 @@ def replace_text(path: Path, text: str) -> None:
     replace_files(path.parent, {path.name: text.encode()})
 
 
-def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+def replace_files(directory: Path, contents: Mapping[str, bytes], scratch: Path | None = None) -> None:
     """Replace small files, or add them; none before all are written and forced to the disk, and none in part.
 
     Args:
         directory: may be reached by a link.
         contents: by name. A link that has the name is replaced as well, and what it leads to is left alone.
+        scratch: a directory of the same file system in which they are written first; `directory` without it. There
+            something named `*.partial` stays if the process is killed.
     """
-    root = directory.resolve()
-    fresh = {name: str(Path(name).with_name(_random_name(Path(name).name))) for name in contents}
+    root, made_in = directory.resolve(), (scratch or directory).resolve()
+    fresh = {name: f".{Path(name).name[:150]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}" for name in contents}
     try:
         for name, content in contents.items():
             with writing(root / name):
-                _write_new(root, fresh[name], content, is_forced=True)
-        for name, made in fresh.items():
-            with writing(root / name), holding(root, name) as (holder, last):
-                os.rename(Path(made).name, last, src_dir_fd=holder, dst_dir_fd=holder)
+                _write_new(made_in, fresh[name], content, is_forced=True)
+        for name in contents:
+            with writing(root / name), holding(root, name, makes=True) as (holder, last):
+                os.rename(made_in / fresh[name], last, dst_dir_fd=holder)
                 os.fsync(holder)
     except BaseException:
         for made in fresh.values():
-            with suppress(OSError), holding(root, made) as (holder, last):
-                os.unlink(last, dir_fd=holder)
+            with suppress(OSError):
+                (made_in / made).unlink()
         raise
-
-
-def _random_name(name: str) -> str:
-    """Of a file that is going to be renamed: nobody has it or can prepare it."""
-    return f".{name[:150]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"

@@ -42,8 +42,8 @@ class Target(Protocol):
         `known` are, by file, the ranges whose checksums were taken when they were written.
         """
 
-    def publish(self) -> None:
-        """What follows the renaming, on the first rank of each place."""
+    def beside(self) -> Mapping[str, bytes]:
+        """Files that are replaced in the directory that holds the target, in this order, once it has its name."""
 
     def to_do(self) -> str:
         """What is left for the user to do, for the very end; nothing where nothing is."""

@@ -101,8 +101,9 @@ class HuggingFaceTarget:
         if index := index_json(self.content.files):
             write_file(partial, INDEX_FILE, index.encode())
 
-    def publish(self) -> None:
+    def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""
+        return {}
 
     def to_do(self) -> str:
         """See `Target`; after an upload it is said there."""

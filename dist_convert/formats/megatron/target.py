@@ -46,7 +46,6 @@ from dist_convert.models.schema import Architecture, Row, entries
 from dist_convert.options import PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
-from dist_convert.write.files import replace_text
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -123,10 +122,11 @@ class MegatronTarget:
         args: dict[str, Any] = json.loads(args_json(self.args))
         return args | {"iteration": self.iteration}
 
-    def publish(self) -> None:
-        """Name this iteration as the newest, and describe it beside the others."""
-        replace_text(self.root / ARGS_FILE, target_margs_json(self.args, training_flags(self.architecture)))
-        replace_text(self.root / TRACKER_FILE, RELEASE if self.iteration is None else str(self.iteration))
+    def beside(self) -> dict[str, bytes]:
+        """What describes this iteration in the root, and names it as the newest."""
+        newest = RELEASE if self.iteration is None else str(self.iteration)
+        described = target_margs_json(self.args, training_flags(self.architecture))
+        return {ARGS_FILE: described.encode(), TRACKER_FILE: newest.encode()}
 
 
 @dataclass(frozen=True)

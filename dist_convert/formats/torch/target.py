@@ -69,9 +69,9 @@ class TorchTarget:
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
             seal(partial, name, known.get(file.name, ()))
 
-    def publish(self) -> None:
+    def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""
-        self.target.publish()
+        return self.target.beside()
 
     def to_do(self) -> str:
         """See `Target`."""

@@ -78,9 +78,9 @@ class DistTarget:
                 for place in template.checksums:
                     os.pwrite(descriptor, checksum.to_bytes(4, "little"), first_byte + place)
 
-    def publish(self) -> None:
+    def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""
-        self.target.publish()
+        return self.target.beside()
 
     def to_do(self) -> str:
         """See `Target`."""
