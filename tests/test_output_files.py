@@ -246,7 +246,7 @@ def test_a_target_that_is_a_file_is_refused_and_kept(
     make(tmp_path / "in", SMALL)
     (tmp_path / "out").write_text("mine")
     assert convert(tmp_path / "in", tmp_path / "out", *flags) == 1
-    assert "the target is a file" in capsys.readouterr().err
+    assert "the target is a file or a link" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 

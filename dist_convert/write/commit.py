@@ -46,10 +46,18 @@ def check_target(
         UsageError: source and target lie in one another.
     """
     file, another = str(target), "choose another target"
-    if os.path.lexists(target) and not target.is_dir():
-        what = "the target is a link to nothing" if target.is_symlink() else "the target is a file"
-        raise TargetExists(what, file=file, remedy=another)
+    for place in (target, partial_of(target)):
+        if place.is_dir() and not place.is_symlink() and is_mount_point(place):
+            raise TargetError(
+                "the target is a mount point, and is to get its name by renaming, which is not possible there",
+                file=str(place),
+                expected="a new or empty directory on the file system of the directory that holds it",
+                found="a mount point",
+                remedy=f"choose a target inside of it, such as {target / 'model'}",
+            )
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if os.path.lexists(target) and not there and (target.is_symlink() or not target.is_dir()):
+        raise TargetExists("the target is a file or a link", file=file, remedy=another)
     if there and not overwrite:
         instead = "replace it with --overwrite" if manifest_of(target) else "remove the directory yourself"
         raise TargetExists(
@@ -69,18 +77,6 @@ def check_target(
             found=", ".join(there[:6]),
             remedy=f"{another}, or remove the directory yourself",
         )
-    if target.is_symlink() and not there:
-        remedy = f"give what it leads to, {target.resolve()}"
-        raise TargetExists("the target is a link to a directory", file=file, remedy=remedy)
-    for place in (target, partial_of(target)):
-        if not place.is_symlink() and place.is_dir() and is_mount_point(place):
-            raise TargetError(
-                "the target is a file system of its own, and gets its name by renaming, which is not possible there",
-                file=str(place),
-                expected="a new directory, or an empty one on the file system of the directory that holds it",
-                found="a mount point",
-                remedy=f"choose a target inside of it, such as {target / 'model'}",
-            )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
             remedy = f"{another}; its name, and its name with .partial and .replaced, are written to"

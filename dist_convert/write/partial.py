@@ -54,11 +54,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if old.get("format") != new["format"]:
         return f"{_other_version(old, new)}, which alone can go on with it"
     found = [*_source_differences(old["source"], new["source"])]
-    if any(old.get(part) != new[part] for part in ("plan", "settings", "blocks")) and not found:
+    if (old["plan"], old["settings"]) != (new["plan"], new["settings"]) and not found:
         found = [
             *_value_differences("--", old["flags"], new["flags"]),
             *_value_differences("argument ", old["settings"], new["settings"]),
-        ] or [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
+        ]
+    if (old["plan"], old["settings"], old.get("blocks")) != (new["plan"], new["settings"], new["blocks"]) and not found:
+        found = [f"version {old['version']} of the converter, {new['version']} now, which plans otherwise"]
     return names(found, _SHOWN, "; ")
 
 
@@ -357,7 +359,7 @@ def forget(partial: Path) -> None:
         OSError: the file system refuses.
     """
     for name in journals(partial):
-        (partial / JOURNAL_DIRECTORY / name).unlink()
+        remove(partial / JOURNAL_DIRECTORY / name)
     sync(partial / JOURNAL_DIRECTORY)
 
 

@@ -1,0 +1,283 @@
+"""What lies beside, below or in place of a target and is not of this tool: it stays, and no link is written through."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dist_convert.api
+from dist_convert.write.commit import publish
+from tests.attacks.unfinished import MODEL, go_on
+from tests.checkpoints import Grid, make
+from tests.converting import convert
+from tests.distributed.interrupting import hashes_below
+from tests.file_systems import mounted
+from tests.to_megatron import make_hf, to_megatron
+
+NOBODY = 65534
+TEXT = "the only copy\n"
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file to another user needs root")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    make(tmp_path / "in", MODEL, Grid(tp=2))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "out"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    (tmp_path / "victim").write_text(TEXT)
+    return tmp_path / "victim"
+
+
+def own(directory: Path) -> None:
+    """Something of the user's own."""
+    directory.mkdir()
+    (directory / "diary").write_text(TEXT)
+
+
+@pytest.mark.parametrize("name", ["out", "model[a]", "m*", "m?"])
+def test_directories_with_names_like_those_of_this_tool_stay(name: str, source: Path, target: Path) -> None:
+    beside = (
+        f".{name}.journal",
+        f".{name}.partial-notes",
+        f".{name}.partial-0000abcd",
+        ".modela.partial-x",
+        ".mx.partial-x",
+    )
+    for other in beside:
+        own(target.with_name(other))
+    assert convert(source, target.with_name(name)) == 0
+    assert convert(source, target.with_name(name), "--overwrite", "--target-params-dtype", "fp32") == 0
+    assert sorted(path.name for path in target.parent.iterdir()) == sorted([*beside, name])
+    for other in beside:
+        assert (target.with_name(other) / "diary").read_text() == TEXT
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_a_partial_directory_of_the_user_s_own_stays(
+    more: tuple[str, ...], source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for inside in ("", ".journal"):
+        partial = target.with_name("out.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / inside).mkdir(parents=True)
+        (partial / inside / "diary").write_text(TEXT)
+        before = hashes_below(target.parent)
+        assert convert(source, target, *more) == 1
+        assert "was not left by a conversion" in capsys.readouterr().err
+        assert hashes_below(target.parent) == before
+
+
+@needs_root
+@pytest.mark.parametrize("link", ["lock", "identity.json", ".identity.json.new", "run-00001-rank-00000"])
+def test_what_another_user_has_prepared_is_refused_by_name_and_not_written_through(
+    link: str, source: Path, target: Path, victim: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = target.with_name("out.partial")
+    (partial / ".journal").mkdir(parents=True)
+    (partial / ".journal" / "identity.json").write_text("{}")
+    (partial / ".journal" / link).unlink(missing_ok=True)
+    (partial / ".journal" / link).symlink_to(victim)
+    for path in (partial, *partial.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    assert convert(source, target, "--overwrite") == 1
+    error = capsys.readouterr().err
+    assert f"file:     {partial}\n" in error
+    assert f"found:    a directory of user {NOBODY}, mode 755\n" in error
+    assert victim.read_text() == TEXT
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_a_partial_directory_that_others_can_write_is_refused_by_name(
+    more: tuple[str, ...], left: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left.chmod(0o777)
+    before = hashes_below(left)
+    assert go_on(unfinished, left, *more) == 1
+    assert "may be somebody else's" in (error := capsys.readouterr().err)
+    assert "mode 777" in error
+    assert hashes_below(left) == before
+
+
+def test_a_link_in_place_of_the_partial_directory_is_refused_by_name(
+    left: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left.rename(left.with_name("elsewhere"))
+    left.symlink_to("elsewhere")
+    before = hashes_below(left.parent)
+    assert go_on(unfinished, left, "--overwrite") == 1
+    assert "found:    a link\n" in capsys.readouterr().err
+    assert hashes_below(left.parent) == before
+
+
+def symbolic(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def hard(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def to_directory(path: Path, victim: Path) -> None:
+    path.symlink_to(victim.parent)
+
+
+@pytest.mark.parametrize(
+    "name", [".journal/lock", ".journal/run-00007-rank-00000", "model.safetensors", "config.json", "x"]
+)
+@pytest.mark.parametrize("link", [symbolic, hard, to_directory])
+def test_links_in_a_partial_directory_are_refused_by_name_and_overwrite_starts_anew(
+    link: Callable[[Path, Path], None], name: str, left: Path, unfinished: Path, victim: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (left / name).unlink(missing_ok=True)
+    link(left / name, victim)
+    assert go_on(unfinished, left) == 1
+    assert str(left / name) in capsys.readouterr().err
+    code = go_on(unfinished, left, "--overwrite")
+    assert victim.read_text() == TEXT
+    if name != ".journal/lock":
+        assert code == 0
+        assert "there already" not in capsys.readouterr().err
+        assert sorted(path.name for path in left.parent.iterdir()) == ["out"]
+
+
+def test_names_of_temporary_files_cannot_be_prepared(source: Path, target: Path, victim: Path, tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+    (target / "x").mkdir(parents=True)
+    names = ("latest_checkpointed_iteration.txt", "target_megatron_args.json")
+    for name in (*names, *(f"{name}.new" for name in names)):
+        (target / name).symlink_to(victim)
+    assert to_megatron(tmp_path / "hf", target) == 0
+    assert victim.read_text() == TEXT
+    assert (target / names[0]).read_text() == "1"
+    assert not any((target / name).is_symlink() for name in names)
+
+
+def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        for _ in range(100):
+            publish(tmp_path / "iter_0000001", {"tracker": b"1"})
+        os._exit(0)
+    found = set()
+    for _ in range(100):
+        publish(tmp_path / "iter_0000002", {"tracker": b"1234567"})
+        found.add((tmp_path / "tracker").read_bytes())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert found <= {b"1", b"1234567"}
+    assert os.listdir(tmp_path) == ["tracker"]
+
+
+def replaced(target: Path) -> None:
+    target.rename(target.with_name("moved"))
+    own(target)
+
+
+def added_to(target: Path) -> None:
+    (target / "diary").write_text(TEXT)
+
+
+def changed(target: Path) -> None:
+    with (target / "config.json").open("a") as file:
+        file.write("\n")
+
+
+@pytest.mark.parametrize("change", [replaced, added_to, changed])
+def test_a_target_that_is_changed_during_its_replacement_is_kept_beside_the_new_one(
+    change: Callable[[Path], None], source: Path, target: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert convert(source, target) == 0
+    commit = dist_convert.api.commit
+
+    def hours_later(partial: Path, target: Path, *, replaces: str) -> None:
+        change(target)
+        commit(partial, target, replaces=replaces)
+
+    monkeypatch.setattr(dist_convert.api, "commit", hours_later)
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 1
+    assert "the target was changed during the conversion, so it is not replaced" in capsys.readouterr().err
+    assert (target / ("config.json" if change is changed else "diary")).exists()
+    assert (target.with_name("out.partial") / "conversion.json").exists()
+
+    monkeypatch.undo()
+    target.rename(target.with_name("kept"))
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
+    assert (target / "conversion.json").exists()
+    assert not target.with_name("out.replaced").exists()
+
+
+def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(source, target) == 0
+    settle = dist_convert.api.settle
+
+    def after_a_change(target: Path) -> str:
+        added_to(target.with_name("out.replaced"))
+        return settle(target)
+
+    monkeypatch.setattr(dist_convert.api, "settle", after_a_change)
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
+    assert f"warning: {target}.replaced was changed since it was moved aside, and is kept" in capsys.readouterr().err
+    assert (target.with_name("out.replaced") / "diary").read_text() == TEXT
+    assert not (target / ".journal").exists()
+
+
+def test_a_target_that_is_a_file_system_of_its_own_is_told_before_the_first_byte(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target.mkdir()
+    for words in (["-t", "tmpfs", "dist-convert-test"], ["--bind", str(target.parent)]):
+        with mounted(*words, str(target)):
+            for more in ([], ["--dry-run"]):
+                assert convert(source, target, *more) == 1
+                assert "found:    a mount point" in capsys.readouterr().err
+        assert os.listdir(target.parent) == ["out"]
+    with mounted("-t", "tmpfs", "dist-convert-test", str(target)):
+        assert convert(source, target / "model") == 0
+
+
+@pytest.mark.parametrize("leads_to", ["nothing", "an empty directory"])
+def test_a_link_is_no_iteration_s_directory(
+    leads_to: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+    target.mkdir()
+    if leads_to != "nothing":
+        (target / "elsewhere").mkdir()
+    (target / "iter_0000001").symlink_to("elsewhere")
+    assert to_megatron(tmp_path / "hf", target) == 1
+    assert "the target is a file or a link" in capsys.readouterr().err
+    assert not (target / "iter_0000001.partial").exists()
+
+
+def test_a_target_is_its_owner_s_alone_until_it_is_complete(
+    left: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert left.stat().st_mode & 0o777 == 0o700
+    old = os.umask(0o027)
+    try:
+        left.rename(left.with_name("first.partial"))
+        assert go_on(unfinished, left) == 0
+    finally:
+        os.umask(old)
+    out = left.with_name("out")
+    assert out.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    assert json.loads((out / "conversion.json").read_text())["format"] == 2
