@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, verify_job_from_flags
 from dist_convert.cli.old_flags import notes_on_old_flags
-from dist_convert.errors import ConversionError, LostRank, error_details
+from dist_convert.errors import ConversionError, LostRank, UsageError, error_details
 from dist_convert.options import Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
-from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, stopped_by
+from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
 
 if TYPE_CHECKING:
     from dist_convert.ranks.channel import Channel
@@ -30,6 +30,7 @@ _SILENT_SHARE = 0.9
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    _open_streams()
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending_at_once())
         try:
@@ -42,6 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code
 
 
+def _open_streams() -> None:
+    """Have standard input, output and error though they are closed: no file must get a number that is printed to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
     """The exit code of what runs, or of its error, which is reported: all ranks usually have it, but sometimes one."""
     try:
@@ -50,7 +62,10 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
         return stopped_by(signal.SIGINT)
     except (ConversionError, OSError) as raised:
         error = _explained(raised)
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        rank, size = rank_and_size()
+    except UsageError:  # which is the error
+        rank, size = 0, 1
     channel = None
     if size > 1:
         from dist_convert.ranks.channel import Channel, is_served_by_launcher
@@ -60,6 +75,7 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
 
 
 def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    rank_and_size()
     flags = parse(argv)
     is_json = getattr(flags, "log_format", "text") == "json"
     if flags.command == "inspect":
@@ -151,7 +167,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
 
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = rank_and_size()
     is_json = isinstance(job, Options) and job.log_format == "json"
 
     def connect() -> Channel:
@@ -186,6 +202,10 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         error = _explained(raised)
         if isinstance(error, LostRank) and channel is not None:
             channel.explain(error)
+    except MemoryError:
+        error = ConversionError(
+            "out of memory", remedy="lift the limit (ulimit -v, cgroup), or lower --max-memory-per-rank"
+        )
     except BaseException:
         error = ConversionError(f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}")
     return _fail(channel, error, is_json=is_json)

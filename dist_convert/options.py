@@ -348,8 +348,8 @@ KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
     "size": ("bytes, or text with a unit", lambda value: type(value) is int and value > 0),
     "seconds": (f"whole seconds up to {MOST_SECONDS}", lambda value: type(value) is int and 0 < value <= MOST_SECONDS),
     "iteration": (
-        f"a whole number of 0 or more, or {RELEASE!r}",
-        lambda value: value == RELEASE or (type(value) is int and value >= 0),
+        f"a whole number of 0 or more and at most 18 digits, or {RELEASE!r}",
+        lambda value: value == RELEASE or (type(value) is int and 0 <= value < 10**18),
     ),
     "share": (
         "a share above 0 and up to 1, such as 1/16 or 0.05",

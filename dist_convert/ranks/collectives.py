@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from dist_convert.errors import ConversionError, LostRank, PlanError, error_details, error_from_details, lost_contact
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
+from dist_convert.ranks.signals import rank_and_size
 from dist_convert.records import Message
 
 ProcessGroup = dist.ProcessGroup
@@ -70,8 +71,7 @@ def join_world(device: str, timeout_seconds: float) -> World:
         device: see `choose_device`.
         timeout_seconds: after which a collective with a silent rank fails.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    rank, size = rank_and_size()
     if size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
     nodes = _nodes(rank, size)

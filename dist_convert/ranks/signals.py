@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from dist_convert.errors import UsageError
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,6 +47,30 @@ def ending_at_once() -> Iterator[None]:
 def is_first_rank() -> bool:
     """Whether this process speaks for all that a launcher has started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are, as a launcher has it in the environment.
+
+    Raises:
+        UsageError: the environment says something that cannot be.
+    """
+    usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    told = {name: os.environ.get(name, value) for name, value in usual.items()}
+    for name, text in told.items():
+        if not re.fullmatch("[0-9]{1,9}", text) or (name.endswith("SIZE") and int(text) == 0):
+            raise UsageError(f"{name} is no number of ranks", found=repr(text[:40]), remedy=_LAUNCH)
+    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
+    if rank >= size:
+        raise UsageError("RANK is not below WORLD_SIZE", found=f"RANK={rank}, WORLD_SIZE={size}", remedy=_LAUNCH)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing:
+        found = f"no {' and no '.join(missing)}, beside WORLD_SIZE={size}"
+        raise UsageError("nothing says where the ranks meet", found=found, remedy=_LAUNCH)
+    return rank, size
+
+
+_LAUNCH = "start with torchrun or --ranks, or unset what a launcher has left: RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"
 
 
 def stopped_by(number: int) -> int:

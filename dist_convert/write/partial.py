@@ -113,6 +113,7 @@ IDENTITY_FILE, _LOCK = "identity.json", "lock"
 #: Notes: what the old target was that this conversion moves aside; and nothing counts of what has been written, here
 #: and at the target's other places, so that the next run has to `forget` it.
 REPLACES, VOID = "replaces", "void"
+ASIDE_SUFFIX = ".replaced"
 
 
 def partial_of(target: Path) -> Path:
@@ -122,7 +123,7 @@ def partial_of(target: Path) -> Path:
 
 def aside_of(target: Path) -> Path:
     """Where a target that is replaced waits until its successor has its name."""
-    return target.with_name(target.name + ".replaced")
+    return target.with_name(target.name + ASIDE_SUFFIX)
 
 
 def files_below(directory: Path) -> set[str]:

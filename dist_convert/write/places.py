@@ -17,7 +17,7 @@ from dist_convert.errors import TargetError, UsageError
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.write.commit import existing_parent
 from dist_convert.write.files import is_plain, opened, write_file, writing
-from dist_convert.write.partial import files_below
+from dist_convert.write.partial import ASIDE_SUFFIX, files_below
 
 _PROBE = ".dist_convert-"
 #: What is so much older than a run's own probe was left by a rank that was killed. By the file system's own clock.
@@ -36,12 +36,21 @@ def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str
 
     Raises:
         TargetError: no file can be made beside the target, or nodes see different ones that should not.
-        UsageError: ranks of one node have different targets.
+        UsageError: ranks of one node have different targets, or the target's name is too long or none.
     """
+    parent = existing_parent(target) if target.name else target
+    parent = parent if parent.is_dir() else parent.parent
+    longest_bytes = os.pathconf(parent, "PC_NAME_MAX") - len(ASIDE_SUFFIX)
+    if not 0 < len(os.fsencode(target.name)) <= longest_bytes:
+        raise UsageError(
+            "the target's name cannot be given to a directory",
+            file=str(target),
+            expected=f"1 to {longest_bytes} bytes, so that one can be made beside it with a longer name",
+            found=f"{len(os.fsencode(target.name))} bytes",
+            remedy="choose another target",
+        )
     if world.size == 1:
         return (0,)
-    parent = existing_parent(target)
-    parent = parent if parent.is_dir() else parent.parent
     probe = None
     if world.rank in world.first_ranks:
         probe = f"{_PROBE}{secrets.token_hex(8)}"

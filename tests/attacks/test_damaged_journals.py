@@ -177,9 +177,10 @@ def test_a_line_behind_one_that_was_cut_off_counts(tmp_path: Path, monkeypatch: 
             return write(descriptor, data[:size_bytes])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patches, pytest.raises(TargetError):
+    with monkeypatch.context() as patches:
         patches.setattr(os, "write", full)
-        journal.wrote([(Window("f", 50, 50), 1)])
+        with pytest.raises(TargetError):
+            journal.wrote([(Window("f", 50, 50), 1)])
     with pytest.raises(TargetError), journal.syncing("f"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     journal.close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace, NotFetched
+from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace, NotFetched, UsageError
 from dist_convert.formats.huggingface.read import (
     ARGS_FILE,
     CONFIG_FILE,
@@ -80,6 +82,7 @@ def revision_on_hub(name: str) -> str:
 
 def cached_snapshot(name: str) -> Path | None:
     """The cache's directory of `org/name` or `org/name@revision`, which may hold a part of it; nothing is fetched."""
+    check_endpoint()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -88,6 +91,20 @@ def cached_snapshot(name: str) -> Path | None:
         return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def check_endpoint() -> None:
+    """Check the hub's address in the environment, which huggingface_hub cuts up as it is imported.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    try:
+        urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    except ValueError as error:
+        raise UsageError(
+            "HF_ENDPOINT is no address of a hub", found=error, remedy="unset it, or give https://..."
+        ) from error
 
 
 def _repository_and_revision(name: str) -> tuple[str, str | None]:
@@ -107,6 +124,7 @@ def _repository_and_revision(name: str) -> tuple[str, str | None]:
 
 def _snapshot(repository: str, revision: str | None, files: Iterable[str], *, cache_only: bool = False) -> Path:
     """The cache's directory of one revision, after fetching those of the files that the hub has."""
+    check_endpoint()
     # Half a second to import, which runs from a local directory do not need.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

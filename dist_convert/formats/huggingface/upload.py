@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert.errors import UploadError, UsageError
-from dist_convert.formats.huggingface.hub import hub_errors
+from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
 from dist_convert.ranks.answer import answer_within
@@ -83,6 +83,7 @@ def check_repository_name(text: str) -> str:
     Raises:
         UsageError: not `organisation/name`, in the letters that a hub allows.
     """
+    check_endpoint()
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

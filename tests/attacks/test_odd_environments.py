@@ -1,0 +1,114 @@
+"""Environments and paths that cannot work, or nearly: one error that is true, or the result where the work was done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.unfinished import MODEL
+from tests.checkpoints import Grid, make
+from tests.distributed.launching import REPOSITORY
+from tests.to_megatron import make_hf
+from tests.warm import Process, Run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    make(root / "in", MODEL, Grid(tp=2))
+    make_hf(root / "hf", MODEL)
+    return root
+
+
+def run(words: list[str], directory: Path, **environment: str) -> Run:
+    """`dist_convert` with some words."""
+    return Process(["-m", "dist_convert", *words], os.environ | environment, directory).finish()
+
+
+def assert_one_error(found: Run, what: str, exit_code: int) -> None:
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n  remedy:") == 1, found.stderr
+    assert what in found.stderr
+    assert found.returncode == exit_code
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"RANK": "abc"}, "RANK is no number of ranks\n  found:    'abc'\n"),
+        ({"RANK": ""}, "RANK is no number of ranks\n"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is no number of ranks\n"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is no number of ranks\n"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is no number of ranks\n"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is no number of ranks\n"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE\n"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "nothing says where the ranks meet\n  found:    no MASTER_ADDR and no "),
+    ],
+)  # fmt: skip
+def test_what_no_launcher_says_is_named(environment: dict[str, str], what: str, place: Path, tmp_path: Path) -> None:
+    environment = {"MASTER_ADDR": "", "MASTER_PORT": ""} | environment
+    found = run(["convert", str(place / "in"), "out", "--to", "huggingface"], tmp_path, **environment)
+    assert_one_error(found, what, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "what"), [("/", "1 to 246 bytes"), ("n" * 247, "found:    247 bytes")])
+def test_a_target_that_can_have_no_name_is_refused(target: str, what: str, place: Path, tmp_path: Path) -> None:
+    assert_one_error(run(["convert", str(place / "in"), target, "--to", "huggingface"], tmp_path), what, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_of_the_longest_name_is_made(place: Path, tmp_path: Path) -> None:
+    assert run(["convert", str(place / "in"), "n" * 246, "--to", "huggingface"], tmp_path).returncode == 0
+    assert (tmp_path / ("n" * 246) / "conversion.json").exists()
+
+
+def test_no_path_is_no_target(place: Path, tmp_path: Path) -> None:
+    assert_one_error(run(["convert", str(place / "in"), "", "--to", "huggingface"], tmp_path), "a path is empty", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_iteration_that_no_reader_takes_is_refused(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "hf"), "out", "--to", "torch", "--iteration"]
+    assert_one_error(run([*words, "1" * 19], tmp_path), "at most 18 digits", 2)
+    assert list(tmp_path.iterdir()) == []
+    assert run([*words, "1" * 18], tmp_path).returncode == 0
+    assert run(["convert", "out", "again", "--to", "huggingface"], tmp_path).returncode == 0
+
+
+def test_a_hub_s_address_that_is_none_is_named(tmp_path: Path) -> None:
+    endpoint = {"HF_ENDPOINT": "http://[bad", "HF_HUB_OFFLINE": "0"}
+    found = run(["convert", "org/name", "out", "--to", "torch"], tmp_path, **endpoint)
+    assert_one_error(found, "HF_ENDPOINT is no address of a hub\n  found:    Invalid IPv6 URL\n", 2)
+
+
+def test_where_no_file_may_have_a_byte_the_limit_is_named(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "in"), str(tmp_path / "out"), "--to", "huggingface"]
+    code = (
+        "import os, resource, sys; from dist_convert.__main__ import main; r, w = os.pipe(); os.dup2(w, 2);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)); code = main({words!r});"
+        "sys.exit(0 if code == 1 and b'(ulimit -f)' in os.read(r, 1 << 16) else 5)"
+    )
+    assert Process(["-c", code], os.environ, tmp_path).finish().returncode == 0
+    assert not (tmp_path / "out").exists()
+    assert run(words, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("closed", [(2,), (1, 2), (0, 1, 2)], ids=str)
+def test_a_conversion_with_closed_streams_does_its_work(closed: tuple[int, ...], place: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dist_convert", "inspect", str(place / "in")]
+    if closed == (0, 1, 2):
+        words = [*words[:3], "convert", str(place / "in"), str(tmp_path / "out"), "--to", "huggingface"]
+
+    def close() -> None:
+        for descriptor in closed:
+            os.close(descriptor)
+
+    done = subprocess.run(words, cwd=REPOSITORY, preexec_fn=close, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "conversion.json").exists() == (closed == (0, 1, 2))
+    assert not (tmp_path / "out.partial").exists()
