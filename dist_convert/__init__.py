@@ -69,7 +69,7 @@ def convert(
         What was done, or of a dry run what would be.
 
     Raises:
-        ConversionError: see `dist_convert.errors`; nothing is left under the target's name.
+        ConversionError: see `dist_convert.errors`; what is not complete never has the target's name.
         TypeError: an option that the command does not have.
     """
     job = _job(source, target, to, options)
