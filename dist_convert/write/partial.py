@@ -266,8 +266,7 @@ def _is_new(partial: Path) -> bool:
     if JOURNAL_DIRECTORY in names:
         if journal.is_symlink() or not journal.is_dir():
             return False
-        before = (_LOCK, f".{IDENTITY_FILE}.")
-        if not all(name.startswith(before) for name in os.listdir(journal)):
+        if not all(name == _LOCK or name.startswith(f".{IDENTITY_FILE}.") for name in os.listdir(journal)):
             return False
     return names <= {JOURNAL_DIRECTORY, RESUMABLE}
 
