@@ -75,7 +75,6 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
 
 
 def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
-    rank_and_size()
     flags = parse(argv)
     is_json = getattr(flags, "log_format", "text") == "json"
     if flags.command == "inspect":
@@ -88,6 +87,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         return _upload(flags.directory, flags.push_to_hub, flags.private)
 
     def command() -> int:
+        rank_and_size()  # what is wrong with it is said first
         ranks = ranks_to_start(flags)
         if ranks == 1:
             return be_rank(flags, stack)
