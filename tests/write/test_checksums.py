@@ -65,7 +65,7 @@ def test_a_truncated_file_is_not_sealed(filled: Path) -> None:
     os.truncate(filled, filled.stat().st_size - 30)
     with pytest.raises(CorruptFile) as caught:
         seal(filled.parent, filled.name, [])
-    assert caught.value.file == "model_optim_rng.pt"
+    assert caught.value.file == "filled.pt"
 
 
 def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path, tmp_path: Path) -> None:
