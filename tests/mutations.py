@@ -130,8 +130,8 @@ MUTATIONS = (
     ),
     Mutation(
         "checksums-without-the-gaps",
-        "_read_checksum(file, position, offset, whole), checksum",
-        "whole, checksum",
+        "whole = _read_checksum(descriptor, label, position, offset, whole)",
+        "pass",
         "tests/write/test_checksums.py",
     ),
     Mutation(
