@@ -9,15 +9,17 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_convert.cli.flags import options_from_flags, parse, ranks_to_start, verify_job_from_flags
+from dist_convert.cli.flags import build_parser, options_from_flags, parse, ranks_to_start, verify_job_from_flags
+from dist_convert.cli.job_files import job_file
 from dist_convert.cli.old_flags import notes_on_old_flags
-from dist_convert.errors import ConversionError, LostRank, UsageError, error_details
-from dist_convert.options import Options, VerifyJob
+from dist_convert.errors import ConversionError, LostRank, MissingPackage, UsageError, error_details, raise_together
+from dist_convert.options import PAIRS, TORCH, Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
 from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
 
@@ -79,19 +81,24 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     is_json = getattr(flags, "log_format", "text") == "json"
     if flags.command == "inspect":
         return _inspect(flags)
+    if flags.command == "completion":
+        return _print_completion(flags.shell)
+    if getattr(flags, "print_config", False):
+        return _print_config(flags)
     if flags.command in ("tokenizer", "push"):
         stack.close()  # they have files to tidy away
     if flags.command == "tokenizer":
         return _add_tokenizer(flags)
     if flags.command == "push":
-        return _upload(flags.directory, flags.push_to_hub, flags.private)
+        return _upload(Path(flags.directory), flags.push_to_hub, flags.private)
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first
         ranks = ranks_to_start(flags)
+        if "RANK" not in os.environ:
+            _check_sources(_job(flags))  # and all that is wrong with the job, before torch is imported
         if ranks == 1:
             return be_rank(flags, stack)
-        _job(flags)  # what is wrong with it is said before ranks are there
         return _start_ranks(ranks, lambda: _reported(lambda: be_rank(flags, stack), is_json=is_json))
 
     return _reported(command, is_json=is_json)
@@ -109,6 +116,40 @@ def _job(flags: argparse.Namespace) -> Options | VerifyJob:
     return verify_job_from_flags(flags) if flags.command == "verify" else options_from_flags(flags)
 
 
+def _check_sources(job: Options | VerifyJob) -> None:
+    """Refuse paths that are not there, where no other rank could see them."""
+    from dist_convert.formats.huggingface.hub import repository_and_revision
+    from dist_convert.read.source import no_directory
+
+    paths = [job.a, job.b] if isinstance(job, VerifyJob) else [Path(job.source)]
+    missing = [path for path in paths if not path.is_dir()]
+    if missing and isinstance(job, Options) and PAIRS.get(job.command, ("",))[0] != TORCH:
+        repository_and_revision(job.source)
+    else:
+        raise_together([no_directory(path, "checkpoint") for path in missing])
+
+
+def _print_config(flags: argparse.Namespace) -> int:
+    """Print the job as a file for `--config`, with the paths as they were given."""
+    job = options_from_flags(flags)
+    besides = {"source": flags.source, "target": flags.target} | ({"ranks": flags.ranks} if flags.ranks else {})
+    print(job_file(job, **besides), end="")
+    return 0
+
+
+def _print_completion(shell: str) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise MissingPackage("a shell's completion needs shtab", remedy="pip install shtab") from error
+    parser, commands = build_parser()
+    for action in (one for command in commands.values() for one in command._actions):
+        if action.metavar in ("PATH", "FILE", "SRC", "DST", "A", "B", "DIRECTORY"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell))
+    return 0
+
+
 def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, which nobody uses and a fork would lose
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
@@ -123,7 +164,7 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
 def _inspect(flags: argparse.Namespace) -> int:
     from dist_convert.formats.describe import as_screen, inspect_checkpoint, missing_line
 
-    description = inspect_checkpoint(flags.path, flags.ckpt_dir_name)
+    description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
     if missing := missing_line(description):
         print(missing, file=sys.stderr)
@@ -171,7 +212,9 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     is_json = isinstance(job, Options) and job.log_format == "json"
 
     def connect() -> Channel:
-        log = Log(is_json, job.log_interval_seconds) if isinstance(job, Options) else Log()
+        log = Log()
+        if isinstance(job, Options):
+            log = Log(is_json, job.log_interval_seconds, job.quiet, job.json)
         return Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)
 
     channel = connect() if size == 1 or is_served_by_launcher() else None
@@ -241,10 +284,19 @@ def _explained(error: ConversionError | OSError) -> ConversionError:
 def _fail(channel: Channel | None, error: ConversionError, *, is_json: bool) -> int:
     """Report an error, once for all ranks; the exit code."""
     message = as_json_line("error", str(error), **error_details(error)) if is_json else str(error)
+    _tell_torchrun(error)
     if channel is not None:
         return channel.fail(message, error.exit_code)
     print(message, file=sys.stderr)
     return error.exit_code
+
+
+def _tell_torchrun(error: ConversionError) -> None:
+    """Leave the message where torchrun looks for it, so that its own report ends with it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": str(error), "extraInfo": {"py_callstack": str(error), "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": said}))
 
 
 if __name__ == "__main__":

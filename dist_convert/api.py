@@ -21,7 +21,16 @@ from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.move.pipeline import Moved, move
-from dist_convert.move.report import Report, describe_plan, load_of, peak_memory_bytes, report_details, report_text
+from dist_convert.move.report import (
+    Report,
+    describe_plan,
+    load_of,
+    peak_memory_bytes,
+    report_details,
+    report_text,
+    rows_of,
+    start_line,
+)
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import HUGGINGFACE, Options, check_applies
 from dist_convert.plan.done import NOTHING_DONE, Done
@@ -64,8 +73,6 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     check = prepare_check(job, task, world)
     free_bytes, replaces = check_start(task) if task.is_first else (0, "")
     notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
-    for note in notes:
-        channel.say("note", note)
     facts: dict[str, Any] = {
         "source": task.source,
         "target": task.target,
@@ -73,14 +80,19 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         "target_format": job.to,
         "left_behind": task.content.left_behind,
         "notes": notes,
+        "files": len(task.content.files),
+        "size_bytes": task.content.target_bytes,
     }
     report = Report(**facts)
+    channel.say("start", start_line(plan, report, len(set(world.nodes))))
+    for note in notes:
+        channel.say("note", note)
     if job.dry_run:
         is_done = any(gather_objects(world, task.is_first and has_name(task)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
         unfinished = task.partial if is_unfinished(task) else None
-        report = replace(report, was_complete=is_done)
-        report = replace(report, plan=describe_plan(plan, loads, free_bytes, report, unfinished))
+        report = replace(report, was_complete=is_done, ranks=rows_of(plan, loads))
+        report = replace(report, plan=describe_plan(plan, free_bytes, report, unfinished))
         channel.say("plan", report.plan, report=report_details(report))
         barrier(world)
         return report
@@ -99,12 +111,12 @@ def convert(job: Options, world: World, channel: Control) -> Report:
             publish(task.target, task.layout.beside())
         barrier(world)
         report = replace(report, seconds=time.monotonic() - started, was_complete=held.is_complete)
-        channel.say("done", report_text(report), report=report_details(report))
         if words := task.layout.to_do():
             channel.say("to do", words)
         # The last thing of all: until then, the same command finds what is left to do.
         if task.is_first and (words := settle(task.target)):
             channel.say("note", words)
+        channel.say("done", report_text(report, verbose=job.verbose), report=report_details(report))
     if task.is_first:
         sweep(task.target)
     return report

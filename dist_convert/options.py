@@ -26,7 +26,7 @@ RELEASE = "release"
 CONVERT = "convert"
 PAIRS = {"megatron-to-hf": (TORCH, HUGGINGFACE), "hf-to-megatron": (HUGGINGFACE, TORCH)}
 COMMANDS = (CONVERT, *PAIRS)
-#: What they call the source and the target.
+#: What they call the source and the target in help and errors; each takes the others' flags, too.
 PATH_FLAGS = {
     CONVERT: ("SRC", "DST"),
     "megatron-to-hf": ("--load-path", "--save-path"),
@@ -54,7 +54,8 @@ class Option:
 
     Attributes:
         group: under which the help lists it.
-        help: a fragment for `--help`.
+        help: a fragment for `--help`, which starts with a noun or a verb.
+        short: its flag's other spellings.
         source, to: the one format of conversions that have it, or `MEGATRON`; "" where any may have it.
         kind: of its values; "" where the field's type and unit say it.
         shown: the default, in the words of the help; "" for the value itself.
@@ -66,6 +67,7 @@ class Option:
 
     group: Group
     help: str
+    short: tuple[str, ...] = ()
     source: str = ""
     to: str = ""
     kind: Kind | Literal[""] = ""
@@ -104,7 +106,7 @@ class Options:
 
     ckpt_dir_name: str | None = _of_megatron("iteration directory, such as iter_0000004", shown="the tracker file")
     source_model_type: str | None = _of_megatron(
-        "decides special tokens of a tokenizer.model; else checked against the checkpoint's args, which win",
+        "model whose special tokens a tokenizer.model gets; otherwise checked against the checkpoint's args, which win",
         to=HUGGINGFACE,
         shown="from the args",
         choices=SOURCE_MODEL_TYPES,
@@ -116,26 +118,26 @@ class Options:
         shown="args follow from config.json",
     )
     load_capacity_bins: bool = _source(
-        "take over capacity_bins.pt (same grid only)", False, source=HUGGINGFACE, to=TORCH
+        "take over Habana's capacity_bins.pt (same grid only)", False, source=HUGGINGFACE, to=TORCH
     )
     true_vocab_size: int | None = _source(
-        "tokens without padding; a Hugging Face model's are checked against it", shown="args, then tokenizer"
+        "vocabulary without padding; checked where a source of Hugging Face says it", shown="args, then tokenizer"
     )
     tokenizer: Path | None = _of_megatron(
         "directory, tokenizer.model, or org/name of a model in the hub's cache",
         shown="what the args name, here or beside the checkpoint",
     )
     tokenizer_model: str | None = _source(
-        "path or hub id (org/name), for the args", to=MEGATRON, shown="the model's own", metavar="PATH"
+        "path or hub id (org/name) that the target's args name", to=MEGATRON, shown="the model's own", metavar="PATH"
     )
-    tokenizer_type: str | None = _source("Megatron's name of its kind", to=MEGATRON, shown="by the model")
+    tokenizer_type: str | None = _source("Megatron's name for the kind of tokenizer", to=MEGATRON, shown="by the model")
     like: Path | None = _of_megatron(
-        "config.json of such a model, or its directory: decides the family and whatever else the args do not tell",
+        "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",
         shown="what the args tell",
     )
-    rope_theta: float | None = _of_megatron("the model's, whatever the args say", shown="the args' rotary_base")
+    rope_theta: float | None = _of_megatron("base of the rotary frequencies", shown="the args' rotary_base")
     rope_scaling_factor: float | None = _of_megatron(
-        "of Llama 3.1's scaling of rotary frequencies, whatever the args say", shown="8 where the args say it"
+        "factor by which Llama 3.1 scales rotary frequencies", shown="8 where the args say that it does"
     )
     habana_imported_experts: bool = _source(
         "read Mixtral experts as Habana's own HF-to-Megatron converter wrote them at TP > 1: gate and up not "
@@ -145,33 +147,45 @@ class Options:
         source=TORCH,
     )
     accept_differing_copies: bool = _source(
-        "where copies of one parameter differ, take that of the lowest rank; a head that is not the embedding that it "
-        "is tied to becomes one of its own",
+        "take the lowest rank's copy where copies of one parameter differ; a head that differs from the embedding "
+        "that it is tied to becomes one of its own",
         False,
         source=TORCH,
     )
     accept_shard_order: bool = _source(
-        "believe the names of rank directories where the args in them contradict these, or where two hold the same",
+        "trust the names of rank directories where their args contradict them, or where two hold the same",
         False,
         source=TORCH,
     )
 
     save_per_node: bool = _to_hf(
-        "the target lies on each node's own disk: a node gets some of the weights files whole, and all files that are "
-        "no weights; all nodes' directories copied into one are the model",
+        "write to each node's own disk: some of the weights files, whole, and all other files; the nodes' directories "
+        "copied into one are the model",
         False,
         is_free=True,
     )
     iteration: int | str | None = _to_megatron("number of the iteration", shown="the source's, else 1")
-    target_tensor_parallel_size: int | None = _to_megatron("tensor parallel ranks", shown="the source's, else 1")
-    target_pipeline_parallel_size: int | None = _to_megatron("pipeline parallel ranks", shown="the source's, else 1")
-    target_virtual_pipeline_parallel_size: int | None = _to_megatron(
-        "virtual stages", shown="those of a source whose pipeline is kept, else 1"
+    target_tensor_parallel_size: int | None = _to_megatron(
+        "tensor parallel ranks", short=("--tp", "--tensor-model-parallel-size"), shown="the source's, else 1"
     )
-    num_layers_per_virtual_pipeline_stage: int | None = _to_megatron("the same, by layers of a stage")
-    target_expert_parallel_size: int | None = _to_megatron("expert parallel ranks", shown="a Megatron source's, else 1")
+    target_pipeline_parallel_size: int | None = _to_megatron(
+        "pipeline parallel ranks", short=("--pp", "--pipeline-model-parallel-size"), shown="the source's, else 1"
+    )
+    target_virtual_pipeline_parallel_size: int | None = _to_megatron(
+        "virtual stages of each pipeline rank",
+        short=("--vpp", "--num-virtual-stages-per-pipeline-rank"),
+        shown="those of a source whose pipeline is kept, else 1",
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = _to_megatron(
+        "layers of a virtual stage, instead of their number", shown="see above"
+    )
+    target_expert_parallel_size: int | None = _to_megatron(
+        "expert parallel ranks", short=("--ep", "--expert-model-parallel-size"), shown="a Megatron source's, else 1"
+    )
     target_expert_tensor_parallel_size: int | None = _to_megatron(
-        "tensor parallel ranks within an expert", shown="the tensor size"
+        "tensor parallel ranks within an expert",
+        short=("--etp", "--expert-tensor-parallel-size"),
+        shown="the tensor size",
     )
     decoder_first_pipeline_num_layers: int | None = _to_megatron("layers of the first stage", shown="even")
     decoder_last_pipeline_num_layers: int | None = _to_megatron("layers of the last stage", shown="even")
@@ -179,23 +193,23 @@ class Options:
         "stages one by one, such as Ettt|(tttt|)*2ttL", shown="even", metavar="LAYOUT"
     )
     target_ranks_per_node: int | None = _target(
-        "the target lies on each node's own disk, and training will run N processes on each of these nodes: a node "
-        "gets the rank directories that its processes load",
+        "write to each node's own disk, for training with N processes on each node: the rank directories that they "
+        "load",
         to=TORCH,
         shown="the target is shared",
     )
     make_vocab_size_divisible_by: int | None = _to_megatron(
-        "the vocabulary is padded to a multiple of it on every tensor parallel rank",
+        "multiple to which the vocabulary is padded on every tensor parallel rank",
         shown="a Megatron source's, else 128",
     )
-    vocab_padding: str = _to_megatron("what padding rows hold", "last-row", choices=("last-row", "zeros"))
+    vocab_padding: str = _to_megatron("content of the padding rows", "last-row", choices=("last-row", "zeros"))
     target_params_dtype: str | None = _target(
-        "dtype of the weights stored in the dtype of most; others keep theirs",
+        "dtype of the weights that have the dtype of most; others keep theirs",
         shown="bf16 from Megatron to Hugging Face, else keep",
         choices=tuple(TARGET_DTYPES),
     )
     allow_overflow: bool = _target("accept values that become infinite in fp16", False, is_free=True)
-    max_shard_size_bytes: int = _to_hf("of a weights file, at most", 5_000_000_000)
+    max_shard_size_bytes: int = _to_hf("largest size of a weights file", 5_000_000_000)
     saver_transformer_impl: str | None = _to_megatron(
         "spelling of the norms", shown="a Megatron source's, else transformer_engine", choices=TRANSFORMER_IMPLS
     )
@@ -210,40 +224,44 @@ class Options:
         "replace an existing target, of a Megatron checkpoint this iteration", False, is_free=True
     )
     push_to_hub: str | None = _to_hf(
-        "upload the finished directory to this repository, which is made if it is not there",
+        "upload the finished directory to this repository, which is made where it is not there",
         kind="repository",
         shown="no upload",
         is_free=True,
     )
-    private: bool = _to_hf("with --push-to-hub: for members only; a public repository is refused", False, is_free=True)
-    model_size: str | None = _to_megatron("such as llama3-70B: checked against the config", source=HUGGINGFACE)
+    private: bool = _to_hf("make that repository for members only; a public one is refused", False, is_free=True)
+    model_size: str | None = _to_megatron(
+        "model that the source must be, such as llama3-70B; checked against its config", source=HUGGINGFACE
+    )
 
     device: str = _run(
-        "that collectives use", "auto", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
+        "device that collectives use", "auto", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
     )
     placement: str = _run(
-        "gather: each rank reads its own shards and the group gathers; direct: each rank reads what it writes",
+        "way of the bytes: with gather each rank reads its own shards and sends, with direct it reads what it writes",
         "auto",
         shown="auto, direct on the CPU where every rank sees every file, else gather",
         choices=("auto", "gather", "direct"),
     )
-    max_memory_per_rank_bytes: int = _run("of the buffers of each rank", 1_000_000_000)
-    timeout_seconds: int = _run("that ranks wait for one of them that is silent", 600)
+    max_memory_per_rank_bytes: int = _run("memory of the buffers of each rank", 1_000_000_000)
+    timeout_seconds: int = _run("longest time that ranks wait for a silent one", 600)
     verify: str | None = _run(
-        "compare what was written with the source before it gets its name: all of it, or a sample",
+        "compare the result, all of it or a sample, with the source before it gets its name",
         shown="off",
         choices=("full", "sample"),
         const="full",
     )
-    trace: Path | None = _run("write down where the time of every rank goes, in Chrome's trace format", shown="off")
+    trace: Path | None = _run("write where the time of every rank goes, in Chrome's trace format", shown="off")
     log_format: str = _run(
-        "text for people, or a JSON object a line for programs: notes, progress, the report or the error",
+        "form of the log on standard error: text for people, or a JSON object a line for programs",
         "text",
         choices=("text", "json"),
     )
-    log_interval_seconds: int = _run("between two lines of progress where standard error is no terminal", 30)
+    log_interval_seconds: int = _run("time between two lines of progress where standard error is no terminal", 30)
+    json: bool = _run("print the report, or the plan of a dry run, as JSON on standard output", False)
+    quiet: bool = _run("say nothing but warnings and errors", False, short=("-q",))
+    verbose: bool = _run("also say where the time goes, and where a target's args come from", False, short=("-v",))
     dry_run: bool = _run("show what each rank would do; exit 0 if it would start", False)
-    verbose: bool = _run("say where each of the target's args comes from", False, to=MEGATRON)
 
 
 @dataclass(frozen=True)
@@ -255,21 +273,21 @@ class VerifyJob:
     ckpt_dir_name_a: str | None = _source("iteration directory of A", shown="the tracker file")
     ckpt_dir_name_b: str | None = _source("iteration directory of B", shown="the tracker file")
     habana_imported_experts_a: bool = _source(
-        "A came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts", False
+        "read A's experts as Habana's own HF-to-Megatron converter wrote them at TP > 1", False
     )
     habana_imported_experts_b: bool = _source(
-        "B came straight from Habana's own HF-to-Megatron converter at TP > 1 and holds experts", False
+        "read B's experts as Habana's own HF-to-Megatron converter wrote them at TP > 1", False
     )
-    true_vocab_size: int | None = _source("tokens without padding", shown="args, tokenizer, the other side")
+    true_vocab_size: int | None = _source("vocabulary without padding", shown="args, tokenizer, the other side")
     sample: Fraction = _run(
-        f"compare a share of the blocks, without a number {SAMPLE}: always the same ones, and the first and last block "
-        "of every tensor, which of a small model are most",
+        f"compare a share of the blocks (alone: {SAMPLE}), always the same ones, and the first and last block of every "
+        "tensor",
         Fraction(1),
         shown="all",
         const=SAMPLE,
     )
-    max_memory_per_rank_bytes: int = _run("of the buffers of each rank", 1_000_000_000)
-    timeout_seconds: int = _run("that ranks wait for one of them that is silent", 600)
+    max_memory_per_rank_bytes: int = _run("memory of the buffers of each rank", 1_000_000_000)
+    timeout_seconds: int = _run("longest time that ranks wait for a silent one", 600)
     json: bool = _run("print JSON, with every difference, instead of text", False)
 
 
@@ -280,7 +298,7 @@ class TokenizerJob:
     source: Path
     target: Path
     source_model_type: str | None = _source(
-        "whose special tokens and chat format a tokenizer.model gets",
+        "model whose special tokens and chat format a tokenizer.model gets",
         shown="what config.json suggests",
         choices=SOURCE_MODEL_TYPES,
     )
@@ -379,16 +397,19 @@ def check_together(options: Options) -> None:
     """Refuse options that have no meaning without another, or exclude each other.
 
     Raises:
-        UsageError
+        UsageError: all of them together.
     """
+    problems: list[ConversionError] = []
     if options.private and not options.push_to_hub:
-        raise UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name")
+        problems.append(UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name"))
     if options.push_to_hub and options.save_per_node:
-        raise UsageError(
-            "no node has all files to upload",
-            found="--push-to-hub with --save-per-node",
-            remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: dist-convert "
-            f"push DIRECTORY {options.push_to_hub}",
+        problems.append(
+            UsageError(
+                "no node has all files to upload",
+                found="--push-to-hub with --save-per-node",
+                remedy="convert without --push-to-hub, copy the nodes' directories into one DIRECTORY, then: "
+                f"dist-convert push DIRECTORY {options.push_to_hub}",
+            )
         )
     ways = (
         "--pipeline-model-parallel-layout",
@@ -397,8 +418,9 @@ def check_together(options: Options) -> None:
     )
     said = [flag for flag in ways if flag in given_flags(options)]
     if len(said) > 1:
-        found = " and ".join(said)
-        raise UsageError("two flags say how many virtual stages there are", found=found, remedy="give one of them")
+        what, found = "two flags say how many virtual stages there are", " and ".join(said)
+        problems.append(UsageError(what, found=found, remedy="give one of them"))
+    raise_together(problems)
 
 
 def given_flags(options: Options) -> list[str]:

@@ -53,7 +53,9 @@ def test_a_rank_that_shows_no_sign_of_life_is_named(channels: list[Channel]) -> 
 
 def test_a_single_rank_works_and_returns() -> None:
     worked: list[str] = []
-    Channel(0, 1).run_on([0], "a test", lambda: worked.append("done"), timeout_seconds=1)
+    channel = Channel(0, 1)
+    channel.run_on([0], "a test", lambda: worked.append("done"), timeout_seconds=1)
+    channel.close()
     assert worked == ["done"]
 
 

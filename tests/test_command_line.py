@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dist_convert.__main__ import main, options_from_flags, parse
+from dist_convert.cli.commands import COMMANDS as EXAMPLES
 from dist_convert.cli.flags import build_parser
 from dist_convert.options import Options
 from tests.checkpoints import Model, make
@@ -121,7 +123,7 @@ def test_a_flag_sets_its_field_of_the_job(flags: str, field: str, value: Any) ->
         (["hf-to-megatron", "--load-dir", "/in", "--save-dir", "/out", "--release", "--iteration", "3"], "--iteration"),
         (["megatron-to-hf", *PATHS, "--max-memory-per-rank", "5"], "a size of 5 bytes, because it has no unit: '5'"),
         (["push", "/out"], "org/name"),
-        (["inspect"], "path"),
+        (["inspect"], "PATH"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -164,13 +166,161 @@ def test_a_rank_that_no_torchrun_started_says_itself_what_is_wrong_with_its_flag
 def test_a_misspelt_flag_is_named_even_where_a_path_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["megatron-to-hf", "--lod-path", "x"]) == 2
     message = capsys.readouterr().err
-    assert "unrecognized arguments: --lod-path x" in message
+    assert "unrecognized arguments: --lod-path" in message
     assert "; perhaps --load-path for --lod-path\n" in message
 
 
-def test_who_gives_the_other_directions_flags_is_told_this_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["hf-to-megatron", "--load-path", "x", "--save-path=y"]) == 2
-    assert "; perhaps --load-dir for --load-path, --save-dir for --save-path\n" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["convert", "megatron-to-hf", "hf-to-megatron"])
+@pytest.mark.parametrize("source", ["--source", "--load-path", "--load-dir"])
+@pytest.mark.parametrize("target", ["--target", "--save-path", "--save-dir"])
+def test_every_command_takes_the_paths_by_all_their_names(command: str, source: str, target: str) -> None:
+    to = ["--to", "torch"] if command == "convert" else []
+    wanted = options_from_flags(parse([command, source, "/in", target, "/out", *to]))
+    assert (wanted.source, wanted.target) == ("/in", Path("/out"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ("--tp --tensor-model-parallel-size", "target_tensor_parallel_size"),
+        ("--pp --pipeline-model-parallel-size", "target_pipeline_parallel_size"),
+        ("--vpp --num-virtual-stages-per-pipeline-rank", "target_virtual_pipeline_parallel_size"),
+        ("--ep --expert-model-parallel-size", "target_expert_parallel_size"),
+        ("--etp --expert-tensor-parallel-size", "target_expert_tensor_parallel_size"),
+    ],
+)
+def test_parallel_sizes_have_short_flags_and_megatrons(flags: str, field: str) -> None:
+    for flag in (*flags.split(), "--" + field.replace("_", "-")):
+        assert getattr(parse(["convert", "/in", "/out", "--to", "torch", flag, "2"]), field) == 2
+
+
+def test_flags_may_stand_between_the_paths() -> None:
+    found = parse(["convert", "--ranks", "2", "/in", "--overwrite", "/out", "--to", "torch"])
+    assert (found.source, found.target, found.ranks, found.overwrite) == ("/in", "/out", 2, True)
+
+
+def test_all_wrong_flags_and_keys_of_a_job_file_are_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = job_file(tmp_path, "max-shard-size: 5XB\nlod-path: x\nload-path: /in\n")
+    flags = ("--device", "tpu", "--true-vocab-size", "0", "--dtype", "bf16")
+    assert main(["megatron-to-hf", "--config", file, *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("5 problems found; nothing was written\n")
+    for named in ("'5XB'", "lod-path: x", "'tpu'", "--true-vocab-size", "--target-params-dtype for --dtype"):
+        assert named in message
+
+
+def test_options_that_exclude_each_other_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--private", "--vpp", "2", "--num-layers-per-virtual-pipeline-stage", "1")
+    assert main(["convert", "/in", "/out", "--to", "torch", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("2 problems found")
+    assert "--private" in message
+    assert "two flags say how many virtual stages there are" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--dtype", "--target-params-dtype"),
+        ("--memory", "--max-memory-per-rank"),
+        ("--tensor-parallel", "--tensor-model-parallel-size"),
+        ("--shard-size", "--max-shard-size"),
+        ("--dry-rum", "--dry-run"),
+        ("--output-dir", "DST"),
+        ("--force", "--overwrite"),
+    ],
+)
+def test_an_unknown_flag_gets_the_one_that_was_meant(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "/in", "/out", "--to", "torch", flag]) == 2
+    assert capsys.readouterr().err.endswith(f"; perhaps {meant} for {flag}\n")
+
+
+@pytest.mark.parametrize("flag", ["--frobnicate", "--optimizer"])
+def test_a_flag_like_no_other_gets_no_suggestion(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "/in", "/out", "--to", "torch", flag]) == 2
+    assert "perhaps" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("convret", "convert"), ("compare", "verify"), ("/ckpts/llama", "convert"), ("upload", "push")]
+)
+def test_an_unknown_command_gets_the_one_that_was_meant(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    assert capsys.readouterr().err.endswith(f"; perhaps {meant}\n")
+
+
+@pytest.mark.parametrize("words", [["help", "verify"], ["verify", "help"], ["verify", "-h"], ["verify", "--help"]])
+def test_help_is_given_however_it_is_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    assert capsys.readouterr().out.startswith("usage: dist-convert verify A B [FLAG ...]\n\n")
+
+
+def test_help_alone_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["help"])
+    assert re.findall(r"(?m)^    (\S+)", capsys.readouterr().out) == list(EXAMPLES)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_each_help_has_a_usage_of_one_line_and_three_examples_that_parse(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    help = build_parser()[1][command].format_help()
+    assert help.split("\n")[1] == ""
+    assert help.count(f"\n  dist-convert {command} ") == 3
+    monkeypatch.setattr("dist_convert.cli.job_files._read", lambda path: {"load-path": "/in", "save-path": "/out"})
+    for example in EXAMPLES[command].examples:
+        assert parse([command, *example.partition(" > ")[0].split()]).command == command
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_flags_that_switch_off_or_do_nothing_are_not_in_the_help(command: str) -> None:
+    help = build_parser()[1][command].format_help()
+    assert "--no-" not in help
+    assert "no effect" not in help
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert /in out --to torch --tp 2 --iteration release --max-memory-per-rank 1.5GB",
+        "megatron-to-hf --load-path /in --save-path out --max-shard-size 2GB --verify sample --instruct",
+        "hf-to-megatron --load-dir org/name --save-dir /out --bf16 --target-format torch_dist --tokenizer-type Llama3",
+    ],
+)
+def test_a_printed_config_is_the_same_job(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = words.split()
+    assert main([*line, "--print-config"]) == 0
+    file = job_file(tmp_path, capsys.readouterr().out)
+    assert options_from_flags(parse([line[0], "--config", file])) == options_from_flags(parse(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert /nowhere /out --to torch --ranks 2",
+        "megatron-to-hf --load-path /nowhere --save-path /out",
+        "hf-to-megatron --load-dir /nowhere --save-dir /out",
+        "verify /nowhere /nowhere",
+        "convert --to torhc",
+        "inspect /nowhere",
+    ],
+)
+def test_a_wrong_path_or_flag_is_told_before_torch_is_imported(line: str) -> None:
+    code = f"import sys; from dist_convert.__main__ import main; print(main({line.split()!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n", done.stderr
+
+
+def test_completion_is_a_script_that_knows_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    assert "--max-shard-size" in capsys.readouterr().out
 
 
 def test_a_misspelt_key_of_a_job_file_is_named_with_the_file(

@@ -31,7 +31,20 @@ def outcome(ranks: int) -> Report:
         {"moved": 2.0 + rank, "read": 1.0, "gather": 0.5, "place": 0.25, "write": 1.5, "wait": 1.75}
         for rank in range(ranks)
     ]
-    return Report(10**9, 0, 6 * 10**9, 200_000_000, 10.0, {}, {}, tuple(profiles), 4.0, target=Path("/out"))
+    return Report(
+        10**9,
+        0,
+        6 * 10**9,
+        200_000_000,
+        10.0,
+        {},
+        {},
+        tuple(profiles),
+        4.0,
+        target=Path("/out"),
+        files=3,
+        size_bytes=6 * 10**9,
+    )
 
 
 def test_a_timeline_adds_up_what_each_phase_takes() -> None:
@@ -45,20 +58,25 @@ def test_a_timeline_adds_up_what_each_phase_takes() -> None:
 
 
 def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> None:
-    assert report_text(outcome(2)).splitlines() == [
+    assert report_text(outcome(2), verbose=True).splitlines() == [
         "seconds       moved     read   gather    place    write     wait",
         "rank 0         2.00     1.00     0.50     0.25     1.50     1.75",
         "rank 1         3.00     1.00     0.50     0.25     1.50     1.75",
         "data moved in 3.00 s, 2.00 GB/s; forced to the disk in 4.00 s",
-        "/out: read 1 GB, wrote 6 GB in 10.0 s, 0.60 GB/s, peak memory of the largest rank 200 MB",
+        "read 1 GB, wrote 6 GB in 10.0 s, 0.60 GB/s, peak memory of the largest rank 200 MB",
+        "done: /out  3 files, 6 GB, 10 s",
     ]
 
 
+def test_without_verbose_the_end_is_one_line() -> None:
+    assert report_text(outcome(2)) == "done: /out  3 files, 6 GB, 10 s"
+
+
 def test_of_many_ranks_the_end_shows_those_that_took_longest_and_the_mean() -> None:
-    shown = report_text(outcome(1024)).splitlines()
+    shown = report_text(outcome(1024), verbose=True).splitlines()
     assert [line.split()[:3] for line in shown[1:4]] == [["rank", str(n), f"{n + 2}.00"] for n in (1023, 1022, 1021)]
     assert shown[8].split() == ["mean", "513.50", "1.00", "0.50", "0.25", "1.50", "1.75"]
-    assert len(shown) == 11
+    assert len(shown) == 12
 
 
 def test_a_trace_holds_every_byte_that_was_read_and_written(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert import errors
+from dist_convert.cli.job_files import job_file
 from dist_convert.move.report import Report, report_from_details
-from dist_convert.options import CONVERT, Options, flag_of, given, kind_of
+from dist_convert.options import CONVERT, Options
 
 #: How often a program that waits for its ranks asks whether to end them, and how often they tell how far they are.
 _POLL_SECONDS, _PROGRESS_SECONDS = 0.2, 1
@@ -29,8 +30,8 @@ def convert_in_ranks(
     """Run the command in a process of its own, whose log says what happens."""
     with tempfile.TemporaryDirectory(prefix="dist_convert-") as directory:
         file = Path(directory) / "job.yaml"
-        logged = replace(job, log_format="json", log_interval_seconds=_PROGRESS_SECONDS)
-        file.write_text(json.dumps(_job_file(logged), ensure_ascii=False), encoding="utf-8")
+        logged = replace(job, log_format="json", json=False, quiet=False, log_interval_seconds=_PROGRESS_SECONDS)
+        file.write_text(job_file(logged), encoding="utf-8")
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -64,16 +65,6 @@ def convert_in_ranks(
             raise errors.error_from_details(event)
     lines = [event["text"] for event in said if event["event"] == "text"][-_LINES_OF_A_CRASH:]
     raise errors.LostRank(f"the ranks ended with exit code {exit_code}", found="\n".join(lines))
-
-
-def _job_file(job: Options) -> dict[str, Any]:
-    """What a job file says of options, by the names of the command's flags."""
-    found: dict[str, Any] = {"to": job.to, "source": job.source, "target": str(job.target)}
-    for one, _ in given(job):
-        value = getattr(job, one.name)
-        shown = f"{value}B" if kind_of(one) == "size" else value if isinstance(value, bool | int) else str(value)
-        found[flag_of(one)[2:]] = shown
-    return found
 
 
 def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], None] | None) -> Iterator[dict[str, Any]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
+from dist_convert.cli import commands as words
+from dist_convert.cli.job_files import flags_of_file
 from dist_convert.cli.old_flags import OLD_SPELLINGS, add_old_flags
-from dist_convert.errors import UsageError
+from dist_convert.errors import ConversionError, UsageError, raise_together
 from dist_convert.options import (
     COMMANDS,
     CONVERT,
@@ -38,23 +41,26 @@ from dist_convert.options import (
 )
 from dist_convert.records import __version__, human_bytes, parse_bytes
 
-#: What the two directions call differently, and what others call shorter.
-_COUNTERPARTS = {
-    "--tp": "--target-tensor-parallel-size", "--pp": "--target-pipeline-parallel-size",
-    "--ep": "--target-expert-parallel-size", "--etp": "--target-expert-tensor-parallel-size",
-    "--vpp": "--target-virtual-pipeline-parallel-size",
-    "--load-path": "--load-dir", "--save-path": "--save-dir", "--load-dir": "--load-path", "--save-dir": "--save-path",
-}  # fmt: skip
+#: The flags of both paths and of the target's format, of which each command shows its own.
+_SAME_FLAGS = {
+    "source": ("--source", "--load-path", "--load-dir"),
+    "target": ("--target", "--save-path", "--save-dir"),
+    "to": ("--to", "--target-format"),
+}
 
 
-def suggestion(unknown: Sequence[str], parser: ArgumentParser) -> str:
-    """What to add to a remedy: a command's name of what the other direction calls otherwise, or a flag spelt alike."""
-    known = [flag for action in parser._actions for flag in action.option_strings]
+def suggestion(unknown: Iterable[str], parser: ArgumentParser) -> str:
+    """What to add to a remedy: the command's name for what others call otherwise, or a flag spelt alike."""
+    shown = [flag for action in parser._actions if action.help != SUPPRESS for flag in action.option_strings]
     meant = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
-        other = _COUNTERPARTS.get(flag, "")
-        alike = [other] if other in known else get_close_matches(flag, known, 1)
-        meant += [f"{one} for {flag}" for one in alike]
+        parts = set(flag[2:].split("-"))
+        holding = sorted((one for one in shown if parts <= set(one[2:].split("-"))), key=len)
+        other = [action for action in parser._actions if action.dest == words.OTHER_FLAGS.get(flag)][:1]
+        alike = [(one.option_strings or [str(one.metavar)])[-1] for one in other] or get_close_matches(
+            flag, shown, 1, 0.75
+        )
+        meant += [f"{one} for {flag}" for one in (*alike, *holding)[:1]]
     return f"; perhaps {', '.join(meant)}" if meant else ""
 
 
@@ -124,57 +130,6 @@ def _node() -> str | None:
     return os.environ.get("GROUP_RANK", str(int(rank or 0) // int(local_size or 1)) if known else None)
 
 
-def flags_of_file(parser: ArgumentParser, path: Path) -> dict[str, Any]:
-    """The values that a job file gives to a command, by their names in its parser's namespace.
-
-    It maps flags to values; `true` is a flag without a value, `false` and nothing are no flag.
-
-    Raises:
-        UsageError: with the file and the key.
-    """
-    words: list[str] = []
-    for key, value in _read(path).items():
-        found = f"{key}: {'true' if value is True else value}"
-        flag = "--" + str(key).replace("_", "-")
-        if flag == "--config":
-            raise UsageError("a job file cannot name another one", file=str(path), found=found)
-        if isinstance(value, list | dict):
-            raise UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path))
-        if value is None or value is False:
-            continue
-        words.append(flag if value is True else f"{flag}={value}")
-        try:
-            _, unknown = parser.parse_known_args(words[-1:])
-        except UsageError as error:
-            what = f"{key} needs a value" if value is True else error.what
-            if "ignored explicit argument" in error.what:
-                what = f"{key} must be true or false"
-            raise UsageError(what, file=str(path), found=found, remedy=error.remedy) from error
-        if unknown:
-            remedy = f"see {parser.prog} --help{suggestion(unknown, parser)}"
-            raise UsageError(f"{parser.prog} has no flag for the key {key}", file=str(path), found=found, remedy=remedy)
-    try:
-        return vars(parser.parse_args(words))  # together, as some exclude each other
-    except UsageError as error:
-        raise UsageError(error.what, file=str(path), remedy=error.remedy) from error
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    import yaml  # only here: most runs have no job file
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(
-            "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
-        ) from error
-    if not isinstance(data, dict):
-        expected = "flag: value, a line each"
-        raise UsageError("not a job file", file=str(path), expected=expected, found=type(data).__name__)
-    return data
-
-
 #: Far more than pay, far fewer than a machine has memory for: each takes a tenth of a gigabyte besides its buffers.
 _MOST_PER_CORE = 16
 
@@ -217,9 +172,8 @@ def _values(flags: argparse.Namespace) -> dict[str, Any]:
 
 def options_from_flags(flags: argparse.Namespace) -> Options:
     """The options of a conversion, of which those that are given go together."""
-    to = getattr(flags, "to", PAIRS.get(flags.command, ("", ""))[1])
     target = Path(with_numbers(flags.target)).resolve()
-    options = Options(to, with_numbers(flags.source), target, command=flags.command, **_values(flags))
+    options = Options(flags.to, with_numbers(flags.source), target, command=flags.command, **_values(flags))
     check_together(options)
     return options
 
@@ -231,14 +185,24 @@ def verify_job_from_flags(flags: argparse.Namespace) -> VerifyJob:
 
 def tokenizer_job_from_flags(flags: argparse.Namespace) -> TokenizerJob:
     """The job of `tokenizer`."""
-    return TokenizerJob(flags.source, flags.target, **_values(flags))
+    return TokenizerJob(Path(flags.source), Path(flags.target), **_values(flags))
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows all spellings of a flag, and the name of its value once."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
 class Parser(ArgumentParser):
     """Raises its errors instead of exiting, so that one rank prints them; knows flags by their whole names only."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, **how)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **how)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
@@ -246,78 +210,69 @@ class Parser(ArgumentParser):
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
-    parser = Parser(prog="dist-convert", description="Convert checkpoints of Megatron-LM and Hugging Face.")
+    parser = Parser(
+        prog="dist-convert",
+        usage="dist-convert COMMAND [FLAG ...]",
+        description="Convert checkpoints of Megatron-LM and Hugging Face.",
+        epilog="dist-convert help COMMAND shows the flags of a command, and examples.",
+    )
     parser.add_argument("--version", action="version", version=f"dist-convert {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="dist-convert")
+    for name, said in words.COMMANDS.items():
+        examples = "".join(f"\n  dist-convert {name} {one}" for one in said.examples)
+        commands.add_parser(
+            name,
+            usage=f"dist-convert {name} {said.usage}",
+            help=said.help,
+            description=fill(said.description, 100),
+            epilog=f"examples:{examples}" + (f"\n\n{_ON_NUMBERS}" if said.ranks else ""),
+        )
     for name in COMMANDS:
-        _add_conversion(commands, name)
+        _add_conversion(commands.choices[name], name)
     add_old_flags(commands.choices["hf-to-megatron"])
 
-    tokenizer = commands.add_parser(
-        "tokenizer",
-        help="give a converted model its tokenizer",
-        description="Copy or build the tokenizer of a model that was converted without one. The special ids in "
-        "config.json and generation_config.json follow it; weights stay as they are.",
-    )
-    tokenizer.add_argument(
-        "source",
-        type=Path,
-        metavar="SRC",
-        help="directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
+    tokenizer = commands.choices["tokenizer"]
+    _add_paths(
+        tokenizer,
+        source="directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
         "directory; or org/name of a model in the hub's cache",
+        target="directory of the converted model",
     )
-    tokenizer.add_argument("target", type=Path, metavar="DST", help="directory of the converted model")
     _add_options(_groups(tokenizer), "tokenizer")
 
-    push = commands.add_parser("push", help="upload a finished Hugging Face directory, or what is missing of it")
-    push.add_argument("directory", type=Path, help="what megatron-to-hf has made")
-    push.add_argument("push_to_hub", metavar="org/name", type=value_of("repository"), help="made if it is not there")
-    _add_switch(push, "--private", "for members only; a public repository is refused")
-
-    verify = commands.add_parser(
-        "verify",
-        help="compare two checkpoints of any kind: exit code 0 where they hold the same model, 1 where not",
-        description="Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint at any grid: "
-        "every tensor bit for bit (A rounded to B's dtype where they differ), all copies within each, config and "
-        f"vocabulary. {_ON_RANKS}",
-        epilog=_ON_NUMBERS,
+    push = commands.choices["push"]
+    _add_paths(push, directory="finished Hugging Face directory")
+    push.add_argument(
+        "push_to_hub", metavar="org/name", nargs="?", type=value_of("repository"), help="repository, made if need be"
     )
-    verify.add_argument("a", metavar="A", help="the first checkpoint: what B was made from")
-    verify.add_argument("b", metavar="B", help="the second checkpoint")
+    _add_switch(push, ("--private",), "make it for members only; a public repository is refused")
+
+    verify = commands.choices["verify"]
+    _add_paths(verify, a="first checkpoint: what B was made from", b="second checkpoint")
     groups = _groups(verify)
     _add_options(groups, "verify")
     _add_ranks(groups["run"])
 
-    inspect = commands.add_parser("inspect", help="describe a checkpoint of either kind from its headers")
-    inspect.add_argument("path", type=Path, help="a Megatron checkpoint or a Hugging Face directory")
+    inspect = commands.choices["inspect"]
+    _add_paths(inspect, path="Megatron checkpoint or Hugging Face directory")
     inspect.add_argument(
         "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
     )
     inspect.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    commands.choices["completion"].add_argument("shell", nargs="?", choices=("bash", "zsh", "tcsh"), help="which shell")
     return parser, commands.choices
 
 
-_ON_RANKS = "--ranks or torchrun share the work among ranks; alone it is one rank."
 _ON_NUMBERS = "{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers."
 
-#: What a command that converts does, more of it, and what its source and its target are.
-_CONVERSIONS = {
+#: What the source and the target of a command that converts are.
+_PATHS = {
     CONVERT: (
-        "Convert a checkpoint of any kind to another kind, grid, dtype or size of files",
-        "What the source is is found out. ",
-        "checkpoint of either kind: root or iteration of Megatron's, Hugging Face directory, or a hub id "
-        "(org/name[@revision])",
-        "what is made: a Hugging Face directory, or the root of a Megatron checkpoint",
+        "root or iteration of a Megatron checkpoint, Hugging Face directory, or a hub id (org/name[@revision])",
+        "Hugging Face directory, or root of a Megatron checkpoint, to be made",
     ),
-    "megatron-to-hf": (
-        "Convert a Megatron checkpoint to a Hugging Face directory",
-        "",
-        "(required) root of the Megatron checkpoint",
-        "(required) Hugging Face directory to be made",
-    ),
+    "megatron-to-hf": ("(required) root of the Megatron checkpoint", "(required) Hugging Face directory to be made"),
     "hf-to-megatron": (
-        "Convert a Hugging Face model to a Megatron checkpoint at any parallel grid",
-        "",
         "(required) Hugging Face directory, or a hub id (org/name[@revision])",
         "(required) root of the Megatron checkpoint",
     ),
@@ -328,41 +283,49 @@ _CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
     "--release": ("iteration", RELEASE, "write a release instead of an iteration", COMMANDS),
     "--bf16": ("target_params_dtype", "bf16", "the same as --target-params-dtype bf16", ("hf-to-megatron",)),
     "--fp16": ("target_params_dtype", "fp16", "the same as --target-params-dtype fp16", ("hf-to-megatron",)),
-    "--no-verify": ("verify", None, "do not (default: as the job file says)", COMMANDS),
+    "--no-verify": ("verify", None, SUPPRESS, COMMANDS),
 }
 
 
-_SAVED_AS = "as --ckpt-format of Megatron-LM has it (default: %(default)s)"
+def _add_paths(parser: ArgumentParser, **helps: str) -> None:
+    """Arguments without flags, which `parse` looks for: argparse would not say all that is wrong."""
+    for name, text in helps.items():
+        shown = {"source": "SRC", "target": "DST"}.get(name, name.upper())
+        parser.add_argument(name, metavar=shown, nargs="?", help=text)
 
 
-def _add_conversion(commands: Any, name: str) -> None:
-    """A command that converts, with the flags of its options."""
-    what, more, *paths = _CONVERSIONS[name]
-    flags = PATH_FLAGS[name]
-    named = " ".join([*flags, f"--to {{{','.join(FORMATS)}}}"] if name == CONVERT else [f"{one} PATH" for one in flags])
-    command = commands.add_parser(
-        name,
-        usage=f"dist-convert {name} {named} [FLAG ...]",
-        help=what[0].lower() + what[1:],
-        description=f"{what}. {more}{_ON_RANKS}",
-        epilog=_ON_NUMBERS,
-    )
+def _add_conversion(command: ArgumentParser, name: str) -> None:
+    """The flags of a command that converts."""
     groups = _groups(command)
-    for field, flag, text in zip(("source", "target"), flags, paths, strict=True):
+    to = [one for one in FORMATS if name == CONVERT or (one == HUGGINGFACE) == (PAIRS[name][1] == HUGGINGFACE)]
+    shown = dict(zip(("source", "target"), PATH_FLAGS[name], strict=True))
+    for field, text in zip(shown, _PATHS[name], strict=True):
         if name == CONVERT:
-            groups[field].add_argument(field, metavar=flag, nargs="?", default=SUPPRESS, help=text)
-            groups[field].add_argument(f"--{field}", help=SUPPRESS)  # what a job file has in its place
+            groups[field].add_argument(field, metavar=shown[field], nargs="?", default=SUPPRESS, help=text)
         else:
-            groups[field].add_argument(flag, dest=field, metavar="PATH", help=text)
+            groups[field].add_argument(shown[field], dest=field, metavar="PATH", default=SUPPRESS, help=text)
     if name == CONVERT:
-        groups["target"].add_argument("--to", choices=FORMATS, help="(required) the format that is made")
+        shown["to"] = "--to"
+        groups["target"].add_argument("--to", choices=to, default=SUPPRESS, help="(required) format of the target")
     elif PAIRS[name][1] == TORCH:
-        kept = [one for one in FORMATS if one != HUGGINGFACE]
-        groups["target"].add_argument("--target-format", dest="to", choices=kept, default=TORCH, help=_SAVED_AS)
+        shown["to"] = "--target-format"
+        how = "format of the target, as --ckpt-format of Megatron-LM has it (default: %(default)s)"
+        groups["target"].add_argument("--target-format", dest="to", choices=to, default=TORCH, help=how)
+    else:
+        command.set_defaults(to=HUGGINGFACE)
+    for field, flags in _SAME_FLAGS.items():
+        hidden = [flag for flag in flags if flag != shown.get(field)]
+        command.add_argument(
+            *hidden, dest=field, choices=to if field == "to" else None, default=SUPPRESS, help=SUPPRESS
+        )
     _add_options(groups, name)
     _add_ranks(groups["run"])
-    groups["run"].add_argument(
+    run = groups["run"]
+    run.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
+    )
+    run.add_argument(
+        "--print-config", action="store_true", help="print all that is given as such a file, and end (default: off)"
     )
 
 
@@ -382,31 +345,34 @@ def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: 
     constants = [flag for flag, (name, *_, of) in _CONSTANTS.items() if name == one.name and command in of]
     flag, kind = flag_of(one), kind_of(one)
     default: Any = one.default
+    spellings = (*known.short, flag)
     if kind == "switch":
-        _add_switch(group, flag, text)
+        _add_switch(group, spellings, text)
         return
     if constants and known.const is None:
         group = group.add_mutually_exclusive_group()
     shown = known.shown or (human_bytes(default) if kind == "size" else default)
     text += ", such as 512MB or 2GiB" if kind == "size" else ""
     text += "" if shown is None else f" (default: {shown})"
-    how: dict[str, Any] = {"choices": known.choices}
+    how: dict[str, Any] = {"dest": one.name, "default": default, "choices": known.choices}
     if not known.choices:
-        how = {"metavar": known.metavar or _TEXTS[kind][1], "type": value_of(kind)}
+        how |= {"choices": None, "metavar": known.metavar or _TEXTS[kind][1], "type": value_of(kind)}
     if known.const:
         how |= {"nargs": "?", "const": known.const}
-    spellings = [flag, OLD_SPELLINGS.get((command, flag), flag)]
-    group.add_argument(*dict.fromkeys(spellings), dest=one.name, default=default, help=text, **how)
+    group.add_argument(*spellings, help=text, **how)
+    if (command, flag) in OLD_SPELLINGS:
+        group.add_argument(OLD_SPELLINGS[command, flag], help=SUPPRESS, **(how | {"default": SUPPRESS}))
     for constant in constants:
         _, value, meaning, _ = _CONSTANTS[constant]
-        group.add_argument(constant, dest=one.name, action="store_const", const=value, help=meaning)
+        group.add_argument(constant, dest=one.name, action="store_const", const=value, default=SUPPRESS, help=meaning)
 
 
-def _add_switch(group: Any, flag: str, text: str) -> None:
+def _add_switch(group: Any, flags: Sequence[str], text: str) -> None:
     """A flag that is off, and that the command line can switch off again where a job file has it on."""
-    name = flag[2:].replace("-", "_")
-    group.add_argument(flag, action="store_true", default=False, help=f"{text} (default: off)")
-    group.add_argument(f"--no-{flag[2:]}", dest=name, action="store_false", default=SUPPRESS, help=SUPPRESS)
+    name = flags[-1][2:]
+    group.add_argument(*flags, action="store_true", default=False, help=f"{text} (default: off)")
+    dest = name.replace("-", "_")
+    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=SUPPRESS, help=SUPPRESS)
 
 
 def _add_ranks(group: Any) -> None:
@@ -415,7 +381,7 @@ def _add_ranks(group: Any) -> None:
         "--ranks",
         metavar="N",
         type=value_of("count"),
-        help="start so many on this machine's CPUs; torchrun is for several machines, and for accelerators (default: "
+        help="ranks to start on this machine's CPUs; torchrun is for several machines, and for accelerators (default: "
         "one, or those of torchrun)",
     )
 
@@ -424,27 +390,67 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of the command line, with those of a `--config` file behind them.
 
     Raises:
-        UsageError: an unknown flag or a wrong value, on the command line or in the file, or no source or target.
+        UsageError: unknown flags, wrong values, on the command line or in the file, and paths that are not given.
+        Problems: several of these.
     """
-    finder = Parser(add_help=False)
-    finder.add_argument("--config", type=Path)
-    config = finder.parse_known_args([*argv[1:]])[0].config
     parser, commands = build_parser()
-    if config and argv[0] in COMMANDS:
-        commands[argv[0]].set_defaults(**flags_of_file(commands[argv[0]], config))
-    flags, unknown = parser.parse_known_args([*argv])
-    if flags.command == CONVERT and len(unknown) == 1 and getattr(flags, "target", None) is None:
-        # argparse gives up on an argument that follows flags and others before them.
-        flags.target, unknown = (None, unknown) if unknown[0].startswith("-") else (unknown[0], [])
-    program = f"dist-convert {flags.command}"
-    if unknown:
+    if argv[:1] == ["help"] or (len(argv) == 2 and argv[1] == "help" and argv[0] in commands):
+        argv = [*(word for word in argv if word != "help"), "--help"]
+    if not argv or argv[0].startswith("-"):
+        return parser.parse_args(argv)
+    name, given = argv[0], argv[1:]
+    if name not in commands:
+        alike = [words.OTHER_NAMES[name]] if name in words.OTHER_NAMES else get_close_matches(name, commands, 1)
+        perhaps = f"; perhaps {(alike or [CONVERT])[0]}" if alike or "/" in name else ""
         raise UsageError(
-            f"{program}: unrecognized arguments: {' '.join(unknown)}",
-            remedy=f"see {program} --help{suggestion(unknown, commands[flags.command])}",
+            f"dist-convert: there is no command {name}",
+            expected=", ".join(commands),
+            remedy=f"see dist-convert --help{perhaps}",
         )
-    paths = zip(("source", "target"), PATH_FLAGS.get(flags.command, ()), strict=False)
-    missing = [flag for name, flag in paths if getattr(flags, name, None) is None]
-    missing += ["--to"] if flags.command == CONVERT and not flags.to else []
-    if missing:  # checked here: argparse would name these first, and hide a misspelt one
-        raise UsageError(f"{program}: {' and '.join(missing)} must be given", remedy=f"see {program} --help")
+    command = commands[name]
+    finder = Parser(prog=command.prog, add_help=False)
+    finder.add_argument("--config", type=Path)
+    problems: list[ConversionError] = []
+    if name in COMMANDS and (config := finder.parse_known_args(given)[0].config):
+        values, problems = flags_of_file(command, config, lambda word: suggestion([word], command))
+        command.set_defaults(**values)
+    flags, unknown, wrong = _parse_all(command, given)
+    problems += wrong
+    more = f"see {command.prog} --help"
+    if unknown:
+        what = f"{command.prog}: unrecognized arguments: {' '.join(unknown)}"
+        problems.append(UsageError(what, remedy=more + suggestion(unknown, command)))
+    named = {action.dest: action for action in command._actions if not action.option_strings}
+    needed = {one: str(action.metavar or action.dest) for one, action in named.items()}
+    if name in COMMANDS:
+        needed = dict(zip(("source", "target"), PATH_FLAGS[name], strict=True)) | {"to": "--to"}
+    missing = [shown for one, shown in needed.items() if getattr(flags, one, None) is None]
+    if missing and not unknown and (name in PAIRS or not wrong):  # else a word may be a wrong flag's, or a path
+        problems.append(UsageError(f"{command.prog}: {' and '.join(missing)} must be given", remedy=more))
+    raise_together(problems)
+    flags.command = name
     return flags
+
+
+def _parse_all(
+    command: ArgumentParser, given: Sequence[str]
+) -> tuple[argparse.Namespace, list[str], list[ConversionError]]:
+    """The flags of a command, what it does not know, and all that is wrong; argparse itself ends at the first."""
+    try:
+        return (*command.parse_known_intermixed_args([*given]), [])
+    except UsageError as error:
+        first = error
+    flags: list[list[str]] = [[]]  # each with the words that follow it
+    for word in given:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    found = argparse.Namespace()
+    unknown: list[str] = []
+    problems: list[ConversionError] = []
+    for one in flags:
+        try:
+            unknown += (word for word in command.parse_known_args(one, found)[1] if word.startswith("--"))
+        except UsageError as error:
+            problems.append(error)
+    return found, unknown, problems or [first]

@@ -25,10 +25,9 @@ OLD_SPELLINGS = {("hf-to-megatron", "--target-expert-parallel-size"): "--target-
 
 def add_old_flags(command: argparse.ArgumentParser) -> None:
     """Accept the flags of the old tool that have no part in ours."""
-    old = command.add_argument_group("accepted for command lines of Habana's convert.py")
-    for flag, (why, values) in _OLD_FLAGS.items():
-        old.add_argument(flag, help=f"no effect: {why}", **values)
-    old.add_argument("--checkpoint-type", choices=("hf", "meta"), help="hf; meta, original Llama files, is refused")
+    for flag, (_, values) in _OLD_FLAGS.items():
+        command.add_argument(flag, help=argparse.SUPPRESS, **values)
+    command.add_argument("--checkpoint-type", choices=("hf", "meta"), help=argparse.SUPPRESS)
 
 
 def notes_on_old_flags(flags: argparse.Namespace) -> list[str]:

@@ -14,7 +14,7 @@ from dist_convert.models.catalog import LeftBehind
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes, steps_of
-from dist_convert.records import counted, human_bytes, names
+from dist_convert.records import __version__, counted, human_bytes, human_seconds, names
 
 
 def peak_memory_bytes() -> int:
@@ -41,12 +41,24 @@ def load_of(plan: Plan, rank: int) -> list[int]:
     return [*load_bytes, peak_memory_bytes()]
 
 
-def describe_plan(
-    plan: Plan, loads: Sequence[Sequence[int]], free_bytes: int, report: Report, partial: Path | None = None
-) -> str:
-    """A dry run's answer: files, and what each rank would read, gather and write.
+def rows_of(plan: Plan, loads: Sequence[Sequence[int]]) -> tuple[dict[str, int], ...]:
+    """What each rank would do, by the names that `--json` gives it; `loads` are of `load_of`, by rank."""
+    rows = []
+    for rank, (*moved_bytes, base_bytes) in enumerate(loads):
+        group, _ = plan.place_of(rank)
+        buffers_bytes = plan.limits[group].total_bytes
+        row = {"rank": rank, "group": group, **dict(zip(_MOVED, moved_bytes, strict=True))}
+        rows.append({**row, "buffers_bytes": buffers_bytes, "peak_memory_bytes": base_bytes + buffers_bytes})
+    return tuple(rows)
 
-    `loads` are of `load_of`, by rank. `partial` is what an earlier run has left, with which this one would go on.
+
+_MOVED = ("read_bytes", "received_bytes", "written_bytes")
+
+
+def describe_plan(plan: Plan, free_bytes: int, report: Report, partial: Path | None = None) -> str:
+    """A dry run's answer: files, and what each rank would read, gather and write, which the report has.
+
+    `partial` is what an earlier run has left, with which this one would go on.
     """
     if report.was_complete:
         return report_text(report)
@@ -57,11 +69,10 @@ def describe_plan(
         "",
         f"{'rank':>5} {'group':>6} {'reads':>10} {'receives':>10} {'writes':>10} {'buffers':>10} {'peak memory':>12}",
     ]
-    for rank, (*moved_bytes, base_bytes) in enumerate(loads):
-        number, _ = plan.place_of(rank)
-        buffers_bytes = plan.limits[number].total_bytes
-        cells = " ".join(f"{human_bytes(cell):>10}" for cell in (*moved_bytes, buffers_bytes))
-        lines.append(f"{rank:5} {number:6} {cells} {human_bytes(base_bytes + buffers_bytes):>12}")
+    for row in report.ranks:
+        rank, group, *amounts, peak_bytes = row.values()
+        cells = " ".join(f"{human_bytes(amount):>10}" for amount in amounts)
+        lines.append(f"{rank:5} {group:6} {cells} {human_bytes(peak_bytes):>12}")
     lines += ["", f"{'size':>10}  file"]
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [
@@ -71,6 +82,13 @@ def describe_plan(
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(lines)
+
+
+def start_line(plan: Plan, report: Report, nodes: int) -> str:
+    """What a conversion says first: what is made of what, by whom."""
+    who = f"{counted(len(plan.visible), 'rank')} on {counted(nodes, 'node')}, {plan.placement} placement"
+    ends = f"{report.source} ({report.source_format}) -> {report.target} ({report.target_format})"
+    return f"dist_convert {__version__}: {plan.content.title}, {ends}, {human_bytes(report.size_bytes)}, {who}"
 
 
 #: Of more ranks than this, only those that took longest are shown.
@@ -93,7 +111,9 @@ class Report:
         source_format, target_format: such as "torch".
         left_behind: what of the source is no part of the target: (what, how many, bytes).
         was_complete: an earlier run has made all of the target, and this one wrote nothing.
+        files, size_bytes: the target's weights files, how many and how large.
         plan: of a dry run, which writes nothing: who would do what, for people.
+        ranks: of a dry run, what each rank would do, in bytes.
         notes: what the user should know.
     """
 
@@ -112,7 +132,10 @@ class Report:
     target_format: str = ""
     left_behind: LeftBehind = ()
     was_complete: bool = False
+    files: int = 0
+    size_bytes: int = 0
     plan: str = ""
+    ranks: tuple[Mapping[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -126,35 +149,32 @@ class Report:
         return Report(**found, profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome))
 
 
-def report_text(report: Report) -> str:
-    """What a conversion says at its end: where the time went, and a line that sums up."""
+def report_text(report: Report, *, verbose: bool = False) -> str:
+    """What a conversion says at its end: what the user should know, and a line that sums up; verbose: and the times."""
     if report.was_complete:
-        return f"{report.target} is complete already, by an earlier run of this conversion"
-    line = (
-        f"{report.target}: read {human_bytes(report.read_bytes)}, wrote {human_bytes(report.written_bytes)} "
-        f"in {report.seconds:.1f} s, {_rate(report, report.seconds)}, "
-        f"peak memory of the largest rank {human_bytes(report.peak_memory_bytes)}"
-    )
+        return f"done: {report.target} is complete already, by an earlier run of this conversion"
+    lines = _lines_of_times(report) if verbose else []
     if report.overflowed:
-        line += f"; {sum(report.overflowed.values())} values became infinite in {names(report.overflowed)}"
+        lines.append(f"{sum(report.overflowed.values())} values became infinite in {names(report.overflowed)}")
     if report.rounded_norms:
-        line += (
-            f"; adding 1 was rounded in {sum(report.rounded_norms.values())} values of norms "
+        lines.append(
+            f"adding 1 was rounded in {sum(report.rounded_norms.values())} values of norms "
             "(exact with --target-params-dtype fp32)"
         )
     if report.left_behind:
-        line += f"; left behind: {', '.join(f'{what} ({human_bytes(size)})' for what, _, size in report.left_behind)}"
-    return "\n".join([*_profile_lines(report), line])
+        left = ", ".join(f"{what} ({human_bytes(size)})" for what, _, size in report.left_behind)
+        lines.append(f"left behind: {left}")
+    seconds = human_seconds(report.seconds) if report.seconds >= 10 else f"{report.seconds:.1f} s"
+    files = f"{counted(report.files, 'file')}, {human_bytes(report.size_bytes)}"
+    return "\n".join([*lines, f"done: {report.target}  {files}, {seconds}"])
 
 
 def _rate(report: Report, seconds: float) -> str:
     return f"{report.written_bytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
 
 
-def _profile_lines(report: Report) -> list[str]:
-    """Seconds of each rank, in columns; of many ranks those that took longest, and the mean."""
-    if not report.profiles:
-        return []
+def _lines_of_times(report: Report) -> list[str]:
+    """Seconds of each rank, in columns; of many ranks those that took longest, and the mean. Then those of all."""
     columns = ("moved", *PHASES)
     rows = [(f"rank {rank}", profile) for rank, profile in enumerate(report.profiles)]
     if len(rows) > _LISTED_RANKS:
@@ -165,6 +185,8 @@ def _profile_lines(report: Report) -> list[str]:
         f"{'seconds':10}" + "".join(f"{column:>9}" for column in columns),
         *(f"{name:10}" + "".join(f"{profile[column]:9.2f}" for column in columns) for name, profile in rows),
         f"data moved in {longest:.2f} s, {_rate(report, longest)}; forced to the disk in {report.synced_seconds:.2f} s",
+        f"read {human_bytes(report.read_bytes)}, wrote {human_bytes(report.written_bytes)} in {report.seconds:.1f} s, "
+        f"{_rate(report, report.seconds)}, peak memory of the largest rank {human_bytes(report.peak_memory_bytes)}",
     ]
 
 
@@ -177,5 +199,5 @@ def report_from_details(details: Mapping[str, Any]) -> Report:
     """The inverse of `report_details`; keys that are no fields are ignored."""
     known = {one.name: details[one.name] for one in fields(Report)}
     known |= {name: Path(known[name]) for name in ("source", "target")}
-    known |= {name: tuple(known[name]) for name in ("profiles", "notes")}
+    known |= {name: tuple(known[name]) for name in ("profiles", "notes", "ranks")}
     return Report(**{**known, "left_behind": tuple(map(tuple, known["left_behind"]))})

@@ -168,7 +168,7 @@ class Channel:
         self._stopped_by: int | None = None
         self._done_bytes = 0
         self._on_progress: Callable[[int], object] | None = None
-        self._doing = "starting"
+        self._doing = "reading headers and planning"
         self._long_work: str | None = None
         self._beats = 0
         self._beat_at = 0.0
@@ -307,6 +307,7 @@ class Channel:
                 self._watch_store(self._store, Failures(self._store))
         # Without a store, too: the signal that tells of a launcher's end comes after its connections broke.
         while (number := self._signal()) is None:
+            self._tick()
             if self._closed.wait(_POLL_SECONDS):
                 return
         if self._closed.wait(_GRACE_SECONDS):
@@ -332,8 +333,13 @@ class Channel:
                 failures.await_print(_PATIENCE_SECONDS)
                 os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
             self._beat(store, failures)
+            self._tick()
             if self._long_work is not None:
                 store.add(f"{self._long_work}/{self._rank}/alive", 1)
+
+    def _tick(self) -> None:
+        if self._rank == 0:
+            self._log.tick(self._doing)
 
     def _signal(self) -> int | None:
         """The signal that ends this rank, if one has come, here or on another rank."""

@@ -7,56 +7,81 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.records import human_bytes, human_seconds
 
 
-@dataclass(frozen=True)
 class Log:
-    """Notes and progress on standard error; a plan as text goes to standard output.
+    """Notes and progress on standard error; a plan, and a report in JSON, go to standard output.
 
-    Attributes:
+    Args:
         is_json: an object a line, each with an "event" and the time.
         interval_seconds: between two lines of progress. On a terminal people see a bar instead.
+        is_quiet: only warnings, and what is asked for on standard output.
+        reports_json: a report is printed as JSON on standard output.
     """
 
-    is_json: bool = False
-    interval_seconds: float = 30.0
+    def __init__(
+        self, is_json: bool = False, interval_seconds: float = 30, is_quiet: bool = False, reports_json: bool = False
+    ) -> None:
+        self._is_json, self._is_quiet, self._reports_json = is_json, is_quiet, reports_json
+        self._interval_seconds = interval_seconds
+        self._shown_at = self._began_at = time.monotonic()
+        self._moving = ""  # what bytes are moved for at this moment
+        self._done_bytes = self._total_bytes = 0
 
     def say(self, event: str, text: str, **details: Any) -> None:
         """See `Channel.say`."""
-        line = as_json_line(event, text, **details) if self.is_json else text
-        print(line, file=sys.stdout if event == "plan" and not self.is_json else sys.stderr, flush=True)
+        if "report" in details and self._reports_json:
+            print(json.dumps(details["report"], indent=2), flush=True)
+        if self._is_json:
+            print(as_json_line(event, text, **details), file=sys.stderr, flush=True)
+        elif event == "plan":
+            print("" if self._reports_json else f"{text}\n", end="", flush=True)
+        elif not self._is_quiet or text.startswith("warning"):
+            print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
         """Show how far work is while the block lasts; what it gives is called now and then with the bytes done."""
-        if self.is_json or not sys.stderr.isatty():
-            yield self._lines(total_bytes, what)
+        if self._has_bar():
+            from tqdm import tqdm  # only here: most runs have no terminal
+
+            with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
+                yield lambda done_bytes: bar.update(done_bytes - bar.n)
             return
-        from tqdm import tqdm  # only here: most runs have no terminal
+        self._moving, self._began_at = what, time.monotonic()
+        self._done_bytes, self._total_bytes = 0, total_bytes
+        yield self._note_done
+        self._moving = ""
 
-        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
-            yield lambda done_bytes: bar.update(done_bytes - bar.n)
+    def _note_done(self, done_bytes: int) -> None:
+        self._done_bytes = done_bytes
 
-    def _lines(self, total_bytes: int, what: str) -> Callable[[int], None]:
-        started = shown = time.monotonic()
+    def tick(self, doing: str) -> None:
+        """Show a line of progress if it is time for one; any thread may call it, and often.
 
-        def update(done_bytes: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown >= self.interval_seconds:
-                shown = now
-                text = what if self.is_json else _share_done(done_bytes, total_bytes, now - started)
-                self.say("progress", text, done_bytes=done_bytes, total_bytes=total_bytes)
+        Args:
+            doing: what is done where no bytes are moved.
+        """
+        now = time.monotonic()
+        if now - self._shown_at < self._interval_seconds or self._is_quiet or self._has_bar():
+            return
+        self._shown_at = now
+        if not self._moving:
+            self.say("doing", doing if self._is_json else f"{time.strftime('%H:%M:%S')}  {doing}")
+            return
+        done_bytes, total_bytes = self._done_bytes, self._total_bytes
+        text = self._moving if self._is_json else _share_done(done_bytes, total_bytes, now - self._began_at)
+        self.say("progress", text, done_bytes=done_bytes, total_bytes=total_bytes)
 
-        return update
+    def _has_bar(self) -> bool:
+        return not (self._is_json or self._is_quiet) and sys.stderr.isatty()
 
 
 def _share_done(done_bytes: int, total_bytes: int, seconds: float) -> str:
-    rate = done_bytes / seconds
+    rate = done_bytes / max(seconds, 1e-9)
     left = f", {human_seconds((total_bytes - done_bytes) / rate)} left" if rate else ""
     share = 100 * done_bytes // max(1, total_bytes)
     amounts = f"{human_bytes(done_bytes)} of {human_bytes(total_bytes)}, {human_bytes(rate)}/s"

@@ -49,7 +49,7 @@ def local_directory(name: str, *, cache_only: bool = False) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    repository, revision = _repository_and_revision(name)
+    repository, revision = repository_and_revision(name)
     files = [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)]
     directory = _snapshot(repository, revision, files, cache_only=cache_only)
     for index, single in WEIGHTS_KINDS:
@@ -76,7 +76,7 @@ def revision_on_hub(name: str) -> str:
     Raises:
         CheckpointNotFound, NotEnoughSpace: as `local_directory`; also where there is a directory of that name.
     """
-    repository, revision = _repository_and_revision(name)
+    repository, revision = repository_and_revision(name)
     return f"{repository}@{_snapshot(repository, revision, [CONFIG_FILE]).name}"
 
 
@@ -107,7 +107,8 @@ def check_endpoint() -> None:
         ) from error
 
 
-def _repository_and_revision(name: str) -> tuple[str, str | None]:
+def repository_and_revision(name: str) -> tuple[str, str | None]:
+    """What a hub is asked for by `org/name` or `org/name@revision`; CheckpointNotFound for what can only be a path."""
     repository, _, revision = name.partition("@")
     organisation, _, model = repository.partition("/")
     path = Path(name)

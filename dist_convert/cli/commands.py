@@ -1,0 +1,117 @@
+"""What the commands are for: the words of their help, with three examples each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """The words of one command.
+
+    Attributes:
+        usage: its arguments, in one line.
+        help: what it does, for the list of commands.
+        examples: of its arguments.
+        more: what the description says after that.
+        ranks: several ranks can share the work.
+    """
+
+    usage: str
+    help: str
+    examples: tuple[str, str, str]
+    more: str = ""
+    ranks: bool = False
+
+    @property
+    def description(self) -> str:
+        shared = " --ranks or torchrun share the work among ranks; alone it is one rank." if self.ranks else ""
+        return f"{self.help[0].upper()}{self.help[1:]}. {self.more}{shared}".strip()
+
+
+COMMANDS: Mapping[str, Command] = {
+    "convert": Command(
+        "SRC DST --to {huggingface,torch,torch_dist} [FLAG ...]",
+        "convert a checkpoint to another format, grid, dtype or size of files",
+        (
+            "/ckpts/llama /out/llama-hf --to huggingface --ranks 4",
+            "/hf/llama /ckpts/llama --to torch --tp 8 --pp 4 --dry-run",
+            "/ckpts/llama /ckpts/llama-tp1 --to torch_dist --tp 1 --pp 1",
+        ),
+        "The format of the source is found out.",
+        ranks=True,
+    ),
+    "megatron-to-hf": Command(
+        "--load-path PATH --save-path PATH [FLAG ...]",
+        "convert a Megatron checkpoint to a Hugging Face directory",
+        (
+            "--load-path /ckpts/llama --save-path /out/llama-hf --ranks 4",
+            "--load-path /ckpts/llama --save-path /out/llama-hf --ckpt-dir-name iter_0004000 --verify",
+            "--config job.yaml --dry-run",
+        ),
+        ranks=True,
+    ),
+    "hf-to-megatron": Command(
+        "--load-dir PATH --save-dir PATH [FLAG ...]",
+        "convert a Hugging Face model to a Megatron checkpoint at any parallel grid",
+        (
+            "--load-dir /hf/llama --save-dir /ckpts/llama --tp 8 --pp 4",
+            "--load-dir org/name --save-dir /ckpts/llama --tp 2 --target-format torch_dist",
+            "--load-dir /hf/mixtral --save-dir /ckpts/mixtral --tp 2 --ep 8 --bf16 --ranks 4",
+        ),
+        ranks=True,
+    ),
+    "verify": Command(
+        "A B [FLAG ...]",
+        "compare two checkpoints of any format: exit code 0 where they hold the same model, 1 where not",
+        (
+            "/ckpts/llama /out/llama-hf",
+            "/ckpts/llama /out/llama-hf --sample --ranks 4",
+            "/hf/llama /ckpts/llama --json",
+        ),
+        "Every tensor is compared bit for bit (A is rounded to B's dtype where they differ), and all copies within "
+        "each, config and vocabulary.",
+        ranks=True,
+    ),
+    "inspect": Command(
+        "PATH [FLAG ...]",
+        "describe a checkpoint of any format from its headers",
+        ("/ckpts/llama", "/ckpts/llama --ckpt-dir-name iter_0004000", "/hf/llama --json"),
+    ),
+    "tokenizer": Command(
+        "SRC DST [FLAG ...]",
+        "give a converted model its tokenizer, copied or built",
+        (
+            "/hf/llama /out/llama-hf",
+            "/tokenizers/llama3/tokenizer.model /out/llama-hf --instruct",
+            "org/name /out/llama-hf --overwrite",
+        ),
+        "The special ids in config.json and generation_config.json follow it; weights stay as they are.",
+    ),
+    "push": Command(
+        "DIRECTORY org/name [--private]",
+        "upload a finished Hugging Face directory, or what is missing of it",
+        ("/out/llama-hf org/name", "/out/llama-hf org/name --private", ". org/name"),
+    ),
+    "completion": Command(
+        "{bash,zsh,tcsh}",
+        "print a script with which a shell completes commands and flags",
+        (
+            "bash > ~/.local/share/bash-completion/completions/dist-convert",
+            "zsh > ~/.zfunc/_dist-convert",
+            "tcsh > ~/.dist-convert.tcsh",
+        ),
+    ),
+}
+
+#: What others call a command, and what it is called here.
+OTHER_NAMES = {"compare": "verify", "diff": "verify", "check": "verify", "info": "inspect", "show": "inspect"} | {
+    "describe": "inspect", "upload": "push", "reshard": "convert",
+}  # fmt: skip
+#: What others call a flag, and the option here.
+OTHER_FLAGS = {
+    "--input": "source", "--input-dir": "source", "--model": "source", "--load": "source",
+    "--output": "target", "--output-dir": "target", "--out": "target", "--save": "target",
+    "--format": "to", "--nproc-per-node": "ranks", "--force": "overwrite",
+}  # fmt: skip
