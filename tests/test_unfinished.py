@@ -307,7 +307,7 @@ def test_a_megatron_target_that_is_complete_is_found_so_too(runs: Runs, tmp_path
     dry = runs.do([*flags, "--dry-run"])
     assert (dry.exit_codes, dry.stdout) == (
         [0],
-        [f"{tmp_path}/out/iter_0000001 is complete already, by an earlier run of this conversion\n"],
+        [f"done: {tmp_path}/out/iter_0000001 is complete already, by an earlier run of this conversion\n"],
     )
 
 

@@ -38,7 +38,8 @@ class Log:
         if self._is_json:
             print(as_json_line(event, text, **details), file=sys.stderr, flush=True)
         elif event == "plan":
-            print("" if self._reports_json else f"{text}\n", end="", flush=True)
+            if not self._reports_json:
+                print(text, flush=True)
         elif not self._is_quiet or text.startswith("warning"):
             print(text, file=sys.stderr, flush=True)
 

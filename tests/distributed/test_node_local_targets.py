@@ -54,9 +54,9 @@ def test_each_node_gets_the_bytes_of_its_rank_directories_and_no_others(name: st
 
 def test_no_source_row_is_read_by_two_nodes_although_both_write_it(tmp_path: Path) -> None:
     tensors = make_hf(tmp_path / "hf", LLAMA)
-    runs = convert_on_two_nodes(tmp_path, Grid(tp=2), "--target-ranks-per-node", "2", "--vocab-padding", "zeros")
+    runs = convert_on_two_nodes(tmp_path, Grid(tp=2), "--target-ranks-per-node", "2", "--vocab-padding", "zeros", "-v")
     assert sum(tensor.nbytes for tensor in tensors.values()) == 33_512_448
-    assert ": read 33.5 MB, wrote 67 MB in " in runs[0].stderr
+    assert "\nread 33.5 MB, wrote 67 MB in " in runs[0].stderr
 
 
 REFUSED: dict[str, tuple[Sequence[str], str]] = {

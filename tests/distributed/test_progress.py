@@ -75,18 +75,19 @@ def test_one_rank_shows_one_bar_in_one_line(shown: str) -> None:
 def test_a_pipe_gets_no_bar_but_the_line_at_the_end(checkpoint: Path, tmp_path: Path) -> None:
     run = run_ranks(2, *flags(checkpoint, tmp_path / "hf"))
     assert bars(run.stderr + run.stdout) == []
-    assert re.search(
-        rf"{tmp_path}/hf: read 53\.5 MB, wrote 53\.5 MB in [\d.]+ s, [\d.]+ GB/s, "
-        r"peak memory of the largest rank \d+ MB; left behind: extra state \(no weights\) \(0 B\)$",
-        run.stderr.splitlines()[-2],  # the last says that the target has no tokenizer
-    ), run.stderr
+    first, *_, before_last, last = run.stderr.splitlines()
+    ends = rf"{checkpoint}/iter_\d+ \(torch\) -> {tmp_path}/hf \(huggingface\), 53\.5 MB"
+    made = r"LlamaForCausalLM, TP2 PP1 VPP1 EP1 ETP2"
+    assert re.fullmatch(rf"dist_convert [\d.]+: {made}, {ends}, 2 ranks on 1 node, direct placement", first), run.stderr
+    assert before_last == "left behind: extra state (no weights) (0 B)"
+    assert re.fullmatch(rf"done: {tmp_path}/hf  1 file, 53\.5 MB, [\d.]+ s", last), last
 
 
 def test_the_last_line_tells_the_ranks_memory_and_not_that_of_its_parent(tmp_path: Path) -> None:
     make(tmp_path / "megatron")
     held = bytearray(800_000_000)
     held[::4096] = b"x" * len(held[::4096])  # a process inherits its parent's peak in ru_maxrss
-    job = [sys.executable, "-m", "dist_convert", *flags(tmp_path / "megatron", tmp_path / "hf")]
+    job = [sys.executable, "-m", "dist_convert", *flags(tmp_path / "megatron", tmp_path / "hf", "-v")]
     done = subprocess.run(job, env=environment(), stderr=subprocess.PIPE, text=True, check=True)
     peak = re.search(r"peak memory of the largest rank ([\d.]+) MB", done.stderr)
     assert peak is not None, done.stderr
