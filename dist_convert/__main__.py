@@ -257,6 +257,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Spares what is imported the search for garbage, here and at the end: a fifth of the time that torch takes."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of C++ frames
     gc.disable()
     try:
         yield
