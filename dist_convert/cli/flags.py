@@ -337,7 +337,8 @@ def _add_options(groups: Mapping[str, Any], command: str) -> None:
     """The flags of a command's options."""
     for one, known in options_of(command):
         to = " or ".join((TORCH, TORCH_DIST) if known.to == MEGATRON else (known.to,))
-        text = known.help + (f"; --to {to}" if command == CONVERT and to else "")
+        text = known.help + (", such as 512MB or 2GiB" if kind_of(one) == "size" else "")
+        text += f"; --to {to}" if command == CONVERT and to else ""
         _add_option(groups[known.group], one, known, text, command)
 
 
@@ -352,7 +353,6 @@ def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: 
     if constants and known.const is None:
         group = group.add_mutually_exclusive_group()
     shown = known.shown or (human_bytes(default) if kind == "size" else default)
-    text += ", such as 512MB or 2GiB" if kind == "size" else ""
     text += "" if shown is None else f" (default: {shown})"
     how: dict[str, Any] = {"dest": one.name, "default": default, "choices": known.choices}
     if not known.choices:
