@@ -2,10 +2,12 @@
 # The whole path on a real model: SmolLM2-135M-Instruct is converted to Megatron at TP3 x PP2 under torchrun, converted
 # back to Hugging Face, compared with the original bit for bit, and asked a question.
 #
-#   launch/demo.sh [FLAG...]    flags are handed on to dist_convert, such as --device hpu
+#   launch/demo.sh [FLAG...]    flags are handed on to the conversion under torchrun, such as --device hpu
 #
-# From a fresh clone it sets up everything by itself (see setup.sh). Inputs and results are in .cache/demo.
+# From a fresh clone it sets up everything by itself (see setup.sh): minutes once, then less than one.
 
+# shellcheck disable=SC2034 # setup.sh reads it
+extra=demo
 # shellcheck source=launch/setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -16,25 +18,22 @@ heading "Input: a real model, out of a Python package"
 TQDM_DISABLE=1 show python launch/demo_inputs.py "$work"
 
 heading "Hugging Face to Megatron at TP3 x PP2, with two ranks"
-show torchrun --standalone --nproc-per-node 2 -m dist_convert hf-to-megatron \
-    --load-dir "$work/smollm2-hf" --save-dir "$work/smollm2-megatron" --device cpu --overwrite \
-    --target-tensor-parallel-size 3 --target-pipeline-parallel-size 2 "$@"
+show dist-convert convert "$work/smollm2-hf" "$work/smollm2-megatron" --to torch --tp 3 --pp 2 --ranks 2 --overwrite
 
 heading "What is in the checkpoint"
-show python -m dist_convert inspect "$work/smollm2-megatron"
+show dist-convert inspect "$work/smollm2-megatron"
 
-heading "Back, with two ranks; each reads what it writes"
-show torchrun --standalone --nproc-per-node 2 -m dist_convert megatron-to-hf \
-    --load-path "$work/smollm2-megatron" --save-path "$work/converted" --device cpu --overwrite "$@"
+heading "Back under torchrun, with three ranks; each reads its own shards, and they gather"
+show torchrun --standalone --nproc-per-node 3 -m dist_convert convert "$work/smollm2-megatron" "$work/converted" \
+    --to huggingface --placement gather --overwrite "$@"
 
-heading "Back, with three ranks; each reads its own shards, and they gather"
-show torchrun --standalone --nproc-per-node 3 -m dist_convert megatron-to-hf --placement gather \
-    --load-path "$work/smollm2-megatron" --save-path "$work/converted-gather" --device cpu --overwrite "$@"
-
-heading "Compare with the original weights"
-show python launch/demo_compare.py "$work/smollm2-hf" "$work/converted"
-show cmp "$work/converted/model.safetensors" "$work/converted-gather/model.safetensors"
-printf 'the two conversions: equal byte for byte\n'
+heading "Compare the result with the original, bit for bit"
+show dist-convert verify "$work/smollm2-hf" "$work/converted"
 
 heading "Ask the converted model, with plain transformers"
 TQDM_DISABLE=1 show python launch/demo_check.py "$work/converted"
+
+printf '\nresults are in %s; try next:\n' "$work"
+printf '  . %q/bin/activate\n' "$venv"
+printf '  dist-convert convert %s /tmp/smollm2-hf --to huggingface --ranks 2\n' "$work/smollm2-megatron"
+printf '  dist-convert help convert\n'

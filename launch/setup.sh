@@ -4,7 +4,8 @@
 #   PYTHON              the Python that the environment is made of (default: python3)
 #   DIST_CONVERT_VENV   where the environment is, or shall be (default: .venv in the repository)
 #
-# A script that sets `dependencies_only` gets an environment without dist_convert itself, which several clones can share.
+# A script that sets `dependencies_only` gets an environment without dist_convert itself, which several clones can share;
+# one that sets `extra` (default: test) the packages of that extra of pyproject.toml.
 #
 # shellcheck shell=bash
 
@@ -63,18 +64,22 @@ provide_pip() {
 
 enter_environment() {
     # From where the packages were installed, and which.
-    local installed=$venv/installed-for-dist_convert wanted
+    local installed wanted quiet=(--quiet)
     wanted=${dependencies_only:-$PWD}$'\n'$(cat pyproject.toml)
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
-    if [[ -e $installed && $(cat "$installed") == "$wanted" ]]; then
-        return
-    fi
+    for installed in "$venv"/installed-for-dist_convert{,"-${extra:-test}"}; do # that for tests serves all
+        if [[ -e $installed && $(cat "$installed") == "$wanted" ]]; then
+            return
+        fi
+    done
+    [[ ${extra:-test} != test ]] || installed=$venv/installed-for-dist_convert
+    [[ ! -t 1 ]] || quiet=() # people see how far the downloads are
     printf 'to be made once, which takes minutes\n'
     [[ -w . ]] || fail "$PWD is read-only, and an editable installation writes there. Clone to another place"
     [[ -x $venv/bin/python ]] || make_environment
     provide_pip
-    has_module python torch || show python -m pip install --quiet torch==2.13.0
-    PYTHONWARNINGS=ignore show python -m pip install --quiet --editable '.[test]'
+    has_module python torch || show python -m pip install "${quiet[@]}" torch==2.13.0
+    PYTHONWARNINGS=ignore show python -m pip install "${quiet[@]}" --editable ".[${extra:-test}]"
     [[ -z ${dependencies_only:-} ]] || show python -m pip uninstall --quiet --yes dist-convert
     printf '%s\n' "$wanted" >"$installed"
 }

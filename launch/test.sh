@@ -99,6 +99,7 @@ show ruff format --check
 show ruff check
 show python -m mypy dist_convert launch
 show shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
+show hadolint Dockerfile Dockerfile.gaudi
 
 heading "Tests"
 export HF_HUB_OFFLINE=1

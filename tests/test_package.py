@@ -1,0 +1,68 @@
+"""What an index gets: a source archive, and a wheel that works where nothing of the repository is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from dist_convert.records import __version__
+from tests.checkpoints import Model, make
+from tests.distributed.launching import REPOSITORY, environment
+
+ADDRESS = "https://example.org/dist_convert"
+
+
+def build(what: str, source: Path, target: Path) -> Path:
+    """The archive that the build backend makes of a directory."""
+    target.mkdir()
+    code = f"from setuptools import build_meta; print(build_meta.build_{what}({str(target)!r}))"
+    env = environment(DIST_CONVERT_REPOSITORY=ADDRESS, PYTHONPATH="")
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target / done.stdout.splitlines()[-1]
+
+
+def test_a_wheel_made_of_the_source_archive_converts_elsewhere_and_its_links_are_absolute(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("setuptools is older than 77, which pyproject.toml asks for")
+    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for file in files.splitlines():
+        if (REPOSITORY / file).is_file() and not file.startswith("tests/"):
+            (tmp_path / "clone" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPOSITORY / file, tmp_path / "clone" / file)
+    sdist = build("sdist", tmp_path / "clone", tmp_path / "sdist")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert {"CHANGELOG.md", "docs/flags.md", "configs", "launch/demo.sh"} <= {
+        path.relative_to(source).as_posix() for path in source.rglob("*")
+    }
+
+    wheel = build("wheel", source, tmp_path / "wheel")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert (site / "dist_convert" / "py.typed").is_file()
+    assert {path.name for path in site.iterdir()} == {"dist_convert", f"dist_convert-{__version__}.dist-info"}
+    metadata = Parser().parsestr(next(site.glob("*/METADATA")).read_text())
+    links = re.findall(r"\]\((?!#)([^)]+)\)", str(metadata.get_payload()))
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert f"{ADDRESS}/blob/HEAD/docs/flags.md" in links
+    assert f"{ADDRESS}/raw/HEAD/docs/resumed.svg" in links
+
+    make(tmp_path / "in", Model(layers=1))
+    command = [sys.executable, "-m", "dist_convert", "convert", tmp_path / "in", tmp_path / "out", "--to", "huggingface"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--json", "-q"],
+        cwd=site, env=environment(PYTHONPATH=str(site)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target"] == str(tmp_path / "out")
