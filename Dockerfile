@@ -8,6 +8,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HOME=/tmp/huggingface 
 RUN pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 WORKDIR /opt/dist_convert
 COPY . .
+# hadolint ignore=DL3013
 RUN pip install '.[tokenizers]'
 
 ENTRYPOINT ["dist-convert"]

@@ -1,7 +1,7 @@
 """The description on a package index: README.md, whose links lead to the repository there.
 
-`DIST_CONVERT_REPOSITORY` is the address of the repository, such as https://github.com/org/dist_convert; without it, links
-stay as they are. All else is in pyproject.toml.
+`DIST_CONVERT_REPOSITORY` is the address of the repository, such as https://github.com/org/dist_convert; without it,
+links stay as they are. All else is in pyproject.toml.
 """
 
 import os

@@ -25,7 +25,7 @@ show dist-convert inspect "$work/smollm2-megatron"
 
 heading "Back under torchrun, with three ranks; each reads its own shards, and they gather"
 show torchrun --standalone --nproc-per-node 3 -m dist_convert convert "$work/smollm2-megatron" "$work/converted" \
-    --to huggingface --placement gather --overwrite "$@"
+    --to huggingface --placement gather --device cpu --overwrite "$@"
 
 heading "Compare the result with the original, bit for bit"
 show dist-convert verify "$work/smollm2-hf" "$work/converted"

@@ -59,7 +59,8 @@ def test_a_wheel_made_of_the_source_archive_converts_elsewhere_and_its_links_are
     assert f"{ADDRESS}/raw/HEAD/docs/resumed.svg" in links
 
     make(tmp_path / "in", Model(layers=1))
-    command = [sys.executable, "-m", "dist_convert", "convert", tmp_path / "in", tmp_path / "out", "--to", "huggingface"]
+    paths = [tmp_path / "in", tmp_path / "out"]
+    command = [sys.executable, "-m", "dist_convert", "convert", *paths, "--to", "huggingface"]
     done = subprocess.run(
         [*command, "--device", "cpu", "--json", "-q"],
         cwd=site, env=environment(PYTHONPATH=str(site)), capture_output=True, text=True,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import Grid, Model, make
-from tests.distributed.launching import REPOSITORY, Run, flags, run_ranks, torchrun
+from tests.distributed.launching import REPOSITORY, Run, environment, flags, run_ranks, torchrun
 
 #: About 25 MB in blocks of 4 MiB, so that most of it is still to be read after the first step was written.
 MODEL = Model(hidden=512, ffn=4096, heads=8, groups=4, head_dim=64, layers=2)
@@ -56,6 +58,29 @@ def test_under_torchrun_a_rank_that_is_killed_takes_the_others_with_it(checkpoin
 
 def test_the_others_end_where_the_rank_that_prints_is_killed(checkpoint: Path) -> None:
     assert convert(checkpoint, checkpoint / "hf", "0", "kill").returncode == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "--ranks"])
+def test_a_launcher_that_is_killed_leaves_a_message_and_no_frames_of_cpp(launcher: str, tmp_path: Path) -> None:
+    make(tmp_path / "in", Model(hidden=1024, ffn=8192, heads=8, groups=4, head_dim=128, layers=8), Grid(tp=2))
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if launcher == "torchrun" else []
+    job = ["-m", "dist_convert", *flags(tmp_path / "in", tmp_path / "hf", "--placement", "gather")]
+    line = [sys.executable, *start, *job, *([] if start else ["--ranks", "2"])]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(line, cwd=REPOSITORY, env=environment(), stdout=said, stderr=said) as process,
+    ):
+        while process.poll() is None and not (tmp_path / "hf.partial").exists():
+            time.sleep(0.02)
+        process.kill()
+    for _ in range(600):
+        if "resume:" in (text := (tmp_path / "said").read_text()):
+            break
+        time.sleep(0.1)
+    assert "resume:" in text
+    assert "frame #" not in text
+    assert "c10d" not in text
 
 
 @pytest.fixture
