@@ -21,7 +21,7 @@ from tests.converting import assert_same, read_tensors
 
 ROOT = Path(__file__).parents[1]
 #: Help of flags that are another flag's value or other spelling, or that do nothing but check.
-UNSAID = ("the same", "instead of", "no effect", "checked against", "is refused")
+UNSAID = ("short for", "instead of", "no effect", "checked against", "is refused")
 PATHS = ("--load-path", "/in", "--save-path", "/out")
 
 
@@ -276,6 +276,28 @@ def test_each_help_has_a_usage_of_one_line_and_three_examples_that_parse(
     monkeypatch.setattr("dist_convert.cli.job_files._read", lambda path: {"load-path": "/in", "save-path": "/out"})
     for example in EXAMPLES[command].examples:
         assert parse([command, *example.partition(" > ")[0].split()]).command == command
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_each_entry_of_a_help_starts_with_its_noun_or_verb(command: str) -> None:
+    actions = [one for one in build_parser()[1][command]._actions if one.help not in (None, argparse.SUPPRESS)]
+    first = {str(one.help).removeprefix("(required) ").split()[0] for one in actions}
+    assert not first & {
+        "a",
+        "as",
+        "by",
+        "decides",
+        "for",
+        "if",
+        "in",
+        "is",
+        "of",
+        "such",
+        "that",
+        "the",
+        "what",
+        "where",
+    }
 
 
 @pytest.mark.parametrize("command", EXAMPLES)

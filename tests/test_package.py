@@ -12,6 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_convert.records import __version__
 from tests.checkpoints import Model, make
@@ -67,3 +68,15 @@ def test_a_wheel_made_of_the_source_archive_converts_elsewhere_and_its_links_are
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["target"] == str(tmp_path / "out")
+
+
+def test_the_form_for_a_model_asks_for_what_inspect_says_and_the_workflow_runs_ci() -> None:
+    form = yaml.safe_load((REPOSITORY / ".github/ISSUE_TEMPLATE/model.yml").read_text())
+    asked = {part["id"]: part for part in form["body"]}
+    assert "inspect --json" in asked["inspect"]["attributes"]["label"]
+    assert asked["inspect"]["validations"] == {"required": True}
+    steps = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert {"run": ".ci/run"} in steps
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    checked = (REPOSITORY / "launch/test.sh").read_text()
+    assert [hook["id"] for hook in hooks if hook["entry"].split()[0] not in checked] == []

@@ -56,11 +56,9 @@ def suggestion(unknown: Iterable[str], parser: ArgumentParser) -> str:
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
         parts = set(flag[2:].split("-"))
         holding = sorted((one for one in shown if parts <= set(one[2:].split("-"))), key=len)
-        other = [action for action in parser._actions if action.dest == words.OTHER_FLAGS.get(flag)][:1]
-        alike = [(one.option_strings or [str(one.metavar)])[-1] for one in other] or get_close_matches(
-            flag, shown, 1, 0.75
-        )
-        meant += [f"{one} for {flag}" for one in (*alike, *holding)[:1]]
+        other = [action for action in parser._actions if action.dest == words.OTHER_FLAGS.get(flag)]
+        named = [(action.option_strings or [str(action.metavar)])[-1] for action in other]
+        meant += [f"{one} for {flag}" for one in (*named, *get_close_matches(flag, shown, 1, 0.75), *holding)[:1]]
     return f"; perhaps {', '.join(meant)}" if meant else ""
 
 
@@ -281,8 +279,8 @@ _PATHS = {
 #: Flags that stand for a value of an option: its field, the value, what the help says, and the commands that have it.
 _CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
     "--release": ("iteration", RELEASE, "write a release instead of an iteration", COMMANDS),
-    "--bf16": ("target_params_dtype", "bf16", "the same as --target-params-dtype bf16", ("hf-to-megatron",)),
-    "--fp16": ("target_params_dtype", "fp16", "the same as --target-params-dtype fp16", ("hf-to-megatron",)),
+    "--bf16": ("target_params_dtype", "bf16", "short for --target-params-dtype bf16", ("hf-to-megatron",)),
+    "--fp16": ("target_params_dtype", "fp16", "short for --target-params-dtype fp16", ("hf-to-megatron",)),
     "--no-verify": ("verify", None, SUPPRESS, COMMANDS),
 }
 
@@ -418,6 +416,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     problems += wrong
     more = f"see {command.prog} --help"
     if unknown:
+        unknown = [word for word in unknown if word.startswith("-")] or unknown  # else a wrong flag's value, too
         what = f"{command.prog}: unrecognized arguments: {' '.join(unknown)}"
         problems.append(UsageError(what, remedy=more + suggestion(unknown, command)))
     named = {action.dest: action for action in command._actions if not action.option_strings}

@@ -87,7 +87,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     (packages,) = venv.glob("lib/python3*/site-packages")
     (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    install = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    install = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, str(REPOSITORY)], check=True, cwd=venv)
     torchrun = venv / "bin/torchrun"
     torchrun.write_text(f'#!/bin/sh\nexec {venv}/bin/python -m torch.distributed.run "$@"\n')
