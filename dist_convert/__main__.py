@@ -121,12 +121,16 @@ def _check_sources(job: Options | VerifyJob) -> None:
     from dist_convert.formats.huggingface.hub import repository_and_revision
     from dist_convert.read.source import no_directory
 
-    paths = [job.a, job.b] if isinstance(job, VerifyJob) else [Path(job.source)]
-    missing = [path for path in paths if not path.is_dir()]
-    if missing and isinstance(job, Options) and PAIRS.get(job.command, ("",))[0] != TORCH:
+    if isinstance(job, VerifyJob):
+        sides = {"A": job.a, "B": job.b}
+        missing = {letter: no_directory(path, "checkpoint") for letter, path in sides.items() if not path.is_dir()}
+        for letter, error in missing.items():
+            error.what = f"{letter} ({error.file}): {error.what}"
+        raise_together([*missing.values()])
+    elif not Path(job.source).is_dir():
+        if PAIRS.get(job.command, ("",))[0] == TORCH:
+            raise no_directory(Path(job.source), "checkpoint")
         repository_and_revision(job.source)
-    else:
-        raise_together([no_directory(path, "checkpoint") for path in missing])
 
 
 def _print_config(flags: argparse.Namespace) -> int:

@@ -100,11 +100,6 @@ def test_the_two_arguments_may_stand_anywhere(order: str, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "iter_0000004").is_dir()
 
 
-def test_a_short_name_of_others_is_answered_with_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "/in", "/out", "--to", "torch", "--tp", "4"]) == 2
-    assert "perhaps --target-tensor-parallel-size for --tp" in capsys.readouterr().err
-
-
 def test_what_convert_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert"]) == 2
     assert "SRC and DST and --to must be given" in capsys.readouterr().err

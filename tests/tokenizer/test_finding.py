@@ -76,7 +76,7 @@ def test_a_conversion_without_a_tokenizer_ends_with_the_command_that_adds_one(
     why = f"{NAMED}/llama3, which the checkpoint's args name, is not on this machine"
     assert f"no tokenizer files are written: {why}\n" in err
     command = f"dist-convert tokenizer PATH {tmp_path}/out{more}"
-    assert err.endswith(f"add one, a directory or a tokenizer.model, with: {command}\n")
+    assert f"add one, a directory or a tokenizer.model, with: {command}\n" in err
     source = make_tokenizer(tmp_path / "made")
     assert main([str(source) if word == "PATH" else word for word in command.split()[1:]]) == 0
     assert files_of(source).items() <= files_of(tmp_path / "out").items()
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_cannot_be_converted_stops_the_weights_only_if_it_was_a
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     err = capsys.readouterr().err
     assert words in err
-    assert err.endswith(f"with: dist-convert tokenizer PATH {tmp_path / 'out'}\n")
+    assert f"with: dist-convert tokenizer PATH {tmp_path / 'out'}\n" in err
     assert convert(tmp_path / "in", tmp_path / "other", "--tokenizer", str(file)) == 1
 
 
