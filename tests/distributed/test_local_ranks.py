@@ -54,7 +54,7 @@ def assert_goes_on(checkpoint: Path, target: Path, undisturbed: dict[str, str]) 
 def test_ranks_without_torchrun_make_the_same_bytes(
     ranks: str, placement: str, checkpoint: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
-    done = run(*flags(checkpoint, tmp_path / "hf", "--placement", placement), "--ranks", ranks)
+    done = run(*flags(checkpoint, tmp_path / "hf", "--placement", placement, "-v"), "--ranks", ranks)
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "hf") == undisturbed
     assert f"\nrank {int(ranks) - 1} " in done.stderr
