@@ -88,6 +88,8 @@ def job_file(job: Options, **besides: object) -> str:
     found: dict[str, object] = {"to": job.to, "source": job.source, "target": str(job.target), **besides}
     for one, _ in given(job):
         value = getattr(job, one.name)
-        shown = f"{value}B" if kind_of(one) == "size" else value if isinstance(value, bool | int) else str(value)
+        shown = (
+            f"{value}B" if kind_of(one) == "size" else value if isinstance(value, bool | int | float) else str(value)
+        )
         found[flag_of(one)[2:]] = shown
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
