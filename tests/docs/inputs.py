@@ -12,7 +12,7 @@ from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, megatron_shards, save, training_args
 
 _LLAMA = Model(hidden=256, ffn=688, heads=4, groups=2, head_dim=64, layers=8, vocab=32000, padded_vocab=32256)
-_LARGE = Model(hidden=2048, ffn=8192, heads=16, groups=8, head_dim=128, layers=16, vocab=32000, padded_vocab=32000)
+_LARGE = Model(hidden=2048, ffn=8192, heads=16, groups=8, head_dim=128, layers=5, vocab=32000, padded_vocab=32000)
 
 
 def make_llama(root: Path) -> None:
