@@ -26,6 +26,7 @@ _MASKED = (
     (r"-?\d+(\.\d+)? ?(GB/s|MB/s|kB/s|[kMGT]?B\b|s\b|min\b)", "N"),
     (r"-?\d+\.\d+", "N"),
     (r"0x[0-9a-f]+", "N"),
+    (r"\d+ (config )?fields", "N fields"),  # families bring theirs
     (r" +", " "),
 )
 
