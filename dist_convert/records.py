@@ -54,6 +54,19 @@ def tiles(rows: int, columns: int, tile_rows: int, tile_columns: int) -> Iterato
             yield Box(row, column, min(tile_rows, rows - row), min(tile_columns, columns - column))
 
 
+#: Columns of a tile of what is stored transposed: runs of 2 KiB at least, whichever way it is read.
+_TRANSPOSED_COLUMNS = 1024
+
+
+def block_tiles(
+    rows: int, columns: int, element_bytes: int, block_bytes: int, *, is_transposed: bool = False
+) -> Iterator[Box]:
+    """Cut a rows x columns rectangle into tiles of at most `block_bytes`, of whole rows where these fit and are not
+    stored transposed."""
+    tile_columns = min(columns, _TRANSPOSED_COLUMNS if is_transposed else columns, max(1, block_bytes // element_bytes))
+    return tiles(rows, columns, max(1, block_bytes // (tile_columns * element_bytes)), tile_columns)
+
+
 def cover_fault(boxes: Iterable[Box], rows: int, columns: int) -> str | None:
     """Say why the boxes do not cover rows x columns exactly once each, or None if they do.
 
@@ -277,6 +290,8 @@ class Copy:
 
     def into(self, files: Collection[str]) -> Copy:
         """The same to those targets that lie in some files, which may be none."""
+        if all(view.file in files for view in self.targets):
+            return self
         return replace(self, targets=tuple(view for view in self.targets if view.file in files))
 
 

@@ -16,13 +16,11 @@ from pathlib import Path
 
 from dist_convert.errors import UsageError
 from dist_convert.models.catalog import Catalog, Region, TensorMeta
-from dist_convert.records import DTYPE_BYTES, Box, View, intersect, tiles
+from dist_convert.read.boxes import cut
+from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect
 
 #: Bytes of one block in the wider of its two dtypes.
 BLOCK_BYTES = 2 << 20
-
-#: Columns of a block of a tensor that either side stores transposed: runs of 2 KiB at least.
-_TRANSPOSED_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,8 @@ def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
         if not copies:
             continue
         item_bytes = max(DTYPE_BYTES[side.tensors[name].dtype] for side in (a, b))
-        columns = min(tensor.columns, BLOCK_BYTES // item_bytes)
-        if any(view.is_transposed for view in copies):
-            columns = min(columns, _TRANSPOSED_COLUMNS)
-        boxes = list(tiles(tensor.rows, tensor.columns, max(1, BLOCK_BYTES // (columns * item_bytes)), columns))
+        is_transposed = any(view.is_transposed for view in copies)
+        boxes = list(block_tiles(tensor.rows, tensor.columns, item_bytes, BLOCK_BYTES, is_transposed=is_transposed))
         for number, box in enumerate(boxes):
             if number in (0, len(boxes) - 1) or is_sampled(name, number, sample):
                 cuts = cut(regions_a, box), cut(regions_b, box)
@@ -145,12 +141,6 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
     """Whether a block belongs to the sample: by a hash, so that every run and every rank takes the same ones."""
     drawn = int.from_bytes(hashlib.sha256(f"{tensor}:{number}".encode()).digest()[:8], "big")
     return drawn < share * (1 << 64)
-
-
-def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
-    """The regions that lie in a box, and of each what lies in it."""
-    pairs = ((region, intersect(region.box, box)) for region in regions)
-    return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
 
 
 #: (files of A, files of B) that some ranks see -> these ranks.

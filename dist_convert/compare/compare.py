@@ -12,9 +12,10 @@ import torch
 from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, Checkpoint
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.models.catalog import Region
+from dist_convert.read.boxes import matrix, read_box
 from dist_convert.read.buffers import Buffer, make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, intersect, local_name
+from dist_convert.read.file_reader import FileReader
+from dist_convert.records import Box, View, human_bytes, intersect, local_name
 
 #: Integers as wide as each item, in which bits are compared.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,7 +65,7 @@ class Compared:
 class _Side:
     letter: str
     checkpoint: Checkpoint
-    reader: FileReader
+    files: FileReader
     whole: Buffer
     first: Buffer
     other: Buffer
@@ -74,17 +75,14 @@ class _Side:
         reader = FileReader(checkpoint.path, make_buffer(2 * BLOCK_BYTES))
         return _Side(letter, checkpoint, reader, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
 
-    def read(self, view: View, dtype: str, add: int, buffer: Buffer, offset_bytes: int = 0) -> torch.Tensor:
-        """A view's values in a dtype, as rows x columns of a buffer."""
-        if self.checkpoint.copies:
-            view = replace(view, file=local_name(view.file))  # as it is called on this node
-        self.reader.read(view, dtype, add, buffer, offset_bytes)
-        return _matrix(buffer, dtype, view.rows, view.columns, offset_bytes)
+    def here(self, view: View) -> View:
+        """A view with the name that its file has on this node."""
+        return replace(view, file=local_name(view.file)) if self.checkpoint.copies else view
 
-
-def _matrix(buffer: Buffer, dtype: str, rows: int, columns: int, offset_bytes: int = 0) -> torch.Tensor:
-    end_bytes = offset_bytes + rows * columns * DTYPE_BYTES[dtype]
-    return buffer.tensor[offset_bytes:end_bytes].view(TORCH_DTYPES[dtype]).view(rows, columns)
+    def read(self, view: View, dtype: str, buffer: Buffer) -> torch.Tensor:
+        """A view's stored values in a dtype, as rows x columns of a buffer."""
+        self.files.read(self.here(view), dtype, 0, buffer, 0)
+        return matrix(buffer, dtype, view.rows, view.columns)
 
 
 def check_budget(budget_bytes: int) -> None:
@@ -115,7 +113,7 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
     """
     compared = Compared()
     side_a, side_b = _Side.of("A", a), _Side.of("B", b)
-    with closing(side_a.reader), closing(side_b.reader), ThreadPoolExecutor(1) as pool:
+    with closing(side_a.files), closing(side_b.files), ThreadPoolExecutor(1) as pool:
         for block in mine:
             dtype = b.tensors[block.tensor].dtype
             reading = pool.submit(_load, side_a, block.a, block, dtype)
@@ -130,29 +128,18 @@ def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Ca
 
 def _load(side: _Side, regions: Sequence[Region], block: Block, dtype: str) -> tuple[torch.Tensor, list[Difference]]:
     """A block's values in a dtype, as rows x columns, and how the copies of its regions differ."""
-    box = block.box
-    found = [difference for region in regions for difference in _compare_copies(side, region, block.tensor)]
-    matrix = _matrix(side.whole, dtype, box.rows, box.columns)
-    for region in regions:
-        row, column = region.box.row - box.row, region.box.column - box.column
-        window = matrix[row : row + region.box.rows, column : column + region.box.columns]
-        if not region.replicas:
-            window.zero_()
-        elif region.box.columns == box.columns:
-            offset_bytes = row * box.columns * DTYPE_BYTES[dtype]
-            side.read(region.replicas[0], dtype, region.add, side.whole, offset_bytes)
-        else:
-            window.copy_(side.read(region.replicas[0], dtype, region.add, side.first))
-    return matrix, found
+    found = [one for region in regions for one in _compare_copies(side, region, block.tensor)]
+    here = [replace(region, replicas=tuple(map(side.here, region.replicas[:1]))) for region in regions]
+    return read_box(side.files, here, block.box, dtype, side.whole, side.first), found
 
 
 def _compare_copies(side: _Side, region: Region, tensor: str) -> Iterator[Difference]:
     """Compare every other copy with the first, as they are stored."""
     if len(region.replicas) > 1:
         one, *others = region.replicas
-        first = side.read(one, one.dtype, 0, side.first)
+        first = side.read(one, one.dtype, side.first)
         for view in others:
-            other = side.read(view, one.dtype, 0, side.other)
+            other = side.read(view, one.dtype, side.other)
             between, files = f"two copies in {side.letter}", (one.file, view.file)
             yield from _differences(tensor, region.box, first, other, between, files)
 

@@ -18,20 +18,25 @@ import torch
 from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, special_token_ids
 from dist_convert.formats.open import open_checkpoint
-from dist_convert.models.catalog import Catalog, Region, Where
+from dist_convert.models.catalog import Catalog, Where
 from dist_convert.ranks.collectives import alone
+from dist_convert.read.boxes import read_box
 from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.read.source import Listing
-from dist_convert.records import DTYPE_BYTES, Box, View, human_bytes, intersect, parse_bytes, tiles
+from dist_convert.records import DTYPE_BYTES, Box, human_bytes, parse_bytes
 from dist_convert.write.partial import refuse_unfinished
 
-#: What is read at once where values are cast or put beside others.
-_BLOCK_BYTES = 4 << 20
-_TILE_COLUMNS = 512
+#: What is read at once where values are cast or put beside others: the processor's own cache holds it.
+_BLOCK_BYTES = 1 << 20
+#: From here on a tensor has pages of its own.
+_LARGE_BYTES = 2 << 20
 _READERS = 2
 #: Buffers of `tensors(reuse=True)`: one in the caller's hands, the others being filled.
 _BUFFERS = _READERS + 1
+
+#: Reads files, with a block for values that are put beside others.
+_Reader = tuple[FileReader, Buffer]
 
 _NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 
@@ -110,7 +115,7 @@ class Weights:
         """Close the files; a later read opens them again."""
         with self._lock:
             if self._reader is not None and self._process == os.getpid():
-                self._reader.close()
+                self._reader[0].close()
             self._reader = None
 
     def keys(self) -> list[str]:
@@ -136,14 +141,12 @@ class Weights:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A box of a tensor, as rows x columns."""
-        found = torch.empty(box.rows, box.columns, dtype=TORCH_DTYPES[self._dtype_of(name)])
         if self._process != os.getpid():  # a fork may have come while another thread held the lock
             self._lock, self._reader, self._process = threading.Lock(), None, os.getpid()
         with self._lock:
             if self._reader is None:
                 self._reader = self._new_reader()
-            self._reader.read(self._catalog.regions(name), self._dtype_of(name), box, _buffer(found))
-        return found.to(self._device)
+            return self._filled(self._reader, name, box, None).to(self._device)
 
     def tensors(self, max_memory: str | int = "1GB", *, reuse: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor with its name, in the order of the files, read ahead of the one that is looked at.
@@ -172,23 +175,19 @@ class Weights:
         self, names: list[str], sizes: Mapping[str, int], budget_bytes: int, *, reuse: bool
     ) -> Iterator[tuple[str, torch.Tensor]]:
         largest_bytes = max(sizes.values())
-        count = min(_BUFFERS, budget_bytes // largest_bytes)
-        free = deque(make_buffer(largest_bytes) for _ in range(count)) if reuse else deque[Buffer]()
-        readers = deque(self._new_reader() for _ in range(_READERS))
+        # The buffer that was free last is filled first: its pages are there, and the processor's cache may have them.
+        free = (
+            [make_buffer(largest_bytes) for _ in range(min(_BUFFERS, budget_bytes // largest_bytes))] if reuse else []
+        )
+        readers = [self._new_reader() for _ in range(_READERS)]
         waiting, reading = deque(names), deque[tuple[str, Buffer | None, Future[torch.Tensor]]]()
         read_bytes = 0
 
         def read(name: str, buffer: Buffer | None) -> torch.Tensor:
-            reader = readers.popleft()  # of a deque, which threads share
+            reader = readers.pop()  # there is one for each thread
             try:
-                meta, dtype = self._catalog.tensors[name], self._dtype_of(name)
-                if buffer is None:
-                    tensor = torch.empty(meta.shape, dtype=TORCH_DTYPES[dtype])
-                    buffer = _buffer(tensor)
-                else:
-                    tensor = buffer.tensor[: sizes[name]].view(TORCH_DTYPES[dtype]).view(meta.shape)
-                reader.read(self._catalog.regions(name), dtype, meta.box, buffer)
-                return tensor
+                meta = self._catalog.tensors[name]
+                return self._filled(reader, name, meta.box, buffer).view(meta.shape)
             finally:
                 readers.append(reader)
 
@@ -197,7 +196,7 @@ class Weights:
                 while waiting or reading:
                     while waiting and (free if reuse else read_bytes + sizes[waiting[0]] <= budget_bytes):
                         name = waiting.popleft()
-                        buffer = free.popleft() if reuse else None
+                        buffer = free.pop() if reuse else None
                         reading.append((name, buffer, threads.submit(read, name, buffer)))
                         read_bytes += sizes[name]
                     name, buffer, future = reading.popleft()
@@ -209,8 +208,15 @@ class Weights:
                         free.append(buffer)
             finally:
                 threads.shutdown(cancel_futures=True)
-                for reader in readers:
-                    reader.close()
+                for files, _ in readers:
+                    files.close()
+
+    def _filled(self, reader: _Reader, name: str, box: Box, buffer: Buffer | None) -> torch.Tensor:
+        """A box of a tensor as rows x columns, in a buffer or in memory of its own."""
+        files, block = reader
+        dtype = self._dtype_of(name)
+        buffer = buffer or _new_buffer(box.elements * DTYPE_BYTES[dtype])
+        return read_box(files, self._catalog.regions(name), box, dtype, buffer, block)
 
     def _place(self, name: str) -> tuple[str, int]:
         view = next((view for region in self._catalog.regions(name) for view in region.replicas), None)
@@ -223,7 +229,7 @@ class Weights:
         return self._catalog.tensors[name].box.elements * DTYPE_BYTES[self._dtype_of(name)]
 
     def _new_reader(self) -> _Reader:
-        return _Reader(self._directory, self._listing)
+        return FileReader(self._directory, make_buffer(2 * _BLOCK_BYTES), self._listing), make_buffer(_BLOCK_BYTES)
 
 
 class Slice:
@@ -266,57 +272,9 @@ class Slice:
         return found
 
 
-class _Reader:
-    """Puts boxes of tensors together; for one thread at a time."""
-
-    def __init__(self, directory: Path, listing: Listing) -> None:
-        self._files = FileReader(directory, make_buffer(2 * _BLOCK_BYTES), listing)
-        self._block = make_buffer(_BLOCK_BYTES)
-
-    def close(self) -> None:
-        self._files.close()
-
-    def read(self, regions: Any, dtype: str, box: Box, target: Buffer) -> None:
-        """Fill a buffer with a box of a tensor, row by row.
-
-        Args:
-            regions: of the tensor.
-            dtype: safetensors name of the values in the buffer.
-            box: what is read.
-            target: the buffer, which is large enough.
-        """
-        item_bytes = DTYPE_BYTES[dtype]
-        values = target.tensor[: box.elements * item_bytes].view(TORCH_DTYPES[dtype]).view(box.rows, box.columns)
-        for region in regions:
-            common = intersect(region.box, box)
-            if common is None:
-                continue
-            row, column = common.row - box.row, common.column - box.column
-            part = values[row : row + common.rows, column : column + common.columns]
-            if not region.replicas:
-                part.zero_()
-                continue
-            view = _window(region, common)
-            if view.is_dense and view.dtype == dtype and not region.add and common.columns == box.columns:
-                self._files.read(view, dtype, 0, target, row * box.columns * item_bytes)
-            else:
-                self._read_blocks(view, dtype, region.add, part)
-
-    def _read_blocks(self, view: View, dtype: str, add: int, part: torch.Tensor) -> None:
-        columns = min(view.columns, _TILE_COLUMNS) if view.is_transposed else view.columns
-        rows = max(1, _BLOCK_BYTES // (columns * max(DTYPE_BYTES[dtype], DTYPE_BYTES[view.dtype])))
-        for tile in tiles(view.rows, view.columns, rows, columns):
-            self._files.read(view.window(tile), dtype, add, self._block, 0)
-            size_bytes = tile.elements * DTYPE_BYTES[dtype]
-            block = self._block.tensor[:size_bytes].view(TORCH_DTYPES[dtype]).view(tile.rows, tile.columns)
-            part[tile.row : tile.row_end, tile.column : tile.column_end] = block
-
-
-def _window(region: Region, common: Box) -> View:
-    inside = Box(common.row - region.box.row, common.column - region.box.column, common.rows, common.columns)
-    return region.replicas[0].window(inside)
-
-
-def _buffer(tensor: torch.Tensor) -> Buffer:
-    data = tensor.view(-1).view(torch.uint8)
-    return Buffer(data.numpy().data, data)
+def _new_buffer(size_bytes: int) -> Buffer:
+    """Memory for one tensor; for a small one that of torch, as there may be many."""
+    if size_bytes >= _LARGE_BYTES:
+        return make_buffer(size_bytes)
+    tensor = torch.empty(size_bytes, dtype=torch.uint8)
+    return Buffer(tensor.numpy().data, tensor)

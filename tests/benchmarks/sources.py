@@ -98,19 +98,25 @@ def make_megatron(
             chunk_shapes(model, grid, model.layers // chunks, is_first=number == 0, is_last=number == chunks - 1)
             for number in numbers
         ]
-        states = [_filled(chunk, DTYPES[dtype]) for chunk in shapes]
-        weights = sum(tensor.numel() for state in states for tensor in state.values())
-        extra = {"optimizer": {"state": torch.zeros(3 * weights)}} if with_optimizer else {}
         for tensor, expert in written_pairs(grid):
+            expert_shard = expert * grid.expert_tensor + tensor % grid.expert_tensor
+            states = [_filled(chunk, DTYPES[dtype], tensor, expert_shard) for chunk in shapes]
+            weights = sum(tensor.numel() for state in states for tensor in state.values())
+            extra = {"optimizer": {"state": torch.zeros(3 * weights)}} if with_optimizer else {}
             checkpoints.save(root, {directory(grid, pipeline, tensor, expert): states}, args, **extra)
 
 
-def _filled(shapes: Shapes, dtype: torch.dtype) -> State:
-    return {name: _values(prod(shape), dtype).view(shape) for name, shape in shapes.items()}
+def _filled(shapes: Shapes, dtype: torch.dtype, shard: int, expert_shard: int) -> State:
+    """Random values, others in each shard: shards that are alike are taken for a file under two names."""
+    state = {}
+    for name, shape in shapes.items():
+        first = 0 if len(shape) == 1 or "router" in name else expert_shard if ".experts." in name else shard
+        state[name] = _values(prod(shape), dtype, first).view(shape)
+    return state
 
 
-def _values(count: int, dtype: torch.dtype) -> torch.Tensor:
-    made, values = torch.empty(count, dtype=dtype), _VALUES.to(dtype)
+def _values(count: int, dtype: torch.dtype, first: int) -> torch.Tensor:
+    made, values = torch.empty(count, dtype=dtype), _VALUES.to(dtype).roll(-first)
     for start in range(0, count, values.numel()):
         made[start : start + values.numel()].copy_(values[: count - start])
     return made
