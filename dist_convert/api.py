@@ -74,9 +74,9 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     free_bytes, replaces = check_start(task) if task.is_first else (0, "")
     notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
     facts: dict[str, Any] = {
-        "source": task.source,
+        "source": task.source.directory,
         "target": task.target,
-        "source_format": task.source_format,
+        "source_format": task.source.format,
         "target_format": job.to,
         "left_behind": task.content.left_behind,
         "notes": notes,
@@ -127,11 +127,11 @@ def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
 
     Without a wish, ranks gather on accelerators and where some rank cannot reach every file; else they work alone.
     """
-    reach_all = len(set(task.visible)) == len(set(task.places)) == 1
+    reach_all = len(set(task.source.found.visible)) == len(set(task.places)) == 1
     usual = "direct" if world.device.type == "cpu" and reach_all else "gather"
     plan = divide(
         writers.content,
-        task.visible,
+        task.source.found.visible,
         placement=usual if task.job.placement == "auto" else task.job.placement,
         budget_bytes=task.job.max_memory_per_rank_bytes,
         writable=writers.writable,
@@ -155,7 +155,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
         with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
-                plan, world, task.source, task.source_listing, directory, journal, channel, timeline,
+                plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
                 is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")

@@ -55,7 +55,7 @@ def tiles(rows: int, columns: int, tile_rows: int, tile_columns: int) -> Iterato
 
 
 #: Columns of a tile of what is stored transposed: runs of 2 KiB at least, whichever way it is read.
-_TRANSPOSED_COLUMNS = 1024
+TILE_COLUMNS = 1024
 
 
 def block_tiles(
@@ -63,7 +63,7 @@ def block_tiles(
 ) -> Iterator[Box]:
     """Cut a rows x columns rectangle into tiles of at most `block_bytes`, of whole rows where these fit and are not
     stored transposed."""
-    tile_columns = min(columns, _TRANSPOSED_COLUMNS if is_transposed else columns, max(1, block_bytes // element_bytes))
+    tile_columns = min(columns, TILE_COLUMNS if is_transposed else columns, max(1, block_bytes // element_bytes))
     return tiles(rows, columns, max(1, block_bytes // (tile_columns * element_bytes)), tile_columns)
 
 

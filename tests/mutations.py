@@ -63,8 +63,8 @@ MUTATIONS = (
     ),
     Mutation(
         "norms-keep-what-is-stored",
-        "want.window(box), have.add - want.add)",
-        "want.window(box))",
+        "self.target.window(box), self.source.add - self.target.add)",
+        "self.target.window(box))",
         GOLDEN,
     ),
     Mutation(
@@ -94,8 +94,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a-team-gets-less-than-its-share",
-        "end = start + share.end_byte - share.first_byte\n        begun",
-        "end = start + share.end_byte - share.first_byte - 1\n        begun",
+        "end = start + share.size_bytes\n        begun",
+        "end = start + share.size_bytes - 1\n        begun",
         "tests/plan/test_teams.py",
     ),
     Mutation(

@@ -175,7 +175,7 @@ def prepare_check(job: Options, task: Task, world: World) -> Model | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = where_of(job, task.source)
+    where = where_of(job, task.source.directory)
     source = _open("source", where, world)
     return settled(source, where, world) if where.accept_differing_copies else source
 
@@ -211,8 +211,8 @@ def _check_sights(task: Task) -> None:
         return
     for place in sorted(set(task.places)):
         ranks = [rank for rank, of_rank in enumerate(task.places) if of_rank == place]
-        best = max((task.visible[rank] for rank in ranks), key=len)
-        missing = sorted(task.source_identity.keys() - best)
+        best = max((task.source.found.visible[rank] for rank in ranks), key=len)
+        missing = sorted(task.source.found.identity.keys() - best)
         if missing and task.writable[ranks[0]]:
             raise UsageError(
                 "--verify cannot compare what lies on the disks of different nodes",

@@ -97,11 +97,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     return Task(
         job=settled,
         content=content,
-        source_format=model.format,
-        source=model.directory,
-        source_identity=model.found.identity,
-        source_listing=model.found.listing,
-        visible=model.found.visible,
+        source=model,
         target=target.directory,
         rank=world.rank,
         places=places,

@@ -224,7 +224,7 @@ def _worked_out(
         sides = (one.source, one.target)
         faults.append(tuple(cover_fault((r.box for r in regions), meta.rows, meta.columns) for regions in sides))
     listed = [] if any(map(any, faults)) else bands_of(ends, together.values())
-    transfer = transfer_of(ends, (), listed) if listed else None
+    transfer = transfer_of((), listed) if listed else None
     return _Geometry(files, transfer, tuple(filled), tuple(faults), hashlib.sha256(repr(key).encode()).hexdigest())
 
 

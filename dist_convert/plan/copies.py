@@ -6,19 +6,16 @@ is kept of them is a `Transfer` for each group of tensors that lie in one stored
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, intersect, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, intersect, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
-
-#: Columns of a tile where source and target lie transposed to each other: runs of 2 KiB on both sides.
-TILE_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,7 @@ class Transfer:
         source_files: for each piece of the source, the files that hold it (equal copies).
         target_files: the files that are written to.
         target_bytes: how much, for each of these.
-        needs: sets of files; ranks can do the transfer together if they reach one file of each.
-        stretches: up to which byte each piece of the source goes, with its number in `source_files`.
-        crosses: a row of a band lies in several pieces of the source.
-        has_own_targets: not every rank can write the target files: whoever does the transfer must reach them too.
-        is_part: others write the same tensors to further files; this one has what goes to `target_files`.
+        stretches: which pieces of the source, by their number, each row is read from, and up to which byte this holds.
     """
 
     names: tuple[str, ...]
@@ -55,59 +48,49 @@ class Transfer:
     source_files: tuple[tuple[str, ...], ...]
     target_files: tuple[str, ...]
     target_bytes: tuple[int, ...]
-    needs: tuple[tuple[str, ...], ...]
-    stretches: tuple[tuple[int, int], ...]
-    crosses: bool
-    has_own_targets: bool = False
-    is_part: bool = False
+    stretches: tuple[tuple[tuple[int, ...], int], ...]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether some row lies in several pieces of the source."""
+        return any(len(pieces) > 1 for pieces, _ in self.stretches)
 
     @property
     def written_bytes(self) -> int:
         """Of the copies, counting every equal target."""
         return sum(self.target_bytes)
 
-    @property
-    def all_needs(self) -> tuple[tuple[str, ...], ...]:
-        """All that ranks must reach to do the transfer."""
-        return (*self.needs, *((file,) for file in self.target_files)) if self.has_own_targets else self.needs
-
     def renamed(self, names: tuple[str, ...], files: Mapping[str, str]) -> Transfer:
         """The same of other tensors, in files that are called otherwise."""
-        sources, needs = (
-            tuple(tuple(files[f] for f in alike) for alike in of) for of in (self.source_files, self.needs)
-        )
+        sources = tuple(tuple(files[file] for file in alike) for alike in self.source_files)
         targets = tuple(files[file] for file in self.target_files)
-        return replace(self, names=names, source_files=sources, target_files=targets, needs=needs)
+        return replace(self, names=names, source_files=sources, target_files=targets)
 
 
-def transfer_of(ends: Ends, names: tuple[str, ...], listed: Sequence[Block]) -> Transfer:
-    """What a transfer of some bands needs and moves."""
+def transfer_of(names: tuple[str, ...], listed: Sequence[Block]) -> Transfer:
+    """What a transfer of some bands reads and writes."""
     size_bytes = 0
     target_bytes: dict[str, int] = {}
     pieces: dict[tuple[str, ...], int] = {}
-    stretches: list[tuple[int, int]] = []
-    crosses = False
+    stretches: list[tuple[tuple[int, ...], int]] = []
     for band in listed:
         of_band = dict.fromkeys(tuple(view.file for view in copy.sources) for copy in band)
-        first, *others = [pieces.setdefault(files, len(pieces)) for files in of_band]
-        crosses |= bool(others)
+        read = tuple(pieces.setdefault(files, len(pieces)) for files in of_band)
         for copy in band:
             copy_bytes = copy.targets[0].size_bytes
             size_bytes += copy_bytes
             for view in copy.targets:
                 target_bytes[view.file] = target_bytes.get(view.file, 0) + copy_bytes
-        if stretches and stretches[-1][0] == first:
+        if stretches and stretches[-1][0] == read:
             stretches.pop()
-        stretches.append((first, size_bytes))
+        stretches.append((read, size_bytes))
     return Transfer(
         names=names,
         size_bytes=size_bytes,
         source_files=tuple(pieces),
         target_files=tuple(target_bytes),
         target_bytes=tuple(target_bytes.values()),
-        needs=(*pieces, *((file,) for file in target_bytes if ends.target.is_owned)),
-        stretches=tuple(stretches) if ends.source.is_owned and not crosses else ((0, size_bytes),),
-        crosses=crosses,
+        stretches=tuple(stretches),
     )
 
 
@@ -152,10 +135,9 @@ def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
 
 @dataclass(frozen=True)
 class _Common:
-    """What a region of the source and one of the target have in common: its box, and the copy."""
+    """What a region of the source and one of the target have in common."""
 
     box: Box
-    copy: Copy
     source: Region
     target: Region
 
@@ -164,12 +146,10 @@ class _Common:
         """Whether a row of it is only a part of a stored row, on either side."""
         return self.box.columns < max(self.source.box.columns, self.target.box.columns)
 
-    def rows(self, first: int, end: int) -> _Common:
-        """Some of its rows, counted from the tensor."""
-        window = Box(first - self.box.row, 0, end - first, self.box.columns)
-        return replace(
-            self, box=Box(first, self.box.column, end - first, self.box.columns), copy=self.copy.window(window)
-        )
+    def copy(self, first: int, end: int) -> Copy:
+        """The copy of some of its rows, counted from the tensor."""
+        box = Box(first, self.box.column, end - first, self.box.columns)
+        return Copy(self.source.window(box), self.target.window(box), self.source.add - self.target.add)
 
 
 def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterator[_Common]:
@@ -190,24 +170,24 @@ def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterato
                 break
             box = intersect(want.box, have.box)
             if box is not None and want.replicas and have.replicas:
-                yield _Common(box, Copy(have.window(box), want.window(box), have.add - want.add), have, want)
+                yield _Common(box, have, want)
 
 
 def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterator[Block]:
     found = list(_intersection(source, target))
-    yield from ((common.copy,) for common in found if not common.is_wide)
+    yield from ((common.copy(common.box.row, common.box.row_end),) for common in found if not common.is_wide)
     wide = [common for common in found if common.is_wide]
     borders = sorted({row for common in wide for row in (common.box.row, common.box.row_end)})
     for first, end in pairwise(borders):
         band: list[_Common] = []
-        within = [common.rows(first, end) for common in wide if common.box.row < end and first < common.box.row_end]
+        within = [common for common in wide if common.box.row < end and first < common.box.row_end]
         for common in sorted(within, key=lambda common: common.box.column):
             if band and band[-1].source is not common.source and band[-1].target is not common.target:
-                yield tuple(one.copy for one in band)
+                yield tuple(one.copy(first, end) for one in band)
                 band = []
             band.append(common)
         if band:
-            yield tuple(one.copy for one in band)
+            yield tuple(one.copy(first, end) for one in band)
 
 
 def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
@@ -227,32 +207,29 @@ def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
                 yield (Copy(row, want.window(replace(box, row=first, rows=rows)), have.add - want.add),)
 
 
-def part_of(transfer: Transfer, band: Block) -> Block:
-    """What a transfer has of a band or block of the whole one, which may be nothing."""
-    if not transfer.is_part:
-        return band
-    kept = (copy.into(transfer.target_files) for copy in band)
+def part_of(block: Block, files: Collection[str]) -> Block:
+    """What goes into some files, which may be nothing."""
+    kept = (copy.into(files) for copy in block)
     return tuple(copy for copy in kept if copy.targets)
 
 
-def blocks_of_band(transfer: Transfer, band: Block) -> Iterator[Block]:
-    """One of a transfer's `bands` cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows stay together.
+def blocks_of_band(band: Block, files: Collection[str]) -> Iterator[Block]:
+    """One of the `bands` cut into blocks of about `BLOCK_BYTES`: copies that make up whole rows stay together.
 
-    The blocks of a part of a transfer are those of the whole, with fewer targets: their borders are the same.
+    Blocks have only what goes into some files; their borders are those of the whole band.
 
     Raises:
         PlanError: a row is larger than a block.
     """
     is_transposed = any(view.is_transposed for copy in band for view in (*copy.sources, *copy.targets))
     for block in _square_tiles(band) if is_transposed else _row_blocks(band):
-        if kept := part_of(transfer, block):
+        if kept := part_of(block, files):
             yield kept
 
 
 def _square_tiles(band: Block) -> Iterator[Block]:
     for copy in band:
-        columns = min(copy.columns, TILE_COLUMNS)
-        for tile in tiles(copy.rows, copy.columns, max(1, BLOCK_BYTES // (columns * _widest_bytes(copy))), columns):
+        for tile in block_tiles(copy.rows, copy.columns, _widest_bytes(copy), BLOCK_BYTES, is_transposed=True):
             yield (copy.window(tile),)
 
 

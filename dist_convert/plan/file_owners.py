@@ -60,11 +60,6 @@ def places_alike(
     }
 
 
-def with_own_targets(content: Content) -> Content:
-    """A content whose target files not every rank can write: whoever does a transfer must reach them."""
-    return replace(content, transfers=tuple(replace(one, has_own_targets=True) for one in content.transfers))
-
-
 def file_numbers(content: Content, files: frozenset[str]) -> str:
     """Which of the weights files some are, by their numbers from 1: `1-3, 5`."""
     numbers = [number for number, file in enumerate(content.files, start=1) if file.name in files]
@@ -125,7 +120,7 @@ def with_parts(content: Content, writable: Sequence[frozenset[str]]) -> Content:
     """A content whose every transfer can be done by the ranks that write one and the same of these sets of files."""
     owners = {file: number for number, files in enumerate(dict.fromkeys(writable)) for file in files}
     parts = tuple(part for transfer in content.transfers for part in _parts(content.ends, transfer, owners))
-    return with_own_targets(replace(content, transfers=parts))
+    return replace(content, transfers=parts)
 
 
 def _parts(ends: Ends, transfer: Transfer, owners: Mapping[str, int]) -> Iterator[Transfer]:
@@ -137,6 +132,4 @@ def _parts(ends: Ends, transfer: Transfer, owners: Mapping[str, int]) -> Iterato
     whole = bands(ends, transfer.names)
     for number in numbers:
         own = tuple(file for file in transfer.target_files if owners[file] == number)
-        part = replace(transfer, target_files=own, is_part=True)
-        kept = [band for band in (part_of(part, band) for band in whole) if band]
-        yield replace(transfer_of(ends, transfer.names, kept), is_part=True)
+        yield transfer_of(transfer.names, [part for part in (part_of(band, own) for band in whole) if part])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -73,50 +74,44 @@ def _pinned_bytes(size_bytes: int) -> int:
 
 def limits(budget_bytes: int, least: Limits) -> Limits:
     """The largest useful buffers within a rank's budget, which holds the least that one block needs."""
-    buffers = (least.slots + least.on_accelerator) * least.members
-    left_bytes = (budget_bytes - least.total_bytes) // buffers
-    affordable_bytes = least.send_bytes + left_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    send_bytes = max(least.send_bytes, min(affordable_bytes, STEP_BYTES)) if least.send_bytes else 0
-    found = replace(least, send_bytes=send_bytes)
-    while found.total_bytes > budget_bytes and found.send_bytes > least.send_bytes:
-        # An accelerator's staging takes more, and its pinned memory goes in steps of two.
-        half_bytes = found.send_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        found = replace(found, send_bytes=max(least.send_bytes, half_bytes))
-    return found
+    if not least.send_bytes:
+        return least
+    sizes = range(least.send_bytes, STEP_BYTES + 1, ALIGNMENT_BYTES)
+    fitting = bisect_right(
+        sizes, budget_bytes, key=lambda size_bytes: replace(least, send_bytes=size_bytes).total_bytes
+    )
+    return replace(least, send_bytes=sizes[fitting - 1]) if fitting else least
 
 
-def largest_send_bytes(transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]]) -> int:
+def largest_send_bytes(
+    transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]], writable: Sequence[frozenset[str]]
+) -> int:
     """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
     if len(team.ranks) == 1:
         return 0
-    reached_by_all = frozenset.intersection(*(visible[rank] for rank in team.ranks))
+    written_by_all = frozenset.intersection(*(writable[rank] for rank in team.ranks))
     largest_bytes = 0
     shared = [transfers[share.transfer] for share in team.shares]
-    for transfer in {(transfer.all_needs, transfer.crosses): transfer for transfer in shared}.values():
+    for transfer in {(one.source_files, one.target_files, one.stretches): one for one in shared}.values():
         readers = readers_of(transfer, team, visible)
-        pieces = max(Counter(member for members in readers for member in members).values())
-        if not reached_by_all.issuperset(transfer.target_files):
+        if not written_by_all.issuperset(transfer.target_files):
             largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
-        elif transfer.crosses and len(readers) > 1:
-            largest_bytes = max(largest_bytes, BLOCK_BYTES * pieces // len(readers) + pieces * ALIGNMENT_BYTES)
+        for pieces in {pieces for pieces, _ in transfer.stretches if len(pieces) > 1}:
+            count = max(Counter(member for piece in pieces for member in readers[piece]).values(), default=0)
+            largest_bytes = max(largest_bytes, BLOCK_BYTES * count // len(pieces) + count * ALIGNMENT_BYTES)
     return aligned(largest_bytes)
-
-
-def able_readers(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
-    """For each piece of a transfer's source, the members that see it."""
-    return [
-        tuple(member for member, rank in enumerate(team.ranks) if not visible[rank].isdisjoint(files))
-        for files in transfer.source_files
-    ]
 
 
 def readers_of(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
     """For each piece of the source, the members that read it in turn: each member owns as few shards as possible."""
-    eligible = able_readers(transfer, team, visible)
+    able = [
+        tuple(member for member, rank in enumerate(team.ranks) if not visible[rank].isdisjoint(files))
+        for files in transfer.source_files
+    ]
     readers = []
-    for shard, members in enumerate(eligible):
-        alike = [other for other, others in enumerate(eligible) if others == members]
-        position, count = alike.index(shard), len(alike)
+    for piece, members in enumerate(able):
+        alike = [other for other, others in enumerate(able) if others == members]
+        position, count = alike.index(piece), len(alike)
         first = position * len(members) // count
         end = max(first + 1, (position + 1) * len(members) // count)
         readers.append(members[first:end])

@@ -24,7 +24,8 @@ class Plan:
     Attributes:
         content: what is converted.
         placement: "gather" or "direct".
-        visible: for each rank, the files that it can read, and those that it can write.
+        visible: for each rank, the source files that it can read.
+        writable: for each rank, the target files that it can write, which may have the names of source files.
         teams: disjoint groups of ranks with their shares.
         limits: for each team, its members' buffer sizes.
         done: what an earlier run has written, and is left out.
@@ -33,6 +34,7 @@ class Plan:
     content: Content
     placement: str
     visible: tuple[frozenset[str], ...]
+    writable: tuple[frozenset[str], ...]
     teams: tuple[Team, ...]
     limits: tuple[Limits, ...]
     done: Done = NOTHING_DONE
@@ -65,15 +67,14 @@ def divide(
         BudgetTooSmall: naming the least that all teams can work with.
         UsageError, MissingShard: see `form_teams`.
     """
-    every_file = frozenset(file.name for file in content.files)
-    visible = [seen | (writable[rank] if writable else every_file) for rank, seen in enumerate(visible)]
-    alike = dict(zip(visible, visible, strict=True))  # one object for equal ones, which are then compared in no time
-    visible = [alike[files] for files in visible]
+    visible = _interned(visible)
+    writable = _interned(writable or [frozenset(file.name for file in content.files)] * len(visible))
     listed = enumerate(content.transfers)
     finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
-    teams = form_teams(content.transfers, visible, placement, finished)
+    teams = form_teams(content.transfers, visible, writable, placement, finished)
     least = [
-        Limits(largest_send_bytes(content.transfers, team, visible), len(team.ranks), on_accelerator) for team in teams
+        Limits(largest_send_bytes(content.transfers, team, visible, writable), len(team.ranks), on_accelerator)
+        for team in teams
     ]
     least_bytes = max(limit.total_bytes for limit in least)
     if budget_bytes < least_bytes:
@@ -84,7 +85,13 @@ def divide(
             remedy="raise --max-memory-per-rank"
             + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
         )
-    return Plan(content, placement, tuple(visible), teams, tuple(limits(budget_bytes, one) for one in least), done)
+    return Plan(content, placement, visible, writable, teams, tuple(limits(budget_bytes, one) for one in least), done)
+
+
+def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
+    """One object for equal sets, which are then compared in no time."""
+    alike = dict(zip(of_ranks, of_ranks, strict=True))
+    return tuple(alike[files] for files in of_ranks)
 
 
 def schedule_digest(plan: Plan) -> str:
@@ -97,7 +104,7 @@ def schedule_digest(plan: Plan) -> str:
             "version": __version__,
             "content": plan.content.digest,
             "placement": plan.placement,
-            "teams": [[team.ranks, [astuple(share) for share in team.shares]] for team in plan.teams],
+            "teams": [astuple(team) for team in plan.teams],
             "limits": [astuple(limit) for limit in plan.limits],
             "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }

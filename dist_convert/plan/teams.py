@@ -1,15 +1,17 @@
-"""Which ranks work together, and which bytes each team converts, so that all read and write about equally much.
+"""Which bytes each rank moves alone, and which ranks gather the others, so that all read and write about equally much.
 
-A team gathers among its members; teams are disjoint, so a rank is in one gather group besides the world. In `direct`
-placement every team is a single rank and nothing is gathered.
+What lies in one piece of the source, and goes to files that its reader reaches, is moved by one rank; a weight that is
+cut along its columns is gathered by a team. Teams are disjoint, so a rank is in one gather group besides the world. In
+`direct` placement every team is a single rank and nothing is gathered.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 
 from dist_convert.errors import MissingShard, UsageError
@@ -17,8 +19,8 @@ from dist_convert.plan.copies import Transfer
 
 _Ranks = tuple[int, ...]
 
-#: Sets of files of which a team must see one each.
-Homes = tuple[tuple[str, ...], ...]
+#: Sets of files with equal copies, of which one each must be seen.
+FileSets = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,18 @@ class Share:
     first_byte: int
     end_byte: int
 
+    @property
+    def size_bytes(self) -> int:
+        return self.end_byte - self.first_byte
 
-def sees_all(homes: Homes, seen: frozenset[str]) -> bool:
+
+#: Some bytes, and what a rank or team must see for them.
+_Work = tuple[Share, FileSets]
+
+
+def sees_all(needs: FileSets, seen: frozenset[str]) -> bool:
     """Whether one file of each set is among those seen."""
-    return not any(seen.isdisjoint(files) for files in homes)
+    return not any(seen.isdisjoint(files) for files in needs)
 
 
 def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
@@ -42,23 +52,31 @@ def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[
 
 @dataclass(frozen=True)
 class Team:
-    """Ranks that convert their shares together, in ascending order."""
+    """Ranks that gather what none of them can move alone.
+
+    Attributes:
+        ranks: in ascending order.
+        shares: what they move together.
+        alone: for each of them, what it both reads and writes.
+    """
 
     ranks: tuple[int, ...]
     shares: tuple[Share, ...]
+    alone: tuple[tuple[Share, ...], ...]
 
 
 def form_teams(
     transfers: Sequence[Transfer],
     visible: Sequence[frozenset[str]],
+    writable: Sequence[frozenset[str]],
     placement: str,
     finished: frozenset[int] = frozenset(),
 ) -> tuple[Team, ...]:
-    """Divide the ranks into teams, and the transfers' bytes over the teams.
+    """Divide the ranks into teams, and the transfers' bytes over ranks and teams.
 
     Args:
         transfers: all of the plan.
-        visible: for each rank, the files that it can reach.
+        visible, writable: for each rank, the source files that it can read, and the target files that it can write.
         placement: "gather" or "direct".
         finished: numbers of the transfers that need no team any more.
 
@@ -66,59 +84,82 @@ def form_teams(
         MissingShard: a shard that no rank sees.
         UsageError: direct placement where some shard set is not seen whole by any single rank.
     """
-    groups: list[_Ranks] = [(rank,) for rank in range(len(visible))]
-    bridges: list[_Ranks] = []
-    if placement != "direct":
-        groups, bridges = _gather_groups(transfers, visible)
-    shares: list[list[Share]] = [[] for _ in groups]
-    for teams, whole in _kinds(transfers, groups, bridges, visible, finished):
-        for position, share in _stretches(whole, [len(groups[team]) for team in teams]):
-            shares[teams[position]].append(share)
-    # In the order of transfers, what is gathered comes between what is not, and both go on at the same time.
-    in_order = (_joined(sorted(listed, key=lambda share: (share.transfer, share.first_byte))) for listed in shares)
-    return tuple(map(Team, groups, in_order))
+    has_own_targets = len(set(writable)) > 1
+    if has_own_targets:
+        reached = {pair: pair[0].union(map(_as_target, pair[1])) for pair in zip(visible, writable, strict=True)}
+        visible = [reached[pair] for pair in zip(visible, writable, strict=True)]
+    singles: list[_Ranks] = [(rank,) for rank in range(len(visible))]
+    able_ranks = _able(singles, visible)
+    alone: list[_Work] = []
+    together: list[_Work] = []
+    gathered_bytes: Counter[FileSets] = Counter()
+    for number, transfer in enumerate(transfers):
+        first = 0
+        for pieces, end in transfer.stretches if number not in finished else ():
+            sources = tuple(transfer.source_files[piece] for piece in pieces)
+            needs = (*sources, *((_as_target(file),) for file in transfer.target_files if has_own_targets))
+            if (len(pieces) == 1 or placement == "direct") and able_ranks(needs):
+                alone.append((Share(number, first, end), needs))
+            else:
+                together.append((Share(number, first, end), needs))
+                gathered_bytes[sources] += end - first
+            first = end
+    if together and placement == "direct":
+        raise UsageError(
+            f"no rank alone sees all shards of {', '.join(transfers[together[0][0].transfer].names)}",
+            expected="every rank sees every file, for --placement direct",
+            found="files on the disks of different machines",
+            remedy="use --placement gather",
+        )
+    groups, bridges = singles, list[_Ranks]()
+    if together:
+        groups, bridges = _gather_groups(together, _shard_sets(gathered_bytes), visible, may_lend=has_own_targets)
+    of_ranks = _dealt(alone, transfers, singles, able_ranks)
+    of_groups = _dealt(together, transfers, groups, _able(groups, visible, bridges))
+    return tuple(
+        Team(ranks, shares, tuple(of_ranks[rank] for rank in ranks))
+        for ranks, shares in zip(groups, of_groups, strict=True)
+    )
 
 
-def _kinds(
+def _as_target(file: str) -> str:
+    """A target file's name among those of source files, of which one may be called alike."""
+    return f"target {file}"
+
+
+def _able(
+    groups: Sequence[_Ranks], visible: Sequence[frozenset[str]], bridges: Sequence[_Ranks] = ()
+) -> Callable[[FileSets], _Ranks]:
+    """What finds the groups that see one file of each set, by their numbers; bridges only where no other does."""
+    seeing: dict[frozenset[str], list[int]] = {}
+    for number, ranks in enumerate(groups):
+        seeing.setdefault(union(ranks, visible), []).append(number)
+
+    @cache
+    def able(needs: FileSets) -> _Ranks:
+        found = sorted(number for files, of in seeing.items() if sees_all(needs, files) for number in of)
+        return tuple([number for number in found if groups[number] not in bridges] or found)
+
+    return able
+
+
+def _dealt(
+    work: Sequence[_Work],
     transfers: Sequence[Transfer],
     groups: Sequence[_Ranks],
-    bridges: Sequence[_Ranks],
-    visible: Sequence[frozenset[str]],
-    finished: frozenset[int],
-) -> Iterable[tuple[tuple[int, ...], list[Share]]]:
-    """The teams that can do bytes of one kind, and all of these: each team gets its part of every kind.
-
-    A kind is told by its teams, by how often each byte is written, by whether a team of several ranks gathers it, and
-    by the piece of the source, as members may see one only. So all members of all teams have about equally much.
-    Bridges are teams that do only what no other can.
-    """
-    teams_seeing: dict[frozenset[str], list[int]] = {}
-    for team, ranks in enumerate(groups):
-        teams_seeing.setdefault(union(ranks, visible), []).append(team)
-    able: dict[Homes, tuple[int, ...]] = {}
-    kinds: dict[tuple[tuple[int, ...], int, bool, int], list[Share]] = {}
-    for number, transfer in enumerate(transfers):
-        if number in finished:
-            continue
-        needs = transfer.all_needs
-        if needs not in able:
-            seeing = [team for files, of in teams_seeing.items() if sees_all(needs, files) for team in of]
-            able[needs] = tuple(sorted([team for team in seeing if groups[team] not in bridges] or seeing))
-        teams = able[needs]
-        if not teams:
-            raise UsageError(
-                f"no rank alone sees all shards of {', '.join(transfer.names)}",
-                expected="every rank sees every file, for --placement direct",
-                found="files on the disks of different machines",
-                remedy="use --placement gather",
-            )
-        crosses = transfer.crosses and any(len(groups[team]) > 1 for team in teams)
-        first = 0
-        for piece, end in transfer.stretches:
-            kind = (teams, transfer.written_bytes // transfer.size_bytes, crosses, piece)
-            kinds.setdefault(kind, []).append(Share(number, first, end))
-            first = end
-    return ((teams, whole) for (teams, *_), whole in kinds.items())
+    able: Callable[[FileSets], _Ranks],
+) -> list[tuple[Share, ...]]:
+    """The shares of each group: of all that the same groups can do and that is written equally often, its part."""
+    kinds: dict[tuple[_Ranks, int], list[Share]] = {}
+    for share, needs in work:
+        transfer = transfers[share.transfer]
+        kinds.setdefault((able(needs), transfer.written_bytes // transfer.size_bytes), []).append(share)
+    dealt: list[list[Share]] = [[] for _ in groups]
+    for (numbers, _), whole in kinds.items():
+        for position, share in _stretches(whole, [len(groups[number]) for number in numbers]):
+            dealt[numbers[position]].append(share)
+    # In the order of transfers, what is written often comes between what is not.
+    return [_joined(sorted(shares, key=lambda share: (share.transfer, share.first_byte))) for shares in dealt]
 
 
 def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
@@ -134,11 +175,11 @@ def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
 
 def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
     """What each of several teams gets of some bytes, in proportion to its weight: position of the team, its share."""
-    total_bytes = sum(share.end_byte - share.first_byte for share in whole)
+    total_bytes = sum(share.size_bytes for share in whole)
     borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]
     start = 0
     for share in whole:
-        end = start + share.end_byte - share.first_byte
+        end = start + share.size_bytes
         begun = bisect_right(borders, start, hi=len(weights))  # stretches that begin with this share or before it
         for position in range(begun - 1, bisect_left(borders, end, hi=len(weights))):
             first, last = max(borders[position], start), min(borders[position + 1], end)
@@ -147,48 +188,42 @@ def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple
         start = end
 
 
-def _shard_sets(transfers: Sequence[Transfer]) -> tuple[Homes, ...]:
-    """The distinct sets of files that are needed together: of those with fewest replicas, the ones with most members.
+def _shard_sets(gathered_bytes: Mapping[FileSets, int]) -> list[FileSets]:
+    """Sets of shards whose rows are gathered, of as many members as those have through which most bytes go.
 
     They are the tensor parallel sets of the experts where there are any, else of the layers.
     """
-    fewest = min(map(_replicas, transfers))
-    alike = [transfer for transfer in transfers if _replicas(transfer) == fewest]
-    most = max(len(transfer.needs) for transfer in alike)
-    return tuple(dict.fromkeys(transfer.needs for transfer in alike if len(transfer.needs) == most))
-
-
-def _replicas(transfer: Transfer) -> float:
-    """How often each piece is stored in the source, times how often it is written."""
-    return sum(map(len, transfer.needs)) / len(transfer.needs) * transfer.written_bytes / transfer.size_bytes
+    of_members: Counter[int] = Counter()
+    for shards, size_bytes in gathered_bytes.items():
+        of_members[len(shards)] += size_bytes * (len(shards) > 1)
+    return [shards for shards in gathered_bytes if len(shards) == max(of_members, key=of_members.__getitem__)]
 
 
 def _gather_groups(
-    transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
+    work: Sequence[_Work], sets: Sequence[FileSets], visible: Sequence[frozenset[str]], *, may_lend: bool
 ) -> tuple[list[_Ranks], list[_Ranks]]:
-    """Ranks that see the same files, merged where only several of them together see a whole set of shards.
+    """Ranks that see the same files, merged where only several of them together see what they gather.
 
     Both are split again, for what a rank receives grows with what its team gathers. Where ranks of nodes could do most
-    transfers alone, and few cross the nodes' own disks, each lends some ranks to teams for those: the bridges, which
-    are returned on their own as well.
+    of it without others, and little crosses the nodes' own disks, each lends some ranks to teams for that: the bridges,
+    which are returned on their own as well.
     """
     classes = _classes(range(len(visible)), visible)
     whole, merged = [*classes], list[_Ranks]()
-    for homes in dict.fromkeys(transfer.all_needs for transfer in transfers):
+    for needs in dict.fromkeys(needs for _, needs in work):
         candidates = whole + merged
-        if not any(sees_all(homes, union(ranks, visible)) for ranks in candidates):
-            chosen = _cover(homes, candidates, visible)
+        if not any(sees_all(needs, union(ranks, visible)) for ranks in candidates):
+            chosen = _cover(needs, candidates, visible)
             whole = [ranks for ranks in whole if ranks not in chosen]
             merged = [ranks for ranks in merged if ranks not in chosen]
             merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
     bridges: list[_Ranks] = []
-    for ranks in [*merged] if any(transfer.has_own_targets for transfer in transfers) else []:
-        kept, lent = _lend([part for part in classes if part[0] in ranks], transfers, visible)
+    for ranks in [*merged] if may_lend else []:
+        kept, lent = _lend([part for part in classes if part[0] in ranks], work, visible)
         if kept:
             merged.remove(ranks)
             whole += kept
             bridges += lent
-    sets = _shard_sets(transfers)
     split = [team for ranks in whole for team in _split(ranks, sets, visible)]
     split += [team for ranks in merged for team in _split_merged(ranks, visible)]
     return sorted(split + bridges), bridges
@@ -203,20 +238,22 @@ def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[_R
 
 
 def _lend(
-    classes: Sequence[_Ranks], transfers: Sequence[Transfer], visible: Sequence[frozenset[str]]
+    classes: Sequence[_Ranks], work: Sequence[_Work], visible: Sequence[frozenset[str]]
 ) -> tuple[list[_Ranks], list[_Ranks]]:
     """What classes of a merged team keep, and the teams of ranks that they lend: one for each set of classes that
-    together do transfers which none of them can do alone.
+    together can do what none of them can do alone.
 
-    A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that.
+    A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that, or
+    where none has anything to gather among its own.
     """
     alone_bytes: Counter[_Ranks] = Counter()
     crossing_bytes: Counter[tuple[_Ranks, ...]] = Counter()
-    for transfer in transfers:
-        able = [part for part in classes if sees_all(transfer.all_needs, visible[part[0]])]
-        alone_bytes.update(dict.fromkeys(able, transfer.size_bytes))
-        if not able and sees_all(transfer.all_needs, union([part[0] for part in classes], visible)):
-            crossing_bytes[tuple(sorted(_cover(transfer.all_needs, [*classes], visible)))] += transfer.size_bytes
+    together_see = union([part[0] for part in classes], visible)
+    for some, needs in work:
+        able = [part for part in classes if sees_all(needs, visible[part[0]])]
+        alone_bytes.update(dict.fromkeys(able, some.size_bytes))
+        if not able and sees_all(needs, together_see):
+            crossing_bytes[tuple(sorted(_cover(needs, [*classes], visible)))] += some.size_bytes
     kept = {part: part for part in classes}
     lent: list[_Ranks] = []
     for bridged, size_bytes in crossing_bytes.items():
@@ -228,15 +265,15 @@ def _lend(
             team += kept[part][-count:]
             kept[part] = kept[part][:-count]
         lent.append(tuple(sorted(team)))
-    if not all(kept.values()):
+    if not alone_bytes or not all(kept.values()):
         return [], []
     return list(kept.values()), lent
 
 
-def _cover(homes: Homes, candidates: list[_Ranks], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _cover(needs: FileSets, candidates: list[_Ranks], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
     """The first candidates that together see one file of each set."""
     chosen: list[_Ranks] = []
-    for files in homes:
+    for files in needs:
         if union([rank for ranks in chosen for rank in ranks], visible).isdisjoint(files):
             seeing = next((ranks for ranks in candidates if not union(ranks, visible).isdisjoint(files)), None)
             if seeing is None:
@@ -245,10 +282,10 @@ def _cover(homes: Homes, candidates: list[_Ranks], visible: Sequence[frozenset[s
     return chosen
 
 
-def _split(ranks: _Ranks, sets: tuple[Homes, ...], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _split(ranks: _Ranks, sets: Sequence[FileSets], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
     """A team for each set of shards, as far as there are ranks, and no more ranks in a team than shards in a set."""
-    served = sum(sees_all(homes, visible[ranks[0]]) for homes in sets)
-    least_teams = -(-len(ranks) // max(len(homes) for homes in sets))
+    served = sum(sees_all(needs, visible[ranks[0]]) for needs in sets)
+    least_teams = -(-len(ranks) // max(len(needs) for needs in sets))
     return list(_parts(ranks, min(len(ranks), max(least_teams, served))))
 
 

@@ -32,12 +32,12 @@ from dist_convert.errors import (
 )
 from dist_convert.options import fingerprint
 from dist_convert.plan.content import digest
-from dist_convert.plan.copies import BLOCK_BYTES, TILE_COLUMNS
+from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
-from dist_convert.records import TargetFile, __version__, local_name, names
+from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, names
 from dist_convert.write.commit import check_target
 from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
@@ -86,10 +86,10 @@ def identity_of(task: Task) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "plan": task.content.digest,
-        "source": {file: list(known) for file, known in sorted(task.source_identity.items())},
+        "source": {file: list(known) for file, known in sorted(task.source.found.identity.items())},
         "settings": settings,
         "blocks": [BLOCK_BYTES, TILE_COLUMNS],
-        "flags": where | fingerprint(task.job, task.source_format),
+        "flags": where | fingerprint(task.job, task.source.format),
         "version": __version__,
     }
 
@@ -101,12 +101,12 @@ def facts_of(task: Task) -> dict[str, Any]:
     files = {file: dict(zip(parts, values, strict=True)) for file, values in known["source"].items()}
     return {
         "format": FORMAT,
-        "conversion": f"{task.source_format} to {task.job.to}",
+        "conversion": f"{task.source.format} to {task.job.to}",
         "versions": {"dist_convert": __version__, "torch": torch.__version__},
         "plan": known["plan"],
         "settings": digest(dict(task.layout.settings)),
-        "flags": fingerprint(task.job, task.source_format),
-        "source": {"path": str(task.source.absolute()), "files": files},
+        "flags": fingerprint(task.job, task.source.format),
+        "source": {"path": str(task.source.directory.absolute()), "files": files},
     }
 
 
@@ -136,7 +136,7 @@ def check_start(task: Task) -> tuple[int, str]:
         return shutil.disk_usage(task.target).free, ""
     free_bytes = check_target(
         task.target,
-        task.source,
+        task.source.directory,
         overwrite=task.job.overwrite,
         needed_bytes=sum(_sizes(task).values()),
         different=what_differs(task.target, facts_of(task), task.elsewhere),
@@ -243,7 +243,7 @@ def check_source(task: Task, world: World) -> None:
     Raises:
         SourceChanged: on every rank.
     """
-    seen: list[list[str]] = gather_objects(world, changed_files(task.source, task.source_listing))
+    seen: list[list[str]] = gather_objects(world, changed_files(task.source.directory, task.source.found.listing))
     changed = sorted({file for of_rank in seen for file in of_rank})
     if not changed:
         return

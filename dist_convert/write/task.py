@@ -14,11 +14,24 @@ from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import with_parts, writable_by_one_node
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import Listing
+from dist_convert.read.discover import Discovery
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
+
+
+class Source(Protocol):
+    """What a conversion asks of its source, besides its catalog: the files, and the name of their format."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def found(self) -> Discovery: ...
+
+    @property
+    def format(self) -> str: ...
 
 
 class Target(Protocol):
@@ -56,11 +69,7 @@ class Task:
     Attributes:
         job: what was asked for, with what the source or the defaults say where no flag does.
         content: every byte that is read and written.
-        source_format: of the source; the target's is `job.to`.
-        source: directory of the source files, as this rank sees it.
-        source_identity: of each source file, its size in bytes, the time of its last change in ns, and its header.
-        source_listing: of the source files that this rank sees, what they were when their headers were read.
-        visible: for each rank, the source files that it can read.
+        source: what is converted.
         target: the directory that gets its name when it is complete.
         rank: this one.
         places: for each rank, the number of the place where its target lies; 0 where all share one directory.
@@ -72,11 +81,7 @@ class Task:
 
     job: Options
     content: Content
-    source_format: str
-    source: Path
-    source_identity: Mapping[str, tuple[int, int, str]]
-    source_listing: Listing
-    visible: tuple[frozenset[str], ...]
+    source: Source
     target: Path
     rank: int
     places: tuple[int, ...]
@@ -150,7 +155,7 @@ def find_writers(task: Task, world: World) -> Writers:
     if not found:
         return Writers(task.content, task.writable)
     dealt = [place if place in found else -1 for place in task.places]
-    writable = writable_by_one_node(task.content, task.visible, task.writable, dealt, world.nodes)
+    writable = writable_by_one_node(task.content, task.source.found.visible, task.writable, dealt, world.nodes)
     note = f"the target lies on {', '.join(sorted(set(found.values())))}: each weights file is written by one node"
     of_nodes = dict(zip(world.nodes, writable, strict=True))
     idle = sum(not files for files in of_nodes.values())

@@ -20,13 +20,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.plan.steps import blocks_of_team, messages, steps_of
+from dist_convert.plan.steps import blocks_alone, blocks_of_team, messages, steps_of
 from tests.plan.headers import FULL_SIZE, plan_to_huggingface, plan_to_megatron, shards
 
 MODELS = ("Llama-3.1-405B TP8 PP16", "Mixtral-8x22B TP2 PP4 EP8")
@@ -112,7 +113,8 @@ def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]
     team = plan.teams[number]
     members = len(team.ranks)
     read, written, received = [0] * members, [0] * members, [0] * members
-    for block in blocks_of_team(plan, team):
+    alone = (block for member in range(members) for block in blocks_alone(plan, number, member))
+    for block in chain(blocks_of_team(plan, number), alone):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes
         for write in block.writes:

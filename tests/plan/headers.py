@@ -223,6 +223,13 @@ def content_to_megatron(a: Architecture, grid: Grid = ONE, layers: Sequence[int]
     return plan_to_megatron(content(a, grid, layers), shards(a, grid, layers), a)
 
 
+def content_between(a: Architecture, grid: Grid, other: Grid) -> Content:
+    """What the checkpoint of `shards` at one grid is converted into at another."""
+    made = shards(a, other)
+    source, target = open_catalog(shards(a, grid), a)[0], open_catalog(made, a, with_tied_copies=True)[0]
+    return plan_content(source, target, files_of_headers(made), repeat_last_row=True)
+
+
 def files_of(made: Content) -> tuple[str, ...]:
     """Every file of the checkpoint, sorted."""
     ends = (made.ends.source, made.ends.target)
@@ -299,7 +306,8 @@ def faults_of(plan: Plan) -> list[str]:
         if crossing.setdefault(number, [s for s in steps if s.send_bytes]) != [s for s in steps if s.send_bytes]:
             faults.append(f"rank {rank} gathers otherwise than its team")
         ranks = plan.teams[number].ranks
-        reached = {(ranks[read.reader], read.source.file) for step in steps for read in step.reads}
-        reached |= {(ranks[write.writer], write.target.file) for step in steps for write in step.writes}
-        faults += [f"rank {who} does not reach {file}" for who, file in reached if file not in plan.visible[who]]
+        read = {(ranks[read.reader], read.source.file) for step in steps for read in step.reads}
+        faults += [f"rank {who} does not see {file}" for who, file in read if file not in plan.visible[who]]
+        put = {(ranks[write.writer], write.target.file) for step in steps for write in step.writes}
+        faults += [f"rank {who} cannot write {file}" for who, file in put if file not in plan.writable[who]]
     return faults + cover_faults(plan.content, written)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
-from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
+from dist_convert.plan.file_owners import deal_files, file_numbers
 from dist_convert.plan.plan import Plan
 from tests.plan import headers
 from tests.plan.headers import FULL_SIZE, architecture, faults_of, files_of, plan_to_huggingface, steps_by_rank
@@ -28,7 +28,7 @@ def small(max_shard_size_bytes: int = 3000) -> Content:
 
 def divided(made: Content, visible: Sequence[frozenset[str]], places: Sequence[int]) -> Plan:
     of_places = deal_files(made, visible, places)
-    return headers.plan(with_own_targets(made), visible, "gather", writable=[of_places[place] for place in places])
+    return headers.plan(made, visible, "gather", writable=[of_places[place] for place in places])
 
 
 def numbers(made: Content, visible: Sequence[frozenset[str]], places: Sequence[int]) -> list[str]:

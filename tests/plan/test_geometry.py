@@ -166,7 +166,7 @@ def test_blocks_of_large_tensors_rebuild_them_too(experts: str) -> None:
         block
         for transfer in made.content.transfers
         for band in bands(made.content.ends, transfer.names)
-        for block in blocks_of_band(transfer, band)
+        for block in blocks_of_band(band, transfer.target_files)
     ]
     assert all(sum(copy.rows * copy.columns * 4 for copy in block) <= BLOCK_BYTES for block in listed)
     assert len(listed) > 2 * len(made.content.transfers)

@@ -46,7 +46,7 @@ def planned(source: Made, target: Made) -> list[Block]:
     """All blocks between the files of two checkpoints."""
     made = plan_content(arrays.shards_of(source), as_target(target), ())
     found = [(transfer, band) for transfer in made.transfers for band in bands(made.ends, transfer.names)]
-    return [block for transfer, band in found for block in blocks_of_band(transfer, band)]
+    return [block for transfer, band in found for block in blocks_of_band(band, transfer.target_files)]
 
 
 def copied(source: Made, target: Made, blocks: list[Block]) -> Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -214,6 +213,6 @@ def test_a_part_is_done_when_its_own_files_are() -> None:
         parts, everyone(made, range(2)), placement="direct", budget_bytes=10**9, writable=writable,
         done=Done.of(first),
     )  # fmt: skip
-    by_team = {rank: [share for share, _ in groupby(plan.teams[rank].shares)] for rank in range(2)}
-    assert by_team[0] == []
-    assert by_team[1]
+    (of_first,), (of_second,) = (team.alone for team in plan.teams)
+    assert of_first == ()
+    assert of_second

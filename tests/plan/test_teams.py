@@ -115,12 +115,12 @@ def test_nodes_that_hold_one_tensor_rank_each_gather_with_each_other() -> None:
     assert [team.ranks for team in plan(LLAMA, ranks, "gather").teams] == [(0, 1)]
 
 
-def test_a_team_that_has_all_of_a_weight_has_it_as_one_share() -> None:
+def test_a_team_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     (team,) = plan(LLAMA, ranks, "gather").teams
     assert [(share.transfer, share.first_byte, share.end_byte) for share in team.shares] == [
-        (number, 0, one.size_bytes) for number, one in enumerate(LLAMA.transfers)
+        (number, 0, one.size_bytes) for number, one in enumerate(LLAMA.transfers) if one.crosses
     ]
 
 
@@ -153,6 +153,15 @@ def test_whatever_ranks_see_as_long_as_together_they_see_all_every_byte_is_writt
     visible = data.draw(st.lists(st.frozensets(st.sampled_from(files)), min_size=1, max_size=6))
     unseen = set(files).difference(*visible)
     visible[data.draw(st.integers(0, len(visible) - 1))] |= unseen
+    assert faults_of(plan(made, visible, "gather")) == []
+
+
+@pytest.mark.parametrize("world", [4, 6])
+def test_a_target_file_with_the_name_of_a_source_file_makes_nobody_see_that(world: int) -> None:
+    made = headers.content_between(LLAMA.ends.target.architecture, Grid(4, expert_tensor=4), Grid(2, expert_tensor=2))
+    sources = [f"mp_rank_{number:02d}/model_optim_rng.pt" for number in range(4)]
+    assert sources[:2] == [file.name for file in made.files]
+    visible = [frozenset([sources[rank % 4]]) for rank in range(world)]
     assert faults_of(plan(made, visible, "gather")) == []
 
 

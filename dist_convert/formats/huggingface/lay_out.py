@@ -19,7 +19,7 @@ from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Catalog
 from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
-from dist_convert.plan.file_owners import deal_files, file_numbers, with_own_targets
+from dist_convert.plan.file_owners import deal_files, file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import human_bytes, names
 from dist_convert.write.places import find_places
@@ -61,17 +61,12 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
     is_divided = bool(max(places))
     if is_divided:
-        content = with_own_targets(content)
         of_places = deal_files(content, model.found.visible, places)
     layout, more_notes = _layout(job, model, source, content, world, disks=len(of_places))
     return Task(
         job=job,
         content=content,
-        source_format=model.format,
-        source=model.directory,
-        source_identity=model.found.identity,
-        source_listing=model.found.listing,
-        visible=model.found.visible,
+        source=model,
         target=job.target,
         rank=world.rank,
         places=places,
