@@ -51,11 +51,6 @@ class Transfer:
     stretches: tuple[tuple[tuple[int, ...], int], ...]
 
     @property
-    def crosses(self) -> bool:
-        """Whether some row lies in several pieces of the source."""
-        return any(len(pieces) > 1 for pieces, _ in self.stretches)
-
-    @property
     def written_bytes(self) -> int:
         """Of the copies, counting every equal target."""
         return sum(self.target_bytes)

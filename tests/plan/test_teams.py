@@ -120,7 +120,9 @@ def test_a_team_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     (team,) = plan(LLAMA, ranks, "gather").teams
     assert [(share.transfer, share.first_byte, share.end_byte) for share in team.shares] == [
-        (number, 0, one.size_bytes) for number, one in enumerate(LLAMA.transfers) if one.crosses
+        (number, 0, one.size_bytes)
+        for number, one in enumerate(LLAMA.transfers)
+        if one.stretches == (((0, 1), one.size_bytes),)  # each row lies in both shards
     ]
 
 
