@@ -15,8 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dist_convert.errors import UsageError
-from dist_convert.models.catalog import Catalog, Region, TensorMeta
-from dist_convert.read.boxes import cut
+from dist_convert.models.catalog import Catalog, Region, TensorMeta, cut
 from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect
 
 #: Bytes of one block in the wider of its two dtypes.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_convert.models.schema import Architecture
-from dist_convert.records import Box, View
+from dist_convert.records import Box, View, intersect
 
 #: The flag that names an iteration, in most commands.
 NAME_FLAG = "--ckpt-dir-name"
@@ -102,6 +102,12 @@ class Region:
         """What each replica has of a box of the tensor that lies inside the region."""
         inside = Box(box.row - self.box.row, box.column - self.box.column, box.rows, box.columns)
         return tuple(view.window(inside) for view in self.replicas)
+
+
+def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
+    """The regions that lie in a box, and of each what lies in it."""
+    pairs = ((region, intersect(region.box, box)) for region in regions)
+    return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
 
 
 class Catalog(Protocol):

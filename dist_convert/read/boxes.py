@@ -6,16 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_convert.models.catalog import Region
+from dist_convert.models.catalog import Region, cut
 from dist_convert.read.buffers import Buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, block_tiles, intersect
-
-
-def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
-    """The regions that lie in a box, and of each what lies in it."""
-    pairs = ((region, intersect(region.box, box)) for region in regions)
-    return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
+from dist_convert.records import DTYPE_BYTES, Box, block_tiles
 
 
 def matrix(buffer: Buffer, dtype: str, rows: int, columns: int) -> torch.Tensor:
