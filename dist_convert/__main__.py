@@ -166,13 +166,14 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
-    from dist_convert.formats.describe import as_screen, inspect_checkpoint, missing_line
+    with importing():
+        from dist_convert.formats.describe import as_screen, inspect_checkpoint
 
     description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
-    if missing := missing_line(description):
-        print(missing, file=sys.stderr)
-    return 1 if missing else 0
+    if wrong := description.get("not_convertible"):
+        print(f"a conversion would not start:\n{wrong}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:
@@ -204,7 +205,7 @@ def _upload(
 
 
 def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
-    with importing():  # torch, which takes seconds; flags and inspect do without
+    with importing():  # torch, which takes seconds; flags do without
         from dist_convert.api import convert
         from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify

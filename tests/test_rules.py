@@ -33,7 +33,7 @@ PLANNING = (
 )  # fmt: skip
 HEADERS = ("formats/torch/shards.py", "read/restricted_pickle.py", "read/torch_file.py")
 VERIFYING = ("compare/blocks.py", "compare/elements.py")
-OTHERS = (*HEADERS, *VERIFYING, "formats/huggingface/files.py", "formats/describe.py")
+OTHERS = (*HEADERS, *VERIFYING, "formats/huggingface/files.py")
 PURE = [f for f in FILES if f.startswith(PLANNING) or f in OTHERS]
 
 

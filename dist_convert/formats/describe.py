@@ -1,17 +1,20 @@
-"""One screen about a checkpoint of either kind, from headers only (no torch, no tensor is read)."""
+"""One screen about a checkpoint of either kind, from its headers, and whether a conversion of it would start."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, ConversionError
+from dist_convert.errors import ConversionError
+from dist_convert.formats.foreign import refuse_foreign
+from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
 from dist_convert.formats.huggingface.read import (
-    CONFIG_FILE,
     SAFETENSORS,
     find_weights,
     is_huggingface,
@@ -28,59 +31,65 @@ from dist_convert.formats.megatron.grid import (
     missing_directories,
     rank_directory,
 )
-from dist_convert.formats.megatron.iterations import (
-    TRACKER_FILE,
-    has_rank_directories,
-    is_checkpoint,
-    is_distributed,
-    iteration_directory,
-    rank_files,
-    refuse_two_formats,
-)
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
-from dist_convert.formats.torch.shards import Shard, files_beside, read_shard
+from dist_convert.formats.open import find_iteration, settled
+from dist_convert.formats.torch.open import open_torch, read_shards
+from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
-from dist_convert.formats.torch_dist.contents import COMMON_FILE, read_contents
+from dist_convert.formats.torch_dist.contents import read_contents
+from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Where
 from dist_convert.models.schema import Row, entries, part_shape
-from dist_convert.read.source import no_directory
-from dist_convert.records import DTYPE_BYTES, human_bytes, names
+from dist_convert.ranks.collectives import World, alone
+from dist_convert.records import DTYPE_BYTES, human_bytes
 from dist_convert.write.partial import refuse_unfinished
-
-
-def missing_line(description: Mapping[str, Any]) -> str:
-    """What a checkpoint lacks, in a line; empty where it is complete."""
-    missing = description["missing_shards"]
-    return f"not complete: {names(missing)} missing" if missing else ""
 
 
 def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
     """Describe a Megatron checkpoint or a Hugging Face directory in JSON values.
+
+    Where a conversion of it would not start, `not_convertible` is what that would say: all that it checks is checked.
 
     Args:
         path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
         ckpt_dir_name: the iteration; None asks the tracker file.
 
     Raises:
-        CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments
+        CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments, UnsupportedModel
     """
+    where, world = Where(path, ckpt_dir_name), alone()
     refuse_unfinished(path, ckpt_dir_name)
-    if not path.is_dir():
-        raise no_directory(path, "checkpoint")
+    refuse_foreign(path)
+    model: Callable[[], Model]
     if is_huggingface(path):
-        return _describe_huggingface(path)
-    if not is_checkpoint(path) and ckpt_dir_name is None:
-        raise CheckpointNotFound(
-            "neither a Megatron checkpoint nor a Hugging Face directory",
-            file=str(path),
-            expected=f"{TRACKER_FILE}, mp_rank_* directories, or {CONFIG_FILE}",
-            found=names(sorted(inside.name for inside in path.iterdir())) or "nothing",
-            remedy="give a checkpoint's root, one of its iterations, or what save_pretrained made",
-        )
-    directory = iteration_directory(path, ckpt_dir_name)
-    distributed = is_distributed(directory)
-    refuse_two_formats(directory, has_rank_directories=has_rank_directories(directory), is_distributed=distributed)
-    return _describe_torch_dist(directory) if distributed else _describe_torch(directory)
+        description, model = _describe_huggingface(path), partial(open_huggingface, path, world)
+    else:
+        directory, is_distributed = find_iteration(where, world)
+        if is_distributed:
+            description, model = _describe_torch_dist(directory), partial(open_torch_dist, where, directory, world)
+        else:
+            found, shards = read_shards(directory, world)
+            description = _describe_torch(directory, shards)
+            model = partial(open_torch, where, directory, world, found, shards)
+    try:
+        _check(settled(model(), where, world), world)
+    except ConversionError as error:
+        description["not_convertible"] = str(error)
+    return description
+
+
+def _check(model: Model, world: World) -> None:
+    """What a conversion checks of its source besides.
+
+    Raises:
+        SourceError: all that the headers show to be wrong, or a head that is not the embedding it is tied to.
+    """
+    if isinstance(model, HuggingFaceModel):
+        model = with_zero_biases(model, world)
+        check_tied(model, model.catalog()[0], world)
+    else:
+        model.catalog()
 
 
 def _describe_torch_dist(directory: Path) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def _describe_torch_dist(directory: Path) -> dict[str, Any]:
         "path": str(directory),
         "kind": "megatron",
         "format": "torch_dist",
-        **_model(args, COMMON_FILE),
+        **_model(args),
         "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
         "iteration": contents["iteration"],
         "grid": _grid_sizes(_saved_grid(args)),
@@ -120,24 +129,20 @@ def _grid_sizes(grid: Grid | None) -> dict[str, int]:
     return dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)) if grid else {}
 
 
-def _describe_torch(directory: Path) -> dict[str, Any]:
-    files = rank_files(directory)
-    if not files:
-        raise CheckpointNotFound("no rank directories", file=str(directory), expected="mp_rank_00 or the like")
-    shards = {file: read_shard(directory / file, file) for file in files}
+def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=False)
     chunks = [chunk for shard in shards.values() for chunk in shard.chunks]
     stored = [(normalise(name), tensor) for chunk in chunks for name, tensor in chunk.items()]
     weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
-    all_bytes = sum(size_bytes + sum(files_beside(directory, file).values()) for file, size_bytes in files.items())
-    directories = {file.partition("/")[0] for file in files}
+    all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
+    directories = {file.partition("/")[0] for file in shards}
     foreign = sorted(directories - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
     return {
         "path": str(directory),
         "kind": "megatron",
         "format": "torch",
-        **_model(first.args, first.file),
+        **_model(first.args),
         "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
         "iteration": first.iteration,
         "grid": _grid_sizes(grid),
@@ -152,12 +157,12 @@ def _describe_torch(directory: Path) -> dict[str, Any]:
     }
 
 
-def _model(args: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Family and parameters, or why the model cannot be converted."""
+def _model(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Family and parameters, of a model that has them."""
     try:
-        architecture = architecture_from_args(args, vocab=None, file=file)
-    except ConversionError as error:
-        return {"family": None, "parameters": None, "not_convertible": str(error)}
+        architecture = architecture_from_args(args, vocab=None, file="")
+    except ConversionError:
+        return {"family": None, "parameters": None}
     rows = [entry for entry, _, _ in entries(FAMILIES[architecture.family], architecture) if isinstance(entry, Row)]
     sizes = architecture.sizes()
     return {
@@ -212,6 +217,8 @@ def as_screen(description: Mapping[str, Any]) -> str:
     """The description for people: a line each, sizes in decimal units."""
     lines = []
     for name, value in description.items():
+        if name == "not_convertible":
+            continue
         if name.endswith("_bytes"):
             value = human_bytes(value)
         elif name == "grid":

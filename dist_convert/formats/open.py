@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
+from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
@@ -21,7 +22,7 @@ from dist_convert.formats.megatron.iterations import (
     tracked_name,
 )
 from dist_convert.formats.torch.copies import settle_copies
-from dist_convert.formats.torch.open import TorchModel, open_torch
+from dist_convert.formats.torch.open import TorchModel, open_torch, read_shards
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
@@ -42,6 +43,7 @@ def open_checkpoint(where: Where, world: World) -> Model:
 
 
 def _open(where: Where, world: World) -> Model:
+    refuse_foreign(where.path)
     if any(gather_objects(world, is_huggingface(where.path))):
         return open_huggingface(where.path, world)
     if any(gather_objects(world, where.path.is_dir())):
@@ -50,13 +52,26 @@ def _open(where: Where, world: World) -> Model:
 
 
 def _open_megatron(where: Where, world: World) -> Model:
+    directory, is_distributed = find_iteration(where, world)
+    if is_distributed:
+        return open_torch_dist(where, directory, world)
+    return open_torch(where, directory, world, *read_shards(directory, world))
+
+
+def find_iteration(where: Where, world: World) -> tuple[Path, bool]:
+    """The directory of a Megatron checkpoint's iteration, as this rank sees it, and whether it is a distributed one.
+
+    Raises:
+        SourceError: there is none, or files of two formats.
+        UnsupportedModel: it is of a format that is not read.
+    """
+    refuse_foreign(where.path)
     directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
+    refuse_foreign(directory)
     mine = [has_rank_directories(directory), is_distributed(directory)]
     is_torch, distributed = map(any, zip(*gather_objects(world, mine), strict=True))
     refuse_two_formats(directory, has_rank_directories=is_torch, is_distributed=distributed)
-    if distributed:
-        return open_torch_dist(where, directory, world)
-    return open_torch(where, directory, world)
+    return directory, distributed
 
 
 def open_source(job: Options, world: World, channel: Control) -> Model:
@@ -67,6 +82,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     """
     where = replace(where_of(job, Path(job.source), job.ckpt_dir_name), like=read_like(job.like, world))
     refuse_unfinished(where.path, where.ckpt_dir_name)
+    refuse_foreign(where.path)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import InconsistentShards
+from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.huggingface.names import HEAD
@@ -108,6 +109,7 @@ def open_huggingface(directory: Path, world: World) -> HuggingFaceModel:
         expected=f"safetensors or pytorch_model files in {directory}",
     )
     headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
+    refuse_foreign_tensors(headers, directory)
     index = read_index(directory)
     if index is not None:
         check_index(index, headers)

@@ -26,7 +26,7 @@ from dist_convert.errors import (
     UnsupportedModel,
     raise_together,
 )
-from dist_convert.formats.megatron.iterations import is_checkpoint
+from dist_convert.formats.megatron.iterations import is_checkpoint, meant_below
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
@@ -256,7 +256,7 @@ def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
                     f"two sets of weights: {single}, and the files that {index_file} names",
                     file=str(directory),
                     expected=f"{index_file} names {single}, or only one of them is here",
-                    remedy="remove the one that is out of date",
+                    remedy="give a directory that has only the right ones",
                 )
             return single, index
         if os.path.lexists(directory / single):
@@ -276,7 +276,7 @@ def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
         file=str(directory),
         expected="one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
         found=_listing(directory),
-        remedy="give the directory that save_pretrained made",
+        remedy=meant_below(directory) or "give the directory that save_pretrained made",
     )
 
 

@@ -12,6 +12,7 @@ from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
 from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
 from dist_convert.read.source import no_directory, read_json, reading
+from dist_convert.records import names
 
 #: In the root of a checkpoint: which of its iterations is the newest.
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -41,9 +42,11 @@ def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG
         raise CheckpointNotFound(
             "the iteration does not exist",
             file=str(directory),
-            expected="one of: " + (", ".join(_iterations(root)) or "no iteration is here at all"),
+            expected="one of: " + (names(_iterations(root)) or "no iteration is here at all"),
             found="nothing",
-            remedy=f"name an existing iteration with {name_flag}",
+            remedy=f"leave {name_flag} out: {root} is an iteration itself"
+            if name and (rank_files(root) or is_distributed(root))
+            else f"name an existing iteration with {name_flag}",
         )
     return directory
 
@@ -63,8 +66,8 @@ def is_distributed(directory: Path) -> bool:
     """Whether a directory holds a distributed checkpoint (`torch_dist` and its relatives), or some of its files."""
     if not directory.is_dir():
         return False
-    names = {path.name for path in directory.iterdir()}
-    return METADATA_FILE in names or any(name.endswith(SUFFIX) for name in names) or _has_kind(directory / KIND_FILE)
+    found = {path.name for path in directory.iterdir()}
+    return METADATA_FILE in found or any(name.endswith(SUFFIX) for name in found) or _has_kind(directory / KIND_FILE)
 
 
 def has_rank_directories(directory: Path) -> bool:
@@ -100,22 +103,8 @@ def _tracked(root: Path, name_flag: str) -> str:
     if rank_files(root) or is_distributed(root):
         return "."
     tracker = root / TRACKER_FILE
-    if not tracker.is_file() and (root / "config.json").is_file():
-        raise CheckpointNotFound(
-            "a Hugging Face directory, not a Megatron checkpoint",
-            file=str(root),
-            expected=f"{TRACKER_FILE} or mp_rank_* directories",
-            found="config.json",
-            remedy="give the Megatron checkpoint's root, or convert the other way with hf-to-megatron",
-        )
     if not tracker.is_file():
-        raise CheckpointNotFound(
-            f"no {TRACKER_FILE}",
-            file=str(root),
-            expected="a Megatron checkpoint's root directory",
-            found=", ".join(_iterations(root)) or "no iteration",
-            remedy=f"check the path, or name the iteration with {name_flag}",
-        )
+        raise not_a_checkpoint(root, name_flag)
     with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
         text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
     if text == "release":
@@ -136,9 +125,41 @@ def _is_link_out(tracker: Path) -> bool:
     return not tracker.resolve().is_relative_to(tracker.parent.resolve())
 
 
+def not_a_checkpoint(path: Path, name_flag: str = NAME_FLAG) -> CheckpointNotFound:
+    """The error about a directory that is no Megatron checkpoint itself, and what was probably meant.
+
+    Args:
+        path: what was given.
+        name_flag: that names an iteration, for messages.
+    """
+    here, below = _iterations(path), meant_below(path)
+    what, remedy = "no checkpoint", "check the path on every node"
+    if here:
+        what, remedy = f"no {TRACKER_FILE}", f"name the iteration with {name_flag}, or give its path"
+    elif (path / "config.json").is_file():
+        what = "a Hugging Face directory, not a Megatron checkpoint"
+        remedy = "give the Megatron checkpoint's root, or convert the other way with hf-to-megatron"
+    elif below:
+        what, remedy = "no checkpoint itself, but a directory of some", below
+    return CheckpointNotFound(
+        what,
+        file=str(path),
+        expected=f"{TRACKER_FILE}, mp_rank_* directories, *{SUFFIX} files, or a config.json with its weights",
+        found=names(here or sorted(one.name for one in path.iterdir())) or "nothing",
+        remedy=remedy,
+    )
+
+
+def meant_below(path: Path) -> str:
+    """A question for whoever gave a directory of checkpoints, of either kind; "" where it is none."""
+    below = [one for one in sorted(path.iterdir()) if one.is_dir()]
+    found = [str(one) for one in below if is_checkpoint(one) or (one / "config.json").is_file()]
+    return f"did you mean {' or '.join(found[:4])}?" if found else ""
+
+
 def _iterations(root: Path) -> list[str]:
-    names = (path.name for path in root.iterdir() if path.is_dir())
-    return sorted(name for name in names if name == "release" or name.startswith("iter_"))
+    found = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted(name for name in found if name == "release" or name.startswith("iter_"))
 
 
 def rank_files(directory: Path) -> dict[str, int]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.iterations import rank_files
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
@@ -19,6 +21,7 @@ from dist_convert.formats.torch.shards import (
     read_shard,
     shard_from_json,
     shard_to_json,
+    stored_names,
 )
 from dist_convert.formats.torch.survey import check_same_run, open_catalog
 from dist_convert.models.catalog import LeftBehind, Where
@@ -91,25 +94,42 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
-def open_torch(where: Where, directory: Path, world: World) -> TorchModel:
-    """Read the headers of all shards, each by one rank that sees it.
+def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
+    """The files of an iteration and their headers, each read by one rank that sees it.
 
     Args:
-        where: the checkpoint.
-        directory: of its iteration, as this rank sees it.
+        directory: of the iteration, as this rank sees it.
         world: this rank.
 
     Raises:
-        CheckpointNotFound, SourceError: there is none, or it cannot be converted as it is.
+        CheckpointNotFound: no rank sees any file.
+        SourceError: see `read_shard` and `discover`.
     """
     found = discover(
         world,
         directory,
         rank_files(directory) if directory.is_dir() else (),
         lambda file: shard_to_json(read_shard(directory / file, file)),
-        expected=f"mp_rank_00/model_optim_rng.pt or the like in {directory}",
+        expected=f"mp_rank_00/{SHARD_FILE} or the like in {directory}",
     )
-    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
+    return found, {file: shard_from_json(header) for file, header in found.headers.items()}
+
+
+def open_torch(
+    where: Where, directory: Path, world: World, found: Discovery, shards: Mapping[str, Shard]
+) -> TorchModel:
+    """The model of all shards' headers.
+
+    Args:
+        where: the checkpoint.
+        directory: of its iteration, as this rank sees it.
+        world: this rank.
+        found, shards: of `read_shards`.
+
+    Raises:
+        SourceError: the shards are not of one run, or their args say no model.
+    """
+    refuse_foreign_tensors({file: stored_names(shard) for file, shard in shards.items()}, directory)
     check_same_run(shards.values())
     file = min(shards)
     said = said_of(where, shards[file].args, file)

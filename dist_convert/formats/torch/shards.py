@@ -6,7 +6,7 @@ docs/formats.md, "Keys of the file".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def read_shard(path: Path, file: str) -> Shard:
         iteration=iteration if isinstance(iteration, int) else None,
         args=plain_dict(values),
         chunks=chunks,
-        opaque=tuple({n: _kind(v) for n, v in model.items() if not isinstance(v, Tensor)} for model in models),
+        opaque=tuple(dict(_opaque(model)) for model in models),
         others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
     )
 
@@ -142,14 +142,6 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
             expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
             found=", ".join(map(str, saved)),
         )
-    if any("language_model" in model for model in models):
-        raise UnsupportedModel(
-            "a checkpoint of Megatron's legacy model classes",
-            file=file,
-            expected='a flat dict of Megatron-Core\'s names (docs/formats.md, "Parameter names")',
-            found="language_model",
-            remedy="convert it to Megatron-Core first (tools/checkpoint/convert.py of Megatron-LM)",
-        )
     return tuple({str(name): value for name, value in model.items()} for model in models)
 
 
@@ -165,8 +157,19 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
     return {name: placed[label] for name, label in labels.items()}
 
 
-def _kind(value: object) -> str:
-    return value.class_name if isinstance(value, Inert) else type(value).__name__
+def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The entries that are no tensors, and what they are; of nested models, such as older ones, their parts."""
+    for name, value in model.items():
+        if isinstance(value, Mapping) and "." not in name:
+            yield from ((f"{name}.{inner}", type(value).__name__) for inner in value)
+        elif not isinstance(value, Tensor):
+            yield name, value.class_name if isinstance(value, Inert) else type(value).__name__
+
+
+def stored_names(shard: Shard) -> list[str]:
+    """The names of all that a file's models hold, tensors or not."""
+    models: list[Mapping[str, object]] = [*shard.chunks, *shard.opaque]
+    return [name for model in models for name in model]
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:

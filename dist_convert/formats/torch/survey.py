@@ -36,7 +36,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture, Row, part_shape
-from dist_convert.records import StoredTensor, TargetFile, local_name
+from dist_convert.records import StoredTensor, TargetFile, local_name, names
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go.
 _SAME_IN_ALL = (
@@ -55,13 +55,13 @@ def check_same_run(shards: Iterable[Shard]) -> None:
     listed = sorted(shards, key=lambda shard: shard.file)
     first = listed[0]
     problems = []
-    names = dict.fromkeys(key.arg for family in FAMILIES.values() for key in family.keys if key.arg)
-    names |= dict.fromkeys(
+    compared = dict.fromkeys(key.arg for family in FAMILIES.values() for key in family.keys if key.arg)
+    compared |= dict.fromkeys(
         (*_SAME_IN_ALL, *(pin.arg for family in FAMILIES.values() for pin in (*NEUTRAL, *family.pins)))
     )
     for shard in listed[1:]:
         pairs = [("iteration", first.iteration, shard.iteration)]
-        pairs += [(name, first.args.get(name), shard.args.get(name)) for name in names]
+        pairs += [(name, first.args.get(name), shard.args.get(name)) for name in compared]
         pairs += [("number of models", len(first.chunks), len(shard.chunks))]
         problems += [
             InconsistentShards(
@@ -118,11 +118,11 @@ def open_catalog(
         pinned=pinned,
     )
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
-    names = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
+    listed = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
     surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
     return replace(
         surveyed,
-        add_to_norms=added_to_norms(first.args, min(shards), is_fused=any(map(megatron_names.has_fused_norm, names))),
+        add_to_norms=added_to_norms(first.args, min(shards), is_fused=any(map(megatron_names.has_fused_norm, listed))),
     ), left_behind
 
 
@@ -161,18 +161,23 @@ def _place_layers(
     }
     found = sum(layers_of.values())
     if found != architecture.layers:
+        listed = names(name for chunk in stored.values() for name in chunk)
+        by_stage = ", ".join(f"stage {p} model{v}: {n}" for (p, v), n in layers_of.items())
         raise UnsupportedModel(
-            "the files hold another number of layers than the args say",
+            "the files hold another number of layers than the args say" if found else "the files hold no layers",
+            file=min(first_file.values()),
             expected=f"num_layers={architecture.layers}",
-            found=f"{found}: " + ", ".join(f"stage {p} model{v}: {n}" for (p, v), n in layers_of.items()),
-            remedy="a pipeline stage is incomplete or of another run",
+            found=f"{found} ({by_stage})" if found else listed or "models without tensors",
+            remedy="a pipeline stage is incomplete or of another run: copy it again from where it was saved"
+            if found
+            else "look for the weights elsewhere: a save failed here, or a tool has put them under other names",
         )
     return place_chunks(grid, layers_of)
 
 
-def count_layers(names: Iterable[str]) -> int:
+def count_layers(listed: Iterable[str]) -> int:
     """Layers in one chunk, from the normalised names of its tensors."""
-    return max((layer + 1 for name in names if (layer := megatron_names.layer_of(name)) is not None), default=0)
+    return max((layer + 1 for name in listed if (layer := megatron_names.layer_of(name)) is not None), default=0)
 
 
 def _latents_are_whole(
@@ -254,8 +259,8 @@ def _leftovers(
             sizes_bytes[name] += size_bytes
         for chunk, opaque in zip(shard.chunks, shard.opaque, strict=True):
             unused = {name: tensor for name, tensor in chunk.items() if (shard.file, tensor.name) not in used}
-            names = {name: tensor.size_bytes for name, tensor in unused.items()}
-            for name, size_bytes in {**names, **dict.fromkeys(opaque, 0)}.items():
+            sizes = {name: tensor.size_bytes for name, tensor in unused.items()}
+            for name, size_bytes in {**sizes, **dict.fromkeys(opaque, 0)}.items():
                 reason = _reason_to_drop(catalog, megatron_names.normalise(name))
                 if reason is None:
                     unknown.append(unknown_tensor(catalog.family, shard.file, name, opaque.get(name)))

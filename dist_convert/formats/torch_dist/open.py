@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
+from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -97,6 +98,7 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     said = _shared_metadata(directory, world)
     args: dict[str, Any] = said["args"]
     tensors = {key: _saved(saved) for key, saved in said["tensors"].items()}
+    refuse_foreign_tensors({METADATA_FILE: tensors}, directory)
     chunks_of: dict[str, list[tuple[str, str, Chunk]]] = {}
     for key, (dtype, _, chunks) in tensors.items():
         for chunk in chunks:

@@ -1,0 +1,169 @@
+"""Checkpoints of other programs, and parts of one: each is known by name, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_convert.errors import CheckpointNotFound, UnsupportedModel
+from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS
+from dist_convert.formats.megatron.grid import is_rank_directory
+from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, rank_files
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A kind of checkpoint that is not read.
+
+    Attributes:
+        name: what it is.
+        signs: what tells it, each of them alone: patterns of files below a directory, or parts of tensors' names.
+        remedy: what to do about it.
+    """
+
+    name: str
+    signs: tuple[str, ...]
+    remedy: str
+
+
+#: By their files. Sources: docs/formats.md, "Formats that are refused by name".
+DIRECTORIES = (
+    Foreign(
+        "a DeepSpeed checkpoint, of Megatron-DeepSpeed or GPT-NeoX",
+        ("mp_rank_*_model_states.pt", "*/mp_rank_*_model_states.pt", "layer_*-model_*states.pt",
+         "*/layer_*-model_*states.pt"),
+        "convert it with the program that saved it, to Hugging Face or Megatron: Megatron-DeepSpeed has "
+        "tools/convert_checkpoint, GPT-NeoX has tools/ckpts/convert_neox_to_hf.py; then give the result",
+    ),
+    Foreign(
+        "a NeMo checkpoint",
+        ("*.nemo", "context/model.yaml", "model_weights/metadata.json", "weights/common.pt"),
+        "export it with NeMo (llm.export_ckpt with target='hf'), then give the result",
+    ),
+    Foreign(
+        "a nanotron checkpoint",
+        ("checkpoint_metadata.json", "*/checkpoint_metadata.json", "model/model", "*/model/model"),
+        "convert it with nanotron's examples/llama/convert_nanotron_to_hf.py, then give the result",
+    ),
+    Foreign(
+        "weights in Meta's own files",
+        ("consolidated.*.pth", "consolidated*.safetensors"),
+        "convert them with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py, then give "
+        "the result",
+    ),
+    Foreign(
+        "a LoRA adapter without its model (PEFT)",
+        ("adapter_config.json",),
+        "load model and adapter with PEFT, merge them with merge_and_unload(), save_pretrained, then give the result",
+    ),
+    Foreign(
+        "a GGUF file, whose weights are quantised",
+        ("*.gguf",),
+        "give the model that it was made from; or load it with transformers (gguf_file=...), which dequantises it, and "
+        "save_pretrained",
+    ),
+    Foreign(
+        "a diffusers pipeline, which is several models and no language model",
+        ("model_index.json",),
+        "give the directory of one model that is a Llama or Mixtral",
+    ),
+    Foreign(
+        "a distributed checkpoint of the format zarr",
+        ("*/.zarray",),
+        "load it with the Megatron-LM that saved it, and save it with --ckpt-format torch_dist",
+    ),
+    Foreign(
+        "rank directories with model_rng.pt, as Megatron-LM of 2022 and 2023 saved with a distributed optimizer",
+        ("mp_rank_*/model_rng.pt",),
+        "they hold what model_optim_rng.pt holds: make a directory with links of that name to them, one in each "
+        "mp_rank_*, and give that",
+    ),
+)  # fmt: skip
+
+#: By the names of their tensors.
+TENSORS = (
+    Foreign(
+        "a LoRA adapter that is not merged into the model",
+        (".adapter.", ".adapter_layer.", ".to_wrap.", ".base_layer.", "lora_"),
+        "merge it where it was trained (Megatron-Bridge and NeMo: their merge of LoRA; PEFT: merge_and_unload(); "
+        "ms-swift: --merge_lora true), save the model, then give the result",
+    ),
+    Foreign(
+        "weights quantised by GPTQ or AWQ",
+        (".qweight", ".qzeros"),
+        "give the model that they were made from; or load it dequantised, save it in bfloat16, and give that",
+    ),
+    Foreign(
+        "a checkpoint of Megatron's legacy model classes",
+        ("language_model.encoder", "language_model.transformer"),
+        "convert it to Megatron-Core's with tools/checkpoint/convert.py of a Megatron-LM that has both, then give the "
+        "result",
+    ),
+)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a path that holds a kind of checkpoint that is not read, or only a part of one.
+
+    Raises:
+        UnsupportedModel: a checkpoint of another program.
+        CheckpointNotFound: the directory or file of one rank.
+    """
+    is_file = path.is_file()
+    directory = (path.parent if is_file else path).absolute()
+    if is_rank_directory(directory.name) and (is_file or not is_checkpoint(directory)) and directory.is_dir():
+        raise CheckpointNotFound(
+            "one rank's part of a checkpoint",
+            file=str(path),
+            expected="the checkpoint's root or one of its iterations, with the directories of all ranks",
+            remedy=f"give {directory.parent}",
+        )
+    if not directory.is_dir() or (not is_file and _is_read(directory)):
+        return
+    for foreign in DIRECTORIES:
+        found = sorted(one for sign in foreign.signs for one in _matches(path if is_file else directory, sign))
+        if found:
+            raise UnsupportedModel(f"not read: {foreign.name}", file=found[0], remedy=foreign.remedy)
+
+
+def _matches(path: Path, sign: str) -> Iterator[str]:
+    if path.is_dir():
+        yield from map(str, path.glob(sign))
+    elif path.match(sign):
+        yield str(path)
+
+
+def _is_read(directory: Path) -> bool:
+    """Whether a directory itself holds weights of a format that is read, whatever lies beside them."""
+    weights = [name for kind in WEIGHTS_KINDS for name in kind]
+    has_weights = (directory / CONFIG_FILE).is_file() and any((directory / name).is_file() for name in weights)
+    return has_weights or bool(rank_files(directory)) or is_distributed(directory)
+
+
+def refuse_foreign_tensors(names_of: Mapping[str, Iterable[str]], directory: Path) -> None:
+    """Refuse a model whose tensors' names show that it is of a kind that is not read.
+
+    Args:
+        names_of: the names in each file.
+        directory: in which the files lie.
+
+    Raises:
+        UnsupportedModel
+    """
+    for foreign in TENSORS:
+        found = [
+            (file, name)
+            for file, listed in names_of.items()
+            for name in listed
+            if any(s in name for s in foreign.signs)
+        ]
+        if found:
+            file, name = min(found)
+            raise UnsupportedModel(
+                f"{foreign.name}, which is not read",
+                tensor=name,
+                file=str(directory / file),
+                found=f"{len(found)} such {'name' if len(found) == 1 else 'names'}",
+                remedy=foreign.remedy,
+            )
