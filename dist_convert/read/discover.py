@@ -56,7 +56,7 @@ def discover(
     names = sorted(frozenset[str]().union(*listings))
     if not names:
         raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
-    _check_same_files(world, directory, names, listings)
+    _check_same_files(world, directory, names, listings, read_header)
     headers_of = deal_headers(names, listings)
     read = {file: read_header(file) for file in headers_of[world.rank]}
     headers = {file: header for of_rank in gather_objects(world, read) for file, header in of_rank.items()}
@@ -69,9 +69,12 @@ def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[s
     found = {}
     for file, header in headers.items():
         sizes_and_times = [(listing[file][0], listing[file][2]) for listing in listings if file in listing]
-        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-        found[file] = (*min(sizes_and_times), digest)
+        found[file] = (*min(sizes_and_times), _digest(header))
     return found
+
+
+def _digest(header: Any) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def gather_listings(world: World, mine: Listing) -> list[Listing]:
@@ -82,8 +85,17 @@ def gather_listings(world: World, mine: Listing) -> list[Listing]:
     return gather_objects(world, mine)
 
 
-def _check_same_files(world: World, directory: Path, files: Sequence[str], listings: Sequence[Listing]) -> None:
-    """Refuse different files of one name; copies on several machines are told from them by a sample of their bytes."""
+def _check_same_files(
+    world: World,
+    directory: Path,
+    files: Sequence[str],
+    listings: Sequence[Listing],
+    read_header: Callable[[str], Any],
+) -> None:
+    """Refuse different files of one name; copies on several machines are told from them by a sample of their bytes.
+
+    Headers are compared too: those of rank files have checksums of their tensors.
+    """
     sampled_by: dict[str, list[int]] = {}
     for file in files:
         first_of: dict[tuple[int, ...], int] = {}
@@ -94,7 +106,11 @@ def _check_same_files(world: World, directory: Path, files: Sequence[str], listi
             sampled_by[file] = list(first_of.values())
     if not sampled_by:
         return
-    mine = {file: sample_digest(directory / file, file) for file, ranks in sampled_by.items() if world.rank in ranks}
+    mine = {
+        file: sample_digest(directory / file, file) + _digest(read_header(file))
+        for file, ranks in sampled_by.items()
+        if world.rank in ranks
+    }
     samples: list[dict[str, str]] = gather_objects(world, mine)
     for file, (first, *others) in sampled_by.items():
         size_bytes = listings[first][file][0]
@@ -104,10 +120,10 @@ def _check_same_files(world: World, directory: Path, files: Sequence[str], listi
                 content = " of other content" if size_bytes == other_bytes else ""
                 raise InconsistentShards(
                     "two ranks see different files under one name",
-                    file=file,
+                    file=str(directory / file),
                     expected=f"{size_bytes} bytes as on rank {first}",
                     found=f"{other_bytes} bytes{content} on rank {rank}",
-                    remedy="nodes hold shards of different runs; remove the wrong ones",
+                    remedy="nodes hold files of different runs, or a damaged copy: copy the right one to all of them",
                 )
 
 

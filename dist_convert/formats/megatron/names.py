@@ -265,6 +265,11 @@ _EXPERTS = {
 }
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a tensor is one of the experts, which other ranks hold others of."""
+    return ".experts." in name
+
+
 def dialect_of(names: Iterable[str]) -> tuple[str, str]:
     """How names spell norms and experts: what a target of the same spelling is asked for with."""
     listed = list(names)

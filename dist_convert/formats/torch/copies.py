@@ -7,11 +7,8 @@ which reads nothing. Others are compared by their first, middle and last bytes. 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -21,17 +18,15 @@ from dist_convert.formats.megatron.parameters import Parameter
 from dist_convert.formats.torch.catalog import TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.order import check_order
+from dist_convert.formats.torch.samples import BLOCK_BYTES, reader_of, samples
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.read.source import Listing
-from dist_convert.records import DTYPE_BYTES, Box, View, tiles
+from dist_convert.read.file_reader import TORCH_DTYPES
+from dist_convert.records import DTYPE_BYTES, View, tiles
 
 ACCEPT = "--accept-differing-copies"
-_SAMPLE_BYTES = 64 << 10
 #: Of so many parameters it is worked out how far their copies are apart, which reads all of both.
 _MEASURED = 4
-_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -41,16 +36,16 @@ class _Copies:
     parameter: Parameter
     shard: int
     views: tuple[View, ...]
-    checksums: tuple[int | None, ...]
-
-    @property
-    def are_known(self) -> bool:
-        return None not in self.checksums and len({view.dtype for view in self.views}) == 1
 
     @property
     def dtype(self) -> str:
         """In which they are compared: a tied head may be kept in another one than the embedding."""
         return min((view.dtype for view in self.views), key=lambda dtype: DTYPE_BYTES[dtype])
+
+    @property
+    def ends_in_head(self) -> bool:
+        """Whether the last one is the copy of the embedding that the last stage holds as its head."""
+        return self.parameter.name == TIED[0] and self.views[-1].tensor.endswith(TIED[1])
 
 
 def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accept_order: bool = False) -> TorchModel:
@@ -72,25 +67,20 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accep
     if accept is None and not (is_silent and _has_head(model)):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
-    if accept is not None:
-        check_order(model, catalog, world, accept=accept_order)
+    if accept is not None and not accept_order:
+        check_order(model, catalog, world)
     differing = _differing(catalog, model, world)
-    heads = [one for one in differing if _is_head(one)]
+    is_untied = model.is_untied or any(pair.ends_in_head for pair in differing)
     if accept is None:
-        return replace(model, is_untied=model.is_untied or bool(heads))
-    wrong = [] if accept else [one for one in differing if not (is_silent and _is_head(one))]
-    raise_together([_problem(one, model, world, is_measured=n < _MEASURED) for n, one in enumerate(wrong)])
-    names = frozenset(one.parameter.name for one in differing if not _is_head(one))
-    return replace(model, pinned=names, is_untied=model.is_untied or bool(heads))
+        return replace(model, is_untied=is_untied)
+    wrong = [] if accept else [pair for pair in differing if not (is_silent and pair.ends_in_head)]
+    raise_together([_problem(pair, model, world, is_measured=n < _MEASURED) for n, pair in enumerate(wrong)])
+    names = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
+    return replace(model, pinned=names, is_untied=is_untied)
 
 
 def _has_head(model: TorchModel) -> bool:
     return any(normalise(name) == TIED[1] for s in model.shards.values() for chunk in s.chunks for name in chunk)
-
-
-def _is_head(copies: _Copies) -> bool:
-    """Whether it is the last stage's copy of the embedding that differs."""
-    return copies.parameter.name == TIED[0] and copies.views[-1].tensor.endswith(TIED[1])
 
 
 def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
@@ -99,101 +89,63 @@ def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
         for shard in range(parameter.shards):
             found = equal_replicas(catalog, parameter, shard)
             for number in range(len(found[0]) if len(found) > 1 else 0):
-                views = tuple(replica[number][2] for replica in found)
-                checksums = tuple(catalog.checksum(view) for view in views)
-                yield _Copies(parameter, shard, views, checksums)
+                yield _Copies(parameter, shard, tuple(replica[number][2] for replica in found))
 
 
 def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_Copies]:
-    """The copies that differ, the first one and one that is another; each rank reads what it is the first to see."""
+    """Pairs of copies that differ: by their checksums, which read nothing, else by samples of their values."""
     found: list[_Copies] = []
     unknown: list[_Copies] = []
     for copies in _copies(catalog):
-        if copies.are_known:
-            found += _pairs(copies, copies.checksums)
-        else:
+        checksums = [catalog.checksum(view) for view in copies.views]
+        if None in checksums or len({view.dtype for view in copies.views}) > 1:
             unknown.append(copies)
-    readers = {view.file: _first_to_see(view.file, model.found.visible) for one in unknown for view in one.views}
-    mine: dict[str, str] = {}
-    with closing(FileReader(model.directory, make_buffer(2 * _BLOCK_BYTES), model.found.listing)) as reader:
-        for number, copies in enumerate(unknown):
-            for copy, view in enumerate(copies.views):
-                if readers[view.file] == world.rank:
-                    mine[f"{number}/{copy}"] = _sample(reader, view, copies.dtype)
-    digests: dict[str, str] = {key: value for of_rank in gather_objects(world, mine) for key, value in of_rank.items()}
-    for number, copies in enumerate(unknown):
-        sums = [digests[f"{number}/{copy}"] for copy in range(len(copies.views))]
-        found += _pairs(copies, sums)
+        else:
+            found += _pairs(copies, checksums)
+    digests = iter(samples(model, [(view, one.dtype) for one in unknown for view in one.views], world))
+    for copies in unknown:
+        found += _pairs(copies, [next(digests) for _ in copies.views])
     return found
 
 
 def _pairs(copies: _Copies, sums: Sequence[object]) -> Iterator[_Copies]:
     """The first copy with the first that differs from it, and with the first head that does."""
+    others = (view for view, found in zip(copies.views, sums, strict=True) if found != sums[0])
+    pairs = [replace(copies, views=(copies.views[0], view)) for view in others]
     for wants_head in (False, True):
-        for view, found in zip(copies.views, sums, strict=True):
-            pair = replace(copies, views=(copies.views[0], view), checksums=(None, None))
-            if found != sums[0] and _is_head(pair) is wants_head:
-                yield pair
-                break
+        yield from [pair for pair in pairs if pair.ends_in_head is wants_head][:1]
 
 
-def _first_to_see(file: str, visible: Sequence[frozenset[str]]) -> int:
-    return next(rank for rank, files in enumerate(visible) if file in files)
-
-
-def _sample(reader: FileReader, view: View, dtype: str) -> str:
-    """A digest of a copy's first, middle and last rows, as values of a dtype."""
-    row_bytes = view.columns * DTYPE_BYTES[dtype]
-    rows = min(view.rows, max(1, _SAMPLE_BYTES // row_bytes))
-    buffer = make_buffer(rows * row_bytes)
-    digest = hashlib.sha256()
-    for first in dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows)):
-        for window in _windows(view.window(Box(first, 0, rows, view.columns))):
-            reader.read(window, dtype, 0, buffer, 0)
-            digest.update(buffer.memory[: window.rows * window.columns * DTYPE_BYTES[dtype]])
-    return digest.hexdigest()
-
-
-def _windows(view: View) -> Iterator[View]:
-    """A view in parts whose elements lie near enough to each other to be read together."""
-    columns = min(view.columns, 512) if view.is_transposed else view.columns
-    rows = max(1, _BLOCK_BYTES // (columns * DTYPE_BYTES[view.dtype]))
-    for tile in tiles(view.rows, view.columns, rows, columns):
-        yield view.window(tile)
-
-
-def _problem(copies: _Copies, model: TorchModel, world: World, *, is_measured: bool) -> ConversionError:
-    first, other = copies.views
+def _problem(pair: _Copies, model: TorchModel, world: World, *, is_measured: bool) -> ConversionError:
+    first, other = pair.views
     what = "copies of one parameter differ"
     remedy = "one of them is of another run, or damaged: copy the checkpoint again from where it was saved; or take "
     remedy += f"that of the lowest rank with {ACCEPT}"
-    if _is_head(copies):
+    if pair.ends_in_head:
         what = "the head on the last stage is not the embedding that the args tie it to"
         remedy = f"if the model was trained with a head of its own, convert it so with {ACCEPT}"
     return InconsistentShards(
         what,
-        tensor=f"{copies.parameter.name}, shard {copies.shard}",
+        tensor=f"{pair.parameter.name}, shard {pair.shard}",
         file=f"{model.directory / other.file}",
         expected=f"the values in {model.directory / first.file}",
-        found=_largest_difference(first, other, model.directory, model.found.visible, model.found.listing, world)
-        if is_measured
-        else "others",
+        found=_largest_difference(first, other, model, world) if is_measured else "others",
         remedy=remedy,
     )
 
 
-def _largest_difference(
-    first: View, other: View, directory: Path, visible: Sequence[frozenset[str]], listing: Listing, world: World
-) -> str:
+def _largest_difference(first: View, other: View, model: TorchModel, world: World) -> str:
     """How far two copies are apart, as the first rank finds that sees both."""
-    able = [rank for rank, files in enumerate(visible) if {first.file, other.file} <= files]
-    mine = None
-    if able and world.rank == able[0]:
-        buffers = make_buffer(_BLOCK_BYTES), make_buffer(_BLOCK_BYTES)
-        largest, at = 0.0, (0, 0)
-        with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES), listing)) as reader:
-            columns = min(first.columns, 512)
-            for tile in tiles(first.rows, first.columns, _BLOCK_BYTES // (8 * columns), columns):
+    able = [rank for rank, files in enumerate(model.found.visible) if {first.file, other.file} <= files]
+    if not able:
+        return "others, on different nodes"
+    mine = ""
+    if world.rank == able[0]:
+        buffers = make_buffer(BLOCK_BYTES), make_buffer(BLOCK_BYTES)
+        largest, row, column = 0.0, 0, 0
+        columns = min(first.columns, 512)
+        with reader_of(model) as reader:
+            for tile in tiles(first.rows, first.columns, BLOCK_BYTES // (8 * columns), columns):
                 values = []
                 for view, buffer in zip((first, other), buffers, strict=True):
                     reader.read(view.window(tile), first.dtype, 0, buffer, 0)
@@ -201,11 +153,8 @@ def _largest_difference(
                     values.append(buffer.tensor[:size_bytes].view(TORCH_DTYPES[first.dtype]).to(torch.float64))
                 apart = (values[0] - values[1]).abs().nan_to_num(nan=float("inf"))
                 if float(apart.max()) > largest:
-                    index = int(apart.argmax())
-                    largest, at = (
-                        float(apart.max()),
-                        (tile.row + index // tile.columns, tile.column + index % tile.columns),
-                    )
-        mine = f"others, at most {largest:.3g} apart, at row {at[0]}, column {at[1]} of the shard"
-    told: list[str | None] = gather_objects(world, mine)
-    return told[able[0]] or "" if able else "others, on different nodes"
+                    inside = divmod(int(apart.argmax()), tile.columns)
+                    largest, row, column = float(apart.max()), tile.row + inside[0], tile.column + inside[1]
+        mine = f"others, at most {largest:.3g} apart, at row {row}, column {column} of the shard"
+    told: list[str] = gather_objects(world, mine)
+    return told[able[0]]

@@ -5,114 +5,147 @@ A directory's name is all that tells a shard's place, and a copy under a wrong n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.megatron.names import is_of_expert
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import FileReader
-from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, local_name
+from dist_convert.formats.torch.samples import ALIKE, samples
+from dist_convert.ranks.collectives import World
+from dist_convert.records import StoredTensor, View, local_name, row_major
 
 ACCEPT = "--accept-shard-order"
-_SAMPLE_BYTES = 64 << 10
+#: Args that one run has once, for all its ranks.
+_OF_RUN = ("seed", "world_size", "consumed_train_samples")
+#: Of a file without checksums so many matrices of its experts are looked at, and of the rest.
+_SAMPLED = 2
 
 
-def check_order(model: TorchModel, catalog: TorchCatalog, world: World, *, accept: bool) -> None:
-    """Refuse rank directories that hold another's shard.
+def check_order(model: TorchModel, catalog: TorchCatalog, world: World) -> None:
+    """Refuse rank directories that hold another's shard, or one of another run.
 
     Args:
         model, catalog: whose headers are read.
         world: this rank.
-        accept: the directories are right, whatever speaks against it.
 
     Raises:
         InconsistentShards: all of them together.
     """
-    if not accept:
-        raise_together([*_swapped(model, catalog), *_copied_twice(model, catalog, world)])
+    raise_together([*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)])
+
+
+def _of_other_runs(model: TorchModel) -> Iterator[ConversionError]:
+    first = min(model.shards)
+    for file, shard in sorted(model.shards.items()):
+        for name in _OF_RUN:
+            expected, found = model.args.get(name), shard.args.get(name)
+            if found != expected and None not in (found, expected):
+                yield InconsistentShards(
+                    f"two shards disagree about {name}, so they are of different runs",
+                    file=str(model.directory / file),
+                    expected=f"{expected!r} as in {model.directory / first}",
+                    found=repr(found),
+                    remedy=f"copy all shards again from one run; if they belong together, convert with {ACCEPT}",
+                )
 
 
 def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionError]:
-    """Directories whose tensor rank is not that of the process that saved them.
+    """Directories whose name is not the place of the process that saved them.
 
-    Megatron numbers tensor parallel ranks first, in every order of the others (docs/formats.md, "Rank directories").
     Tools write one rank into all shards, which says nothing.
     """
-    ranks = {file: shard.args.get("rank") for file, shard in model.shards.items()}
-    numbers = [rank for rank in ranks.values() if type(rank) is int and rank >= 0]
-    if len(set(numbers)) < len(ranks):
+    ranks = [rank for shard in model.shards.values() if type(rank := shard.args.get("rank")) is int and rank >= 0]
+    if len(set(ranks)) < len(model.shards):
         return
-    for (_, tensor), files in sorted(catalog.files.dense.items()):
-        for file in files:
-            rank = int(ranks[file] or 0)
-            if rank % catalog.grid.tensor != tensor:
+    grid, files = catalog.grid, catalog.files
+    named = {file: {"pipeline": p, "tensor": t} for (p, t), held in files.dense.items() for file in held}
+    for (_, expert, _), held in files.experts.items():
+        for file in held:
+            named[file]["expert"] = expert
+    for file, shard in sorted(model.shards.items()):
+        for axis, said in _place_of(shard.args["rank"], shard.args, grid).items():
+            if said != named[file][axis]:
                 yield InconsistentShards(
-                    "a rank directory holds the shard of another tensor parallel rank",
+                    f"a rank directory holds the shard of another {axis} parallel rank",
                     file=str(model.directory / file),
-                    expected=f"tensor parallel rank {tensor}, as the directory's name says",
-                    found=f"args.rank {rank}, which is tensor parallel rank {rank % catalog.grid.tensor}",
+                    expected=f"{axis} parallel rank {named[file][axis]}, as the directory's name says",
+                    found=f"args.rank {shard.args['rank']}, which is {axis} parallel rank {said}",
                     remedy="shards may have been swapped: copy them again from where they were saved; if the names are "
                     f"right, convert with {ACCEPT}",
                 )
 
 
+def _place_of(rank: int, args: Mapping[str, Any], grid: Grid) -> dict[str, int]:
+    """Where in the grid Megatron puts a process, as far as that is the same in all its versions.
+
+    Tensor parallel ranks are numbered first and pipeline parallel ones last (docs/formats.md, "Rank directories").
+    """
+    place = {"tensor": rank % grid.tensor}
+    in_stage, rest = divmod(args.get("world_size") or 1, grid.pipeline)
+    if args.get("use_tp_pp_dp_mapping") or rest or in_stage % grid.tensor or rank >= in_stage * grid.pipeline:
+        return place
+    place["pipeline"] = rank // in_stage
+    if grid.expert_tensor == grid.tensor and args.get("context_parallel_size") in (None, 1):
+        place["expert"] = rank // grid.tensor % grid.expert
+    return place
+
+
 def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
-    """Files with the same matrices that should hold different ones, by the checksums of their records."""
-    holds: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
-    for kind, shards in (("dense", catalog.files.dense), ("experts", catalog.files.experts)):
-        for shard, files in shards.items():
-            for file in files:
-                holds.setdefault(file, set()).add((kind, shard))
-    first_of: dict[tuple[object, ...], str] = {}
-    found = []
-    for file in sorted(holds):
-        signature = _signature(catalog.stored, file)
-        twin = first_of.setdefault(signature, file) if signature else file
-        if twin != file and holds[twin] != holds[file] and local_name(twin) != local_name(file):
-            found.append((twin, file))
-    varied = [_varies(model, catalog, file, world) for _, file in found]
+    """Files with the same matrices that should hold different ones; matrices of one value are alike in every shard."""
+    dense, experts = (
+        {file: shard for shard, files in held.items() for file in files}
+        for held in (catalog.files.dense, catalog.files.experts)
+    )
+    matrices = {file: sorted(_matrices(catalog, file), key=lambda one: not is_of_expert(one.name)) for file in dense}
+    holds = {
+        file: (dense[file], experts[file] if any(is_of_expert(one.name) for one in found) else None)
+        for file, found in matrices.items()
+    }
+    signatures: dict[str, tuple[object, ...]] = {
+        file: tuple((one.name, one.checksum) for one in found) for file, found in matrices.items()
+    }
+    unknown = [file for file, found in matrices.items() if any(one.checksum is None for one in found)]
+    of_unknown = [_spread(matrices[file]) for file in unknown]
+    digests = iter(samples(model, [(_memory(one), one.dtype) for found in of_unknown for one in found], world))
+    signatures |= {f: tuple((one.name, next(digests)) for one in m) for f, m in zip(unknown, of_unknown, strict=True)}
+    first_of: dict[object, str] = {}
+    twins = [(first_of.setdefault(signatures[file], file), file) for file in sorted(matrices) if matrices[file]]
+    twins = [
+        (twin, file) for twin, file in twins if holds[twin] != holds[file] and local_name(twin) != local_name(file)
+    ]
+    values = samples(model, [(_memory(matrices[file][0]), matrices[file][0].dtype) for _, file in twins], world)
     return [
         InconsistentShards(
             "two rank directories hold the same shard",
             file=str(model.directory / file),
             expected="matrices of its own",
-            found=f"those of {model.directory / twin}, by the checksums of all of them",
+            found=f"those of {model.directory / twin}",
             remedy="one of them was copied under the other's name: copy the right one again from where it was saved; "
             f"if layers or experts are meant to be alike, as in an upcycled model, convert with {ACCEPT}",
         )
-        for (twin, file), is_varied in zip(found, varied, strict=True)
-        if is_varied
+        for (twin, file), value in zip(twins, values, strict=True)
+        if not value.startswith(ALIKE)
     ]
 
 
-def _matrices(stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]], file: str) -> Iterator[StoredTensor]:
-    virtual = 0
-    while (file, virtual) in stored:
-        yield from (tensor for tensor in stored[file, virtual].values() if len(tensor.shape) > 1)
-        virtual += 1
+def _matrices(catalog: TorchCatalog, file: str) -> Iterator[StoredTensor]:
+    """A file's matrices that lie in one piece."""
+    for virtual in range(catalog.grid.virtual_pipeline):
+        for tensor in catalog.stored[file, virtual].values():
+            if len(tensor.shape) > 1 and tensor.strides == row_major(tensor.shape):
+                yield tensor
 
 
-def _signature(stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]], file: str) -> tuple[object, ...]:
-    """The checksums of a file's matrices, by name; nothing where one has none."""
-    listed = [(tensor.name, tensor.checksum) for tensor in _matrices(stored, file)]
-    return () if any(checksum is None for _, checksum in listed) else tuple(sorted(listed))
+def _spread(matrices: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Some of a file's matrices, of its experts and of the rest."""
+    experts = [one for one in matrices if is_of_expert(one.name)]
+    return [*experts[:_SAMPLED], *matrices[len(experts) :][:_SAMPLED]]
 
 
-def _varies(model: TorchModel, catalog: TorchCatalog, file: str, world: World) -> bool:
-    """Whether a file's first matrix has different values: matrices of one value are alike in every shard."""
-    tensor = next(_matrices(catalog.stored, file))
-    readers = [rank for rank, files in enumerate(model.found.visible) if file in files]
-    answer = False
-    if world.rank == readers[0]:
-        elements = min(tensor.elements, _SAMPLE_BYTES // DTYPE_BYTES[tensor.dtype])
-        view = View(file, tensor.name, tensor.dtype, tensor.offset_bytes, 1, elements, elements, 1)
-        buffer = make_buffer(view.size_bytes)
-        with closing(FileReader(model.directory, make_buffer(1), model.found.listing)) as reader:
-            reader.read(view.window(Box(0, 0, 1, elements)), tensor.dtype, 0, buffer, 0)
-        item = buffer.memory[: DTYPE_BYTES[tensor.dtype]].tobytes()
-        answer = buffer.memory[: view.size_bytes].tobytes() != item * elements
-    answers: list[bool] = gather_objects(world, answer)
-    return answers[readers[0]]
+def _memory(tensor: StoredTensor) -> View:
+    """A tensor of any dimensions as rows of its last one."""
+    rows, columns = tensor.elements // max(1, tensor.shape[-1]), tensor.shape[-1]
+    return View(tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes, rows, columns, columns, 1)
