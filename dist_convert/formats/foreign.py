@@ -85,7 +85,7 @@ DIRECTORIES = (
 TENSORS = (
     Foreign(
         "a LoRA adapter that is not merged into the model",
-        (".adapter.", ".adapter_layer.", ".to_wrap.", ".base_layer.", "lora_"),
+        (".adapter.linear_", ".adapter_layer.", ".to_wrap.", ".base_layer.", "lora_"),
         "merge it where it was trained (Megatron-Bridge and NeMo: their merge of LoRA; PEFT: merge_and_unload(); "
         "ms-swift: --merge_lora true), save the model, then give the result",
     ),
@@ -161,7 +161,7 @@ def refuse_foreign_tensors(names_of: Mapping[str, Iterable[str]], directory: Pat
         if found:
             file, name = min(found)
             raise UnsupportedModel(
-                f"{foreign.name}, which is not read",
+                f"not read: {foreign.name}",
                 tensor=name,
                 file=str(directory / file),
                 found=f"{len(found)} such {'name' if len(found) == 1 else 'names'}",
