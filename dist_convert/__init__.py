@@ -97,12 +97,21 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     """The options of a conversion, checked as those of the command line are."""
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    if not os.fspath(source) or not os.fspath(target):
-        raise errors.UsageError("a path is empty", found=f"source {source!r}, target {target!r}")
-    job = Options(to, os.path.expanduser(source), Path(target).expanduser().resolve(), **_values(CONVERT, given))
+    job = Options(to, str(_path(source)), _path(target).resolve(), **_values(CONVERT, given))
     check_values(job)
     check_together(job)
     return job
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    """A path in which ~ is the home directory.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    if not os.fspath(path):
+        raise errors.UsageError("a path is empty: is a variable unset?")
+    return Path(path).expanduser()
 
 
 def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, 
         if one is None:
             raise TypeError(f"{command}() has no option {name!r}; see dist-convert {command} --help")
         if kind_of(one) == "path" and value is not None:
-            value = Path(value)
+            value = _path(value)
         elif kind_of(one) == "size" and isinstance(value, str):
             value = parse_bytes(value)
         values[one.name] = value
@@ -133,6 +142,8 @@ def open(
     like: str | os.PathLike[str] | None = None,
     rope_theta: float | None = None,
     rope_scaling_factor: float | None = None,
+    accept_differing_copies: bool = False,
+    accept_shard_order: bool = False,
 ) -> Weights:
     """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
 
@@ -143,7 +154,8 @@ def open(
         ckpt_dir_name: the iteration; None: what the tracker file says.
         true_vocab_size: tokens without padding; None: what the checkpoint or its tokenizer says.
         tokenizer: where the args' own path is not here.
-        habana_imported_experts, like, rope_theta, rope_scaling_factor: see `dist-convert convert --help`.
+        habana_imported_experts, accept_differing_copies, accept_shard_order, like, rope_theta, rope_scaling_factor: see
+            `dist-convert convert --help`.
 
     Raises:
         ConversionError: no checkpoint, an incomplete or a damaged one, or no supported model.
@@ -153,14 +165,16 @@ def open(
     from dist_convert.models.catalog import Where
     from dist_convert.ranks.collectives import alone
 
-    said = None if tokenizer is None else Path(tokenizer)
+    said = None if tokenizer is None else _path(tokenizer)
     where = Where(
-        Path(path),
+        _path(path),
         ckpt_dir_name,
         habana_imported_experts,
         true_vocab_size,
         said,
-        like=None if like is None else read_like(Path(like), alone()),
+        accept_differing_copies,
+        accept_shard_order,
+        like=None if like is None else read_like(_path(like), alone()),
         rope_theta=rope_theta,
         rope_scaling_factor=rope_scaling_factor,
     )
@@ -193,7 +207,7 @@ def verify(
 
     share = Fraction(sample).limit_denominator(1_000_000)
     values = _values("verify", options, "sample", "json", "timeout_seconds")
-    job = VerifyJob(Path(a), Path(b), sample=share, **values)
+    job = VerifyJob(_path(a), _path(b), sample=share, **values)
     check_values(job)
     world = alone()
     return verify_job(job, world, Embedded(world, on_progress, cancel))
@@ -207,4 +221,4 @@ def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> d
     """
     from dist_convert.formats.describe import inspect_checkpoint
 
-    return inspect_checkpoint(Path(path), ckpt_dir_name)
+    return inspect_checkpoint(_path(path), ckpt_dir_name)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from dist_convert.compare.verify import compare_with_source, prepare_check
-from dist_convert.errors import PlanError, ValueOverflow
+from dist_convert.errors import PlanError, SourceError, ValueOverflow
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
@@ -38,7 +38,7 @@ from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
-from dist_convert.records import human_bytes, local_name
+from dist_convert.records import counted, human_bytes, local_name, warnings_of
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, publish, settle, sweep, sync_files
 from dist_convert.write.files import target_error
@@ -87,6 +87,8 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     channel.say("start", start_line(plan, report, len(set(world.nodes))))
     for note in notes:
         channel.say("note", note)
+    if job.strict and (warnings := warnings_of(notes)):
+        raise SourceError(f"--strict, and {counted(len(warnings), 'warning')}", found="; ".join(warnings))
     if job.dry_run:
         is_done = any(gather_objects(world, task.is_first and has_name(task)))
         loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))

@@ -261,6 +261,7 @@ class Options:
     json: bool = _run("print the report, or the plan of a dry run, as JSON on standard output", False)
     quiet: bool = _run("say nothing but warnings and errors", False, short=("-q",))
     verbose: bool = _run("also say where the time goes, and where a target's args come from", False, short=("-v",))
+    strict: bool = _run("errors out of warnings: nothing is written where there is one", False)
     dry_run: bool = _run("show what each rank would do; exit 0 if it would start", False)
 
 

@@ -354,6 +354,11 @@ def human_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
 
 
+def warnings_of(notes: Iterable[str]) -> list[str]:
+    """Those notes to the user that tell of something that may be wrong."""
+    return [note for note in notes if note.startswith("warning: ")]
+
+
 def counted(count: int, what: str, several: str = "") -> str:
     """A number of things: 1 rank, 2 ranks."""
     return f"{count:,} " + (what if count == 1 else several or f"{what}s")

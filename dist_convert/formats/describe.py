@@ -42,7 +42,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.schema import Row, entries, part_shape
 from dist_convert.ranks.collectives import World, alone
-from dist_convert.records import DTYPE_BYTES, human_bytes
+from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
 
@@ -73,14 +73,14 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
             description = _describe_torch(directory, shards)
             model = partial(open_torch, where, directory, world, found, shards)
     try:
-        _check(settled(model(), where, world), world)
+        warnings = _check(settled(model(), where, world), world)
     except ConversionError as error:
-        description["not_convertible"] = str(error)
-    return description
+        return description | {"not_convertible": str(error)}
+    return description | ({"warnings": warnings} if warnings else {})
 
 
-def _check(model: Model, world: World) -> None:
-    """What a conversion checks of its source besides.
+def _check(model: Model, world: World) -> list[str]:
+    """Check what a conversion checks of its source besides; returns its warnings.
 
     Raises:
         SourceError: all that the headers show to be wrong, or a head that is not the embedding it is tied to.
@@ -90,6 +90,7 @@ def _check(model: Model, world: World) -> None:
         check_tied(model, model.catalog()[0], world)
     else:
         model.catalog()
+    return warnings_of(model.notes)
 
 
 def _describe_torch_dist(directory: Path) -> dict[str, Any]:

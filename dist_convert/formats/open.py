@@ -42,6 +42,15 @@ def open_checkpoint(where: Where, world: World) -> Model:
     return settle_copies(model, world, accept=None) if isinstance(model, TorchModel) else model
 
 
+def open_settled(where: Where, world: World) -> Model:
+    """The same, after its copies were compared, as a conversion does.
+
+    Raises:
+        SourceError: all that the headers show to be wrong, or copies that differ.
+    """
+    return settled(_open(where, world), where, world)
+
+
 def _open(where: Where, world: World) -> Model:
     refuse_foreign(where.path)
     if any(gather_objects(world, is_huggingface(where.path))):
@@ -86,7 +95,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world)
-    return settled(_open_megatron(where, world) if source == TORCH else _open(where, world), where, world)
+    return settled(_open_megatron(where, world), where, world) if source == TORCH else open_settled(where, world)
 
 
 def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:

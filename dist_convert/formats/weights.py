@@ -17,7 +17,7 @@ import torch
 
 from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, special_token_ids
-from dist_convert.formats.open import open_checkpoint
+from dist_convert.formats.open import open_settled
 from dist_convert.models.catalog import Catalog, Where
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.boxes import read_box
@@ -44,7 +44,7 @@ _NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu") -> Weights:
     """See `dist_convert.open`."""
     refuse_unfinished(where.path, where.ckpt_dir_name)
-    model = open_checkpoint(where, alone())
+    model = open_settled(where, alone())
     catalog, _ = model.catalog()
     config = dict(model.config or {})
     if model.args is not None:

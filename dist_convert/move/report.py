@@ -14,7 +14,7 @@ from dist_convert.models.catalog import LeftBehind
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes, steps_of
-from dist_convert.records import __version__, counted, human_bytes, human_seconds, names
+from dist_convert.records import __version__, counted, human_bytes, human_seconds, names, warnings_of
 
 
 def peak_memory_bytes() -> int:
@@ -165,8 +165,10 @@ def report_text(report: Report, *, verbose: bool = False) -> str:
         left = ", ".join(f"{what} ({human_bytes(size)})" for what, _, size in report.left_behind)
         lines.append(f"left behind: {left}")
     seconds = human_seconds(report.seconds) if report.seconds >= 10 else f"{report.seconds:.1f} s"
-    files = f"{counted(report.files, 'file')}, {human_bytes(report.size_bytes)}"
-    return "\n".join([*lines, f"done: {report.target}  {files}, {seconds}"])
+    done = f"{counted(report.files, 'file')}, {human_bytes(report.size_bytes)}, {seconds}"
+    if warnings := warnings_of(report.notes):
+        done += f", {counted(len(warnings), 'warning')}"
+    return "\n".join([*lines, f"done: {report.target}  {done}"])
 
 
 def _rate(report: Report, seconds: float) -> str:

@@ -37,7 +37,7 @@ from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
-from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, names
+from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, names, warnings_of
 from dist_convert.write.commit import check_target
 from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
@@ -106,6 +106,7 @@ def facts_of(task: Task) -> dict[str, Any]:
         "plan": known["plan"],
         "settings": digest(dict(task.layout.settings)),
         "flags": fingerprint(task.job, task.source.format),
+        "warnings": warnings_of(task.notes),
         "source": {"path": str(task.source.directory.absolute()), "files": files},
     }
 

@@ -35,7 +35,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         UploadError: what can be known now of an upload that would not start.
         TargetError: nodes see different targets, and no flag says that this is meant.
     """
-    notes = []
+    notes = list(model.notes)
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(job.target, job.push_to_hub, private=job.private))
     source, left_behind = model.catalog()
@@ -98,7 +98,7 @@ def _layout(
     directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
     theirs = published(config, directory) if world.rank == 0 else {}
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
-    return target, [*model.notes, *_notes(target)]
+    return target, _notes(target)
 
 
 def _notes_on_places(

@@ -162,6 +162,14 @@ def _iterations(root: Path) -> list[str]:
     return sorted(name for name in found if name == "release" or name.startswith("iter_"))
 
 
+def notes_on_iteration(directory: Path, iteration: int | None) -> tuple[str, ...]:
+    """A warning where a directory's name says another iteration than its files, as after a renaming."""
+    prefix, _, number = directory.resolve().name.partition("_")
+    if prefix != "iter" or not number.isdecimal() or iteration is None or int(number) == iteration:
+        return ()
+    return (f"warning: {prefix}_{number} holds files of iteration {iteration}; they are taken for what they say",)
+
+
 def rank_files(directory: Path) -> dict[str, int]:
     """The rank files of an iteration that this machine sees, with their sizes in bytes."""
     found = {}

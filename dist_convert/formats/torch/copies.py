@@ -17,12 +17,12 @@ from dist_convert.formats.megatron.names import TIED, normalise
 from dist_convert.formats.megatron.parameters import Parameter
 from dist_convert.formats.torch.catalog import TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.order import check_order
+from dist_convert.formats.torch.order import order_problems
 from dist_convert.formats.torch.samples import BLOCK_BYTES, reader_of, samples
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES
-from dist_convert.records import DTYPE_BYTES, View, tiles
+from dist_convert.records import DTYPE_BYTES, View, names, tiles
 
 ACCEPT = "--accept-differing-copies"
 #: Of so many parameters it is worked out how far their copies are apart, which reads all of both.
@@ -58,25 +58,32 @@ def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accep
         world: this rank.
         accept: where copies differ, take that of the lowest rank, and give a head that is not its embedding a place of
             its own. None: copies may differ, as whoever asks compares them; only such a head is looked at.
-        accept_order: see `check_order`.
+        accept_order: rank directories may hold others' shards.
 
     Raises:
-        InconsistentShards: copies differ, and that is not accepted, or see `check_order`; all of them together.
+        InconsistentShards: copies differ, or rank directories hold others' shards, and that is not accepted.
     """
     is_silent = model.args.get("untie_embeddings_and_output_weights") is None
     if accept is None and not (is_silent and _has_head(model)):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
-    if accept is not None and not accept_order:
-        check_order(model, catalog, world)
+    notes = list(model.notes)
+    if accept is not None:
+        problems = order_problems(model, catalog, world)
+        raise_together([] if accept_order else problems)
+        notes += [f"warning: accepted: {one.what}: {one.file}" for one in problems]
     differing = _differing(catalog, model, world)
     is_untied = model.is_untied or any(pair.ends_in_head for pair in differing)
     if accept is None:
         return replace(model, is_untied=is_untied)
     wrong = [] if accept else [pair for pair in differing if not (is_silent and pair.ends_in_head)]
     raise_together([_problem(pair, model, world, is_measured=n < _MEASURED) for n, pair in enumerate(wrong)])
-    names = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
-    return replace(model, pinned=names, is_untied=is_untied)
+    pinned = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
+    if pinned:
+        notes.append(f"warning: copies differ, and the lowest rank's are taken: {names(sorted(pinned))}")
+    if is_untied and not is_silent:
+        notes.append("warning: the head is not the embedding that the args tie it to: it becomes one of its own")
+    return replace(model, pinned=pinned, is_untied=is_untied, notes=tuple(notes))
 
 
 def _has_head(model: TorchModel) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.megatron.grid import SHARD_FILE
-from dist_convert.formats.megatron.iterations import rank_files
+from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -45,6 +45,7 @@ class TorchModel:
         beside: further files in the rank directories.
         pinned: see `TorchCatalog`.
         is_untied: its head is not the embedding, whatever the args say or leave open.
+        notes: what the user should know of it.
     """
 
     directory: Path
@@ -57,14 +58,11 @@ class TorchModel:
     beside: LeftBehind = ()
     pinned: frozenset[str] = frozenset()
     is_untied: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def format(self) -> str:
         return TORCH
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.said.notes
 
     @property
     def config(self) -> Mapping[str, Any] | None:
@@ -136,7 +134,18 @@ def open_torch(
     padded = said.architecture(vocab=None, file=file).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
-    return TorchModel(directory, found, shards, said, tokenizer, vocab, where.habana_imported_experts, beside)
+    notes = notes_on_iteration(directory, shards[file].iteration)
+    return TorchModel(
+        directory,
+        found,
+        shards,
+        said,
+        tokenizer,
+        vocab,
+        where.habana_imported_experts,
+        beside,
+        notes=(*notes, *said.notes),
+    )
 
 
 def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dist_convert.errors import ConversionError, InconsistentShards, raise_together
+from dist_convert.errors import ConversionError, InconsistentShards
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import is_of_expert
 from dist_convert.formats.torch.catalog import TorchCatalog
@@ -24,17 +24,14 @@ _OF_RUN = ("seed", "world_size", "consumed_train_samples")
 _SAMPLED = 2
 
 
-def check_order(model: TorchModel, catalog: TorchCatalog, world: World) -> None:
-    """Refuse rank directories that hold another's shard, or one of another run.
+def order_problems(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
+    """Rank directories that hold another's shard, or one of another run; every rank gets the same.
 
     Args:
         model, catalog: whose headers are read.
         world: this rank.
-
-    Raises:
-        InconsistentShards: all of them together.
     """
-    raise_together([*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)])
+    return [*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)]
 
 
 def _of_other_runs(model: TorchModel) -> Iterator[ConversionError]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
 from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.megatron.iterations import notes_on_iteration
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -46,6 +47,7 @@ class DistModel:
         tokenizer: the one that the args or the user name, as rank 0 sees it.
         vocab: tokens without padding; None where nobody says.
         beside: what the checkpoint holds beside the model.
+        notes: what the user should know of it.
     """
 
     directory: Path
@@ -56,14 +58,11 @@ class DistModel:
     tokenizer: Tokenizer
     vocab: int | None
     beside: LeftBehind
+    notes: tuple[str, ...] = ()
 
     @property
     def format(self) -> str:
         return TORCH_DIST
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.said.notes
 
     @property
     def config(self) -> Mapping[str, Any] | None:
@@ -121,7 +120,10 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     padded = known.architecture(vocab=None, file=COMMON_FILE).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=COMMON_FILE)
     beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
-    return DistModel(directory, found, stored, known, said["iteration"], tokenizer, vocab, beside)
+    notes = notes_on_iteration(directory, said["iteration"])
+    return DistModel(
+        directory, found, stored, known, said["iteration"], tokenizer, vocab, beside, (*notes, *known.notes)
+    )
 
 
 #: dtype, shape and chunks of a tensor.
