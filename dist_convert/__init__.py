@@ -97,7 +97,8 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     """The options of a conversion, checked as those of the command line are."""
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    job = Options(to, str(_path(source)), _path(target).resolve(), **_values(CONVERT, given))
+    _path(source)
+    job = Options(to, os.path.expanduser(source), _path(target).resolve(), **_values(CONVERT, given))
     check_values(job)
     check_together(job)
     return job
