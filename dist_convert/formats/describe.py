@@ -115,6 +115,7 @@ def _describe_torch_dist(directory: Path) -> dict[str, Any]:
         "files": len(places),
         "tokenizer": args.get("tokenizer_model") or args.get("tokenizer_name_or_path"),
         "missing_shards": [file for file in sorted(places) if not (directory / file).is_file()],
+        **({"foreign_classes": contents["foreign_classes"]} if contents["foreign_classes"] else {}),
     }
 
 
@@ -138,6 +139,7 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
     all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
     directories = {file.partition("/")[0] for file in shards}
+    classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
     foreign = sorted(directories - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
     return {
         "path": str(directory),
@@ -155,6 +157,7 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
         "missing_shards": missing_directories(grid, directories),
         **({"foreign_directories": foreign} if foreign else {}),
+        **({"foreign_classes": classes} if classes else {}),
     }
 
 

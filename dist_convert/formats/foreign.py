@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from dist_convert.errors import CheckpointNotFound, UnsupportedModel
 from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS
 from dist_convert.formats.megatron.grid import is_rank_directory
 from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, rank_files
+from dist_convert.records import names
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,11 @@ def _is_read(directory: Path) -> bool:
     weights = [name for kind in WEIGHTS_KINDS for name in kind]
     has_weights = (directory / CONFIG_FILE).is_file() and any((directory / name).is_file() for name in weights)
     return has_weights or bool(rank_files(directory)) or is_distributed(directory)
+
+
+def notes_on_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """A note on classes of other packages in the pickles."""
+    return (f"not imported, and no tensor or argument needs them: {names(classes)}",) if classes else ()
 
 
 def refuse_foreign_tensors(names_of: Mapping[str, Iterable[str]], directory: Path) -> None:

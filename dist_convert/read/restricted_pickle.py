@@ -1,18 +1,21 @@
 """Reads a checkpoint's pickle without importing or calling anything that it names.
 
-Every global becomes an inert record that remembers its name and arguments. What is not on the lists below
-(docs/formats.md, "Pickled classes") is refused: a checkpoint that tries to run code is reported, not half read. The
+Every global becomes an inert record that remembers its name and arguments. What Python, torch and numpy bring and is
+not on the lists below (docs/formats.md, "Pickled classes") is refused: a checkpoint that tries to run code is reported,
+not half read. Classes of other packages, as forks of Megatron leave in args, are inert too, and listed. The
 pure Python unpickler is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
 """
 
 from __future__ import annotations
 
+import _compat_pickle
 import io
 import pickle
 import signal
 import struct
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -81,6 +84,11 @@ INERT_GLOBALS = {
     "torch.optim.adamw": "AdamW",
     "torch.serialization": "_get_layout",
     "types": "SimpleNamespace",
+}
+
+#: Whose other names are refused: those of Python 3 and 2, and of the libraries above.
+_REFUSED_PACKAGES = {
+    module.partition(".")[0] for module in (*sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING, *INERT_GLOBALS)
 }
 
 #: Items in a dict key, arguments of a call, dimensions of a tensor. A pickle can name one large tuple a million times,
@@ -161,9 +169,9 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _rebuild_with_attributes(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-    """A tensor with Python attributes, or of a subclass, which may bring a function of its own."""
-    return function(*arguments)
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
+    """A tensor with Python attributes, or of a subclass, which may bring a function of its own; of no foreign class."""
+    return kind(*arguments) if isinstance(kind, Inert) and is_foreign(kind.class_name) else function(*arguments)
 
 
 def _ordered_dict(items: Sequence[tuple[Any, Any]] = ()) -> OrderedDict[Any, Any]:
@@ -265,7 +273,8 @@ class _Unpickler(pickle._Unpickler):
             return Dtype(DTYPES[name], full_name)
         if module == "signal" and name in signal.Signals.__members__:  # as some Python versions pickle its members
             return Inert("signal.Signals", (signal.Signals[name].value,))
-        if module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, "").split():
+        is_listed = module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, "").split()
+        if is_listed or is_foreign(full_name):
             return Inert(full_name)
         raise UnsafePickle(
             f"the pickle names {full_name}, which no checkpoint needs; nothing was run",
@@ -281,6 +290,34 @@ class _Unpickler(pickle._Unpickler):
             case ("storage", Dtype() as kind, str() as key, _, int() as elements):
                 return Storage(key, kind.name, elements)
         raise pickle.UnpicklingError("a damaged storage reference")
+
+
+def is_foreign(class_name: str) -> bool:
+    """Whether a class is of a package that no checkpoint needs: not of Megatron, Python, torch or numpy."""
+    package = class_name.partition(".")[0]
+    return package not in INERT_PACKAGES and package not in _REFUSED_PACKAGES
+
+
+def inside(saved: Any) -> Iterator[Any]:
+    """Everything that a value of `load` holds, at any depth, and itself; shared objects once."""
+    waiting, seen = [saved], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping | list | tuple | Inert):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                waiting += value.values()
+            else:
+                waiting += [value.arguments, value.state] if isinstance(value, Inert) else value
+        yield value
+
+
+def foreign_classes(saved: Any) -> list[str]:
+    """The names of all foreign classes inside a value of `load`."""
+    inert = (value.class_name for value in inside(saved) if isinstance(value, Inert))
+    return sorted(set(filter(is_foreign, inert)))
 
 
 def load(data: bytes, label: str) -> Any:

@@ -172,11 +172,6 @@ def test_enum_members_become_their_text(by_name: bool, tmp_path: Path, monkeypat
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0}, CorruptFile, "holds no model"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0, "model": [1]}, CorruptFile, "holds no model"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0, "model1": {}}, CorruptFile, "holds no model"),
-        (
-            {"args": Namespace(num_layers=1), "checkpoint_version": 3.0, "model": {"language_model": {}}},
-            UnsupportedModel,
-            "legacy model classes",
-        ),
     ],
 )
 def test_files_that_cannot_be_converted_are_refused_with_the_reason(

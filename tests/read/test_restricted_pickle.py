@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, UnsafePickle
-from dist_convert.read.restricted_pickle import Dtype, Inert, Storage, Tensor, load
+from dist_convert.read.restricted_pickle import Dtype, Inert, Storage, Tensor, foreign_classes, load
 from dist_convert.read.torch_file import open_container, read_small_record
 
 #: torch.save writes protocol 2, where builtins are named `__builtin__`; pickle's own default is 4 or 5.
@@ -228,7 +228,36 @@ def test_a_dict_cannot_be_given_methods_by_the_pickle(changed: dict[str, Any]) -
     assert loaded.get("a") == 1
 
 
-def test_a_class_of_another_package_is_refused_by_name() -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_objects_of_a_fork_of_megatron_are_inert_and_listed(protocol: int) -> None:
+    class Meta:
+        pass
+
+    instance = Meta()
+    instance.__dict__["model_type"] = "llama"
+    Meta.__qualname__, Meta.__module__ = "Meta", "swift.megatron.register"
+    with importable(Meta, "swift.megatron.register"):
+        data = pickle.dumps({"args": [instance], "rng": np.arange(2)}, protocol)
+    loaded = load(data, "f")
+    assert loaded["args"][0].state == {"model_type": "llama"}
+    assert foreign_classes(loaded) == ["swift.megatron.register.Meta"]
+    assert "swift" not in sys.modules
+
+
+def test_a_tensor_of_a_foreign_class_is_no_tensor() -> None:
+    class Quantised(torch.Tensor):
+        pass
+
+    Quantised.__qualname__, Quantised.__module__ = "Quantised", "torchao.quantised"
+    stream = io.BytesIO()
+    with importable(Quantised, "torchao.quantised"):
+        _Recorder(stream, 2).dump(torch.zeros(2).as_subclass(Quantised))
+    loaded = load(stream.getvalue(), "f")
+    assert isinstance(loaded, Inert)
+    assert loaded.class_name == "torchao.quantised.Quantised"
+
+
+def test_a_function_of_python_is_refused_by_name() -> None:
     class Unknown:
         def __reduce__(self) -> Any:
             return sys.intern, ("a",)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
 from dist_convert.formats.megatron.said import Said, said_of
@@ -134,7 +134,8 @@ def open_torch(
     padded = said.architecture(vocab=None, file=file).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
-    notes = notes_on_iteration(directory, shards[file].iteration)
+    classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
+    notes = (*notes_on_iteration(directory, shards[file].iteration), *notes_on_classes(classes))
     return TorchModel(
         directory,
         found,

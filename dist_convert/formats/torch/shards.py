@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.megatron.grid import SHARD_FILE
-from dist_convert.read.restricted_pickle import Inert, Tensor, plain_dict
+from dist_convert.read.restricted_pickle import Inert, Tensor, foreign_classes, inside, plain_dict
 from dist_convert.read.source import reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor
@@ -42,6 +42,7 @@ class Shard:
         chunks: per virtual pipeline stage, the stored tensors by their name in its model.
         opaque: per virtual pipeline stage, the entries that are no tensors: name -> what they are.
         others: what training keeps beside the model: key of the file -> its tensors, and their bytes.
+        foreign_classes: of packages that no checkpoint needs; they were not imported.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Shard:
     chunks: tuple[dict[str, StoredTensor], ...]
     opaque: tuple[dict[str, str], ...]
     others: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    foreign_classes: Sequence[str] = ()
 
 
 def read_shard(path: Path, file: str) -> Shard:
@@ -90,6 +92,7 @@ def read_shard(path: Path, file: str) -> Shard:
         chunks=chunks,
         opaque=tuple(dict(_opaque(model)) for model in models),
         others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
+        foreign_classes=foreign_classes(saved),
     )
 
 
@@ -103,19 +106,9 @@ def _is_beside(name: str) -> bool:
 
 def _amount(saved: Any) -> tuple[int, int]:
     """How many tensors a value holds, at any depth, and the bytes of their storages."""
-    waiting, seen, tensors, storages = [saved], set[int](), 0, dict[str, int]()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            tensors += 1
-            storages[value.storage.key] = value.storage.elements * DTYPE_BYTES.get(value.storage.dtype, 1)
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, Mapping) else value
-        elif isinstance(value, Inert) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += [value.arguments, value.state]
-    return tensors, sum(storages.values())
+    tensors = [value for value in inside(saved) if isinstance(value, Tensor)]
+    storages = {one.storage.key: one.storage.elements * DTYPE_BYTES.get(one.storage.dtype, 1) for one in tensors}
+    return len(tensors), sum(storages.values())
 
 
 def _refuse_old_version(version: object, file: str) -> None:
@@ -160,7 +153,7 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
 def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The entries that are no tensors, and what they are; of nested models, such as older ones, their parts."""
     for name, value in model.items():
-        if isinstance(value, Mapping) and "." not in name:
+        if isinstance(value, Mapping) and value and "." not in name:
             yield from ((f"{name}.{inner}", type(value).__name__) for inner in value)
         elif not isinstance(value, Tensor):
             yield name, value.class_name if isinstance(value, Inert) else type(value).__name__
@@ -186,6 +179,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
         ],
         "opaque": shard.opaque,
         "others": shard.others,
+        "foreign_classes": shard.foreign_classes,
     }
 
 
@@ -203,5 +197,5 @@ def shard_from_json(data: dict[str, Any]) -> Shard:
     )
     return Shard(
         data["file"], data["size_bytes"], data["weights_bytes"], data["iteration"], data["args"], chunks,
-        tuple(data["opaque"]), data["others"],
+        tuple(data["opaque"]), data["others"], data["foreign_classes"],
     )  # fmt: skip

@@ -13,7 +13,7 @@ from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.torch_dist.names import common_object, is_of_model, reason_to_leave
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Metadata, read_metadata, read_object
-from dist_convert.read.restricted_pickle import Inert, plain_dict
+from dist_convert.read.restricted_pickle import Inert, foreign_classes, plain_dict
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import open_saved
 from dist_convert.records import DTYPE_BYTES
@@ -54,9 +54,9 @@ def read_contents(directory: Path) -> dict[str, Any]:
         reason = reason or f"object {key}"
         counts[reason] += 1
         sizes_bytes[reason] += blob.size_bytes
-    args, iteration = _args(directory, metadata)
+    args, iteration, classes = _args(directory, metadata)
     beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts) if reason != "args"]
-    return {"tensors": tensors, "beside": beside, "args": args, "iteration": iteration}
+    return {"tensors": tensors, "beside": beside, "args": args, "iteration": iteration, "foreign_classes": classes}
 
 
 def _check_kind(directory: Path) -> None:
@@ -77,8 +77,10 @@ def _check_kind(directory: Path) -> None:
         )
 
 
-def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | None]:
-    """The training arguments and the iteration, from `common.pt` or from the object that newer versions have.
+def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | None, list[str]]:
+    """The training arguments, the iteration, and foreign classes beside them.
+
+    They are in `common.pt`, or in the object that newer versions have.
 
     Raises:
         MissingArguments: there are none.
@@ -102,4 +104,4 @@ def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | No
             remedy="convert a checkpoint that Megatron-LM's training saved; others do not say what their model is",
         )
     iteration = saved.get("iteration")
-    return plain_dict(values), iteration if isinstance(iteration, int) else None
+    return plain_dict(values), iteration if isinstance(iteration, int) else None, foreign_classes(saved)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
-from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.iterations import notes_on_iteration
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
@@ -120,10 +120,9 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     padded = known.architecture(vocab=None, file=COMMON_FILE).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=COMMON_FILE)
     beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
-    notes = notes_on_iteration(directory, said["iteration"])
-    return DistModel(
-        directory, found, stored, known, said["iteration"], tokenizer, vocab, beside, (*notes, *known.notes)
-    )
+    classes = notes_on_classes(said["foreign_classes"])
+    notes = (*notes_on_iteration(directory, said["iteration"]), *classes, *known.notes)
+    return DistModel(directory, found, stored, known, said["iteration"], tokenizer, vocab, beside, notes)
 
 
 #: dtype, shape and chunks of a tensor.
