@@ -35,7 +35,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         UploadError: what can be known now of an upload that would not start.
         TargetError: nodes see different targets, and no flag says that this is meant.
     """
-    notes = list(model.notes)
+    notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(job.target, job.push_to_hub, private=job.private))
     source, left_behind = model.catalog()

@@ -135,7 +135,7 @@ def open_torch(
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
-    notes = (*notes_on_iteration(directory, shards[file].iteration), *notes_on_classes(classes))
+    notes = (*said.notes, *notes_on_iteration(directory, shards[file].iteration), *notes_on_classes(classes))
     return TorchModel(
         directory,
         found,
