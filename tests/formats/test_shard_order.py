@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.parallel_state import RankGenerator
 
+import dist_convert
 from dist_convert.__main__ import main
+from dist_convert.errors import InconsistentShards, SourceError
+from dist_convert.formats.megatron.grid import Grid as MegatronGrid
+from dist_convert.formats.torch.order import _place_of
+from dist_convert.move.report import report_text
 from tests.checkpoints import Grid, Model, make, megatron_shards, save, training_args
 from tests.converting import convert, read_tensors
+from tests.distributed_checkpoints import make_distributed
 
 LLAMA, MIXTRAL = Model(heads=4, groups=4), Model(experts=4, heads=4, groups=4)
 
@@ -82,3 +89,84 @@ def test_swapped_shards_are_named_and_a_flag_accepts_the_names(
     assert torch.equal(read_tensors(tmp_path / "hf")["lm_head.weight"], hf["lm_head.weight"])
     assert json.loads((tmp_path / "hf" / "conversion.json").read_text())["flags"]["accept_shard_order"] is True
     assert main(["verify", str(tmp_path / "source"), str(tmp_path / "hf")]) == 0
+
+
+GRIDS = [Grid(tp=2, pp=2), Grid(pp=4), Grid(tp=2, pp=2, ep=2)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_places_of_ranks_are_those_of_megatron(grid: Grid) -> None:
+    world_size = 2 * grid.tp * grid.pp * grid.ep
+    sizes = {"tp": grid.tp, "ep": grid.ep, "dp": world_size // grid.tp // grid.pp // grid.ep, "pp": grid.pp, "cp": 1}
+    ranks = RankGenerator(order="tp-cp-ep-dp-pp", **sizes)
+    expected: dict[int, dict[str, int]] = {rank: {} for rank in range(world_size)}
+    for axis, token in (("tensor", "tp"), ("pipeline", "pp"), ("expert", "ep")):
+        for group in ranks.get_ranks(token):
+            for place, rank in enumerate(group):
+                expected[rank][axis] = place
+    ours = MegatronGrid(grid.tp, grid.pp, 1, grid.ep, grid.tp)
+    assert {rank: _place_of(rank, {"world_size": world_size}, ours) for rank in expected} == expected
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_stage_under_the_name_of_another_is_named(is_swapped: bool, tmp_path: Path) -> None:
+    grid = Grid(pp=2)
+    hf = make(tmp_path / "unused", LLAMA, grid)
+    for number, (name, chunks) in enumerate(megatron_shards(LLAMA, hf, grid).items()):
+        rank = 1 - number if is_swapped else number
+        save(tmp_path / "in", {name: chunks}, Namespace(**vars(training_args(LLAMA, grid)), rank=rank, world_size=2))
+    found = str(dist_convert.inspect(tmp_path / "in").get("not_convertible"))
+    assert ("holds the shard of another pipeline parallel rank" in found) is is_swapped
+
+
+@pytest.mark.parametrize("name", ["seed", "world_size", "consumed_train_samples"])
+def test_a_shard_of_another_run_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = make(tmp_path / "unused", LLAMA, Grid(tp=2))
+    for number, (file, chunks) in enumerate(megatron_shards(LLAMA, hf, Grid(tp=2)).items()):
+        args = Namespace(**vars(training_args(LLAMA, Grid(tp=2))), **{name: 1234 + number})
+        save(tmp_path / "source", {file: chunks}, args)
+    assert convert(tmp_path / "source", tmp_path / "hf") == 1
+    message = capsys.readouterr().err
+    assert f"two shards disagree about {name}, so they are of different runs" in message
+    assert str(tmp_path / "source/iter_0000004/mp_rank_01") in message
+    assert convert(tmp_path / "source", tmp_path / "hf", "--accept-shard-order") == 0
+    assert f"warning: accepted: two shards disagree about {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "original", "copy"),
+    [(LLAMA, Grid(tp=2), "mp_rank_00", "mp_rank_01"), (MIXTRAL, Grid(ep=2), "mp_rank_00_001", "mp_rank_00_000")],
+    ids=str,
+)
+def test_a_copied_shard_is_found_without_checksums(
+    model: Model, grid: Grid, original: str, copy: str, tmp_path: Path
+) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        make(tmp_path / "source", model, grid)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert "not_convertible" not in dist_convert.inspect(tmp_path / "source")
+    iteration = tmp_path / "source" / "iter_0000004"
+    shutil.copy(iteration / original / "model_optim_rng.pt", iteration / copy / "model_optim_rng.pt")
+    assert "two rank directories hold the same shard" in dist_convert.inspect(tmp_path / "source")["not_convertible"]
+    with pytest.raises(InconsistentShards, match="two rank directories hold the same shard"):
+        dist_convert.open(tmp_path / "source")
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_an_iteration_under_another_ones_name_is_a_warning_that_strict_refuses(kind: str, tmp_path: Path) -> None:
+    (make if kind == "torch" else make_distributed)(tmp_path / "in", LLAMA)  # type: ignore[operator]
+    root = tmp_path / "in/iter_0000004"
+    assert "warnings" not in dist_convert.inspect(root)
+    root = root.rename(tmp_path / "in/iter_0000100")
+    warning = "warning: iter_0000100 holds files of iteration 4; they are taken for what they say"
+    assert dist_convert.inspect(root)["warnings"] == [warning]
+    with pytest.raises(SourceError, match="--strict, and 1 warning"):
+        dist_convert.convert(root, tmp_path / "hf", to="huggingface", strict=True)
+    assert not (tmp_path / "hf").exists()
+    report = dist_convert.convert(root, tmp_path / "hf", to="huggingface")
+    assert warning in report.notes
+    assert report_text(report).endswith("; 1 warning, see above")
+    assert json.loads((tmp_path / "hf/conversion.json").read_text())["warnings"] == [warning]
