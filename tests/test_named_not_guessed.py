@@ -119,3 +119,59 @@ def test_the_old_command_is_a_front_of_the_new_one(command: str, flags: tuple[st
     # What one has made, the other finds complete.
     other = dist_convert.convert(tmp_path / "megatron", tmp_path / "out", to="huggingface", device="cpu")
     assert other.was_complete
+
+
+@pytest.mark.parametrize("place", ["the source", "around the source", "in the source", "the current directory"])
+def test_nothing_is_advised_that_would_harm_a_source_or_where_the_user_is(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "models/megatron")
+    target = {
+        "the source": tmp_path / "models/megatron",
+        "around the source": tmp_path / "models",
+        "in the source": tmp_path / "models/megatron/iter_0000004/hf",
+        "the current directory": tmp_path / "here",
+    }[place]
+    target.mkdir(exist_ok=True)
+    (target / "conversion.json").write_text('{"files": {}, "flags": {}, "source": {"files": {}}}')
+    monkeypatch.chdir(target if place == "the current directory" else tmp_path.parent)
+    with pytest.raises(dist_convert.ConversionError) as caught:
+        dist_convert.convert(tmp_path / "models/megatron", target, to="huggingface")
+    assert "overwrite" not in str(caught.value)
+    assert "remove" not in str(caught.value)
+    assert "choose another target" in caught.value.remedy
+
+
+def test_a_target_that_no_conversion_made_is_never_advised_to_be_removed(tmp_path: Path) -> None:
+    make(tmp_path / "megatron")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(dist_convert.errors.TargetExists) as caught:
+            dist_convert.convert(tmp_path / "megatron", tmp_path / "hf", to="huggingface", overwrite=overwrite)
+        assert caught.value.remedy == "choose another target"
+
+
+@pytest.mark.parametrize("function", ["open", "inspect", "verify"])
+def test_every_function_takes_a_tilde_and_calls_an_empty_path_empty(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make(tmp_path / "megatron")
+    called = getattr(dist_convert, function)
+    called(*["~/megatron"] * (2 if function == "verify" else 1))
+    with pytest.raises(dist_convert.errors.UsageError, match="a path is empty: is a variable unset"):
+        called(*[""] * (2 if function == "verify" else 1))
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer", "--trace"])
+def test_a_path_of_a_flag_may_begin_with_a_tilde_and_is_not_empty(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make(tmp_path / "megatron")
+    words = ["convert", "~/megatron", "~/hf", "--to", "huggingface", "--device", "cpu"]
+    assert main([*words, flag, ""]) == 2
+    assert "empty: is a variable unset?" in capsys.readouterr().err
+    main([*words, f"{flag}=~/absent/there"])
+    assert f"{tmp_path}/absent/there" in capsys.readouterr().err

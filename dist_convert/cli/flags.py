@@ -75,7 +75,7 @@ def _repository(text: str) -> str:
 #: How the command line says the values of a kind, and what the help calls them.
 _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
     "text": (str, "NAME"),
-    "path": (Path, "PATH"),
+    "path": (lambda text: Path(text).expanduser(), "PATH"),
     "count": (_whole_number, "N"),
     "number": (float, "NUMBER"),
     "seconds": (_whole_number, "SECONDS"),
@@ -92,6 +92,8 @@ def value_of(kind: Kind) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             value = _TEXTS[kind][0](text)
+            if kind == "path" and not text:
+                raise ArgumentTypeError("empty: is a variable unset?")
         except UsageError as error:
             raise ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
         except (ValueError, ZeroDivisionError):

@@ -59,7 +59,7 @@ def check_target(
     if os.path.lexists(target) and not there and (target.is_symlink() or not target.is_dir()):
         raise TargetExists("the target is a file or a link", file=file, remedy=another)
     if there and not overwrite:
-        instead = "replace it with --overwrite" if manifest_of(target) else "remove the directory yourself"
+        is_ours = bool(manifest_of(target)) and not _lies_around(target, source)
         raise TargetExists(
             "the target directory is not empty",
             file=file,
@@ -67,7 +67,7 @@ def check_target(
             found=f"a conversion: {different}"
             if different
             else counted(len(there), "file or directory", "files and directories"),
-            remedy=f"{another}, or {instead}",
+            remedy=f"{another}, or replace it with --overwrite" if is_ours else another,
         )
     if there and not manifest_of(target):
         raise TargetExists(
@@ -75,7 +75,7 @@ def check_target(
             file=file,
             expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
             found=", ".join(there[:6]),
-            remedy=f"{another}, or remove the directory yourself",
+            remedy=another,
         )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
@@ -89,7 +89,7 @@ def check_target(
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",
             file=str(aside_of(target)),
-            remedy="rename or remove it; it may be the only copy of a model",
+            remedy="give it another name; it may be the only copy of a model",
         )
     parent = existing_parent(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -108,6 +108,12 @@ def check_target(
             remedy=f"free space, or {another}",
         )
     return free_bytes
+
+
+def _lies_around(target: Path, source: Path) -> bool:
+    """Whether a target holds the source or the current directory, or lies in the source."""
+    place, origin = target.resolve(), source.resolve()
+    return place.is_relative_to(origin) or any(one.is_relative_to(place) for one in (origin, Path.cwd()))
 
 
 def existing_parent(target: Path) -> Path:

@@ -212,7 +212,7 @@ def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str,
             "what lies where the target is made was not left by a conversion",
             file=str(partial),
             expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{IDENTITY_FILE}",
-            remedy="move it away or remove it yourself, or choose another target",
+            remedy="move it away, or choose another target",
         )
     check_unlocked(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
     if not overwrite and (refused := _obstacle(partial, identity, sizes)):

@@ -133,7 +133,8 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
             "rank directories that the checkpoint's own args do not name",
             expected=f"the directories of {grid}" + (f", of which are missing: {_some(missing)}" if missing else ""),
             found=_some(foreign),
-            remedy="two checkpoints may share this directory; leave the rank directories of one",
+            remedy="two checkpoints may share this directory: copy the one that is meant to a directory of its own, "
+            "complete, from where it was saved",
         )
     if missing:
         remedy = "copy the missing directories beside the others"
