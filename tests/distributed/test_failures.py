@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_convert.read.source import sample_digest
 from tests.checkpoints import Grid, Model, make
 from tests.distributed.launching import Answer, flags, run_jobs
 
@@ -52,6 +55,19 @@ def make_other(root: Path, **args: str) -> None:
     """For rank 0 the checkpoint `both`, for rank 1 another with files of the same names."""
     make(root / "other1", Model(), Grid(tp=2), seed=1, **args)
     (root / "other0").symlink_to(root / "both")
+
+
+def make_almost(root: Path) -> None:
+    """For each rank a checkpoint, one of them with another norm and its checksum, which no sample of the file meets."""
+    for rank in range(2):
+        hf = make(root / f"other{rank}", Model(hidden=128, ffn=256, heads=8, head_dim=16, layers=24))
+    norm = hf["model.layers.2.input_layernorm.weight"].view(torch.uint8).numpy().tobytes()
+    changed = bytes([norm[0] ^ 1]) + norm[1:]
+    first, file = (root / f"other{rank}" / ITERATION / "mp_rank_00" / SHARD for rank in range(2))
+    sums = (zlib.crc32(values).to_bytes(4, "little") for values in (norm, changed))
+    file.write_bytes(file.read_bytes().replace(norm, changed).replace(*sums))
+    assert sample_digest(first, "") == sample_digest(file, "")
+    assert first.read_bytes() != file.read_bytes()
 
 
 def make_iterations(root: Path) -> None:
@@ -101,6 +117,7 @@ CASES = {
         load_path="other{rank}",
     ),
     "different files of one size under one name": Case("two ranks see different", make_other, load_path="other{rank}"),
+    "copies that differ in a norm": Case("two ranks see different", make_almost, load_path="other{rank}"),
     "different iterations of one size": Case(
         "tracker files of different nodes name different iterations", make_iterations, load_path="other{rank}"
     ),
