@@ -1,24 +1,24 @@
-"""Reads a checkpoint's pickle without importing or calling anything that it names.
+"""Reads a checkpoint's pickle without importing or calling anything that it names, in memory that its size bounds.
 
 Every global becomes an inert record that remembers its name and arguments. What Python, torch and numpy bring and is
 not on the lists below (docs/formats.md, "Pickled classes") is refused: a checkpoint that tries to run code is reported,
-not half read. Classes of other packages, as forks of Megatron leave in args, are inert too, and listed. The
-pure Python unpickler is used on purpose: the C one allocates by indexes found in the pickle, gigabytes for ten bytes.
+not half read. Classes of other packages, as forks of Megatron leave in args, are inert too, and listed. `pickletools` of
+the standard library decodes the opcodes; what they do is written down here, as none of Python's unpicklers says how much
+memory it is going to take.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
-import io
 import pickle
+import pickletools
 import signal
-import struct
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from sys import getsizeof
+from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsafePickle
 
@@ -94,9 +94,19 @@ _REFUSED_PACKAGES = {
 #: Items in a dict key, arguments of a call, dimensions of a tensor. A pickle can name one large tuple a million times,
 #: and each time it would be hashed or copied.
 _MAX_ITEMS = 64
+#: Python finds numbers in a dict by their value, so that a file can choose ones that take long. Small ones cannot, and
+#: texts are found by a secret; of all others a pickle has few.
+_MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 10_000
+
+#: Besides the pickle itself, what is made from it may take so much memory. A tensor takes some eight times its bytes.
+_FREE_BYTES, _BYTES_PER_BYTE = 40 << 20, 6.5
+#: Beyond so many bytes every tensor or object stands for some more; there are no checkpoints of so much else.
+_UNEXPLAINED_BYTES, _BYTES_PER_OBJECT = 64 << 20, 1024
+#: Of an object, what `getsizeof` does not count; of each item on the stack, in the memo, and of a mark.
+_HEAP_BYTES, _STACK_BYTES, _MEMO_BYTES, _MARK_BYTES = 16, 24, 16, 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dtype:
     """A `torch.dtype` or a class of storages in the pickle, by safetensors name and by torch's."""
 
@@ -104,7 +114,7 @@ class Dtype:
     torch_name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
     """A storage that the pickle refers to: record `data/{key}` of the container."""
 
@@ -113,7 +123,7 @@ class Storage:
     elements: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """A tensor over a storage; offset and strides count elements."""
 
@@ -129,23 +139,12 @@ class Inert:
     __slots__ = ("arguments", "class_name", "state")
 
     def __init__(self, class_name: str, arguments: tuple[Any, ...] = ()) -> None:
-        if len(arguments) > _MAX_ITEMS:
-            raise pickle.UnpicklingError("a call with too many arguments")
         self.class_name = class_name
         self.arguments = arguments
         self.state: Any = None
 
     def __call__(self, *arguments: Any) -> Inert:
         return Inert(self.class_name, arguments)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Accept the items that some classes are filled with."""
-
-    def append(self, value: Any) -> None:
-        """As above."""
-
-    def extend(self, values: Any) -> None:
-        """As above."""
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -174,10 +173,10 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, _state: A
     return kind(*arguments) if isinstance(kind, Inert) and is_foreign(kind.class_name) else function(*arguments)
 
 
-def _ordered_dict(items: Sequence[tuple[Any, Any]] = ()) -> OrderedDict[Any, Any]:
+def _ordered_dict(items: Sequence[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     if len(items) > _MAX_ITEMS:  # as torch writes it, they come one by one
         raise pickle.UnpicklingError("a call with too many arguments")
-    return OrderedDict((_checked_key(key), value) for key, value in items)
+    return {_checked_key(key): value for key, value in items}
 
 
 #: What stands for the few functions and classes that matter.
@@ -205,91 +204,209 @@ def _checked_key(key: Any) -> Any:
     return key
 
 
-def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[_Unpickler], None]:
-    """The original of an opcode, after a look at those of the stack's items that become keys or members of a set."""
-    original: Callable[[Any], None] = pickle._Unpickler.dispatch[opcode[0]]
+def _named(module: str, name: str, label: str) -> Any:
+    """Answer every global with something of ours, or refuse it."""
+    full_name = f"{module}.{name}"
+    if not module or not name:
+        raise pickle.UnpicklingError("a global without a name")
+    if full_name in _REBUILD:
+        return _REBUILD[full_name]
+    if module in ("torch", "torch.storage") and name in DTYPES:
+        return Dtype(DTYPES[name], full_name)
+    if module == "signal" and name in signal.Signals.__members__:  # as some Python versions pickle its members
+        return Inert("signal.Signals", (signal.Signals[name].value,))
+    is_listed = module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, "").split()
+    if is_listed or is_foreign(full_name):
+        return Inert(full_name)
+    raise UnsafePickle(
+        f"the pickle names {full_name}, which no checkpoint needs; nothing was run",
+        file=label,
+        expected="tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy",
+        found=full_name,
+        remedy="do not load this file with torch.load; find out where it comes from",
+    )
 
-    def load(unpickler: _Unpickler) -> None:
-        for key in unpickler.stack[keys]:
-            _checked_key(key)
-        original(unpickler)
 
-    return load
+def _storage(saved_id: Any) -> Storage:
+    """A storage reference: ("storage", class, key, location, elements)."""
+    match saved_id:
+        case ("storage", Dtype() as kind, str() as key, _, int() as elements):
+            return Storage(key, kind.name, elements)
+    raise pickle.UnpicklingError("a damaged storage reference")
 
 
-# The pure Python unpickler is private by name only; typeshed does not know it.
-class _Unpickler(pickle._Unpickler):
-    """Opcodes that would hash, allocate or overwrite what the pickle says are replaced by careful ones."""
+#: Opcodes that push the value that follows them, decoded.
+_VALUES = frozenset(
+    ["BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"]
+)
 
-    # What typeshed leaves out of the base class.
-    stack: list[Any]
-    append: Callable[[Any], None]
-    read: Callable[[int], bytes]
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
+#: What opcodes make, or fill.
+_KINDS: dict[str, type] = {
+    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "DICT": dict, "LIST": list, "FROZENSET": set,
+    "SETITEM": dict, "SETITEMS": dict, "APPEND": list, "APPENDS": list, "ADDITEMS": set,
+}  # fmt: skip
+
+
+class _Unpickler:
+    """The machine that a pickle is a program for: a stack, marks in it, and a memo."""
 
     def __init__(self, data: bytes, label: str) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._label = label
+        self._data, self._label = data, label
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: list[Any] = []
+        self._made_bytes = 0
+        self._objects = 0
+        self._other_keys = 0
 
-    def _load_build(self) -> None:
-        state, instance = self.stack.pop(), self.stack[-1]
-        if isinstance(instance, Inert):
-            instance.state = state
-        elif not isinstance(instance, OrderedDict):  # whose state is metadata of modules
-            raise pickle.UnpicklingError("state for an object that has none")
+    def run(self) -> Any:
+        """The object that is on the stack at the end."""
+        most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
+        for opcode, argument, at_byte in pickletools.genops(self._data):
+            if opcode.name in _VALUES:
+                self._push_new(argument)
+            elif opcode.name == "STOP":
+                return self._stack.pop()
+            else:
+                self._do(opcode.name, argument)
+            if self._made_bytes + _STACK_BYTES * len(self._stack) + _MARK_BYTES * len(self._marks) > most_bytes:
+                raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,.0f} bytes of memory")
+            if (at_byte or 0) > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
+                raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
+        raise EOFError("the pickle has no end")  # as genops says, too
 
-    def _load_newobj(self) -> None:
-        arguments, named = self.stack.pop(), self.stack.pop()
-        self.append(named(*arguments))
+    def _do(self, name: str, argument: Any) -> None:
+        """Any other opcode. Those that torch.save never writes, such as references to copyreg's registry, are none."""
+        stack = self._stack
+        match name:
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self._memo[argument])
+            case "MEMOIZE":
+                self._put(len(self._memo))
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self._put(argument)
+            case "MARK":
+                self._marks.append(len(stack))
+            case "TUPLE":
+                self._push_new(tuple(self._pop_to_mark()))
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self._push_new(tuple(self._pop_last(int(name[-1]))))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = self._pop_last(2)
+                self._call(function, arguments)
+            case "NEWOBJ_EX":  # nothing is made from its keyword arguments
+                function, arguments, _ = self._pop_last(3)
+                self._call(function, arguments)
+            case "OBJ":
+                function, *arguments = self._pop_to_mark()
+                self._call(function, tuple(arguments))
+            case "INST":
+                arguments = tuple(self._pop_to_mark())
+                self._call(_named(*argument.split(" ", 1), self._label), arguments)
+            case "BUILD":
+                instance, state = self._pop_last(2)
+                if isinstance(instance, Inert):
+                    instance.state = state
+                elif not isinstance(instance, dict):  # whose state is metadata of modules
+                    raise pickle.UnpicklingError("state for an object that has none")
+                stack.append(instance)
+            case "BINPERSID":
+                self._objects += 1
+                self._push_new(_storage(stack.pop()))
+            case "GLOBAL":
+                self._push_named(*argument.split(" ", 1))
+            case "STACK_GLOBAL":
+                self._push_named(*self._pop_last(2))
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET":
+                self._push_new(_KINDS[name]())
+            case "SETITEM" | "APPEND":
+                self._fill(_KINDS[name], self._pop_last(2 if name == "SETITEM" else 1))
+            case "SETITEMS" | "APPENDS" | "ADDITEMS":
+                self._fill(_KINDS[name], self._pop_to_mark())
+            case "DICT" | "LIST" | "FROZENSET":
+                items = self._pop_to_mark()
+                self._push_new(_KINDS[name]())
+                self._fill(_KINDS[name], items)
+                if name == "FROZENSET":
+                    self._push_new(frozenset(stack.pop()))
+            case "POP" if self._marks[-1:] == [len(stack)]:
+                self._marks.pop()
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._pop_to_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                raise pickle.UnpicklingError(f"the opcode {name}")
 
-    def _load_newobj_ex(self) -> None:
-        self.stack.pop()  # keyword arguments; nothing is made from them
-        self._load_newobj()
+    def _push_new(self, value: Any) -> None:
+        self._made_bytes += getsizeof(value) + _HEAP_BYTES
+        self._stack.append(value)
 
-    def _load_bytearray8(self) -> None:
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))  # no more than there is; the original makes room for all
+    def _pop_last(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise pickle.UnpicklingError("the stack is empty")
+        items = self._stack[-count:]
+        del self._stack[-count:]
+        return items
 
-    dispatch |= {
-        pickle.BUILD[0]: _load_build,
-        pickle.NEWOBJ[0]: _load_newobj,
-        pickle.NEWOBJ_EX[0]: _load_newobj_ex,
-        pickle.BYTEARRAY8[0]: _load_bytearray8,
-        pickle.SETITEM[0]: _with_checked_keys(pickle.SETITEM, slice(-2, -1)),
-        pickle.SETITEMS[0]: _with_checked_keys(pickle.SETITEMS, slice(None, None, 2)),
-        pickle.DICT[0]: _with_checked_keys(pickle.DICT, slice(None, None, 2)),
-        pickle.ADDITEMS[0]: _with_checked_keys(pickle.ADDITEMS, slice(None)),
-        pickle.FROZENSET[0]: _with_checked_keys(pickle.FROZENSET, slice(None)),
-    }
+    def _pop_to_mark(self) -> list[Any]:
+        mark = self._marks.pop()
+        items = self._stack[mark:]
+        del self._stack[mark:]
+        return items
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Answer every global with something of ours, or refuse it."""
-        full_name = f"{module}.{name}"
-        if not module or not name:
-            raise pickle.UnpicklingError("a global without a name")
-        if full_name in _REBUILD:
-            return _REBUILD[full_name]
-        if module in ("torch", "torch.storage") and name in DTYPES:
-            return Dtype(DTYPES[name], full_name)
-        if module == "signal" and name in signal.Signals.__members__:  # as some Python versions pickle its members
-            return Inert("signal.Signals", (signal.Signals[name].value,))
-        is_listed = module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, "").split()
-        if is_listed or is_foreign(full_name):
-            return Inert(full_name)
-        raise UnsafePickle(
-            f"the pickle names {full_name}, which no checkpoint needs; nothing was run",
-            file=self._label,
-            expected="tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy",
-            found=full_name,
-            remedy="do not load this file with torch.load; find out where it comes from",
-        )
+    def _put(self, place: int) -> None:
+        """Remember the last item; whoever writes a pickle numbers them one by one."""
+        if not 0 <= place <= len(self._memo):
+            raise pickle.UnpicklingError(f"item {place} of a memo of {len(self._memo)}")
+        self._made_bytes += _MEMO_BYTES
+        self._memo[place : place + 1] = [self._stack[-1]]
 
-    def persistent_load(self, saved_id: Any) -> Storage:
-        """A storage reference: ("storage", class, key, location, elements)."""
-        match saved_id:
-            case ("storage", Dtype() as kind, str() as key, _, int() as elements):
-                return Storage(key, kind.name, elements)
-        raise pickle.UnpicklingError("a damaged storage reference")
+    def _push_named(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise pickle.UnpicklingError("a global whose name is no text")
+        self._push_new(_named(module, name, self._label))
+        self._made_bytes += getsizeof(module) + getsizeof(name)
+
+    def _call(self, function: Any, arguments: Any) -> None:
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ITEMS:
+            raise pickle.UnpicklingError("a call with too many arguments, or none")
+        if not isinstance(function, Inert) and function not in _REBUILD.values():
+            raise pickle.UnpicklingError("a call of what is no function")
+        self._objects += 1
+        self._push_new(function(*arguments))
+
+    def _fill(self, kind: type, items: list[Any]) -> None:
+        """Put items into the last thing on the stack: keys and values in turn if it is a dict."""
+        target = self._stack[-1]
+        if isinstance(target, Inert):  # of a class that is filled with items
+            return
+        if type(target) is not kind or (kind is dict and len(items) % 2):
+            raise pickle.UnpicklingError(f"items for what is no {kind.__name__}")
+        before_bytes = getsizeof(target)
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(map(self._checked_key, items))
+        else:
+            target.update(zip(map(self._checked_key, items[::2]), items[1::2], strict=True))
+        self._made_bytes += getsizeof(target) - before_bytes
+
+    def _checked_key(self, key: Any) -> Any:
+        is_small = isinstance(key, int) and 0 <= key < _MAX_SMALL_KEY
+        if not is_small and not isinstance(key, str | bytes | Inert | Dtype):
+            self._other_keys += 1
+            if self._other_keys > _MAX_OTHER_KEYS:
+                raise pickle.UnpicklingError("too many dict keys that are no texts")
+        return _checked_key(key)
 
 
 def is_foreign(class_name: str) -> bool:
@@ -328,15 +445,8 @@ def load(data: bytes, label: str) -> Any:
         CorruptFile: it is not a pickle that torch.save writes.
     """
     try:
-        if data[-1:] != pickle.STOP:
-            raise EOFError("the pickle has no end")
-        return _Unpickler(data, label).load()
-    except UnsafePickle:
-        raise
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
-        RecursionError, AssertionError, struct.error,
-    ) as error:  # fmt: skip
+        return _Unpickler(data, label).run()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise CorruptFile(
             "damaged pickle",
             file=label,
