@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 from dist_convert.cli.flags import build_parser, options_from_flags, parse, ranks_to_start, verify_job_from_flags
 from dist_convert.cli.job_files import job_file
 from dist_convert.cli.old_flags import notes_on_old_flags
-from dist_convert.errors import ConversionError, LostRank, MissingPackage, UsageError, error_details, raise_together
+from dist_convert.errors import (
+    ConversionError,
+    LostRank,
+    MissingPackage,
+    UsageError,
+    error_details,
+    raise_together,
+    shown_line,
+)
 from dist_convert.options import PAIRS, TORCH, Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
 from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
@@ -182,7 +190,7 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
 
     if is_first_rank():
         job = tokenizer_job_from_flags(flags)
-        print(f"{job.target}: wrote {', '.join(add_tokenizer(job))}", file=sys.stderr)
+        print(shown_line(f"{job.target}: wrote {', '.join(add_tokenizer(job))}"), file=sys.stderr)
     return 0
 
 
@@ -195,12 +203,11 @@ def _upload(
 
     if is_first_rank():
         address = upload(directory, repository, private=private)
-        print(f"{directory}: uploaded as {address}", file=sys.stderr)
+        print(shown_line(f"{directory}: uploaded as {address}"), file=sys.stderr)
         if not is_huggingface(directory):
             how = how_to_add_tokenizer(directory, instruct=instruct, model_type=model_type)
-            print(
-                f"{how}; then upload it with: {upload_command(directory, repository, private=private)}", file=sys.stderr
-            )
+            to_do = f"{how}; then upload it with: {upload_command(directory, repository, private=private)}"
+            print(shown_line(to_do), file=sys.stderr)
     return 0
 
 
@@ -255,7 +262,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
             "out of memory", remedy="lift the limit (ulimit -v, cgroup), or lower --max-memory-per-rank"
         )
     except BaseException:
-        error = ConversionError(f"internal error on rank {rank}, please report it:\n{traceback.format_exc()}")
+        error = ConversionError(f"internal error on rank {rank}, please report it", found=traceback.format_exc())
     return _fail(channel, error, is_json=is_json)
 
 

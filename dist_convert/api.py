@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from dist_convert.compare.verify import compare_with_source, prepare_check
-from dist_convert.errors import PlanError, SourceError, ValueOverflow
+from dist_convert.errors import PlanError, SourceError, ValueOverflow, shown_line
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
@@ -86,7 +86,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     report = Report(**facts)
     channel.say("start", start_line(plan, report, len(set(world.nodes))))
     for note in notes:
-        channel.say("note", note)
+        channel.say("note", shown_line(note))
     if job.strict and (warnings := warnings_of(notes)):
         raise SourceError(f"--strict, and {counted(len(warnings), 'warning')}", found="; ".join(warnings))
     if job.dry_run:
@@ -152,7 +152,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
     with closing(journal):
         if done.size_bytes:
             there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
-            channel.say("resumed", f"{directory}: {there} are there already; going on")
+            channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
             plan = _divide(task, writers, world, done)
         with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size

@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,33 @@ from typing import Any
 RESUME = "start the same command again; it goes on where this one stopped"
 
 _LABELS = ("tensor", "file", "expected", "found", "remedy", "resume")
+
+_LONGEST, _LONGEST_LINE, _MOST_LINES = 200, 1000, 60
+_LONG_WORD = re.compile(rf"(\S{{{_LONGEST}}})\S+")
+
+
+def shown(text: object, most: int = _LONGEST) -> str:
+    """A text as it is printed, whoever has written it: a line without anything that a terminal obeys, and not too long.
+
+    Whatever comes from a file, a path, a flag or a hub goes through here before it is printed, and nowhere before.
+    """
+    line = str(text)
+    line = line if len(line) <= most else f"{line[:most]}..."
+    return line if line.isprintable() else "".join(map(_escaped, line))
+
+
+def shown_line(text: object) -> str:
+    """A line of ours with names of others in it, as it is printed."""
+    return shown(_LONG_WORD.sub(r"\1...", str(text)), _LONGEST_LINE)
+
+
+def _shown_lines(text: str) -> str:
+    """A text of several lines, such as a traceback, of which none looks like a line of ours."""
+    return f"\n{'':10}| ".join(map(shown_line, text.splitlines()[:_MOST_LINES]))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class ConversionError(Exception):
@@ -59,7 +87,8 @@ class ConversionError(Exception):
 
     def __str__(self) -> str:
         details = [(label, str(getattr(self, label))) for label in _LABELS]
-        return "\n".join([self.what, *(f"  {label + ':':10}{text}" for label, text in details if text)])
+        lines = [f"  {label + ':':10}{_shown_lines(text)}" for label, text in details if text]
+        return "\n".join([shown_line(self.what), *lines])
 
 
 class UsageError(ConversionError):
@@ -192,36 +221,55 @@ class BudgetTooSmall(ConversionError):
 
 
 class Problems(ConversionError):
-    """Several errors, found together before the first byte moved."""
+    """Several errors, found together before the first byte moved: causes first, and those alike as one."""
 
     SHOWN = 20
 
     def __init__(self, problems: Sequence[ConversionError]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(sorted(problems, key=lambda problem: not isinstance(problem, _CAUSES)))
         if all(problem.exit_code == UsageError.exit_code for problem in problems):
             self.exit_code = UsageError.exit_code
         super().__init__(f"{len(self.problems)} problems found; nothing was written")
 
     def __str__(self) -> str:
-        hidden = len(self.problems) - self.SHOWN
-        lines = [self.what, *(str(problem) for problem in self.problems[: self.SHOWN])]
-        return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
+        alike: dict[tuple[type, str, str], list[ConversionError]] = {}
+        for problem in self.problems:
+            key = type(problem), _without_numbers(problem.what), _without_numbers(problem.remedy)
+            alike.setdefault(key, []).append(problem)
+        lines = [self.what]
+        for first, *others in list(alike.values())[: self.SHOWN]:
+            lines.append(str(first))
+            if others:
+                last = shown(others[-1].tensor or others[-1].file or others[-1].what)
+                lines.append(f"  and {len(others)} more like it, the last for {last}")
+        hidden = len(alike) - self.SHOWN
+        return "\n".join(lines + ([f"... and {hidden} more kinds"] if hidden > 0 else []))
+
+
+#: What makes tensors be missing or of another shape.
+_CAUSES = (MissingShard, CorruptFile, InconsistentShards, MissingArguments, UnsupportedModel)
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d+", "0", text[:_LONGEST_LINE])
 
 
 def error_details(error: ConversionError) -> dict[str, Any]:
     """An error's class and its parts, in JSON values."""
-    what = str(error) if isinstance(error, Problems) else error.what
-    return {"class": type(error).__name__, "what": what, "exit_code": error.exit_code} | {
+    problems = [error_details(one) for one in error.problems] if isinstance(error, Problems) else []
+    return {"class": type(error).__name__, "what": error.what, "exit_code": error.exit_code, "problems": problems} | {
         label: getattr(error, label) for label in _LABELS
     }
 
 
 def error_from_details(details: Mapping[str, Any]) -> ConversionError:
-    """The error that was met elsewhere. Several together are one whose text is all of theirs."""
+    """The error that was met elsewhere."""
     kind = globals().get(details["class"], ConversionError)
-    kind = ConversionError if issubclass(kind, Problems) else kind
     error: ConversionError = kind.__new__(kind)
-    ConversionError.__init__(error, details["what"])  # others ask for what their words follow from
+    if isinstance(error, Problems):
+        Problems.__init__(error, [error_from_details(one) for one in details["problems"]])
+    else:
+        ConversionError.__init__(error, details["what"])  # others ask for what their words follow from
     for label in _LABELS:
         setattr(error, label, details[label])
     error.exit_code = details["exit_code"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_convert.compare.blocks import Amount, Checkpoint, Work
 from dist_convert.compare.compare import Compared, Difference
+from dist_convert.errors import shown_line
 from dist_convert.models.schema import Architecture
 from dist_convert.records import DTYPE_BYTES, human_bytes
 
@@ -145,9 +146,12 @@ def as_text(outcome: Outcome) -> str:
     ]
     found = differences(outcome)
     if not found:
-        return "\n".join([*lines, "the same model" + (", as far as the sample goes" if outcome.sample < 1 else "")])
+        return "\n".join(
+            [*map(shown_line, lines), "the same model" + (", as far as the sample goes" if outcome.sample < 1 else "")]
+        )
     more = [f"  ... and {len(found) - _SHOWN} more (--json shows all)"] if len(found) > _SHOWN else []
-    return "\n".join([*lines, f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN]), *more])
+    lines += [f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN]), *more]
+    return "\n".join(map(shown_line, lines))
 
 
 def as_json(outcome: Outcome) -> str:

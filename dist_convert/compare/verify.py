@@ -17,7 +17,7 @@ from dist_convert.compare.blocks import Amount, Checkpoint, Work, deal, work_of
 from dist_convert.compare.compare import Compared, Difference, check_budget, compare
 from dist_convert.compare.elements import check_elements
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
-from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError
+from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError, shown_line
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.read import is_huggingface
 from dist_convert.formats.open import open_checkpoint, settled, where_of
@@ -196,7 +196,7 @@ def compare_with_source(source: Model, task: Task, directory: Path, world: World
         raise _different(task, directory, outcome)
     share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
     return (
-        f"{task.target}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
+        f"{shown_line(task.target)}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
         f"elements and {outcome.fields} config fields are the source's{share}"
     )
 
@@ -226,7 +226,7 @@ def _check_sights(task: Task) -> None:
 
 def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
     found = differences(outcome)
-    more = f"\n{'':12}and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     state, again = f"{task.partial.name} is kept for a look and never gets its name; the source", "convert again"
     if directory == task.target:
         state, again = "it may have been changed since it was made, or the source", "convert again with --overwrite"
@@ -234,6 +234,6 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
         "what was written (B) is not the model that was read (A)",
         file=str(directory),
         expected="every tensor and config field alike",
-        found=f"\n{'':12}".join(found[:_SHOWN]) + more,
+        found="\n".join([*map(shown_line, found[:_SHOWN]), *more]),
         remedy=f"{state} or the target may lie on a failing disk: {again}, and report it if it stays",
     )

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError
+from dist_convert.errors import ConversionError, shown_line
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
@@ -233,5 +233,7 @@ def as_screen(description: Mapping[str, Any]) -> str:
             value = ", ".join(map(str, value)) or "none"
         elif isinstance(value, int):
             value = f"{value:,}"
-        lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):18} {'none' if value is None else value}")
+        if name != "not_convertible":  # an error's text, of several lines
+            value = shown_line("none" if value is None else value)
+        lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):18} {value}")
     return "\n".join(lines)

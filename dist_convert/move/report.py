@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dist_convert.errors import shown_line
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
@@ -81,7 +82,7 @@ def describe_plan(plan: Plan, free_bytes: int, report: Report, partial: Path | N
         *([f"{partial} is unfinished: of all this, what it has would not be done again"] if partial else []),
         "dry run: the conversion would start; nothing was written",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(shown_line, lines))
 
 
 def start_line(plan: Plan, report: Report, nodes: int) -> str:
@@ -152,7 +153,7 @@ class Report:
 def report_text(report: Report, *, verbose: bool = False) -> str:
     """What a conversion says at its end: what the user should know, and a line that sums up; verbose: and the times."""
     if report.was_complete:
-        return f"done: {report.target} is complete already, by an earlier run of this conversion"
+        return shown_line(f"done: {report.target} is complete already, by an earlier run of this conversion")
     lines = _lines_of_times(report) if verbose else []
     if report.overflowed:
         lines.append(f"{sum(report.overflowed.values())} values became infinite in {names(report.overflowed)}")
@@ -163,12 +164,12 @@ def report_text(report: Report, *, verbose: bool = False) -> str:
         )
     if report.left_behind:
         left = ", ".join(f"{what} ({human_bytes(size)})" for what, _, size in report.left_behind)
-        lines.append(f"left behind: {left}")
+        lines.append(shown_line(f"left behind: {left}"))
     seconds = human_seconds(report.seconds) if report.seconds >= 10 else f"{report.seconds:.1f} s"
     done = f"{counted(report.files, 'file')}, {human_bytes(report.size_bytes)}, {seconds}"
     if warnings := warnings_of(report.notes):
         done += f", {counted(len(warnings), 'warning')}"
-    return "\n".join([*lines, f"done: {report.target}  {done}"])
+    return "\n".join([*lines, shown_line(f"done: {report.target}  {done}")])
 
 
 def _rate(report: Report, seconds: float) -> str:

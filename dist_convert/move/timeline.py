@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import UsageError, shown_line
 from dist_convert.ranks.collectives import World, barrier, gather_objects
 from dist_convert.write.partial import partial_of
 
@@ -119,7 +119,7 @@ def _append(path: Path, lines: bytes) -> bool:
             if file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        print(f"{path}: the trace ends before the conversion: {error.strerror}", file=sys.stderr)
+        print(shown_line(f"{path}: the trace ends before the conversion: {error.strerror}"), file=sys.stderr)
         return False
     return True
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dist_convert.errors import shown_line
 from dist_convert.records import human_bytes, human_seconds
 
 
@@ -35,13 +36,14 @@ class Log:
         """See `Channel.say`."""
         if "report" in details and self._reports_json:
             print(json.dumps(details["report"], indent=2), flush=True)
+        lines = "\n".join(map(shown_line, text.split("\n")))
         if self._is_json:
             print(as_json_line(event, text, **details), file=sys.stderr, flush=True)
         elif event == "plan":
             if not self._reports_json:
-                print(text, flush=True)
+                print(lines, flush=True)
         elif not self._is_quiet or text.startswith("warning"):
-            print(text, file=sys.stderr, flush=True)
+            print(lines, file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[Callable[[int], object]]:

@@ -2,9 +2,9 @@
 
 Every global becomes an inert record that remembers its name and arguments. What Python, torch and numpy bring and is
 not on the lists below (docs/formats.md, "Pickled classes") is refused: a checkpoint that tries to run code is reported,
-not half read. Classes of other packages, as forks of Megatron leave in args, are inert too, and listed. `pickletools` of
-the standard library decodes the opcodes; what they do is written down here, as none of Python's unpicklers says how much
-memory it is going to take.
+not half read. Classes of other packages, as forks of Megatron leave in args, are inert too, and listed. `pickletools`
+of the standard library decodes the opcodes; what they do is written down here, as none of Python's unpicklers says how
+much memory it is going to take.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ _MAX_ITEMS = 64
 _MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 10_000
 
 #: Besides the pickle itself, what is made from it may take so much memory. A tensor takes some eight times its bytes.
-_FREE_BYTES, _BYTES_PER_BYTE = 40 << 20, 6.5
+_FREE_BYTES, _BYTES_PER_BYTE = 52 << 20, 6.5
 #: Beyond so many bytes every tensor or object stands for some more; there are no checkpoints of so much else.
 _UNEXPLAINED_BYTES, _BYTES_PER_OBJECT = 64 << 20, 1024
 #: Of an object, what `getsizeof` does not count; of each item on the stack, in the memo, and of a mark.
-_HEAP_BYTES, _STACK_BYTES, _MEMO_BYTES, _MARK_BYTES = 16, 24, 16, 48
+_HEAP_BYTES, _STACK_BYTES, _MEMO_BYTES, _MARK_BYTES = 8, 24, 10, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,28 @@ def _storage(saved_id: Any) -> Storage:
 
 #: Opcodes that push the value that follows them, decoded.
 _VALUES = frozenset(
-    ["BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"]
+    [
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "INT",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "BINFLOAT",
+        "FLOAT",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "UNICODE",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "STRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    ]
 )
 
 #: What opcodes make, or fill.
@@ -264,7 +285,7 @@ class _Unpickler:
         most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
         for opcode, argument, at_byte in pickletools.genops(self._data):
             if opcode.name in _VALUES:
-                self._push_new(argument)
+                self._push_new(argument, of_python=isinstance(argument, int) and -5 <= argument <= 256)
             elif opcode.name == "STOP":
                 return self._stack.pop()
             else:
@@ -306,7 +327,8 @@ class _Unpickler:
                 self._call(function, tuple(arguments))
             case "INST":
                 arguments = tuple(self._pop_to_mark())
-                self._call(_named(*argument.split(" ", 1), self._label), arguments)
+                module, _, named = argument.partition(" ")
+                self._call(_named(module, named, self._label), arguments)
             case "BUILD":
                 instance, state = self._pop_last(2)
                 if isinstance(instance, Inert):
@@ -346,8 +368,9 @@ class _Unpickler:
             case _:
                 raise pickle.UnpicklingError(f"the opcode {name}")
 
-    def _push_new(self, value: Any) -> None:
-        self._made_bytes += getsizeof(value) + _HEAP_BYTES
+    def _push_new(self, value: Any, *, of_python: bool = False) -> None:
+        """Push what was made; Python has each of the smallest integers once."""
+        self._made_bytes += 0 if of_python else getsizeof(value) + _HEAP_BYTES
         self._stack.append(value)
 
     def _pop_last(self, count: int) -> list[Any]:
@@ -396,7 +419,7 @@ class _Unpickler:
             target.extend(items)
         elif isinstance(target, set):
             target.update(map(self._checked_key, items))
-        else:
+        elif isinstance(target, dict):
             target.update(zip(map(self._checked_key, items[::2]), items[1::2], strict=True))
         self._made_bytes += getsizeof(target) - before_bytes
 
@@ -446,7 +469,15 @@ def load(data: bytes, label: str) -> Any:
     """
     try:
         return _Unpickler(data, label).run()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CorruptFile(
             "damaged pickle",
             file=label,

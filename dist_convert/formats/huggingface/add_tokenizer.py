@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_convert.errors import TargetError, TargetExists, UsageError
+from dist_convert.errors import TargetError, TargetExists, UsageError, shown_line
 from dist_convert.formats.huggingface.config import published, with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
@@ -55,7 +55,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     args = read_json(job.target / ARGS_FILE) if (job.target / ARGS_FILE).is_file() else {}
     notes = notes_on_tokenizer(tokenizer, style, job.source_model_type)
     notes += vocabulary_warnings({"tokenizer": tokenizer.size, "args": args.get("vocab_size")}, rows, rows)
-    print(*notes, sep="\n", file=sys.stderr)
+    print(*map(shown_line, notes), sep="\n", file=sys.stderr)
 
     generation = job.target / GENERATION_FILE
     changed = published(config, tokenizer.path) or with_special_ids(

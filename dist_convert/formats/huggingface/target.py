@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dist_convert.errors import shown_line
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.config import TORCH_NAMES, with_special_ids
 from dist_convert.formats.huggingface.files import index_json
@@ -115,7 +116,7 @@ class HuggingFaceTarget:
         if self.model.args is not None and not is_huggingface(job.target):
             how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
             lines.append(how)
-        return "\n".join(lines)
+        return "\n".join(map(shown_line, lines))
 
 
 def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:

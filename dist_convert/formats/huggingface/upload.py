@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_convert.errors import UploadError, UsageError
+from dist_convert.errors import UploadError, UsageError, shown_line
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
@@ -123,7 +123,8 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
 
     with _explained(repository, f"or convert without --push-to-hub, and upload later with: {later}"):
         _check_settings()
-        print(f"asking {constants.ENDPOINT} whether the model can go to {repository}", file=sys.stderr, flush=True)
+        asked = f"asking {constants.ENDPOINT} whether the model can go to {repository}"
+        print(shown_line(asked), file=sys.stderr, flush=True)
         api = HfApi()
         _check_permission(answer_within(answer_seconds, api.whoami), repository)
         is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private))
@@ -165,9 +166,10 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
     remedy, where = f"then go on with: {again}", f"{constants.ENDPOINT}/{repository}"
     with _explained(repository, remedy):
         _check_settings()
-    print(f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}", file=sys.stderr)
+    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}"
+    print(shown_line(work), file=sys.stderr)
     if not has_tokenizer:
-        print(f"warning: {directory} has no tokenizer and is uploaded without one", file=sys.stderr)
+        print(shown_line(f"warning: {directory} has no tokenizer and is uploaded without one"), file=sys.stderr)
     api = HfApi()
     is_private = True if private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
