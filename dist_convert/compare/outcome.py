@@ -145,12 +145,12 @@ def as_text(outcome: Outcome) -> str:
         *(f"note     {note}" for note in outcome.notes),
     ]
     found = differences(outcome)
-    if not found:
-        return "\n".join(
-            [*map(shown_line, lines), "the same model" + (", as far as the sample goes" if outcome.sample < 1 else "")]
-        )
-    more = [f"  ... and {len(found) - _SHOWN} more (--json shows all)"] if len(found) > _SHOWN else []
-    lines += [f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN]), *more]
+    if found:
+        lines += [f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN])]
+    else:
+        lines.append("the same model" + (", as far as the sample goes" if outcome.sample < 1 else ""))
+    if len(found) > _SHOWN:
+        lines.append(f"  ... and {len(found) - _SHOWN} more (--json shows all)")
     return "\n".join(map(shown_line, lines))
 
 

@@ -196,8 +196,8 @@ def compare_with_source(source: Model, task: Task, directory: Path, world: World
         raise _different(task, directory, outcome)
     share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
     return (
-        f"{shown_line(task.target)}: verified, {sum(outcome.tensors.values())} tensors with {outcome.amount.elements:,} "
-        f"elements and {outcome.fields} config fields are the source's{share}"
+        f"{shown_line(task.target)}: verified, {sum(outcome.tensors.values())} tensors with "
+        f"{outcome.amount.elements:,} elements and {outcome.fields} config fields are the source's{share}"
     )
 
 

@@ -236,31 +236,11 @@ def _storage(saved_id: Any) -> Storage:
 
 
 #: Opcodes that push the value that follows them, decoded.
-_VALUES = frozenset(
-    [
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "INT",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "BINFLOAT",
-        "FLOAT",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "UNICODE",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "STRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    ]
-)
-
+_VALUES = (
+    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES",
+    "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+)  # fmt: skip
 #: What opcodes make, or fill.
 _KINDS: dict[str, type] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "DICT": dict, "LIST": list, "FROZENSET": set,
