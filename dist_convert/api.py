@@ -158,7 +158,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
                 plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
-                is_last_use=pushes_others_out(node_bytes),
+                checksums=task.source.found.checksums, is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -99,15 +100,57 @@ def test_an_error_shows_the_details_that_it_has_a_line_each() -> None:
 
 
 def test_many_problems_are_shown_together_up_to_a_limit() -> None:
-    problems = [errors.MissingTensor(f"problem {n}", tensor=f"t{n}") for n in range(23)]
+    problems = [errors.MissingTensor(f"problem {chr(97 + n)}", tensor=f"t{n}") for n in range(23)]
     lines = str(errors.Problems(problems)).splitlines()
     assert lines[0] == "23 problems found; nothing was written"
-    assert lines[1:3] == ["problem 0", "  tensor:   t0"]
-    assert lines[-1] == "... and 3 more"
-    with pytest.raises(errors.MissingTensor, match="problem 0"):
+    assert lines[1:3] == ["problem a", "  tensor:   t0"]
+    assert lines[-1] == "... and 3 more kinds"
+    with pytest.raises(errors.MissingTensor, match="problem a"):
         errors.raise_together(problems[:1])
     with pytest.raises(errors.Problems):
         errors.raise_together(problems)
+
+
+def test_problems_that_differ_in_numbers_alone_are_one_with_a_count_and_causes_come_first() -> None:
+    missing = [errors.MissingTensor(f"nothing for layers.{n}.norm", tensor=f"layers.{n}.norm") for n in range(61)]
+    shard = errors.MissingShard("a file is missing", file="mp_rank_01")
+    assert str(errors.Problems([*missing, shard])).splitlines() == [
+        "62 problems found; nothing was written",
+        "a file is missing",
+        "  file:     mp_rank_01",
+        "nothing for layers.0.norm",
+        "  tensor:   layers.0.norm",
+        "  and 60 more like it, the last for layers.60.norm",
+    ]
+
+
+def test_problems_stay_what_they_are_on_their_way_to_another_rank() -> None:
+    problems = errors.Problems([errors.MissingTensor("a", tensor="t"), errors.MissingShard("b", file="f")])
+    arrived = errors.error_from_details(json.loads(json.dumps(errors.error_details(problems))))
+    assert isinstance(arrived, errors.Problems)
+    assert [type(problem) for problem in arrived.problems] == [errors.MissingShard, errors.MissingTensor]
+    assert str(arrived) == str(problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("a\nb\r", r"a\nb\r"),
+        ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
+        ("\u202etxt.exe", r"\u202etxt.exe"),
+        ("caf\u00e9 \u4e2d", "caf\u00e9 \u4e2d"),
+        ("a path that is no UTF-8: \udce9", r"a path that is no UTF-8: \udce9"),
+        ("z" * 300, "z" * 200 + "..."),
+    ],
+)
+def test_a_text_of_others_is_one_line_that_no_terminal_obeys(text: str, printed: str) -> None:
+    assert errors.shown(text) == printed
+    assert str(errors.CorruptFile("what", tensor=text)) == f"what\n  tensor:   {printed}"
+
+
+def test_a_traceback_keeps_its_lines_of_which_none_looks_like_an_errors() -> None:
+    error = errors.ConversionError("internal error", found="Traceback\n  resume:   now")
+    assert str(error) == "internal error\n  found:    Traceback\n          |   resume:   now"
 
 
 def test_an_absent_checkpoint_is_named(failure: Failure, tmp_path: Path) -> None:

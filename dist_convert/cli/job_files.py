@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, UsageError
+from dist_convert.errors import ConversionError, SourceError, UsageError
 from dist_convert.options import Options, flag_of, given, kind_of
+from dist_convert.read.source import read_small_file
 
 
 def flags_of_file(
@@ -61,13 +62,17 @@ def _wrong(parser: ArgumentParser, key: object, word: str, suggestion: Callable[
     return "", ""
 
 
+#: A flag a line; YAML takes many times its size in memory.
+_MAX_JOB_BYTES = 100_000
+
+
 def _read(path: Path) -> dict[Any, Any]:
     import yaml  # only here: most runs have no job file
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        data = yaml.safe_load(read_small_file(path, _MAX_JOB_BYTES).decode("utf-8"))
+    except (SourceError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = error.found if isinstance(error, SourceError) else error
         raise UsageError(
             "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
         ) from error

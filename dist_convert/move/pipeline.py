@@ -26,7 +26,7 @@ from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
 from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
-from dist_convert.read.source import Listing
+from dist_convert.read.source import Checksums, Listing
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
@@ -59,6 +59,7 @@ def move(
     progress: Control,
     timeline: Timeline,
     *,
+    checksums: Checksums,
     is_last_use: bool = False,
 ) -> Moved:
     """Do this rank's part of a plan.
@@ -70,6 +71,7 @@ def move(
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
         progress, timeline: hear of every step, and where the time goes.
+        checksums: of the source's records, see `FileReader`.
         is_last_use: what was read leaves the page cache.
 
     Raises:
@@ -84,7 +86,7 @@ def move(
         Slot(make_buffer(STEP_BYTES, gathers_on), make_buffer(limit.received_bytes, gathers_on))
         for _ in range(limit.slots)
     ]
-    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, is_last_use=is_last_use)
+    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, checksums, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
     moved = Moved(counts=reader.counts)

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
-from dist_convert.read.source import open_to_read, reading
+from dist_convert.read.source import open_to_read, read_small_file, reading
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES, Stretch, open_object, place_tensors
 from dist_convert.records import StoredTensor
 
@@ -72,13 +72,7 @@ def read_metadata(path: Path) -> Metadata:
         UnsupportedModel: its blobs are compressed or changed otherwise.
     """
     file = str(path)
-    with reading(path):
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_PICKLE_BYTES:
-            expected = f"at most {MAX_PICKLE_BYTES} bytes"
-            raise CorruptFile("a .metadata too large to be one", file=file, expected=expected, found=size_bytes)
-        data = path.read_bytes()
-    saved = load(data, file)
+    saved = load(read_small_file(path, MAX_PICKLE_BYTES), file)
     is_core = isinstance(saved, Inert) and saved.class_name.endswith(".MCoreMetadata")  # up to Megatron-Core 0.15
     kind = "MCoreMetadata" if is_core else "Metadata"
     state = _state(saved, kind, file)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import Listing, reading, sample_digest, stamp
+from dist_convert.read.source import Checksums, Listing, reading, sample_digest, stamp
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Discovery:
         visible: for each rank, the files that it can read.
         headers_of: for each rank, the files whose headers it read.
         listing: of the files that this rank sees.
+        checksums: of each file, the offset, size and CRC-32 of each record that has one, all of them in one array.
         identity: of each file, the size in bytes, the time of the last change in ns, and a digest of the header.
     """
 
@@ -31,6 +33,15 @@ class Discovery:
     headers_of: tuple[tuple[str, ...], ...]
     listing: Listing
     identity: dict[str, tuple[int, int, str]]
+    checksums: Checksums = field(default_factory=dict)
+
+    def with_checksums(self, records: Iterable[tuple[str, int, int, int | None]]) -> Discovery:
+        """The same with those records, (file, offset, size in bytes, CRC-32), that have a checksum."""
+        found: dict[str, array[int]] = {}
+        for file, offset_bytes, size_bytes, checksum in records:
+            if checksum is not None:
+                found.setdefault(file, array("Q")).extend((offset_bytes, size_bytes, checksum))
+        return replace(self, checksums=found)
 
 
 def discover(

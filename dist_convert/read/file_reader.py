@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.read.buffers import Buffer
-from dist_convert.read.source import Listing, check_unchanged, open_to_read, reading, source_error
+from dist_convert.read.source import Checksums, Listing, check_unchanged, open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, Box, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,16 +45,27 @@ class FileReader:
         root: the directory.
         scratch: for values that are not read straight to where they go.
         known: files whose values count only if they have not changed after they were read.
+        checksums: of records, each of which is compared where it is read whole and in order, in however many pieces.
         is_last_use: what was read leaves the page cache, see `source.pushes_others_out`.
     """
 
     def __init__(
-        self, root: Path, scratch: Buffer, known: Listing = MappingProxyType({}), *, is_last_use: bool = False
+        self,
+        root: Path,
+        scratch: Buffer,
+        known: Listing = MappingProxyType({}),
+        checksums: Checksums = MappingProxyType({}),
+        *,
+        is_last_use: bool = False,
     ) -> None:
         self.counts = Counts()
         self._root = root
         self._scratch = scratch
         self._known = known
+        self._checksums = checksums
+        #: Of a file, each record's size and checksum by its offset; of a place, the record that goes on there.
+        self._records: dict[str, dict[int, tuple[int, int]]] = {}
+        self._unfinished: dict[tuple[str, int], tuple[int, int]] = {}
         self._is_last_use = is_last_use
         self._open: OrderedDict[str, int] = OrderedDict()
 
@@ -154,6 +166,33 @@ class FileReader:
                     remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
             done += count
+        if view.file in self._checksums:
+            self._check_record(window, view, offset_bytes)
+
+    def _check_record(self, window: memoryview, view: View, offset_bytes: int) -> None:
+        """Add bytes to the checksum of their record, if all that lie before them have been; compare it at the end."""
+        if view.file not in self._records:
+            numbers = self._checksums[view.file]
+            self._records[view.file] = dict(
+                zip(numbers[::3], zip(numbers[1::3], numbers[2::3], strict=True), strict=True)
+            )
+        start, checksum = self._unfinished.pop((view.file, offset_bytes), (offset_bytes, 0))
+        size_bytes, expected = self._records[view.file].get(start, (0, 0))
+        left_bytes = start + size_bytes - offset_bytes - len(window)
+        if left_bytes < 0:
+            return
+        checksum = zlib.crc32(window, checksum)
+        if left_bytes:
+            self._unfinished[view.file, offset_bytes + len(window)] = start, checksum
+        elif checksum != expected:
+            raise CorruptFile(
+                "the bytes of a tensor are not those that were saved",
+                tensor=view.tensor,
+                file=view.file,
+                expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
+                found=f"{checksum:08x}",
+                remedy="the file or its disk is damaged: copy the file again from where it was saved",
+            )
 
     def _end(self, view: View) -> None:
         self._check_unchanged(view)

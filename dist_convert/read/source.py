@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, SourceChanged, SourceError
+from dist_convert.records import human_bytes
 
 #: For each file, its size in bytes, its inode and the time of its last change in ns: see `stamp`.
 Listing = Mapping[str, Sequence[int]]
+#: For each file, the offset, the size in bytes and the CRC-32 of each record in turn: see `FileReader`.
+Checksums = Mapping[str, Sequence[int]]
 
 BACK_OR_ANEW = (
     "let nothing write to the source, then start anew with --overwrite; or put the file back, with its time, and start "
@@ -117,39 +121,67 @@ def sample_digest(path: Path, file: str) -> str:
 
 #: Several times what the largest vocabularies need; an index of a million tensors.
 MAX_BYTES = 100_000_000
+#: Values in JSON: each takes some hundred bytes of memory, and as few as two in the file. Levels: for Python's stack.
+_MOST_VALUES, _MOST_LEVELS = 2_000_000, 100
 
 
-def read_small_file(path: Path) -> bytes:
+def read_small_file(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
     """All of a file.
 
     Raises:
-        CorruptFile: it is larger than `MAX_BYTES`.
+        CorruptFile: it is larger than that, or no plain file.
         SourceError: it cannot be read.
     """
-    with reading(path), path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise CorruptFile(
-            "a file that is too large for its kind", file=str(path), expected=f"at most {MAX_BYTES} bytes"
-        )
-    return content
+    with reading(path), os.fdopen(open_to_read(path), "rb") as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and found.st_size <= most_bytes:
+            return file.read()
+    raise CorruptFile(
+        "a file that is too large for its kind, or no plain file",
+        file=str(path),
+        expected=f"a file of at most {human_bytes(most_bytes)}",
+        found=human_bytes(found.st_size) if stat.S_ISREG(found.st_mode) else "a pipe, a device or the like",
+    )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def check_values(content: bytes, most: int = _MOST_VALUES) -> None:
+    """Refuse JSON that would take much more memory than it is long.
+
+    Raises:
+        ValueError: it has more values than any model's files.
+    """
+    count = sum(map(content.count, (b",", b"[", b"{")))  # texts may have some, too
+    if count > most:
+        raise ValueError(f"some {count:,} values, of which such files have at most {most:,}")
+
+
+def read_json(path: Path, most_bytes: int = MAX_BYTES, most_values: int = _MOST_VALUES) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         CorruptFile: it holds something else, or too much.
         SourceError: it cannot be read.
     """
-    content = read_small_file(path)
+    content = read_small_file(path, most_bytes)
     try:
+        check_values(content, most_values)
         data = json.loads(content.decode("utf-8"))
+        _check_levels(data)
     except (ValueError, RecursionError) as error:
         raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
     if not isinstance(data, dict):
         raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)
     return data
+
+
+def _check_levels(data: Any) -> None:
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(_MOST_LEVELS):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for values in inner for item in values if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MOST_LEVELS} deep")
 
 
 def no_directory(path: Path, kind: str) -> CheckpointNotFound:

@@ -22,10 +22,12 @@ from typing import Any, BinaryIO
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Tensor, load
 from dist_convert.read.source import reading, source_error
-from dist_convert.records import DTYPE_BYTES, StoredTensor, names
+from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes, names
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
 MAX_PICKLE_BYTES = 256 << 20
+#: Of some two hundred thousand records, each of which takes ten times as much in memory.
+_MAX_DIRECTORY_BYTES = 16 << 20
 #: Encrypted, patch data, strong encryption (APPNOTE.TXT, 4.4.4).
 _FOREIGN_FLAGS = 0x61
 _UTF8_NAME = 0x800
@@ -122,6 +124,8 @@ def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Co
     """
     try:
         size_bytes = stretch.size_bytes if stretch else path.stat().st_size
+        with _opened(path, stretch) as file:
+            _check_directory(file)
         with _opened(path, stretch) as file, zipfile.ZipFile(file) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             directory_bytes = archive.start_dir
@@ -163,6 +167,18 @@ def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Co
     return Container(path, label, size_bytes, records, stretch)
 
 
+def _check_directory(file: BinaryIO) -> None:
+    """Refuse a directory that zipfile would read into memory, whatever its size.
+
+    Raises:
+        ValueError: it is larger than that of any checkpoint.
+    """
+    # Private by name only; typeshed does not know it. Its sixth number is the size of the directory.
+    end: list[Any] | None = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is not None and end[5] > _MAX_DIRECTORY_BYTES:
+        raise ValueError(f"a directory of {human_bytes(end[5])}, not of {human_bytes(_MAX_DIRECTORY_BYTES)} at most")
+
+
 def read_small_record(container: Container, name: str) -> bytes:
     """The bytes of a small record such as `data.pkl`.
 
@@ -174,8 +190,8 @@ def read_small_record(container: Container, name: str) -> bytes:
         raise CorruptFile(
             f"no usable record {name!r}",
             file=container.label,
-            expected=f"a record of at most {MAX_PICKLE_BYTES} bytes",
-            found="none" if record is None else f"{record.size_bytes} bytes",
+            expected=f"a record of at most {human_bytes(MAX_PICKLE_BYTES)}",
+            found="none" if record is None else human_bytes(record.size_bytes),
             remedy="check that this is a model_optim_rng.pt of Megatron's `torch` format",
         )
     with reading(container.label), _opened(container.path, container.stretch) as file:
@@ -281,7 +297,7 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
                 found=f"{record.size_bytes} bytes",
                 remedy="copy the file again from where it was saved",
             )
-        is_all = reach + 1 == math.prod(tensor.shape) == record.size_bytes // item_bytes
+        is_all = (reach + 1) * item_bytes == math.prod(tensor.shape) * item_bytes == record.size_bytes
         checksum = (record.checksum or None) if is_all else None
         offset_bytes = first_byte + offsets_bytes[key] + tensor.offset * item_bytes
         stored[name] = StoredTensor(name, container.label, dtype, tensor.shape, tensor.strides, offset_bytes, checksum)

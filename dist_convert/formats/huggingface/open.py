@@ -114,6 +114,7 @@ def open_huggingface(directory: Path, world: World) -> HuggingFaceModel:
     if index is not None:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
+    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored.values())
     return HuggingFaceModel(directory, config, found, stored)
 
 

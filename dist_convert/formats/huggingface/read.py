@@ -27,7 +27,7 @@ from dist_convert.errors import (
     raise_together,
 )
 from dist_convert.formats.megatron.iterations import is_checkpoint, meant_below
-from dist_convert.read.source import no_directory, read_json, reading
+from dist_convert.read.source import check_values, no_directory, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
 
@@ -39,6 +39,7 @@ WEIGHTS_KINDS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 _MAX_NAME_BYTES = 255
+_MAX_CONFIG_BYTES = 8_000_000
 _AGAIN = "copy or download the file again"
 
 
@@ -135,6 +136,7 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
             remedy="copy the file again; this one is cut short or no safetensors file",
         )
     try:
+        check_values(text)
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
         tensors = {
             name: _stored(name, entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
@@ -199,7 +201,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             remedy="copy the model's config.json there",
         )
     check_inside(directory, CONFIG_FILE)
-    return read_json(directory / CONFIG_FILE)
+    return read_json(directory / CONFIG_FILE, _MAX_CONFIG_BYTES)
 
 
 def find_weights(directory: Path) -> tuple[str, ...]:
@@ -343,12 +345,12 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
 
 def header_to_json(tensors: Mapping[str, StoredTensor]) -> list[list[Any]]:
     """A compact JSON form of a file's tensors, for sending headers between ranks."""
-    return [[name, t.dtype, t.shape, t.strides, t.offset_bytes] for name, t in tensors.items()]
+    return [[name, t.dtype, t.shape, t.strides, t.offset_bytes, t.checksum] for name, t in tensors.items()]
 
 
 def header_from_json(file: str, data: list[list[Any]]) -> dict[str, StoredTensor]:
     """The inverse of `header_to_json`."""
     return {
-        name: StoredTensor(name, file, dtype, tuple(shape), tuple(strides), offset_bytes)
-        for name, dtype, shape, strides, offset_bytes in data
+        name: StoredTensor(name, file, dtype, tuple(shape), tuple(strides), offset_bytes, checksum)
+        for name, dtype, shape, strides, offset_bytes, checksum in data
     }

@@ -63,11 +63,15 @@ def is_huggingface(directory: Path) -> bool:
     return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
 
 
+#: A vocabulary of 600,000 tokens and their merges, which are pairs.
+_MOST_VALUES = 5_000_000
+
+
 @contextmanager
 def _parsing(path: Path) -> Iterator[dict[str, Any]]:
     """The content of a file, or nothing where there is none; what cannot be understood in it names the file."""
     try:
-        yield read_json(path) if path.is_file() else {}
+        yield read_json(path, most_values=_MOST_VALUES) if path.is_file() else {}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptFile(
             "a file of the tokenizer is damaged",

@@ -129,6 +129,8 @@ def open_torch(
     """
     refuse_foreign_tensors({file: stored_names(shard) for file, shard in shards.items()}, directory)
     check_same_run(shards.values())
+    stored = [tensor for shard in shards.values() for chunk in shard.chunks for tensor in chunk.values()]
+    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
     file = min(shards)
     said = said_of(where, shards[file].args, file)
     padded = said.architecture(vocab=None, file=file).padded_vocab

@@ -106,6 +106,11 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     found = discover(
         world, directory, seen, partial(_read_header, directory, chunks_of), expected=f"{', '.join(chunks_of)[:200]}"
     )
+    found = found.with_checksums(
+        (file, offset_bytes, size_bytes, checksum)
+        for file, header in found.headers.items()
+        for _, _, _, offset_bytes, _, size_bytes, checksum in header
+    )
     missing = sorted(chunks_of.keys() - found.headers.keys())
     if missing:
         raise MissingShard(
@@ -180,11 +185,11 @@ def _digest(path: Path) -> str:
 
 
 def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
-    """Of each chunk of a file its key, its box, and where its elements lie."""
+    """Of each chunk of a file its key, its box, where its elements lie, and their size and checksum."""
     chunks = chunks_of[file]
     placed = place_chunks(directory, file, chunks)
     return [
-        [key, chunk.offsets, chunk.sizes, tensor.offset_bytes, tensor.strides]
+        [key, chunk.offsets, chunk.sizes, tensor.offset_bytes, tensor.strides, tensor.size_bytes, tensor.checksum]
         for (key, _, chunk), tensor in zip(chunks, placed, strict=True)
     ]
 
@@ -192,7 +197,7 @@ def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, st
 def _stored(tensors: Mapping[str, _Saved], found: Discovery) -> dict[str, Stored]:
     chunks_of: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
     for file, header in sorted(found.headers.items()):
-        for key, offsets, sizes, offset_bytes, strides in header:
+        for key, offsets, sizes, offset_bytes, strides, _, _ in header:
             chunk = StoredChunk(tuple(offsets), tuple(sizes), file, offset_bytes, tuple(strides))
             chunks_of[key].append(chunk)
     return {key: Stored(key, dtype, shape, tuple(chunks_of[key])) for key, (dtype, shape, _) in tensors.items()}

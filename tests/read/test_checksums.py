@@ -1,0 +1,115 @@
+"""A record whose bytes are not those of its checksum is an error that names the tensor, where it is read in order."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_convert.__main__ import main
+from dist_convert.errors import CorruptFile
+from dist_convert.read.buffers import make_buffer
+from dist_convert.read.file_reader import FileReader
+from dist_convert.records import View
+from tests.checkpoints import Model, hf_tensors, make
+from tests.distributed_checkpoints import make_distributed
+from tests.to_megatron import make_hf
+
+FILE, NAME, START = "file", "decoder.final_layernorm.weight", 16
+DATA = bytes(range(96))
+WHOLE = (0, 96)
+THIRDS = ((0, 32), (32, 64), (64, 96))
+
+
+def read(root: Path, pieces: tuple[tuple[int, int], ...], checksum: int) -> None:
+    (root / FILE).write_bytes(bytes(START) + DATA + bytes(8))
+    files = FileReader(root, make_buffer(256), {}, {FILE: [START, len(DATA), checksum]})
+    for first, end in pieces:
+        view = View(FILE, NAME, "F32", START + first, (end - first) // 4, 1, 1, 1)
+        files.read(view, "F32", 0, make_buffer(96), 0)
+    files.close()
+
+
+@pytest.mark.parametrize("pieces", [(WHOLE,), THIRDS], ids=str)
+def test_a_record_that_is_read_in_order_is_compared_with_its_checksum(
+    pieces: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    read(tmp_path, pieces, zlib.crc32(DATA))
+    with pytest.raises(CorruptFile, match="not those that were saved") as caught:
+        read(tmp_path, pieces, 0x12345678)
+    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert caught.value.expected.startswith("CRC-32 12345678 of 96 bytes at offset 16")
+    assert caught.value.found == f"{zlib.crc32(DATA):08x}"
+
+
+@pytest.mark.parametrize("pieces", [THIRDS[::-1], THIRDS[:2], THIRDS[1:], ((4, 96),), ((0, 104),)], ids=str)
+def test_a_record_that_is_read_in_part_or_out_of_order_is_not_compared(
+    pieces: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    (tmp_path / FILE).write_bytes(bytes(START + 104))
+    files = FileReader(tmp_path, make_buffer(256), {}, {FILE: [START, len(DATA), 0x12345678]})
+    for first, end in pieces:
+        files.read(View(FILE, NAME, "F32", START + first, (end - first) // 4, 1, 1, 1), "F32", 0, make_buffer(104), 0)
+    files.close()
+
+
+def make_pickled(root: Path) -> Path:
+    make_hf(root, Model())
+    (root / "model.safetensors").unlink()
+    torch.save(hf_tensors(Model()), root / "pytorch_model.bin")
+    return root / "pytorch_model.bin"
+
+
+def make_torch(root: Path) -> Path:
+    make(root, Model())
+    return root / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
+
+
+def make_dist(root: Path) -> Path:
+    make_distributed(root, Model(), keys="layers")
+    return root / "iter_0000004" / "__0_0.distcp"
+
+
+MAKERS = {"torch": make_torch, "torch_dist": make_dist, "pytorch_model.bin": make_pickled}
+
+
+def damage(file: Path) -> None:
+    """Change one bit of the final norm, or of what has its values: all of them are 1.0 and more in none of the rest."""
+    data = bytearray(file.read_bytes())
+    norm = hf_tensors(Model())["model.norm.weight"].view(torch.uint8).numpy().tobytes()
+    at = data.index(norm)
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_flipped_bit_of_a_tensor_ends_a_conversion_with_its_name(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(MAKERS[kind](tmp_path / "in"))
+    to = "torch" if kind == "pytorch_model.bin" else "huggingface"
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to, "--device", "cpu"]) == 1
+    printed = capsys.readouterr().err
+    assert "the bytes of a tensor are not those that were saved" in printed
+    assert "norm.weight" in printed or "layernorm.weight" in printed
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+
+
+def without_checksums(make_file: Callable[[Path], Path], root: Path) -> Path:
+    torch.serialization.set_crc32_options(False)
+    try:
+        return make_file(root)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_a_file_that_was_saved_without_checksums_has_none_that_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_checksums(make_torch, tmp_path / "in")
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--device", "cpu"]
+    assert main(command) == 0, capsys.readouterr().err
