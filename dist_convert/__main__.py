@@ -262,7 +262,8 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
             "out of memory", remedy="lift the limit (ulimit -v, cgroup), or lower --max-memory-per-rank"
         )
     except BaseException:
-        error = ConversionError(f"internal error on rank {rank}, please report it", found=traceback.format_exc())
+        lines = traceback.format_exc().splitlines()
+        error = ConversionError(f"internal error on rank {rank}, please report it", lines=lines)
     return _fail(channel, error, is_json=is_json)
 
 

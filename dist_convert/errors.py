@@ -48,11 +48,6 @@ def shown_line(text: object) -> str:
     return shown(_LONG_WORD.sub(r"\1...", str(text)), _LONGEST_LINE)
 
 
-def _shown_lines(text: str) -> str:
-    """A text of several lines, such as a traceback, of which none looks like a line of ours."""
-    return f"\n{'':10}| ".join(map(shown_line, text.splitlines()[:_MOST_LINES]))
-
-
 def _escaped(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
@@ -63,6 +58,7 @@ class ConversionError(Exception):
     Args:
         what: one sentence on what is wrong.
         tensor, file, expected, found, remedy: the details, shown one a line where they are given.
+        lines: what has lines of its own, such as a traceback; of many the last are shown.
     """
 
     exit_code = 1
@@ -76,8 +72,9 @@ class ConversionError(Exception):
         expected: object = "",
         found: object = "",
         remedy: str = "",
+        lines: Sequence[str] = (),
     ) -> None:
-        self.what, self.tensor, self.file, self.remedy = what, tensor, file, remedy
+        self.what, self.tensor, self.file, self.remedy, self.lines = what, tensor, file, remedy, tuple(lines)
         self.expected, self.found = str(expected), str(found)
         #: How to go on, where an unfinished target is left that can be gone on with.
         self.resume = ""
@@ -87,8 +84,10 @@ class ConversionError(Exception):
 
     def __str__(self) -> str:
         details = [(label, str(getattr(self, label))) for label in _LABELS]
-        lines = [f"  {label + ':':10}{_shown_lines(text)}" for label, text in details if text]
-        return "\n".join([shown_line(self.what), *lines])
+        lines = [shown_line(self.what)]
+        lines += [f"  {label + ':':10}{shown_line(text)}" for label, text in details if text]
+        lines += [f"  | {shown_line(line)}" for line in self.lines[-_MOST_LINES:]]
+        return "\n".join(lines)
 
 
 class UsageError(ConversionError):
@@ -257,9 +256,8 @@ def _without_numbers(text: str) -> str:
 def error_details(error: ConversionError) -> dict[str, Any]:
     """An error's class and its parts, in JSON values."""
     problems = [error_details(one) for one in error.problems] if isinstance(error, Problems) else []
-    return {"class": type(error).__name__, "what": error.what, "exit_code": error.exit_code, "problems": problems} | {
-        label: getattr(error, label) for label in _LABELS
-    }
+    parts = {"class": type(error).__name__, "what": error.what, "exit_code": error.exit_code, "lines": error.lines}
+    return {**parts, "problems": problems, **{label: getattr(error, label) for label in _LABELS}}
 
 
 def error_from_details(details: Mapping[str, Any]) -> ConversionError:
@@ -272,6 +270,7 @@ def error_from_details(details: Mapping[str, Any]) -> ConversionError:
         ConversionError.__init__(error, details["what"])  # others ask for what their words follow from
     for label in _LABELS:
         setattr(error, label, details[label])
+    error.lines = tuple(details["lines"])
     error.exit_code = details["exit_code"]
     return error
 

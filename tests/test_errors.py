@@ -149,8 +149,8 @@ def test_a_text_of_others_is_one_line_that_no_terminal_obeys(text: str, printed:
 
 
 def test_a_traceback_keeps_its_lines_of_which_none_looks_like_an_errors() -> None:
-    error = errors.ConversionError("internal error", found="Traceback\n  resume:   now")
-    assert str(error) == "internal error\n  found:    Traceback\n          |   resume:   now"
+    error = errors.ConversionError("internal error", lines=["Traceback", "  resume:   now"])
+    assert str(error) == "internal error\n  | Traceback\n  |   resume:   now"
 
 
 def test_an_absent_checkpoint_is_named(failure: Failure, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def convert_in_ranks(
         if event["event"] == "error":
             raise errors.error_from_details(event)
     lines = [event["text"] for event in said if event["event"] == "text"][-_LINES_OF_A_CRASH:]
-    raise errors.LostRank(f"the ranks ended with exit code {exit_code}", found="\n".join(lines))
+    raise errors.LostRank(f"the ranks ended with exit code {exit_code}", lines=lines)
 
 
 def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], None] | None) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from dist_convert.compare.blocks import Amount, Checkpoint, Work
 from dist_convert.compare.compare import Compared, Difference
 from dist_convert.errors import shown_line
 from dist_convert.models.schema import Architecture
-from dist_convert.records import DTYPE_BYTES, human_bytes
+from dist_convert.records import DTYPE_BYTES, counted, human_bytes
 
 #: Fields of `Architecture` that do not belong to the model: how a checkpoint is laid out, and how it was trained.
 _NOT_THE_MODEL = ("padded_vocab", "router_aux_loss")
@@ -113,7 +113,7 @@ def differences(outcome: Outcome) -> list[str]:
     least = "at least " if outcome.sample < 1 else ""
     for found in outcome.values:
         first, second = (v + (f" in {file}" if file else "") for v, file in zip(found.values, found.files, strict=True))
-        what = f"{found.between} differ in {least}{found.elements} elements"
+        what = f"{found.between} differ in {least}{counted(found.elements, 'element')}"
         lines.append(f"{found.tensor}: {what}, first at {list(found.index)}: {first}, {second}")
     return lines
 
@@ -146,7 +146,7 @@ def as_text(outcome: Outcome) -> str:
     ]
     found = differences(outcome)
     if found:
-        lines += [f"DIFFERENT: {len(found)} differences", *(f"  {line}" for line in found[:_SHOWN])]
+        lines += [f"DIFFERENT: {counted(len(found), 'difference')}", *(f"  {line}" for line in found[:_SHOWN])]
     else:
         lines.append("the same model" + (", as far as the sample goes" if outcome.sample < 1 else ""))
     if len(found) > _SHOWN:

@@ -32,7 +32,7 @@ from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.read.discover import gather_listings
 from dist_convert.read.source import stamp
-from dist_convert.records import name_at
+from dist_convert.records import counted, name_at
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.task import Task
 
@@ -234,6 +234,7 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
         "what was written (B) is not the model that was read (A)",
         file=str(directory),
         expected="every tensor and config field alike",
-        found="\n".join([*map(shown_line, found[:_SHOWN]), *more]),
+        found=counted(len(found), "difference"),
         remedy=f"{state} or the target may lie on a failing disk: {again}, and report it if it stays",
+        lines=[*found[:_SHOWN], *more],
     )

@@ -126,7 +126,7 @@ def test_one_bit_that_was_written_wrong_is_found(
     else:
         assert to_megatron(tmp_path / "hf", tmp_path / "out", "--verify") == 1
     error = capsys.readouterr().err
-    assert "model.layers.2.self_attn.o_proj.weight: A and B differ in 1 elements, first at [0, 0]: " in error
+    assert "model.layers.2.self_attn.o_proj.weight: A and B differ in 1 element, first at [0, 0]: " in error
 
 
 def test_the_smallest_budget_of_a_conversion_is_enough_to_verify_it(tmp_path: Path) -> None:
