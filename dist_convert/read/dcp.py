@@ -169,10 +169,9 @@ def _mapping(state: Mapping[str, Any], name: str, file: str) -> Mapping[Any, Any
 
 def _size(record: object, file: str) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
-    numbers = record.arguments[0] if isinstance(record, Inert) and len(record.arguments) == 1 else record
-    if isinstance(numbers, tuple | list) and len(numbers) <= _MOST_DIMENSIONS and all(map(_is_count, numbers)):
-        return tuple(numbers)
-    raise _damaged(file, "a torch.Size", numbers)
+    if isinstance(record, tuple) and len(record) <= _MOST_DIMENSIONS and all(map(_is_count, record)):
+        return record
+    raise _damaged(file, "a torch.Size", record)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

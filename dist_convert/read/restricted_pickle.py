@@ -70,7 +70,7 @@ INERT_GLOBALS = {
     "pathlib": "Path PosixPath PurePosixPath WindowsPath",
     "pathlib._local": "Path PosixPath PurePosixPath",
     "signal": "Signals",
-    "torch": "Generator Size Tensor device",
+    "torch": "Generator Tensor device",
     "torch._C": "Generator",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
     "torch.distributed.checkpoint.metadata": (
@@ -99,7 +99,7 @@ _MAX_ITEMS = 64
 _MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 10_000
 
 #: Besides the pickle itself, what is made from it may take so much memory. A tensor takes some eight times its bytes.
-_FREE_BYTES, _BYTES_PER_BYTE = 52 << 20, 6.5
+_FREE_BYTES, _BYTES_PER_BYTE = 52 << 20, 7
 #: Beyond so many bytes every tensor or object stands for some more; there are no checkpoints of so much else.
 _UNEXPLAINED_BYTES, _BYTES_PER_OBJECT = 64 << 20, 1024
 #: Of an object, what `getsizeof` does not count; of each item on the stack, in the memo, and of a mark.
@@ -164,6 +164,12 @@ def _rebuild_typed_tensor(
     return _rebuild_tensor(Storage(storage.key, dtype.name, storage.elements), offset, shape, strides)
 
 
+def _size(numbers: tuple[int, ...] = ()) -> tuple[int, ...]:
+    if not isinstance(numbers, tuple):
+        raise pickle.UnpicklingError("a torch.Size of what is no tuple")
+    return numbers
+
+
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
@@ -182,6 +188,7 @@ def _ordered_dict(items: Sequence[tuple[Any, Any]] = ()) -> dict[Any, Any]:
 #: What stands for the few functions and classes that matter.
 _REBUILD: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
+    "torch.Size": _size,
     "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -265,7 +272,7 @@ class _Unpickler:
         most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
         for opcode, argument, at_byte in pickletools.genops(self._data):
             if opcode.name in _VALUES:
-                self._push_new(argument, of_python=isinstance(argument, int) and -5 <= argument <= 256)
+                self._push_new(argument, is_known=isinstance(argument, int) and -5 <= argument <= 256)
             elif opcode.name == "STOP":
                 return self._stack.pop()
             else:
@@ -308,7 +315,8 @@ class _Unpickler:
             case "INST":
                 arguments = tuple(self._pop_to_mark())
                 module, _, named = argument.partition(" ")
-                self._call(_named(module, named, self._label), arguments)
+                self._push_named(module, named)
+                self._call(stack.pop(), arguments)
             case "BUILD":
                 instance, state = self._pop_last(2)
                 if isinstance(instance, Inert):
@@ -348,9 +356,9 @@ class _Unpickler:
             case _:
                 raise pickle.UnpicklingError(f"the opcode {name}")
 
-    def _push_new(self, value: Any, *, of_python: bool = False) -> None:
-        """Push what was made; Python has each of the smallest integers once."""
-        self._made_bytes += 0 if of_python else getsizeof(value) + _HEAP_BYTES
+    def _push_new(self, value: Any, *, is_known: bool = False) -> None:
+        """Push what was made, or is there already, as Python has each of the smallest integers once."""
+        self._made_bytes += 0 if is_known else getsizeof(value) + _HEAP_BYTES
         self._stack.append(value)
 
     def _pop_last(self, count: int) -> list[Any]:
@@ -385,7 +393,8 @@ class _Unpickler:
         if not isinstance(function, Inert) and function not in _REBUILD.values():
             raise pickle.UnpicklingError("a call of what is no function")
         self._objects += 1
-        self._push_new(function(*arguments))
+        made = function(*arguments)
+        self._push_new(made, is_known=any(made is argument for argument in arguments))
 
     def _fill(self, kind: type, items: list[Any]) -> None:
         """Put items into the last thing on the stack: keys and values in turn if it is a dict."""
