@@ -243,11 +243,11 @@ def _storage(saved_id: Any) -> Storage:
 
 
 #: Opcodes that push the value that follows them, decoded.
-_VALUES = (
+_VALUES = frozenset((
     "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE",
     "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES",
     "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-)  # fmt: skip
+))  # fmt: skip
 #: What opcodes make, or fill.
 _KINDS: dict[str, type] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "DICT": dict, "LIST": list, "FROZENSET": set,
@@ -269,17 +269,21 @@ class _Unpickler:
 
     def run(self) -> Any:
         """The object that is on the stack at the end."""
+        stack, marks = self._stack, self._marks
         most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
         for opcode, argument, at_byte in pickletools.genops(self._data):
-            if opcode.name in _VALUES:
+            name = opcode.name
+            if name in _VALUES:
                 self._push_new(argument, is_known=isinstance(argument, int) and -5 <= argument <= 256)
-            elif opcode.name == "STOP":
-                return self._stack.pop()
+            elif name == "BINGET" or name == "LONG_BINGET":  # half of all there are
+                stack.append(self._memo[argument])
+            elif name == "STOP":
+                return stack.pop()
             else:
-                self._do(opcode.name, argument)
-            if self._made_bytes + _STACK_BYTES * len(self._stack) + _MARK_BYTES * len(self._marks) > most_bytes:
-                raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,.0f} bytes of memory")
-            if (at_byte or 0) > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
+                self._do(name, argument)
+            if self._made_bytes + _STACK_BYTES * len(stack) + _MARK_BYTES * len(marks) > most_bytes:
+                raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,} bytes of memory")
+            if at_byte and at_byte > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
                 raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
         raise EOFError("the pickle has no end")  # as genops says, too
 
@@ -287,8 +291,6 @@ class _Unpickler:
         """Any other opcode. Those that torch.save never writes, such as references to copyreg's registry, are none."""
         stack = self._stack
         match name:
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(self._memo[argument])
             case "MEMOIZE":
                 self._put(len(self._memo))
             case "BINPUT" | "LONG_BINPUT" | "PUT":
@@ -351,6 +353,8 @@ class _Unpickler:
                 self._pop_to_mark()
             case "DUP":
                 stack.append(stack[-1])
+            case "GET":
+                stack.append(self._memo[argument])
             case "PROTO" | "FRAME":
                 pass
             case _:
