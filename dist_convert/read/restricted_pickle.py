@@ -96,7 +96,7 @@ _REFUSED_PACKAGES = {
 _MAX_ITEMS = 64
 #: Python finds numbers in a dict by their value, so that a file can choose ones that take long. Small ones cannot, and
 #: texts are found by a secret; of all others a pickle has few.
-_MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 10_000
+_MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 5_000
 
 #: Besides the pickle itself, what is made from it may take so much memory. A tensor takes some eight times its bytes.
 _FREE_BYTES, _BYTES_PER_BYTE = 52 << 20, 7

@@ -185,6 +185,11 @@ BOMBS = {
     "one list for many dicts": checkpoint(PAIRS + b"lq\x00" + ORDERED + b"q\x01](" + b"h\x01h\x00\x85R" * 10**4 + b"e"),
     "one shape for many tensors": checkpoint(MANY + b"lq\x00" + REBUILD + b"q\x01](" + TENSOR * 10**4 + b"e"),
     "billion laughs": checkpoint(LAUGHS), "list of itself": checkpoint(b"]q\x00" + b"h\x00a" * 10),
+    # Of which each byte made two hundred and more.
+    "many sets": checkpoint(b"(" + b"\x8f" * 2 * 10**6 + b"l"), "many marks": checkpoint(b"(" * 2 * 10**6),
+    "many sets of one": checkpoint(b"(" + b"\x8f(K\x01\x90" * 500_000 + b"l"),
+    "many in the memo": checkpoint(b"N\x94" * 10**6),
+    "many wide texts": checkpoint(b"\x8c\x05\xf0\x9f\x98\x80a" * 10**6),
     "many classes": checkpoint(b"]" + b"cmegatron\na\na" * 200_000),
 }  # fmt: skip
 PACKAGE = Path(dist_convert.__file__).parent

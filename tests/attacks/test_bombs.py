@@ -1,0 +1,144 @@
+"""Small or odd files that ask for much memory or time: each is one error of ours, soon and in little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_convert.__main__ import main
+from dist_convert.errors import CorruptFile
+from dist_convert.formats.huggingface.read import read_safetensors_header
+from dist_convert.read.restricted_pickle import load
+from dist_convert.read.source import read_json
+from dist_convert.read.torch_file import open_container
+from tests.checkpoints import Model
+from tests.to_megatron import make_hf
+
+MOST_SECONDS = 10.0
+
+
+def test_keys_that_are_found_by_one_number_are_few() -> None:
+    """Each of them would be compared with all before it."""
+    keys = (b"\x8a\x0c" + ((2**61 - 1) * n + 1).to_bytes(12, "little") + b"N" for n in range(5_001))
+    with pytest.raises(CorruptFile) as caught:
+        load(b"\x80\x04}(" + b"".join(keys) + b"u.", "f")
+    assert "too many dict keys" in caught.value.found
+
+
+def test_a_pickle_of_over_64_mb_holds_tensors(tmp_path: Path) -> None:
+    size_bytes = 70 << 20
+    data = b"\x80\x04]" + b"B" + struct.pack("<I", size_bytes) + bytes(size_bytes) + b"aNa."
+    with pytest.raises(CorruptFile) as caught:
+        load(data, "f")
+    assert "hold only 0 tensors or objects" in caught.value.found
+
+
+def test_a_million_records_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0) + b"a/a"
+    count = 400_000
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, count * len(entry), 0, 0)
+    (tmp_path / "file.pt").write_bytes(entry * count + end)
+    with pytest.raises(CorruptFile) as caught:
+        open_container(tmp_path / "file.pt", "f")
+    assert "a directory of 19.6 MB, not of 16.8 MB at most" in caught.value.found
+
+
+def test_a_million_empty_tensors_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+    text = b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(290_000)) + b"}"
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CorruptFile, match="damaged safetensors header") as caught:
+        read_safetensors_header(tmp_path / "file", "f")
+    assert "some 2,030,000 values, of which such files have at most 2,000,000" in caught.value.found
+
+
+JSON = {
+    "900 deep": ("[" * 900 + "]" * 900, "nested more than 100 deep"),
+    "deep in objects": ('{"a":[' * 60 + "1" + "]}" * 60, "nested more than 100 deep"),
+    "a million deep": ("[" * 10**6, "recursion"),
+    "5,000 digits": ('{"a":' + "9" * 5000 + "}", "Exceeds the limit"),
+    "three million values": ("[" + "0," * 3 * 10**6 + "0]", "some 3,000,001 values"),
+    "a list": ("[]", "list"),
+}
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_json_that_asks_for_much_is_one_error(kind: str, tmp_path: Path) -> None:
+    text, found = JSON[kind]
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(CorruptFile) as caught:
+        read_json(tmp_path / "f.json")
+    assert found in caught.value.found
+
+
+def test_a_config_of_62_mb_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_hf(tmp_path / "in", Model())
+    with (tmp_path / "in" / "config.json").open("r+b") as file:
+        file.truncate(62_000_000)
+    assert main(["inspect", str(tmp_path / "in")]) == 1
+    printed = capsys.readouterr().err
+    assert "too large for its kind" in printed
+    assert "expected: a file of at most 8 MB\n  found:    62 MB\n" in printed
+
+
+@pytest.mark.parametrize("digits", [4200, 5000])
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "rope_theta", "head_dim"])
+def test_a_config_with_a_number_of_many_digits_is_one_error(
+    key: str, digits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "in", Model())
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "NUMBER"}).replace('"NUMBER"', "9" * digits))
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "torch", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().err
+    assert "internal error" not in printed
+    assert len(printed) < 5000
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+JOB_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a device without an end": (lambda path: path.symlink_to("/dev/zero"), "a pipe, a device or the like"),
+    "a pipe that nobody writes to": (pipe, "a pipe, a device or the like"),
+    "a directory": (lambda path: path.mkdir(), "Is a directory"),
+    "too large": (lambda path: path.write_text("# a comment\n" * 10**4), "120 kB"),
+    "nested": (lambda path: path.write_text("[" * 1500), "recursion"),
+    "nested, and closed": (lambda path: path.write_text("a: " + "[" * 1500 + "]" * 1500), "recursion"),
+    "a number of 5,000 digits": (lambda path: path.write_text("tp: " + "9" * 5000), "Exceeds the limit"),
+    "a list that holds a list of lists": (
+        lambda path: path.write_text(
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+        ),
+        "a0 cannot be a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", JOB_FILES)
+def test_a_job_file_that_is_none_is_one_error(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build, found = JOB_FILES[kind]
+    build(tmp_path / "job.yaml")
+    started = time.process_time()
+    assert main(["convert", "--config", str(tmp_path / "job.yaml")]) == 2
+    assert time.process_time() - started < MOST_SECONDS
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "job.yaml") in printed
+    assert found in printed
+
+
+@pytest.mark.parametrize("flag", ["--tp", "--ranks", "--max-shard-size", "--timeout", "--iteration"])
+def test_a_number_of_5000_digits_is_no_flags_value(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "torch", flag, "9" * 5000]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "internal error" not in printed
+    assert len(printed) < 3000
