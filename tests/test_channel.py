@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from dist_convert.errors import ConversionError
 from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import named_loss
 from tests.warm import Process
 
 
@@ -51,6 +53,12 @@ def test_a_rank_that_shows_no_sign_of_life_is_named(channels: list[Channel]) -> 
     assert caught.value.found == "no sign of life from rank 2 in 0.5 s (a test)"
 
 
+def test_a_rank_without_memory_does_not_blame_another() -> None:
+    with pytest.raises(ConversionError, match="this rank has no memory left") as caught, named_loss():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "memory" in caught.value.found
+
+
 def test_a_single_rank_works_and_returns() -> None:
     worked: list[str] = []
     channel = Channel(0, 1)
@@ -62,6 +70,7 @@ def test_a_single_rank_works_and_returns() -> None:
 BUSY_RANK = """
 import time
 from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import named_loss
 from dist_convert.ranks.signals import noted
 
 with noted() as take_signal:
@@ -72,6 +81,7 @@ with noted() as take_signal:
 """
 STORE = """
 import time
+import torch
 from torch.distributed import TCPStore
 
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

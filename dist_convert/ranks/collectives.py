@@ -181,10 +181,15 @@ def named_loss() -> Iterator[None]:
     """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # of this rank's own accelerator
     except (dist.DistError, RuntimeError) as error:
-        raise lost_contact(str(error).splitlines()[0]) from error
+        found = str(error).splitlines()[0]
+        if "memory" in found and not isinstance(error, dist.DistError):  # of this rank's own, on any device
+            raise ConversionError(
+                "this rank has no memory left for what it sends or receives",
+                found=found,
+                remedy="start fewer ranks on this machine, or lower --max-memory-per-rank",
+            ) from error
+        raise lost_contact(found) from error
 
 
 def broadcast(world: World, mine: bytes, size_bytes: int, source: int = 0) -> bytes:
