@@ -250,7 +250,7 @@ _CAUSES = (MissingShard, CorruptFile, InconsistentShards, MissingArguments, Unsu
 
 
 def _without_numbers(text: str) -> str:
-    return re.sub(r"\d+", "0", text[:_LONGEST_LINE])
+    return re.sub(r"\b\d+\b", "0", text[:_LONGEST_LINE])
 
 
 def error_details(error: ConversionError) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file() -> None
 
 
 def test_origins_are_printed_one_argument_a_line() -> None:
-    lines = describe_origins(make(margs={"lr": 0.5, "model_type": "ModelType.encoder_or_decoder"})).splitlines()
+    lines = describe_origins(make(margs={"lr": 0.5, "model_type": "ModelType.encoder_or_decoder"}))
     words = [" ".join(line.split()) for line in lines]
     assert "lr 0.5 <- --source-margs-file" in words
     assert "hidden_size 64 <- config.json" in words

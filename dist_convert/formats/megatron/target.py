@@ -409,7 +409,7 @@ def notes_to_megatron(
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
     notes += _on_tracker(target) + notes_on_content(content)
     if job.verbose:
-        notes.append(describe_origins(target.args))
+        notes += describe_origins(target.args)
     return notes + _on_tokenizer(job) + _on_places(job, places, writable)
 
 

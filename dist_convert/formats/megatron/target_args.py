@@ -448,16 +448,16 @@ def target_margs_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
     return json.dumps({**args.values, **beside}, indent=2, default=str) + "\n"
 
 
-def describe_origins(args: TargetArgs) -> str:
+def describe_origins(args: TargetArgs) -> list[str]:
     """One line for each argument: its value and where that is from."""
     names = sorted(args.origins)
     width = max(map(len, names))
-    return "\n".join(
+    return [
         f"{name:{width}}  {args.values[name]!s}  <- {args.origins[name]}"
         if name in args.values
         else f"{name:{width}}  {args.origins[name]}"
         for name in names
-    )
+    ]
 
 
 def padded_vocab(vocab: int, divisible_by: int, tensor: int) -> int:
