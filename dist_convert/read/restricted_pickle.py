@@ -271,11 +271,12 @@ class _Unpickler:
         """The object that is on the stack at the end."""
         stack, marks = self._stack, self._marks
         most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
+        argument: Any  # which typeshed takes for None, too
         for opcode, argument, at_byte in pickletools.genops(self._data):
             name = opcode.name
             if name in _VALUES:
                 self._push_new(argument, is_known=isinstance(argument, int) and -5 <= argument <= 256)
-            elif name == "BINGET" or name == "LONG_BINGET":  # half of all there are
+            elif name in ("BINGET", "LONG_BINGET"):  # half of all there are
                 stack.append(self._memo[argument])
             elif name == "STOP":
                 return stack.pop()
