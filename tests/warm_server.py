@@ -1,5 +1,7 @@
 """Forks programs from a process that has imported what takes each of them seconds: `warm_server DESCRIPTOR MODULE...`.
 
+A directory among the modules is where those after it are looked for first.
+
 Every message on the socket is a command line, environment and directory as JSON, with four descriptors: standard input,
 output and error, and a pipe that gets the program's process id and, when it has ended, its exit code. A program has a
 session of its own. It ends at once, or by Python's own exit with all that takes, a third of a second. When the socket
@@ -112,7 +114,10 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in modules:
-            importlib.import_module(module)
+            if os.sep in module:
+                sys.path.insert(0, module)
+            else:
+                importlib.import_module(module)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and keep what they have locked"
     gc.freeze()
     if request := serve(socket.socket(fileno=int(descriptor))):

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,19 +34,20 @@ IMPORTED = ("torch.distributed", "megatron.core.models.gpt", "megatron.core.dist
 def ranks() -> Ranks:
     """Run one of the scripts that need megatron-core, on that many ranks."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install -e '.[test]')")
+    return partial(run_scripts, IMPORTED)
 
-    def run(script: str, ranks: int, *arguments: object) -> None:
-        program = [script, *map(str, arguments)]
-        env = environment(PYTHONPATH=os.pathsep.join((str(Path(__file__).parent), str(REPOSITORY))))
-        with ExitStack() as stack:
-            started = start_ranks(stack, [program] * ranks, [env], IMPORTED)
-            wait_as_torchrun(started)
-            ended = [rank.finish() for rank in started]
-            # Those that were told to end because another failed come last.
-            for one in sorted(ended, key=lambda one: one.returncode == -signal.SIGTERM):
-                assert one.returncode == 0, one.stderr[-4000:]
 
-    return run
+def run_scripts(imported: tuple[str, ...], script: str, ranks: int, *arguments: object) -> None:
+    """Run a script of this folder on ranks that are forked with what is imported."""
+    program = [script, *map(str, arguments)]
+    env = environment(PYTHONPATH=os.pathsep.join((str(Path(__file__).parent), str(REPOSITORY))))
+    with ExitStack() as stack:
+        started = start_ranks(stack, [program] * ranks, [env], imported)
+        wait_as_torchrun(started)
+        ended = [rank.finish() for rank in started]
+        # Those that were told to end because another failed come last.
+        for one in sorted(ended, key=lambda one: one.returncode == -signal.SIGTERM):
+            assert one.returncode == 0, one.stderr[-4000:]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +14,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.experts import GroupedMLP
 
 
 def grid(args: Namespace) -> tuple[int, int, int, int, int]:
@@ -50,7 +52,8 @@ def rank_directory() -> str:
 
 def transformer_config(args: Namespace) -> TransformerConfig:
     """The configuration that Megatron-LM derives from the arguments, in fp32 with every fusion off."""
-    return TransformerConfig(
+    config: TransformerConfig = _of_this_version(
+        TransformerConfig,
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
@@ -66,6 +69,7 @@ def transformer_config(args: Namespace) -> TransformerConfig:
         pipeline_dtype=torch.float32,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        sequence_parallel=args.num_experts is not None and args.tensor_model_parallel_size > 1,
         num_moe_experts=args.num_experts,
         moe_router_topk=getattr(args, "moe_router_topk", 2),
         moe_ffn_hidden_size=args.moe_ffn_hidden_size,
@@ -90,6 +94,19 @@ def transformer_config(args: Namespace) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    config.sequence_parallel = False  # which older versions ask for beside experts, and which changes no weight
+    return config
+
+
+def _of_this_version(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function with those of its arguments that this version of megatron-core knows."""
+    known = inspect.signature(function).parameters
+    return function(**{name: value for name, value in arguments.items() if name in known})
+
+
+def is_grouped(module: torch.nn.Module) -> bool:
+    """Whether it is the legacy GroupedMLP, which newer versions do not have."""
+    return type(module).__name__ == "GroupedMLP"
 
 
 def build_model(args: Namespace) -> list[GPTModel]:
@@ -102,7 +119,8 @@ def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTM
     """The model chunk of one virtual pipeline stage of this rank."""
     chunk = GPTModel(
         config,
-        get_gpt_layer_local_spec(
+        _of_this_version(
+            get_gpt_layer_local_spec,
             num_experts=args.num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=args.qk_layernorm,
@@ -122,7 +140,7 @@ def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTM
         vp_stage=stage if args.virtual_pipeline_model_parallel_size else None,
     ).eval()
     for module in chunk.modules():
-        if isinstance(module, GroupedMLP):  # insists on the flag, not on the dtype
+        if is_grouped(module):  # insists on the flag, not on the dtype
             module.config = copy.copy(config)
             module.config.bf16 = True
     return chunk

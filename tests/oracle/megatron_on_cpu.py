@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16 run without CUDA, Transformer Engine and compiled kernels."""
+"""Lets megatron-core 0.13 to 0.19 run without CUDA, Transformer Engine and compiled kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
+from megatron.core.transformer.moe import moe_utils
 
 
 class CpuGroupedGemm:
@@ -26,7 +26,7 @@ class CpuGroupedGemm:
         return torch.cat([block @ weight for block, weight in zip(blocks, weights, strict=True)])
 
 
-def _results_queue() -> multiprocessing.Queue:
+def _results_queue(*_: object) -> multiprocessing.Queue:
     queue = multiprocessing.get_context("fork").Queue()
     queue.get_nowait = functools.partial(queue.get, timeout=60)  # type: ignore[method-assign]
     return queue
@@ -38,7 +38,11 @@ def make_megatron_run_on_cpu() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
-    filesystem_async._get_write_results_queue = _results_queue  # not a server that takes seconds to start
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # not a server that takes seconds to start
+        setattr(filesystem_async, name, _results_queue)
     CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()  # type: ignore[method-assign]
     moe_utils.te_general_gemm = None  # 0.16.1 leaves the name undefined without Transformer Engine
-    grouped_gemm_util.grouped_gemm = grouped_gemm_util.ops = CpuGroupedGemm
+    with contextlib.suppress(ImportError):  # 0.19 has no legacy GroupedMLP
+        from megatron.core.transformer.moe import grouped_gemm_util
+
+        grouped_gemm_util.grouped_gemm = grouped_gemm_util.ops = CpuGroupedGemm

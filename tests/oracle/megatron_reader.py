@@ -5,11 +5,12 @@
 reads DIRECTORY/NAME/megatron, a checkpoint's root, and DIRECTORY/NAME/input.pt with `input_ids` and the number of
 `new_tokens` to append greedily. Writes DIRECTORY/NAME/output.pt with `problems`, which loading met on any rank, and
 without problems `input_ids` with the new tokens and the `logits` of the last forward. It knows nothing of the
-model or the grid but what the files' own `args` say.
+model or the grid but what the files' own `args` say, and what DIRECTORY/NAME/args.json says instead, if it is there.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(directory: Path, names: list[str]) -> None:
     make_megatron_run_on_cpu()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    args_of = {name: first_args(iteration_directory(directory / name / "megatron")) for name in names}
+    args_of = {name: args_to_load(directory / name) for name in names}
     initialised = None
     for name in sorted(names, key=lambda name: grid(args_of[name])):
         if grid(args_of[name]) != initialised:
@@ -38,6 +39,12 @@ def main(directory: Path, names: list[str]) -> None:
         read_checkpoint(directory / name, args_of[name])
     dist.barrier()
     dist.destroy_process_group()
+
+
+def args_to_load(directory: Path) -> Namespace:
+    """The checkpoint's args, and what is asked for instead: another grid."""
+    args, instead = first_args(iteration_directory(directory / "megatron")), directory / "args.json"
+    return Namespace(**{**vars(args), **json.loads(instead.read_text() if instead.exists() else "{}")})
 
 
 def iteration_directory(root: Path) -> Path:

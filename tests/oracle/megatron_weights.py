@@ -9,7 +9,7 @@ import torch
 from cases import OracleCase
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.experts import GroupedMLP
+from megatron_model import is_grouped
 
 PADDING_VALUE = 7.0
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -24,7 +24,7 @@ def fill_weights(model: GPTModel, case: OracleCase) -> None:
         if not name.endswith((".experts.weight1", ".experts.weight2")):
             parameter.copy_(_local_part(_global_name(model, name, case), parameter, case))
     for name, module in model.named_modules():
-        if isinstance(module, GroupedMLP):
+        if is_grouped(module):
             _fill_grouped_experts(_global_name(model, f"{name}.", case), module, case)
 
 
@@ -87,7 +87,7 @@ def _padded_vocabulary(name: str, case: OracleCase) -> torch.Tensor:
     return torch.cat([rows, PADDING_VALUE + padding])
 
 
-def _fill_grouped_experts(prefix: str, module: GroupedMLP, case: OracleCase) -> None:
+def _fill_grouped_experts(prefix: str, module: torch.nn.Module, case: OracleCase) -> None:
     """Give a GroupedMLP a SequentialMLP's numbers, in the view that its forward takes of its memory."""
     rank, size = _tensor_rank_and_size(prefix)
     up = module.weight1.view(module.num_local_experts, case.hidden, -1)

@@ -1,0 +1,133 @@
+"""Other versions of Megatron-Core, each in an environment of its own: what they save converts, and they load ours.
+
+pip fetches the versions; the scripts, and what they must show, are those of the version that is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dist_convert.__main__ import main
+from tests.oracle.cases import CASES
+from tests.oracle.conftest import IMPORTED, Ranks, kept, run_scripts
+
+VERSIONS = ("0.13.1", "0.15.3", "0.19.2")
+KNOWN = {case.name: case for case in CASES}
+KEEP = ("--target-params-dtype", "keep")
+LLAMA, TIED, MIXTRAL = "llama-tp2-pp2-vpp2", "llama-tied-tp2-pp2", "mixtral-tp2-ep2"
+
+#: What is written, and at which other grids it is loaded: tensor, pipeline, virtual, expert, expert tensor parallel.
+LOADED = {
+    LLAMA: {"as-saved": (2, 2, 2, 1, 2), "tp1": (1, 1, 1, 1, 1), "tp2-pp2": (2, 2, 1, 1, 2), "pp4": (1, 4, 1, 1, 1)},
+    TIED: {"as-saved": (2, 2, 1, 1, 2), "pp2-vpp2": (1, 2, 2, 1, 1)},
+    MIXTRAL: {"as-saved": (2, 1, 1, 2, 2), "ep4-pp2": (1, 2, 1, 4, 1), "etp1": (2, 1, 1, 2, 1)},
+}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def ranks(version: str) -> Ranks:
+    """See `conftest.ranks`, with this version."""
+
+    def install(directory: Path) -> None:
+        flags = ["--quiet", "--no-deps", "--ignore-requires-python", "--target", str(directory)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *flags, f"megatron-core=={version}"], check=True)
+
+    core = kept(f"megatron-core-{version}", "", install)
+    return partial(run_scripts, (f"{core}/", "tests.oracle.without_compilers", *IMPORTED))
+
+
+@pytest.fixture(scope="module")
+def saved(version: str, ranks: Ranks) -> Path:
+    """What this version saves, as in `conftest.oracle`."""
+    return kept(f"saved-{version}", "", lambda directory: ranks("megatron_writer", 8, directory, *LOADED))
+
+
+def _logits(hf: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(input_ids).logits
+
+
+def _names() -> Iterator[tuple[str, str]]:
+    yield from ((case, grid) for case, grids in LOADED.items() for grid in grids)
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with CASE-hf and CASE-dist, which are ours, and CASE-GRID/output.pt by this version."""
+    directory = tmp_path_factory.mktemp("loaded")
+    for case in LOADED:
+        source, hf, dist = str(saved / case / "distributed"), str(directory / f"{case}-hf"), directory / f"{case}-dist"
+        assert main(["convert", source, hf, "--to", "huggingface", *KEEP]) == 0
+        assert main(["convert", hf, str(dist), "--to", "torch_dist", *KEEP, *_flags(case)]) == 0
+    for case, grid in _names():
+        name = directory / f"{case}-{grid}"
+        name.mkdir()
+        (name / "megatron").symlink_to(directory / f"{case}-dist")
+        (name / "args.json").write_text(json.dumps(_grid_args(*LOADED[case][grid])))
+        torch.save({**torch.load(saved / case / "oracle.pt"), "new_tokens": 0}, name / "input.pt")
+    ranks("megatron_reader", 8, directory, *(f"{case}-{grid}" for case, grid in _names()))
+    return directory
+
+
+def _flags(case: str) -> list[str]:
+    tensor, pipeline, virtual, expert, _ = LOADED[case]["as-saved"]
+    sizes = {"tensor": tensor, "pipeline": pipeline, "virtual-pipeline": virtual, "expert": expert}
+    flags = [word for axis, size in sizes.items() for word in (f"--target-{axis}-parallel-size", str(size))]
+    padding = ["--make-vocab-size-divisible-by", str(KNOWN[case].make_vocab_size_divisible_by)]
+    return [*flags, *padding, "--saver-transformer-impl", "local"]
+
+
+def _grid_args(tensor: int, pipeline: int, virtual: int, expert: int, expert_tensor: int) -> dict[str, int | None]:
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": expert_tensor,
+    }
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_what_it_saves_gives_its_logits_in_transformers(case: str, saved: Path, loaded: Path) -> None:
+    expected = torch.load(saved / case / "oracle.pt")
+    logits = _logits(loaded / f"{case}-hf", expected["input_ids"])
+    torch.testing.assert_close(logits, expected["logits"][..., : KNOWN[case].vocab], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "grid"), [*_names()])
+def test_it_loads_what_we_write_strictly_at_any_grid_and_gives_the_same_logits(
+    case: str, grid: str, saved: Path, loaded: Path
+) -> None:
+    found = torch.load(loaded / f"{case}-{grid}" / "output.pt")
+    assert found["problems"] == []
+    expected = torch.load(saved / case / "oracle.pt")["logits"]
+    vocab = KNOWN[case].vocab
+    torch.testing.assert_close(found["logits"][..., :vocab], expected[..., :vocab], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "ranks_needed"), [(TIED, 4), (MIXTRAL, 4)])
+def test_the_training_that_it_brings_loads_what_we_write_and_what_it_saves_converts_to_the_same_file(
+    case: str, ranks_needed: int, version: str, loaded: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    if version != "0.19.2":
+        pytest.skip("the package of this version has no megatron/training")
+    flags = ["--moe-token-dispatcher-type", "allgather"] if case == MIXTRAL else []
+    ranks("megatron_training", ranks_needed, loaded / f"{case}-dist", tmp_path / "saved", *flags)
+    assert main(["convert", str(tmp_path / "saved"), str(tmp_path / "hf"), "--to", "huggingface", *KEEP]) == 0
+    [expected] = (loaded / f"{case}-hf").glob("*.safetensors")
+    assert (tmp_path / "hf" / expected.name).read_bytes() == expected.read_bytes()
