@@ -109,9 +109,9 @@ def is_grouped(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "GroupedMLP"
 
 
-def build_model(args: Namespace) -> list[GPTModel]:
+def build_model(args: Namespace, config: TransformerConfig | None = None) -> list[GPTModel]:
     """This rank's model chunks, one for every virtual pipeline stage."""
-    config = transformer_config(args)
+    config = config or transformer_config(args)
     return [_build_chunk(args, config, stage) for stage in range(args.virtual_pipeline_model_parallel_size or 1)]
 
 

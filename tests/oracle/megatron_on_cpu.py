@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+from typing import Any
 
 import torch
 import torch._dynamo
+import torch.overrides
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
@@ -26,6 +28,18 @@ class CpuGroupedGemm:
         return torch.cat([block @ weight for block, weight in zip(blocks, weights, strict=True)])
 
 
+class CudaIsCpu(torch.overrides.TorchFunctionMode):
+    """Within it tensors that are asked for on CUDA are made on the CPU, and those of the CPU have CUDA's types."""
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:  # the optimizer wants parameters on CUDA
+            return function(*args).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
 def _results_queue(*_: object) -> multiprocessing.Queue:
     queue = multiprocessing.get_context("fork").Queue()
     queue.get_nowait = functools.partial(queue.get, timeout=60)  # type: ignore[method-assign]
@@ -36,6 +50,7 @@ def make_megatron_run_on_cpu() -> None:
     """Replace what megatron-core takes from CUDA whatever its configuration says."""
     torch._dynamo.config.disable = True
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda *_, **__: None  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # not a server that takes seconds to start

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import typing
 from types import ModuleType
 from typing import Any
 
 import numpy
 import torch
 import torch.utils._triton
+import typing_extensions
 
 
 def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -24,6 +26,7 @@ def _stand_in(name: str, **members: Any) -> ModuleType:
 
 
 numpy.product = numpy.prod  # type: ignore[attr-defined]  # numpy 1 had it, and versions before 0.16 call it
+typing.override = typing_extensions.override  # type: ignore[attr-defined]  # Python 3.12 has it, and 0.19 asks for that
 torch.compile = _as_it_is
 torch.utils._triton.has_triton_package = lambda: False
 # From 0.17 on kernels are defined wherever Megatron-Core is imported.
