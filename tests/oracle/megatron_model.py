@@ -30,7 +30,8 @@ def grid(args: Namespace) -> tuple[int, int, int, int, int]:
 def initialise_grid(args: Namespace) -> None:
     """Make the process groups of the arguments' grid; data parallelism takes the rest of the world."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
+    _of_this_version(
+        parallel_state.initialize_model_parallel,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
@@ -98,10 +99,10 @@ def transformer_config(args: Namespace) -> TransformerConfig:
     return config
 
 
-def _of_this_version(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function with those of its arguments that this version of megatron-core knows."""
+def _of_this_version(function: Callable[..., Any], *given: Any, **arguments: Any) -> Any:
+    """Call a function with what is given, and with those of the arguments that this version of megatron-core knows."""
     known = inspect.signature(function).parameters
-    return function(**{name: value for name, value in arguments.items() if name in known})
+    return function(*given, **{name: value for name, value in arguments.items() if name in known})
 
 
 def is_grouped(module: torch.nn.Module) -> bool:
@@ -117,7 +118,8 @@ def build_model(args: Namespace, config: TransformerConfig | None = None) -> lis
 
 def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTModel:
     """The model chunk of one virtual pipeline stage of this rank."""
-    chunk = GPTModel(
+    chunk: GPTModel = _of_this_version(
+        GPTModel,
         config,
         _of_this_version(
             get_gpt_layer_local_spec,
@@ -128,8 +130,8 @@ def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTM
         ),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        pre_process=_of_this_version(parallel_state.is_pipeline_first_stage, ignore_virtual=False, vp_stage=stage),
+        post_process=_of_this_version(parallel_state.is_pipeline_last_stage, ignore_virtual=False, vp_stage=stage),
         parallel_output=False,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
@@ -138,12 +140,12 @@ def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTM
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         vp_stage=stage if args.virtual_pipeline_model_parallel_size else None,
-    ).eval()
+    )
     for module in chunk.modules():
         if is_grouped(module):  # insists on the flag, not on the dtype
             module.config = copy.copy(config)
             module.config.bf16 = True
-    return chunk
+    return chunk.eval()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 from dist_convert.errors import MissingArguments, UnknownTensor, UnsupportedModel
 from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.torch_dist.names import common_object, is_of_model, reason_to_leave
+from dist_convert.formats.torch_dist.run_config import RUN_CONFIG_FILE, args_of_run_config
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Metadata, read_metadata, read_object
 from dist_convert.read.restricted_pickle import Inert, foreign_classes, plain_dict
@@ -82,6 +83,8 @@ def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | No
 
     They are in `common.pt`, or in the object that newer versions have.
 
+    Megatron-Bridge has no args there; see `run_config.py`.
+
     Raises:
         MissingArguments: there are none.
     """
@@ -93,15 +96,21 @@ def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | No
         for key in filter(common_object, metadata.objects):
             listed = read_object(directory, metadata.objects[key])
             saved = listed[0] if isinstance(listed, list) and listed else listed
-    args = saved.get("args") if isinstance(saved, Mapping) else None
+    common: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+    args = common.get("args")
     values = args.state if isinstance(args, Inert) else args
-    if not isinstance(saved, Mapping) or not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) and (directory / RUN_CONFIG_FILE).is_file():
+        values = args_of_run_config(directory)
+    if not isinstance(values, Mapping):
+        is_nemo = (directory.parent / "context").is_dir()
         raise MissingArguments(
-            "the checkpoint has no args",
+            "a checkpoint of NeMo 2, which has no args" if is_nemo else "the checkpoint has no args",
             file=str(path),
-            expected="Megatron-LM's args, in common.pt or in an object of .metadata",
-            found=", ".join(map(str, saved))[:200] if isinstance(saved, Mapping) else "neither of them",
-            remedy="convert a checkpoint that Megatron-LM's training saved; others do not say what their model is",
+            expected=f"Megatron-LM's args, in {COMMON_FILE} or in an object of .metadata, or {RUN_CONFIG_FILE}",
+            found=", ".join(map(str, common))[:200] or "none of them",
+            remedy="export it with NeMo's llm.export_ckpt, or import it into Megatron-Bridge and save it there"
+            if is_nemo
+            else "convert a checkpoint that training saved; others do not say what their model is",
         )
-    iteration = saved.get("iteration")
+    iteration = common.get("iteration")
     return plain_dict(values), iteration if isinstance(iteration, int) else None, foreign_classes(saved)

@@ -1,0 +1,112 @@
+"""What Megatron-Bridge says of a model, as training arguments: its checkpoints have `run_config.yaml` in place of args.
+
+Its section `model` holds all fields of a TransformerConfig and of the class that builds the model, most of them under
+the names of the arguments. Classes and functions in it are texts here; nothing is imported. Source, of 0.3.1:
+https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main/src/megatron/bridge/models/gpt_provider.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CorruptFile, MissingArguments
+from dist_convert.models import FAMILIES
+from dist_convert.read.source import reading
+
+RUN_CONFIG_FILE = "run_config.yaml"
+#: Ten times what Megatron-Bridge writes, and three times as deep.
+_MOST_BYTES, _DEEPEST = 1 << 17, 20
+#: Argument -> the field that says the same.
+_RENAMED = {
+    "num_experts": "num_moe_experts",
+    "max_position_embeddings": "seq_length",
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "use_rope_scaling": "rope_scaling",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+}
+#: Fields without which a default would be guessed. All versions write every field.
+_NEEDED = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "layernorm_epsilon", "seq_length", "rotary_base", "rope_scaling", "position_embedding_type", "normalization",
+    "gated_linear_unit", "activation_func", "share_embeddings_and_output_weights", "add_bias_linear", "add_qkv_bias",
+    "num_moe_experts", "layernorm_zero_centered_gamma",
+)  # fmt: skip
+#: Arguments of the same names that no table of a family has.
+_MORE = (
+    "ffn_hidden_size", "kv_channels", "moe_ffn_hidden_size", "moe_aux_loss_coeff", "moe_router_load_balancing_type",
+    "moe_grouped_gemm", "window_size", "window_attn_skip_freq", "transformer_impl", "vocab_size", "bf16", "fp16",
+)  # fmt: skip
+
+
+def args_of_run_config(directory: Path) -> dict[str, Any]:
+    """The training arguments that say what `run_config.yaml` says; sizes are compared with the tensors' later.
+
+    Raises:
+        CorruptFile: it is no YAML, or too large, or has aliases.
+        MissingArguments: a field that decides the model is absent.
+    """
+    path = directory / RUN_CONFIG_FILE
+    model = _plain_yaml(path).get("model")
+    fields: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
+    absent = [name for name in _NEEDED if name not in fields]
+    if absent:
+        raise MissingArguments(
+            "run_config.yaml does not say what the model is",
+            file=str(path),
+            expected="the fields of a GPT model in its section model",
+            found=f"no {', '.join(absent)}",
+            remedy="convert the checkpoint with the version of Megatron-Bridge that saved it",
+        )
+    same = {key.arg for family in FAMILIES.values() for key in family.keys}
+    same |= {pin.arg for family in FAMILIES.values() for pin in family.pins}
+    args = {name: fields[name] for name in sorted({*same, *_MORE}) if name in fields}
+    args |= {name: fields[field] for name, field in _RENAMED.items() if field in fields}
+    function = fields["activation_func"]
+    is_silu = isinstance(function, Mapping) and function.get("_target_") == "torch.nn.functional.silu"
+    return args | {
+        "swiglu": is_silu and fields["gated_linear_unit"] is True,
+        "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
+        "group_query_attention": fields["num_query_groups"] is not None,
+    }
+
+
+def _plain_yaml(path: Path) -> Mapping[str, Any]:
+    """A YAML file of plain values.
+
+    Raises:
+        CorruptFile
+    """
+    import yaml  # only here: other checkpoints have none
+
+    with reading(path), path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    values: object = None
+    try:
+        found = f"{len(data)} bytes or more" if len(data) > _MOST_BYTES else _costly(data)
+        values = None if found else yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+    if isinstance(values, Mapping):
+        return values
+    raise CorruptFile(
+        "damaged run_config.yaml",
+        file=str(path),
+        expected=f"a mapping of plain values in YAML, without aliases, of at most {_MOST_BYTES} bytes",
+        found=found or type(values).__name__,
+        remedy="copy the file again from where it was saved",
+    )
+
+
+def _costly(data: bytes) -> str:
+    """What in a YAML text takes more time or memory than its size tells; "" if nothing does."""
+    import yaml
+
+    depth = 0
+    for token in yaml.scan(data):
+        depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
+        if isinstance(token, yaml.AliasToken) or depth > _DEEPEST:
+            return "an alias" if isinstance(token, yaml.AliasToken) else f"more than {_DEEPEST} levels"
+    return ""
