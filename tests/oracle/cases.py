@@ -35,7 +35,8 @@ class OracleCase:
     rotary_base: int = 10000
     use_rope_scaling: bool = False
     bf16: bool = False  # the file holds bf16; the logits are those of the same weights in fp32
-    flat_storage: bool = False  # megatron's DDP: all parameters are views of one storage
+    flat_storage: bool = False  # megatron's DDP: all parameters are views of one storage; with its optimizer
+    fully_parallel: bool = False  # --ckpt-fully-parallel-save: data parallel ranks save parts of torch_dist
     sequence_length: int = 12
 
     @property
@@ -75,7 +76,7 @@ CASES: tuple[OracleCase, ...] = (
     OracleCase("llama-tp2-pp2", tensor_parallel=2, pipeline_parallel=2),
     OracleCase("llama-tp2-pp2-flat-storage", tensor_parallel=2, pipeline_parallel=2, flat_storage=True),
     OracleCase("llama-bf16", tensor_parallel=2, pipeline_parallel=2, bf16=True),
-    OracleCase("llama-tied-tp2-pp2", tensor_parallel=2, pipeline_parallel=2, tied=True),
+    OracleCase("llama-tied-tp2-pp2", tensor_parallel=2, pipeline_parallel=2, tied=True, fully_parallel=True),
     OracleCase("llama-mha-tp2-pp2", tensor_parallel=2, pipeline_parallel=2, query_groups=8),
     OracleCase("llama-tp2", tensor_parallel=2),
     OracleCase("llama-qkv-bias-tp2", tensor_parallel=2, qkv_bias=True),
@@ -95,7 +96,14 @@ CASES: tuple[OracleCase, ...] = (
     _mixtral("mixtral-ep2", expert_parallel=2),
     _mixtral("mixtral-tp2-ep2", tensor_parallel=2, expert_parallel=2),
     _mixtral("mixtral-tp2-pp2-ep2", tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),
-    _mixtral("mixtral-tp2-ep2-etp1", tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=1),
+    _mixtral(
+        "mixtral-tp2-ep2-etp1",
+        tensor_parallel=2,
+        expert_parallel=2,
+        expert_tensor_parallel=1,
+        flat_storage=True,
+        fully_parallel=True,
+    ),
     _mixtral("mixtral-tp2-ep4-etp1", tensor_parallel=2, expert_parallel=4, expert_tensor_parallel=1, experts=8),
     _mixtral("mixtral-grouped-tp2-ep2", tensor_parallel=2, expert_parallel=2, grouped_gemm=True),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -18,12 +19,15 @@ import torch
 import torch.distributed as dist
 from cases import CASES, LOSSY_CASES, OracleCase
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.rerun_state_machine import RerunDiagnostic, RerunMode, RerunState
 from megatron_args import ITERATION, training_args
 from megatron_model import build_model, forward, grid, initialise_grid, rank_directory, sharded_models
-from megatron_on_cpu import make_megatron_run_on_cpu
+from megatron_on_cpu import CudaIsCpu, make_megatron_run_on_cpu
 from megatron_weights import fill_weights
 
 BATCH = 2
@@ -54,20 +58,24 @@ def write_case(case: OracleCase, args: Namespace, directory: Path) -> None:
         fill_weights(chunk, case)
         if case.bf16:
             chunk.bfloat16()
-    if case.flat_storage:
-        for chunk in chunks:
-            wrap_in_ddp(chunk)
-    save_checkpoint(args, chunks, directory)
-    save_distributed(args, chunks, directory / "distributed")
+    with CudaIsCpu() if case.flat_storage else nullcontext():
+        optimizer = distributed_optimizer(chunks) if case.flat_storage else None
+        save_checkpoint(args, chunks, directory)
+        save_distributed(case, args, chunks, optimizer, directory / "distributed")
     for chunk in chunks:
         chunk.float()
     save_logits(case, chunks, directory)
 
 
-def wrap_in_ddp(chunk: GPTModel) -> None:
-    """Let megatron's DDP with the distributed optimizer move the parameters into one flat storage."""
+def distributed_optimizer(chunks: list[GPTModel]) -> MegatronOptimizer:
+    """Megatron's DDP, which moves parameters into one flat storage, and the distributed optimizer with its state."""
     settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    DistributedDataParallel(chunk.config, settings, chunk)
+    models = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    settings_of_adam = OptimizerConfig(lr=3e-4, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(settings_of_adam, models, use_gloo_process_groups=False)
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        one._init_optimizer_states_with_dummy_values()
+    return optimizer
 
 
 def save_checkpoint(args: Namespace, chunks: list[GPTModel], directory: Path) -> None:
@@ -82,15 +90,25 @@ def save_checkpoint(args: Namespace, chunks: list[GPTModel], directory: Path) ->
     torch.save(checkpoint(args, chunks), path)
 
 
-def save_distributed(args: Namespace, chunks: list[GPTModel], directory: Path) -> None:
-    """Save what Megatron-LM saves as torch_dist, without an optimizer."""
+def save_distributed(
+    case: OracleCase, args: Namespace, chunks: list[GPTModel], optimizer: MegatronOptimizer | None, directory: Path
+) -> None:
+    """Save what Megatron-LM saves as torch_dist."""
     path = directory / f"iter_{ITERATION:07d}"
     if dist.get_rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     dist.barrier()
-    state = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION} | sharded_models(chunks)
-    dist_checkpointing.save(state, str(path))
+    state: dict[str, object] = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
+    state |= sharded_models(chunks)
+    if optimizer is not None:
+        how = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": False}
+        state["optimizer"] = optimizer.sharded_state_dict(sharded_models(chunks), metadata=how)
+    strategy = None
+    if case.fully_parallel:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group)
+    dist_checkpointing.save(state, str(path), strategy)
     dist.barrier()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import dist_convert
 from dist_convert.__main__ import main
 from tests.oracle.cases import CASES, LOSSY_CASES, OracleCase
 
@@ -44,6 +45,21 @@ def test_torch_dist_that_megatron_saved_becomes_the_same_files(case: OracleCase,
     assert _convert(of, oracle, tmp_path / "distributed") == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "distributed" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("case", "files", "beside"),
+    [
+        ("llama-tp2-pp2-flat-storage", 8, ["extra state (no weights)", "optimizer"]),
+        ("llama-tied-tp2-pp2", 16, ["extra state (no weights)"]),
+        ("mixtral-tp2-ep2-etp1", 16, ["extra state (no weights)", "optimizer"]),
+    ],
+)
+def test_files_of_all_data_parallel_ranks_are_read_and_the_optimizer_in_them_is_left(
+    case: str, files: int, beside: list[str], oracle: Path
+) -> None:
+    found = dist_convert.inspect(oracle / case / "distributed")
+    assert (found["files"], list(found["left_behind"])) == (files, beside)
 
 
 @pytest.mark.parametrize("case", _WITH_QK_LAYERNORM, ids=lambda case: case.name)

@@ -6,6 +6,7 @@ the checkpoint that Megatron itself wrote at a target's grid says what every one
 
 from __future__ import annotations
 
+import json
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
@@ -115,8 +116,23 @@ DISTRIBUTED = [
         ("mixtral-tp1", "mixtral-grouped-tp2-ep2"),
     )
 ]  # fmt: skip
+_GRID_ARGS = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
+)  # fmt: skip
+#: Some of those, at grids whose ranks want other boxes than the chunks that lie there.
+ELSEWHERE = {
+    replace(target, name=f"{target.name}-elsewhere"): (target, dict(zip(_GRID_ARGS, grid, strict=True)))
+    for target, grid in zip(
+        DISTRIBUTED,
+        [(1, 1, None, 1, 1), (1, 4, None, 1, 1), (2, 2, None, 1, 2), (1, 2, 2, 1, 1), (1, 2, None, 4, 1),
+         (1, 1, None, 1, 1), (2, 1, None, 2, 1)],
+        strict=True,
+    )
+}  # fmt: skip
 WRITTEN_BY_MEGATRON = [*SAME_GRID, *OTHERS, *RESHARDED]
 TARGETS = [*WRITTEN_BY_MEGATRON, *OTHER_STAGES, *OTHER_GRIDS]
+LOADED = [*TARGETS, *DISTRIBUTED, *ELSEWHERE]
 
 #: What decides which model Megatron-LM builds and what it computes (docs/formats.md). The biases of Q, K and V need no
 #: --add-qkv-bias beside --add-bias-linear; whether the model has them, loading shows.
@@ -159,10 +175,14 @@ def written(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(oracle: Path, written: Path, ranks: Ranks) -> Path:
     """The directory of `written`, with NAME/output.pt by megatron-core for every target."""
-    for target in [*TARGETS, *DISTRIBUTED]:
+    for elsewhere, (target, grid) in ELSEWHERE.items():
+        (written / elsewhere.name).mkdir()
+        (written / elsewhere.name / "megatron").symlink_to(written / target.name / "megatron")
+        (written / elsewhere.name / "args.json").write_text(json.dumps(grid))
+    for target in LOADED:
         input_ids = torch.load(oracle / target.case.name / "oracle.pt")["input_ids"]
         torch.save({"input_ids": input_ids, "new_tokens": 0}, written / target.name / "input.pt")
-    ranks("megatron_reader", 8, written, *(target.name for target in [*TARGETS, *DISTRIBUTED]))
+    ranks("megatron_reader", 8, written, *(target.name for target in LOADED))
     return written
 
 
@@ -183,7 +203,7 @@ def _weights(content: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{key}.{name}", tensor) for name, tensor in content[key].items() if "_extra_state" not in name)
 
 
-@pytest.mark.parametrize("target", [*TARGETS, *DISTRIBUTED], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", LOADED, ids=lambda target: target.name)
 def test_megatron_loads_every_rank_strictly_and_gives_the_logits_of_transformers(target: Target, loaded: Path) -> None:
     found = torch.load(loaded / target.name / "output.pt")
     assert found["problems"] == []
