@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 #: How to go on where an unfinished target is left.
@@ -251,6 +253,17 @@ _CAUSES = (MissingShard, CorruptFile, InconsistentShards, MissingArguments, Unsu
 
 def _without_numbers(text: str) -> str:
     return re.sub(r"\b\d+\b", "0", text[:_LONGEST_LINE])
+
+
+@contextmanager
+def below(directory: Path) -> Iterator[None]:
+    """Within it errors name files as they are called in a directory; they leave it with paths."""
+    try:
+        yield
+    except ConversionError as error:
+        for problem in error.problems if isinstance(error, Problems) else (error,):
+            problem.file = str(directory / problem.file) if problem.file else ""
+        raise
 
 
 def error_details(error: ConversionError) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from dist_convert.formats.torch_dist.names import KeyPiece, Keys, keys
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture
+from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import DTYPE_BYTES, Box, View, cover_fault
 
 _WHOLE = Grid()
@@ -188,6 +189,7 @@ def with_own_head(architecture: Architecture, args: Mapping[str, Any], stored: M
     raise InconsistentShards(
         "a head of its own beside args that tie it to the embedding",
         tensor=head,
+        file=stored[head].chunks[0].file,
         expected="no head, or untie_embeddings_and_output_weights in the args",
         found="untie_embeddings_and_output_weights false",
         remedy="the checkpoint is of another model than its args; find out which is right, and save it anew",
@@ -267,7 +269,7 @@ def _stored_piece(
     fault = cover_fault(boxes, rows, columns)
     if fault is not None:
         name = chunk_name(tensor.key, piece.index)
-        raise PlanError("the chunks do not make up a tensor exactly", tensor=name, found=fault)
+        raise PlanError("the chunks do not make up a tensor exactly", tensor=name, file=METADATA_FILE, found=fault)
 
 
 def chunk_name(key: str, offsets: Sequence[int]) -> str:

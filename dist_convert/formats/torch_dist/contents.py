@@ -55,9 +55,16 @@ def read_contents(directory: Path) -> dict[str, Any]:
         reason = reason or f"object {key}"
         counts[reason] += 1
         sizes_bytes[reason] += blob.size_bytes
-    args, iteration, classes = _args(directory, metadata)
+    args_file, args, iteration, classes = _args(directory, metadata)
     beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts) if reason != "args"]
-    return {"tensors": tensors, "beside": beside, "args": args, "iteration": iteration, "foreign_classes": classes}
+    return {
+        "tensors": tensors,
+        "beside": beside,
+        "args": args,
+        "args_file": args_file,
+        "iteration": iteration,
+        "foreign_classes": classes,
+    }
 
 
 def _check_kind(directory: Path) -> None:
@@ -78,21 +85,23 @@ def _check_kind(directory: Path) -> None:
         )
 
 
-def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | None, list[str]]:
-    """The training arguments, the iteration, and foreign classes beside them.
+def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int | None, list[str]]:
+    """Which file has the training arguments, these, the iteration, and foreign classes beside them.
 
     They are in `common.pt`, or in the object that newer versions have.
 
-    Megatron-Bridge has no args there; see `run_config.py`.
+    They are in `common.pt`, or in an object that newer versions have instead. Megatron-Bridge has no args there; see
+    `run_config.py`.
 
     Raises:
         MissingArguments: there are none.
     """
-    path = directory / COMMON_FILE
+    path, args_file = directory / COMMON_FILE, COMMON_FILE
     saved: object = None
     if path.is_file():
         saved = open_saved(path, str(path))[1]
     else:
+        args_file = METADATA_FILE
         for key in filter(common_object, metadata.objects):
             listed = read_object(directory, metadata.objects[key])
             saved = listed[0] if isinstance(listed, list) and listed else listed
@@ -100,7 +109,7 @@ def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | No
     args = common.get("args")
     values = args.state if isinstance(args, Inert) else args
     if not isinstance(values, Mapping) and (directory / RUN_CONFIG_FILE).is_file():
-        values = args_of_run_config(directory)
+        args_file, values = RUN_CONFIG_FILE, args_of_run_config(directory)
     if not isinstance(values, Mapping):
         is_nemo = (directory.parent / "context").is_dir()
         raise MissingArguments(
@@ -113,4 +122,5 @@ def _args(directory: Path, metadata: Metadata) -> tuple[dict[str, Any], int | No
             else "convert a checkpoint that training saved; others do not say what their model is",
         )
     iteration = common.get("iteration")
-    return plain_dict(values), iteration if isinstance(iteration, int) else None, foreign_classes(saved)
+    iteration = iteration if isinstance(iteration, int) else None
+    return args_file, plain_dict(values), iteration, foreign_classes(saved)

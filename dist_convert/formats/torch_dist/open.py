@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard
+from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard, below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.iterations import notes_on_iteration
 from dist_convert.formats.megatron.said import Said, said_of
@@ -24,7 +24,7 @@ from dist_convert.formats.torch_dist.catalog import (
     stored_args,
     with_own_head,
 )
-from dist_convert.formats.torch_dist.contents import COMMON_FILE, read_contents
+from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models.catalog import LeftBehind, Where
 from dist_convert.options import TORCH_DIST
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
@@ -43,6 +43,7 @@ class DistModel:
         found: its files that hold weights.
         stored: the tensors of the model, by their keys.
         said: the training arguments, and what is known beside.
+        args_file: that holds them, in the directory.
         iteration: training step, or None.
         tokenizer: the one that the args or the user name, as rank 0 sees it.
         vocab: tokens without padding; None where nobody says.
@@ -54,6 +55,7 @@ class DistModel:
     found: Discovery
     stored: Mapping[str, Stored]
     said: Said
+    args_file: str
     iteration: int | None
     tokenizer: Tokenizer
     vocab: int | None
@@ -76,11 +78,12 @@ class DistModel:
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[DistCatalog, LeftBehind]:
         """See `Model`; a tied embedding is stored once."""
-        padded = self.said.architecture(vocab=None, file=COMMON_FILE).padded_vocab
-        size = min(self.vocab or vocab or padded, padded)
-        architecture = self.said.architecture(vocab=size, file=COMMON_FILE)
-        architecture = with_own_head(architecture, self.args, self.stored)
-        return open_catalog(self.stored, architecture, self.args, METADATA_FILE), self.beside
+        with below(self.directory):
+            padded = self.said.architecture(vocab=None, file=self.args_file).padded_vocab
+            size = min(self.vocab or vocab or padded, padded)
+            architecture = self.said.architecture(vocab=size, file=self.args_file)
+            architecture = with_own_head(architecture, self.args, self.stored)
+            return open_catalog(self.stored, architecture, self.args, METADATA_FILE), self.beside
 
 
 def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
@@ -96,6 +99,7 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     """
     said = _shared_metadata(directory, world)
     args: dict[str, Any] = said["args"]
+    args_file: str = said["args_file"]
     tensors = {key: _saved(saved) for key, saved in said["tensors"].items()}
     refuse_foreign_tensors({METADATA_FILE: tensors}, directory)
     chunks_of: dict[str, list[tuple[str, str, Chunk]]] = {}
@@ -121,13 +125,14 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
         )
     stored = _stored(tensors, found)
-    known = said_of(where, stored_args(args, stored), COMMON_FILE)
-    padded = known.architecture(vocab=None, file=COMMON_FILE).padded_vocab
-    tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=COMMON_FILE)
+    with below(directory):
+        known = said_of(where, stored_args(args, stored), args_file)
+        padded = known.architecture(vocab=None, file=args_file).padded_vocab
+    tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=args_file)
     beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
     classes = notes_on_classes(said["foreign_classes"])
     notes = (*notes_on_iteration(directory, said["iteration"]), *classes, *known.notes)
-    return DistModel(directory, found, stored, known, said["iteration"], tokenizer, vocab, beside, notes)
+    return DistModel(directory, found, stored, known, args_file, said["iteration"], tokenizer, vocab, beside, notes)
 
 
 #: dtype, shape and chunks of a tensor.

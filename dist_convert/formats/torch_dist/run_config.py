@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments
-from dist_convert.models import FAMILIES
 from dist_convert.read.source import reading
 
 RUN_CONFIG_FILE = "run_config.yaml"
@@ -33,11 +32,6 @@ _NEEDED = (
     "layernorm_epsilon", "seq_length", "rotary_base", "rope_scaling", "position_embedding_type", "normalization",
     "gated_linear_unit", "activation_func", "share_embeddings_and_output_weights", "add_bias_linear", "add_qkv_bias",
     "num_moe_experts", "layernorm_zero_centered_gamma",
-)  # fmt: skip
-#: Arguments of the same names that no table of a family has.
-_MORE = (
-    "ffn_hidden_size", "kv_channels", "moe_ffn_hidden_size", "moe_aux_loss_coeff", "moe_router_load_balancing_type",
-    "moe_grouped_gemm", "window_size", "window_attn_skip_freq", "transformer_impl", "vocab_size", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -60,9 +54,8 @@ def args_of_run_config(directory: Path) -> dict[str, Any]:
             found=f"no {', '.join(absent)}",
             remedy="convert the checkpoint with the version of Megatron-Bridge that saved it",
         )
-    same = {key.arg for family in FAMILIES.values() for key in family.keys}
-    same |= {pin.arg for family in FAMILIES.values() for pin in family.pins}
-    args = {name: fields[name] for name in sorted({*same, *_MORE}) if name in fields}
+    # All of them: whatever decides what a model computes is then compared with what its family can be.
+    args = {name: value for name, value in fields.items() if not isinstance(value, Mapping)}
     args |= {name: fields[field] for name, field in _RENAMED.items() if field in fields}
     function = fields["activation_func"]
     is_silu = isinstance(function, Mapping) and function.get("_target_") == "torch.nn.functional.silu"
