@@ -34,6 +34,7 @@ from dist_convert.formats.huggingface.read import read_index_file, read_safetens
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
+from dist_convert.formats.torch_dist.run_config import args_of_run_config
 from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
@@ -113,6 +114,7 @@ def _make_files(directory: Path) -> None:
     make_distributed(directory / "distributed", Model(layers=1, experts=2), keys="layers")
     for name in (".metadata", "__0_0.distcp"):
         shutil.copyfile(directory / "distributed/iter_0000004" / name, directory / name)
+    shutil.copyfile(Path(__file__).parents[1] / "torch_dist/run_config.yaml", directory / "run_config.yaml")
     (directory / "config.json").write_text(config_of(Model(experts=2)).to_json_string())
     (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
 
@@ -131,6 +133,12 @@ def targets(directory: Path) -> list[Target]:
         ),
         ".metadata": ((with_other_bytes, with_other_instructions, with_other_instructions), read_metadata),
         "__0_0.distcp": ((with_other_bytes,), partial(_read_blobs, chunks)),
+        "run_config.yaml": (
+            (with_other_bytes,),
+            lambda path: architecture_from_args(
+                {**args_of_run_config(path.parent), "padded_vocab_size": 256}, vocab=None, file=path.name
+            ),
+        ),
         "model.safetensors": (
             (with_other_bytes, with_other_header, with_other_header),
             lambda path: read_safetensors_header(path, path.name),

@@ -188,6 +188,7 @@ def test_args_of_another_model_are_named_once_for_each_tensor(
     error = capsys.readouterr().err
     assert "6 problems found" in error
     assert error.count("[3, 32, 16] from the args") == 1
+    assert f"file:     {tmp_path / DIRECTORY / '__0_0.distcp'}\n" in error
 
 
 def test_args_that_changed_after_a_conversion_was_stopped_are_refused(

@@ -95,20 +95,27 @@ def test_torch_finds_the_tensors_and_the_boxes_that_training_saves(
         assert chunks_of(tmp_path / "dist") == chunks_of(tmp_path / "training")
 
 
+FUSED, UNFUSED = "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+
+
 @pytest.mark.parametrize(
-    ("impl", "key"),
+    ("model", "impl", "keys"),
     [
-        ("local", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
-        ("transformer_engine", "decoder.layers.pre_mlp_layernorm.weight"),
+        (LLAMA, "local", [FUSED, "mlp.linear_fc1.layer_norm_weight"]),
+        (LLAMA, "transformer_engine", [FUSED, "mlp.linear_fc1.layer_norm_weight"]),
+        (LLAMA, "habana", [UNFUSED, "pre_mlp_layernorm.weight"]),
+        (MIXTRAL, "local", [FUSED, "mlp.linear_fc1.layer_norm_weight"]),
+        (MIXTRAL, "transformer_engine", [FUSED, "pre_mlp_layernorm.weight"]),
+        (MIXTRAL, "habana", [UNFUSED, "pre_mlp_layernorm.weight"]),
     ],
 )
-def test_the_norm_of_experts_has_the_key_of_its_module(impl: str, key: str, tmp_path: Path) -> None:
-    make_hf(tmp_path / "hf", MIXTRAL)
-    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), "--saver-transformer-impl", impl) == 0
-    keys = metadata_of(tmp_path / "dist").state_dict_metadata
-    assert [name for name in keys if "norm" in name and "layers" in name and "_extra_state" not in name] == [
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight", key,
-    ]  # fmt: skip
+def test_norms_have_the_keys_of_their_modules(model: Model, impl: str, keys: list[str], tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", model)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), "--saver-transformer-impl", impl, "--verify") == 0
+    saved = metadata_of(tmp_path / "dist").state_dict_metadata
+    assert [name for name in saved if "norm" in name and "layers" in name and "_extra_state" not in name] == [
+        f"decoder.layers.{key}" for key in keys
+    ]
 
 
 def test_there_is_a_file_for_each_model_parallel_rank_and_the_args_say_the_format(tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ def target_key(row: Row, layer: int | None, expert: int | None, *, norms: str, i
         norms: spelling of the target's norms, see `TargetDialect`.
         is_mixed: whether some layers have experts and others do not: their numbers are then in the keys.
     """
-    # The local modules save their norms under the fused names, too.
-    local = "" if norms == "transformer_engine" else row.local_key
-    template = (row.transformer_engine or local or row.megatron).replace(_EXPERT, _EXPERTS)
+    # The local modules save their norms under the fused names, too; Habana's Intel TE under their own.
+    named = {"transformer_engine": row.transformer_engine, "local": row.transformer_engine or row.local_key}
+    template = (named.get(norms) or row.megatron).replace(_EXPERT, _EXPERTS)
     experts = () if expert is None else (expert,)
     if layer is None or is_mixed:
         return KeyPiece(template.format(layer=layer), experts)
