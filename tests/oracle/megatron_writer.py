@@ -71,7 +71,8 @@ def distributed_optimizer(chunks: list[GPTModel]) -> MegatronOptimizer:
     """Megatron's DDP, which moves parameters into one flat storage, and the distributed optimizer with its state."""
     settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
     models = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
-    settings_of_adam = OptimizerConfig(lr=3e-4, use_distributed_optimizer=True)
+    # Making its state is a step, which must change no weight.
+    settings_of_adam = OptimizerConfig(lr=3e-4, weight_decay=0.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings_of_adam, models, use_gloo_process_groups=False)
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         one._init_optimizer_states_with_dummy_values()

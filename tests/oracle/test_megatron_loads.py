@@ -118,11 +118,12 @@ DISTRIBUTED = [
 ]  # fmt: skip
 _GRID_ARGS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
 )  # fmt: skip
-#: Some of those, at grids whose ranks want other boxes than the chunks that lie there.
+#: Those, at grids whose ranks want other boxes than the chunks that lie there.
 ELSEWHERE = {
-    replace(target, name=f"{target.name}-elsewhere"): (target, dict(zip(_GRID_ARGS, grid, strict=True)))
+    replace(target, name=f"{target.name}-elsewhere"): (target, dict(zip(_GRID_ARGS, (*grid, None, None), strict=True)))
     for target, grid in zip(
         DISTRIBUTED,
         [(1, 1, None, 1, 1), (1, 4, None, 1, 1), (2, 2, None, 1, 2), (1, 2, 2, 1, 1), (1, 2, None, 4, 1),
