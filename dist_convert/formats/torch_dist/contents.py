@@ -88,8 +88,6 @@ def _check_kind(directory: Path) -> None:
 def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int | None, list[str]]:
     """Which file has the training arguments, these, the iteration, and foreign classes beside them.
 
-    They are in `common.pt`, or in the object that newer versions have.
-
     They are in `common.pt`, or in an object that newer versions have instead. Megatron-Bridge has no args there; see
     `run_config.py`.
 
