@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.read.buffers import Buffer
@@ -181,7 +181,7 @@ class FileReader:
         left_bytes = start + size_bytes - offset_bytes - len(window)
         if left_bytes < 0:
             return
-        checksum = zlib.crc32(window, checksum)
+        checksum = isal_zlib.crc32(window, checksum)
         if left_bytes:
             self._unfinished[view.file, offset_bytes + len(window)] = start, checksum
         elif checksum != expected:
