@@ -150,17 +150,18 @@ SHARED_EXPERTS = (
 )
 
 
-def basic_keys(
-    *, vocab: int, hidden: int, ffn: int, layers: int, heads: int, positions: int, epsilon: float, theta: float
-) -> tuple[Key, ...]:
-    """The facts that all families have but those of their attention, with the defaults of its class in transformers."""
+def basic_keys(*, epsilon: float, theta: float) -> tuple[Key, ...]:
+    """The facts that all families have but those of their attention, with the defaults of its class in transformers.
+
+    Sizes have none: every config.json says them.
+    """
     return (
-        Key("vocab", "vocab_size", "vocab_size", default=vocab),
-        Key("hidden", "hidden_size", "hidden_size", default=hidden),
-        Key("ffn", "intermediate_size", "ffn_hidden_size", default=ffn),
-        Key("layers", "num_hidden_layers", "num_layers", default=layers, most=MOST_LAYERS),
-        Key("heads", "num_attention_heads", "num_attention_heads", default=heads),
-        Key("max_positions", "max_position_embeddings", "max_position_embeddings", default=positions),
+        Key("vocab", "vocab_size", "vocab_size"),
+        Key("hidden", "hidden_size", "hidden_size"),
+        Key("ffn", "intermediate_size", "ffn_hidden_size"),
+        Key("layers", "num_hidden_layers", "num_layers", most=MOST_LAYERS),
+        Key("heads", "num_attention_heads", "num_attention_heads"),
+        Key("max_positions", "max_position_embeddings", "max_position_embeddings"),
         Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
         Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
         Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite"),
@@ -197,33 +198,9 @@ def shared_keys(*, shared: int, scale: float) -> tuple[Key, ...]:
     )
 
 
-def dense_keys(
-    *,
-    vocab: int,
-    hidden: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    query_groups: int | None,
-    head_dim: int | None,
-    positions: int,
-    epsilon: float,
-    theta: float,
-) -> tuple[Key, ...]:
+def dense_keys(*, query_groups: int | None, head_dim: int | None, epsilon: float, theta: float) -> tuple[Key, ...]:
     """Those of families with grouped queries."""
-    first, last = (
-        basic_keys(
-            vocab=vocab,
-            hidden=hidden,
-            ffn=ffn,
-            layers=layers,
-            heads=heads,
-            positions=positions,
-            epsilon=epsilon,
-            theta=theta,
-        )[part]
-        for part in (slice(5), slice(5, None))
-    )
+    first, last = (basic_keys(epsilon=epsilon, theta=theta)[part] for part in (slice(5), slice(5, None)))
     return (
         *first,
         Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),

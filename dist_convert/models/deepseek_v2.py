@@ -20,16 +20,7 @@ DEEPSEEK_V2 = Family(
     hf_class="DeepseekV2ForCausalLM",
     # The defaults of DeepseekV2Config in transformers 5.24.
     keys=(
-        *basic_keys(
-            vocab=32000,
-            hidden=4096,
-            ffn=11008,
-            layers=32,
-            heads=32,
-            positions=2048,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *basic_keys(epsilon=1e-6, theta=10000.0),
         *LATENT_KEYS,
         Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1407),
         Key("experts", "n_routed_experts", "num_experts", default=64, most=MOST_EXPERTS),

@@ -81,16 +81,7 @@ DEEPSEEK_V3 = Family(
     hf_class="DeepseekV3ForCausalLM",
     # The defaults of DeepseekV3Config in transformers 5.24.
     keys=(
-        *basic_keys(
-            vocab=129280,
-            hidden=7168,
-            ffn=18432,
-            layers=61,
-            heads=128,
-            positions=4096,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *basic_keys(epsilon=1e-6, theta=10000.0),
         *LATENT_KEYS,
         Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=2048),
         Key("experts", "n_routed_experts", "num_experts", default=256, most=MOST_EXPERTS),

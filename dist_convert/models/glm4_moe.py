@@ -25,18 +25,7 @@ GLM4_MOE = Family(
     hf_class="Glm4MoeForCausalLM",
     # The defaults of Glm4MoeConfig in transformers 5.24.
     keys=(
-        *dense_keys(
-            vocab=151552,
-            hidden=4096,
-            ffn=10944,
-            layers=46,
-            heads=96,
-            query_groups=8,
-            head_dim=None,
-            positions=131072,
-            epsilon=1e-5,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=10000.0),
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
         Key("qk_norm", "use_qk_norm", "qk_layernorm", "flag"),
         Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1408),

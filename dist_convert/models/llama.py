@@ -20,18 +20,7 @@ LLAMA = Family(
     hf_class="LlamaForCausalLM",
     # The defaults of LlamaConfig are alike in transformers 4.49 and 5.23.
     keys=(
-        *dense_keys(
-            vocab=32000,
-            hidden=4096,
-            ffn=11008,
-            layers=32,
-            heads=32,
-            query_groups=None,
-            head_dim=None,
-            positions=2048,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=None, head_dim=None, epsilon=1e-6, theta=10000.0),
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
         Key("linear_bias", "mlp_bias", "add_bias_linear", "flag"),
     ),

@@ -17,18 +17,7 @@ MISTRAL = Family(
     hf_class="MistralForCausalLM",
     # The defaults of MistralConfig are alike in transformers 4.49 and 5.24.
     keys=(
-        *dense_keys(
-            vocab=32000,
-            hidden=4096,
-            ffn=14336,
-            layers=32,
-            heads=32,
-            query_groups=8,
-            head_dim=None,
-            positions=131072,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=8, head_dim=None, epsilon=1e-6, theta=10000.0),
         Key("sliding_window", "sliding_window", "window_size", default=4096, codec="window"),
     ),
     pins=(),

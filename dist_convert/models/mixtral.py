@@ -24,18 +24,7 @@ MIXTRAL = Family(
     hf_class="MixtralForCausalLM",
     # The defaults of MixtralConfig are alike in transformers 4.49 and 5.23.
     keys=(
-        *dense_keys(
-            vocab=32000,
-            hidden=4096,
-            ffn=14336,
-            layers=32,
-            heads=32,
-            query_groups=8,
-            head_dim=None,
-            positions=131072,
-            epsilon=1e-5,
-            theta=1000000.0,
-        ),
+        *dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=1000000.0),
         Key("experts", "num_local_experts", "num_experts", default=8, most=MOST_EXPERTS),
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=2, arg_default=2),
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),

@@ -29,18 +29,7 @@ QWEN2_MOE = Family(
     hf_class="Qwen2MoeForCausalLM",
     # The defaults of its class are alike in transformers 4.49 and 5.24.
     keys=(
-        *dense_keys(
-            vocab=151936,
-            hidden=2048,
-            ffn=5632,
-            layers=24,
-            heads=16,
-            query_groups=16,
-            head_dim=None,
-            positions=32768,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=16, head_dim=None, epsilon=1e-6, theta=10000.0),
         *expert_keys(experts=60, per_token=4, ffn=1408, aux_loss=0.001),
         Key("shared_ffn", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=5632),
         Key("shared_gate", "", "moe_shared_expert_gate", "flag", default=True),

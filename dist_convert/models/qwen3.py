@@ -20,18 +20,7 @@ QWEN3 = Family(
     hf_class="Qwen3ForCausalLM",
     # The defaults of its class are alike in transformers 4.51 and 5.24.
     keys=(
-        *dense_keys(
-            vocab=151936,
-            hidden=4096,
-            ffn=22016,
-            layers=32,
-            heads=32,
-            query_groups=32,
-            head_dim=128,
-            positions=32768,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=32, head_dim=128, epsilon=1e-6, theta=10000.0),
         QK_NORM_KEY,
     ),
     pins=(),

@@ -25,18 +25,7 @@ QWEN3_MOE = Family(
     hf_class="Qwen3MoeForCausalLM",
     # The defaults of its class are alike in transformers 4.51 and 5.24.
     keys=(
-        *dense_keys(
-            vocab=151936,
-            hidden=2048,
-            ffn=6144,
-            layers=24,
-            heads=32,
-            query_groups=4,
-            head_dim=None,
-            positions=32768,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=4, head_dim=None, epsilon=1e-6, theta=10000.0),
         *expert_keys(experts=128, per_token=8, ffn=768, aux_loss=0.001),
         *SPARSE_KEYS,
         QK_NORM_KEY,

@@ -18,18 +18,7 @@ SEED_OSS = Family(
     hf_class="SeedOssForCausalLM",
     # The defaults of SeedOssConfig in transformers 5.24.
     keys=(
-        *dense_keys(
-            vocab=155136,
-            hidden=4096,
-            ffn=27648,
-            layers=64,
-            heads=80,
-            query_groups=8,
-            head_dim=128,
-            positions=524288,
-            epsilon=1e-6,
-            theta=10000.0,
-        ),
+        *dense_keys(query_groups=8, head_dim=128, epsilon=1e-6, theta=10000.0),
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag", default=True),
     ),
     pins=(),

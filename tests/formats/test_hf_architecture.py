@@ -111,6 +111,19 @@ def test_a_key_of_mixtral_decides_its_field(keys: dict[str, Any], field: str, va
     assert getattr(read(MIXTRAL | keys), field) == value
 
 
+#: What every config.json says.
+SIZES = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_is_absent_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name} is no size"):
+        read(changed(LLAMA, (name,)))
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -130,6 +143,7 @@ def test_keys_that_are_absent_have_the_values_that_transformers_gives_them(name:
     transformers = pytest.importorskip("transformers")
     if "rope_parameters" in keys and transformers.__version__.startswith("4"):
         pytest.skip("transformers 4 does not read rope_parameters")
+    keys = SIZES | keys
     filled = getattr(transformers, f"{name}Config").from_dict(json.loads(json.dumps(keys)))
     found = read({"model_type": name.lower(), **keys})
     rope = getattr(filled, "rope_parameters", None) or {"rope_theta": getattr(filled, "rope_theta", None)}
@@ -275,4 +289,3 @@ def test_all_reasons_are_reported_together() -> None:
 
 def test_the_vocabulary_can_be_read_before_its_padding_is_known() -> None:
     assert config_vocab(LLAMA) == 128256
-    assert config_vocab({"model_type": "mixtral"}) == 32000
