@@ -148,3 +148,21 @@ def test_sizes_that_agree_are_no_warning(tmp_path: Path, capsys: pytest.CaptureF
     tokenizer = tokenizer_of(tmp_path / "tokenizer", 29)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(tokenizer)) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [16, 64, None])
+def test_the_embedding_is_believed_over_the_padded_size_that_args_say(
+    said: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER, padded_vocab_size=said)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert rows_of(tmp_path / "out") == (29, 29, 29)
+    warning = f"warning: the args say padded_vocab_size {said}, the embedding has 32 rows, which count\n"
+    assert (warning in capsys.readouterr().err) is (said is not None)
+
+
+@pytest.mark.parametrize(("tokenizer_type", "rows"), [("NullTokenizer", 30), ("HuggingFaceTokenizer", 29)])
+def test_a_null_tokenizer_has_an_end_of_text_behind_its_ids(tokenizer_type: str, rows: int, tmp_path: Path) -> None:
+    make(tmp_path / "in", LAYER, tokenizer_type=tokenizer_type)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert rows_of(tmp_path / "out") == (rows, rows, rows)

@@ -83,7 +83,6 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
     "10000 layers of 10000 experts": (args(num_layers=10_000, num_experts=10_000), "impossible sizes"),
     "10^18 experts": (args(num_experts=ABSURD), "num_experts"),
     "a width of 10^30": (args(hidden_size=10**30), "hidden_size"),
-    "a vocabulary of 10^18": (args(padded_vocab_size=ABSURD), ""),
     "a tracker of a gigabyte": (
         lambda source: os.truncate(source / "latest_checkpointed_iteration.txt", 1 << 30), "names no iteration"),
     "a tracker that leads out": (

@@ -28,7 +28,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("rotary_seq_len_interpolation_factor", 4),
     ("normalization", "LayerNorm"),
     ("swiglu", False),
-    ("multi_latent_attention", True),
     ("mtp_num_layers", 1),
     ("qk_l2_norm", True),
     ("no_rope_freq", [0, 1]),
@@ -72,7 +71,10 @@ HARMLESS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("model", "name", "value"),
-    [*((LLAMA, *pair) for pair in REFUSED), *((MIXTRAL, *pair) for pair in [*REFUSED, *REFUSED_OF_EXPERTS])],
+    [
+        *((LLAMA, *pair) for pair in [*REFUSED, ("multi_latent_attention", True)]),
+        *((MIXTRAL, *pair) for pair in [*REFUSED, *REFUSED_OF_EXPERTS]),
+    ],
     ids=lambda value: ("mixtral" if value.experts else "llama") if isinstance(value, Model) else str(value),
 )
 def test_an_argument_without_a_place_in_the_family_is_refused_by_name(
@@ -162,9 +164,7 @@ def test_a_rope_theta_that_an_importer_lost_is_taken_from_the_flag(
     assert "warning: rotary_base is 10000 in the args, 500000.0 is taken as you say" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size"]
-)
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"])
 def test_an_absent_argument_that_decides_the_model_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

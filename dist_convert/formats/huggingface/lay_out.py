@@ -98,7 +98,7 @@ def _layout(
     directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
     theirs = published(config, directory) if world.rank == 0 else {}
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
-    return target, _notes(target)
+    return target, [*model.notes, *_notes(target)]
 
 
 def _notes_on_places(

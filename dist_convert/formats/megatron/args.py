@@ -211,9 +211,12 @@ def true_vocab(
     Raises:
         UnsupportedModel: a true size above the padded one; UsageError where the flag says so.
     """
+    said = args.get("vocab_size")
+    if said and said < padded and args.get("tokenizer_type") == "NullTokenizer":
+        said += 1  # which has an end of text behind them
     claims: tuple[tuple[int | None, str], ...] = (
         (flag, "--true-vocab-size"),
-        (args.get("vocab_size"), "args"),
+        (said, "args"),
         (tokenizer, "tokenizer"),
     )
     size, who = next((size, who) for size, who in (*claims, (padded, "padded size")) if size)

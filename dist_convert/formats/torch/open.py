@@ -11,6 +11,7 @@ from typing import Any
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
+from dist_convert.formats.megatron.names import TIED, normalise
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -92,6 +93,20 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
+def with_stored_rows(args: Mapping[str, Any], shards: Mapping[str, Shard]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The args with the padded size of the vocabulary that the embedding has, and a warning where they said another."""
+    chunks = (chunk for shard in shards.values() for chunk in shard.chunks)
+    found = (tensor for chunk in chunks for name, tensor in chunk.items() if normalise(name) in TIED and tensor.shape)
+    tensor, tensor_parallel = next(found, None), args.get("tensor_model_parallel_size") or 1
+    if tensor is None or type(tensor_parallel) is not int:
+        return args, ()
+    rows, said = tensor.shape[0] * tensor_parallel, args.get("padded_vocab_size")
+    if said == rows:
+        return args, ()
+    warning = f"warning: the args say padded_vocab_size {said}, the embedding has {rows} rows, which count"
+    return {**args, "padded_vocab_size": rows}, (warning,) if said else ()
+
+
 def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
     """The files of an iteration and their headers, each read by one rank that sees it.
 
@@ -132,7 +147,8 @@ def open_torch(
     stored = [tensor for shard in shards.values() for chunk in shard.chunks for tensor in chunk.values()]
     found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
     file = min(shards)
-    said = said_of(where, shards[file].args, file)
+    args, on_rows = with_stored_rows(shards[file].args, shards)
+    said = said_of(where, args, file)
     padded = said.architecture(vocab=None, file=file).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
     beside = _beside(world, directory, found.headers_of[world.rank])
@@ -147,7 +163,7 @@ def open_torch(
         vocab,
         where.habana_imported_experts,
         beside,
-        notes=(*notes, *said.notes),
+        notes=(*on_rows, *notes),
     )
 
 

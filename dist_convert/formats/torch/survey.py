@@ -38,9 +38,10 @@ from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture, Row, part_shape
 from dist_convert.records import StoredTensor, TargetFile, local_name, names
 
-#: Args that must be the same in every shard besides those of the families; they decide where bytes go.
+#: Args that must be the same in every shard besides those of the families; they decide where bytes go. The padded
+#: vocabulary is not among them: the embedding tells its rows, and Habana's importer writes others on other stages.
 _SAME_IN_ALL = (
-    "padded_vocab_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "params_dtype", "use_rope_scaling", "apply_layernorm_1p", "group_query_attention",
     "moe_ffn_hidden_size",
 )  # fmt: skip
