@@ -131,6 +131,9 @@ class Options:
         "path or hub id (org/name) that the target's args name", to=MEGATRON, shown="the model's own", metavar="PATH"
     )
     tokenizer_type: str | None = _source("Megatron's name for the kind of tokenizer", to=MEGATRON, shown="by the model")
+    drop_mtp: bool = _source(
+        "leave out the layers of multi-token prediction; without it a model that has them is refused", False
+    )
     like: Path | None = _of_megatron(
         "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",
         shown="what the args tell",

@@ -54,7 +54,7 @@ def open_settled(where: Where, world: World) -> Model:
 def _open(where: Where, world: World) -> Model:
     refuse_foreign(where.path)
     if any(gather_objects(world, is_huggingface(where.path))):
-        return open_huggingface(where.path, world)
+        return open_huggingface(where.path, world, drops_mtp=where.drops_mtp)
     if any(gather_objects(world, where.path.is_dir())):
         return _open_megatron(where, world)
     raise no_directory(where.path, "checkpoint")
@@ -94,7 +94,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     refuse_foreign(where.path)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
-        return open_huggingface(_fetch(job, world, channel), world)
+        return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.drops_mtp)
     return settled(_open_megatron(where, world), where, world) if source == TORCH else open_settled(where, world)
 
 
@@ -125,6 +125,7 @@ def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Wher
         job.accept_shard_order,
         rope_theta=job.rope_theta,
         rope_scaling_factor=job.rope_scaling_factor,
+        drops_mtp=job.drop_mtp,
     )
 
 

@@ -16,6 +16,8 @@ from dist_convert.models.schema import (
     row_parallel,
 )
 
+#: Why what belongs to further layers is left behind.
+MTP_REASON = "layers of multi-token prediction (--drop-mtp)"
 MEGATRON = "decoder.layers.{layer}"
 HF = "model.layers.{layer}"
 

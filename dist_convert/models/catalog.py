@@ -34,6 +34,7 @@ class Where:
         accept_differing_copies: of parameters whose copies differ, the lowest rank's is taken.
         like: a config.json of the model, which tells what its args do not.
         rope_theta, rope_scaling_factor: of the model, whatever its args say.
+        drops_mtp: its layers of multi-token prediction are left out.
         family: that it may be of, where its args do not tell.
         is_compared: it is held against another, and what its args leave open needs no answer.
         name_flag: that gives `ckpt_dir_name`, for messages.
@@ -49,6 +50,7 @@ class Where:
     like: Mapping[str, Any] | None = None
     rope_theta: float | None = None
     rope_scaling_factor: float | None = None
+    drops_mtp: bool = False
     family: str | None = None
     is_compared: bool = False
     name_flag: str = NAME_FLAG

@@ -16,7 +16,7 @@ NEUTRAL = (
     Pin("swiglu", (True,), "the family has gated SiLU MLPs", is_written=True),
     Pin("quick_geglu", (False, None), "the family has gated SiLU MLPs"),
     Pin("multi_latent_attention", (False, None), "the family has no latent attention", is_written=True),
-    Pin("mtp_num_layers", (None, 0), "the family has no multi-token prediction layers", is_written=True),
+    Pin("mtp_num_layers", (None, 0), "--drop-mtp leaves out the layers of multi-token prediction", is_written=True),
     Pin("qk_layernorm", (False, None), "the family has no query and key norms", is_written=True),
     Pin("add_qkv_bias", (False, None), "the family's queries, keys and values have no biases", is_written=True),
     Pin("add_bias_linear", (False, None), "the family's linear layers have no biases", is_written=True),

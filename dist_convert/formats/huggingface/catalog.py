@@ -65,12 +65,14 @@ def open_catalog(
     architecture: Architecture,
     *,
     with_tied_copies: bool = False,
+    drops_mtp: bool = False,
 ) -> tuple[HuggingFaceCatalog, LeftBehind]:
     """A model from the headers of its files, and what of it is no part of the model.
 
     Args:
         stored: all tensors of the model by name.
         architecture: by config.json.
+        drops_mtp: layers behind those that config.json counts are left out.
         with_tied_copies: a stored head of a tied model counts as another copy of the embedding.
 
     Raises:
@@ -110,6 +112,9 @@ def open_catalog(
         if (copy.dtype, copy.rows, copy.columns) == (view.dtype, view.rows, view.columns):
             views[embedding] = (view, copy)
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
-    left_behind, unknown = leftovers(stored, used, hf_class=family.hf_class, tied=architecture.tied)
+    dropped_from = architecture.layers if drops_mtp else None
+    left_behind, unknown = leftovers(
+        stored, used, hf_class=family.hf_class, tied=architecture.tied, dropped_from=dropped_from
+    )
     raise_together([*problems, *unknown])
     return HuggingFaceCatalog(architecture, tensors, views, frozenset(optional)), left_behind

@@ -86,7 +86,8 @@ def _layout(
         copied, others = files_to_copy(model.directory)
         notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        config = config_of_copy(model.config, source.architecture, dtype)
+        given = dict(model.config) | ({MTP_KEY: 0} if model.drops_mtp and MTP_KEY in model.config else {})
+        config = config_of_copy(given, source.architecture, dtype)
         return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
     bins = None
     if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
@@ -119,6 +120,7 @@ def _notes_on_places(
     return notes
 
 
+MTP_KEY = "num_nextn_predict_layers"
 #: The most positions that a Llama is known to have with a theta of 10000.
 _LLAMA_2_POSITIONS = 4096
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.megatron.names import Piece, Storage, stored_shape, view
+from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.schema import Part
 from dist_convert.records import Box, StoredTensor, View
 
@@ -118,7 +119,12 @@ def hf_view(
 
 
 def leftovers(
-    stored: Mapping[str, StoredTensor], used: Collection[str], *, hf_class: str, tied: bool
+    stored: Mapping[str, StoredTensor],
+    used: Collection[str],
+    *,
+    hf_class: str,
+    tied: bool,
+    dropped_from: int | None = None,
 ) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
     """The stored tensors that no part used.
 
@@ -126,6 +132,7 @@ def leftovers(
         stored: all tensors of the model by name.
         used: names of the tensors that views name.
         hf_class: of the family, for messages.
+        dropped_from: layers from this number on are left out.
         tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
 
     Returns:
@@ -140,11 +147,20 @@ def leftovers(
             reason = "rotary_emb.inv_freq (computed from the config)"
         elif name == HEAD and tied:
             reason = f"{HEAD} (tied to the embedding by {CONFIG_FILE})"
+        elif dropped_from is not None and _layer_of(name) >= dropped_from:
+            reason = MTP_REASON
         else:
             unknown.append(_unknown(tensor, hf_class))
             continue
         dropped.setdefault(reason, []).append(tensor.size_bytes)
     return tuple((reason, len(sizes), sum(sizes)) for reason, sizes in sorted(dropped.items())), unknown
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a tensor belongs to; -1 for none."""
+    stem, _, rest = name.partition("layers.")
+    number = rest.partition(".")[0]
+    return int(number) if stem in ("", _BASE_MODEL) and number.isdecimal() else -1
 
 
 def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
@@ -155,5 +171,6 @@ def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
         file=tensor.file,
         expected=f"only tensors of {hf_class} with the sizes in {CONFIG_FILE}",
         found=f"{what}, shape {list(tensor.shape)}",
-        remedy="nothing is dropped silently: check num_hidden_layers and model_type, or remove the tensor",
+        remedy="nothing is dropped silently: check num_hidden_layers and model_type; layers of multi-token prediction, "
+        "which are numbered on, are left out with --drop-mtp",
     )

@@ -51,6 +51,7 @@ class HuggingFaceModel:
         stored: every tensor by its name in them.
         zero_biases: the output projections' biases, which are zeros and need no place in Megatron. None: nobody has
             looked; they are tensors that must be zero, where the MLPs have no biases, which a comparison finds out.
+        drops_mtp: layers of multi-token prediction are left out.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class HuggingFaceModel:
     found: Discovery
     stored: Mapping[str, StoredTensor]
     zero_biases: frozenset[str] | None = None
+    drops_mtp: bool = False
 
     @property
     def format(self) -> str:
@@ -85,7 +87,9 @@ class HuggingFaceModel:
         """See `Model`; the config always says the vocabulary's size."""
         is_zero = not self.config.get("mlp_bias") if self.zero_biases is None else bool(self.zero_biases)
         architecture = architecture_from_config(self.config, zero_output_bias=is_zero)
-        catalog, left_behind = open_catalog(self.stored, architecture, with_tied_copies=with_tied_copies)
+        catalog, left_behind = open_catalog(
+            self.stored, architecture, with_tied_copies=with_tied_copies, drops_mtp=self.drops_mtp
+        )
         if self.zero_biases:
             size_bytes = sum(self.stored[name].size_bytes for name in self.zero_biases)
             reason = "output bias of attention (all zeros)"
@@ -93,8 +97,13 @@ class HuggingFaceModel:
         return catalog, left_behind
 
 
-def open_huggingface(directory: Path, world: World) -> HuggingFaceModel:
+def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) -> HuggingFaceModel:
     """Read the config and the headers of all weights files, each by one rank that sees it.
+
+    Args:
+        directory: of the model, as this rank sees it.
+        world: this rank.
+        drops_mtp: see `HuggingFaceModel`.
 
     Raises:
         CheckpointNotFound, SourceError: there is none, a damaged file, or files that are not those of the index.
@@ -115,7 +124,7 @@ def open_huggingface(directory: Path, world: World) -> HuggingFaceModel:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
     found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored.values())
-    return HuggingFaceModel(directory, config, found, stored)
+    return HuggingFaceModel(directory, config, found, stored, drops_mtp=drops_mtp)
 
 
 _BLOCK_BYTES = 4 << 20

@@ -103,6 +103,11 @@ def reason_to_drop(name: str) -> str | None:
     return "extra state (no weights)" if holds_no_weights(name) else None
 
 
+def is_of_mtp(name: str) -> bool:
+    """Whether a tensor belongs to the layers of multi-token prediction."""
+    return name.startswith("mtp.")
+
+
 def has_fused_norm(name: str) -> bool:
     """Whether a tensor is a norm that Transformer Engine fused into the linear layer behind it."""
     return name.endswith(".layer_norm_weight")

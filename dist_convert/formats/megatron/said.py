@@ -6,7 +6,7 @@ Arguments do not tell every family from every other, and some tools leave values
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
@@ -18,6 +18,7 @@ from dist_convert.models.keys import to_arg
 from dist_convert.models.schema import Architecture, Family, Key
 
 _LIKE = "--like"
+MTP_LAYERS = "mtp_num_layers"
 #: Facts for which a config of `--like` stands where the args say something else.
 _CORRECTED = ("rope_theta", "vocab")
 
@@ -31,6 +32,7 @@ class Said:
         family: of the model; None where the args tell.
         config: a config.json of such a model, from `--like`.
         trusts_factor: the factor of the rotary scaling is that of the args.
+        drops_mtp: layers of multi-token prediction are left out.
         notes: what the user should know of it, a line each.
     """
 
@@ -38,6 +40,7 @@ class Said:
     family: Family | None = None
     config: Mapping[str, Any] | None = None
     trusts_factor: bool = False
+    drops_mtp: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def architecture(self, *, vocab: int | None, file: str) -> Architecture:
@@ -78,7 +81,9 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     for name, value in flags.items():
         if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
-    said = Said({**corrected, **flags}, family, where.like, trusts_factor, tuple(notes))
+    if where.drops_mtp:
+        corrected = {**corrected, MTP_LAYERS: None}
+    said = Said({**corrected, **flags}, family, where.like, trusts_factor, where.drops_mtp, tuple(notes))
     if where.like is not None:
         _check_like(said, like, file)
     elif family is None and len(fitting := families_of_args(args)) > 1:
@@ -86,7 +91,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         note = (
             f"family: {fitting[0].name}; the args of {others} look the same: if it is one, say so with {_LIKE} CONFIG"
         )
-        said = Said(said.args, None, None, trusts_factor, (*notes, note))
+        said = replace(said, notes=(*notes, note))
     return said
 
 

@@ -34,6 +34,7 @@ class TorchCatalog:
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         add_to_norms: 1 where norms are stored as gamma - 1.
         pinned: parameters whose copies differ; that of the lowest rank is taken.
+        drops_mtp: layers of multi-token prediction are left out.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
         tensors: the logical tensors.
         parameters: of each tensor, the parameter that it is stacked into, and its number there; without one, zeros.
@@ -52,6 +53,7 @@ class TorchCatalog:
     add_to_norms: int = 0
     pinned: frozenset[str] = frozenset()
     with_tied_copies: bool = False
+    drops_mtp: bool = False
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
     params_dtype: str = ""

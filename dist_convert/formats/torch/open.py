@@ -89,6 +89,7 @@ class TorchModel:
             imported_experts=self.imported_experts,
             with_tied_copies=with_tied_copies,
             pinned=self.pinned,
+            drops_mtp=self.said.drops_mtp,
         )
         return catalog, (*left_behind, *self.beside)
 

@@ -33,6 +33,7 @@ from dist_convert.formats.torch.catalog import (
 )
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
+from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture, Row, part_shape
@@ -85,6 +86,7 @@ def open_catalog(
     imported_experts: bool = False,
     with_tied_copies: bool = False,
     pinned: frozenset[str] = frozenset(),
+    drops_mtp: bool = False,
 ) -> tuple[TorchCatalog, LeftBehind]:
     """A checkpoint from the headers of its files, and what of it holds no weights.
 
@@ -93,7 +95,7 @@ def open_catalog(
         architecture: the model, with the true vocabulary size.
         imported_experts: the experts were written by an importer that did not interleave gate and up rows over
             tensor parallel ranks (docs/formats.md, "Known defects of earlier tools").
-        with_tied_copies, pinned: see `TorchCatalog`.
+        with_tied_copies, pinned, drops_mtp: see `TorchCatalog`.
 
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
@@ -117,6 +119,7 @@ def open_catalog(
         whole_latents=_latents_are_whole(architecture, stored),
         with_tied_copies=with_tied_copies,
         pinned=pinned,
+        drops_mtp=drops_mtp,
     )
     permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
     listed = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
@@ -274,4 +277,8 @@ def _leftovers(
 def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
     if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
         return "output layer (equal to the embedding that it is tied to)"
+    if catalog.drops_mtp and megatron_names.is_of_mtp(name):
+        return MTP_REASON
+    if catalog.drops_mtp and name == megatron_names.TIED[0]:
+        return "embedding (the copy that multi-token prediction reads)"
     return megatron_names.reason_to_drop(name)

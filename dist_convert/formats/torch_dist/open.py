@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard, below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.iterations import notes_on_iteration
+from dist_convert.formats.megatron.names import is_of_mtp, normalise
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -25,13 +27,14 @@ from dist_convert.formats.torch_dist.catalog import (
     with_own_head,
 )
 from dist_convert.formats.torch_dist.contents import read_contents
+from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.catalog import LeftBehind, Where
 from dist_convert.options import TORCH_DIST
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, Blob, Chunk, place_chunks
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.source import reading, stamp
-from dist_convert.records import names
+from dist_convert.records import DTYPE_BYTES, names
 
 
 @dataclass(frozen=True)
@@ -124,15 +127,21 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
             found=f"{len(missing)} missing: {names(missing)}",
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
         )
-    stored = _stored(tensors, found)
+    stored, beside = _stored(tensors, found), [tuple(item) for item in said["beside"]]
+    if where.drops_mtp:
+        dropped = [tensor for key, tensor in stored.items() if is_of_mtp(normalise(key))]
+        stored = {key: tensor for key, tensor in stored.items() if not is_of_mtp(normalise(key))}
+        size_bytes = sum(DTYPE_BYTES[tensor.dtype] * prod(tensor.shape) for tensor in dropped)
+        beside += [(MTP_REASON, len(dropped), size_bytes)] if dropped else []
     with below(directory):
         known = said_of(where, stored_args(args, stored), args_file)
         padded = known.architecture(vocab=None, file=args_file).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=args_file)
-    beside = tuple((reason, count, size_bytes) for reason, count, size_bytes in said["beside"])
     classes = notes_on_classes(said["foreign_classes"])
     notes = (*notes_on_iteration(directory, said["iteration"]), *classes, *known.notes)
-    return DistModel(directory, found, stored, known, args_file, said["iteration"], tokenizer, vocab, beside, notes)
+    return DistModel(
+        directory, found, stored, known, args_file, said["iteration"], tokenizer, vocab, tuple(beside), notes
+    )
 
 
 #: dtype, shape and chunks of a tensor.
