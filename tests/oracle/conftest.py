@@ -56,16 +56,17 @@ def oracle(ranks: Ranks) -> Path:
     return kept("oracle", "", lambda directory: ranks("megatron_writer", 8, directory))
 
 
-def kept(name: str, more: str, make: Callable[[Path], None]) -> Path:
+def kept(name: str, more: str, make: Callable[[Path], None], folder: Path = Path(__file__).parent) -> Path:
     """A directory that is made once for these scripts and packages.
 
     Args:
         name: of what it holds.
         more: what it depends on besides.
         make: fills a directory that does not exist yet, or is empty.
+        folder: where the scripts are.
     """
     digest = hashlib.sha256(more.encode())
-    for script in sorted(Path(__file__).parent.glob("*.py")):
+    for script in sorted(folder.glob("*.py")):
         if not script.name.startswith(("test_", "conftest")):
             digest.update(script.read_bytes())
     versions = [f"{package} {version(package)}" for package in ("megatron-core", "torch")]

@@ -1,0 +1,179 @@
+"""Every family, both ways: transformers' own tiny models, and Megatron-Core's own models of the same weights.
+
+By default each model is converted once in either direction, at the grids, formats and spellings of `families/cases.py`;
+`-m oracle_full` converts all models at all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dist_convert.__main__ import main
+from tests.oracle.conftest import Ranks, kept
+from tests.oracle.families import huggingface
+from tests.oracle.families.cases import FILE, FULL_CASES, SAID, TO_HUGGINGFACE, TO_MEGATRON, Case
+from tests.oracle.families.training_args import MAKE_VOCAB_SIZE_DIVISIBLE_BY, training_args
+
+RANKS = 4
+FEW, ALL = "families", "families-full"
+#: What no training argument tells: how a model was initialised, runs and ends, and who wrote the file.
+NOT_IN_ARGS = {
+    "transformers_version", "initializer_range", "use_cache", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
+    "pad_token_id", "router_aux_loss_coef", "_name_or_path",
+}  # fmt: skip
+
+
+def _rows(few: Sequence[Case]) -> list[Any]:
+    """Cases with the set in which they are made and converted together."""
+    full = [case for case in FULL_CASES if case not in few]
+    return [
+        *(pytest.param(FEW, case, id=case.name) for case in few),
+        *(pytest.param(ALL, case, id=case.name, marks=pytest.mark.oracle_full) for case in full),
+    ]
+
+
+@pytest.fixture(scope="session")
+def made(ranks: Ranks) -> Callable[[str], Path]:
+    """Set of cases -> directory with hf/MODEL and the checkpoints CASE by Megatron-Core, kept for the next run."""
+
+    def make(cases: Sequence[Case], directory: Path) -> None:
+        for model in {case.model for case in cases}:
+            huggingface.save(model, directory / "hf" / model.name)
+        ranks("tests.oracle.families.program", RANKS, "make", directory, *(case.name for case in cases))
+
+    @cache
+    def of(which: str) -> Path:
+        cases = TO_HUGGINGFACE if which == FEW else FULL_CASES
+        folder, packages = Path(huggingface.__file__).parent, ("transformers", "safetensors")
+        return kept(
+            which, str([version(package) for package in packages]), lambda directory: make(cases, directory), folder
+        )
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    made: Callable[[str], Path], ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Set of cases -> directory with CASE/megatron by this converter, and what Megatron-Core makes of it."""
+
+    @cache
+    def of(which: str) -> Path:
+        directory, cases = tmp_path_factory.mktemp(which), TO_MEGATRON if which == FEW else FULL_CASES
+        (directory / "hf").symlink_to(made(which) / "hf")
+        for case in cases:
+            paths = [str(directory / "hf" / case.model.name), str(directory / case.name / "megatron")]
+            padding = ["--make-vocab-size-divisible-by", str(MAKE_VOCAB_SIZE_DIVISIBLE_BY)]
+            command = ["convert", *paths, "--to", case.format, *case.flags, *padding, "--device", "cpu"]
+            assert main(command) == 0, case.name
+        ranks("tests.oracle.families.program", RANKS, "check", directory, *(case.name for case in cases))
+        return directory
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def converted(made: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Case], Path]:
+    """A Hugging Face directory that was made of Megatron-Core's own checkpoint of a case."""
+
+    @cache
+    def of(which: str, case: Case) -> Path:
+        target = tmp_path_factory.mktemp(case.name) / "hf"
+        source = made(which) / "hf" / case.model.name
+        said = [word.format(hf=source) for word in SAID.get(case.model.name, ())]
+        command = ["convert", str(made(which) / case.name), str(target), "--to", "huggingface", *said]
+        assert main([*command, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
+        return target
+
+    return of
+
+
+@pytest.mark.parametrize(("which", "case"), _rows(TO_MEGATRON))
+def test_megatron_loads_what_is_written_strictly_and_gives_the_logits_of_transformers(
+    which: str, case: Case, loaded: Callable[[str], Path]
+) -> None:
+    found = torch.load(loaded(which) / case.name / "output.pt")
+    assert found.pop("problems") == []
+    expected = torch.load(loaded(which) / "hf" / case.model.name / "logits.pt")
+    _assert_close(found["logits"], expected["logits"], case)
+    if case.model.mtp_layers:  # the last token's next one is not known
+        _assert_close(found["mtp_logits"][:, :-1], expected["mtp_logits"][:, :-1], case)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, case: Case) -> None:
+    most = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=case.model.tolerance * most)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+#: Arguments of one run that decide nothing of the model.
+OF_THE_RUN = {
+    "attention_dropout", "hidden_dropout", "seq_length", "iteration", "tokenizer_type", "tokenizer_model",
+    "moe_token_dispatcher_type", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype",
+}  # fmt: skip
+
+
+#: Megatron's, of arguments that are not written where they add nothing.
+DEFAULTS = {
+    "quick_geglu": False, "glu_linear_offset": 0.0, "softmax_type": "vanilla", "rope_scaling_factor": 8.0,
+    "moe_shared_expert_gate": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "case"), _rows(TO_MEGATRON))
+def test_the_args_that_are_written_are_those_of_a_training(
+    which: str, case: Case, loaded: Callable[[str], Path]
+) -> None:
+    config = json.loads((loaded(which) / "hf" / case.model.name / "config.json").read_text())
+    written = vars(_args(loaded(which) / case.name / "megatron"))
+    wanted = {name: value for name, value in vars(training_args(config, case)).items() if name not in OF_THE_RUN}
+    found = {name: written.get(name, DEFAULTS.get(name)) for name in wanted}
+    assert {name: value for name, value in found.items() if value != wanted[name]} == {}
+
+
+def _args(root: Path) -> Namespace:
+    (directory,) = root.glob("iter_*")
+    file = directory / "common.pt" if (directory / "common.pt").exists() else next(directory.glob(f"*/{FILE}"))
+    found: Namespace = torch.load(file, weights_only=False)["args"]
+    return found
+
+
+@pytest.mark.parametrize(("which", "case"), _rows(TO_HUGGINGFACE))
+def test_megatrons_own_checkpoint_is_the_model_it_was_made_of(
+    which: str, case: Case, made: Callable[[str], Path], converted: Callable[[str, Case], Path]
+) -> None:
+    source, target = made(which) / "hf" / case.model.name, converted(which, case)
+    own = torch.load(made(which) / case.name / "output.pt")
+    expected = torch.load(source / "logits.pt")
+    _assert_close(own["logits"], expected["logits"], case)
+    tensors, found = huggingface.tensors(source), huggingface.tensors(target)
+    assert found.keys() == tensors.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(found[name], tensor)] == []
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: tensor.dtype for n, tensor in tensors.items()}
+    model, report = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    assert {kind: list(names) for kind, names in report.items() if names} == {}
+    with torch.no_grad():
+        _assert_close(model(expected["input_ids"]).logits, expected["logits"], case)
+
+
+@pytest.mark.parametrize(("which", "case"), _rows(TO_HUGGINGFACE))
+def test_its_config_is_that_of_the_class_of_transformers(
+    which: str, case: Case, made: Callable[[str], Path], converted: Callable[[str, Case], Path]
+) -> None:
+    configs = [made(which) / "hf" / case.model.name, converted(which, case)]
+    expected, found = (AutoConfig.from_pretrained(path).to_dict() for path in configs)
+    if "head_dim" in expected:  # None says the same
+        expected["head_dim"] = expected["head_dim"] or expected["hidden_size"] // expected["num_attention_heads"]
+    names = (expected.keys() | found.keys()) - NOT_IN_ARGS
+    assert {name: found.get(name) for name in names} == {name: expected.get(name) for name in names}
