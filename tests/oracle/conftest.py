@@ -14,20 +14,25 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.launching import REPOSITORY, environment, start_ranks, wait_as_torchrun
+from tests.oracle.families.cases import FULL_CASES, TO_HUGGINGFACE, Case
 
 #: Runs a script of this folder on N ranks with arguments.
 Ranks = Callable[..., None]
 #: All that the scripts import and all that takes long of it, once for their ranks.
 IMPORTED = ("torch.distributed", "megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer")
+
+#: Ranks for every case of families, and the sets of cases that are made together.
+FAMILY_RANKS = 4
+FEW, ALL = "families", "families-full"
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +59,27 @@ def run_scripts(imported: tuple[str, ...], script: str, ranks: int, *arguments: 
 def oracle(ranks: Ranks) -> Path:
     """A directory with CASE/iter_0000004/... and CASE/oracle.pt for every case, written by 8 ranks."""
     return kept("oracle", "", lambda directory: ranks("megatron_writer", 8, directory))
+
+
+@pytest.fixture(scope="session")
+def made(ranks: Ranks) -> Callable[[str], Path]:
+    """Set of cases -> directory with hf/MODEL and the checkpoints CASE by Megatron-Core, kept for the next run."""
+    from tests.oracle.families import huggingface
+
+    def make(cases: Sequence[Case], directory: Path) -> None:
+        for model in {case.model for case in cases}:
+            huggingface.save(model, directory / "hf" / model.name)
+        ranks("tests.oracle.families.program", FAMILY_RANKS, "make", directory, *(case.name for case in cases))
+
+    @cache
+    def of(which: str) -> Path:
+        cases = TO_HUGGINGFACE if which == FEW else FULL_CASES
+        folder, packages = Path(huggingface.__file__).parent, ("transformers", "safetensors")
+        return kept(
+            which, str([version(package) for package in packages]), lambda directory: make(cases, directory), folder
+        )
+
+    return of
 
 
 def kept(name: str, more: str, make: Callable[[Path], None], folder: Path = Path(__file__).parent) -> Path:

@@ -10,7 +10,6 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_convert.__main__ import main
-from tests.oracle.conftest import Ranks, kept
+from tests.distributed.launching import environment
+from tests.formats.test_hf_config import TRANSFORMERS_4
+from tests.oracle.conftest import ALL, FAMILY_RANKS, FEW, Ranks
 from tests.oracle.families import huggingface
 from tests.oracle.families.cases import FILE, FULL_CASES, SAID, TO_HUGGINGFACE, TO_MEGATRON, Case
 from tests.oracle.families.training_args import MAKE_VOCAB_SIZE_DIVISIBLE_BY, training_args
+from tests.warm import Process
 
-RANKS = 4
-FEW, ALL = "families", "families-full"
+#: Families that transformers 4.49 knows.
+OF_TRANSFORMERS_4 = {"llama", "qwen2", "mistral", "mixtral", "qwen2_moe"}
 #: What no training argument tells: how a model was initialised, runs and ends, and who wrote the file.
 NOT_IN_ARGS = {
     "transformers_version", "initializer_range", "use_cache", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
@@ -40,26 +42,6 @@ def _rows(few: Sequence[Case]) -> list[Any]:
         *(pytest.param(FEW, case, id=case.name) for case in few),
         *(pytest.param(ALL, case, id=case.name, marks=pytest.mark.oracle_full) for case in full),
     ]
-
-
-@pytest.fixture(scope="session")
-def made(ranks: Ranks) -> Callable[[str], Path]:
-    """Set of cases -> directory with hf/MODEL and the checkpoints CASE by Megatron-Core, kept for the next run."""
-
-    def make(cases: Sequence[Case], directory: Path) -> None:
-        for model in {case.model for case in cases}:
-            huggingface.save(model, directory / "hf" / model.name)
-        ranks("tests.oracle.families.program", RANKS, "make", directory, *(case.name for case in cases))
-
-    @cache
-    def of(which: str) -> Path:
-        cases = TO_HUGGINGFACE if which == FEW else FULL_CASES
-        folder, packages = Path(huggingface.__file__).parent, ("transformers", "safetensors")
-        return kept(
-            which, str([version(package) for package in packages]), lambda directory: make(cases, directory), folder
-        )
-
-    return of
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +59,7 @@ def loaded(
             padding = ["--make-vocab-size-divisible-by", str(MAKE_VOCAB_SIZE_DIVISIBLE_BY)]
             command = ["convert", *paths, "--to", case.format, *case.flags, *padding, "--device", "cpu"]
             assert main(command) == 0, case.name
-        ranks("tests.oracle.families.program", RANKS, "check", directory, *(case.name for case in cases))
+        ranks("tests.oracle.families.program", FAMILY_RANKS, "check", directory, *(case.name for case in cases))
         return directory
 
     return of
@@ -127,7 +109,7 @@ OF_THE_RUN = {
 #: Megatron's, of arguments that are not written where they add nothing.
 DEFAULTS = {
     "quick_geglu": False, "glu_linear_offset": 0.0, "softmax_type": "vanilla", "rope_scaling_factor": 8.0,
-    "moe_shared_expert_gate": False,
+    "moe_shared_expert_gate": False, "moe_grouped_gemm": False,
 }  # fmt: skip
 
 
@@ -173,7 +155,29 @@ def test_its_config_is_that_of_the_class_of_transformers(
 ) -> None:
     configs = [made(which) / "hf" / case.model.name, converted(which, case)]
     expected, found = (AutoConfig.from_pretrained(path).to_dict() for path in configs)
-    if "head_dim" in expected:  # None says the same
-        expected["head_dim"] = expected["head_dim"] or expected["hidden_size"] // expected["num_attention_heads"]
+    if not expected.get("head_dim"):  # says the same
+        expected["head_dim"] = expected["hidden_size"] // expected["num_attention_heads"]
     names = (expected.keys() | found.keys()) - NOT_IN_ARGS
     assert {name: found.get(name) for name in names} == {name: expected.get(name) for name in names}
+
+
+def test_transformers_4_reads_the_same_models(
+    made: Callable[[str], Path], converted: Callable[[str, Case], Path]
+) -> None:
+    if not TRANSFORMERS_4:
+        pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
+    cases = {case.model.name: case for case in TO_HUGGINGFACE if case.model.model_type in OF_TRANSFORMERS_4}
+    given = {
+        name: (str(converted(FEW, case)), str(made(FEW) / "hf" / name / "logits.pt")) for name, case in cases.items()
+    }
+    words = ["-m", "tests.oracle.families.transformers_4", json.dumps(given)]
+    done = Process(words, environment(), python=TRANSFORMERS_4).finish()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("version").startswith("4.")
+    for name, case in cases.items():
+        config = {key: both for key, both in found[name]["config"].items() if key not in NOT_IN_ARGS}
+        if config.get("head_dim", (0, 0))[1] is None:  # says the same
+            del config["head_dim"]
+        assert (config, found[name]["faults"]) == ({}, []), name
+        assert found[name]["logits"] <= case.model.tolerance, name

@@ -1,0 +1,141 @@
+"""`--like CONFIG` says what training arguments do not tell, and nothing against what they tell."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
+from tests.converting import assert_same, convert, read_tensors
+
+MODEL = Model(layers=2)
+#: Of the model that `tests.checkpoints` makes, as the makers of a Mistral would have published it.
+MISTRAL: dict[str, Any] = {
+    "model_type": "mistral", "architectures": ["MistralForCausalLM"], "vocab_size": 29, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "sliding_window": None,
+}  # fmt: skip
+
+
+def _like(directory: Path, **more: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(MISTRAL | more))
+    return directory
+
+
+def _config(target: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((target / "config.json").read_text())
+    return config
+
+
+def test_a_family_that_the_args_do_not_tell_is_named_with_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", MODEL)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert _config(tmp_path / "out")["model_type"] == "llama"
+    assert "the args of mistral look the same: if it is one, say so with --like" in capsys.readouterr().err
+
+
+def test_it_gives_the_family_and_no_weight_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = make(tmp_path / "in", MODEL, Grid(tp=2))
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like"))) == 0
+    assert _config(tmp_path / "out")["model_type"] == "mistral"
+    assert _config(tmp_path / "out")["architectures"] == ["MistralForCausalLM"]
+    assert_same(read_tensors(tmp_path / "out"), expected)
+    assert "look the same" not in capsys.readouterr().err
+
+
+def test_it_may_name_the_file_or_its_directory(tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    like = _like(tmp_path / "like")
+    for name, path in {"directory": like, "file": like / "config.json"}.items():
+        assert convert(tmp_path / "in", tmp_path / name, "--like", str(path)) == 0
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "directory" / file).read_bytes() == (tmp_path / "file" / file).read_bytes()
+
+
+def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", MODEL)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "nowhere")) == 1
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("initializer_range", 0.006),
+        ("attention_dropout", 0.1),
+        ("use_cache", False),
+        ("bos_token_id", 7),
+        ("eos_token_id", 8),
+        ("eos_token_id", [8, 9, 10]),
+        ("auto_map", {"AutoConfig": "configuration_made_up.MadeUpConfig"}),
+        ("a_key_of_the_makers", {"nested": [1, 2.5, None]}),
+    ],
+    ids=str,
+)
+def test_what_no_argument_tells_is_taken_over_as_it_is(key: str, value: Any, tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", **{key: value}))) == 0
+    assert _config(tmp_path / "out")[key] == value
+
+
+def test_the_ids_that_end_a_text_are_those_of_generation_too(tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    like = _like(tmp_path / "like", bos_token_id=7, eos_token_id=[8, 9])
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 0
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, [8, 9])
+
+
+@pytest.mark.parametrize(
+    ("arg", "key", "value"),
+    [
+        ("norm_epsilon", "rms_norm_eps", 1e-6),
+        ("max_position_embeddings", "max_position_embeddings", 4096),
+        ("rotary_base", "rope_theta", 1e6),
+    ],
+)
+def test_a_fact_that_the_args_are_silent_on_is_that_of_the_config(
+    arg: str, key: str, value: float, tmp_path: Path
+) -> None:
+    told = {name: told for name, told in vars(training_args(MODEL)).items() if name != arg}
+    save(tmp_path / "in", megatron_shards(MODEL, hf_tensors(MODEL)), Namespace(**told))
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", **{key: value}))) == 0
+    assert _config(tmp_path / "out")[key] == value
+
+
+def test_all_that_the_args_contradict_is_refused_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", MODEL)
+    like = _like(tmp_path / "like", num_hidden_layers=5, rms_norm_eps=1e-6, num_key_value_heads=4)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 1
+    err = capsys.readouterr().err
+    assert "num_hidden_layers 5, as --like says" in err
+    assert "2, by the checkpoint's argument num_layers" in err
+    assert "rms_norm_eps 1e-06, as --like says" in err
+    assert "num_key_value_heads 4, as --like says" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_with_other_arguments_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "in", Model(layers=2, qkv_bias=True))
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like"))) == 1
+    assert "add-qkv-bias" in capsys.readouterr().err.replace("_", "-")
+
+
+def test_another_base_of_the_rotary_frequencies_is_taken_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", MODEL)
+    like = _like(tmp_path / "like", rope_theta=1e6)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 0
+    assert _config(tmp_path / "out")["rope_theta"] == 1e6
+    assert "rotary_base is 500000 in the args, 1000000.0 is taken as you say" in capsys.readouterr().err
