@@ -110,7 +110,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
-        piece = target_key(row, layer, expert, norms=norms, is_mixed=architecture.is_mixed)
+        piece = target_key(row, layer, expert, architecture, norms=norms)
         stage = _stage(target, layer, is_before=row in FAMILIES[architecture.family].before)
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))

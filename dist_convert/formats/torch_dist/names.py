@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_convert.formats.megatron.names import normalise, reason_to_drop, synonyms
-from dist_convert.models.schema import Architecture, Row
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import Architecture, Row, entries
 
 _LAYERS = "decoder.layers"
 _LAYER = f"{_LAYERS}.{{layer}}."
@@ -83,21 +84,30 @@ def common_object(key: str) -> bool:
     return key.startswith("common_state/")
 
 
-def target_key(row: Row, layer: int | None, expert: int | None, *, norms: str, is_mixed: bool) -> KeyPiece:
+def target_key(row: Row, layer: int | None, expert: int | None, architecture: Architecture, *, norms: str) -> KeyPiece:
     """Where training with Megatron-Core saves a parameter.
 
     Args:
         row, layer, expert: see `keys`.
+        architecture: of the model.
         norms: spelling of the target's norms, see `TargetDialect`.
-        is_mixed: whether some layers have experts and others do not: their numbers are then in the keys.
     """
-    # The local modules save their norms under the fused names, too; Habana's Intel TE under their own.
-    named = {"transformer_engine": row.transformer_engine, "local": row.transformer_engine or row.local_key}
-    template = (named.get(norms) or row.megatron).replace(_EXPERT, _EXPERTS)
-    experts = () if expert is None else (expert,)
-    if layer is None or is_mixed:
-        return KeyPiece(template.format(layer=layer), experts)
-    return KeyPiece(template.replace(_LAYER, f"{_LAYERS}."), (layer, *experts))
+    # The local modules save their norms under the fused names, too, but not beside latent attention; Habana's Intel TE
+    # under their own.
+    local = "" if architecture.fact("kv_rank") else row.transformer_engine or row.local_key
+    named = {"transformer_engine": row.transformer_engine, "local": local}
+    template, index = _place(named.get(norms) or row.megatron, layer, expert, architecture)
+    return KeyPiece(template, index)
+
+
+def _place(
+    template: str, layer: int | None, expert: int | None, architecture: Architecture
+) -> tuple[str, tuple[int, ...]]:
+    """The key of a name, and the leading axes' index: numbers of layers that are not alike are in the key."""
+    name, experts = template.replace(_EXPERT, _EXPERTS), () if expert is None else (expert,)
+    if layer is None or architecture.is_mixed:
+        return name.format(layer=layer), experts
+    return name.replace(_LAYER, f"{_LAYERS}."), (layer, *experts)
 
 
 def extra_states(architecture: Architecture, *, norms: str) -> tuple[tuple[str, int | None, int | None], ...]:
@@ -105,29 +115,20 @@ def extra_states(architecture: Architecture, *, norms: str) -> tuple[tuple[str, 
 
     Those of the local spec, or of all of Transformer Engine's: training ignores what it does not ask for.
     """
-    is_te, layers, experts = norms != "local", architecture.layers, architecture.experts
-    found: list[tuple[str, int | None, int | None]] = []
-    for layer in range(layers):
-        has_experts = architecture.has_experts(layer)
-        modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
-        modules += ["self_attention.core_attention"] * is_te + ["pre_mlp_layernorm"] * bool(is_te and has_experts)
-        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] * bool(is_te and architecture.qk_norm)
-        shared = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
-        modules += (
-            shared * bool(architecture.fact("shared_ffn")) if has_experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
-        )
-        at, shard, of = (
-            (f"{_LAYERS}.{layer}", "0", "1") if architecture.is_mixed else (_LAYERS, str(layer), str(layers))
-        )
-        found += [(f"{at}.{module}{_EXTRA_STATE}/shard_{shard}_{of}", layer, None) for module in modules]
-        for expert in range(experts) if has_experts else ():
-            of_expert = (
-                f"/shard_{expert}_{experts}" if architecture.is_mixed else f"/shard_{layer}.{expert}_{layers}.{experts}"
-            )
-            found += [
-                (f"{at}{_EXPERTS}{linear}{_EXTRA_STATE}{of_expert}", layer, expert)
-                for linear in ("linear_fc1", "linear_fc2")
-            ]
+    is_te = norms != "local"
+    modules: list[tuple[str, int | None, int | None]] = []
+    for row, layer, expert in entries(FAMILIES[architecture.family], architecture):
+        if isinstance(row, Row) and row.megatron.endswith(".weight"):
+            is_linear = layer is not None and row.split != "replicated"
+            if is_linear or (is_te and row.is_norm and not row.transformer_engine):
+                modules.append((row.megatron.removesuffix(".weight"), layer, expert))
     if is_te:
-        found.append((f"decoder.final_layernorm{_EXTRA_STATE}/shard_0_1", None, None))
+        modules += [(f"{_LAYER}self_attention.core_attention", layer, None) for layer in range(architecture.layers)]
+    found = []
+    for module, layer, expert in modules:
+        key, index = _place(module, layer, expert, architecture)
+        axes = (architecture.layers,) if expert is None else (architecture.layers, architecture.experts)
+        place, whole = index or (0,), axes[len(axes) - len(index) :] or (1,)
+        shard = f"shard_{'.'.join(map(str, place))}_{'.'.join(map(str, whole))}"
+        found.append((f"{key}{_EXTRA_STATE}/{shard}", layer, expert))
     return tuple(found)
