@@ -11,7 +11,7 @@ import pytest
 from dist_convert.errors import UnsupportedModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import architecture_of, fits_signs, is_set, of_arg, pins_of, to_arg, to_config
-from dist_convert.models.schema import Architecture, Codec, Key, Product
+from dist_convert.models.schema import FIELDS, Architecture, Codec, Key, Product
 
 MODEL = Architecture(
     family="llama", layers=4, hidden=16, ffn=24, heads=4, query_groups=2, head_dim=4, vocab=29, padded_vocab=32,
@@ -21,6 +21,8 @@ LEADING = Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", codec="
 SPARSE = Key("dense_layers", "decoder_sparse_step", "moe_layer_freq", codec="sparse_steps")
 WINDOW = Key("sliding_window", "sliding_window", "window_size", codec="window")
 TIED = Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite")
+SCALE = Key("route_scale", "routed_scaling_factor", "moe_router_topk_scaling_factor", "number", codec="or_one")
+SHARED = Key("shared_experts", "n_shared_experts", "moe_shared_expert_intermediate_size", codec="experts_wide")
 HIDDEN = Key("hidden", "hidden_size", "hidden_size")
 
 #: A key, the fact, its argument, and what config.json says.
@@ -29,7 +31,10 @@ SAID: list[tuple[Key, Any, Any, dict[str, Any]]] = [
     (TIED, True, False, {"tie_word_embeddings": True}),
     (TIED, False, True, {"tie_word_embeddings": False}),
     (Key("experts", "n", "num_experts", codec="or_none"), 8, 8, {"n": 8}),
-    (Key("experts", "n", "num_experts", codec="or_none"), 0, None, {"n": 0}),
+    (Key("experts", "n", "num_experts", codec="or_none"), 0, None, {"n": None}),
+    (SCALE, 2.5, 2.5, {"routed_scaling_factor": 2.5}),
+    (SCALE, 1, None, {"routed_scaling_factor": 1}),
+    (SHARED, 2, 96, {"n_shared_experts": 2}),
     (WINDOW, 4096, (4095, 0), {"sliding_window": 4096}),
     (WINDOW, None, None, {"sliding_window": None}),
     (LEADING, (), 1, {"first_k_dense_replace": 0}),
@@ -44,10 +49,13 @@ SAID: list[tuple[Key, Any, Any, dict[str, Any]]] = [
 def test_an_argument_and_a_config_say_the_fact_in_their_own_way(
     key: Key, fact: Any, arg: Any, config: dict[str, Any]
 ) -> None:
-    model = replace(MODEL, **{key.field: fact})
+    own = {key.field: fact}
+    model = replace(MODEL, expert_ffn=48, **(own if key.field in FIELDS else {"facts": own}))
     assert to_arg(key, model) == arg
     assert to_config(key, model) == config
-    assert of_arg(key, json.loads(json.dumps({key.arg: arg, "num_layers": 4})), "shard") == fact  # as args are read
+    assert (
+        of_arg(key, json.loads(json.dumps({key.arg: arg, "num_layers": 4, "moe_ffn_hidden_size": 48})), "shard") == fact
+    )  # as args are read
 
 
 @pytest.mark.parametrize(
@@ -81,6 +89,7 @@ def test_other_forms_of_an_argument_are_read(key: Key, arg: Any, fact: Any) -> N
         (SPARSE, [0, 1], "a whole number, or a list with 0 or 1 for each layer"),
         (SPARSE, [0, 1, 2, 1], "a whole number, or a list with 0 or 1 for each layer"),
         (SPARSE, "([0]*1+[1]*3)", "a whole number, or a list with 0 or 1 for each layer"),
+        (SHARED, 100, "a multiple of 48, the width of an expert"),
         (SPARSE, -1, "a whole number, or a list with 0 or 1 for each layer"),
     ],
 )
@@ -88,7 +97,7 @@ def test_a_value_that_config_json_cannot_say_is_refused_by_the_arguments_name(
     key: Key, arg: Any, expected: str
 ) -> None:
     with pytest.raises(UnsupportedModel) as caught:
-        of_arg(key, {key.arg: arg, "num_layers": 4}, "shard")
+        of_arg(key, {key.arg: arg, "num_layers": 4, "moe_ffn_hidden_size": 48}, "shard")
     message = str(caught.value)
     assert f"--{key.arg.replace('_', '-')} has a value that the target cannot express" in message
     assert expected in message

@@ -21,6 +21,8 @@ MISTRAL: dict[str, Any] = {
     "sliding_window": None,
 }  # fmt: skip
 
+OF_THE_FAMILY = pytest.mark.xfail(strict=True, reason="without a tokenizer, the special ids are those of the family")
+
 
 def _like(directory: Path, **more: Any) -> Path:
     directory.mkdir(exist_ok=True)
@@ -36,10 +38,10 @@ def _config(target: Path) -> dict[str, Any]:
 def test_a_family_that_the_args_do_not_tell_is_named_with_the_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path / "in", MODEL)
+    make(tmp_path / "in", Model(layers=2, qkv_bias=True))
     assert convert(tmp_path / "in", tmp_path / "out") == 0
-    assert _config(tmp_path / "out")["model_type"] == "llama"
-    assert "the args of mistral look the same: if it is one, say so with --like" in capsys.readouterr().err
+    assert _config(tmp_path / "out")["model_type"] == "qwen2"
+    assert "the args of seed_oss or llama look the same: if it is one, say so with --like" in capsys.readouterr().err
 
 
 def test_it_gives_the_family_and_no_weight_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,9 +75,9 @@ def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pyt
         ("initializer_range", 0.006),
         ("attention_dropout", 0.1),
         ("use_cache", False),
-        ("bos_token_id", 7),
-        ("eos_token_id", 8),
-        ("eos_token_id", [8, 9, 10]),
+        pytest.param("bos_token_id", 7, marks=OF_THE_FAMILY),
+        pytest.param("eos_token_id", 8, marks=OF_THE_FAMILY),
+        pytest.param("eos_token_id", [8, 9, 10], marks=OF_THE_FAMILY),
         ("auto_map", {"AutoConfig": "configuration_made_up.MadeUpConfig"}),
         ("a_key_of_the_makers", {"nested": [1, 2.5, None]}),
     ],
@@ -87,6 +89,7 @@ def test_what_no_argument_tells_is_taken_over_as_it_is(key: str, value: Any, tmp
     assert _config(tmp_path / "out")[key] == value
 
 
+@OF_THE_FAMILY
 def test_the_ids_that_end_a_text_are_those_of_generation_too(tmp_path: Path) -> None:
     make(tmp_path / "in", MODEL)
     like = _like(tmp_path / "like", bos_token_id=7, eos_token_id=[8, 9])

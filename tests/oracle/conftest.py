@@ -30,9 +30,10 @@ Ranks = Callable[..., None]
 #: All that the scripts import and all that takes long of it, once for their ranks.
 IMPORTED = ("torch.distributed", "megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer")
 
-#: Ranks for every case of families, and the sets of cases that are made together.
+#: Ranks for every case of families.
 FAMILY_RANKS = 4
-FEW, ALL = "families", "families-full"
+#: The cases that are made together by default; all of one model are a set of its name.
+FEW = "few"
 
 
 @pytest.fixture(scope="session")
@@ -73,13 +74,21 @@ def made(ranks: Ranks) -> Callable[[str], Path]:
 
     @cache
     def of(which: str) -> Path:
-        cases = TO_HUGGINGFACE if which == FEW else FULL_CASES
+        cases = family_cases(which, TO_HUGGINGFACE)
         folder, packages = Path(huggingface.__file__).parent, ("transformers", "safetensors")
         return kept(
-            which, str([version(package) for package in packages]), lambda directory: make(cases, directory), folder
+            f"families-{which}",
+            str([version(package) for package in packages]),
+            lambda directory: make(cases, directory),
+            folder,
         )
 
     return of
+
+
+def family_cases(which: str, few: Sequence[Case]) -> Sequence[Case]:
+    """The cases of a set."""
+    return few if which == FEW else [case for case in FULL_CASES if case.model.name == which]
 
 
 def kept(name: str, more: str, make: Callable[[Path], None], folder: Path = Path(__file__).parent) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from dist_convert.__main__ import main
 from dist_convert.models import FAMILIES
 from tests.made_up_family import MADE_UP, OF_QWEN3
+from tests.oracle.conftest import FEW
 from tests.oracle.families import huggingface
 from tests.oracle.families.cases import FILE, TO_HUGGINGFACE
 
@@ -27,7 +28,7 @@ VOCAB = CASE.model.config["vocab_size"]
 def made_up(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A Hugging Face directory of the family, which is registered for this test."""
     monkeypatch.setitem(FAMILIES, MADE_UP.name, MADE_UP)
-    directory, qwen3 = tmp_path / "made_up", made("families") / "hf" / CASE.model.name
+    directory, qwen3 = tmp_path / "made_up", made(FEW) / "hf" / CASE.model.name
     directory.mkdir()
     tensors = {}
     for name, tensor in huggingface.tensors(qwen3).items():
@@ -47,7 +48,7 @@ def test_it_becomes_the_tensors_that_megatron_wrote_itself(
     padding = ["--make-vocab-size-divisible-by", "128"]
     command = ["convert", str(made_up), str(tmp_path / "megatron"), "--to", "torch", *CASE.flags, *padding]
     assert main([*command, "--device", "cpu"]) == 0
-    originals = sorted((made("families") / CASE.name).glob(f"*/*/{FILE}"))
+    originals = sorted((made(FEW) / CASE.name).glob(f"*/*/{FILE}"))
     assert len(originals) == 4
     for original in originals:
         rank = original.parent.name
@@ -64,7 +65,7 @@ def test_what_megatron_wrote_becomes_it_with_a_config_of_it(
     made: Callable[[str], Path], made_up: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "hf"
-    command = ["convert", str(made("families") / CASE.name), str(target), "--to", "huggingface", "--like", str(made_up)]
+    command = ["convert", str(made(FEW) / CASE.name), str(target), "--to", "huggingface", "--like", str(made_up)]
     assert main([*command, "--target-params-dtype", "keep", "--device", "cpu"]) == 0
     expected, found = huggingface.tensors(made_up), huggingface.tensors(target)
     assert found.keys() == expected.keys()

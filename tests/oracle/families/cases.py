@@ -53,6 +53,7 @@ class Case:
 #: What the arguments of a checkpoint do not tell, as a user says it; {hf} is a directory with the model's config.json.
 SAID = {
     "mistral": ("--like", "{hf}"),
+    "seed-oss": ("--like", "{hf}"),
     "llama32": ("--rope-scaling-factor", "32"),
 }
 
@@ -79,6 +80,12 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("qwen3-moe", _ALL, "torch", _GROUPED),
     _case("qwen3-moe-mixed", _ALL, "torch_dist", _LOCAL),
     _case("qwen2-moe", _TP, "torch_dist", _GROUPED),
+    _case("deepseek-v3", _ALL, "torch_dist", _GROUPED),
+    _case("deepseek-v3-yarn", _TP_PP, "torch", _TE),
+    _case("moonlight", _TP, "torch", _GROUPED),
+    _case("deepseek-v2-lite", _ALL, "torch", _LOCAL),
+    _case("glm45", _TP_PP, "torch_dist", _LOCAL),
+    _case("seed-oss", _TP, "torch", _TE),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -93,6 +100,12 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("qwen3-moe", _TP_PP, "torch_dist", _LOCAL),
     _case("qwen3-moe-mixed", _ALL, "torch_dist", _GROUPED),
     _case("qwen2-moe", _ALL, "torch", _LOCAL),
+    _case("deepseek-v3", _TP_PP, "torch", _TE),
+    _case("deepseek-v3-yarn", _ALL, "torch_dist", _GROUPED),
+    _case("moonlight", _ALL, "torch_dist", _TE),
+    _case("deepseek-v2-lite", _TP, "torch_dist", _LOCAL),
+    _case("glm45", _TP, "torch", _GROUPED),
+    _case("seed-oss", _TP_PP, "torch_dist", _TE),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
