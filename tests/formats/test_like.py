@@ -21,8 +21,6 @@ MISTRAL: dict[str, Any] = {
     "sliding_window": None,
 }  # fmt: skip
 
-OF_THE_FAMILY = pytest.mark.xfail(strict=True, reason="without a tokenizer, the special ids are those of the family")
-
 
 def _like(directory: Path, **more: Any) -> Path:
     directory.mkdir(exist_ok=True)
@@ -75,9 +73,8 @@ def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pyt
         ("initializer_range", 0.006),
         ("attention_dropout", 0.1),
         ("use_cache", False),
-        pytest.param("bos_token_id", 7, marks=OF_THE_FAMILY),
-        pytest.param("eos_token_id", 8, marks=OF_THE_FAMILY),
-        pytest.param("eos_token_id", [8, 9, 10], marks=OF_THE_FAMILY),
+        ("eos_token_id", 8),
+        ("eos_token_id", [8, 9, 10]),
         ("auto_map", {"AutoConfig": "configuration_made_up.MadeUpConfig"}),
         ("a_key_of_the_makers", {"nested": [1, 2.5, None]}),
     ],
@@ -89,7 +86,6 @@ def test_what_no_argument_tells_is_taken_over_as_it_is(key: str, value: Any, tmp
     assert _config(tmp_path / "out")[key] == value
 
 
-@OF_THE_FAMILY
 def test_the_ids_that_end_a_text_are_those_of_generation_too(tmp_path: Path) -> None:
     make(tmp_path / "in", MODEL)
     like = _like(tmp_path / "like", bos_token_id=7, eos_token_id=[8, 9])

@@ -2,7 +2,7 @@
 
     python -m tests.oracle.families.transformers_4 '{"MODEL": ["CONVERTED DIRECTORY", "LOGITS FILE"]}'
 
-prints a JSON object: the version, and of each model the values of its config that differ from those of the class with
+prints a JSON object: the version, and of each model the values of its config that differ from those of its class with
 the model's own arguments, the weights that were missing or superfluous, and the largest difference of the logits.
 """
 
@@ -48,11 +48,7 @@ def _in_version_4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[object, object]]:
-    return {
-        name: (found.get(name), wanted.get(name))
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    }
+    return {name: (found.get(name), wanted[name]) for name in wanted if found.get(name) != wanted[name]}
 
 
 if __name__ == "__main__":
