@@ -118,7 +118,7 @@ def _check_like(said: Said, like: Architecture, file: str) -> None:
     raise_together(
         [
             UnsupportedModel(
-                f"{_LIKE} is of another model than the checkpoint",
+                f"{_LIKE} is of another model than the checkpoint, by {key.config or key.arg}",
                 file=file,
                 expected=f"{key.config or key.arg} {like.fact(name)}, as {_LIKE} says",
                 found=f"{own.fact(name)}, by the checkpoint's argument {key.arg}",
