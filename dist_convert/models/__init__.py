@@ -13,8 +13,8 @@ from dist_convert.models.qwen3_moe import QWEN3_MOE
 from dist_convert.models.schema import Family
 from dist_convert.models.seed_oss import SEED_OSS
 
-_DENSE = (QWEN2, QWEN3, MISTRAL, SEED_OSS, LLAMA)
-_MOE = (QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, MIXTRAL)
+_DENSE = (LLAMA, MISTRAL, QWEN2, SEED_OSS, QWEN3)
+_MOE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE)
 #: Training arguments may be those of several families: the first that they fit is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MOE)}
 

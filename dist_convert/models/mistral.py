@@ -21,7 +21,7 @@ MISTRAL = Family(
         Key("sliding_window", "sliding_window", "window_size", default=4096, codec="window"),
     ),
     pins=(),
-    signs={"window_size": True, "num_experts": False, "qk_layernorm": False, "multi_latent_attention": False},
+    signs={"add_qkv_bias": False, "num_experts": False, "qk_layernorm": False, "multi_latent_attention": False},
     config={},
     before=EMBEDDING,
     layer=(ATTENTION_NORM, QKV, OUTPUT),

@@ -33,6 +33,8 @@ MIXTRAL = Family(
     pins=(),
     signs={
         "num_experts": True,
+        "add_qkv_bias": False,
+        "moe_router_enable_expert_bias": False,
         "qk_layernorm": False,
         "multi_latent_attention": False,
         "moe_shared_expert_intermediate_size": False,

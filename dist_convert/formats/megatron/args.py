@@ -73,11 +73,11 @@ _LLAMA3_FACTOR = 8.0
 def families_of_args(args: Mapping[str, Any]) -> list[Family]:
     """The families that models trained with these arguments may be of, the likeliest first.
 
-    Where there is none, it is the plainest that has experts, or has none, and whose pins tell what is wrong.
+    Where there is none, it is the plainest with experts or without, whose pins tell what is wrong.
     """
     fitting = [family for family in FAMILIES.values() if fits_signs(family, args)]
     alike = [family for family in FAMILIES.values() if bool(family.moe) == bool(args.get("num_experts"))]
-    return fitting or alike[-1:]
+    return fitting or alike[:1]
 
 
 def architecture_from_args(
