@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OF_A_LAUNCHER = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FLAGS = {
     "megatron-to-hf": ["--load-path", "in", "--save-path", "out"],
     "hf-to-megatron": ["--load-dir", "in", "--save-dir", "out"],
@@ -50,7 +51,7 @@ def wait_until_begun(slow_torch: Path) -> None:
 def test_a_signal_while_torch_is_imported_ends_with_one_line(
     number: signal.Signals, rank: str, said: str, command: str, slow_torch: Path
 ) -> None:
-    env = os.environ | {"PYTHONPATH": f"{slow_torch}:{ROOT}", "RANK": rank}
+    env = os.environ | {"PYTHONPATH": f"{slow_torch}:{ROOT}", "RANK": rank, **OF_A_LAUNCHER}
     line = [sys.executable, "-m", "dist_convert", command, *FLAGS[command]]
     with subprocess.Popen(line, env=env, cwd=slow_torch, stderr=subprocess.PIPE, text=True) as process:
         wait_until_begun(slow_torch)

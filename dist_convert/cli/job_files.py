@@ -28,13 +28,14 @@ def flags_of_file(
     words: list[str] = []
     problems: list[ConversionError] = []
     for key, value in _read(path).items():
+        if isinstance(value, list | dict):  # of which aliases may make far more than the file has bytes
+            problems.append(UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path)))
+            continue
         found = f"{key}: {'true' if value is True else value}"
         flag = "--" + str(key).replace("_", "-")
         word, what, remedy = flag if value is True else f"{flag}={value}", "", ""
         if flag == "--config":
             what = "a job file cannot name another one"
-        elif isinstance(value, list | dict):
-            what = f"{key} cannot be a {type(value).__name__}"
         elif value is None or value is False:
             continue
         else:
