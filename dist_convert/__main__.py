@@ -174,6 +174,12 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
+    from dist_convert.read.source import no_directory
+    from dist_convert.write.partial import refuse_unfinished
+
+    if not Path(flags.path).is_dir():  # told before torch is imported
+        refuse_unfinished(Path(flags.path), flags.ckpt_dir_name)
+        raise no_directory(Path(flags.path), "checkpoint")
     with importing():
         from dist_convert.formats.describe import as_screen, inspect_checkpoint
 

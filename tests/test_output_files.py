@@ -198,7 +198,7 @@ def test_a_target_that_holds_something_is_refused_and_kept(tmp_path: Path, capsy
     message = capsys.readouterr().err
     assert "the target directory is not empty" in message
     assert f"{tmp_path}/out" in message
-    assert "remove the directory yourself" in message
+    assert "choose another target" in message
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert listing(tmp_path / "out") == ["notes.txt"]
 

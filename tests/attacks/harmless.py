@@ -25,7 +25,8 @@ def run(watched: Watcher, direction: str, root: Path) -> Seen:
 def assert_harmless(seen: Seen, root: Path) -> None:
     """Only the two directories were touched, at little cost, and nothing was started."""
     assert seen.exit_code >= 0, seen  # a signal is what a limit ends a process with
-    assert seen.events == []
+    # A target that is complete gets the usual rights.
+    assert [one for one in seen.events if not one.startswith(f"os.chmod ('{root}/target/")] == []
     inside = (f"{root}/source", f"{root}/target")
     assert [path for path in seen.opened if not path.startswith(inside)] == []
     assert seen.peak_bytes < MOST_MEMORY_BYTES

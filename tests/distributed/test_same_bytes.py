@@ -106,9 +106,9 @@ def test_tensor_parallel_weights_cross_in_several_gathers(
 ) -> None:
     answer = converted[f"{name}, gather in small steps"].answer
     gathers = [sum(seen[0] != "all_gather_object" for seen in of_rank) for of_rank in answer.collectives]
-    if ranks == 2 and name != "llama TP4":
-        # Two tensor parallel sets (stages or expert ranks) make two teams, here of one rank each.
-        assert (answer.outcome["gathered_bytes"], gathers) == (0, [0, 0])
+    if (ranks == 2 and name != "llama TP4") or (ranks == 3 and name == "mixtral TP2 EP2"):
+        # Sets that one rank can read and write alone are dealt to single ranks, and nothing crosses.
+        assert (answer.outcome["gathered_bytes"], gathers) == (0, [0] * ranks)
     else:
         assert answer.outcome["gathered_bytes"] > 0
         assert max(gathers) >= 3

@@ -161,7 +161,7 @@ def test_an_output_bias_of_zeros_is_added_where_the_model_is_said_to_be_a_llama_
 ) -> None:
     model = Model(layers=2, qkv_bias=True)
     expected = make(tmp_path / "in", model, Grid(tp=2))
-    like = {"model_type": "llama", "attention_bias": True, "hidden_size": 16, "intermediate_size": 24}
+    like = {"model_type": "llama", "vocab_size": 29, "attention_bias": True, "hidden_size": 16, "intermediate_size": 24}
     like |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     (tmp_path / "like.json").write_text(json.dumps(like | {"rms_norm_eps": 1e-5, "head_dim": 4}))
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "like.json")) == 0

@@ -13,16 +13,13 @@ import dist_convert
 from dist_convert.__main__ import main
 from tests.oracle.cases import CASES, LOSSY_CASES, OracleCase
 
-_LLAMA_AND_MIXTRAL = [case for case in CASES if not case.qk_layernorm]
-_WITH_QK_LAYERNORM = [case for case in CASES if case.qk_layernorm]
-
 
 def _convert(case: OracleCase, oracle: Path, target: Path, *flags: str) -> int:
     command = ["megatron-to-hf", "--load-path", str(oracle / case.name), "--save-path", str(target)]
     return main([*command, "--target-params-dtype", "keep", "--device", "cpu", *flags])
 
 
-@pytest.mark.parametrize("case", _LLAMA_AND_MIXTRAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_transformers_gives_the_logits_of_megatron(case: OracleCase, oracle: Path, tmp_path: Path) -> None:
     assert _convert(case, oracle, tmp_path / "hf") == 0
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +35,7 @@ def test_transformers_gives_the_logits_of_megatron(case: OracleCase, oracle: Pat
     assert torch.equal(logits.argmax(-1), megatron.argmax(-1))
 
 
-@pytest.mark.parametrize("case", _LLAMA_AND_MIXTRAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_torch_dist_that_megatron_saved_becomes_the_same_files(case: OracleCase, oracle: Path, tmp_path: Path) -> None:
     assert _convert(case, oracle, tmp_path / "hf") == 0
     of = replace(case, name=f"{case.name}/distributed")
@@ -60,15 +57,6 @@ def test_files_of_all_data_parallel_ranks_are_read_and_the_optimizer_in_them_is_
 ) -> None:
     found = dist_convert.inspect(oracle / case / "distributed")
     assert (found["files"], list(found["left_behind"])) == (files, beside)
-
-
-@pytest.mark.parametrize("case", _WITH_QK_LAYERNORM, ids=lambda case: case.name)
-def test_a_family_without_query_norms_refuses_them_by_name(
-    case: OracleCase, oracle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _convert(case, oracle, tmp_path / "hf") == 1
-    assert "qk-layernorm" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("case", LOSSY_CASES, ids=lambda case: case.name)

@@ -73,7 +73,8 @@ def test_a_single_file_beside_the_index_of_others_is_ambiguous(
 ) -> None:
     touch(tmp_path, single)
     write_index(tmp_path, sharded, name=index)
-    with pytest.raises(InconsistentShards, match=f"two sets of weights: {single}(?s:.*)remove the one"):
+    match = f"two sets of weights: {single}(?s:.*)give a directory that has only the right ones"
+    with pytest.raises(InconsistentShards, match=match):
         find_weights(tmp_path)
 
 

@@ -176,7 +176,7 @@ def test_an_oversized_pickle_is_refused_before_it_is_read(saved: Path, monkeypat
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
     with pytest.raises(CorruptFile) as caught:
         read_small_record(open_container(saved, LABEL), "data.pkl")
-    assert caught.value.expected == "a record of at most 100 bytes"
+    assert caught.value.expected == "a record of at most 100 B"
 
 
 def test_a_flipped_bit_in_the_pickle_fails_its_checksum(saved: Path) -> None:

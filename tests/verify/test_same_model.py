@@ -231,7 +231,7 @@ def test_the_report_for_people_says_what_was_compared(tmp_path: Path, capsys: py
     [
         ("nowhere", "megatron", "A ({0}/nowhere): the checkpoint directory does not exist\n"),
         ("megatron", "file", "B ({0}/file): a file, not a checkpoint directory\n"),
-        ("root", "megatron", "remedy:   check the path, or name the iteration with --ckpt-dir-name-a\n"),
+        ("root", "megatron", "remedy:   name the iteration with --ckpt-dir-name-a, or give its path\n"),
         ("megatron", "gone", "remedy:   name an existing iteration with --ckpt-dir-name-b\n"),
     ],
 )

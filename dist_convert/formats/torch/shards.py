@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.megatron.grid import SHARD_FILE
+from dist_convert.formats.megatron.names import holds_no_weights
 from dist_convert.read.restricted_pickle import Inert, Tensor, foreign_classes, inside, plain_dict
 from dist_convert.read.source import reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
@@ -153,7 +154,7 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
 def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The entries that are no tensors, and what they are; of nested models, such as older ones, their parts."""
     for name, value in model.items():
-        if isinstance(value, Mapping) and value and "." not in name:
+        if isinstance(value, Mapping) and value and "." not in name and not holds_no_weights(name):
             yield from ((f"{name}.{inner}", type(value).__name__) for inner in value)
         elif not isinstance(value, Tensor):
             yield name, value.class_name if isinstance(value, Inert) else type(value).__name__
