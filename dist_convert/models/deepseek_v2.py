@@ -38,6 +38,8 @@ DEEPSEEK_V2 = Family(
     config_pins={
         "norm_topk_prob": False,
         "attention_bias": False,
+        "mlp_bias": False,
+        "scoring_func": "softmax",
         "topk_method": "greedy",
         "n_group": 1,
         "topk_group": 1,

@@ -36,6 +36,7 @@ GLM4_MOE = Family(
     ),
     pins=(
         Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
+        Pin("partial_rotary_factor", (None, 0.5), "the family rotates half of each head"),
         Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
         Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
     ),

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dist_convert.errors import UnsupportedModel
+from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.models.neutral import NEUTRAL
-from dist_convert.models.schema import FIELDS, Architecture, Family, Key, Pin
+from dist_convert.models.schema import FIELDS, Architecture, Family, Key, Pin, YarnScaling
 
 #: The values of an argument that is not set.
 _UNSET: tuple[object, ...] = (None, False, 0, "", "vanilla", [-1, 0], [-1, -1], [None, None])
@@ -35,21 +35,42 @@ def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
     return replace(plain, facts=others | products)
 
 
-def check_groups(architecture: Architecture, file: str) -> None:
-    """Refuse groups of experts that Megatron scores otherwise than transformers, which adds up the two best of each.
+def check_computed_alike(architecture: Architecture, file: str) -> None:
+    """Refuse numbers with which Megatron computes otherwise than transformers.
 
     Raises:
-        UnsupportedModel
+        Problems, or the one problem there is: UnsupportedModel.
     """
+    problems: list[ConversionError] = []
+
+    def refuse(what: str, expected: object, found: object) -> None:
+        remedy = "the model cannot be the same in both; there is nothing to convert to"
+        problems.append(UnsupportedModel(what, file=file, expected=expected, found=found, remedy=remedy))
+
     groups, chosen = architecture.fact("expert_groups"), architecture.fact("chosen_groups")
-    if groups > 1 and architecture.experts_per_token != 2 * chosen:
-        raise UnsupportedModel(
+    if groups > 1 and architecture.experts_per_token != 2 * chosen:  # transformers adds up the two best of each
+        refuse(
             "Megatron scores groups of experts otherwise than transformers",
-            file=file,
-            expected=f"{2 * chosen} experts for each token, two for each of {chosen} chosen groups",
-            found=architecture.experts_per_token,
-            remedy="the model cannot be the same in both; there is nothing to convert to",
+            f"{2 * chosen} experts for each token, two for each of {chosen} chosen groups",
+            architecture.experts_per_token,
         )
+    if groups and architecture.experts_per_token == 1:
+        refuse("Megatron does not make the weight of a single expert 1", "two experts or more for each token", 1)
+    if "kv_rank" in architecture.facts and architecture.query_groups != architecture.heads:
+        refuse("latent attention has no groups of queries", f"{architecture.heads} groups", architecture.query_groups)
+    scaling = architecture.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        numbers = (scaling.factor, scaling.beta_fast, scaling.beta_slow, scaling.original_max_positions)
+        if scaling.factor < 1 or min(numbers) <= 0:
+            refuse("YaRN's numbers are impossible", "a factor of 1 or more, and all numbers above 0", scaling)
+        # Where one of them is 0, transformers takes neither, Megatron both.
+        elif not (scaling.mscale and scaling.mscale_all_dim) and (scaling.mscale, scaling.mscale_all_dim) != (1, 0):
+            refuse(
+                "YaRN scales attention otherwise in Megatron than in transformers",
+                "mscale and mscale_all_dim, or mscale 1 and mscale_all_dim 0",
+                f"mscale {scaling.mscale:g} and mscale_all_dim {scaling.mscale_all_dim:g}",
+            )
+    raise_together(problems)
 
 
 def pins_of(family: Family) -> tuple[Pin, ...]:

@@ -7,6 +7,8 @@ more of them; args that lack one mean its neutral value.
 from dist_convert.models.schema import Pin
 
 _ROUTER = "num_experts"
+_MULTIPLIERS = "transformers multiplies neither embeddings nor residuals or logits"
+_SAY_SCALING = "the scaling of rotary frequencies is said in words of a fork, and not in Megatron's"
 
 NEUTRAL = (
     Pin("position_embedding_type", ("rope",), "the family has rotary positions only", is_written=True),
@@ -40,6 +42,12 @@ NEUTRAL = (
         "save the checkpoint without the argument",
         is_written=True,
     ),
+    Pin("experimental_attention_variant", (None,), "all layers of the family have plain attention"),
+    Pin("linear_attention_type", (None,), "all layers of the family have plain attention"),
+    Pin("linear_attention_freq", (None, 0), "all layers of the family have plain attention"),
+    Pin("is_hybrid_model", (False, None), "all layers of the family have attention"),
+    Pin("hybrid_layer_pattern", (None, ""), "all layers of the family have attention"),
+    Pin("hybrid_override_pattern", (None, ""), "all layers of the family have attention"),
     Pin("gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
     Pin(
         "moe_router_pre_softmax",
@@ -74,5 +82,34 @@ NEUTRAL = (
     ),
     Pin("moe_shared_expert_gate", (False, None), "the family has no gate of shared experts", when=_ROUTER),
     Pin("moe_mlp_glu_interleave_size", (None,), "gate and up rows alternate in blocks", when=_ROUTER),
+    Pin("moe_shared_expert_glu_interleave_size", (None,), "gate and up rows alternate in blocks", when=_ROUTER),
     Pin("moe_apply_probs_on_input", (False, None), "transformers weighs the experts' outputs", when=_ROUTER),
+    Pin("moe_latent_size", (None, 0), "the family's experts are as wide at both ends as the model", when=_ROUTER),
+    Pin("moe_router_topk_limited_devices", (None, 0), "transformers does not limit the devices", when=_ROUTER),
+    Pin("moe_router_force_load_balancing", (False, None), "experts were chosen at random", when=_ROUTER),
+    Pin("moe_router_force_biased", (None,), "experts were chosen at random", when=_ROUTER),
+    # MindSpeed-LLM's.
+    Pin("rope_scaling_type", (None,), _SAY_SCALING),
+    Pin("scale_emb", (None, 1), _MULTIPLIERS),
+    Pin("scale_depth", (None, 1), _MULTIPLIERS),
+    Pin("dim_model_base", (None,), _MULTIPLIERS),
+    Pin("embedding_multiplier_scale", (None, 1), _MULTIPLIERS),
+    Pin("output_multiplier_scale", (None, 1), _MULTIPLIERS),
+    Pin("query_pre_attn_scalar", (None,), "transformers scales attention by the root of head_dim"),
+    Pin("attn_logit_softcapping", (None, 0), "transformers does not cap scores or logits"),
+    Pin("output_logit_softcapping", (None, 0), "transformers does not cap scores or logits"),
+    Pin("gelu_tanh", (False, None), "the family has gated SiLU MLPs"),
+    Pin("swiglu_limit", (None, 0), "transformers does not clamp the activation"),
+    Pin("add_rmsnorm_offset", (False, None), "the family's norms multiply by gamma"),
+    Pin("post_norm", (False, None), "the family is pre-norm"),
+    Pin("no_post_layer_norm", (False, None), "the family has a last norm"),
+    Pin("input_embeds_norm", (False, None), "the family does not normalise embeddings"),
+    Pin("use_glm_rope", (False, None), "transformers rotates halves of each head"),
+    Pin("cla_share_factor", (None, 0, 1), "layers of the family have keys and values of their own"),
+    Pin("interleave_sliding_window", (None, 0), "all layers of the family attend alike"),
+    Pin("sliding_window", (None, 0), "the window has another name in Megatron, window_size"),
+    Pin("noop_layers", (None, "", []), "all layers of the family compute something"),
+    # ms-swift's; Megatron-Bridge's rope_scaling is a flag.
+    Pin("rope_scaling", (None, False, True, {}, {"rope_type": "default"}), _SAY_SCALING),
+    Pin("partial_rotary_factor", (None, 1), "the family rotates all of each head"),
 )

@@ -17,7 +17,7 @@ from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, 
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES, REFUSED
-from dist_convert.models.keys import architecture_of, check_groups, to_config
+from dist_convert.models.keys import architecture_of, check_computed_alike, to_config
 from dist_convert.models.schema import (
     Architecture,
     Family,
@@ -33,11 +33,14 @@ from dist_convert.read.source import read_json
 #: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 _FACTOR, _PARTIAL = "factor", "partial_rotary_factor"
-#: Of YaRN's in the order of `YarnScaling`, with the values that DeepSeek's own code has where they are absent.
+#: Of YaRN's in the order of `YarnScaling`, with the values that they have where they are absent. DeepSeek's own code
+#: and versions of transformers differ in two of them, which have to be given.
 _YARN: dict[str, Any] = {
-    _FACTOR: 1.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096, "mscale": 1.0,
+    _FACTOR: None, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": None, "mscale": 1.0,
     "mscale_all_dim": 0.0,
 }  # fmt: skip
+#: What YaRN may have besides in transformers and not in Megatron, with the value that changes nothing.
+_YARN_PINS = {"attention_factor": None, "truncate": True}
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -150,7 +153,7 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
     raise_together(read.problems)
     architecture = architecture_of(read.family, values | {"padded_vocab": values["vocab"]})
     check_experts(architecture.layers, architecture.experts, CONFIG_FILE)
-    check_groups(architecture, CONFIG_FILE)
+    check_computed_alike(architecture, CONFIG_FILE)
     return architecture
 
 
@@ -177,12 +180,15 @@ def _check_pins(read: _Config) -> None:
     """Refuse what no model of the family has that Megatron can train."""
     config = read.given
     for name, wanted in {"hidden_act": "silu", **read.family.config_pins}.items():
-        if (found := config.get(name, wanted)) != wanted:
+        found = config.get(name, wanted)
+        if found != wanted and not (found is None and wanted == 1):  # no groups are one group
             what = "Megatron's --swiglu is another activation" if name == "hidden_act" else f"{name} is not supported"
             read.refuse(what, expected=f"{name}={wanted}", found=found)
     kinds = config.get("layer_types") or []
-    if "sliding_window" not in read.keys and any(kind != "full_attention" for kind in kinds):
-        read.refuse("layers attend in different ways", expected="full_attention in all layer_types", found=kinds)
+    has_window = "sliding_window" in read.keys and read.get("sliding_window") is not None
+    kind = "sliding_attention" if has_window else "full_attention"
+    if any(other != kind for other in kinds):
+        read.refuse("layers attend in different ways", expected=f"{kind} in all layer_types", found=kinds)
     if config.get("quantization_config"):
         read.refuse(
             "the weights are quantised",
@@ -252,6 +258,9 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnS
         read.refuse("another scaling of rotary frequencies", expected=f"rope_type default or {known}", found=kind)
         return None
     if read.family.has_yarn:
+        for name, wanted in _YARN_PINS.items():
+            if (found := rope.get(name, wanted)) != wanted:
+                read.refuse(f"Megatron's YaRN has no {name}", expected=f"{name}={wanted}, or none", found=found)
         said = {name: rope.get(name, default) for name, default in _YARN.items()}
         if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
             return YarnScaling(*said.values())

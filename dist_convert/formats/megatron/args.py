@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.models import FAMILIES
-from dist_convert.models.keys import architecture_of, check_groups, fits_signs, of_arg, pins_of
+from dist_convert.models.keys import architecture_of, check_computed_alike, fits_signs, of_arg, pins_of
 from dist_convert.models.schema import (
     MOST,
     Architecture,
@@ -66,6 +66,8 @@ YARN: dict[str, Any] = {
     "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
     "mscale": 1.0, "mscale_all_dim": 0.0,
 }  # fmt: skip
+#: Kinds of load balancing that also decide which experts are taken, or their weights.
+_OTHER_ROUTINGS = ("sinkhorn", "quantile_balancing")
 #: What Megatron's own scripts train with; most versions ignore the argument.
 _LLAMA3_FACTOR = 8.0
 
@@ -120,15 +122,20 @@ def architecture_from_args(
                 remedy=f"say which it was: --rope-scaling-factor {factor:g}, or {_LLAMA3_FACTOR:g}",
             )
         )
-    if family.moe and "sinkhorn" in str(args.get("moe_router_load_balancing_type")):
+    balancing = str(args.get("moe_router_load_balancing_type"))
+    if family.moe and any(other in balancing for other in _OTHER_ROUTINGS):
         problems.append(
             UnsupportedModel(
                 "--moe-router-load-balancing-type has a value that the target cannot express",
                 file=file,
                 expected="aux_loss or none",
-                found="sinkhorn",
-                remedy="sinkhorn does not normalise the weights of the chosen experts, transformers does",
+                found=balancing,
+                remedy="it chooses experts and their weights otherwise than transformers",
             )
+        )
+    if family.moe and (args.get("moe_router_num_groups") or 1) > 1 and not args.get("moe_router_group_topk"):
+        problems.append(
+            MissingArguments("the checkpoint's args lack moe_router_group_topk beside moe_router_num_groups", file=file)
         )
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size")
     absent = [name for name in names if not args.get(name)]
@@ -154,7 +161,7 @@ def architecture_from_args(
         "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
     }
     architecture = architecture_of(family, facts)
-    check_groups(architecture, file)
+    check_computed_alike(architecture, file)
     return architecture
 
 
@@ -181,14 +188,22 @@ def _yarn(args: Mapping[str, Any], file: str) -> YarnScaling | None:
 
     Raises:
         MissingArguments: the factor, for which Megatron's classes and its command line have different defaults.
+        UnsupportedModel: attention is scaled as by YaRN, and frequencies are not.
     """
-    if args.get("rope_type") == "rope":
-        return None
-    if not is_number(args.get("rotary_scaling_factor")):
+    kind = args.get("rope_type") or "yarn"
+    if kind == "yarn" and not is_number(args.get("rotary_scaling_factor")):
         raise MissingArguments("the checkpoint's args lack rotary_scaling_factor", file=file)
     said = {name: args[name] for name in YARN if is_number(args.get(name))}
     scaling = YarnScaling(*({**YARN, **said}).values())
-    return scaling if scaling.factor > 1 else None
+    # Latent attention scales its softmax by these two whatever the frequencies are scaled by.
+    if kind not in ("rope", "yarn") or (kind == "rope" and scaling.factor > 1 and scaling.mscale_all_dim):
+        raise UnsupportedModel(
+            "--rope-type has a value that the target cannot express",
+            file=file,
+            expected="yarn, or rope with a rotary_scaling_factor of 1 or an mscale_all_dim of 0",
+            found=f"{kind}, {scaling.factor:g}, {scaling.mscale_all_dim:g}",
+        )
+    return scaling if kind == "yarn" and scaling.factor != 1 else None
 
 
 def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:

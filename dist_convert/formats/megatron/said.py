@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.errors import ConversionError, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
+from dist_convert.formats.megatron.target_args import rope_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
@@ -69,14 +70,18 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     if where.like is not None:
         like = architecture_from_config(where.like, zero_output_bias=True)
         family, trusts_factor = FAMILIES[like.family], True
-        flags = {"rotary_base": like.rope_theta, "use_rope_scaling": like.rope_scaling is not None} | flags
-        if like.rope_scaling is not None:
-            flags = {"rope_scaling_factor": like.rope_scaling.factor} | flags
+        flags = {"rotary_base": like.rope_theta, **_scaling(like)} | flags
         silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
         corrected = {**args, **silent}
     elif where.family is not None:
         family = _possible(FAMILIES[where.family], args, file)
-    if "rope_scaling_factor" in flags:
+    if scaling and (family or families_of_args(args)[0]).has_yarn:
+        raise UsageError(
+            "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
+            file=file,
+            remedy=f"leave it out; {_LIKE} CONFIG corrects all numbers of YaRN",
+        )
+    if scaling:
         flags["use_rope_scaling"] = True
     for name, value in flags.items():
         if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
@@ -93,6 +98,14 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         )
         said = replace(said, notes=(*notes, note))
     return said
+
+
+def _scaling(like: Architecture) -> dict[str, object]:
+    """How a model scales its rotary frequencies, in training arguments."""
+    if FAMILIES[like.family].has_yarn:
+        return rope_values(like)
+    scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
+    return {"use_rope_scaling": like.rope_scaling is not None, **scaling}
 
 
 def _is_silent(key: Key, args: Mapping[str, Any]) -> bool:

@@ -1,0 +1,191 @@
+"""Every family: its facts survive both ways, and what would make it compute something else is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError
+from dist_convert.formats.huggingface.config import architecture_from_config, config_json
+from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.said import said_of
+from dist_convert.formats.megatron.target_args import model_values
+from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Where
+from dist_convert.models.schema import YarnScaling
+
+DENSE: dict[str, Any] = {
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "head_dim": 16,
+    "rope_theta": 50000.0,
+}  # fmt: skip
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+SHARED = {
+    "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 40.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+LATENT = SHARED | {
+    "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "rope_scaling": YARN,
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2": {},
+    "qwen2_moe": MOE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 96},
+    "qwen3": {},
+    "qwen3_moe": MOE | {"mlp_only_layers": [0, 2]},
+    "seed_oss": {},
+    "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2},
+    "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": None, "topk_group": None},
+    "glm4_moe": SHARED | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+}
+
+
+def config_of(family: str, **more: Any) -> dict[str, Any]:
+    named = {"model_type": family, "architectures": [FAMILIES[family].hf_class]}
+    return named | DENSE | TINY[family] | more
+
+
+def args_of(family: str, **more: Any) -> dict[str, Any]:
+    """As they are read from a checkpoint."""
+    architecture = architecture_from_config(config_of(family))
+    own = {"padded_vocab_size": 512, "num_layers": 4, **model_values(architecture)}
+    return {**json.loads(json.dumps(own)), **more}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_is_written_says_what_the_config_said_that_was_read(family: str) -> None:
+    architecture = architecture_from_config(config_of(family))
+    assert architecture_from_config(config_json(architecture, "BF16")) == architecture
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_args_that_are_written_say_what_the_config_said(family: str) -> None:
+    architecture = architecture_from_config(config_of(family))
+    read = architecture_from_args(args_of(family), vocab=500, file="shard", family=FAMILIES[family])
+    assert replace(read, padded_vocab=500, router_aux_loss=architecture.router_aux_loss) == architecture
+    assert model_values(read) == model_values(architecture)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("deepseek_v3", {"rope_scaling": YARN | {"attention_factor": 1.0}}, "attention_factor=None"),
+        ("deepseek_v3", {"rope_scaling": YARN | {"truncate": False}}, "truncate=True"),
+        ("deepseek_v3", {"rope_scaling": YARN | {"mscale": 0}}, "mscale 1 and mscale_all_dim 0"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"mscale_all_dim": 0}}, "mscale 1 and mscale_all_dim 0"),
+        ("deepseek_v3", {"rope_scaling": YARN | {"factor": 0.5}}, "a factor of 1 or more"),
+        ("deepseek_v3", {"rope_scaling": {**YARN, "factor": None}}, "factor"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ("deepseek_v3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type default or yarn"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=True"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=noaux_tc"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=sigmoid"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=True"),
+        ("deepseek_v3", {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, "two experts or more"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "two experts or more"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "8 groups"),
+        ("deepseek_v3", {"num_experts_per_tok": 8}, "4 experts for each token"),
+        ("deepseek_v2", {"n_group": 4}, "n_group=1"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func=softmax"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding_attention in all"),
+        ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "full_attention in all"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=False"),
+        ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_a_config_is_refused_that_megatron_would_compute_otherwise(
+    family: str, keys: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConversionError) as error:
+        architecture_from_config(config_of(family, **keys))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("deepseek_v3", "rope_type", "rope"),  # with a factor and an mscale_all_dim that scale attention
+        ("deepseek_v3", "rope_type", "linear"),
+        ("deepseek_v3", "rotary_scaling_factor", 0.5),
+        ("deepseek_v3", "mscale", 0.0),
+        ("deepseek_v3", "moe_router_topk", 1),
+        ("deepseek_v3", "moe_router_load_balancing_type", "quantile_balancing"),
+        ("mixtral", "moe_router_load_balancing_type", ["sinkhorn"]),
+        ("qwen3_moe", "moe_latent_size", 32),
+        ("qwen3_moe", "moe_router_force_load_balancing", True),
+        ("qwen3_moe", "moe_router_force_biased", 1.0),
+        ("qwen3_moe", "moe_router_topk_limited_devices", 2),
+        ("qwen2_moe", "moe_shared_expert_glu_interleave_size", 32),
+        ("llama", "experimental_attention_variant", "dsa"),
+        ("llama", "linear_attention_freq", 4),
+        ("llama", "hybrid_override_pattern", "M*M*"),
+        ("llama", "rope_scaling_type", "llama3"),
+        ("llama", "scale_emb", 12.0),
+        ("llama", "scale_depth", 1.4),
+        ("llama", "dim_model_base", 256.0),
+        ("llama", "output_logit_softcapping", 30.0),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "noop_layers", "3"),
+        ("glm4_moe", "partial_rotary_factor", 1.0),
+    ],
+)
+def test_args_are_refused_that_transformers_would_compute_otherwise(family: str, name: str, value: Any) -> None:
+    with pytest.raises(ConversionError):
+        architecture_from_args(args_of(family, **{name: value}), vocab=500, file="shard", family=FAMILIES[family])
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("deepseek_v3", "mscale_all_dim", 0.707),
+        ("deepseek_v3", "partial_rotary_factor", None),
+        ("glm4_moe", "partial_rotary_factor", 0.5),
+        ("llama", "rope_scaling", False),  # Megatron-Bridge's flag
+        ("llama", "rope_scaling", {"rope_type": "default"}),
+        ("llama", "embedding_multiplier_scale", 1.0),
+        ("llama", "cla_share_factor", 1),
+        ("qwen3_moe", "moe_router_load_balancing_type", ["aux_loss", "seq_aux_loss"]),
+    ],
+)
+def test_args_that_change_nothing_are_no_obstacle(family: str, name: str, value: Any) -> None:
+    args = args_of(family)
+    read = architecture_from_args({**args, name: value}, vocab=500, file="shard", family=FAMILIES[family])
+    assert read == architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family])
+
+
+def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None:
+    args = args_of("deepseek_v3", moe_router_topk=2, moe_router_group_topk=None)
+    with pytest.raises(MissingArguments, match="moe_router_group_topk"):
+        architecture_from_args(args, vocab=500, file="shard")
+
+
+def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
+    where = Where(Path("in"), rope_scaling_factor=8.0)
+    with pytest.raises(UsageError, match="this model's is YaRN"):
+        said_of(where, args_of("deepseek_v3"), "shard")
+
+
+def test_a_model_like_this_one_corrects_all_numbers_of_yarn_with_a_warning_each() -> None:
+    lost = args_of("deepseek_v3", rope_type="rope", rotary_scaling_factor=1.0, mscale=1.0, mscale_all_dim=0.0)
+    said = said_of(Where(Path("in"), like=config_of("deepseek_v3")), lost, "shard")
+    scaling = said.architecture(vocab=500, file="shard").rope_scaling
+    assert scaling == YarnScaling(40.0, 32, 1, 4096, 0.707, 0.707)
+    assert "warning: rotary_scaling_factor is 1.0 in the args, 40.0 is taken as you say" in said.notes
+
+
+@pytest.mark.parametrize("keys", [{"num_hidden_layers": 3}, {"routed_scaling_factor": 1.0}], ids=str)
+def test_a_model_that_is_not_like_this_one_is_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="--like is of another model"):
+        said_of(Where(Path("in"), like=config_of("deepseek_v3", **keys)), args_of("deepseek_v3"), "shard")
