@@ -54,3 +54,11 @@ def test_a_copy_of_the_config_counts_no_further_layers(tmp_path: Path) -> None:
     flags = ("--to", "huggingface", "--drop-mtp")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), *flags]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_layers_that_config_json_does_not_count_are_not_taken_for_multi_token_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", MODEL, hf_tensors(MODEL), num_hidden_layers=1)
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--drop-mtp") == 1
+    assert "model.layers.1.input_layernorm.weight has no place in a LlamaForCausalLM" in capsys.readouterr().err

@@ -27,6 +27,8 @@ from dist_convert.records import Box, StoredTensor, View
 _BASE_MODEL = "model."
 HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
+#: The norm of embeddings, which each layer of multi-token prediction has and no other.
+_OF_MTP = ".enorm.weight"
 
 #: Tensors without a place in any family here: part of the name -> what they are.
 _HOMELESS = (
@@ -132,7 +134,7 @@ def leftovers(
         stored: all tensors of the model by name.
         used: names of the tensors that views name.
         hf_class: of the family, for messages.
-        dropped_from: layers from this number on are left out.
+        dropped_from: layers of multi-token prediction from this number on are left out.
         tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
 
     Returns:
@@ -140,6 +142,8 @@ def leftovers(
     """
     dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []
+    # Others are the model's own, where config.json counts too few.
+    further = {_layer_of(name) for name in stored if name.endswith(_OF_MTP)}
     for name, tensor in stored.items():
         if name in used:
             continue
@@ -147,7 +151,7 @@ def leftovers(
             reason = "rotary_emb.inv_freq (computed from the config)"
         elif name == HEAD and tied:
             reason = f"{HEAD} (tied to the embedding by {CONFIG_FILE})"
-        elif dropped_from is not None and _layer_of(name) >= dropped_from:
+        elif dropped_from is not None and (layer := _layer_of(name)) >= dropped_from and layer in further:
             reason = MTP_REASON
         else:
             unknown.append(_unknown(tensor, hf_class))
