@@ -59,10 +59,11 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
     if "kv_rank" in architecture.facts and architecture.query_groups != architecture.heads:
         refuse("latent attention has no groups of queries", f"{architecture.heads} groups", architecture.query_groups)
     scaling = architecture.rope_scaling
-    if isinstance(scaling, YarnScaling):
-        numbers = (scaling.factor, scaling.beta_fast, scaling.beta_slow, scaling.original_max_positions)
-        if scaling.factor < 1 or min(numbers) <= 0:
-            refuse("YaRN's numbers are impossible", "a factor of 1 or more, and all numbers above 0", scaling)
+    if scaling is not None and scaling.factor < 1:
+        refuse("the scaling of rotary frequencies is none", "a factor of 1 or more", f"{scaling.factor:g}")
+    elif isinstance(scaling, YarnScaling):
+        if min(scaling.beta_fast, scaling.beta_slow, scaling.original_max_positions) <= 0:
+            refuse("YaRN's numbers are impossible", "numbers above 0", scaling)
         # Where one of them is 0, transformers takes neither, Megatron both.
         elif not (scaling.mscale and scaling.mscale_all_dim) and (scaling.mscale, scaling.mscale_all_dim) != (1, 0):
             refuse(

@@ -59,22 +59,40 @@ def config_of(family: str, **more: Any) -> dict[str, Any]:
 def args_of(family: str, **more: Any) -> dict[str, Any]:
     """As they are read from a checkpoint."""
     architecture = architecture_from_config(config_of(family))
-    own = {"padded_vocab_size": 512, "num_layers": 4, **model_values(architecture)}
+    own = {"padded_vocab_size": 512, **model_values(architecture)}
     return {**json.loads(json.dumps(own)), **more}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_that_is_written_says_what_the_config_said_that_was_read(family: str) -> None:
-    architecture = architecture_from_config(config_of(family))
+#: A family, and keys of its config at their ends.
+BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"sliding_window": None}),
+    ("mixtral", {"sliding_window": 2}),
+    ("seed_oss", {"attention_bias": False}),
+    ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": []}),
+    ("qwen3_moe", {"norm_topk_prob": False, "decoder_sparse_step": 3, "mlp_only_layers": [2]}),
+    ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": None, "q_lora_rank": None}),
+    ("deepseek_v3", {"first_k_dense_replace": 4, "rope_scaling": None, "routed_scaling_factor": 1}),
+    ("deepseek_v3", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}}),
+    ("deepseek_v2", {"q_lora_rank": 24, "n_group": 1, "topk_group": 1}),
+    ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), BOTH_WAYS, ids=str)
+def test_a_config_that_is_written_says_what_the_config_said_that_was_read(family: str, keys: dict[str, Any]) -> None:
+    architecture = architecture_from_config(config_of(family, **keys))
     assert architecture_from_config(config_json(architecture, "BF16")) == architecture
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_args_that_are_written_say_what_the_config_said(family: str) -> None:
-    architecture = architecture_from_config(config_of(family))
-    read = architecture_from_args(args_of(family), vocab=500, file="shard", family=FAMILIES[family])
+@pytest.mark.parametrize(("family", "keys"), BOTH_WAYS, ids=str)
+def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[str, Any]) -> None:
+    architecture = architecture_from_config(config_of(family, **keys))
+    args = {"padded_vocab_size": 512, **json.loads(json.dumps(model_values(architecture)))}
+    read = architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family])
     assert replace(read, padded_vocab=500, router_aux_loss=architecture.router_aux_loss) == architecture
-    assert model_values(read) == model_values(architecture)
+    assert json.loads(json.dumps(model_values(read))) == json.loads(json.dumps(model_values(architecture)))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,18 @@ def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
     where = Where(Path("in"), rope_scaling_factor=8.0)
     with pytest.raises(UsageError, match="this model's is YaRN"):
         said_of(where, args_of("deepseek_v3"), "shard")
+
+
+def test_a_factor_is_refused_where_a_model_like_this_one_has_no_scaling() -> None:
+    where = Where(Path("in"), rope_scaling_factor=8.0, like=config_of("llama"))
+    with pytest.raises(UsageError, match="contradict each other"):
+        said_of(where, args_of("llama"), "shard")
+
+
+def test_a_factor_below_1_is_refused() -> None:
+    said = said_of(Where(Path("in"), rope_scaling_factor=0.5), args_of("llama"), "shard")
+    with pytest.raises(UnsupportedModel, match="the scaling of rotary frequencies is none"):
+        said.architecture(vocab=500, file="shard")
 
 
 def test_a_model_like_this_one_corrects_all_numbers_of_yarn_with_a_warning_each() -> None:

@@ -247,7 +247,7 @@ def _refuse_both(read: _Config, old: str, new: str) -> None:
 def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
     """What decides the scaling: its type, and the numbers of Llama 3.1's."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*_LLAMA3, *_YARN)))
+    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*_LLAMA3, *_YARN, *_YARN_PINS)))
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:

@@ -75,6 +75,13 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         corrected = {**args, **silent}
     elif where.family is not None:
         family = _possible(FAMILIES[where.family], args, file)
+    if scaling and where.like is not None and like.rope_scaling is None:
+        raise UsageError(
+            f"--rope-scaling-factor and {_LIKE} contradict each other",
+            file=file,
+            expected=f"the scaling of rotary frequencies that {_LIKE} has, which is none",
+            remedy="leave the wrong one of both out",
+        )
     if scaling and (family or families_of_args(args)[0]).has_yarn:
         raise UsageError(
             "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
