@@ -129,7 +129,8 @@ def test_all_refused_arguments_are_reported_together() -> None:
         ),
         (
             {"num_experts": 4, "multi_latent_attention": True, "moe_router_enable_expert_bias": True,
-             "moe_router_score_function": "sigmoid", "qk_layernorm": True, "rope_type": "rope"},
+             "moe_router_score_function": "sigmoid", "qk_layernorm": True, "rope_type": "rope",
+             "num_query_groups": 4},
             "deepseek_v3", "DeepseekV3ForCausalLM",
         ),
     ],
