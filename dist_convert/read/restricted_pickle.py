@@ -248,11 +248,8 @@ _VALUES = frozenset((
     "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES",
     "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 ))  # fmt: skip
-#: What opcodes make, or fill.
-_KINDS: dict[str, type] = {
-    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "DICT": dict, "LIST": list, "FROZENSET": set,
-    "SETITEM": dict, "SETITEMS": dict, "APPEND": list, "APPENDS": list, "ADDITEMS": set,
-}  # fmt: skip
+#: How often what they have made is compared with the bound; one makes no more than it says, or takes from the stack.
+_COUNTED_OPCODES = 256
 
 
 class _Unpickler:
@@ -269,107 +266,100 @@ class _Unpickler:
 
     def run(self) -> Any:
         """The object that is on the stack at the end."""
-        stack, marks = self._stack, self._marks
-        most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
+        actions = self._actions()
         argument: Any  # which typeshed takes for None, too
-        for opcode, argument, at_byte in pickletools.genops(self._data):
-            name = opcode.name
-            if name in _VALUES:
-                self._push_new(argument, is_known=isinstance(argument, int) and -5 <= argument <= 256)
-            elif name in ("BINGET", "LONG_BINGET"):  # half of all there are
-                stack.append(self._memo[argument])
-            elif name == "STOP":
-                return stack.pop()
-            else:
-                self._do(name, argument)
-            if self._made_bytes + _STACK_BYTES * len(stack) + _MARK_BYTES * len(marks) > most_bytes:
-                raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,} bytes of memory")
-            if at_byte and at_byte > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
-                raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
-        raise EOFError("the pickle has no end")  # as genops says, too
+        for number, (opcode, argument, at_byte) in enumerate(pickletools.genops(self._data)):
+            if (act := actions.get(opcode.name)) is not None:
+                act(argument)
+            elif opcode.name != "STOP":  # which is the last that genops gives
+                raise pickle.UnpicklingError(f"the opcode {opcode.name}")
+            if number % _COUNTED_OPCODES == 0:
+                self._check_size(at_byte or 0)
+        self._check_size(len(self._data))
+        return self._stack.pop()
 
-    def _do(self, name: str, argument: Any) -> None:
-        """Any other opcode. Those that torch.save never writes, such as references to copyreg's registry, are none."""
-        stack = self._stack
-        match name:
-            case "MEMOIZE":
-                self._put(len(self._memo))
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                self._put(argument)
-            case "MARK":
-                self._marks.append(len(stack))
-            case "TUPLE":
-                self._push_new(tuple(self._pop_to_mark()))
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                self._push_new(tuple(self._pop_last(int(name[-1]))))
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = self._pop_last(2)
-                self._call(function, arguments)
-            case "NEWOBJ_EX":  # nothing is made from its keyword arguments
-                function, arguments, _ = self._pop_last(3)
-                self._call(function, arguments)
-            case "OBJ":
-                function, *arguments = self._pop_to_mark()
-                self._call(function, tuple(arguments))
-            case "INST":
-                arguments = tuple(self._pop_to_mark())
-                module, _, named = argument.partition(" ")
-                self._push_named(module, named)
-                self._call(stack.pop(), arguments)
-            case "BUILD":
-                instance, state = self._pop_last(2)
-                if isinstance(instance, Inert):
-                    instance.state = state
-                elif not isinstance(instance, dict):  # whose state is metadata of modules
-                    raise pickle.UnpicklingError("state for an object that has none")
-                stack.append(instance)
-            case "BINPERSID":
-                self._objects += 1
-                self._push_new(_storage(stack.pop()))
-            case "GLOBAL":
-                self._push_named(*argument.split(" ", 1))
-            case "STACK_GLOBAL":
-                self._push_named(*self._pop_last(2))
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET":
-                self._push_new(_KINDS[name]())
-            case "SETITEM" | "APPEND":
-                self._fill(_KINDS[name], self._pop_last(2 if name == "SETITEM" else 1))
-            case "SETITEMS" | "APPENDS" | "ADDITEMS":
-                self._fill(_KINDS[name], self._pop_to_mark())
-            case "DICT" | "LIST" | "FROZENSET":
-                items = self._pop_to_mark()
-                self._push_new(_KINDS[name]())
-                self._fill(_KINDS[name], items)
-                if name == "FROZENSET":
-                    self._push_new(frozenset(stack.pop()))
-            case "POP" if self._marks[-1:] == [len(stack)]:
-                self._marks.pop()
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self._pop_to_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "GET":
-                stack.append(self._memo[argument])
-            case "PROTO" | "FRAME":
-                pass
-            case _:
-                raise pickle.UnpicklingError(f"the opcode {name}")
+    def _check_size(self, at_byte: int) -> None:
+        most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
+        kept_bytes = _STACK_BYTES * len(self._stack) + _MEMO_BYTES * len(self._memo) + _MARK_BYTES * len(self._marks)
+        if self._made_bytes + kept_bytes > most_bytes:
+            raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,} bytes of memory")
+        if at_byte > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
+            raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
 
-    def _push_new(self, value: Any, *, is_known: bool = False) -> None:
-        """Push what was made, or is there already, as Python has each of the smallest integers once."""
-        self._made_bytes += 0 if is_known else getsizeof(value) + _HEAP_BYTES
+    def _actions(self) -> dict[str, Callable[[Any], object]]:
+        """What each opcode does with its argument; those that torch.save never writes, as copyreg's, are not there."""
+        stack, marks, memo = self._stack, self._marks, self._memo
+        push, push_new, pop, pop_to_mark = stack.append, self._push_new, self._pop_last, self._pop_to_mark
+        return {
+            **dict.fromkeys(_VALUES, self._push_value),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: push(memo[place])),
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
+            **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self._call(*pop(2))),
+            **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
+            "MEMOIZE": lambda _: memo.append(stack[-1]),
+            "MARK": lambda _: marks.append(len(stack)),
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "TUPLE": lambda _: push_new(tuple(pop_to_mark())),
+            "TUPLE1": lambda _: push_new(tuple(pop(1))),
+            "TUPLE2": lambda _: push_new(tuple(pop(2))),
+            "TUPLE3": lambda _: push_new(tuple(pop(3))),
+            "NEWOBJ_EX": lambda _: self._call(*pop(3)[:2]),  # nothing is made from its keyword arguments
+            "OBJ": lambda _: self._call_with_list(pop_to_mark()),
+            "INST": self._make_instance,
+            "BUILD": lambda _: self._build(pop(1)[0]),
+            "BINPERSID": lambda _: self._push_storage(pop(1)[0]),
+            "GLOBAL": lambda names: self._push_named(*names.split(" ", 1)),
+            "STACK_GLOBAL": lambda _: self._push_named(*pop(2)),
+            "EMPTY_DICT": lambda _: push_new({}),
+            "EMPTY_LIST": lambda _: push_new([]),
+            "EMPTY_SET": lambda _: push_new(set()),
+            "SETITEM": lambda _: self._fill(dict, pop(2)),
+            "SETITEMS": lambda _: self._fill(dict, pop_to_mark()),
+            "APPEND": lambda _: self._fill(list, pop(1)),
+            "APPENDS": lambda _: self._fill(list, pop_to_mark()),
+            "ADDITEMS": lambda _: self._fill(set, pop_to_mark()),
+            "DICT": lambda _: self._push_filled(dict),
+            "LIST": lambda _: self._push_filled(list),
+            "FROZENSET": lambda _: self._push_filled(set, frozenset),
+            "POP": lambda _: marks.pop() if marks[-1:] == [len(stack)] else stack.pop(),
+            "POP_MARK": lambda _: pop_to_mark(),
+            "DUP": lambda _: push(stack[-1]),
+        }
+
+    def _push_new(self, value: Any) -> None:
+        self._made_bytes += getsizeof(value) + _HEAP_BYTES
         self._stack.append(value)
 
+    def _push_value(self, value: Any) -> None:
+        if isinstance(value, int) and -5 <= value <= 256:  # Python has each of them once
+            self._stack.append(value)
+        else:
+            self._push_new(value)
+
+    def _push_storage(self, saved_id: Any) -> None:
+        self._objects += 1
+        self._push_new(_storage(saved_id))
+
+    def _push_named(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise pickle.UnpicklingError("a global whose name is no text")
+        self._push_new(_named(module, name, self._label))
+        self._made_bytes += getsizeof(module) + getsizeof(name)
+
+    def _push_filled(self, kind: type, final: type | None = None) -> None:
+        items = self._pop_to_mark()
+        self._push_new(kind())
+        self._fill(kind, items)
+        if final is not None:
+            self._push_new(final(self._stack.pop()))
+
     def _pop_last(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
-            raise pickle.UnpicklingError("the stack is empty")
         items = self._stack[-count:]
+        if len(items) < count:
+            raise pickle.UnpicklingError("the stack is empty")
         del self._stack[-count:]
         return items
 
@@ -383,14 +373,7 @@ class _Unpickler:
         """Remember the last item; whoever writes a pickle numbers them one by one."""
         if not 0 <= place <= len(self._memo):
             raise pickle.UnpicklingError(f"item {place} of a memo of {len(self._memo)}")
-        self._made_bytes += _MEMO_BYTES
         self._memo[place : place + 1] = [self._stack[-1]]
-
-    def _push_named(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise pickle.UnpicklingError("a global whose name is no text")
-        self._push_new(_named(module, name, self._label))
-        self._made_bytes += getsizeof(module) + getsizeof(name)
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, tuple) or len(arguments) > _MAX_ITEMS:
@@ -399,7 +382,25 @@ class _Unpickler:
             raise pickle.UnpicklingError("a call of what is no function")
         self._objects += 1
         made = function(*arguments)
-        self._push_new(made, is_known=any(made is argument for argument in arguments))
+        self._stack.append(made)
+        if not arguments or made is not arguments[0]:
+            self._made_bytes += getsizeof(made) + _HEAP_BYTES
+
+    def _call_with_list(self, called: list[Any]) -> None:
+        function, *arguments = called
+        self._call(function, tuple(arguments))
+
+    def _make_instance(self, names: str) -> None:
+        arguments = tuple(self._pop_to_mark())
+        self._push_named(*names.split(" ", 1))
+        self._call(self._stack.pop(), arguments)
+
+    def _build(self, state: Any) -> None:
+        instance = self._stack[-1]
+        if isinstance(instance, Inert):
+            instance.state = state
+        elif not isinstance(instance, dict):  # whose state is metadata of modules
+            raise pickle.UnpicklingError("state for an object that has none")
 
     def _fill(self, kind: type, items: list[Any]) -> None:
         """Put items into the last thing on the stack: keys and values in turn if it is a dict."""
@@ -418,11 +419,13 @@ class _Unpickler:
         self._made_bytes += getsizeof(target) - before_bytes
 
     def _checked_key(self, key: Any) -> Any:
+        """A dict key that is cheap to hash and to find: hashing a tuple hashes all in it, however deep and often."""
         is_small = isinstance(key, int) and 0 <= key < _MAX_SMALL_KEY
-        if not is_small and not isinstance(key, str | bytes | Inert | Dtype):
-            self._other_keys += 1
-            if self._other_keys > _MAX_OTHER_KEYS:
-                raise pickle.UnpicklingError("too many dict keys that are no texts")
+        if isinstance(key, str | bytes | Inert | Dtype) or is_small:
+            return key
+        self._other_keys += 1
+        if self._other_keys > _MAX_OTHER_KEYS:
+            raise pickle.UnpicklingError("too many dict keys that are no texts")
         return _checked_key(key)
 
 
