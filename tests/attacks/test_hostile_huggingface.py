@@ -141,7 +141,7 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a theta beyond floating point": (config(rope_parameters={"rope_theta": 10**400}), "rope_theta is no number"),
     "a theta that is no number": (config(rope_parameters={"rope_theta": float("nan")}), "rope_theta is no number"),
     "rotary parameters that are lists": (config(rope_parameters=[[]], rope_scaling=[1]), "rotary parameters"),
-    "a rotation that is a list": (config(partial_rotary_factor=[[]]), "not rotated"),
+    "a rotation that is a list": (config(partial_rotary_factor=[[]]), "is rotated"),
     "classes that are a number": (config(architectures=1), "not a model that can be converted"),
     "a config nested a million deep": (config_text("[" * 10**6), "not valid JSON"),
     "a config that is a list": (config_text("[]"), "not a JSON object"),

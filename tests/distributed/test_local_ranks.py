@@ -94,7 +94,7 @@ def test_each_rank_has_its_number_in_paths(checkpoint: Path, tmp_path: Path, und
 def test_the_exit_code_is_the_ranks_own(tmp_path: Path) -> None:
     done = run(*flags(tmp_path, tmp_path / "hf"), "--ranks", "2")
     assert done.returncode == 2
-    assert done.stderr.count("no latest_checkpointed_iteration.txt") == 1
+    assert done.stderr.count("no checkpoint\n") == 1
     assert "Traceback" not in done.stderr
 
 
