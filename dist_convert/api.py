@@ -84,7 +84,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         "size_bytes": task.content.target_bytes,
     }
     report = Report(**facts)
-    channel.say("start", start_line(plan, report, len(set(world.nodes))))
+    channel.say("start", shown_line(start_line(plan, report, len(set(world.nodes)))))
     for note in notes:
         channel.say("note", shown_line(note))
     if job.strict and (warnings := warnings_of(notes)):

@@ -114,7 +114,7 @@ def test_a_pickle_that_imports_a_module_beside_it_does_not_find_it(watched: Watc
         source,
         lambda records: records.update({name: b"ccanary_module\nrun\n." for name in records if "data.pkl" in name}),
     )
-    assert_refused(run(watched, "megatron-to-hf", tmp_path), tmp_path, "canary_module.run")
+    assert_refused(run(watched, "megatron-to-hf", tmp_path), tmp_path, "not a checkpoint file")
 
 
 def tokenizer_of(source: Path) -> Path:

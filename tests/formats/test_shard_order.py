@@ -164,5 +164,5 @@ def test_an_iteration_under_another_ones_name_is_a_warning_that_strict_refuses(k
     assert not (tmp_path / "hf").exists()
     report = dist_convert.convert(root, tmp_path / "hf", to="huggingface")
     assert warning in report.notes
-    assert report_text(report).endswith("; 1 warning, see above")
+    assert report_text(report).endswith(", 1 warning")
     assert json.loads((tmp_path / "hf/conversion.json").read_text())["warnings"] == [warning]

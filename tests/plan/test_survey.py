@@ -221,7 +221,7 @@ def test_stages_with_another_number_of_layers_than_the_args_say_are_refused_with
     (problem,) = refused(made, model)
     assert isinstance(problem, UnsupportedModel)
     assert problem.expected == "num_layers=4"
-    assert problem.found == "3: stage 0 model0: 2, stage 1 model0: 1"
+    assert problem.found == "3 (stage 0 model0: 2, stage 1 model0: 1)"
 
 
 def another(**changes: Any) -> Callable[[Shard], Shard]:

@@ -85,7 +85,7 @@ def test_an_iteration_that_exists_is_refused_and_left_as_it_is(
     make_hf(tmp_path / "hf", SMALL)
     make_root(tmp_path / "root")
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--iteration", "1") == 1
-    assert "remove the directory yourself" in capsys.readouterr().err
+    assert "choose another target" in capsys.readouterr().err
     assert files(tmp_path / "root") == OTHERS | {TRACKER: b"1"}
 
 

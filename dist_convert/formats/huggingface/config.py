@@ -159,6 +159,7 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
 
 def _family(config: Mapping[str, Any]) -> Family:
     named = config.get("model_type")
+    named = named if isinstance(named, str | None) else repr(named)
     classes = config.get("architectures") or []
     classes = classes if isinstance(classes, list) else [classes]
     for family in FAMILIES.values():

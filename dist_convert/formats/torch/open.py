@@ -26,6 +26,7 @@ from dist_convert.formats.torch.shards import (
 )
 from dist_convert.formats.torch.survey import check_same_run, open_catalog
 from dist_convert.models.catalog import LeftBehind, Where
+from dist_convert.models.schema import MOST_RANKS, is_size
 from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
@@ -99,7 +100,7 @@ def with_stored_rows(args: Mapping[str, Any], shards: Mapping[str, Shard]) -> tu
     chunks = (chunk for shard in shards.values() for chunk in shard.chunks)
     found = (tensor for chunk in chunks for name, tensor in chunk.items() if normalise(name) in TIED and tensor.shape)
     tensor, tensor_parallel = next(found, None), args.get("tensor_model_parallel_size") or 1
-    if tensor is None or type(tensor_parallel) is not int:
+    if tensor is None or not is_size(tensor_parallel, MOST_RANKS):
         return args, ()
     rows, said = tensor.shape[0] * tensor_parallel, args.get("padded_vocab_size")
     if said == rows:

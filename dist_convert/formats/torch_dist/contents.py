@@ -109,15 +109,12 @@ def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int
     if not isinstance(values, Mapping) and (directory / RUN_CONFIG_FILE).is_file():
         args_file, values = RUN_CONFIG_FILE, args_of_run_config(directory)
     if not isinstance(values, Mapping):
-        is_nemo = (directory.parent / "context").is_dir()
         raise MissingArguments(
-            "a checkpoint of NeMo 2, which has no args" if is_nemo else "the checkpoint has no args",
+            "the checkpoint has no args",
             file=str(path),
             expected=f"Megatron-LM's args, in {COMMON_FILE} or in an object of .metadata, or {RUN_CONFIG_FILE}",
             found=", ".join(map(str, common))[:200] or "none of them",
-            remedy="export it with NeMo's llm.export_ckpt, or import it into Megatron-Bridge and save it there"
-            if is_nemo
-            else "convert a checkpoint that training saved; others do not say what their model is",
+            remedy="convert a checkpoint that training saved; others do not say what their model is",
         )
     iteration = common.get("iteration")
     iteration = iteration if isinstance(iteration, int) else None
