@@ -315,8 +315,9 @@ def _tell_torchrun(error: ConversionError) -> None:
     """Leave the message where torchrun looks for it, so that its own report ends with it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         said = {"message": str(error), "extraInfo": {"py_callstack": str(error), "timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": said}))
+        with contextlib.suppress(OSError):  # torchrun ends the other ranks while they write theirs
+            Path(f"{file}.new").write_text(json.dumps({"message": said}))
+            os.replace(f"{file}.new", file)
 
 
 if __name__ == "__main__":

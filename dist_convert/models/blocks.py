@@ -8,6 +8,8 @@ from dist_convert.models.schema import (
     Alias,
     Key,
     Part,
+    Pin,
+    Product,
     ZeroTensor,
     column_parallel,
     norm,
@@ -44,41 +46,40 @@ def attention(name: str) -> str:
     return f"{MEGATRON}.self_attention.{name}"
 
 
-def head_of(name: str, dims: str) -> Part:
-    """A tensor of a layer's attention."""
+def hf_attention(name: str, dims: str) -> Part:
+    """A Hugging Face tensor of a layer's attention."""
     return part(f"{HF}.self_attn.{name}", dims)
 
 
-_ATTENTION, _HF_ATTENTION = f"{MEGATRON}.self_attention", f"{HF}.self_attn"
 ATTENTION_NORM = norm(
     f"{MEGATRON}.input_layernorm.weight",
     part(f"{HF}.input_layernorm.weight", "hidden"),
-    transformer_engine=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
-    habana=f"{_ATTENTION}.linear_qkv.norm.weight",
+    transformer_engine=attention("linear_qkv.layer_norm_weight"),
+    habana=attention("linear_qkv.norm.weight"),
 )
 QKV = column_parallel(
-    f"{_ATTENTION}.linear_qkv.weight",
-    part(f"{_HF_ATTENTION}.q_proj.weight", "query hidden"),
-    part(f"{_HF_ATTENTION}.k_proj.weight", "key_value hidden"),
-    part(f"{_HF_ATTENTION}.v_proj.weight", "key_value hidden"),
+    attention("linear_qkv.weight"),
+    hf_attention("q_proj.weight", "query hidden"),
+    hf_attention("k_proj.weight", "key_value hidden"),
+    hf_attention("v_proj.weight", "key_value hidden"),
     by_query_group=True,
-    habana=f"{_ATTENTION}.linear_qkv.linear.weight",
+    habana=attention("linear_qkv.linear.weight"),
 )
 QKV_BIAS = column_parallel(
-    f"{_ATTENTION}.linear_qkv.bias",
-    part(f"{_HF_ATTENTION}.q_proj.bias", "query"),
-    part(f"{_HF_ATTENTION}.k_proj.bias", "key_value"),
-    part(f"{_HF_ATTENTION}.v_proj.bias", "key_value"),
+    attention("linear_qkv.bias"),
+    hf_attention("q_proj.bias", "query"),
+    hf_attention("k_proj.bias", "key_value"),
+    hf_attention("v_proj.bias", "key_value"),
     by_query_group=True,
     when="qkv_bias",
 )
 QK_NORMS = (
-    norm(f"{_ATTENTION}.q_layernorm.weight", part(f"{_HF_ATTENTION}.q_norm.weight", "head_dim"), when="qk_norm"),
-    norm(f"{_ATTENTION}.k_layernorm.weight", part(f"{_HF_ATTENTION}.k_norm.weight", "head_dim"), when="qk_norm"),
+    norm(attention("q_layernorm.weight"), hf_attention("q_norm.weight", "head_dim"), when="qk_norm"),
+    norm(attention("k_layernorm.weight"), hf_attention("k_norm.weight", "head_dim"), when="qk_norm"),
 )
-OUTPUT = row_parallel(f"{_ATTENTION}.linear_proj.weight", part(f"{_HF_ATTENTION}.o_proj.weight", "hidden query"))
-_O_BIAS = part(f"{_HF_ATTENTION}.o_proj.bias", "hidden")
-OUTPUT_BIAS = replicated(f"{_ATTENTION}.linear_proj.bias", _O_BIAS, when="linear_bias")
+OUTPUT = row_parallel(attention("linear_proj.weight"), hf_attention("o_proj.weight", "hidden query"))
+_O_BIAS = hf_attention("o_proj.bias", "hidden")
+OUTPUT_BIAS = replicated(attention("linear_proj.bias"), _O_BIAS, when="linear_bias")
 # Llama's attention_bias covers all four projections; Megatron's add_qkv_bias only three of them.
 OUTPUT_BIAS_OF_ZEROS = ZeroTensor(_O_BIAS, when="qkv_bias", unless="linear_bias")
 
@@ -152,8 +153,8 @@ SHARED_EXPERTS = (
 )
 
 
-def basic_keys(*, epsilon: float, theta: float) -> tuple[Key, ...]:
-    """The facts that all families have but those of their attention, with the defaults of its class in transformers.
+def basic_keys(*of_attention: Key, epsilon: float, theta: float) -> tuple[Key, ...]:
+    """The facts that all families have, and those of their attention, with the defaults of its class in transformers.
 
     Sizes have none: every config.json says them.
     """
@@ -163,6 +164,7 @@ def basic_keys(*, epsilon: float, theta: float) -> tuple[Key, ...]:
         Key("ffn", "intermediate_size", "ffn_hidden_size"),
         Key("layers", "num_hidden_layers", "num_layers", most=MOST_LAYERS),
         Key("heads", "num_attention_heads", "num_attention_heads"),
+        *of_attention,
         Key("max_positions", "max_position_embeddings", "max_position_embeddings"),
         Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
         Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
@@ -170,18 +172,21 @@ def basic_keys(*, epsilon: float, theta: float) -> tuple[Key, ...]:
     )
 
 
-def group_keys(*, groups: int, chosen: int, shared: int, scale: float) -> tuple[Key, ...]:
+def group_keys(*, groups: int, chosen: int) -> tuple[Key, ...]:
     """Those of DeepSeek-V3's router, which chooses groups first, likewise."""
     return (
         Key("expert_groups", "n_group", "moe_router_num_groups", default=groups, codec="or_one"),
         Key("chosen_groups", "topk_group", "moe_router_group_topk", default=chosen, codec="or_one"),
-        *shared_keys(shared=shared, scale=scale),
     )
 
 
-def shared_keys(*, shared: int, scale: float) -> tuple[Key, ...]:
-    """Those of shared experts, and of weights that are scaled, likewise."""
+def routed_keys(*, experts: int, per_token: int, ffn: int, dense: int, shared: int, scale: float) -> tuple[Key, ...]:
+    """Those of DeepSeek's experts: routed ones, whose weights are scaled, shared ones, and layers before them."""
     return (
+        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=ffn),
+        Key("experts", "n_routed_experts", "num_experts", default=experts, most=MOST_EXPERTS),
+        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=per_token, arg_default=2),
+        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=dense, codec="leading_dense"),
         Key(
             "router_scale",
             "routed_scaling_factor",
@@ -202,12 +207,11 @@ def shared_keys(*, shared: int, scale: float) -> tuple[Key, ...]:
 
 def dense_keys(*, query_groups: int | None, head_dim: int | None, epsilon: float, theta: float) -> tuple[Key, ...]:
     """Those of families with grouped queries."""
-    first, last = (basic_keys(epsilon=epsilon, theta=theta)[part] for part in (slice(5), slice(5, None)))
-    return (
-        *first,
+    return basic_keys(
         Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),
         Key("head_dim", "head_dim", "kv_channels", default=head_dim),
-        *last,
+        epsilon=epsilon,
+        theta=theta,
     )
 
 
@@ -231,3 +235,9 @@ SPARSE_KEYS = (
     Key("norm_topk_prob", "norm_topk_prob", "moe_router_pre_softmax", "flag", codec="opposite"),
 )
 NO_WINDOW = {"use_sliding_window": False}
+#: DeepSeek-V3's router: sigmoids, and a bias that decides which experts are chosen.
+SIGMOID_PINS = (
+    Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
+    Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
+)
+SHARED_SIZE = Product("shared_ffn", "shared_experts", ("expert_ffn",))

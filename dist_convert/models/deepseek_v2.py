@@ -9,24 +9,20 @@ from dist_convert.models.blocks import (
     MOE_NORM,
     ROUTER,
     SHARED_EXPERTS,
+    SHARED_SIZE,
     basic_keys,
-    shared_keys,
+    routed_keys,
 )
 from dist_convert.models.deepseek_v3 import LATENT_ATTENTION, LATENT_KEYS, LATENT_PINS, LATENT_SIZES
-from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product
+from dist_convert.models.schema import Family, Pin
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     hf_class="DeepseekV2ForCausalLM",
     # The defaults of DeepseekV2Config in transformers 5.24.
     keys=(
-        *basic_keys(epsilon=1e-6, theta=10000.0),
-        *LATENT_KEYS,
-        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1407),
-        Key("experts", "n_routed_experts", "num_experts", default=64, most=MOST_EXPERTS),
-        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=1, arg_default=2),
-        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=0, codec="leading_dense"),
-        *shared_keys(shared=2, scale=1.0),
+        *basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
+        *routed_keys(experts=64, per_token=1, ffn=1407, dense=0, shared=2, scale=1.0),
     ),
     pins=(
         *LATENT_PINS,
@@ -50,6 +46,6 @@ DEEPSEEK_V2 = Family(
     moe=(MOE_NORM, ROUTER, *EXPERTS, *SHARED_EXPERTS),
     after=FINAL_NORM_AND_HEAD,
     special_ids=(100000, 100001),
-    products=(*LATENT_SIZES, Product("shared_ffn", "shared_experts", ("expert_ffn",))),
+    products=(*LATENT_SIZES, SHARED_SIZE),
     has_yarn=True,
 )

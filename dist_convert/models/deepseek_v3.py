@@ -13,47 +13,52 @@ from dist_convert.models.blocks import (
     ROUTER,
     ROUTER_BIAS,
     SHARED_EXPERTS,
+    SHARED_SIZE,
+    SIGMOID_PINS,
     attention,
     basic_keys,
     group_keys,
-    head_of,
+    hf_attention,
+    routed_keys,
 )
-from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product, column_parallel, norm, row_parallel
+from dist_convert.models.schema import Family, Key, Pin, Product, column_parallel, norm, row_parallel
 
 #: Of the latent attention: docs/formats.md, "Latent attention".
 LATENT_ATTENTION = (
     # Nothing fuses the norm before it, as two projections read it.
     replace(ATTENTION_NORM, transformer_engine="", habana=""),
     column_parallel(
-        attention("linear_q_proj.weight"), head_of("q_proj.weight", "latent_query hidden"), unless="q_rank"
+        attention("linear_q_proj.weight"), hf_attention("q_proj.weight", "latent_query hidden"), unless="q_rank"
     ),
     column_parallel(
         attention("linear_q_down_proj.weight"),
-        head_of("q_a_proj.weight", "q_rank hidden"),
+        hf_attention("q_a_proj.weight", "q_rank hidden"),
         when="q_rank",
         is_whole_in_te=True,
     ),
     norm(
         attention("q_layernorm.weight"),
-        head_of("q_a_layernorm.weight", "q_rank"),
+        hf_attention("q_a_layernorm.weight", "q_rank"),
         transformer_engine=attention("linear_q_up_proj.layer_norm_weight"),
         when="q_rank",
     ),
     column_parallel(
-        attention("linear_q_up_proj.weight"), head_of("q_b_proj.weight", "latent_query q_rank"), when="q_rank"
+        attention("linear_q_up_proj.weight"), hf_attention("q_b_proj.weight", "latent_query q_rank"), when="q_rank"
     ),
     column_parallel(
         attention("linear_kv_down_proj.weight"),
-        head_of("kv_a_proj_with_mqa.weight", "latent_width hidden"),
+        hf_attention("kv_a_proj_with_mqa.weight", "latent_width hidden"),
         is_whole_in_te=True,
     ),
     norm(
         attention("kv_layernorm.weight"),
-        head_of("kv_a_layernorm.weight", "kv_rank"),
+        hf_attention("kv_a_layernorm.weight", "kv_rank"),
         transformer_engine=attention("linear_kv_up_proj.layer_norm_weight"),
     ),
-    column_parallel(attention("linear_kv_up_proj.weight"), head_of("kv_b_proj.weight", "latent_key_value kv_rank")),
-    row_parallel(attention("linear_proj.weight"), head_of("o_proj.weight", "hidden latent_output")),
+    column_parallel(
+        attention("linear_kv_up_proj.weight"), hf_attention("kv_b_proj.weight", "latent_key_value kv_rank")
+    ),
+    row_parallel(attention("linear_proj.weight"), hf_attention("o_proj.weight", "hidden latent_output")),
 )
 
 #: The widths of a head's parts, and what follows from them.
@@ -81,18 +86,13 @@ DEEPSEEK_V3 = Family(
     hf_class="DeepseekV3ForCausalLM",
     # The defaults of DeepseekV3Config in transformers 5.24.
     keys=(
-        *basic_keys(epsilon=1e-6, theta=10000.0),
-        *LATENT_KEYS,
-        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=2048),
-        Key("experts", "n_routed_experts", "num_experts", default=256, most=MOST_EXPERTS),
-        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=8, arg_default=2),
-        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=3, codec="leading_dense"),
-        *group_keys(groups=8, chosen=4, shared=1, scale=2.5),
+        *basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
+        *routed_keys(experts=256, per_token=8, ffn=2048, dense=3, shared=1, scale=2.5),
+        *group_keys(groups=8, chosen=4),
     ),
     pins=(
         *LATENT_PINS,
-        Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
-        Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
+        *SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": True},
     config={"num_nextn_predict_layers": 0, "ep_size": 1, "seq_aux": True},
@@ -109,7 +109,7 @@ DEEPSEEK_V3 = Family(
     moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
     after=FINAL_NORM_AND_HEAD,
     special_ids=(0, 1),
-    products=(*LATENT_SIZES, Product("shared_ffn", "shared_experts", ("expert_ffn",))),
+    products=(*LATENT_SIZES, SHARED_SIZE),
     other_types=("kimi_k2",),
     has_yarn=True,
 )

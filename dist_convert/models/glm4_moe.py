@@ -15,10 +15,13 @@ from dist_convert.models.blocks import (
     ROUTER,
     ROUTER_BIAS,
     SHARED_EXPERTS,
+    SHARED_SIZE,
+    SIGMOID_PINS,
     dense_keys,
     group_keys,
+    routed_keys,
 )
-from dist_convert.models.schema import MOST_EXPERTS, Family, Key, Pin, Product
+from dist_convert.models.schema import Family, Key, Pin
 
 GLM4_MOE = Family(
     name="glm4_moe",
@@ -28,17 +31,13 @@ GLM4_MOE = Family(
         *dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=10000.0),
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
         Key("qk_norm", "use_qk_norm", "qk_layernorm", "flag"),
-        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=1408),
-        Key("experts", "n_routed_experts", "num_experts", default=128, most=MOST_EXPERTS),
-        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=8, arg_default=2),
-        Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=1, codec="leading_dense"),
-        *group_keys(groups=1, chosen=1, shared=1, scale=1.0),
+        *routed_keys(experts=128, per_token=8, ffn=1408, dense=1, shared=1, scale=1.0),
+        *group_keys(groups=1, chosen=1),
     ),
     pins=(
         Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
         Pin("partial_rotary_factor", (None, 0.5), "the family rotates half of each head"),
-        Pin("moe_router_score_function", ("sigmoid",), "the family scores by the sigmoid", is_written=True),
-        Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
+        *SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": False, "moe_router_enable_expert_bias": True},
     config={"num_nextn_predict_layers": 0},
@@ -48,5 +47,5 @@ GLM4_MOE = Family(
     dense=(MLP_NORM, *MLP),
     moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
     after=FINAL_NORM_AND_HEAD,
-    products=(Product("shared_ffn", "shared_experts", ("expert_ffn",)),),
+    products=(SHARED_SIZE,),
 )

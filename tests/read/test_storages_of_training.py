@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ GRID_NAMES = ["one file", "TP2 PP2 VPP2", "Mixtral TP2 EP2"]
 
 def outcome_of(source: Path, target: Path, **flags: Any) -> Report:
     job = Options("huggingface", str(source), target=target, target_params_dtype="keep", **flags)
-    return convert_job(job, join_world("cpu", 60.0), Channel(0, 1))
+    with closing(Channel(0, 1)) as channel:
+        return convert_job(job, join_world("cpu", 60.0), channel)
 
 
 def bytes_of_files(target: Path) -> dict[str, bytes]:

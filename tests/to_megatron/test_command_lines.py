@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def job(*flags: str) -> Options:
 
 
 def plan(asked: Options) -> Task:
-    return to_megatron(asked, open_source(asked, ALONE, Channel(0, 1)), ALONE)
+    with closing(Channel(0, 1)) as channel:
+        return to_megatron(asked, open_source(asked, ALONE, channel), ALONE)
 
 
 LLAMA3_70B = Model(
