@@ -14,7 +14,7 @@ import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.errors import InconsistentShards, SourceError
 from dist_convert.formats.megatron.grid import Grid as MegatronGrid
-from dist_convert.formats.torch.order import _place_of
+from dist_convert.formats.torch.copies import _place_of
 from dist_convert.move.report import report_text
 from tests.checkpoints import Grid, Model, make, megatron_shards, save, training_args
 from tests.converting import convert, read_tensors

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile
-from dist_convert.formats.torch.skeleton import write_skeleton
+from dist_convert.formats.torch.target import write_skeleton
 from dist_convert.read.torch_file import data_offsets_bytes, open_container
 from dist_convert.write.checksums import checksum_of, seal
 from dist_convert.write.files import opened

@@ -14,7 +14,7 @@ import pytest
 
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
-from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
+from dist_convert.formats.torch.target import lay_out_skeleton, write_skeleton
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {

@@ -20,7 +20,7 @@ from dist_convert.errors import PlanError, TargetError
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.formats.torch.shards import read_shard
-from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
+from dist_convert.formats.torch.target import lay_out_skeleton, write_skeleton
 from dist_convert.records import DTYPE_BYTES
 
 FILE = "mp_rank_00/model_optim_rng.pt"

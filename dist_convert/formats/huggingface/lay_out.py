@@ -1,29 +1,240 @@
-"""What becomes a Hugging Face directory: what is read, what is written, and what is said about it."""
+"""What becomes a Hugging Face directory: what is read, what is written beside the weights, and what is said about it.
+
+The model card's front matter is what the Hugging Face Hub reads (https://huggingface.co/docs/hub/model-cards). It holds
+no date and no path, so that the same checkpoint gives the same card on every machine; a license is not known, so none
+is named.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from dist_convert.errors import shown_line
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, config_of_copy, published
-from dist_convert.formats.huggingface.files import catalog_of_files, lay_out_files, target_tensors
+from dist_convert.formats.huggingface.config import (
+    TORCH_NAMES,
+    config_json,
+    config_like,
+    config_of_copy,
+    published,
+    with_special_ids,
+)
+from dist_convert.formats.huggingface.files import catalog_of_files, index_json, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.target import HuggingFaceTarget, files_to_copy
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
-from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
-from dist_convert.formats.torch.capacity_bins import Bin, read_bins
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
+from dist_convert.formats.tokenizer.record import (
+    Tokenizer,
+    how_to_add_tokenizer,
+    notes_on_tokenizer,
+    style_of,
+    vocabulary_warnings,
+)
+from dist_convert.formats.torch.capacity_bins import Bin, read_bins, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
+from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.records import human_bytes, names
+from dist_convert.read.source import MAX_BYTES, read_small_file, reading
+from dist_convert.records import TargetFile, __version__, human_bytes, names
+from dist_convert.write.checksums import KnownRange
+from dist_convert.write.files import make_file, write_file
+from dist_convert.write.manifest import MANIFEST_FILE
 from dist_convert.write.places import find_places
 from dist_convert.write.task import Task
+
+CARD_FILE = "README.md"
+INDEX_FILE = WEIGHTS_KINDS[0][0]
+#: What may lie beside the weights and belongs to the model: configs, tokenizer, card, license, code, templates.
+_SUFFIXES = ("", ".json", ".jsonl", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".py", ".yaml", ".yml")
+_NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS))
+
+
+@dataclass(frozen=True)
+class HuggingFaceTarget:
+    """A Hugging Face directory that is to be made; a `Target`.
+
+    Attributes:
+        job: what was asked for.
+        content: what is converted.
+        model: the source; of one without training arguments, all but the weights is taken over as it is.
+        config: the content of config.json, before a tokenizer's special ids.
+        published: file name to content of configs that are taken over from the model's makers, see `config.published`.
+        copied: names of the source's files that are copied.
+        bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
+        disks: how many hold a part of the target each.
+    """
+
+    job: Options
+    content: Content
+    model: Model
+    config: Mapping[str, Any]
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    copied: Sequence[str] = ()
+    bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
+    disks: int = 1
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+        """See `Target`."""
+        if is_first:
+            tokenizer = self.model.tokenizer  # first, so that what fails here fails early
+            write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
+        for file in files:
+            make_file(partial, file.name, [(0, file.header)], file.size_bytes)
+
+    def complete(
+        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
+    ) -> None:
+        """Write or copy all that is no weight into the partial directory."""
+        if not is_first:
+            return
+        if self.model.args is None:
+            configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
+            for name in self.copied:
+                write_file(partial, name, read_small_file(self.model.directory / name))
+        else:
+            tokenizer = self.model.tokenizer
+            style = style_of(tokenizer, self.config, self.job)
+            found = self.published or with_special_ids(self.config, {}, tokenizer, style)
+            configs = {**found, ARGS_FILE: self.model.args}
+            write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
+            if self.bins is not None:
+                write_bins(partial, *self.bins)
+        for name, config in configs.items():
+            write_file(partial, name, (json.dumps(config, indent=2) + "\n").encode())
+        if index := index_json(self.content.files):
+            write_file(partial, INDEX_FILE, index.encode())
+
+    def beside(self) -> Mapping[str, bytes]:
+        """See `Target`."""
+        return {}
+
+    def to_do(self) -> str:
+        """See `Target`; after an upload it is said there."""
+        job, disks, lines = self.job, self.disks, []
+        if job.push_to_hub:
+            return ""
+        if disks > 1:
+            lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
+        if self.model.args is not None and not is_huggingface(job.target):
+            how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
+            lines.append(how)
+        return "\n".join(map(shown_line, lines))
+
+
+def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
+    """The files of a model that are copied, and the names of all else there that is not its weights.
+
+    Raises:
+        CorruptFile: one is a link to somewhere else.
+        SourceError: the directory cannot be read.
+    """
+    copied, others = [], []
+    weights = {*find_weights(directory), *_NOT_COPIED}
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            if path.name in weights or path.name.startswith("."):
+                continue
+            if path.name == TEMPLATES:
+                copied += [f"{TEMPLATES}/{template.name}" for template in sorted(path.glob("*.jinja"))]
+            elif path.is_file() and path.suffix in _SUFFIXES and path.stat().st_size <= MAX_BYTES:
+                copied.append(path.name)
+            else:
+                others.append(path.name)
+    for name in copied:
+        check_inside(directory, name)
+    return copied, others
+
+
+def model_card(content: Content, model: Model) -> str:
+    """The text of the card of what was converted; of the source's and the tokenizer's paths only names are told."""
+    a, grid = content.ends.source.architecture, content.ends.source.title.partition(", ")[2]
+    hf_class = FAMILIES[a.family].hf_class
+    checkpoint = Path(os.path.abspath(model.directory))  # a relative path has no parent; a link keeps its name
+    elements: Counter[str] = Counter()
+    for file in content.files:
+        for tensor in file.tensors:
+            elements[tensor.dtype] += tensor.elements
+    stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
+    of_each, tied = " of each expert" if a.experts else "", ", tied embeddings" if a.tied else ""
+    experts = f"| Experts | {a.experts:,}, {a.experts_per_token:,} for each token |\n" if a.experts else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {a.family}
+- megatron-lm
+- dist_convert
+---
+
+# {hf_class} of {elements.total():,} parameters
+
+Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's own training arguments.
+
+| Model | |
+|---|---|
+| Layers | {a.layers:,} |
+| Hidden size | {a.hidden:,} |
+| Feed-forward size | {a.ffn:,}{of_each} |
+| Attention heads | {a.heads:,}, each of {a.head_dim:,} |
+| Key and value heads | {a.query_groups:,} |
+| Vocabulary | {a.vocab:,}{tied} |
+| Positions | {a.max_positions:,} |
+{experts}| Parameters | {elements.total():,} |
+| Stored as | {stored} |
+
+| Conversion | |
+|---|---|
+| Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
+| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.ends.source.params_dtype]} |
+| Converted by | dist_convert {__version__} with torch {torch.__version__} |
+| Weights load with | transformers 4.49 and later |
+| Tokenizer at conversion | {_origin(model.tokenizer)} |
+| Plan digest | `{content.digest}` |
+
+The plan digest is a SHA-256 of the model's sizes and of the place of every tensor in the checkpoint and here. It tells
+how the bytes were moved, not which bytes: checksums of the files are in `conversion.json`. The license is that of the
+checkpoint; this card does not know it.
+"""
+
+
+def _origin(tokenizer: Tokenizer) -> str:
+    """Where the tokenizer came from, and by which packages it was built."""
+    if tokenizer.path is None:
+        return "none"
+    name = _code(Path(os.path.abspath(tokenizer.path)).name)
+    if tokenizer.kind == "huggingface":
+        return f"copied from the directory {name}"
+    versions = " and ".join(f"{package} {version(package)}" for package in ("transformers", "tokenizers"))
+    if tokenizer.kind == "slow":
+        return f"copied from the directory {name}, `tokenizer.json` built with {versions}"
+    kind = {"tiktoken": "tiktoken", "sentencepiece": "SentencePiece"}[tokenizer.kind]
+    return f"built from {name} ({kind}) with {versions}"
+
+
+def _code(name: str) -> str:
+    """A file's name as Markdown shows it unchanged in a table."""
+    plain = "".join(letter if letter.isprintable() and letter not in "`|" else "_" for letter in name)
+    return f"`{plain}`"
 
 
 def to_huggingface(job: Options, model: Model, world: World) -> Task:

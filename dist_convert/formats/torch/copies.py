@@ -1,30 +1,218 @@
-"""Are the copies equal that several rank files hold of one shard? Training writes them from one value.
+"""Is each shard what its directory's name says, and equal in all files that hold it? Else the model would be wrong.
 
 Norms lie in the files of all tensor parallel ranks, dense weights in those of all expert parallel ranks, a tied
 embedding on the last stage too. Where a zip record holds a copy alone, its CRC-32 in the file's directory is compared,
-which reads nothing. Others are compared by their first, middle and last bytes. `verify` compares all of them.
+which reads nothing. Others are compared by their first, middle and last bytes. `verify` compares all of them. A shard's
+place is told by its directory's name alone; headers show of some that they were copied twice or swapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
-from dist_convert.formats.megatron.names import TIED, normalise
+from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.megatron.names import TIED, is_of_expert, normalise
 from dist_convert.formats.megatron.parameters import Parameter
 from dist_convert.formats.torch.catalog import TorchCatalog, equal_replicas, parameters
 from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch.order import order_problems
-from dist_convert.formats.torch.samples import BLOCK_BYTES, reader_of, samples
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES
-from dist_convert.records import DTYPE_BYTES, View, names, tiles
+from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
+from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, local_name, names, row_major, tiles
 
-ACCEPT = "--accept-differing-copies"
+_SAMPLE_BYTES = 64 << 10
+BLOCK_BYTES = 4 << 20
+
+#: Begins the digest of values that are all the same.
+ALIKE = "all "
+
+
+def reader_of(model: TorchModel) -> closing[FileReader]:
+    """Reads views of a model's files, in blocks of at most `BLOCK_BYTES`."""
+    return closing(FileReader(model.directory, make_buffer(2 * BLOCK_BYTES), model.found.listing))
+
+
+def samples(model: TorchModel, wanted: Sequence[tuple[View, str]], world: World) -> list[str]:
+    """A digest of the first, middle and last rows of each view, as values of a dtype; the same on every rank.
+
+    Each is read by the first rank that sees its file. That of values that are all the same begins with `ALIKE`.
+    """
+    readers = {
+        view.file: next(n for n, files in enumerate(model.found.visible) if view.file in files) for view, _ in wanted
+    }
+    with reader_of(model) as reader:
+        mine = {
+            str(number): _sample(reader, view, dtype)
+            for number, (view, dtype) in enumerate(wanted)
+            if readers[view.file] == world.rank
+        }
+    told: dict[str, str] = {}
+    for of_rank in gather_objects(world, mine):
+        told |= of_rank
+    return [told[str(number)] for number in range(len(wanted))]
+
+
+def _sample(reader: FileReader, view: View, dtype: str) -> str:
+    item_bytes = DTYPE_BYTES[dtype]
+    rows = min(view.rows, max(1, _SAMPLE_BYTES // (view.columns * item_bytes)))
+    buffer = make_buffer(rows * view.columns * item_bytes)
+    digest, items = hashlib.sha256(), set[bytes]()
+    for first in dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows)):
+        for window in _windows(view.window(Box(first, 0, rows, view.columns))):
+            reader.read(window, dtype, 0, buffer, 0)
+            found = buffer.memory[: window.rows * window.columns * item_bytes].tobytes()
+            digest.update(found)
+            items.add(found[:item_bytes] if found == found[:item_bytes] * (len(found) // item_bytes) else found)
+    return ALIKE + items.pop().hex() if len(items) == 1 and len(min(items)) == item_bytes else digest.hexdigest()
+
+
+def _windows(view: View) -> Iterator[View]:
+    """A view in parts whose elements lie near enough to each other to be read together."""
+    columns = min(view.columns, 512) if view.is_transposed else view.columns
+    rows = max(1, BLOCK_BYTES // (columns * DTYPE_BYTES[view.dtype]))
+    for tile in tiles(view.rows, view.columns, rows, columns):
+        yield view.window(tile)
+
+
+ACCEPT_ORDER = "--accept-shard-order"
+#: Args that one run has once, for all its ranks.
+_OF_RUN = ("seed", "world_size", "consumed_train_samples")
+#: Of a file without checksums so many matrices of its experts are looked at, and of the rest.
+_SAMPLED = 2
+
+
+def order_problems(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
+    """Rank directories that hold another's shard, or one of another run; every rank gets the same.
+
+    Args:
+        model, catalog: whose headers are read.
+        world: this rank.
+    """
+    return [*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)]
+
+
+def _of_other_runs(model: TorchModel) -> Iterator[ConversionError]:
+    first = min(model.shards)
+    for file, shard in sorted(model.shards.items()):
+        for name in _OF_RUN:
+            expected, found = model.args.get(name), shard.args.get(name)
+            if found != expected and None not in (found, expected):
+                yield InconsistentShards(
+                    f"two shards disagree about {name}, so they are of different runs",
+                    file=str(model.directory / file),
+                    expected=f"{expected!r} as in {model.directory / first}",
+                    found=repr(found),
+                    remedy=f"copy all shards again from one run; if they belong together, convert with {ACCEPT_ORDER}",
+                )
+
+
+def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionError]:
+    """Directories whose name is not the place of the process that saved them.
+
+    Tools write one rank into all shards, which says nothing.
+    """
+    ranks = [rank for shard in model.shards.values() if type(rank := shard.args.get("rank")) is int and rank >= 0]
+    if len(set(ranks)) < len(model.shards):
+        return
+    grid, files = catalog.grid, catalog.files
+    named = {file: {"pipeline": p, "tensor": t} for (p, t), held in files.dense.items() for file in held}
+    for (_, expert, _), held in files.experts.items():
+        for file in held:
+            named[file]["expert"] = expert
+    for file, shard in sorted(model.shards.items()):
+        for axis, said in _place_of(shard.args["rank"], shard.args, grid).items():
+            if said != named[file][axis]:
+                yield InconsistentShards(
+                    f"a rank directory holds the shard of another {axis} parallel rank",
+                    file=str(model.directory / file),
+                    expected=f"{axis} parallel rank {named[file][axis]}, as the directory's name says",
+                    found=f"args.rank {shard.args['rank']}, which is {axis} parallel rank {said}",
+                    remedy="shards may have been swapped: copy them again from where they were saved; if the names are "
+                    f"right, convert with {ACCEPT_ORDER}",
+                )
+
+
+def _place_of(rank: int, args: Mapping[str, Any], grid: Grid) -> dict[str, int]:
+    """Where in the grid Megatron puts a process, as far as that is the same in all its versions.
+
+    Tensor parallel ranks are numbered first and pipeline parallel ones last (docs/formats.md, "Rank directories").
+    """
+    place = {"tensor": rank % grid.tensor}
+    in_stage, rest = divmod(args.get("world_size") or 1, grid.pipeline)
+    if args.get("use_tp_pp_dp_mapping") or rest or in_stage % grid.tensor or rank >= in_stage * grid.pipeline:
+        return place
+    place["pipeline"] = rank // in_stage
+    if grid.expert_tensor == grid.tensor and args.get("context_parallel_size") in (None, 1):
+        place["expert"] = rank // grid.tensor % grid.expert
+    return place
+
+
+def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
+    """Files with the same matrices that should hold different ones; matrices of one value are alike in every shard."""
+    dense, experts = (
+        {file: shard for shard, files in held.items() for file in files}
+        for held in (catalog.files.dense, catalog.files.experts)
+    )
+    matrices = {file: sorted(_matrices(catalog, file), key=lambda one: not is_of_expert(one.name)) for file in dense}
+    holds = {
+        file: (dense[file], experts[file] if any(is_of_expert(one.name) for one in found) else None)
+        for file, found in matrices.items()
+    }
+    signatures: dict[str, tuple[object, ...]] = {
+        file: tuple((one.name, one.checksum) for one in found) for file, found in matrices.items()
+    }
+    unknown = [file for file, found in matrices.items() if any(one.checksum is None for one in found)]
+    of_unknown = [_spread(matrices[file]) for file in unknown]
+    digests = iter(samples(model, [(_memory(one), one.dtype) for found in of_unknown for one in found], world))
+    signatures |= {f: tuple((one.name, next(digests)) for one in m) for f, m in zip(unknown, of_unknown, strict=True)}
+    first_of: dict[object, str] = {}
+    twins = [(first_of.setdefault(signatures[file], file), file) for file in sorted(matrices) if matrices[file]]
+    twins = [
+        (twin, file) for twin, file in twins if holds[twin] != holds[file] and local_name(twin) != local_name(file)
+    ]
+    values = samples(model, [(_memory(matrices[file][0]), matrices[file][0].dtype) for _, file in twins], world)
+    return [
+        InconsistentShards(
+            "two rank directories hold the same shard",
+            file=str(model.directory / file),
+            expected="matrices of its own",
+            found=f"those of {model.directory / twin}",
+            remedy="one of them was copied under the other's name: copy the right one again from where it was saved; "
+            f"if layers or experts are meant to be alike, as in an upcycled model, convert with {ACCEPT_ORDER}",
+        )
+        for (twin, file), value in zip(twins, values, strict=True)
+        if not value.startswith(ALIKE)
+    ]
+
+
+def _matrices(catalog: TorchCatalog, file: str) -> Iterator[StoredTensor]:
+    """A file's matrices that lie in one piece."""
+    for virtual in range(catalog.grid.virtual_pipeline):
+        for tensor in catalog.stored[file, virtual].values():
+            if len(tensor.shape) > 1 and tensor.strides == row_major(tensor.shape):
+                yield tensor
+
+
+def _spread(matrices: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Some of a file's matrices, of its experts and of the rest."""
+    experts = [one for one in matrices if is_of_expert(one.name)]
+    return [*experts[:_SAMPLED], *matrices[len(experts) :][:_SAMPLED]]
+
+
+def _memory(tensor: StoredTensor) -> View:
+    """A tensor of any dimensions as rows of its last one."""
+    rows, columns = tensor.elements // max(1, tensor.shape[-1]), tensor.shape[-1]
+    return View(tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes, rows, columns, columns, 1)
+
+
+ACCEPT_COPIES = "--accept-differing-copies"
 #: Of so many parameters it is worked out how far their copies are apart, which reads all of both.
 _MEASURED = 4
 
@@ -127,10 +315,10 @@ def _problem(pair: _Copies, model: TorchModel, world: World, *, is_measured: boo
     first, other = pair.views
     what = "copies of one parameter differ"
     remedy = "one of them is of another run, or damaged: copy the checkpoint again from where it was saved; or take "
-    remedy += f"that of the lowest rank with {ACCEPT}"
+    remedy += f"that of the lowest rank with {ACCEPT_COPIES}"
     if pair.ends_in_head:
         what = "the head on the last stage is not the embedding that the args tie it to"
-        remedy = f"if the model was trained with a head of its own, convert it so with {ACCEPT}"
+        remedy = f"if the model was trained with a head of its own, convert it so with {ACCEPT_COPIES}"
     return InconsistentShards(
         what,
         tensor=f"{pair.parameter.name}, shard {pair.shard}",

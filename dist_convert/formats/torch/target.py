@@ -1,33 +1,108 @@
-"""A Megatron checkpoint to be made: its model, grid, args, the tensors of each file, and notes on it for the user."""
+"""A checkpoint of rank files that is to be made: each file before any data, and a `Target` of them all."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     rank_directory,
     written_ranks,
 )
 from dist_convert.formats.megatron.target import MegatronTarget
+from dist_convert.formats.saved import Pieces, SavedTensor, common_content, lay_out_container, pickled
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
-from dist_convert.formats.torch.skeleton import lay_out_skeleton, write_skeleton
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.models import FAMILIES
 from dist_convert.options import Options
-from dist_convert.records import TargetFile, TensorSpec, local_name
+from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, seal
-from dist_convert.write.files import opened, writing
+from dist_convert.write.files import make_file, opened, writing
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A file before any data.
+
+    Attributes:
+        pieces: offset in bytes and content of everything that is not a tensor's value.
+        size_bytes: of the whole file.
+        chunks: per virtual pipeline stage, where each tensor's values go, by name; what `read_shard` finds in the file.
+    """
+
+    pieces: Pieces
+    size_bytes: int
+    chunks: tuple[dict[str, StoredTensor], ...]
+
+
+def write_skeleton(
+    root: Path, name: str, args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]]
+) -> None:
+    """Make one rank's file in its final size, with zeros for every tensor, or what an earlier run has put there.
+
+    Args:
+        root, name: of the file, see `write.files.open_below`.
+        args, iteration, chunks: see `lay_out_skeleton`.
+
+    Raises:
+        PlanError: see `lay_out_skeleton`.
+        NotEnoughSpace, TargetError: see `make_file`.
+    """
+    skeleton = lay_out_skeleton(args, iteration, chunks, str(root / name))
+    make_file(root, name, skeleton.pieces, skeleton.size_bytes)
+
+
+def lay_out_skeleton(
+    args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]], file: str
+) -> Skeleton:
+    """One rank's file in memory, without memory for its tensors.
+
+    The bytes follow from the first three arguments alone.
+
+    Args:
+        args, iteration: see `common_content`.
+        chunks: per virtual pipeline stage, the tensors (name, safetensors dtype, shape) in their order.
+        file: how messages and the tensors' places name it.
+
+    Raises:
+        PlanError: see `common_content`, or two tensors of one name.
+    """
+    saved = common_content(args, iteration, file)
+    keys = itertools.count()
+    models: dict[str, OrderedDict[str, SavedTensor]] = {}
+    for virtual, specs in enumerate(chunks):
+        model = OrderedDict((name, SavedTensor(next(keys), dtype, tuple(shape))) for name, dtype, shape in specs)
+        if len(model) < len(specs):
+            [(repeated, _)] = Counter(name for name, _, _ in specs).most_common(1)
+            raise PlanError("two tensors of one name", tensor=repeated, file=file)
+        models["model" if len(chunks) == 1 else f"model{virtual}"] = model
+    tensors = [tensor for model in models.values() for tensor in model.values()]
+    pieces, size_bytes, offsets_bytes = lay_out_container(
+        pickled(saved | models), [tensor.size_bytes for tensor in tensors]
+    )
+    places = tuple(
+        {
+            name: StoredTensor(
+                name if len(chunks) == 1 else f"{key}.{name}", file, t.dtype, t.shape, t.strides, offsets_bytes[t.key]
+            )
+            for name, t in model.items()
+        }
+        for key, model in models.items()
+    )
+    return Skeleton(pieces, size_bytes, places)
+
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
 Extras = Mapping[tuple[str, str], bytes]
