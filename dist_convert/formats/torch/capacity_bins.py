@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel, UsageError
-from dist_convert.formats.megatron.grid import Chunk, Rank, rank_directory
+from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, grid_ranks, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor, local_name
 from dist_convert.write.files import write_file
 
 FILE = "capacity_bins.pt"
@@ -28,6 +28,8 @@ _DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
 
 #: (file, virtual stage, local layer, name, dtype, values): one bin tensor, as it travels between ranks.
 Bin = tuple[str, int, int, str, str, list[float]]
+#: (layer, pipeline, expert, tensor, name) -> dtype and values.
+Bins = Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]]
 
 
 def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
@@ -64,24 +66,17 @@ def _read(directory: Path, tensor: StoredTensor) -> list[float]:
 
 def write_bins(target: Path, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
     """Write the bins of all ranks as `capacity_bins.pt`; slots without one are empty dicts."""
-    places = dict(_places(catalog))
+    places = {f"{rank_directory(catalog.grid, rank)}/{SHARD_FILE}": rank for rank in grid_ranks(catalog.grid)}
     first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in catalog.chunks}
     nested: dict[str, Any] = {}
     for file, virtual, local_layer, name, dtype, values in bins:
-        rank = places[file]
+        rank = places[local_name(file)]
         layer = first_layer[rank.pipeline, virtual] + local_layer
         slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(catalog))
         slots[rank.pipeline][rank.expert][rank.tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
     content = io.BytesIO()
     torch.save(nested, content)
     write_file(target, FILE, content.getvalue())
-
-
-def _places(catalog: TorchCatalog) -> Iterator[tuple[str, Rank]]:
-    for (pipeline, tensor), files in catalog.files.dense.items():
-        for expert in range(catalog.grid.expert):
-            rank = Rank(pipeline, tensor, expert)
-            yield from ((file, rank) for file in files if file.startswith(rank_directory(catalog.grid, rank) + "/"))
 
 
 def _empty_slots(catalog: TorchCatalog) -> dict[int, Mapping[int, dict[int, Any]]]:
@@ -92,8 +87,8 @@ def _empty_slots(catalog: TorchCatalog) -> dict[int, Mapping[int, dict[int, Any]
     }
 
 
-def load_bins(path: Path) -> dict[tuple[int, int, int, int, str], tuple[str, list[float]]]:
-    """The bins of a `capacity_bins.pt`: (layer, pipeline, expert, tensor, name) -> dtype and values.
+def load_bins(path: Path) -> Bins:
+    """The bins of a `capacity_bins.pt`.
 
     Raises:
         CheckpointNotFound: there is no such file.
@@ -124,46 +119,37 @@ def load_bins(path: Path) -> dict[tuple[int, int, int, int, str], tuple[str, lis
     return found
 
 
-def bins_of_rank(
-    bins: Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]], rank: Rank, chunks: Sequence[Chunk]
-) -> dict[int, dict[str, tuple[str, list[float]]]]:
-    """The bins that one rank's file holds: virtual stage -> name in the file -> dtype and values.
+def place_bins(
+    bins: Bins, grid: Grid, chunks: Sequence[Chunk]
+) -> dict[tuple[str, int], dict[str, tuple[str, list[float]]]]:
+    """The bins that each file holds: (file, virtual stage) -> name there -> dtype and values.
 
     Args:
         bins: of `load_bins`.
-        rank: of the file.
-        chunks: all chunks of the target.
+        grid, chunks: of the target.
 
     Raises:
         UsageError: the bins are of another grid; each rank has its own, so they fit no other.
     """
-    found: dict[int, dict[str, tuple[str, list[float]]]] = {}
-    wanted = {layer: chunk for chunk in chunks if chunk.pipeline == rank.pipeline for layer in _layers(chunk)}
-    for (layer, pipeline, expert, tensor, name), values in bins.items():
-        if layer in wanted and pipeline != rank.pipeline:
-            raise other_grid(f"layer {layer} on pipeline rank {rank.pipeline}", f"pipeline rank {pipeline}")
-        if layer in wanted and (expert, tensor) == (rank.expert, rank.tensor):
-            chunk = wanted[layer]
-            found.setdefault(chunk.virtual, {})[capacity_bin(layer - chunk.first_layer, name)] = values
-    if bins and not found and wanted:
-        place = f"pipeline rank {rank.pipeline}, tensor rank {rank.tensor}, expert rank {rank.expert}"
-        raise other_grid(f"bins of {place}", "none")
+    chunk_of = {layer: c for c in chunks for layer in range(c.first_layer, c.first_layer + c.layers)}
+    stages = {chunk.pipeline for chunk in chunk_of.values()}
+    wanted = {rank for rank in written_ranks(grid) if rank.pipeline in stages}
+    held = {Rank(pipeline, tensor, expert) for _, pipeline, expert, tensor, _ in bins}
+    astray = {layer for layer, pipeline, *_ in bins if layer not in chunk_of or chunk_of[layer].pipeline != pipeline}
+    if astray or held != wanted:
+        raise UsageError(
+            "the capacity bins are of another parallel grid",
+            file=FILE,
+            expected=f"bins of each of the {len(wanted)} ranks of {grid}",
+            found=f"bins of {len(held)} ranks, {len(astray)} layers on other stages",
+            remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
+        )
+    found: dict[tuple[str, int], dict[str, tuple[str, list[float]]]] = {}
+    for (layer, pipeline, expert, tensor, name), values in sorted(bins.items()):
+        chunk, directory = chunk_of[layer], rank_directory(grid, Rank(pipeline, tensor, expert))
+        of_file = found.setdefault((f"{directory}/{SHARD_FILE}", chunk.virtual), {})
+        of_file[capacity_bin(layer - chunk.first_layer, name)] = values
     return found
-
-
-def other_grid(expected: str, found: str) -> UsageError:
-    """The error for bins that were saved from another grid than the target's."""
-    return UsageError(
-        "the capacity bins are of another parallel grid",
-        file=FILE,
-        expected=expected,
-        found=found,
-        remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
-    )
-
-
-def _layers(chunk: Chunk) -> range:
-    return range(chunk.first_layer, chunk.first_layer + chunk.layers)
 
 
 def packed(dtype: str, values: Sequence[float]) -> bytes:

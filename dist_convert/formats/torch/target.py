@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
-from dist_convert.formats.megatron.grid import (
-    SHARD_FILE,
-    rank_directory,
-    written_ranks,
-)
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.saved import Pieces, SavedTensor, common_content, lay_out_container, pickled
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
-from dist_convert.formats.torch.capacity_bins import bins_of_rank, load_bins, other_grid, packed
+from dist_convert.formats.torch.capacity_bins import load_bins, packed, place_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
@@ -176,22 +171,16 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
         )
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
-    taken = 0
-    for rank in written_ranks(grid):
-        file = f"{rank_directory(grid, rank)}/{SHARD_FILE}"
-        for virtual, tensors in bins_of_rank(bins, rank, chunks).items():
-            specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
-            models = files[file]
-            files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
-            label = "" if len(models) == 1 else f"model{virtual}."
-            taken += len(tensors)
-            extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
+    for (file, virtual), tensors in place_bins(bins, grid, chunks).items():
+        specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
+        models = files[file]
+        files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
+        label = "" if len(models) == 1 else f"model{virtual}."
+        extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
     lengths = [len(values) for (*_, name), (_, values) in bins.items() if name == "capacity_bins"]
     if lengths:  # without it training makes no buffers for the bins, and refuses the file
         args.values["moe_capacity_bins_num"] = lengths[0]
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
-    if taken != len(bins):
-        raise other_grid(f"{taken} bin tensors", f"{len(bins)} bin tensors")
     return TorchTarget(target, files, extras)
 
 
