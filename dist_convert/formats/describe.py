@@ -221,7 +221,7 @@ def as_screen(description: Mapping[str, Any]) -> str:
     """The description for people: a line each, sizes in decimal units."""
     lines = []
     for name, value in description.items():
-        if name == "not_convertible":
+        if name == "not_convertible":  # an error's text, of several lines
             continue
         if name.endswith("_bytes"):
             value = human_bytes(value)
@@ -233,7 +233,6 @@ def as_screen(description: Mapping[str, Any]) -> str:
             value = ", ".join(map(str, value)) or "none"
         elif isinstance(value, int):
             value = f"{value:,}"
-        if name != "not_convertible":  # an error's text, of several lines
-            value = shown_line("none" if value is None else value)
+        value = shown_line("none" if value is None else value)
         lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):18} {value}")
     return "\n".join(lines)

@@ -18,7 +18,6 @@ from dist_convert.formats.megatron.iterations import (
     has_rank_directories,
     is_distributed,
     iteration_directory,
-    refuse_two_formats,
     tracked_name,
 )
 from dist_convert.formats.torch.copies import settle_copies
@@ -28,6 +27,7 @@ from dist_convert.models.catalog import NAME_FLAG, Where
 from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.dcp import METADATA_FILE, SUFFIX
 from dist_convert.read.source import no_directory, read_json
 from dist_convert.write.partial import refuse_unfinished
 
@@ -79,7 +79,14 @@ def find_iteration(where: Where, world: World) -> tuple[Path, bool]:
     refuse_foreign(directory)
     mine = [has_rank_directories(directory), is_distributed(directory)]
     is_torch, distributed = map(any, zip(*gather_objects(world, mine), strict=True))
-    refuse_two_formats(directory, has_rank_directories=is_torch, is_distributed=distributed)
+    if is_torch and distributed:
+        raise InconsistentShards(
+            "two checkpoints in one directory, a torch and a distributed one",
+            file=str(directory),
+            expected=f"either mp_rank_* directories, or {METADATA_FILE} and *{SUFFIX} files",
+            found="both",
+            remedy="move the files of one of them to a directory of their own",
+        )
     return directory, distributed
 
 

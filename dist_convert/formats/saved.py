@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import math
-import operator
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ import torch
 
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.target_args import TorchDtype
-from dist_convert.records import DTYPE_BYTES
+from dist_convert.records import DTYPE_BYTES, row_major
 
 CHECKPOINT_VERSION = 3.0
 _PICKLE_PROTOCOL = 2  # torch.save's
@@ -60,8 +58,7 @@ class SavedTensor:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        steps = itertools.accumulate((max(length, 1) for length in self.shape[:0:-1]), operator.mul, initial=1)
-        return tuple(steps)[::-1] if self.shape else ()
+        return row_major(self.shape)
 
     @property
     def size_bytes(self) -> int:

@@ -133,9 +133,8 @@ def shard(
             chunk[name] = StoredTensor(prefix + name, file, dtype, shape, row_major(shape), offset_bytes)
             offset_bytes += -(-prod(shape) * DTYPE_BYTES[dtype] // 64) * 64 + 192
         stored.append(chunk)
-    weights_bytes = sum(tensor.size_bytes for chunk in stored for tensor in chunk.values())
     opaque: tuple[dict[str, str], ...] = tuple({} for _ in stored)
-    return Shard(file, offset_bytes, weights_bytes, 4, dict(args), tuple(stored), opaque)
+    return Shard(file, offset_bytes, 4, dict(args), tuple(stored), opaque)
 
 
 def training_args(a: Architecture, grid: Grid) -> dict[str, Any]:

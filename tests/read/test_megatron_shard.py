@@ -100,9 +100,6 @@ def test_every_file_of_a_checkpoint_reads_as_torch_loads_it(grid: Grid, tmp_path
         for key, chunk, opaque in zip(keys, shard.chunks, shard.opaque, strict=True):
             assert_as_torch_loads(path, chunk, loaded[key])
             assert set(opaque) == set(loaded[key]) - set(chunk)
-        assert shard.weights_bytes == sum(
-            value.nbytes for key in keys for value in loaded[key].values() if value is not None
-        )
         assert shard.size_bytes == path.stat().st_size
         assert shard.iteration == 4
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import TargetError, TargetExists, UsageError, shown_line
+from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.config import published, with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE
 from dist_convert.formats.tokenizer.find import named_tokenizer
@@ -33,6 +34,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         TargetExists: the target has a tokenizer, and `--overwrite` was not given.
         MissingPackage, TargetError
     """
+    refuse_foreign(job.target)
     refuse_unfinished(job.target)
     if not (job.target / CONFIG_FILE).is_file():
         raise UsageError(

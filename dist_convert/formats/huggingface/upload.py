@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert.errors import UploadError, UsageError, shown_line
+from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
@@ -48,6 +49,7 @@ def _check_directory(directory: Path) -> int:
     Raises:
         UploadError, CheckpointNotFound, CorruptFile, InconsistentShards: see `find_weights`.
     """
+    refuse_foreign(directory)
     refuse_unfinished(directory)
     if not directory.is_dir():
         raise no_directory(directory, "finished")

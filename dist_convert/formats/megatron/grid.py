@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, MissingShard, UnsupportedModel, UsageError, raise_together
 from dist_convert.models.schema import MOST_RANKS, Architecture, is_size
+from dist_convert.records import names as some
 
 SHARD_FILE = "model_optim_rng.pt"
 
@@ -131,8 +132,8 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
     if foreign:
         raise MissingShard(
             "rank directories that the checkpoint's own args do not name",
-            expected=f"the directories of {grid}" + (f", of which are missing: {_some(missing)}" if missing else ""),
-            found=_some(foreign),
+            expected=f"the directories of {grid}" + (f", of which are missing: {some(missing, 6)}" if missing else ""),
+            found=some(foreign, 6),
             remedy="two checkpoints may share this directory: copy the one that is meant to a directory of its own, "
             "complete, from where it was saved",
         )
@@ -145,8 +146,8 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
             )
         raise MissingShard(
             f"{len(missing)} rank {'directory' if len(missing) == 1 else 'directories'} of {grid} missing",
-            expected=f"{SHARD_FILE} in {_some(missing)}",
-            found=_some(sorted(names)) or "none",
+            expected=f"{SHARD_FILE} in {some(missing, 6)}",
+            found=some(sorted(names), 6) or "none",
             remedy=remedy,
         )
     dense, experts = _holders(grid, names)
@@ -191,10 +192,6 @@ def missing_directories(grid: Grid, names: set[str]) -> list[str]:
         if (rank.pipeline, rank.tensor) not in dense
         or (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor) not in experts
     ]
-
-
-def _some(names: list[str], shown: int = 6) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_convert.errors import CheckpointNotFound, CorruptFile, InconsistentShards
+from dist_convert.errors import CheckpointNotFound, CorruptFile
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
 from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
@@ -73,22 +73,6 @@ def is_distributed(directory: Path) -> bool:
 def has_rank_directories(directory: Path) -> bool:
     """Whether a directory holds some of the `torch` format; no file is looked at."""
     return directory.is_dir() and any(is_rank_directory(path.name) for path in directory.iterdir())
-
-
-def refuse_two_formats(directory: Path, *, has_rank_directories: bool, is_distributed: bool) -> None:
-    """Refuse a directory that holds checkpoints of both of Megatron's formats, of which nobody says which is meant.
-
-    Raises:
-        InconsistentShards
-    """
-    if has_rank_directories and is_distributed:
-        raise InconsistentShards(
-            "two checkpoints in one directory, a torch and a distributed one",
-            file=str(directory),
-            expected=f"either mp_rank_* directories, or {METADATA_FILE} and *{SUFFIX} files",
-            found="both",
-            remedy="move the files of one of them to a directory of their own",
-        )
 
 
 def _has_kind(path: Path) -> bool:

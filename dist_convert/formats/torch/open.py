@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_convert.errors import below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
@@ -78,20 +79,19 @@ class TorchModel:
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
         """See `Model`."""
-        file = min(self.shards)
-        padded = self.said.architecture(vocab=None, file=file).padded_vocab
-        size = min(self.vocab or vocab or padded, padded)
-        architecture = self.said.architecture(vocab=size, file=file)
-        if self.is_untied:
-            architecture = replace(architecture, tied=False)
-        catalog, left_behind = open_catalog(
-            self.shards,
-            architecture,
-            imported_experts=self.imported_experts,
-            with_tied_copies=with_tied_copies,
-            pinned=self.pinned,
-            drops_mtp=self.said.drops_mtp,
-        )
+        with below(self.directory):
+            file = min(self.shards)
+            padded = self.said.architecture(vocab=None, file=file).padded_vocab
+            size = min(self.vocab or vocab or padded, padded)
+            architecture = self.said.architecture(vocab=size, file=file)
+            catalog, left_behind = open_catalog(
+                self.shards,
+                replace(architecture, tied=False) if self.is_untied else architecture,
+                imported_experts=self.imported_experts,
+                with_tied_copies=with_tied_copies,
+                pinned=self.pinned,
+                drops_mtp=self.said.drops_mtp,
+            )
         return catalog, (*left_behind, *self.beside)
 
 
@@ -120,13 +120,12 @@ def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Sha
         CheckpointNotFound: no rank sees any file.
         SourceError: see `read_shard` and `discover`.
     """
-    found = discover(
-        world,
-        directory,
-        rank_files(directory) if directory.is_dir() else (),
-        lambda file: shard_to_json(read_shard(directory / file, file)),
-        expected=f"mp_rank_00/{SHARD_FILE} or the like in {directory}",
-    )
+    files = rank_files(directory) if directory.is_dir() else ()
+    expected = f"mp_rank_00/{SHARD_FILE} or the like in {directory}"
+    with below(directory):
+        found = discover(
+            world, directory, files, lambda file: shard_to_json(read_shard(directory / file, file)), expected=expected
+        )
     return found, {file: shard_from_json(header) for file, header in found.headers.items()}
 
 
@@ -145,14 +144,16 @@ def open_torch(
         SourceError: the shards are not of one run, or their args say no model.
     """
     refuse_foreign_tensors({file: stored_names(shard) for file, shard in shards.items()}, directory)
-    check_same_run(shards.values())
+    file = min(shards)
+    with below(directory):
+        check_same_run(shards.values())
+        args, on_rows = with_stored_rows(shards[file].args, shards)
+        said = said_of(where, args, file)
+        padded = said.architecture(vocab=None, file=file).padded_vocab
     stored = [tensor for shard in shards.values() for chunk in shard.chunks for tensor in chunk.values()]
     found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
-    file = min(shards)
-    args, on_rows = with_stored_rows(shards[file].args, shards)
-    said = said_of(where, args, file)
-    padded = said.architecture(vocab=None, file=file).padded_vocab
-    tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=file)
+    shown = str(directory / file)
+    tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=shown)
     beside = _beside(world, directory, found.headers_of[world.rank])
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
     notes = (*said.notes, *notes_on_iteration(directory, shards[file].iteration), *notes_on_classes(classes))

@@ -7,11 +7,12 @@ docs/formats.md, "Keys of the file".
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
+from dist_convert.formats.huggingface.read import header_from_json, header_to_json
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.names import holds_no_weights
 from dist_convert.read.restricted_pickle import Inert, Tensor, foreign_classes, inside, plain_dict
@@ -37,7 +38,6 @@ class Shard:
     Attributes:
         file: relative to the iteration's directory, `mp_rank_00/model_optim_rng.pt`.
         size_bytes: of the whole file.
-        weights_bytes: of the model's tensors.
         iteration: training step, or None.
         args: the training arguments as JSON values.
         chunks: per virtual pipeline stage, the stored tensors by their name in its model.
@@ -48,7 +48,6 @@ class Shard:
 
     file: str
     size_bytes: int
-    weights_bytes: int
     iteration: int | None
     args: dict[str, Any]
     chunks: tuple[dict[str, StoredTensor], ...]
@@ -87,7 +86,6 @@ def read_shard(path: Path, file: str) -> Shard:
     return Shard(
         file=file,
         size_bytes=container.size_bytes,
-        weights_bytes=sum(tensor.size_bytes for chunk in chunks for tensor in chunk.values()),
         iteration=iteration if isinstance(iteration, int) else None,
         args=plain_dict(values),
         chunks=chunks,
@@ -168,20 +166,7 @@ def stored_names(shard: Shard) -> list[str]:
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:
     """A compact JSON form, for sending headers between ranks."""
-    return {
-        "file": shard.file,
-        "size_bytes": shard.size_bytes,
-        "weights_bytes": shard.weights_bytes,
-        "iteration": shard.iteration,
-        "args": shard.args,
-        "chunks": [
-            [[name, t.dtype, t.shape, t.strides, t.offset_bytes, t.checksum] for name, t in chunk.items()]
-            for chunk in shard.chunks
-        ],
-        "opaque": shard.opaque,
-        "others": shard.others,
-        "foreign_classes": shard.foreign_classes,
-    }
+    return vars(shard) | {"chunks": [header_to_json(chunk) for chunk in shard.chunks]}
 
 
 def shard_from_json(data: dict[str, Any]) -> Shard:
@@ -189,14 +174,9 @@ def shard_from_json(data: dict[str, Any]) -> Shard:
     count = len(data["chunks"])
     chunks = tuple(
         {
-            name: StoredTensor(
-                _label(name, virtual, count), data["file"], dtype, tuple(shape), tuple(strides), offset_bytes, checksum
-            )
-            for name, dtype, shape, strides, offset_bytes, checksum in chunk
+            name: replace(tensor, name=_label(name, virtual, count))
+            for name, tensor in header_from_json(data["file"], chunk).items()
         }
         for virtual, chunk in enumerate(data["chunks"])
     )
-    return Shard(
-        data["file"], data["size_bytes"], data["weights_bytes"], data["iteration"], data["args"], chunks,
-        tuple(data["opaque"]), data["others"], data["foreign_classes"],
-    )  # fmt: skip
+    return Shard(**{**data, "chunks": chunks, "opaque": tuple(data["opaque"])})

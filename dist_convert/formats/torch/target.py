@@ -188,12 +188,9 @@ def _header(target: TorchTarget, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
     iteration, values = target.target.iteration or 0, target.target.args.values
     skeleton = lay_out_skeleton(values, iteration, target.files[local_name(file)], file)
-    weights_bytes = sum(tensor.size_bytes for chunk in skeleton.chunks for tensor in chunk.values())
     nothing: dict[str, str] = {}
-    return Shard(
-        file, skeleton.size_bytes, weights_bytes, iteration, dict(values), skeleton.chunks,
-        (nothing,) * len(skeleton.chunks),
-    )  # fmt: skip
+    chunks = skeleton.chunks
+    return Shard(file, skeleton.size_bytes, iteration, dict(values), chunks, (nothing,) * len(chunks))
 
 
 def catalog_of_target(target: TorchTarget, planned: Sequence[str]) -> tuple[TorchCatalog, tuple[TargetFile, ...]]:
