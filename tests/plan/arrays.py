@@ -77,7 +77,7 @@ def _stored_back_to_front(
                     buffer += [array.reshape(-1), _GAP]
         image[file] = np.concatenate(buffer)
         opaque: tuple[dict[str, str], ...] = tuple({} for _ in chunks)
-        shards[file] = Shard(file, image[file].nbytes, 0, 4, args, tuple(stored), opaque)
+        shards[file] = Shard(file, image[file].nbytes, 4, args, tuple(stored), opaque)
     return image, shards
 
 
