@@ -94,6 +94,9 @@ def tiny_model(family: str) -> tuple[Any, Architecture]:
     if family == "mixtral":
         config = transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
         model = transformers.MixtralForCausalLM(config)
+    elif family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(**sizes, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=6)
+        model = transformers.Qwen3MoeForCausalLM(config)
     else:
         config = transformers.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
         model = transformers.LlamaForCausalLM(config)
@@ -103,7 +106,7 @@ def tiny_model(family: str) -> tuple[Any, Architecture]:
     return model, Architecture(
         family=family, layers=2, hidden=8, ffn=12, heads=4, query_groups=2, head_dim=2, vocab=11, padded_vocab=11,
         max_positions=16, norm_epsilon=1e-5, rope_theta=1e4, qkv_bias=has_bias, linear_bias=has_bias,
-        experts=0 if has_bias else 3,
+        experts=0 if has_bias else 3, expert_ffn=6 if family == "qwen3_moe" else 0, qk_norm=family == "qwen3_moe",
     )  # fmt: skip
 
 
@@ -120,7 +123,7 @@ def views(architecture: Architecture, stored: Mapping[str, StoredTensor], *, hea
 
 @pytest.mark.parametrize("base", [False, True], ids=["with a head", "base model"])
 @pytest.mark.parametrize("original", [True, False], ids=["original format", "as in memory"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
 def test_every_part_is_found_in_whatever_form_transformers_saves(
     family: str, original: bool, base: bool, tmp_path: Path
 ) -> None:

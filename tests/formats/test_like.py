@@ -138,3 +138,23 @@ def test_another_base_of_the_rotary_frequencies_is_taken_with_a_warning(
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 0
     assert _config(tmp_path / "out")["rope_theta"] == 1e6
     assert "rotary_base is 500000 in the args, 1000000.0 is taken as you say" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_only_the_config_tells_is_said_to_be_its(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", MODEL, vocab_size=None, make_vocab_size_divisible_by=32)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", vocab_size=27))) == 0
+    assert "vocabulary: 27 tokens according to --like, as the args do not say how many" in capsys.readouterr().err
+    assert read_tensors(tmp_path / "out")["model.embed_tokens.weight"].shape == (27, 16)
+
+
+@pytest.mark.parametrize(("vocab", "padded"), [(300, 320), (64, 64)])
+def test_a_vocabulary_that_training_would_have_padded_to_other_rows_is_refused(
+    vocab: int, padded: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", MODEL, vocab_size=None, make_vocab_size_divisible_by=32)
+    like = str(_like(tmp_path / "like", vocab_size=vocab))
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", like) == 1
+    assert f"found:    {vocab}, which are padded to {padded}\n" in capsys.readouterr().err
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", like, "--true-vocab-size", "29") == 0

@@ -252,7 +252,7 @@ def test_a_model_type_that_the_args_allow_is_no_warning(
 def test_a_theta_that_an_importer_has_left_out_is_a_warning(
     model: Model, args: dict[str, Any], positions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path / "in", model, **args)
+    make(tmp_path / "in", model, use_fused_rmsnorm=True, **args)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert (
         f"warning: rope_theta is 10000, without rope_scaling, according to the args, for {positions} positions; "
@@ -260,7 +260,14 @@ def test_a_theta_that_an_importer_has_left_out_is_a_warning(
     ) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [{"rotary_base": 10000, "max_position_embeddings": 4096}, {"rotary_base": 500000}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"rotary_base": 10000, "max_position_embeddings": 4096, "use_fused_rmsnorm": True},
+        {"rotary_base": 10000, "max_position_embeddings": 131072},  # not of Habana's tree
+        {"rotary_base": 500000, "use_fused_rmsnorm": True},
+    ],
+)
 def test_a_theta_that_a_model_may_have_is_no_warning(
     args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

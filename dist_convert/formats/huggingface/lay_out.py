@@ -32,7 +32,7 @@ from dist_convert.formats.huggingface.files import catalog_of_files, index_json,
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
 from dist_convert.formats.huggingface.upload import check_upload
-from dist_convert.formats.megatron.args import model_type_from_args, true_vocab
+from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
     Tokenizer,
@@ -349,12 +349,13 @@ def _notes(target: HuggingFaceTarget) -> list[str]:
             f"warning: --source-model-type says {said}, the checkpoint's args say "
             f"{decided or 'llama without rope scaling'}; the args are followed"
         )
-    if architecture.rope_theta == 10000 and (decided or architecture.max_positions > _LLAMA_2_POSITIONS):
+    is_longer = decided or architecture.max_positions > _LLAMA_2_POSITIONS
+    if is_of_habana(args) and architecture.rope_theta == 10000 and is_longer:
         scaled = "rope_theta is 10000" + ("" if architecture.rope_scaling else ", without rope_scaling,")
         notes.append(
             f"warning: {scaled} according to the args, for {architecture.max_positions} positions; Habana's importer "
-            "leaves that whatever the model has. If the checkpoint was imported and not trained since, take both from "
-            "the original's config.json into this one's"
+            "leaves that whatever the model has. If the checkpoint was imported and not trained since, say both with "
+            "--like, the original's config.json, or with --rope-theta and --rope-scaling-factor"
         )
     flag, rows = job.true_vocab_size, architecture.padded_vocab
     size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file="args")

@@ -253,6 +253,11 @@ def model_type_from_args(args: Mapping[str, Any]) -> str | None:
     return "llama3.1" if args.get("use_rope_scaling") else None
 
 
+def is_of_habana(args: Mapping[str, Any]) -> bool:
+    """Whether the args are those of Habana's tree."""
+    return "use_fused_rmsnorm" in args
+
+
 def added_to_norms(args: Mapping[str, Any], file: str, *, is_fused: bool) -> int:
     """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
 
@@ -266,8 +271,7 @@ def added_to_norms(args: Mapping[str, Any], file: str, *, is_fused: bool) -> int
     """
     if not args.get("apply_layernorm_1p"):
         return 0
-    is_habana = "use_fused_rmsnorm" in args
-    if is_fused != is_habana:
+    if is_fused != is_of_habana(args):
         return int(is_fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
     raise UnsupportedModel(
         "it cannot be told whether the norms are stored as gamma - 1",

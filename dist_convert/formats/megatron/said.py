@@ -12,11 +12,11 @@ from typing import Any
 from dist_convert.errors import ConversionError, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
-from dist_convert.formats.megatron.target_args import rope_values
+from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
-from dist_convert.models.schema import Architecture, Family, Key
+from dist_convert.models.schema import Architecture, Family, Key, is_size
 
 _LIKE = "--like"
 MTP_LAYERS = "mtp_num_layers"
@@ -93,6 +93,10 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     for name, value in flags.items():
         if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
+    if where.like is not None and "vocab_size" in silent:
+        if where.true_vocab_size is None:
+            _check_rows(like, args, file)
+        notes.append(f"vocabulary: {like.vocab} tokens according to {_LIKE}, as the args do not say how many")
     if where.drops_mtp:
         corrected = {**corrected, MTP_LAYERS: None}
     said = Said({**corrected, **flags}, family, where.like, trusts_factor, where.drops_mtp, tuple(notes))
@@ -113,6 +117,22 @@ def _scaling(like: Architecture) -> dict[str, object]:
         return rope_values(like)
     scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
     return {"use_rope_scaling": like.rope_scaling is not None, **scaling}
+
+
+def _check_rows(like: Architecture, args: Mapping[str, Any], file: str) -> None:
+    """Refuse a vocabulary that training would have padded to other rows than the embedding has."""
+    rows, divisible_by = args.get("padded_vocab_size"), args.get("make_vocab_size_divisible_by")
+    if not rows or not is_size(divisible_by) or not divisible_by:
+        return
+    padded = padded_vocab(like.vocab, divisible_by, args.get("tensor_model_parallel_size") or 1)
+    if padded != rows:
+        raise UnsupportedModel(
+            f"{_LIKE} is of another model than the checkpoint, by vocab_size",
+            file=file,
+            expected=f"tokens that are padded to {rows} rows",
+            found=f"{like.vocab}, which are padded to {padded}",
+            remedy="give the config of this model, or say how many tokens it has with --true-vocab-size",
+        )
 
 
 def _is_silent(key: Key, args: Mapping[str, Any]) -> bool:
