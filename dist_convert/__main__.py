@@ -78,9 +78,10 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
         rank, size = 0, 1
     channel = None
     if size > 1:
-        from dist_convert.ranks.channel import Channel, is_served_by_launcher
+        from dist_convert.ranks.channel import Channel
 
-        channel = Channel(rank, size) if is_served_by_launcher() else None
+        with contextlib.suppress(LostRank):  # then each rank tells of its own
+            channel = Channel(rank, size)
     return _fail(channel, error, is_json=is_json)
 
 
@@ -222,35 +223,32 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         from dist_convert.api import convert
         from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify
-        from dist_convert.ranks.channel import Channel, is_served_by_launcher
+        from dist_convert.ranks.channel import Channel
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
 
     rank, size = rank_and_size()
     is_json = isinstance(job, Options) and job.log_format == "json"
-
-    def connect() -> Channel:
-        log = Log()
-        if isinstance(job, Options):
-            log = Log(is_json, job.log_interval_seconds, job.quiet, job.json)
-        return Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)
-
-    channel = connect() if size == 1 or is_served_by_launcher() else None
+    log = Log()
+    if isinstance(job, Options):
+        log = Log(is_json, job.log_interval_seconds, job.quiet, job.json)
+    channel: Channel | None = None
     try:
+        control = Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)
+        channel = control
         # Comparing gathers nothing but reports, which need no accelerator.
         world = join_world("cpu" if isinstance(job, VerifyJob) else job.device, job.timeout_seconds)
-        channel = channel or connect()  # without torchrun rank 0 serves the store, from joining on
         limit_threads(world.local_size)
         return_freed_memory()
         exit_code = 0
         if isinstance(job, VerifyJob):
-            outcome = verify(job, world, channel)
+            outcome = verify(job, world, control)
             if rank == 0:
                 print(as_json(outcome) if job.json else as_text(outcome), flush=True)
             exit_code = 0 if outcome.is_same else 1
         else:
-            convert(job, world, channel)
-        channel.close()
+            convert(job, world, control)
+        control.close()
         leave_world(world)
         channel = None  # an upload may take hours, for which no other rank waits,
         stack.close()  # and which signals end

@@ -38,6 +38,8 @@ _POLL_SECONDS = 0.3
 _PATIENCE_SECONDS = 5.0
 #: From a signal until a main thread that has not ended by itself is ended.
 _GRACE_SECONDS = 5.0
+#: How long a failed rank 0 that serves the store stays for ranks that may still be starting.
+_STARTING_SECONDS = 20.0
 
 
 def is_served_by_launcher() -> bool:
@@ -55,6 +57,26 @@ def connect() -> Store:
         timeout=timedelta(seconds=60),
     )
     return _with_prefix(store)
+
+
+def serve_ranks() -> Store:
+    """Serve the store where the ranks meet, on rank 0, where no launcher does."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=True, wait_for_workers=False)
+
+
+def _meeting(meet: Callable[[], Store]) -> Store:
+    """The store, or an error of ours about the place where it should be."""
+    try:
+        return meet()
+    except DistError as error:
+        raise LostRank(
+            "the ranks cannot meet",
+            expected=f"a free port of rank 0's machine, which all ranks reach: MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+            f"MASTER_PORT={os.environ['MASTER_PORT']}",
+            found=str(error).splitlines()[0],
+            remedy="give another MASTER_PORT, or look why other ranks have not started",
+        ) from error
 
 
 def serve(meeting: socket.socket) -> Store:
@@ -146,11 +168,16 @@ class Watchdog:
 class Channel:
     """One rank's connection to the others, beside the process group; alone, it prints and heeds signals.
 
+    Where no launcher serves the store, rank 0 does, from here on.
+
     Args:
         rank, size: of the world.
         take_signal: tells the number of a signal that has come and ends the conversion; see `signals.noted`.
         silent_seconds: after which a rank that is not heard of, or stays in one step, has failed.
         log: for what rank 0 says.
+
+    Raises:
+        LostRank: the ranks cannot meet.
     """
 
     def __init__(
@@ -175,7 +202,13 @@ class Channel:
         self._beat_keys = [f"beat/{rank}" for rank in range(size)]
         self._watchdog = Watchdog(silent_seconds)
         self._printer_is_silent = False
-        self._store = connect() if size > 1 else None
+        self._size = size
+        self._has_launcher = is_served_by_launcher()
+        self._served: Store | None = None
+        if size > 1 and not self._has_launcher:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
+            self._served = _meeting(serve_ranks) if rank == 0 else None
+        self._store = _meeting(connect) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -262,14 +295,21 @@ class Channel:
             failures.await_print(0.0 if self._printer_is_silent else _PATIENCE_SECONDS, prints=self._rank == 0)
             if is_first:
                 failures.print_once()  # rank 0 has not
-            if self._rank == 0 and not is_served_by_launcher():
-                time.sleep(3 * _POLL_SECONDS)  # until the others have read it from the store that this process serves
             posted = failures.read()
+            self._leave(failures.store)
             return exit_code if is_first or posted is None else int(posted["exit_code"])
         except DistError:  # who served the store is gone: rank 0, which has printed the failure, or its whole machine
-            if is_served_by_launcher() and os.environ.get("LOCAL_RANK") == "0":
+            if self._has_launcher and os.environ.get("LOCAL_RANK") == "0":
                 print(message, file=sys.stderr, flush=True)
             return exit_code
+
+    def _leave(self, store: Store) -> None:
+        """Have read the failure; who serves the store stays until all others have."""
+        patience_seconds = 3 * _POLL_SECONDS if self._heard(store) else _STARTING_SECONDS
+        gone, deadline = store.add("gone", 1), time.monotonic() + patience_seconds
+        while self._served is not None and gone < self._size and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            gone = store.add("gone", 0)
 
     def explain(self, error: LostRank) -> None:
         """Say in an error which rank it may be that keeps the others waiting, or is gone; backends do not know."""
@@ -331,6 +371,7 @@ class Channel:
                 if self._stopped_by is not None and self._closed.wait(_GRACE_SECONDS):
                     return
                 failures.await_print(_PATIENCE_SECONDS)
+                self._leave(store)
                 os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
             self._beat(store, failures)
             self._tick()

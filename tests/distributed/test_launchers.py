@@ -51,3 +51,20 @@ def test_a_launcher_that_only_sets_torchs_variables_will_do(tmp_path: Path) -> N
         runs = [stack.enter_context(rank).finish() for rank in ranks]
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
     assert_same(read_tensors(tmp_path / "hf"), expected)
+
+
+def test_without_torchrun_a_wrong_flag_of_one_rank_ends_all_at_once(tmp_path: Path) -> None:
+    make(tmp_path / "megatron", Model(), Grid(tp=2))
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    jobs = [flags(tmp_path / "megatron", tmp_path / "hf"), ["megatron-to-hf", "--config", str(tmp_path / "none.yaml")]]
+    for first, second in (jobs, jobs[::-1]):
+        with ExitStack() as stack:
+            ranks = [
+                stack.enter_context(
+                    Process(["-m", "dist_convert", *job], environment(RANK=rank, LOCAL_RANK=rank, **meeting))
+                )
+                for rank, job in zip("01", (first, second), strict=True)
+            ]
+            runs = [rank.finish() for rank in ranks]
+        assert [run.returncode for run in runs] == [2, 2]
+        assert "".join(run.stderr for run in runs).count("none.yaml") == 1
