@@ -62,7 +62,7 @@ def connect() -> Store:
 def serve_ranks() -> Store:
     """Serve the store where the ranks meet, on rank 0, where no launcher does."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=True, wait_for_workers=False)
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
 def _meeting(meet: Callable[[], Store]) -> Store:
@@ -70,10 +70,10 @@ def _meeting(meet: Callable[[], Store]) -> Store:
     try:
         return meet()
     except DistError as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
         raise LostRank(
             "the ranks cannot meet",
-            expected=f"a free port of rank 0's machine, which all ranks reach: MASTER_ADDR={os.environ['MASTER_ADDR']}, "
-            f"MASTER_PORT={os.environ['MASTER_PORT']}",
+            expected=f"a free port of rank 0's machine, which all ranks reach: {where}",
             found=str(error).splitlines()[0],
             remedy="give another MASTER_PORT, or look why other ranks have not started",
         ) from error
@@ -206,8 +206,8 @@ class Channel:
         self._has_launcher = is_served_by_launcher()
         self._served: Store | None = None
         if size > 1 and not self._has_launcher:
-            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
             self._served = _meeting(serve_ranks) if rank == 0 else None
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
         self._store = _meeting(connect) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
