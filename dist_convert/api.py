@@ -9,6 +9,7 @@ both ends and deals the copies to ranks, `move` carries them out, `write` makes 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,11 +17,11 @@ from functools import partial
 from typing import Any
 
 from dist_convert.compare.verify import compare_with_source, prepare_check
-from dist_convert.errors import PlanError, SourceError, ValueOverflow, shown_line
+from dist_convert.errors import PlanError, SourceError, shown_line
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
-from dist_convert.move.pipeline import Moved, move
+from dist_convert.move.pipeline import Moved, move, value_overflow
 from dist_convert.move.report import (
     Report,
     describe_plan,
@@ -150,6 +151,9 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
     history, journal = begin(task, world)
     done = Done.of(window for window, _ in history.written)
     with closing(journal):
+        if (before := Counter(history.changed["overflowed"])) and not task.job.allow_overflow:
+            [(tensor, count)] = before.most_common(1)
+            raise value_overflow(tensor, content.ends.target.params_dtype, count)
         if done.size_bytes:
             there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
             channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
@@ -158,7 +162,8 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
                 plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
-                checksums=task.source.found.checksums, is_last_use=pushes_others_out(node_bytes),
+                checksums=task.source.found.checksums, may_overflow=task.job.allow_overflow,
+                is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
@@ -211,21 +216,11 @@ def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
 
 
 def _check_outcomes(task: Task, done: Done, report: Report) -> None:
-    """Every byte of the plan must have been written, by this run or an earlier one, and no value lost its size.
+    """Every byte of the plan must have been written, by this run or an earlier one.
 
     Raises:
-        PlanError, ValueOverflow
+        PlanError
     """
     written_bytes = done.size_bytes + report.written_bytes
     if written_bytes != task.content.moved_bytes:
         raise PlanError("not every byte was written", expected=task.content.moved_bytes, found=written_bytes)
-    if report.overflowed and not task.job.allow_overflow:
-        worst = max(report.overflowed, key=lambda name: report.overflowed[name])
-        raise ValueOverflow(
-            f"{sum(report.overflowed.values())} finite values in {len(report.overflowed)} tensors become infinite "
-            f"in {task.job.target_params_dtype}",
-            tensor=worst,
-            found=f"{report.overflowed[worst]} values in this tensor",
-            remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
-            "infinities with --allow-overflow",
-        )

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from dist_convert.errors import ValueOverflow
 from dist_convert.move.timeline import Timeline
+from dist_convert.options import TARGET_DTYPES
 from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.limits import STEP_BYTES
 from dist_convert.plan.plan import Plan
@@ -27,7 +29,7 @@ from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
 from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
 from dist_convert.read.source import Checksums, Listing
-from dist_convert.records import View
+from dist_convert.records import View, counted
 from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
 
@@ -60,6 +62,7 @@ def move(
     timeline: Timeline,
     *,
     checksums: Checksums,
+    may_overflow: bool,
     is_last_use: bool = False,
 ) -> Moved:
     """Do this rank's part of a plan.
@@ -72,10 +75,12 @@ def move(
         journal: of this rank, which learns what is finished.
         progress, timeline: hear of every step, and where the time goes.
         checksums: of the source's records, see `FileReader`.
+        may_overflow: finite values may become infinite in the target's dtype.
         is_last_use: what was read leaves the page cache.
 
     Raises:
         SourceError, TargetError: with tensor and file.
+        ValueOverflow: in the first block with such a value.
         LostRank, Interrupted: another rank has gone, or a signal has come.
     """
     number, member = plan.place_of(world.rank)
@@ -97,6 +102,8 @@ def move(
             if wanted.reader == member:
                 with timeline.during("read", wanted.source.tensor, wanted.source.size_bytes):
                     changed = reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
+                if changed.get("overflowed") and not may_overflow:
+                    raise value_overflow(wanted.source.tensor, wanted.dtype, changed["overflowed"])
                 for kind, values in changed.items():
                     journal.changed(kind, wanted.source, values)
         return step, slot
@@ -177,6 +184,18 @@ def move(
     moved.seconds = time.perf_counter() - started
     moved.written_bytes = writer.written_bytes
     return moved
+
+
+def value_overflow(tensor: str, dtype: str, count: int) -> ValueOverflow:
+    """The error about so many values of a tensor that become infinite in a dtype."""
+    name = next(name for name, target in TARGET_DTYPES.items() if target == dtype)
+    return ValueOverflow(
+        f"finite values become infinite in {name}",
+        tensor=tensor,
+        found=f"{counted(count, 'such value')}; what follows was not looked at",
+        remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
+        "infinities with --allow-overflow",
+    )
 
 
 def _planned_ahead(steps: Iterator[Step]) -> Iterator[Step]:

@@ -259,7 +259,7 @@ def test_values_that_fp16_cannot_hold_are_an_error_unless_they_are_accepted(
     tensors = TENSORS | {"model.norm.weight": torch.full((16,), 1e6).bfloat16()}
     make_hf(tmp_path / "hf", MIXTRAL, tensors)
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--fp16") == 1
-    assert "16 finite values in 1 tensors become infinite in fp16" in capsys.readouterr().err
+    assert "finite values become infinite in fp16" in capsys.readouterr().err
     assert not (tmp_path / "megatron" / "iter_0000001").exists()
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--fp16", "--allow-overflow") == 0
     norm = read_shards(tmp_path / "megatron")["mp_rank_00"][0]["decoder.final_layernorm.weight"]
