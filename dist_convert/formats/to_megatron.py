@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.carried import carried_configs
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.megatron.args import dialect_of_args
 from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places, grid_of_args
@@ -138,12 +139,12 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
     mine: list[Any] = []
     if world.rank == 0:
         said = read_margs(job.source_margs_file) if job.source_margs_file else None
-        mine = [said, job.tokenizer_model, job.tokenizer_type]
+        mine = [said, job.tokenizer_model, job.tokenizer_type, carried_configs(model)]
         if own is None or job.tokenizer_model is not None:
             args = own.args if own else said
-            mine[1:] = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, model.directory, args)
-    margs, tokenizer_model, tokenizer_type = gather_objects(world, mine)[0]
-    return Given(margs, tokenizer_model, tokenizer_type, model.vocab, own)
+            mine[1:3] = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, model.directory, args)
+    margs, tokenizer_model, tokenizer_type, carried = gather_objects(world, mine)[0]
+    return Given(margs, tokenizer_model, tokenizer_type, carried, model.vocab, own)
 
 
 def _files_of_places(

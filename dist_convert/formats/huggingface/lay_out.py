@@ -20,6 +20,7 @@ import torch
 
 from dist_convert.errors import shown_line
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.carried import carried_configs, describes
 from dist_convert.formats.huggingface.config import (
     TORCH_NAMES,
     config_json,
@@ -30,7 +31,14 @@ from dist_convert.formats.huggingface.config import (
 )
 from dist_convert.formats.huggingface.files import catalog_of_files, index_json, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside, find_weights
+from dist_convert.formats.huggingface.read import (
+    ARGS_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    WEIGHTS_KINDS,
+    check_inside,
+    find_weights,
+)
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
@@ -305,10 +313,15 @@ def _layout(
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
+    carried: dict[str, dict[str, Any]] = gather_objects(world, carried_configs(model) if world.rank == 0 else {})[0]
     like = model.config
+    if like is None and describes(carried.get(CONFIG_FILE, {}), source.architecture):
+        like = carried[CONFIG_FILE]
     config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
     directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
     theirs = published(config, directory) if world.rank == 0 else {}
+    if directory is None and GENERATION_FILE in carried:
+        theirs = {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]
 

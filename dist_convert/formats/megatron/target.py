@@ -28,7 +28,7 @@ from dist_convert.formats.megatron.grid import (
     stage_layers,
     virtual_stages,
 )
-from dist_convert.formats.megatron.iterations import TRACKER_FILE
+from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
     PIPELINE_LAYOUT,
     TargetArgs,
@@ -100,6 +100,7 @@ class MegatronTarget:
         architecture, grid, chunks, args: its model, its parallel sizes, its layers by chunk, its training arguments.
         dialect: how norms and experts are spelled.
         dtypes: of each parameter, by canonical name.
+        carried: file name to content, see `huggingface.carried`.
     """
 
     root: Path
@@ -110,6 +111,7 @@ class MegatronTarget:
     args: TargetArgs
     dialect: TargetDialect
     dtypes: Mapping[str, str]
+    carried: Mapping[str, Mapping[str, Any]]
 
     @property
     def directory(self) -> Path:
@@ -126,7 +128,8 @@ class MegatronTarget:
         """What describes this iteration in the root, and names it as the newest."""
         newest = RELEASE if self.iteration is None else str(self.iteration)
         described = target_margs_json(self.args, training_flags(self.architecture))
-        return {ARGS_FILE: described.encode(), TRACKER_FILE: newest.encode()}
+        carried = {CARRIED_FILE: f"{json.dumps(self.carried, indent=2)}\n".encode()} if self.carried else {}
+        return {ARGS_FILE: described.encode(), **carried, TRACKER_FILE: newest.encode()}
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,13 @@ class Given:
         tokenizer_model, tokenizer_type: see `target_tokenizer`.
         vocab: tokens without padding; None where nobody says.
         own: what a Megatron source says of itself.
+        carried: file name to content, see `huggingface.carried`.
     """
 
     margs: Mapping[str, Any] | None
     tokenizer_model: str | None
     tokenizer_type: str | None
+    carried: Mapping[str, Mapping[str, Any]]
     vocab: int | None = None
     own: Own | None = None
 
@@ -363,7 +368,9 @@ def plan_target(
     )
     layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
     chunks = place_chunks(grid, layers_of)
-    return MegatronTarget(job.target, settings.iteration, architecture, grid, chunks, args, dialect, dtypes)
+    return MegatronTarget(
+        job.target, settings.iteration, architecture, grid, chunks, args, dialect, dtypes, given.carried
+    )
 
 
 _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")

@@ -1,0 +1,50 @@
+"""What a Hugging Face model says of itself that Megatron has no place for, carried along beside its checkpoint.
+
+Special ids, sampling defaults and keys that only transformers reads come back when the checkpoint is converted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dist_convert.errors import ConversionError
+from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.config import architecture_from_config
+from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
+from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.models.schema import Architecture
+from dist_convert.read.source import read_json
+
+
+def carried_configs(model: Model) -> dict[str, dict[str, Any]]:
+    """File name to content: config.json and generation_config.json of a model, or of the one that it was made from.
+
+    Raises:
+        SourceError: a file of them is damaged.
+    """
+    if model.args is None:
+        found: dict[str, Any] = {CONFIG_FILE: dict(model.config or {})}
+        if (model.directory / GENERATION_FILE).is_file():
+            check_inside(model.directory, GENERATION_FILE)
+            found[GENERATION_FILE] = read_json(model.directory / GENERATION_FILE)
+        return found
+    path = model.directory.parent / CARRIED_FILE
+    found = read_json(path) if path.is_file() else {}
+    return {name: found[name] for name in (CONFIG_FILE, GENERATION_FILE) if isinstance(found.get(name), dict)}
+
+
+def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
+    """Whether a config is of this model, but for what training may change: the vocabulary and the rotary base."""
+    try:
+        theirs = architecture_from_config(config)
+    except ConversionError:
+        return False
+    return architecture == replace(
+        theirs,
+        vocab=architecture.vocab,
+        padded_vocab=architecture.padded_vocab,
+        rope_theta=architecture.rope_theta,
+        rope_scaling=architecture.rope_scaling,
+    )

@@ -1,0 +1,74 @@
+"""What only transformers reads of a model goes to Megatron beside the checkpoint, and comes back with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dist_convert
+from dist_convert.errors import SourceError
+from tests.checkpoints import Model
+from tests.to_megatron import make_hf
+
+MODEL = Model(layers=2)
+CONFIG = {
+    "bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 10, "attention_dropout": 0.25, "use_cache": False,
+    "transformers_version": "4.51.0",
+}  # fmt: skip
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": [8, 9], "pad_token_id": 10}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_hf(tmp_path / "hf", MODEL)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | CONFIG))
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(GENERATION))
+    return tmp_path
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def assert_equal_configs(place: Path) -> None:
+    before, after = (read(place / name / "config.json") for name in ("hf", "back"))
+    assert {name: after.get(name) for name in before} == before
+    assert read(place / "back" / "generation_config.json") == GENERATION
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_configs_come_back_whole_from_a_megatron_checkpoint(kind: str, place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "megatron", to=kind)
+    dist_convert.convert(place / "megatron", place / "back", to="huggingface")
+    assert_equal_configs(place)
+
+
+def test_configs_come_back_through_another_grid(place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "one", to="torch")
+    dist_convert.convert(place / "one", place / "two", to="torch_dist", target_tensor_parallel_size=2)
+    dist_convert.convert(place / "two", place / "back", to="huggingface")
+    assert_equal_configs(place)
+
+
+def test_a_config_of_another_model_is_not_taken_over(place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "megatron", to="torch")
+    carried = place / "megatron" / "huggingface_configs.json"
+    content = read(carried)
+    content["config.json"]["max_position_embeddings"] = 7
+    carried.write_text(json.dumps(content))
+    dist_convert.convert(place / "megatron", place / "back", to="huggingface")
+    after = read(place / "back" / "config.json")
+    assert after["max_position_embeddings"] == read(place / "hf" / "config.json")["max_position_embeddings"]
+    assert after["attention_dropout"] == 0.0
+
+
+def test_a_damaged_file_of_configs_is_named(place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "megatron", to="torch")
+    (place / "megatron" / "huggingface_configs.json").write_text("{")
+    with pytest.raises(SourceError, match=r"huggingface_configs\.json"):
+        dist_convert.convert(place / "megatron", place / "back", to="huggingface")
