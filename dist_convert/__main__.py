@@ -99,7 +99,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     if flags.command == "tokenizer":
         return _add_tokenizer(flags)
     if flags.command == "push":
-        return _upload(Path(flags.directory), flags.push_to_hub, flags.private)
+        return _upload(Path(flags.directory).expanduser(), flags.push_to_hub, flags.private, flags.keep_paths)
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first
@@ -202,18 +202,24 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
 
 
 def _upload(
-    directory: Path, repository: str, private: bool, instruct: bool = False, model_type: str | None = None
+    directory: Path,
+    repository: str,
+    private: bool,
+    keep_paths: bool,
+    instruct: bool = False,
+    model_type: str | None = None,
 ) -> int:
     from dist_convert.formats.huggingface.upload import upload, upload_command
     from dist_convert.formats.tokenizer.huggingface import is_huggingface
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if is_first_rank():
-        address = upload(directory, repository, private=private)
+        address = upload(directory, repository, private=private, keep_paths=keep_paths)
         print(shown_line(f"{directory}: uploaded as {address}"), file=sys.stderr)
         if not is_huggingface(directory):
             how = how_to_add_tokenizer(directory, instruct=instruct, model_type=model_type)
-            to_do = f"{how}; then upload it with: {upload_command(directory, repository, private=private)}"
+            again = upload_command(directory, repository, private=private, keep_paths=keep_paths)
+            to_do = f"{how}; then upload it with: {again}"
             print(shown_line(to_do), file=sys.stderr)
     return 0
 
@@ -253,7 +259,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         channel = None  # an upload may take hours, for which no other rank waits,
         stack.close()  # and which signals end
         if isinstance(job, Options) and job.push_to_hub and not job.dry_run:
-            _upload(job.target, job.push_to_hub, job.private, job.instruct, job.source_model_type)
+            _upload(job.target, job.push_to_hub, job.private, job.keep_paths, job.instruct, job.source_model_type)
         return exit_code
     except KeyboardInterrupt:
         raise

@@ -233,6 +233,11 @@ class Options:
         is_free=True,
     )
     private: bool = _to_hf("make that repository for members only; a public one is refused", False, is_free=True)
+    keep_paths: bool = _to_hf(
+        "upload the paths in conversion.json and source_megatron_args.json, not only the last name of each",
+        False,
+        is_free=True,
+    )
     model_size: str | None = _to_megatron(
         "model that the source must be, such as llama3-70B; checked against its config", source=HUGGINGFACE
     )
@@ -404,8 +409,9 @@ def check_together(options: Options) -> None:
         UsageError: all of them together.
     """
     problems: list[ConversionError] = []
-    if options.private and not options.push_to_hub:
-        problems.append(UsageError("nothing is uploaded", found="--private", remedy="add --push-to-hub org/name"))
+    for flag, is_given in {"--private": options.private, "--keep-paths": options.keep_paths}.items():
+        if is_given and not options.push_to_hub:
+            problems.append(UsageError("nothing is uploaded", found=flag, remedy="add --push-to-hub org/name"))
     if options.push_to_hub and options.save_per_node:
         problems.append(
             UsageError(

@@ -90,7 +90,7 @@ COMMANDS: Mapping[str, Command] = {
         "The special ids in config.json and generation_config.json follow it; weights stay as they are.",
     ),
     "push": Command(
-        "DIRECTORY org/name [--private]",
+        "DIRECTORY org/name [FLAG ...]",
         "upload a finished Hugging Face directory, or what is missing of it",
         ("/out/llama-hf org/name", "/out/llama-hf org/name --private", ". org/name"),
     ),

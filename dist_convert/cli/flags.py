@@ -246,6 +246,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "push_to_hub", metavar="org/name", nargs="?", type=value_of("repository"), help="repository, made if need be"
     )
     _add_switch(push, ("--private",), "make it for members only; a public repository is refused")
+    _add_switch(push, ("--keep-paths",), "upload whole paths of training and conversion, not only names")
 
     verify = commands.choices["verify"]
     _add_paths(verify, a="first checkpoint: what B was made from", b="second checkpoint")

@@ -70,10 +70,14 @@ def join_world(device: str, timeout_seconds: float) -> World:
     Args:
         device: see `choose_device`.
         timeout_seconds: after which a collective with a silent rank fails.
+
+    Raises:
+        LostRank: another rank does not come.
     """
     rank, size = rank_and_size()
     if size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        with named_loss():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
     nodes = _nodes(rank, size)
     local_rank = int(os.environ.get("LOCAL_RANK", nodes[:rank].count(nodes[rank])))
     return World(rank, size, nodes, choose_device(device, local_rank), timeout_seconds)

@@ -38,7 +38,7 @@ def fetch(hub: Hub, place: Path) -> Run:
 def upload(hub: Hub, place: Path) -> Run:
     make(place / "in", Model(), Grid(tp=2))
     paths = ["--load-path", str(place / "in"), "--save-path", str(place / "out")]
-    return run(hub, place, "megatron-to-hf", *paths, "--push-to-hub", "org/new", HF_TOKEN="hf_of_alice")
+    return run(hub, place, "megatron-to-hf", *paths, "--push-to-hub", "org/new", "--keep-paths", HF_TOKEN="hf_of_alice")
 
 
 def test_one_rank_fetches_for_longer_than_the_timeout_while_the_other_waits(hub: Hub, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Every upload runs in a process of its own, because huggingface_hub reads its env
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ from dist_convert.errors import ConversionError
 from dist_convert.formats.huggingface.upload import check_upload
 
 try:
-    check_upload(Path("out"), sys.argv[1], private=True, answer_seconds=float(sys.argv[2]))
+    check_upload(Path("out"), sys.argv[1], private=True, keep_paths=False, answer_seconds=float(sys.argv[2]))
 except ConversionError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -64,7 +65,7 @@ class Client:
 
     def push(self, *arguments: str, **how: str) -> str:
         """What an upload that works prints."""
-        done = self.run("push", "model", *arguments, **how)
+        done = self.run("push", "model", *arguments, "--keep-paths", **how)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         return done.stderr
 
@@ -106,6 +107,23 @@ def test_the_repository_holds_the_directory_byte_for_byte(client: Client, python
     assert client.hub.repositories["org/name"].files == before
     assert contents(client.place / "model") == before
     assert f"model: uploaded as {client.hub.url}/org/name/commit/" in printed
+
+
+def test_of_paths_only_names_are_uploaded_unless_a_flag_keeps_them(client: Client) -> None:
+    before = contents(client.place / "model")
+    args = json.loads(before["source_megatron_args.json"])
+    args |= {"save": "/home/alice/secret/run 7", "data_path": ["0.5", "/data/corpus_text"], "note": "see ~/plans/a.md"}
+    (client.place / "model" / "source_megatron_args.json").write_text(json.dumps(args))
+    assert client.run("push", "model", "org/name").returncode == 0
+    files = client.hub.repositories["org/name"].files
+    found = json.loads(files["source_megatron_args.json"])
+    assert found == args | {"save": "run 7", "data_path": ["0.5", "corpus_text"], "note": "see a.md"}
+    manifest = json.loads(files["conversion.json"])
+    assert manifest["source"]["path"] == "iter_0000004"
+    assert manifest["files"]["source_megatron_args.json"]["size_bytes"] == len(files["source_megatron_args.json"])
+    assert str(client.place).encode() not in b"".join(files.values())
+    others = set(before) - {"source_megatron_args.json", "conversion.json"}
+    assert {name: files[name] for name in others} == {name: before[name] for name in others}
 
 
 def test_a_name_of_ones_own_needs_no_organisation(client: Client) -> None:
@@ -201,7 +219,7 @@ def test_the_last_line_says_how_to_add_the_tokenizer_that_the_upload_lacks(
 def test_a_directory_without_a_tokenizer_is_uploaded_with_a_warning(client: Client) -> None:
     printed = client.push("org/name").splitlines()
     assert "warning: model has no tokenizer and is uploaded without one" in printed
-    assert printed[-1].endswith("with: dist-convert push model org/name")
+    assert printed[-1].endswith("with: dist-convert push model org/name --keep-paths")
 
 
 def test_a_directory_with_a_tokenizer_is_uploaded_without_a_warning(client: Client) -> None:
@@ -233,7 +251,7 @@ def test_ctrl_c_ends_an_upload_without_a_traceback(client: Client, arguments: tu
 
 
 def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> None:
-    done = client.run(*CONVERT, "--push-to-hub", "org/name", "--private")
+    done = client.run(*CONVERT, "--push-to-hub", "org/name", "--private", "--keep-paths")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     repository = client.hub.repositories["org/name"]
     assert repository.private
@@ -244,7 +262,7 @@ def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> 
 def test_the_flag_uploads_what_is_complete_already(client: Client) -> None:
     assert client.run(*CONVERT).returncode == 0
     before = contents(client.place / "out")
-    done = client.run(*CONVERT, "--push-to-hub", "org/name")
+    done = client.run(*CONVERT, "--push-to-hub", "org/name", "--keep-paths")
     assert done.returncode == 0, done.stderr
     assert "is complete already, by an earlier run of this conversion\n" in done.stderr
     assert client.hub.repositories["org/name"].files == contents(client.place / "out") == before
@@ -339,8 +357,8 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     fault: tuple[str, str], said: str, client: Client
 ) -> None:
     client.hub.faults[fault] = 403
-    message = client.refuse(*CONVERT, "--push-to-hub", "org/name", "--private")
-    command = f"dist-convert push {client.place}/out org/name --private"
+    message = client.refuse(*CONVERT, "--push-to-hub", "org/name", "--private", "--keep-paths")
+    command = f"dist-convert push {client.place}/out org/name --private --keep-paths"
     assert f"{said}; the model in {client.place}/out is complete" in message
     assert f"then go on with: {command}" in message
 

@@ -256,7 +256,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     """
     notes = []
     if job.push_to_hub and world.rank == 0:
-        notes.append(check_upload(job.target, job.push_to_hub, private=job.private))
+        notes.append(check_upload(job.target, job.push_to_hub, private=job.private, keep_paths=job.keep_paths))
     source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]

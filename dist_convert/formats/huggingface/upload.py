@@ -7,24 +7,28 @@ sends on a second call only what the hub has not got (https://huggingface.co/doc
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert.errors import UploadError, UsageError, shown_line
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
-from dist_convert.formats.huggingface.read import CONFIG_FILE, find_weights
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
 from dist_convert.ranks.answer import answer_within
-from dist_convert.read.source import no_directory
+from dist_convert.read.source import no_directory, read_json
 from dist_convert.records import human_bytes, names
 from dist_convert.write.files import PARTIAL_SUFFIX
+from dist_convert.write.manifest import MANIFEST_FILE, renew_manifest
 from dist_convert.write.partial import refuse_unfinished
 
 if TYPE_CHECKING:
@@ -99,18 +103,22 @@ def check_repository_name(text: str) -> str:
     raise UsageError("not the name of a repository", expected="org/name or user/name", found=found)
 
 
-def upload_command(directory: Path, repository: str, *, private: bool) -> str:
+def upload_command(directory: Path, repository: str, *, private: bool, keep_paths: bool) -> str:
     """The command line that uploads a finished directory, or what is missing of it."""
-    return shlex.join(["dist-convert", "push", str(directory), repository, *(["--private"] if private else [])])
+    flags = [*(["--private"] if private else []), *(["--keep-paths"] if keep_paths else [])]
+    return shlex.join(["dist-convert", "push", str(directory), repository, *flags])
 
 
-def check_upload(directory: Path, repository: str, *, private: bool, answer_seconds: float = _ANSWER_SECONDS) -> str:
+def check_upload(
+    directory: Path, repository: str, *, private: bool, keep_paths: bool, answer_seconds: float = _ANSWER_SECONDS
+) -> str:
     """Find out, without a trace on the hub, what would keep an upload from starting.
 
     Args:
         directory: to be uploaded later.
         repository: `org/name`.
         private: whether it must be private.
+        keep_paths: see `upload`.
         answer_seconds: how long each of the hub's answers is waited for.
 
     Returns:
@@ -120,7 +128,7 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
         UploadError: offline; no token, or one that is not valid or may not write there; a public repository that should
             be private; a hub that cannot be reached or does not answer.
     """
-    later = upload_command(directory, repository, private=private)
+    later = upload_command(directory, repository, private=private, keep_paths=keep_paths)
     from huggingface_hub import HfApi, constants
 
     with _explained(repository, f"or convert without --push-to-hub, and upload later with: {later}"):
@@ -131,14 +139,15 @@ def check_upload(directory: Path, repository: str, *, private: bool, answer_seco
         _check_permission(answer_within(answer_seconds, api.whoami), repository)
         is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private))
     kind = "private repository" if private else "repository"
+    paths = "whole, as --keep-paths says" if keep_paths else "as names (--keep-paths leaves them whole)"
     return (
         f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
         + (f"a {kind} that is there already" if is_there else f"a new {kind}")
-        + "; source_megatron_args.json goes with it, paths of the training included"
+        + f"; the training's arguments go with it, their paths {paths}"
     )
 
 
-def upload(directory: Path, repository: str, *, private: bool) -> str:
+def upload(directory: Path, repository: str, *, private: bool, keep_paths: bool) -> str:
     """Upload a finished directory; what the hub has of it already is not sent again.
 
     Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
@@ -148,6 +157,7 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
         directory: what a conversion to Hugging Face has made.
         repository: `org/name`, made if it is not there.
         private: whether it must be private.
+        keep_paths: paths in what describes training and conversion go as they are, and not only their last names.
 
     Returns:
         The address of what was uploaded.
@@ -156,7 +166,7 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
     size_bytes, has_tokenizer = _check_directory(directory), is_huggingface(directory)
-    again = upload_command(directory, repository, private=private)
+    again = upload_command(directory, repository, private=private, keep_paths=keep_paths)
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -177,14 +187,46 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
     with _explained(repository, remedy, directory):
         answer_within(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
         answer_within(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, private))
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=directory,
-            commit_message="Upload what dist_convert has converted",
-            delete_patterns=[*_WEIGHTS, *(_TOKENIZER if has_tokenizer else ())],
-            ignore_patterns=_IGNORED,
-        )
+        with nullcontext(directory) if keep_paths else _without_paths(directory) as folder:
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message="Upload what dist_convert has converted",
+                delete_patterns=[*_WEIGHTS, *(_TOKENIZER if has_tokenizer else ())],
+                ignore_patterns=_IGNORED,
+            )
     return str(commit.commit_url)
+
+
+#: The directories of an absolute path inside a text; not what follows a host's name.
+_DIRECTORIES = re.compile(r"(?<![\w.:/~-])~?/(?:[^/\s]+/)*")
+
+
+@contextmanager
+def _without_paths(directory: Path) -> Iterator[Path]:
+    """A directory of links to the files of another one; what has paths in it is there as a copy with their names."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for path in (path for path in directory.rglob("*") if path.is_file()):
+            link = folder / path.relative_to(directory)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+        changed = [name for name in (ARGS_FILE, MANIFEST_FILE) if (directory / name).is_file()]
+        for name in changed:
+            (folder / name).unlink()
+            (folder / name).write_text(json.dumps(_shortened(read_json(directory / name)), indent=2) + "\n")
+        renew_manifest(folder, gone=(), fresh=[name for name in changed if name != MANIFEST_FILE])
+        yield folder
+
+
+def _shortened(value: Any) -> Any:
+    """JSON data in which of each path only the last name is left."""
+    if isinstance(value, str):
+        is_path = value.startswith(("/", "~/"))
+        return value.rstrip("/").rpartition("/")[2] if is_path else _DIRECTORIES.sub("", value)
+    if isinstance(value, list):
+        return [_shortened(one) for one in value]
+    return {name: _shortened(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _check_settings() -> None:
