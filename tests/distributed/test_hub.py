@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,16 @@ from tests.checkpoints import Grid, Model, make
 from tests.distributed.launching import REPOSITORY, Run, run_ranks
 from tests.hub_stand_in import Hub, Repository, serving
 from tests.to_megatron import assert_same_shards, expected_shards, make_hf, read_shards
+from tests.warm import Process
 
 WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """What ranks are forked from takes longer to start than they wait here for each other."""
+    for seed in (0, 1):
+        Process(["-c", "pass"], os.environ, seed=seed).finish()
 
 
 @pytest.fixture
