@@ -99,7 +99,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     if flags.command == "tokenizer":
         return _add_tokenizer(flags)
     if flags.command == "push":
-        return _upload(Path(flags.directory).expanduser(), flags.push_to_hub, flags.private, flags.keep_paths)
+        return _upload(Path(flags.directory), flags.push_to_hub, flags.private, flags.keep_paths)
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first

@@ -559,3 +559,35 @@ def test_the_console_script_is_the_same_program() -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib (Python 3.11) is absent")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert EntryPoint("dist-convert", scripts["dist-convert"], "console_scripts").load() is main
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenizer", "", "model"], ["tokenizer", "tok", ""], ["push", "", "org/name"], ["inspect", ""],
+        ["verify", "a", ""], ["convert", "", "b", "--to", "torch"], ["convert", "a", "b", "--to", "torch", "--like", ""],
+        ["convert", "a", "b", "--to", "torch", "--config", ""],
+    ],
+)  # fmt: skip
+def test_an_empty_path_is_told_as_one_by_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "a path is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["tokenizer", "~/tok", "~/model"], ["/model"]), (["push", "~/model", "org/name"], ["/model"]),
+        (["inspect", "~/model"], ["/model"]), (["verify", "~/a", "~/b"], ["/a", "/b"]),
+        (["convert", "~/a", "~/b", "--to", "torch"], ["/a"]), (["convert", "--config", "~/job.yaml"], ["/job.yaml"]),
+    ],
+)  # fmt: skip
+def test_a_tilde_is_the_home_directory_for_every_command(
+    words: list[str], names: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(words) != 0
+    printed = capsys.readouterr().err
+    assert all(f"{tmp_path}{name}" in printed for name in names), printed
+    assert "~" not in printed

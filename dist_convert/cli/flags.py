@@ -66,6 +66,17 @@ def _whole_number(text: str) -> int:
     return int(text) if text.isdecimal() else -1
 
 
+def _path(text: str) -> str:
+    """A path in which ~ is the home directory.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    if not text:
+        raise UsageError("a path is empty", remedy="give a path; where a variable holds it, is that unset?")
+    return os.path.expanduser(text)
+
+
 def _repository(text: str) -> str:
     from dist_convert.formats.huggingface.upload import check_repository_name  # half a second, where it is needed
 
@@ -74,8 +85,8 @@ def _repository(text: str) -> str:
 
 #: How the command line says the values of a kind, and what the help calls them.
 _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
-    "text": (str, "NAME"),
-    "path": (lambda text: Path(text).expanduser(), "PATH"),
+    "text": (os.path.expanduser, "NAME"),  # which may be a path, too
+    "path": (lambda text: Path(_path(text)), "PATH"),
     "count": (_whole_number, "N"),
     "number": (float, "NUMBER"),
     "seconds": (_whole_number, "SECONDS"),
@@ -92,10 +103,9 @@ def value_of(kind: Kind) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             value = _TEXTS[kind][0](text)
-            if kind == "path" and not text:
-                raise ArgumentTypeError("empty: is a variable unset?")
         except UsageError as error:
-            raise ArgumentTypeError(f"{error.what}: {error.found} (expected {error.expected})") from error
+            more = f": {error.found} (expected {error.expected})" if error.found else f"; {error.remedy}"
+            raise ArgumentTypeError(f"{error.what}{more}") from error
         except (ValueError, ZeroDivisionError):
             value = None  # which fits nothing
         expected, fits = KINDS[kind]
@@ -110,10 +120,8 @@ def with_numbers(path: str) -> str:
     """A path with this rank's numbers in place of {rank}, {local_rank} and {node}.
 
     Raises:
-        UsageError: the launcher does not tell such a number.
+        UsageError: the launcher does not tell such a number, or the path is empty.
     """
-    if not path:
-        raise UsageError("a path is empty", remedy="give a path; where a variable holds it, is that unset?")
     told = {"rank": os.environ.get("RANK"), "local_rank": os.environ.get("LOCAL_RANK"), "node": _node()}
     for name, number in told.items():
         if "{" + name + "}" in path and number is None and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -121,7 +129,7 @@ def with_numbers(path: str) -> str:
                 f"{{{name}}} cannot be told", file=path, remedy="start with torchrun, or set what it sets: GROUP_RANK"
             )
         path = path.replace("{" + name + "}", number or "0")
-    return os.path.expanduser(path)
+    return _path(path)
 
 
 def _node() -> str | None:
@@ -292,7 +300,7 @@ def _add_paths(parser: ArgumentParser, **helps: str) -> None:
     """Arguments without flags, which `parse` looks for: argparse would not say all that is wrong."""
     for name, text in helps.items():
         shown = {"source": "SRC", "target": "DST"}.get(name, name.upper())
-        parser.add_argument(name, metavar=shown, nargs="?", help=text)
+        parser.add_argument(name, metavar=shown, nargs="?", type=_path, help=text)
 
 
 def _add_conversion(command: ArgumentParser, name: str) -> None:
@@ -323,7 +331,10 @@ def _add_conversion(command: ArgumentParser, name: str) -> None:
     _add_ranks(groups["run"])
     run = groups["run"]
     run.add_argument(
-        "--config", metavar="FILE", type=Path, help="YAML file with any of these flags; the command line wins"
+        "--config",
+        metavar="FILE",
+        type=value_of("path"),
+        help="YAML file with any of these flags; the command line wins",
     )
     run.add_argument(
         "--print-config", action="store_true", help="print all that is given as such a file, and end (default: off)"
@@ -410,7 +421,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
     command = commands[name]
     finder = Parser(prog=command.prog, add_help=False)
-    finder.add_argument("--config", type=Path)
+    finder.add_argument("--config", type=value_of("path"))
     problems: list[ConversionError] = []
     if name in COMMANDS and (config := finder.parse_known_args(given)[0].config):
         values, problems = flags_of_file(command, config, lambda word: suggestion([word], command))
