@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from dist_convert.errors import (
 from dist_convert.options import PAIRS, TORCH, Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
 from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
+from dist_convert.records import human_bytes
 
 if TYPE_CHECKING:
     from dist_convert.ranks.channel import Channel
@@ -277,9 +279,25 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     return _fail(channel, error, is_json=is_json)
 
 
+#: torch ends the process, or cannot start a thread, where it may map less than this.
+_LEAST_ADDRESSES_BYTES = 1_500_000_000
+
+
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Spares what is imported the search for garbage, here and at the end: a fifth of the time that torch takes."""
+    """Spares what is imported the search for garbage, here and at the end: a fifth of the time that torch takes.
+
+    Raises:
+        ConversionError: torch has no room here.
+    """
+    limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit_bytes < _LEAST_ADDRESSES_BYTES:  # unlimited is -1
+        raise ConversionError(
+            "torch has no room in the address space that is left to a process",
+            expected=f"at least {human_bytes(_LEAST_ADDRESSES_BYTES)}",
+            found=human_bytes(limit_bytes),
+            remedy="lift the limit (ulimit -v unlimited); a cgroup limits memory without ending torch",
+        )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of C++ frames
     gc.disable()
     try:

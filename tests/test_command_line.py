@@ -577,9 +577,12 @@ def test_an_empty_path_is_told_as_one_by_every_command(words: list[str], capsys:
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["tokenizer", "~/tok", "~/model"], ["/model"]), (["push", "~/model", "org/name"], ["/model"]),
-        (["inspect", "~/model"], ["/model"]), (["verify", "~/a", "~/b"], ["/a", "/b"]),
-        (["convert", "~/a", "~/b", "--to", "torch"], ["/a"]), (["convert", "--config", "~/job.yaml"], ["/job.yaml"]),
+        (["tokenizer", "~/tok", "~/model"], ["/model"]),
+        (["push", "~/model", "org/name"], ["/model"]),
+        (["inspect", "~/model"], ["/model"]),
+        (["verify", "~/a", "~/b"], ["/a", "/b"]),
+        (["convert", "~/a", "~/b", "--to", "torch"], ["/a"]),
+        (["convert", "--config", "~/job.yaml"], ["/job.yaml"]),
     ],
 )  # fmt: skip
 def test_a_tilde_is_the_home_directory_for_every_command(

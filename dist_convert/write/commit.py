@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
@@ -189,6 +189,23 @@ def _check_same(target: Path, place: Path, replaces: str) -> None:
             expected="what was there when the conversion began" if replaces else "nothing, as when it began",
             remedy=f"move it away, then start the same command again: {partial_of(target)} is complete",
         )
+
+
+def check_beside(target: Path, names: Iterable[str]) -> None:
+    """Check that files in the directory that holds a target can be replaced at the end.
+
+    Raises:
+        TargetExists: something else has such a name.
+    """
+    for path in (target.absolute().parent / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            raise TargetExists(
+                "a directory has the name of a file that is to be written",
+                file=str(path),
+                expected="a file, or nothing",
+                found="a directory",
+                remedy="move it away, or choose another target",
+            )
 
 
 def publish(target: Path, files: Mapping[str, bytes]) -> None:

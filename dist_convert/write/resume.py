@@ -38,7 +38,7 @@ from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
 from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, names, warnings_of
-from dist_convert.write.commit import check_target
+from dist_convert.write.commit import check_beside, check_target
 from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
     JOURNAL_DIRECTORY,
@@ -143,6 +143,7 @@ def check_start(task: Task) -> tuple[int, str]:
         different=what_differs(task.target, facts_of(task), task.elsewhere),
     )
     check_partial(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
+    check_beside(task.target, task.layout.beside())
     return free_bytes, (look(task.target) or look(aside_of(task.target))) if task.job.overwrite else ""
 
 

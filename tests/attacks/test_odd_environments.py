@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,43 @@ def test_a_conversion_with_closed_streams_does_its_work(closed: tuple[int, ...],
     assert done.returncode == 0
     assert (tmp_path / "out" / "conversion.json").exists() == (closed == (0, 1, 2))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_where_torch_has_no_room_the_limit_is_named(place: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dist_convert", "convert", str(place / "in"), "out", "--to", "huggingface"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (400_000_000, resource.RLIM_INFINITY))
+
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(words, cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, check=False, env=env)
+    assert_one_error(Run(done.returncode, done.stdout, done.stderr), "(ulimit -v unlimited)", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_directory_is_a_target_where_it_is_empty(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    found = run(["convert", str(place / "in"), ".", "--to", "huggingface"], tmp_path / "here")
+    assert found.returncode == 0, found.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+    assert (tmp_path / "here" / "conversion.json").is_file()
+
+
+def test_a_directory_in_the_place_of_a_small_file_is_named_before_a_byte_is_written(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "target_megatron_args.json").mkdir(parents=True)
+    found = run(["convert", str(place / "hf"), "out", "--to", "torch"], tmp_path)
+    assert_one_error(found, "a directory has the name of a file that is to be written", 1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["target_megatron_args.json"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+def test_a_pipe_in_the_place_of_a_manifest_is_no_conversion_and_nobody_waits_for_it(
+    flags: list[str], place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "conversion.json")
+    found = run(["convert", str(place / "in"), "out", "--to", "huggingface", *flags], tmp_path)
+    assert_one_error(found, "choose another target", 1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["conversion.json"]
