@@ -233,10 +233,11 @@ class Problems(ConversionError):
         super().__init__(f"{len(self.problems)} problems found; nothing was written")
 
     def __str__(self) -> str:
-        alike: dict[tuple[type, str, str], list[ConversionError]] = {}
+        alike: dict[tuple[object, ...], list[ConversionError]] = {}
         for problem in self.problems:
-            key = type(problem), _without_numbers(problem.what), _without_numbers(problem.remedy)
-            alike.setdefault(key, []).append(problem)
+            # Tensors are alike; of what concerns none, such as arguments, each says something else.
+            said = (problem.what, problem.remedy, *(() if problem.tensor else (problem.expected, problem.found)))
+            alike.setdefault((type(problem), *map(_without_numbers, said)), []).append(problem)
         lines = [self.what]
         for first, *others in list(alike.values())[: self.SHOWN]:
             lines.append(str(first))

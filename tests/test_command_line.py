@@ -565,7 +565,8 @@ def test_the_console_script_is_the_same_program() -> None:
     "words",
     [
         ["tokenizer", "", "model"], ["tokenizer", "tok", ""], ["push", "", "org/name"], ["inspect", ""],
-        ["verify", "a", ""], ["convert", "", "b", "--to", "torch"], ["convert", "a", "b", "--to", "torch", "--like", ""],
+        ["verify", "a", ""], ["convert", "", "b", "--to", "torch"],
+        ["convert", "a", "b", "--to", "torch", "--like", ""],
         ["convert", "a", "b", "--to", "torch", "--config", ""],
     ],
 )  # fmt: skip

@@ -124,6 +124,15 @@ def test_problems_that_differ_in_numbers_alone_are_one_with_a_count_and_causes_c
     ]
 
 
+def test_problems_of_other_arguments_are_all_shown() -> None:
+    what = "an argument changes what the model computes"
+    problems = [errors.UnsupportedModel(what, file="f", found=f"{name} = 3") for name in ("softcap", "scale")]
+    assert [line for line in str(errors.Problems(problems)).splitlines() if "found" in line and "=" in line] == [
+        "  found:    softcap = 3",
+        "  found:    scale = 3",
+    ]
+
+
 def test_problems_stay_what_they_are_on_their_way_to_another_rank() -> None:
     problems = errors.Problems([errors.MissingTensor("a", tensor="t"), errors.MissingShard("b", file="f")])
     arrived = errors.error_from_details(json.loads(json.dumps(errors.error_details(problems))))

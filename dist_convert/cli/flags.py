@@ -73,7 +73,7 @@ def _path(text: str) -> str:
         UsageError: it is empty.
     """
     if not text:
-        raise UsageError("a path is empty", remedy="give a path; where a variable holds it, is that unset?")
+        raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
     return os.path.expanduser(text)
 
 
@@ -104,7 +104,7 @@ def value_of(kind: Kind) -> Callable[[str], Any]:
         try:
             value = _TEXTS[kind][0](text)
         except UsageError as error:
-            more = f": {error.found} (expected {error.expected})" if error.found else f"; {error.remedy}"
+            more = f": {error.found} (expected {error.expected})" if error.found else ""
             raise ArgumentTypeError(f"{error.what}{more}") from error
         except (ValueError, ZeroDivisionError):
             value = None  # which fits nothing
