@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,18 @@ def make_sparse_huggingface(root: Path, model: Model, files: int, **config: Any)
     """A model as a Hugging Face directory of so many weights files."""
     root.mkdir()
     config_of(model, **config).save_pretrained(root)
-    shapes = hf_shapes(model)
+    write_sparse_files(root, hf_shapes(model), files)
+
+
+def write_sparse_files(root: Path, shapes: Mapping[str, Sequence[int]], files: int) -> None:
+    """Tensors in bf16 as so many weights files with an index, with holes for values."""
     names = sorted(shapes)
     weight_map = {}
     for number in range(files):
         header, offset_bytes = {}, 0
         for name in names[number * len(names) // files : (number + 1) * len(names) // files]:
             end_bytes = offset_bytes + 2 * prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [offset_bytes, end_bytes]}
+            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [offset_bytes, end_bytes]}
             offset_bytes = end_bytes
             weight_map[name] = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         text = json.dumps(header).encode()

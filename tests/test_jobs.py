@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from dist_convert.__main__ import main
 from tests.full_size import LLAMA_31_CONFIG, make_sparse_huggingface, make_sparse_megatron, model_of
 from tests.plan.headers import FULL_SIZE
+from tests.published import make_published, make_published_megatron
 from tests.tokenizer.test_huggingface_directory import make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -24,6 +25,17 @@ MODELS = {
     "mixtral-8x22b": ("Mixtral-8x22B TP2 PP4 EP8", 59, "281 GB", "356 GB"),
 }
 
+#: The same of `published.PUBLISHED`: its grid, and what a job to Megatron and one to Hugging Face write.
+PUBLISHED_JOBS = {
+    "qwen3-8b": ("TP4 PP1 VPP1 EP1 ETP4", "16.4 GB", "16.4 GB"),
+    "qwen3-32b": ("TP8 PP1 VPP1 EP1 ETP8", "65.5 GB", "65.5 GB"),
+    "qwen3-30b-a3b": ("TP1 PP1 VPP1 EP8 ETP1", "", "61.1 GB"),
+    "qwen3-235b-a22b": ("TP4 PP2 VPP1 EP8 ETP1", "", "470 GB"),
+    "deepseek-v3": ("TP8 PP8 VPP1 EP8 ETP1", "1.36 TB", "1.34 TB"),
+    "glm-4.5-air": ("TP4 PP2 VPP1 EP8 ETP1", "", ""),
+}
+PUBLISHED = [pytest.param(name, marks=() if name == "qwen3-8b" else pytest.mark.slow) for name in PUBLISHED_JOBS]
+
 
 @pytest.fixture
 def large_disk(make_disk: Callable[[str], Path]) -> Path:
@@ -33,7 +45,7 @@ def large_disk(make_disk: Callable[[str], Path]) -> Path:
 
 def test_every_job_file_belongs_to_a_model_and_a_direction() -> None:
     directions = ("megatron-to-hf", "hf-to-megatron")
-    expected = {f"{model}-{direction}.yaml" for model in MODELS for direction in directions}
+    expected = {f"{model}-{direction}.yaml" for model in (*MODELS, *PUBLISHED_JOBS) for direction in directions}
     assert {path.name for path in CONFIGS.iterdir()} == expected
 
 
@@ -73,7 +85,31 @@ def test_a_job_to_megatron_would_start(
     assert f"{size} to be written below {large_disk}/megatron/iter_0000001" in answer
 
 
-def dry_run(direction: str, model: str, paths: dict[str, Path]) -> int:
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_jobs_of_a_published_model_would_start_in_both_directions(
+    model: str, large_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, megatron_bytes, huggingface_bytes = PUBLISHED_JOBS[model]
+    make_published(tmp_path / "hf", model, files=16)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    paths = {"--load-dir": tmp_path / "hf", "--save-dir": large_disk / "megatron", "--tokenizer-model": tokenizer}
+    assert dry_run("hf-to-megatron", model, paths) == 0
+    answer = capsys.readouterr().out
+    assert grid in answer
+    assert f"{megatron_bytes} to be written below {large_disk}/megatron/iter_0000001" in answer
+
+    paths["--save-dir"] = tmp_path / "megatron"
+    make_published_megatron(job_words("hf-to-megatron", model, paths))
+    paths = {"--load-path": tmp_path / "megatron", "--save-path": large_disk / "hf"}
+    assert dry_run("megatron-to-hf", model, paths | {"--tokenizer": tokenizer, "--like": tmp_path / "hf"}) == 0
+    assert f"{huggingface_bytes} to be written below {large_disk}/hf" in capsys.readouterr().out
+
+
+def dry_run(direction: str, model: str, paths: Mapping[str, Path]) -> int:
     """Start a job file with these paths in place of its own; nothing may be written."""
+    return main([*job_words(direction, model, paths), "--dry-run"])
+
+
+def job_words(direction: str, model: str, paths: Mapping[str, Path]) -> list[str]:
     flags = [word for flag, path in paths.items() for word in (flag, str(path))]
-    return main([direction, "--config", str(CONFIGS / f"{model}-{direction}.yaml"), *flags, "--dry-run"])
+    return [direction, "--config", str(CONFIGS / f"{model}-{direction}.yaml"), *flags]

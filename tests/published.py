@@ -1,0 +1,95 @@
+"""Published models of families: what their config.json says, and sparse checkpoints of their full sizes.
+
+Which tensors a model has is what its family's table says: these are for plans of true sizes, not witnesses of names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dist_convert.cli.flags import options_from_flags, parse
+from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.open import open_source
+from dist_convert.formats.to_megatron import to_megatron
+from dist_convert.models import FAMILIES
+from dist_convert.models.schema import entries, part_shape, parts_of
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import alone
+from tests.full_size import write_sparse_files
+
+_QWEN3 = {
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+    "head_dim": 128, "tie_word_embeddings": False, "attention_bias": False,
+}  # fmt: skip
+_QWEN3_DENSE = _QWEN3 | {"model_type": "qwen3", "num_key_value_heads": 8}
+_QWEN3_MOE = _QWEN3 | {
+    "model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+#: config.json, as far as it decides what the model is.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3-8b": _QWEN3_DENSE
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "qwen3-32b": _QWEN3_DENSE
+    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
+    "qwen3-30b-a3b": _QWEN3_MOE
+    | {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "qwen3-235b-a22b": _QWEN3_MOE
+    | {
+        "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+        "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "max_position_embeddings": 163840, "rope_theta": 10000, "rms_norm_eps": 1e-6,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "glm-4.5-air": {
+        "model_type": "glm4_moe", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "head_dim": 128, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "max_position_embeddings": 131072, "rope_theta": 1000000, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
+        "attention_bias": True, "use_qk_norm": False,
+    },
+}  # fmt: skip
+
+
+def make_published(root: Path, name: str, files: int, **more: Any) -> None:
+    """One of `PUBLISHED` as a Hugging Face directory of so many weights files, with holes for values."""
+    config = PUBLISHED[name] | more
+    root.mkdir()
+    (root / "config.json").write_text(json.dumps(config))
+    architecture = architecture_from_config(config)
+    sizes = replace(architecture, vocab=config_vocab(config)).sizes()
+    shapes = {
+        part.name.format(layer=layer, expert=expert): part_shape(part, sizes)
+        for entry, layer, expert in entries(FAMILIES[architecture.family], architecture)
+        for part in parts_of(entry)
+    }
+    write_sparse_files(root, shapes, files)
+
+
+def make_published_megatron(words: Sequence[str]) -> None:
+    """What a command line would make a Megatron checkpoint, with holes for values."""
+    job, world, channel = options_from_flags(parse(words)), alone(), Channel(0, 1)
+    task = to_megatron(job, open_source(job, world, channel), world)
+    task.target.mkdir(parents=True)
+    task.layout.make_files(task.target, task.files, is_first=True)
+    (task.target.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    channel.close()
