@@ -19,6 +19,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.schema import entries, part_shape, parts_of
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
+from dist_convert.write.task import Task
 from tests.full_size import write_sparse_files
 
 _QWEN3 = {
@@ -85,11 +86,17 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
     write_sparse_files(root, shapes, files)
 
 
-def make_published_megatron(words: Sequence[str]) -> None:
-    """What a command line would make a Megatron checkpoint, with holes for values."""
+def task_of(words: Sequence[str]) -> Task:
+    """What a command line to Megatron would do."""
     job, world, channel = options_from_flags(parse(words)), alone(), Channel(0, 1)
     task = to_megatron(job, open_source(job, world, channel), world)
+    channel.close()
+    return task
+
+
+def make_published_megatron(words: Sequence[str]) -> None:
+    """The Megatron checkpoint that a command line would make, with holes for values."""
+    task = task_of(words)
     task.target.mkdir(parents=True)
     task.layout.make_files(task.target, task.files, is_first=True)
     (task.target.parent / "latest_checkpointed_iteration.txt").write_text("1")
-    channel.close()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from dist_convert.__main__ import main
+from dist_convert.plan.plan import divide, schedule_digest
 from tests.full_size import LLAMA_31_CONFIG, make_sparse_huggingface, make_sparse_megatron, model_of
 from tests.plan.headers import FULL_SIZE
-from tests.published import make_published, make_published_megatron
+from tests.published import make_published, make_published_megatron, task_of
 from tests.tokenizer.test_huggingface_directory import make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -103,6 +105,22 @@ def test_jobs_of_a_published_model_would_start_in_both_directions(
     paths = {"--load-path": tmp_path / "megatron", "--save-path": large_disk / "hf"}
     assert dry_run("megatron-to-hf", model, paths | {"--tokenizer": tokenizer, "--like": tmp_path / "hf"}) == 0
     assert f"{huggingface_bytes} to be written below {large_disk}/hf" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["direct", "gather"])
+def test_the_14848_experts_of_deepseek_v3_are_planned_for_1024_ranks(placement: str, tmp_path: Path) -> None:
+    make_published(tmp_path / "hf", "deepseek-v3", files=163)
+    paths = {"--load-dir": tmp_path / "hf", "--save-dir": tmp_path / "megatron", "--tokenizer-model": Path("org/model")}
+    started = time.process_time()
+    task = task_of(job_words("hf-to-megatron", "deepseek-v3", paths))
+    visible, writable = [task.source.found.visible[0]] * 1024, [task.writable[0]] * 1024
+    plan = divide(task.content, visible, placement=placement, budget_bytes=10**9, writable=writable)
+    schedule_digest(plan)
+    print(f"{time.process_time() - started:.1f} s")  # pytest -rP shows it
+    padding = 2 * (130_048 - 129_280) * 7168  # of embedding and head
+    published = 671_026_419_200 + 14_848  # which leaves the experts' biases out
+    assert sum(one.size_bytes for one in task.content.transfers) == 2 * (published + padding)
 
 
 def dry_run(direction: str, model: str, paths: Mapping[str, Path]) -> int:
