@@ -92,6 +92,8 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     is_json = getattr(flags, "log_format", "text") == "json"
     if flags.command == "inspect":
         return _inspect(flags)
+    if flags.command == "models":
+        return _print_models(is_json=flags.json)
     if flags.command == "completion":
         return _print_completion(flags.shell)
     if getattr(flags, "print_config", False):
@@ -149,6 +151,18 @@ def _print_config(flags: argparse.Namespace) -> int:
     job = options_from_flags(flags)
     besides = {"source": flags.source, "target": flags.target} | ({"ranks": flags.ranks} if flags.ranks else {})
     print(job_file(job, **besides), end="")
+    return 0
+
+
+def _print_models(*, is_json: bool) -> int:
+    from dist_convert.models import FAMILIES, REFUSED
+
+    converted = {kind: family.hf_class for family in FAMILIES.values() for kind in (family.name, *family.other_types)}
+    if is_json:
+        print(json.dumps({"converted": converted, "refused": REFUSED}, indent=2))
+        return 0
+    for title, listed in {"converted, by model_type of config.json": converted, "refused": REFUSED}.items():
+        print(f"{title}:", *(f"  {name:<14} {text}" for name, text in listed.items()), sep="\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -275,7 +276,7 @@ def test_each_help_has_a_usage_of_one_line_and_three_examples_that_parse(
     assert help.count(f"\n  dist-convert {command} ") == 3
     monkeypatch.setattr("dist_convert.cli.job_files._read", lambda path: {"load-path": "/in", "save-path": "/out"})
     for example in EXAMPLES[command].examples:
-        assert parse([command, *example.partition(" > ")[0].split()]).command == command
+        assert parse([command, *re.split("(?:^| )> ", example)[0].split()]).command == command
 
 
 @pytest.mark.parametrize("command", EXAMPLES)
@@ -595,3 +596,13 @@ def test_a_tilde_is_the_home_directory_for_every_command(
     printed = capsys.readouterr().err
     assert all(f"{tmp_path}{name}" in printed for name in names), printed
     assert "~" not in printed
+
+
+def test_models_lists_what_is_converted_and_what_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  qwen3_moe      Qwen3MoeForCausalLM" in lines
+    assert "  kimi_k2        DeepseekV3ForCausalLM" in lines
+    assert lines.index("refused:") < lines.index("  qwen3_next     most of its layers have linear attention")
+    assert main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["converted"]["mistral"] == "MistralForCausalLM"

@@ -79,6 +79,11 @@ COMMANDS: Mapping[str, Command] = {
         "describe a checkpoint of any format from its headers",
         ("/ckpts/llama", "/ckpts/llama --ckpt-dir-name iter_0004000", "/hf/llama --json"),
     ),
+    "models": Command(
+        "[--json]",
+        "list the model families that can be converted, and those that are refused, with the reason",
+        ("> models.txt", "--json", "--json > models.json"),
+    ),
     "tokenizer": Command(
         "SRC DST [FLAG ...]",
         "give a converted model its tokenizer, copied or built",

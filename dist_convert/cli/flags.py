@@ -268,6 +268,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
     )
     inspect.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    commands.choices["models"].add_argument("--json", action="store_true", help="print JSON (default: text)")
     commands.choices["completion"].add_argument("shell", nargs="?", choices=("bash", "zsh", "tcsh"), help="which shell")
     return parser, commands.choices
 
