@@ -33,7 +33,7 @@ from dist_convert.move.report import (
     start_line,
 )
 from dist_convert.move.timeline import Timeline, traced
-from dist_convert.options import HUGGINGFACE, Options, check_applies
+from dist_convert.options import HUGGINGFACE, TORCH_DIST, Options, check_applies
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.channel import Control
@@ -128,10 +128,12 @@ def convert(job: Options, world: World, channel: Control) -> Report:
 def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank.
 
-    Without a wish, ranks gather on accelerators and where some rank cannot reach every file; else they work alone.
+    Without a wish, ranks gather where some rank cannot reach every file, and on accelerators, but for chunks of
+    torch_dist, which belong to no tensor parallel set; else they work alone.
     """
     reach_all = len(set(task.source.found.visible)) == len(set(task.places)) == 1
-    usual = "direct" if world.device.type == "cpu" and reach_all else "gather"
+    may_gather = world.device.type != "cpu" and task.source.format != TORCH_DIST
+    usual = "gather" if may_gather or not reach_all else "direct"
     plan = divide(
         writers.content,
         task.source.found.visible,

@@ -60,6 +60,19 @@ def test_shards_gathered_on_an_accelerator_become_the_files_of_the_cpu(
 
 
 @pytest.mark.parametrize("device", ACCELERATORS)
+def test_ranks_that_all_see_a_torch_dist_checkpoint_gather_nothing_on_an_accelerator(
+    device: str, tmp_path: Path
+) -> None:
+    make_hf(tmp_path / "hf", LLAMA)
+    assert to_megatron(tmp_path / "hf", tmp_path / "dist", "--target-format", "torch_dist", grid=Grid(tp=2)) == 0
+    assert convert(tmp_path / "dist", tmp_path / "one rank") == 0
+    jobs = {"two": to_huggingface(tmp_path / "dist", tmp_path / "two", device, "--target-params-dtype", "keep")}
+    answers = run_jobs(2, jobs, tmp_path, environment_of(device, ranks=2))
+    assert answers["two"].outcome["gathered_bytes"] == 0
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "one rank")
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
 def test_a_target_whose_replicas_lie_on_two_nodes_is_written_over_an_accelerator(device: str, tmp_path: Path) -> None:
     env = environment_of(device, ranks=2)
     make_hf(tmp_path / "hf", LLAMA)
