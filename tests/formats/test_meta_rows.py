@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_every_other_row_of_a_head_is_a_half_of_it_wherever_the_rows_are_cut(bor
     heads, head_dim = 2, 8
     # transformers' own formula: view(heads, d / 2, 2).transpose(1, 2)
     expected = torch.arange(heads * head_dim).view(heads, head_dim // 2, 2).transpose(1, 2).flatten().tolist()
-    cut = [region(first, end - first) for first, end in zip(borders, borders[1:], strict=False)]
+    cut = [region(first, end - first) for first, end in pairwise(borders)]
     found = from_neighbours(cut, head_dim)
     assert stored_rows(found) == dict(enumerate(expected))
     assert [one.box.row for one in found] == sorted(one.box.row for one in found)
