@@ -32,6 +32,7 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
+from dist_convert.formats.meta.names import DROPPED
 from dist_convert.formats.meta.open import open_meta, read_headers
 from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.open import find_iteration, settled
@@ -225,13 +226,15 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
 def _describe_meta(path: Path, world: World) -> dict[str, Any]:
     _, headers, params = read_headers(path, world)
     tensors = [tensor for found in headers.values() for tensor in found.values()]
-    copies = [one for found in list(headers.values())[1:] for one in found.values() if len(one.shape) == 1]
+    parts = [
+        one for number, of in enumerate(headers.values()) for one in of.values() if number == 0 or len(one.shape) > 1
+    ]
     return {
         "path": str(path),
         "kind": "meta",
         "format": "meta",
         "family": "mistral" if "hidden_dim" in params else "llama",
-        "parameters": sum(one.elements for one in tensors) - sum(one.elements for one in copies),
+        "parameters": sum(one.elements for one in parts if one.name != DROPPED),
         "layers": params.get("n_layers"),
         "rope_theta": params.get("rope_theta"),
         "rope_scaling": "llama3" if params.get("use_scaled_rope") else None,

@@ -9,7 +9,6 @@ from dist_convert.errors import (
     ConversionError,
     MissingTensor,
     UnknownTensor,
-    UnsupportedModel,
     WrongShape,
     raise_together,
 )
@@ -123,8 +122,6 @@ def open_catalog(headers: Headers, architecture: Architecture) -> tuple[MetaCata
             expected, remedy = f"only the weights of a {family.hf_class}", "nothing is dropped silently"
             what = f"{name} has no place in a {family.name} model"
             problems.append(UnknownTensor(what, tensor=name, file=file, expected=expected, remedy=remedy))
-    if architecture.head_dim % 2:
-        problems.append(UnsupportedModel("heads of an odd number of rows", found=architecture.head_dim))
     raise_together(problems)
     reasons = {DROPPED: "rotary frequencies"} | (
         {HEAD: "output layer (equal to the embedding)"} if architecture.tied else {}

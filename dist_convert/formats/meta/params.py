@@ -61,7 +61,12 @@ def args_of_params(
     wrong = [name for name, value in params.items() if name not in known and value is not None]
     wrong += [name for name in _NEEDED if not params.get(name)]
     wrong += [name for name in (*_NEEDED, *_SIZES) if not is_size(params.get(name)) or params.get(name) == 0]
-    wrong += [name for name in _NUMBERS if params.get(name) is not None and not is_number(params[name])]
+    wrong += [name for name in _NUMBERS if params.get(name) is not None and not _is_usual(params[name])]
+    wrong += ["use_scaled_rope"] if params.get("use_scaled_rope") not in (None, False, True) else []
+    if not wrong:
+        hidden, layers, heads = (params[name] for name in _NEEDED)
+        groups, head_dim = params.get("n_kv_heads") or heads, params.get("head_dim") or hidden // heads
+        wrong += (["n_kv_heads"] if heads % groups else []) + (["head_dim"] if head_dim % 2 else [])
     raise_together(
         [
             UnsupportedModel(
@@ -74,8 +79,6 @@ def args_of_params(
             for name in dict.fromkeys(wrong)
         ]
     )
-    hidden, layers, heads = (params[name] for name in _NEEDED)
-    groups, head_dim = params.get("n_kv_heads") or heads, params.get("head_dim") or hidden // heads
     vocab, theta, is_scaled = (
         params.get("vocab_size", -1),
         params.get("rope_theta"),
@@ -130,6 +133,10 @@ def args_of_params(
     if not knows_positions:
         args["max_position_embeddings"] = _positions(params, is_mistral=is_mistral)
     return "mistral" if is_mistral else "llama", args
+
+
+def _is_usual(value: object) -> bool:
+    return is_number(value) and isinstance(value, int | float) and 0 < value < 1e12
 
 
 def _ffn(hidden: int, params: Mapping[str, Any]) -> int:
