@@ -8,9 +8,9 @@ from typing import Any
 #: Flag -> why it means nothing any more, and what argparse is to know of its values.
 _OLD_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--model-type": ("the model is always GPT", {"choices": ("GPT",)}),
-    "--checkpoint-type": ("the files tell", {"choices": ("hf", "meta")}),
     "--loader": ("the config tells the family", {"choices": ("llama_mistral", "mixtral_hf")}),
     "--saver": ("the target is always Megatron-Core's", {"choices": ("mcore", "core")}),
+    "--checkpoint-type": ("the files tell", {"choices": ("hf", "meta")}),
     "--loader-transformer-impl": ("the source has one spelling", {"choices": ("local", "transformer_engine")}),
     "--max-queue-size": ("there is no queue", {"type": int, "metavar": "N"}),
     "--no-checking": ("the plan is always checked", {"action": "store_const", "const": True}),

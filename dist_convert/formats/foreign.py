@@ -96,12 +96,6 @@ TENSORS = (
         (".qweight", ".qzeros"),
         "give the model that they were made from; or load it dequantised, save it in bfloat16, and give that",
     ),
-    Foreign(
-        "a checkpoint of Megatron's legacy model classes",
-        ("language_model.encoder", "language_model.transformer"),
-        "convert it to Megatron-Core's with tools/checkpoint/convert.py of a Megatron-LM that has both, then give the "
-        "result",
-    ),
 )
 
 

@@ -256,8 +256,10 @@ def test_the_width_and_the_positions_of_published_models_follow(name: str) -> No
 
 
 def test_the_factor_of_llama_3_2_has_to_be_said() -> None:
-    params = {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16,
-              "rope_theta": 500000.0, "use_scaled_rope": True}  # fmt: skip
+    params = {
+        "dim": 2048, "ffn_dim_multiplier": 1.5, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16, "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    }  # fmt: skip
     rows = {"layers.0.attention.wq.weight": 2048, "layers.0.feed_forward.w1.weight": 8192, "output.weight": 128256}
     _, args = args_of_params(params, rows, tied=True, knows_positions=False)
     with pytest.raises(ConversionError) as caught:

@@ -234,7 +234,7 @@ class _Copies:
     @property
     def ends_in_head(self) -> bool:
         """Whether the last one is the copy of the embedding that the last stage holds as its head."""
-        return self.parameter.name == TIED[0] and self.views[-1].tensor.endswith(TIED[1])
+        return self.parameter.name == TIED[0] and not self.views[-1].tensor.endswith(TIED[0])
 
 
 def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accept_order: bool = False) -> TorchModel:
