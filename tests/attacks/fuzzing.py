@@ -78,7 +78,7 @@ def _read_config(path: Path) -> None:
 
 def _read_params(path: Path) -> None:
     rows = {"layers.0.attention.wq.weight": 64, "layers.0.feed_forward.w1.weight": 176, "output.weight": 64}
-    args_of_params(read_json(path), rows, tied=False, knows_positions=False)
+    args_of_params(read_json(path), rows, tied=False)
 
 
 def _read_shard(path: Path) -> None:

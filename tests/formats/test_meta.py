@@ -123,8 +123,8 @@ def test_norms_that_differ_are_the_first_files_with_a_warning(tmp_path: Path) ->
     assert_same(read_tensors(tmp_path / "out"), hf)
     [warning] = [note for note in report.notes if note.startswith("warning")]
     assert "norms differ between files" in warning
-    assert "model.layers.1.post_attention_layernorm.weight" in warning
-    assert "model.layers.0" not in warning
+    assert "layers.1.ffn_norm.weight" in warning
+    assert "layers.0" not in warning
 
 
 def test_a_head_that_is_the_embedding_is_tied_to_it(tmp_path: Path) -> None:
@@ -180,23 +180,23 @@ WRONG = {
     "no first file": (without_the_first, "not all files of one model"),
     "no last file": (without_the_last, "a file is missing"),
     "no head in one file": (lambda root: without("output.weight", root), "the weights are not those of params.json"),
-    "no norm in one file": (lambda root: without("norm.weight", root), "no tensor for model.norm.weight"),
+    "no norm in one file": (lambda root: without("norm.weight", root), "the files do not make up model.norm.weight"),
     "an unknown tensor": (another, "has no place in a llama model"),
     "a matrix of another shape": (reshaped, "the files do not make up model.layers.1.self_attn.o_proj.weight"),
     "another width": (of_params(ffn_dim_multiplier=1.3), "the weights are not those of params.json"),
     "another vocabulary": (of_params(vocab_size=65), "the weights are not those of params.json"),
     "more heads": (of_params(n_heads=16, head_dim=8), "the weights are not those of params.json"),
     "fewer keys": (of_params(n_kv_heads=4), "the files do not make up model.layers.0.self_attn.k_proj.weight"),
-    "vision": (of_params(vision_chunk_size=448), "vision_chunk_size has no value of a Llama"),
-    "experts": (of_params(moe={"num_experts": 8}), "moe has no value of a Llama"),
-    "quantised": (of_params(quantization_args={"group_size": 32}), "quantization_args has no value of a Llama"),
-    "no layers": (of_params(n_layers="gone"), "n_layers has no value of a Llama"),
-    "a head for three keys": (of_params(n_kv_heads=3), "n_kv_heads has no value of a Llama"),
-    "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "head_dim has no value of a Llama"),
-    "an endless factor": (of_params(ffn_dim_multiplier=1e299), "ffn_dim_multiplier has no value of a Llama"),
-    "a flag that is text": (of_params(use_scaled_rope="false"), "use_scaled_rope has no value of a Llama"),
-    "a size that is text": (of_params(dim="64"), "dim has no value of a Llama"),
-    "scaled without theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "use_scaled_rope without rope_theta"),
+    "vision": (of_params(vision_chunk_size=448), "has no value of a Llama for vision_chunk_size"),
+    "experts": (of_params(moe={"num_experts": 8}), "has no value of a Llama for moe"),
+    "quantised": (of_params(quantization_args={"group_size": 32}), "has no value of a Llama for quantization_args"),
+    "no layers": (of_params(n_layers="gone"), "has no value of a Llama for n_layers"),
+    "a head for three keys": (of_params(n_kv_heads=3), "has no value of a Llama for n_kv_heads"),
+    "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "has no value of a Llama for head_dim"),
+    "an endless factor": (of_params(ffn_dim_multiplier=1e299), "has no value of a Llama for ffn_dim_multiplier"),
+    "a flag that is text": (of_params(use_scaled_rope="false"), "has no value of a Llama for use_scaled_rope"),
+    "a size that is text": (of_params(dim="64"), "has no value of a Llama for dim"),
+    "no theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "has no value of a Llama for use_scaled_rope"),
 }  # fmt: skip
 
 
@@ -216,9 +216,9 @@ def test_metas_16_files_of_the_405b_are_refused_until_they_are_understood() -> N
     params = {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 16, "ffn_dim_multiplier": 1.2,
               "multiple_of": 4096, "rope_theta": 500000.0, "use_scaled_rope": True}  # fmt: skip
     rows = {"layers.0.attention.wq.weight": 16384, "layers.0.feed_forward.w1.weight": 53248, "output.weight": 128256}
-    with pytest.raises(ConversionError, match="405B with repeated key and value heads"):
-        args_of_params(params, rows, tied=False, knows_positions=False)
-    _, args = args_of_params(params | {"n_kv_heads": 8}, rows, tied=False, knows_positions=False)
+    with pytest.raises(ConversionError, match="has no value of a Llama for n_kv_heads"):
+        args_of_params(params, rows, tied=False)
+    _, args = args_of_params(params | {"n_kv_heads": 8}, rows, tied=False)
     assert (args["ffn_hidden_size"], args["max_position_embeddings"]) == (53248, 131072)
 
 
@@ -251,7 +251,7 @@ def test_the_width_and_the_positions_of_published_models_follow(name: str) -> No
         "layers.0.feed_forward.w1.weight": ffn,
         "output.weight": 32000,
     }
-    family, args = args_of_params(params, rows, tied=False, knows_positions=False)
+    family, args = args_of_params(params, rows, tied=False)
     assert (args["max_position_embeddings"], family) == (positions, "mistral" if "Mistral" in name else "llama")
 
 
@@ -261,7 +261,7 @@ def test_the_factor_of_llama_3_2_has_to_be_said() -> None:
         "use_scaled_rope": True,
     }  # fmt: skip
     rows = {"layers.0.attention.wq.weight": 2048, "layers.0.feed_forward.w1.weight": 8192, "output.weight": 128256}
-    _, args = args_of_params(params, rows, tied=True, knows_positions=False)
+    _, args = args_of_params(params, rows, tied=True)
     with pytest.raises(ConversionError) as caught:
         architecture_from_args(args, vocab=None, file="params.json")
     assert "--rope-scaling-factor 32, or 8" in str(caught.value)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dist_convert.errors import (
     ConversionError,
-    MissingTensor,
-    UnknownTensor,
     WrongShape,
     raise_together,
 )
-from dist_convert.formats.megatron.parameters import dtype_problems
+from dist_convert.formats.megatron.parameters import dtype_problems, unknown_tensor
 from dist_convert.formats.meta.names import DROPPED, HEAD, NAMES, ROTATED
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
@@ -67,16 +65,6 @@ class MetaCatalog:
         """See `Catalog`."""
         return ()
 
-    def copies(self) -> dict[str, tuple[View, ...]]:
-        """The tensors that every one of several files has."""
-        found = {name: regions[0].replicas for name, regions in self.stored.items()}
-        return {name: views for name, views in found.items() if len(views) > 1}
-
-    def with_first(self, names: Sequence[str]) -> MetaCatalog:
-        """The same with the first file's copy of some tensors alone."""
-        first = {name: (replace(self.stored[name][0], replicas=self.stored[name][0].replicas[:1]),) for name in names}
-        return replace(self, stored={**self.stored, **first})
-
 
 def open_catalog(headers: Headers, architecture: Architecture) -> tuple[MetaCatalog, LeftBehind]:
     """A model from the headers of its files, and what of it is no part of the model.
@@ -87,28 +75,25 @@ def open_catalog(headers: Headers, architecture: Architecture) -> tuple[MetaCata
     family, sizes = FAMILIES[architecture.family], architecture.sizes()
     tensors: dict[str, TensorMeta] = {}
     stored: dict[str, tuple[Region, ...]] = {}
-    rotated, used = set[str](), {DROPPED} | ({HEAD} if architecture.tied else set())
+    left = {DROPPED: "rotary frequencies"}
+    left |= {HEAD: "output layer (equal to the embedding that it is tied to)"} if architecture.tied else {}
+    rotated, used = set[str](), set(left)
     problems: list[ConversionError] = []
     listed = ((part, layer) for entry, layer, _ in entries(family, architecture) for part in parts_of(entry))
     for part, layer in listed:
         name, theirs = part.name.format(layer=layer), NAMES[part.name].format(layer=layer)
         used.add(theirs)
-        missing = [file for file, found in headers.items() if theirs not in found]
-        if missing:
-            remedy = "the file is incomplete or of another model; copy it again"
-            problems.append(MissingTensor(f"no tensor for {name}", tensor=theirs, file=missing[0], remedy=remedy))
-            continue
-        pieces, shape = [found[theirs] for found in headers.values()], part_shape(part, sizes)
-        regions = _regions(pieces, shape)
+        pieces, shape = [found[theirs] for found in headers.values() if theirs in found], part_shape(part, sizes)
+        regions = _regions(pieces, shape) if len(pieces) == len(headers) else ()
         if not regions:
             problems.append(
                 WrongShape(
                     f"the files do not make up {name}",
                     tensor=theirs,
-                    file=pieces[0].file,
-                    expected=f"{list(shape)} in all {len(pieces)} together",
-                    found=", ".join(str(list(piece.shape)) for piece in pieces),
-                    remedy="a file is missing, or of another model: copy all of them again",
+                    file=next((file for file, found in headers.items() if theirs not in found), min(headers)),
+                    expected=f"{list(shape)} in all {len(headers)} together",
+                    found=", ".join(str(list(piece.shape)) for piece in pieces) or "nothing",
+                    remedy="a file is missing, damaged or of another model: copy all of them again",
                 )
             )
             continue
@@ -118,32 +103,23 @@ def open_catalog(headers: Headers, architecture: Architecture) -> tuple[MetaCata
         if part.name in ROTATED:
             rotated.add(name)
     for file, held in headers.items():
-        for name in sorted(held.keys() - used):
-            expected, remedy = f"only the weights of a {family.hf_class}", "nothing is dropped silently"
-            what = f"{name} has no place in a {family.name} model"
-            problems.append(UnknownTensor(what, tensor=name, file=file, expected=expected, remedy=remedy))
+        problems += [unknown_tensor(family, file, name) for name in sorted(held.keys() - used)]
     raise_together(problems)
-    reasons = {DROPPED: "rotary frequencies"} | (
-        {HEAD: "output layer (equal to the embedding)"} if architecture.tied else {}
-    )
-    dropped = {reason: [held[name] for held in headers.values() if name in held] for name, reason in reasons.items()}
-    left_behind = tuple(
-        (reason, len(found), sum(one.size_bytes for one in found)) for reason, found in dropped.items() if found
-    )
+    found = ((reason, [held[name] for held in headers.values() if name in held]) for name, reason in left.items())
+    left_behind = tuple((reason, len(some), sum(one.size_bytes for one in some)) for reason, some in found if some)
     return MetaCatalog(architecture, tensors, stored, frozenset(rotated), len(headers)), left_behind
 
 
 def _regions(pieces: Sequence[StoredTensor], shape: tuple[int, ...]) -> tuple[Region, ...]:
-    """The regions of a tensor: a vector is whole in every file, a matrix cut by rows or columns, as the shapes tell.
+    """The regions of a tensor: a matrix is cut by rows or columns, as the shapes tell, a vector is the first file's.
 
     There are none where the pieces do not make it up.
     """
     if any(len(piece.shape) != len(shape) or not piece.elements for piece in pieces):
         return ()
-    views = [View.of(piece) for piece in pieces]
+    views = tuple(View.of(piece) for piece in pieces)
     if len(shape) == 1:
-        is_whole = all(view.rows == shape[0] for view in views)
-        return (Region(Box(0, 0, shape[0], 1), tuple(views)),) if is_whole else ()
+        return (Region(Box(0, 0, shape[0], 1), views[:1]),) if all(view.rows == shape[0] for view in views) else ()
     (rows, columns), found, end = shape, list[Region](), 0
     by_rows = all(view.columns == columns for view in views)
     for view in views:

@@ -23,10 +23,8 @@ NAMES = {
     "lm_head.weight": "output.weight",
 }
 EMBEDDING, HEAD = NAMES["model.embed_tokens.weight"], NAMES["lm_head.weight"]
-#: Of the first layer: rows of queries, columns of the output projection, rows of the gate.
-QUERY, OUTPUT, GATE = (
-    NAMES[f"{HF}.{name}.weight"].format(layer=0) for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
-)
+#: Of the first layer, which tells what a head and the MLP have.
+QUERY, GATE = "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"
 #: Those whose heads' rows are in another order, see `models.rotary`.
 ROTATED = frozenset((f"{HF}.self_attn.q_proj.weight", f"{HF}.self_attn.k_proj.weight"))
 #: No weights: what the positions and the sizes tell.

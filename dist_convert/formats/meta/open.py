@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, InconsistentShards, MissingShard, UsageError, below, raise_together
+from dist_convert.errors import InconsistentShards, MissingShard, UsageError, below
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.meta.catalog import Headers, MetaCatalog, open_catalog
-from dist_convert.formats.meta.names import EMBEDDING, GATE, HEAD, QUERY
+from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
 from dist_convert.formats.meta.params import PARAMS_FILE, args_of_params, weights_files
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -108,7 +109,9 @@ def open_meta(where: Where, world: World) -> MetaModel:
     found, headers, params = read_headers(where.path, world)
     tied = _is_tied(where.path, found, headers, world)
     with below(where.path):
-        family, args = args_of_params(params, rows_of(headers), tied=tied, knows_positions=where.like is not None)
+        family, args = args_of_params(params, rows_of(headers), tied=tied)
+        if where.like is not None:
+            del args["max_position_embeddings"]  # which params.json does not say
         said = said_of(replace(where, family=family), args, PARAMS_FILE)
         architecture = said.architecture(vocab=None, file=PARAMS_FILE)
         content, left_behind = open_catalog(headers, architecture)
@@ -130,10 +133,9 @@ def open_meta(where: Where, world: World) -> MetaModel:
     if where.like is None:
         notes.append(f"{architecture.max_positions} positions, as usual for such a model; --like CONFIG says others")
     model = MetaModel(where.path, found, content, left_behind, config, tokenizer)
-    _check_twins(model, headers, world)
-    if differing := _differing(model, world):
+    if differing := _differing_norms(model, headers, world):
         notes.append(f"warning: norms differ between files, and the first file's are taken: {names(differing)}")
-    return replace(model, content=content.with_first(differing), notes=tuple(notes))
+    return replace(model, notes=tuple(notes))
 
 
 def rows_of(headers: Headers) -> dict[str, int]:
@@ -155,35 +157,26 @@ def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) 
     return bool(gather_objects(world, mine)[reader])
 
 
-def _differing(model: MetaModel, world: World) -> list[str]:
-    """The norms whose copies differ between files: those of some published models do, by a little."""
-    copies = model.content.copies()
-    wanted = [(view, view.dtype) for views in copies.values() for view in views]
-    digests = iter(samples(model, wanted, world))
-    return [name for name, views in copies.items() if len({next(digests) for _ in views}) > 1]
-
-
-def _check_twins(model: MetaModel, headers: Headers, world: World) -> None:
-    """Refuse a file that is a copy of another one under its own name.
+def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[str]:
+    """The norms whose copies differ between files: those of some published models do, by a little.
 
     Raises:
-        InconsistentShards
+        InconsistentShards: a file is a copy of another one under its own name.
     """
-    views = [View.of(tensors[QUERY]) for tensors in headers.values()]
-    digests = samples(model, [(view, view.dtype) for view in views], world)
-    first_of: dict[str, str] = {}
-    problems: list[ConversionError] = []
-    for file, digest in zip(headers, digests, strict=True):
-        twin = first_of.setdefault(digest, file)
+    tensors, *_ = headers.values()
+    norms = [name for name, one in tensors.items() if len(one.shape) == 1 and name != DROPPED]
+    views = [View.of(held[name]) for name in (QUERY, *norms) for held in headers.values()]
+    digests = iter(samples(model, [(view, view.dtype) for view in views], world))
+    of_digest: dict[str, str] = {}
+    for file, digest in zip(headers, islice(digests, len(headers)), strict=True):
+        twin = of_digest.setdefault(digest, file)
         if twin != file and not digest.startswith(ALIKE):
-            problems.append(
-                InconsistentShards(
-                    "two files hold the same weights",
-                    tensor=QUERY,
-                    file=str(model.directory / file),
-                    expected="rows of its own",
-                    found=f"those of {model.directory / twin}",
-                    remedy="one was copied under the other's name: copy the right one again from where it came from",
-                )
+            raise InconsistentShards(
+                "two files hold the same weights",
+                tensor=QUERY,
+                file=str(model.directory / file),
+                expected="rows of its own",
+                found=f"those of {model.directory / twin}",
+                remedy="one was copied under the other's name: copy the right one again from where it came from",
             )
-    raise_together(problems)
+    return [name for name in norms if len({next(digests) for _ in headers}) > 1]
