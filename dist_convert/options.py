@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from dist_convert.errors import ConversionError, UsageError, raise_together
 
-HUGGINGFACE, TORCH, TORCH_DIST = "huggingface", "torch", "torch_dist"
+HUGGINGFACE, TORCH, TORCH_DIST, META = "huggingface", "torch", "torch_dist", "meta"
 #: What a checkpoint can become.
 FORMATS = (HUGGINGFACE, TORCH, TORCH_DIST)
-#: Any format of Megatron's.
-MEGATRON = "megatron"
+#: Any format of Megatron's, and any that has no config.json of its own.
+MEGATRON, BARE = "megatron", "bare"
 #: An iteration without a number.
 RELEASE = "release"
 #: The commands that convert: of every format into any, and the two that are bound to a pair, by (source, target).
@@ -56,7 +56,7 @@ class Option:
         group: under which the help lists it.
         help: a fragment for `--help`, which starts with a noun or a verb.
         short: its flag's other spellings.
-        source, to: the one format of conversions that have it, or `MEGATRON`; "" where any may have it.
+        source, to: the one format of conversions that have it, `MEGATRON` or `BARE`; "" where any may have it.
         kind: of its values; "" where the field's type and unit say it.
         shown: the default, in the words of the help; "" for the value itself.
         choices: of a text.
@@ -83,7 +83,8 @@ class Option:
 
 
 def _covers(wanted: str, found: str) -> bool:
-    return wanted in ("", found) or (wanted == MEGATRON and found in (TORCH, TORCH_DIST))
+    several = {MEGATRON: (TORCH, TORCH_DIST), BARE: (TORCH, TORCH_DIST, META), HUGGINGFACE: (HUGGINGFACE, META)}
+    return wanted in ("", found) or found in several.get(wanted, ())
 
 
 def _option(group: Group, help: str, default: Any = None, **known: Any) -> Any:
@@ -91,6 +92,7 @@ def _option(group: Group, help: str, default: Any = None, **known: Any) -> Any:
 
 
 _source, _of_megatron = partial(_option, "source"), partial(_option, "source", source=MEGATRON)
+_of_bare = partial(_option, "source", source=BARE)
 _target, _run = partial(_option, "target"), partial(_option, "run", is_free=True)
 _to_hf, _to_megatron = partial(_option, "target", to=HUGGINGFACE), partial(_option, "target", to=MEGATRON)
 
@@ -105,7 +107,7 @@ class Options:
     command: str = field(default=CONVERT, kw_only=True)
 
     ckpt_dir_name: str | None = _of_megatron("iteration directory, such as iter_0000004", shown="the tracker file")
-    source_model_type: str | None = _of_megatron(
+    source_model_type: str | None = _of_bare(
         "model whose special tokens a tokenizer.model gets; otherwise checked against the checkpoint's args, which win",
         to=HUGGINGFACE,
         shown="from the args",
@@ -123,7 +125,7 @@ class Options:
     true_vocab_size: int | None = _source(
         "vocabulary without padding; checked where a source of Hugging Face says it", shown="args, then tokenizer"
     )
-    tokenizer: Path | None = _of_megatron(
+    tokenizer: Path | None = _of_bare(
         "directory, tokenizer.model, or org/name of a model in the hub's cache",
         shown="what the args name, here or beside the checkpoint",
     )
@@ -134,12 +136,12 @@ class Options:
     drop_mtp: bool = _source(
         "leave out the layers of multi-token prediction; without it a model that has them is refused", False
     )
-    like: Path | None = _of_megatron(
+    like: Path | None = _of_bare(
         "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",
         shown="what the args tell",
     )
-    rope_theta: float | None = _of_megatron("base of the rotary frequencies", shown="the args' rotary_base")
-    rope_scaling_factor: float | None = _of_megatron(
+    rope_theta: float | None = _of_bare("base of the rotary frequencies", shown="the args' rotary_base")
+    rope_scaling_factor: float | None = _of_bare(
         "factor by which Llama 3.1 scales rotary frequencies", shown="8 where the args say that it does"
     )
     habana_imported_experts: bool = _source(
@@ -220,7 +222,7 @@ class Options:
         "spelling of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
     )
     instruct: bool = _to_hf(
-        "write end-of-turn tokens, sampling defaults, chat template of an instruct model", False, source=MEGATRON
+        "write end-of-turn tokens, sampling defaults, chat template of an instruct model", False, source=BARE
     )
     save_capacity_bins: bool = _to_hf("write Habana's capacity_bins.pt", False, source=TORCH)
     overwrite: bool = _target(

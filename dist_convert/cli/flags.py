@@ -263,7 +263,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_ranks(groups["run"])
 
     inspect = commands.choices["inspect"]
-    _add_paths(inspect, path="Megatron checkpoint or Hugging Face directory")
+    _add_paths(inspect, path="Megatron checkpoint, Hugging Face directory or Meta's files")
     inspect.add_argument(
         "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
     )
@@ -278,7 +278,7 @@ _ON_NUMBERS = "{rank}, {local_rank} and {node} in paths are replaced by this ran
 #: What the source and the target of a command that converts are.
 _PATHS = {
     CONVERT: (
-        "root or iteration of a Megatron checkpoint, Hugging Face directory, or a hub id (org/name[@revision])",
+        "root or iteration of a Megatron checkpoint, Hugging Face directory, Meta's files, or a hub id (org/name)",
         "Hugging Face directory, or root of a Megatron checkpoint, to be made",
     ),
     "megatron-to-hf": ("(required) root of the Megatron checkpoint", "(required) Hugging Face directory to be made"),

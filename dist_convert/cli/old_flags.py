@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dist_convert.errors import UsageError
-
 #: Flag -> why it means nothing any more, and what argparse is to know of its values.
 _OLD_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--model-type": ("the model is always GPT", {"choices": ("GPT",)}),
     "--loader": ("the config tells the family", {"choices": ("llama_mistral", "mixtral_hf")}),
     "--saver": ("the target is always Megatron-Core's", {"choices": ("mcore", "core")}),
+    "--checkpoint-type": ("the files tell", {"choices": ("hf", "meta")}),
     "--loader-transformer-impl": ("the source has one spelling", {"choices": ("local", "transformer_engine")}),
     "--max-queue-size": ("there is no queue", {"type": int, "metavar": "N"}),
     "--no-checking": ("the plan is always checked", {"action": "store_const", "const": True}),
@@ -27,21 +26,10 @@ def add_old_flags(command: argparse.ArgumentParser) -> None:
     """Accept the flags of the old tool that have no part in ours."""
     for flag, (_, values) in _OLD_FLAGS.items():
         command.add_argument(flag, help=argparse.SUPPRESS, **values)
-    command.add_argument("--checkpoint-type", choices=("hf", "meta"), help=argparse.SUPPRESS)
 
 
 def notes_on_old_flags(flags: argparse.Namespace) -> list[str]:
-    """One line for each flag that was given and means nothing any more.
-
-    Raises:
-        UsageError: `--checkpoint-type meta`.
-    """
-    if flags.checkpoint_type == "meta":
-        raise UsageError(
-            "original Llama checkpoints (consolidated.*.pth) are not read yet",
-            found="--checkpoint-type meta",
-            remedy="convert them with transformers' convert_llama_weights_to_hf.py first",
-        )
+    """One line for each flag that was given and means nothing any more."""
     given = [flag for flag in _OLD_FLAGS if getattr(flags, flag[2:].replace("-", "_"), None) is not None]
     notes = [f"{flag} has no effect: {_OLD_FLAGS[flag][0]}" for flag in given]
     if given and flags.saver_transformer_impl in (None, "transformer_engine"):

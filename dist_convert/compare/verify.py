@@ -115,7 +115,7 @@ def _named(name: str) -> Iterator[None]:
 
 def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     catalog, _ = model.catalog(vocab, with_tied_copies=True)
-    kind = "Hugging Face"
+    kind = catalog.title.partition(", ")[2]
     if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
         iteration = model.shards[min(model.shards)].iteration

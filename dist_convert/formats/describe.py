@@ -32,7 +32,11 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
+from dist_convert.formats.meta.names import DROPPED
+from dist_convert.formats.meta.open import open_meta, read_headers
+from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.open import find_iteration, settled
+from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.torch.open import open_torch, read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
@@ -62,7 +66,9 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
     model: Callable[[], Model]
-    if is_huggingface(path):
+    if weights_files(path):
+        description, model = _describe_meta(path, world), partial(open_meta, where, world)
+    elif is_huggingface(path):
         description, model = _describe_huggingface(path), partial(open_huggingface, path, world)
     else:
         directory, is_distributed = find_iteration(where, world)
@@ -214,6 +220,30 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         "files": len(present),
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
         "missing_shards": [name for name in named if name not in present],
+    }
+
+
+def _describe_meta(path: Path, world: World) -> dict[str, Any]:
+    _, headers, params = read_headers(path, world)
+    tensors = [tensor for found in headers.values() for tensor in found.values()]
+    parts = [
+        one for number, of in enumerate(headers.values()) for one in of.values() if number == 0 or len(one.shape) > 1
+    ]
+    return {
+        "path": str(path),
+        "kind": "meta",
+        "format": "meta",
+        "family": "mistral" if "hidden_dim" in params else "llama",
+        "parameters": sum(one.elements for one in parts if one.name != DROPPED),
+        "layers": params.get("n_layers"),
+        "rope_theta": params.get("rope_theta"),
+        "rope_scaling": "llama3" if params.get("use_scaled_rope") else None,
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
+        "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
+        "skipped_bytes": 0,
+        "files": len(headers),
+        "tokenizer": str(found.path) if (found := find_tokenizer(None, {}, path)).path else None,
+        "missing_shards": [],
     }
 
 

@@ -10,6 +10,7 @@ from dist_convert.errors import CheckpointNotFound, UnsupportedModel
 from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS
 from dist_convert.formats.megatron.grid import is_rank_directory
 from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, rank_files
+from dist_convert.formats.meta.params import weights_files
 from dist_convert.records import names
 
 
@@ -48,10 +49,10 @@ DIRECTORIES = (
         "convert it with nanotron's examples/llama/convert_nanotron_to_hf.py, then give the result",
     ),
     Foreign(
-        "weights in Meta's own files",
+        "weights in Meta's or Mistral's own files, without params.json or in several safetensors files",
         ("consolidated.*.pth", "consolidated*.safetensors"),
-        "convert them with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py, then give "
-        "the result",
+        "copy the model's params.json beside them; convert several safetensors files with transformers' "
+        "convert_mistral_weights_to_hf.py, then give the result",
     ),
     Foreign(
         "a LoRA adapter without its model (PEFT)",
@@ -95,12 +96,6 @@ TENSORS = (
         (".qweight", ".qzeros"),
         "give the model that they were made from; or load it dequantised, save it in bfloat16, and give that",
     ),
-    Foreign(
-        "a checkpoint of Megatron's legacy model classes",
-        ("language_model.encoder", "language_model.transformer"),
-        "convert it to Megatron-Core's with tools/checkpoint/convert.py of a Megatron-LM that has both, then give the "
-        "result",
-    ),
 )
 
 
@@ -139,7 +134,7 @@ def _is_read(directory: Path) -> bool:
     """Whether a directory itself holds weights of a format that is read, whatever lies beside them."""
     weights = [name for kind in WEIGHTS_KINDS for name in kind]
     has_weights = (directory / CONFIG_FILE).is_file() and any((directory / name).is_file() for name in weights)
-    return has_weights or bool(rank_files(directory)) or is_distributed(directory)
+    return has_weights or bool(rank_files(directory) or weights_files(directory)) or is_distributed(directory)
 
 
 def notes_on_classes(classes: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from dist_convert.formats.megatron.iterations import (
     iteration_directory,
     tracked_name,
 )
+from dist_convert.formats.meta.open import open_meta
+from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch, read_shards
 from dist_convert.formats.torch_dist.open import open_torch_dist
@@ -53,6 +55,8 @@ def open_settled(where: Where, world: World) -> Model:
 
 def _open(where: Where, world: World) -> Model:
     refuse_foreign(where.path)
+    if any(gather_objects(world, bool(weights_files(where.path)))):
+        return open_meta(where, world)
     if any(gather_objects(world, is_huggingface(where.path))):
         return open_huggingface(where.path, world, drops_mtp=where.drops_mtp)
     if any(gather_objects(world, where.path.is_dir())):
@@ -99,6 +103,8 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     where = replace(where_of(job, Path(job.source), job.ckpt_dir_name), like=read_like(job.like, world))
     refuse_unfinished(where.path, where.ckpt_dir_name)
     refuse_foreign(where.path)
+    if any(gather_objects(world, bool(weights_files(where.path)))):
+        return open_meta(where, world)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.drops_mtp)

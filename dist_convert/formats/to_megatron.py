@@ -23,6 +23,7 @@ from dist_convert.formats.megatron.target import (
     target_dtypes,
 )
 from dist_convert.formats.megatron.target_args import PIPELINE_LAYOUT, read_margs, target_tokenizer
+from dist_convert.formats.meta.open import MetaModel
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.target import catalog_of_target as torch_catalog
@@ -139,10 +140,13 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
     mine: list[Any] = []
     if world.rank == 0:
         said = read_margs(job.source_margs_file) if job.source_margs_file else None
-        mine = [said, job.tokenizer_model, job.tokenizer_type, carried_configs(model)]
-        if own is None or job.tokenizer_model is not None:
+        asked, found = job.tokenizer_model, model.tokenizer
+        if asked is None and isinstance(model, MetaModel) and found.path and found.kind != "tiktoken":
+            asked = str(found.path)  # Megatron reads no bare file of Llama 3's
+        mine = [said, asked, job.tokenizer_type, carried_configs(model)]
+        if asked is not None or isinstance(model, HuggingFaceModel):
             args = own.args if own else said
-            mine[1:3] = target_tokenizer(job.tokenizer_model, job.tokenizer_type, job.source, model.directory, args)
+            mine[1:3] = target_tokenizer(asked, job.tokenizer_type, job.source, model.directory, args)
     margs, tokenizer_model, tokenizer_type, carried = gather_objects(world, mine)[0]
     return Given(margs, tokenizer_model, tokenizer_type, carried, model.vocab, own)
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, intersect, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, intersect, side_by_side, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -125,7 +125,34 @@ def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
         view = (band[0].sources if ends.source.is_owned else band[0].targets)[0]
         return view.file, view.offset_bytes
 
-    return sorted(found + padding, key=place)
+    return list(_alternating(sorted(found + padding, key=place)))
+
+
+def _alternating(listed: Iterable[Block]) -> Iterator[Block]:
+    """The bands, of which two copies whose rows alternate in a stored tensor are one: a read or write without gaps."""
+    before: Block = ()
+    for band in listed:
+        if len(before) == len(band) == 1 and _alternate(before[0], band[0]):
+            before += band
+            continue
+        if before:
+            yield before
+        before = band
+    if before:
+        yield before
+
+
+def _alternate(first: Copy, second: Copy) -> bool:
+    sides = ((first.sources, second.sources), (first.targets, second.targets))
+    is_cast_alike = (first.add, first.targets[0].dtype) == (second.add, second.targets[0].dtype)
+    return is_cast_alike and any(
+        len(views) == len(others)
+        and all(
+            left.row_stride == 2 * left.columns and side_by_side(left, right) is not None
+            for left, right in zip(views, others, strict=True)
+        )
+        for views, others in sides
+    )
 
 
 @dataclass(frozen=True)

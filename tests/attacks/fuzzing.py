@@ -33,6 +33,7 @@ from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
+from dist_convert.formats.meta.params import args_of_params
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
 from dist_convert.formats.torch_dist.run_config import args_of_run_config
 from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
@@ -48,6 +49,7 @@ from tests.attacks.damage import (
 )
 from tests.checkpoints import Model, training_args
 from tests.distributed_checkpoints import make_distributed
+from tests.meta_checkpoints import MODEL, params_of
 from tests.to_megatron import config_of
 
 #: No file of a few kilobytes costs more: processor time, and address space beyond what the program has at first.
@@ -72,6 +74,11 @@ def _describe(args: dict[str, Any], file: str) -> None:
 
 def _read_config(path: Path) -> None:
     architecture_from_config(read_json(path))
+
+
+def _read_params(path: Path) -> None:
+    rows = {"layers.0.attention.wq.weight": 64, "layers.0.feed_forward.w1.weight": 176, "output.weight": 64}
+    args_of_params(read_json(path), rows, tied=False)
 
 
 def _read_shard(path: Path) -> None:
@@ -116,6 +123,7 @@ def _make_files(directory: Path) -> None:
         shutil.copyfile(directory / "distributed/iter_0000004" / name, directory / name)
     shutil.copyfile(Path(__file__).parents[1] / "torch_dist/run_config.yaml", directory / "run_config.yaml")
     (directory / "config.json").write_text(config_of(Model(experts=2)).to_json_string())
+    (directory / "params.json").write_text(json.dumps(params_of(MODEL, "3.1") | {"head_dim": 8, "sliding_window": 9}))
     (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
 
 
@@ -148,6 +156,7 @@ def targets(directory: Path) -> list[Target]:
             lambda path: read_index_file(path.parent, path.name),
         ),
         "config.json": ((with_other_bytes, with_other_values, with_other_values), _read_config),
+        "params.json": ((with_other_bytes, with_other_values, with_other_values), _read_params),
         "args.json": ((with_other_values,), lambda path: _describe(read_json(path), path.name)),
     }
     files = {name: (directory / name).read_bytes() for name in kinds}

@@ -19,7 +19,7 @@ from tests.attacks.fuzzing import Target, answer, fuzz, targets
 
 SECONDS = float(os.environ.get("DIST_CONVERT_FUZZ_SECONDS", "8"))
 NAMES = ("data.pkl", "shard.pt", "model.bin", "model.safetensors", "model.safetensors.index.json", "config.json",
-         "args.json", ".metadata", "__0_0.distcp", "run_config.yaml")  # fmt: skip
+         "args.json", "params.json", ".metadata", "__0_0.distcp", "run_config.yaml")  # fmt: skip
 CORPUS = Path(__file__).parent / "corpus"
 
 

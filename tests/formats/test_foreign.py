@@ -106,14 +106,6 @@ def swift(chunk: State) -> State:
     return {f"decoder.layers.0.mlp.linear_fc1.lora_{x}.default.weight": torch.ones(2, 2) for x in "AB"}
 
 
-def flat(chunk: State) -> State:
-    return {f"language_model.{name.replace('decoder', 'encoder')}": tensor for name, tensor in chunk.items()}
-
-
-def nested(chunk: State) -> State:
-    return {"language_model": {"embedding": {"word_embeddings": {"weight": torch.ones(2, 2)}}, "encoder": dict(chunk)}}
-
-
 CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "GPT-NeoX": (neox, "a DeepSpeed checkpoint", "convert_neox_to_hf.py"),
     "NeMo 2": (files("context/model.yaml", "weights/common.pt"), "a NeMo checkpoint", "export_ckpt"),
@@ -122,8 +114,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         files("latest.txt", "10/config.yaml", "10/model/model/w.safetensors"), "a nanotron checkpoint",
         "convert_nanotron_to_hf.py",
     ),
-    "Meta": (
-        files("consolidated.00.pth", "params.json"), "weights in Meta's own files", "convert_llama_weights_to_hf.py"
+    "Meta": (files("consolidated.00.pth"), "weights in Meta's or Mistral's own files", "params.json"),
+    "Mistral": (
+        files("consolidated-00001-of-00002.safetensors", "params.json"), "weights in Meta's or Mistral's own files",
+        "convert_mistral_weights_to_hf.py",
     ),
     "PEFT": (peft, "a LoRA adapter without its model", "merge_and_unload()"),
     "GGUF": (gguf, "a GGUF file", "gguf_file"),
@@ -135,10 +129,6 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "LoRA, wrapped": (renamed(wrapped), "a LoRA adapter that is not merged", "merge"),
     "LoRA, beside": (renamed(beside), "a LoRA adapter that is not merged", "merge"),
     "LoRA of ms-swift": (renamed(swift), "a LoRA adapter that is not merged", "--merge_lora true"),
-    "legacy, flat": (renamed(flat), "a checkpoint of Megatron's legacy model classes", "tools/checkpoint/convert.py"),
-    "legacy, nested": (
-        renamed(nested), "a checkpoint of Megatron's legacy model classes", "tools/checkpoint/convert.py"
-    ),
     "empty": (renamed(lambda chunk: {}), "the files hold no layers", "look for the weights elsewhere"),
     "half": (
         renamed(lambda chunk: {name: tensor for name, tensor in chunk.items() if "mlp" not in name}),

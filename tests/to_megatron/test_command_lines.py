@@ -106,6 +106,7 @@ def test_the_old_mixtral_command_converts_in_both_spellings(spelling: str, tmp_p
 WITHOUT_MEANING = {
     "--model-type": "GPT", "--loader": "llama_mistral", "--saver": "mcore", "--loader-transformer-impl": "local",
     "--max-queue-size": "200", "--no-checking": None, "--megatron-path": "/megatron", "--vocab-file": "/vocab",
+    "--checkpoint-type": "hf",
 }  # fmt: skip
 
 
@@ -122,16 +123,6 @@ def test_a_flag_that_means_nothing_any_more_says_so_in_one_line(
     notes = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
     assert len(notes) == 1
     assert notes[0].startswith(f"{flag} has no effect: ")
-
-
-def test_metas_own_checkpoints_are_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_hf(tmp_path / "hf")
-    paths = ["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "out")]
-    assert main(["hf-to-megatron", *paths, "--checkpoint-type", "meta"]) == 2
-    message = capsys.readouterr().err
-    assert "--checkpoint-type meta" in message
-    assert "convert_llama_weights_to_hf.py" in message
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class HuggingFaceTarget:
     Attributes:
         job: what was asked for.
         content: what is converted.
-        model: the source; of one without training arguments, all but the weights is taken over as it is.
+        model: the source; of one of Hugging Face, all but the weights is taken over as it is.
         config: the content of config.json, before a tokenizer's special ids.
         published: file name to content of configs that are taken over from the model's makers, see `config.published`.
         copied: names of the source's files that are copied.
@@ -115,7 +115,7 @@ class HuggingFaceTarget:
         """Write or copy all that is no weight into the partial directory."""
         if not is_first:
             return
-        if self.model.args is None:
+        if isinstance(self.model, HuggingFaceModel):
             configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
             for name in self.copied:
                 write_file(partial, name, read_small_file(self.model.directory / name))
@@ -123,7 +123,7 @@ class HuggingFaceTarget:
             tokenizer = self.model.tokenizer
             style = style_of(tokenizer, self.config, self.job)
             found = self.published or with_special_ids(self.config, {}, tokenizer, style)
-            configs = {**found, ARGS_FILE: self.model.args}
+            configs = {**found} if self.model.args is None else {**found, ARGS_FILE: self.model.args}
             write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
             if self.bins is not None:
                 write_bins(partial, *self.bins)
@@ -143,7 +143,7 @@ class HuggingFaceTarget:
             return ""
         if disks > 1:
             lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
-        if self.model.args is not None and not is_huggingface(job.target):
+        if not isinstance(self.model, HuggingFaceModel) and not is_huggingface(job.target):
             how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
             lines.append(how)
         return "\n".join(map(shown_line, lines))
@@ -183,20 +183,23 @@ def model_card(content: Content, model: Model) -> str:
         for tensor in file.tensors:
             elements[tensor.dtype] += tensor.elements
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
+    is_megatron = model.args is not None
+    kind, tag = ("a Megatron-LM checkpoint", "\n- megatron-lm") if is_megatron else ("Meta's own files", "")
+    sizes = "checkpoint's own training arguments" if is_megatron else "params.json beside them"
+    layout = f"Megatron-LM `{model.format}`, {grid}" if is_megatron else grid
     of_each, tied = " of each expert" if a.experts else "", ", tied embeddings" if a.tied else ""
     experts = f"| Experts | {a.experts:,}, {a.experts_per_token:,} for each token |\n" if a.experts else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {a.family}
-- megatron-lm
+- {a.family}{tag}
 - dist_convert
 ---
 
 # {hf_class} of {elements.total():,} parameters
 
-Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's own training arguments.
+Converted from {kind}. The sizes are those of the {sizes}.
 
 | Model | |
 |---|---|
@@ -213,7 +216,7 @@ Converted from a Megatron-LM checkpoint. The sizes are those of the checkpoint's
 | Conversion | |
 |---|---|
 | Checkpoint | {_code(checkpoint.parent.name)}, {_code(checkpoint.name)} |
-| Format | Megatron-LM `{model.format}`, {grid}, {TORCH_NAMES[content.ends.source.params_dtype]} |
+| Format | {layout}, {TORCH_NAMES[content.ends.source.params_dtype]} |
 | Converted by | dist_convert {__version__} with torch {torch.__version__} |
 | Weights load with | transformers 4.49 and later |
 | Tokenizer at conversion | {_origin(model.tokenizer)} |
@@ -352,7 +355,8 @@ _LLAMA_2_POSITIONS = 4096
 def _notes(target: HuggingFaceTarget) -> list[str]:
     """What the user should know before the conversion starts, a line each."""
     job, content, tokenizer = target.job, target.content, target.model.tokenizer
-    args, architecture = target.model.args or {}, content.ends.source.architecture
+    architecture = content.ends.source.architecture
+    args = {"vocab_size": target.model.vocab} if target.model.args is None else target.model.args
     notes = []
     if job.push_to_hub and tokenizer.kind == "none":
         notes.append("warning: the model is uploaded without a tokenizer")

@@ -146,7 +146,7 @@ def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
     able = [rank for rank, files in enumerate(model.found.visible) if {embedding.file, head.file} <= files]
     found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
     if same_shape and able:
-        mine = _first_different_row(model.directory, embedding, View.of(head)) if world.rank == able[0] else None
+        mine = first_different_row(model.directory, embedding, View.of(head)) if world.rank == able[0] else None
         row = gather_objects(world, mine)[able[0]]
         if row is None:
             return
@@ -162,7 +162,8 @@ def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
     )
 
 
-def _first_different_row(directory: Path, first: View, second: View) -> int | None:
+def first_different_row(directory: Path, first: View, second: View) -> int | None:
+    """The first row in which two matrices of one shape and dtype differ, read by blocks; None where they are equal."""
     row_bytes = first.columns * DTYPE_BYTES[first.dtype]
     rows = min(first.rows, max(1, _BLOCK_BYTES // row_bytes))
     buffers = make_buffer(rows * row_bytes), make_buffer(rows * row_bytes)

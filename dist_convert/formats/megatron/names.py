@@ -68,12 +68,23 @@ def capacity_bin(layer: int, name: str) -> str:
     return f"decoder.layers.{layer}{CAPACITY_BINS}{name}"
 
 
+#: Components of names in Megatron's classes before Megatron-Core, and what they are called since.
+_BEFORE_CORE = {
+    "encoder": "decoder", "transformer": "decoder", "attention": "self_attention", "query_key_value": "linear_qkv",
+    "dense": "linear_proj", "dense_h_to_4h": "linear_fc1", "dense_4h_to_h": "linear_fc2",
+    "input_norm": "input_layernorm", "post_attention_norm": "pre_mlp_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm", "final_norm": "final_layernorm",
+}  # fmt: skip
+
+
 def normalise(name: str) -> str:
-    """A stored name without the `module` and `_orig_mod` components that wrappers and torch.compile put in."""
+    """What Megatron-Core calls a stored tensor, without the components that wrappers and torch.compile put in."""
     components = [component for component in name.split(".") if component != "_orig_mod"]
     while components[:1] == ["module"]:
         components = components[1:]
-    return ".".join(components)
+    if components[:1] == ["language_model"]:
+        components = [_BEFORE_CORE.get(component, component) for component in components[1:]]
+    return TIED[1] if components == ["word_embeddings_for_head", "weight"] else ".".join(components)
 
 
 def layer_of(name: str) -> int | None:

@@ -58,13 +58,17 @@ _SIZES = {
 }  # fmt: skip
 
 
+#: Megatron-LM's own names for models of any size.
+_ANY_SIZE = ("llama3", "mistral", "qwen2.5")
+
+
 def check_model_size(model_size: str | None, architecture: Architecture) -> None:
     """Compare `--model-size` with the config.
 
     Raises:
         UsageError: they name different models, or the size is unknown.
     """
-    if model_size is None or model_size == "qwen2.5":
+    if model_size in (None, *_ANY_SIZE):
         return
     expected = _SIZES.get(model_size.removesuffix("f"))
     if expected is None:

@@ -92,7 +92,7 @@ def _search(named: str | None, iteration: Path) -> Tokenizer:
         if found := _at(place):
             return replace(found, note=f"{found.path} (beside the checkpoint)")
     if named is None:
-        return Tokenizer("none", note="the checkpoint's args name none, and none is beside the checkpoint")
+        return Tokenizer("none", note="none is named, and none is beside the checkpoint")
     is_here = os.path.lexists(named)
     why = "is no tokenizer that can be converted" if is_here else "is not on this machine" + _nor_in_cache(named)
     return Tokenizer("none", note=f"{named}, which the checkpoint's args name, {why}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
+from dist_convert.formats.format import Model
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import TIED, is_of_expert, normalise
 from dist_convert.formats.megatron.parameters import Parameter
@@ -34,12 +35,12 @@ BLOCK_BYTES = 4 << 20
 ALIKE = "all "
 
 
-def reader_of(model: TorchModel) -> closing[FileReader]:
+def reader_of(model: Model) -> closing[FileReader]:
     """Reads views of a model's files, in blocks of at most `BLOCK_BYTES`."""
     return closing(FileReader(model.directory, make_buffer(2 * BLOCK_BYTES), model.found.listing))
 
 
-def samples(model: TorchModel, wanted: Sequence[tuple[View, str]], world: World) -> list[str]:
+def samples(model: Model, wanted: Sequence[tuple[View, str]], world: World) -> list[str]:
     """A digest of the first, middle and last rows of each view, as values of a dtype; the same on every rank.
 
     Each is read by the first rank that sees its file. That of values that are all the same begins with `ALIKE`.
@@ -233,7 +234,7 @@ class _Copies:
     @property
     def ends_in_head(self) -> bool:
         """Whether the last one is the copy of the embedding that the last stage holds as its head."""
-        return self.parameter.name == TIED[0] and self.views[-1].tensor.endswith(TIED[1])
+        return self.parameter.name == TIED[0] and not self.views[-1].tensor.endswith(TIED[0])
 
 
 def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accept_order: bool = False) -> TorchModel:

@@ -134,7 +134,27 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
             expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
             found=", ".join(map(str, saved)),
         )
-    return tuple({str(name): value for name, value in model.items()} for model in models)
+    return tuple(_flat(model, file) for model in models)
+
+
+#: Dicts within a model before Megatron-Core: language_model, embedding, word_embeddings.
+_LEVELS = 3
+
+
+def _flat(model: Mapping[Any, Any], file: str) -> dict[str, Any]:
+    """The entries of a model, which before Megatron-Core was a dict of dicts, by names with dots."""
+    pairs = [(str(name), value) for name, value in model.items()]
+    for _ in range(_LEVELS):
+        pairs = [entry for name, value in pairs for entry in _opened(name, value)]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise CorruptFile("two entries of a model have one name", file=file)
+    return found
+
+
+def _opened(name: str, value: Any) -> list[tuple[str, Any]]:
+    is_nested = isinstance(value, Mapping) and value and not holds_no_weights(name)
+    return [(f"{name}.{inner}", one) for inner, one in value.items()] if is_nested else [(name, value)]
 
 
 def _label(name: str, virtual: int, chunks: int) -> str:
@@ -150,11 +170,9 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
 
 
 def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The entries that are no tensors, and what they are; of nested models, such as older ones, their parts."""
+    """The entries that are no tensors, and what they are."""
     for name, value in model.items():
-        if isinstance(value, Mapping) and value and "." not in name and not holds_no_weights(name):
-            yield from ((f"{name}.{inner}", type(value).__name__) for inner in value)
-        elif not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             yield name, value.class_name if isinstance(value, Inert) else type(value).__name__
 
 

@@ -1,0 +1,1 @@
+"""Llamas in Meta's own files: a file for each model parallel rank, and params.json."""

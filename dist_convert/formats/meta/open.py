@@ -1,0 +1,182 @@
+"""Opens Meta's files: their headers, what params.json says, and whether they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import InconsistentShards, MissingShard, UsageError, below
+from dist_convert.formats.huggingface.config import config_json, special_token_ids
+from dist_convert.formats.huggingface.open import first_different_row
+from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
+from dist_convert.formats.megatron.said import said_of
+from dist_convert.formats.meta.catalog import Headers, MetaCatalog, open_catalog
+from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
+from dist_convert.formats.meta.params import PARAMS_FILE, args_of_params, weights_files
+from dist_convert.formats.tokenizer.find import shared_tokenizer
+from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.formats.torch.copies import ALIKE, samples
+from dist_convert.models.catalog import LeftBehind, Where
+from dist_convert.options import META
+from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.discover import Discovery, discover
+from dist_convert.read.source import read_json
+from dist_convert.records import View, names
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """Meta's files whose headers are read.
+
+    Attributes:
+        directory: as this rank sees it.
+        found: its weights files.
+        content: their tensors.
+        left_behind: what of them is no part of the model.
+        config: the content of a config.json of the model.
+        tokenizer: the one beside the files, or that the user names, as rank 0 sees it.
+        notes: what the user should know.
+    """
+
+    directory: Path
+    found: Discovery
+    content: MetaCatalog
+    left_behind: LeftBehind
+    config: Mapping[str, Any]
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        return META
+
+    @property
+    def args(self) -> None:
+        return None
+
+    @property
+    def vocab(self) -> int:
+        return self.content.architecture.vocab
+
+    def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[MetaCatalog, LeftBehind]:
+        """See `Model`; the embedding has no padding."""
+        return self.content, self.left_behind
+
+
+def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, Mapping[str, Any]]:
+    """The files, the headers of all, each read by one rank that sees it, and the content of params.json.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
+    with below(directory):
+        found = discover(
+            world,
+            directory,
+            weights_files(directory),
+            lambda file: header_to_json(read_weights_header(directory / file, file)),
+            expected=f"consolidated.00.pth and so on in {directory}",
+        )
+    headers = {file: header_from_json(file, header) for file, header in sorted(found.headers.items())}
+    expected = [f"consolidated.{number:02d}.pth" for number in range(len(headers))]
+    if list(headers) not in (expected, ["consolidated.safetensors"]):
+        raise MissingShard(
+            "not all files of one model",
+            file=str(directory),
+            expected=", ".join(expected),
+            found=", ".join(headers),
+            remedy="copy the missing one from where the model came from, or what is too much elsewhere",
+        )
+    is_here = (directory / PARAMS_FILE).is_file()
+    told = gather_objects(world, read_json(directory / PARAMS_FILE) if is_here else None)
+    params = next(one for one in told if one is not None)
+    stored = [one for tensors in headers.values() for one in tensors.values()]
+    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
+    inner = params.get("model")
+    return found, headers, inner if isinstance(inner, Mapping) else params
+
+
+def open_meta(where: Where, world: World) -> MetaModel:
+    """The model in a directory of Meta's files.
+
+    Raises:
+        SourceError: all that the headers show to be wrong, or files that do not belong together.
+        UsageError: flags that contradict them.
+    """
+    found, headers, params = read_headers(where.path, world)
+    tied = _is_tied(where.path, found, headers, world)
+    with below(where.path):
+        family, args = args_of_params(params, rows_of(headers), tied=tied)
+        if where.like is not None:
+            del args["max_position_embeddings"]  # which params.json does not say
+        said = said_of(replace(where, family=family), args, PARAMS_FILE)
+        architecture = said.architecture(vocab=None, file=PARAMS_FILE)
+        content, left_behind = open_catalog(headers, architecture)
+    if where.true_vocab_size not in (None, architecture.vocab):
+        raise UsageError(
+            "--true-vocab-size is not the model's",
+            file=str(where.path / PARAMS_FILE),
+            expected=f"{architecture.vocab}, as the embedding has",
+            found=where.true_vocab_size,
+            remedy="leave --true-vocab-size out",
+        )
+    shown = str(where.path / PARAMS_FILE)
+    tokenizer, _ = shared_tokenizer(where, args, where.path, world, padded=architecture.vocab, file=shown)
+    config = said.config
+    if config is None:
+        bos, eos = special_token_ids(family, architecture.vocab, tokenizer, instruct=False)
+        config = config_json(architecture, content.params_dtype) | {"bos_token_id": bos, "eos_token_id": eos}
+    notes = list(said.notes)
+    if where.like is None:
+        notes.append(f"{architecture.max_positions} positions, as usual for such a model; --like CONFIG says others")
+    model = MetaModel(where.path, found, content, left_behind, config, tokenizer)
+    if differing := _differing_norms(model, headers, world):
+        notes.append(f"warning: norms differ between files, and the first file's are taken: {names(differing)}")
+    return replace(model, notes=tuple(notes))
+
+
+def rows_of(headers: Headers) -> dict[str, int]:
+    """Of the tensors that tell a model's sizes, the rows in all files together."""
+    return {
+        name: sum(found[name].shape[0] for found in headers.values() if name in found and found[name].shape)
+        for name in (QUERY, GATE, HEAD)
+    }
+
+
+def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) -> bool:
+    """Whether the head is the embedding, as in Llama 3.2's small models, which are single files."""
+    (file, tensors), *others = headers.items()
+    pair = [tensors[name] for name in (EMBEDDING, HEAD) if name in tensors and len(tensors[name].shape) == 2]
+    if others or len(pair) < 2 or len({(one.dtype, one.shape) for one in pair}) > 1:
+        return False
+    reader = next(rank for rank, files in enumerate(found.visible) if file in files)
+    mine = world.rank == reader and first_different_row(directory, *map(View.of, pair)) is None
+    return bool(gather_objects(world, mine)[reader])
+
+
+def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[str]:
+    """The norms whose copies differ between files: those of some published models do, by a little.
+
+    Raises:
+        InconsistentShards: a file is a copy of another one under its own name.
+    """
+    tensors, *_ = headers.values()
+    norms = [name for name, one in tensors.items() if len(one.shape) == 1 and name != DROPPED]
+    views = [View.of(held[name]) for name in (QUERY, *norms) for held in headers.values()]
+    digests = iter(samples(model, [(view, view.dtype) for view in views], world))
+    of_digest: dict[str, str] = {}
+    for file, digest in zip(headers, islice(digests, len(headers)), strict=True):
+        twin = of_digest.setdefault(digest, file)
+        if twin != file and not digest.startswith(ALIKE):
+            raise InconsistentShards(
+                "two files hold the same weights",
+                tensor=QUERY,
+                file=str(model.directory / file),
+                expected="rows of its own",
+                found=f"those of {model.directory / twin}",
+                remedy="one was copied under the other's name: copy the right one again from where it came from",
+            )
+    return [name for name in norms if len({next(digests) for _ in headers}) > 1]

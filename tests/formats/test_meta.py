@@ -1,0 +1,328 @@
+"""Meta's files: every cut over files, what Meta's own code computes with them, and what cannot be such a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import dist_convert
+from dist_convert.__main__ import main
+from dist_convert.errors import ConversionError, UsageError
+from dist_convert.formats.huggingface.lay_out import to_huggingface
+from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.meta.params import args_of_params
+from dist_convert.formats.open import open_source
+from dist_convert.options import Options
+from dist_convert.plan.plan import divide
+from dist_convert.plan.steps import steps_of
+from dist_convert.ranks.channel import Channel
+from dist_convert.ranks.collectives import alone
+from dist_convert.records import DTYPE_BYTES, runs
+from tests.checkpoints import Grid
+from tests.converting import assert_same, read_tensors
+from tests.distributed.launching import run_ranks
+from tests.meta_checkpoints import MODEL, POSITIONS, TOKENS, make_meta, metas, params_of, weights
+from tests.to_megatron import assert_same_shards, expected_shards, load, read_shards
+from tests.tokenizer.pieces import train
+
+#: Files, groups and version: embeddings of version 2 are cut by columns.
+CUTS = [(1, 8, "2"), (2, 8, "2"), (8, 8, "2"), (1, 4, "3"), (2, 2, "3"), (4, 4, "3.1"), (8, 8, "3.1")]
+
+
+def config_in(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize(("files", "groups", "version"), CUTS)
+def test_any_number_of_files_is_the_model(files: int, groups: int, version: str, tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", files, version, replace(MODEL, groups=groups))
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    found = {name: config_in(tmp_path / "out")[name] for name in ("rope_theta", "max_position_embeddings")}
+    expected = {"2": (10000.0, 4096), "3": (500000.0, 8192), "3.1": (500000.0, 131072)}
+    assert tuple(found.values()) == (*expected[version][:1], expected[version][1])
+
+
+@pytest.mark.parametrize(("files", "groups"), [(1, 2), (2, 2), (4, 4), (8, 8)])
+def test_transformers_computes_what_metas_own_code_computes(files: int, groups: int, tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", files, "3.1", replace(MODEL, groups=groups))
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([TOKENS])).logits[0, list(POSITIONS)]
+    expected = torch.tensor(json.loads((Path(__file__).parent / "meta_logits.json").read_text())[str(groups)])
+    assert (logits - expected).abs().max() < 1e-4 < expected.std()
+
+
+def test_it_becomes_a_megatron_checkpoint_of_any_grid(tmp_path: Path) -> None:
+    model = replace(MODEL, groups=4)
+    hf = make_meta(tmp_path / "in", 4, "3", model)
+    grid = Grid(tp=2, pp=2)
+    dist_convert.convert(
+        tmp_path / "in", tmp_path / "out", to="torch", verify="full", target_tensor_parallel_size=2,
+        target_pipeline_parallel_size=2, make_vocab_size_divisible_by=8,
+    )  # fmt: skip
+    assert_same_shards(read_shards(tmp_path / "out"), expected_shards(model, hf, grid))
+    dist_convert.convert(tmp_path / "out", tmp_path / "back", to="huggingface")
+    assert_same(read_tensors(tmp_path / "back"), hf)
+
+
+def test_two_ranks_gather_it(tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", 2, "2")
+    words = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--placement", "gather"]
+    assert run_ranks(2, *words, "--verify").returncode == 0
+    assert_same(read_tensors(tmp_path / "out"), hf)
+
+
+def test_it_is_opened_inspected_and_verified_like_any_other(tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", 2, "2")
+    with dist_convert.open(tmp_path / "in") as weights_of:
+        assert_same({name: weights_of.get_tensor(name) for name in weights_of.keys()}, hf)  # noqa: SIM118
+        assert weights_of.config["architectures"] == ["LlamaForCausalLM"]
+    found = dist_convert.inspect(tmp_path / "in")
+    assert (found["kind"], found["files"], found["family"]) == ("meta", 2, "llama")
+    assert found["parameters"] == sum(tensor.numel() for tensor in hf.values())
+    assert "not_convertible" not in found
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert dist_convert.verify(tmp_path / "in", tmp_path / "out").is_same
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_every_byte_is_read_about_once_and_rows_of_heads_in_one_read(files: int, tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", files, "2")
+    job, world = Options("huggingface", str(tmp_path / "in"), tmp_path / "out"), alone()
+    with closing(Channel(0, 1)) as channel:
+        task = to_huggingface(job, open_source(job, world, channel), world)
+    plan = divide(task.content, task.source.found.visible, placement="direct", budget_bytes=10**9)
+    views = [read.source for step in steps_of(plan, 0) for read in step.reads]
+    fetched = [(runs(v.rows, v.columns, v.row_stride, v.column_stride), DTYPE_BYTES[v.dtype]) for v in views]
+    read_bytes = sum(len(one.starts) * one.run_elements * item_bytes for one, item_bytes in fetched)
+    assert read_bytes <= 1.05 * sum(tensor.nbytes for tensor in hf.values())
+    rotated = [view for view in views if ".wq." in view.tensor or ".wk." in view.tensor]
+    assert len(rotated) == 2 * 16  # of each layer 8 heads of queries and 8 of keys
+    assert all(view.is_dense for view in rotated)
+
+
+def test_norms_that_differ_are_the_first_files_with_a_warning(tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", 2)
+    path = tmp_path / "in/consolidated.01.pth"
+    saved = torch.load(path)
+    saved["layers.1.ffn_norm.weight"] = saved["layers.1.ffn_norm.weight"] + 0.0625
+    torch.save(saved, path)
+    report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    [warning] = [note for note in report.notes if note.startswith("warning")]
+    assert "norms differ between files" in warning
+    assert "layers.1.ffn_norm.weight" in warning
+    assert "layers.0" not in warning
+
+
+def test_a_head_that_is_the_embedding_is_tied_to_it(tmp_path: Path) -> None:
+    """As in Llama 3.2's small models; transformers keeps their embedding once."""
+    hf = weights()
+    hf["lm_head.weight"] = hf["model.embed_tokens.weight"]
+    make_meta(tmp_path / "in", 1, hf=hf)
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    del hf["lm_head.weight"]
+    assert config_in(tmp_path / "out")["tie_word_embeddings"] is True
+    assert_same(read_tensors(tmp_path / "out"), hf)
+
+
+def copied(root: Path) -> None:
+    shutil.copyfile(root / "consolidated.00.pth", root / "consolidated.01.pth")
+
+
+def without_the_first(root: Path) -> None:
+    (root / "consolidated.00.pth").unlink()
+
+
+def without_the_last(root: Path) -> None:
+    (root / "consolidated.03.pth").unlink()
+
+
+def without(name: str, root: Path) -> None:
+    saved = torch.load(root / "consolidated.02.pth")
+    del saved[name]
+    torch.save(saved, root / "consolidated.02.pth")
+
+
+def another(root: Path) -> None:
+    saved = torch.load(root / "consolidated.02.pth")
+    torch.save(saved | {"layers.0.attention.wq.bias": torch.ones(2)}, root / "consolidated.02.pth")
+
+
+def reshaped(root: Path) -> None:
+    saved = torch.load(root / "consolidated.02.pth")
+    saved["layers.1.attention.wo.weight"] = saved["layers.1.attention.wo.weight"].T.contiguous()
+    torch.save(saved, root / "consolidated.02.pth")
+
+
+def of_params(**params: Any) -> Any:
+    def change(root: Path) -> None:
+        said = params_of(MODEL, "3") | params
+        (root / "params.json").write_text(json.dumps({name: value for name, value in said.items() if value != "gone"}))
+
+    return change
+
+
+WRONG = {
+    "a copy under another name": (copied, "two files hold the same weights"),
+    "no first file": (without_the_first, "not all files of one model"),
+    "no last file": (without_the_last, "a file is missing"),
+    "no head in one file": (lambda root: without("output.weight", root), "the weights are not those of params.json"),
+    "no norm in one file": (lambda root: without("norm.weight", root), "the files do not make up model.norm.weight"),
+    "an unknown tensor": (another, "has no place in a llama model"),
+    "a matrix of another shape": (reshaped, "the files do not make up model.layers.1.self_attn.o_proj.weight"),
+    "another width": (of_params(ffn_dim_multiplier=1.3), "the weights are not those of params.json"),
+    "another vocabulary": (of_params(vocab_size=65), "the weights are not those of params.json"),
+    "more heads": (of_params(n_heads=16, head_dim=8), "the weights are not those of params.json"),
+    "fewer keys": (of_params(n_kv_heads=4), "the files do not make up model.layers.0.self_attn.k_proj.weight"),
+    "vision": (of_params(vision_chunk_size=448), "has no value of a Llama for vision_chunk_size"),
+    "experts": (of_params(moe={"num_experts": 8}), "has no value of a Llama for moe"),
+    "quantised": (of_params(quantization_args={"group_size": 32}), "has no value of a Llama for quantization_args"),
+    "no layers": (of_params(n_layers="gone"), "has no value of a Llama for n_layers"),
+    "a head for three keys": (of_params(n_kv_heads=3), "has no value of a Llama for n_kv_heads"),
+    "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "has no value of a Llama for head_dim"),
+    "an endless factor": (of_params(ffn_dim_multiplier=1e299), "has no value of a Llama for ffn_dim_multiplier"),
+    "a flag that is text": (of_params(use_scaled_rope="false"), "has no value of a Llama for use_scaled_rope"),
+    "a size that is text": (of_params(dim="64"), "has no value of a Llama for dim"),
+    "no theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "has no value of a Llama for use_scaled_rope"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_such_model_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    change, what = WRONG[case]
+    make_meta(tmp_path / "in", 4)
+    change(tmp_path / "in")
+    with pytest.raises(ConversionError) as caught:
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert what in str(caught.value)
+    assert str(tmp_path / "in") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_metas_16_files_of_the_405b_are_refused_until_they_are_understood() -> None:
+    params = {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 16, "ffn_dim_multiplier": 1.2,
+              "multiple_of": 4096, "rope_theta": 500000.0, "use_scaled_rope": True}  # fmt: skip
+    rows = {"layers.0.attention.wq.weight": 16384, "layers.0.feed_forward.w1.weight": 53248, "output.weight": 128256}
+    with pytest.raises(ConversionError, match="has no value of a Llama for n_kv_heads"):
+        args_of_params(params, rows, tied=False)
+    _, args = args_of_params(params | {"n_kv_heads": 8}, rows, tied=False)
+    assert (args["ffn_hidden_size"], args["max_position_embeddings"]) == (53248, 131072)
+
+
+#: The sizes of published models, their params.json as published, and the width of their MLPs.
+PUBLISHED = {
+    "Llama 2 7B": ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5}, 11008, 4096),
+    "Llama 2 70B": (
+        {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80},
+        28672, 4096,
+    ),
+    "Llama 3 8B": (
+        {"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_heads": 32, "n_kv_heads": 8, "n_layers": 32,
+         "rope_theta": 500000.0}, 14336, 8192,
+    ),
+    "Code Llama 7B": (
+        {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "rope_theta": 1000000}, 11008, 16384
+    ),
+    "Mistral 7B": (
+        {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
+         "rope_theta": 1000000.0}, 14336, 32768,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_width_and_the_positions_of_published_models_follow(name: str) -> None:
+    params, ffn, positions = PUBLISHED[name]
+    rows = {
+        "layers.0.attention.wq.weight": params["dim"],
+        "layers.0.feed_forward.w1.weight": ffn,
+        "output.weight": 32000,
+    }
+    family, args = args_of_params(params, rows, tied=False)
+    assert (args["max_position_embeddings"], family) == (positions, "mistral" if "Mistral" in name else "llama")
+
+
+def test_the_factor_of_llama_3_2_has_to_be_said() -> None:
+    params = {
+        "dim": 2048, "ffn_dim_multiplier": 1.5, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16, "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    }  # fmt: skip
+    rows = {"layers.0.attention.wq.weight": 2048, "layers.0.feed_forward.w1.weight": 8192, "output.weight": 128256}
+    _, args = args_of_params(params, rows, tied=True)
+    with pytest.raises(ConversionError) as caught:
+        architecture_from_args(args, vocab=None, file="params.json")
+    assert "--rope-scaling-factor 32, or 8" in str(caught.value)
+
+
+def test_flags_and_a_config_say_what_params_json_does_not(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", 2, "3.1")
+    dist_convert.convert(tmp_path / "in", tmp_path / "a", to="huggingface", rope_scaling_factor=32)
+    assert config_in(tmp_path / "a")["rope_scaling"]["factor"] == 32
+    like = config_in(tmp_path / "a") | {"max_position_embeddings": 100, "bos_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps(like))
+    dist_convert.convert(tmp_path / "in", tmp_path / "b", to="huggingface", like=tmp_path / "config.json")
+    found = config_in(tmp_path / "b")
+    assert (found["max_position_embeddings"], found["rope_scaling"]["factor"]) == (100, 32)
+    (tmp_path / "config.json").write_text(json.dumps(like | {"num_key_value_heads": 4}))
+    with pytest.raises(ConversionError, match="--like is of another model than the checkpoint, by num_key_value_heads"):
+        dist_convert.convert(tmp_path / "in", tmp_path / "c", to="huggingface", like=tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("to", ["huggingface", "torch"])
+def test_another_vocabulary_than_the_embeddings_is_refused(to: str, tmp_path: Path) -> None:
+    make_meta(tmp_path / "in")
+    with pytest.raises(UsageError, match="--true-vocab-size is not the model's"):
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to=to, true_vocab_size=63)
+
+
+def test_the_tokenizer_beside_the_files_goes_with_them(tmp_path: Path) -> None:
+    """Llama 2's lies beside the directory, where Meta's download puts it."""
+    train(tmp_path / "tokenizer.model", vocab_size=448)
+    model = replace(MODEL, vocab=448, padded_vocab=448)
+    make_meta(tmp_path / "in", 2, "2", model)
+    dist_convert.convert(tmp_path / "in", tmp_path / "hf", to="huggingface")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("hello").input_ids[0] == 1
+    assert config_in(tmp_path / "hf")["eos_token_id"] == 2
+    dist_convert.convert(tmp_path / "in", tmp_path / "megatron", to="torch")
+    args = load(tmp_path / "megatron/iter_0000001/mp_rank_00/model_optim_rng.pt")["args"]
+    assert (args.tokenizer_type, args.tokenizer_model) == ("Llama2Tokenizer", str(tmp_path / "tokenizer.model"))
+
+
+def test_the_old_command_line_takes_metas_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron-LM's docs/llama_mistral.md, but for the program's name."""
+    train(tmp_path / "tokenizer.model", vocab_size=448)
+    model = replace(MODEL, vocab=448, padded_vocab=448)
+    hf = make_meta(tmp_path / "in", 2, "2", model)
+    line = f"""--bf16 --model-type GPT --loader llama_mistral --saver core --target-tensor-parallel-size 2
+        --checkpoint-type meta --model-size llama3 --load-dir {tmp_path}/in --save-dir {tmp_path}/out
+        --tokenizer-model {tmp_path}/tokenizer.model --make-vocab-size-divisible-by 8"""
+    assert main(["hf-to-megatron", *line.split()]) == 0
+    assert_same_shards(read_shards(tmp_path / "out"), expected_shards(model, hf, Grid(tp=2)))
+    assert "--checkpoint-type has no effect: the files tell" in capsys.readouterr().err
+
+
+def test_mistrals_own_file_is_read_too(tmp_path: Path) -> None:
+    model = replace(MODEL, groups=4)
+    hf = weights(model)
+    (tmp_path / "in").mkdir()
+    save_file(metas(hf, model), tmp_path / "in/consolidated.safetensors")
+    params = {"dim": 64, "n_layers": 2, "head_dim": 8, "hidden_dim": 176, "n_heads": 8, "n_kv_heads": 4,
+              "norm_eps": 1e-5, "vocab_size": 64, "rope_theta": 1000000.0, "sliding_window": 4096}  # fmt: skip
+    (tmp_path / "in/params.json").write_text(json.dumps(params))
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    found = {name: config_in(tmp_path / "out")[name] for name in ("model_type", "sliding_window", "rope_theta")}
+    assert found == {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 1000000.0}
