@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import mul
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import PlanError, UsageError
 
 __version__ = "0.1.0"
 
@@ -219,6 +219,21 @@ class View:
         """Whether neighbours in a row are apart in the file, as in a transposed matrix."""
         return self.columns > 1 and self.column_stride != 1
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether no element has a neighbour in the file, as its rows lie between those of another tensor."""
+        return self.rows > 1 and self.row_stride > 1 and (self.columns == 1 or self.column_stride > 1)
+
+
+def in_turn(views: Sequence[View]) -> View | None:
+    """Views whose rows take turns in one tensor as one view, or None where they do not."""
+    first, row_stride = views[0], views[0].row_stride // len(views)
+    shift_bytes = row_stride * DTYPE_BYTES[first.dtype]
+    wanted = [replace(first, offset_bytes=first.offset_bytes + n * shift_bytes) for n in range(len(views))]
+    if len(views) == 1 or not first.takes_turns or first.row_stride % len(views) or list(views) != wanted:
+        return None
+    return replace(first, rows=first.rows * len(views), row_stride=row_stride)
+
 
 def side_by_side(left: View, right: View) -> View | None:
     """Both views as one, where the right one continues the rows of the left one."""
@@ -248,7 +263,13 @@ class Window:
 
     @staticmethod
     def of(view: View) -> Window:
-        """The bytes of a view, which is written along its contiguous dimension."""
+        """The bytes of a view, which is written along its contiguous dimension.
+
+        Raises:
+            PlanError: it has none.
+        """
+        if view.takes_turns:
+            raise PlanError("bytes between a window's elements belong to others", tensor=view.tensor, file=view.file)
         lines = view.transposed() if view.is_transposed else view
         if lines.is_dense:
             return Window(lines.file, lines.offset_bytes, lines.size_bytes)

@@ -116,12 +116,12 @@ MLP = (
 ROUTER = replicated(f"{MEGATRON}.mlp.router.weight", part(f"{HF}.mlp.gate.weight", "experts hidden"))
 _EXPERT, _HF_EXPERTS = f"{MEGATRON}.mlp.experts.{{expert}}", f"{HF}.mlp.experts"
 #: Of each expert in a file: rows 0..F of gate_up_proj are the gate, F..2F up.
-_GATE, _UP = (Alias(f"{_HF_EXPERTS}.gate_up_proj", is_stacked=True, part=number, parts=2) for number in range(2))
+_GATE_UP = Alias(f"{_HF_EXPERTS}.gate_up_proj", is_stacked=True, rows=("expert_ffn", "expert_ffn"))
 EXPERTS = (
     column_parallel(
         f"{_EXPERT}.linear_fc1.weight",
-        part(f"{_HF_EXPERTS}.{{expert}}.gate_proj.weight", "expert_ffn hidden", _GATE),
-        part(f"{_HF_EXPERTS}.{{expert}}.up_proj.weight", "expert_ffn hidden", _UP),
+        part(f"{_HF_EXPERTS}.{{expert}}.gate_proj.weight", "expert_ffn hidden", _GATE_UP),
+        part(f"{_HF_EXPERTS}.{{expert}}.up_proj.weight", "expert_ffn hidden", replace(_GATE_UP, part=1)),
     ),
     row_parallel(
         f"{_EXPERT}.linear_fc2.weight",

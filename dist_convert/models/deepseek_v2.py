@@ -47,5 +47,5 @@ DEEPSEEK_V2 = Family(
     after=FINAL_NORM_AND_HEAD,
     special_ids=(100000, 100001),
     products=(*LATENT_SIZES, SHARED_SIZE),
-    has_yarn=True,
+    yarn_prefix="",
 )

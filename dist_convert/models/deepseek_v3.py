@@ -111,5 +111,5 @@ DEEPSEEK_V3 = Family(
     special_ids=(0, 1),
     products=(*LATENT_SIZES, SHARED_SIZE),
     other_types=("kimi_k2",),
-    has_yarn=True,
+    yarn_prefix="",
 )

@@ -1,5 +1,7 @@
 """Mixtral: Llama's attention, then a router and gated experts."""
 
+from dataclasses import replace
+
 from dist_convert.models.blocks import (
     ATTENTION_NORM,
     EMBEDDING,
@@ -16,7 +18,7 @@ from dist_convert.models.schema import MOST_EXPERTS, Alias, Family, Key, column_
 _MOE, _FUSED = f"{HF}.block_sparse_moe", f"{HF}.mlp"
 _EXPERT, _MEGATRON_EXPERT = f"{_MOE}.experts.{{expert}}", f"{MEGATRON}.mlp.experts.{{expert}}"
 #: What transformers 5 has in memory, and saves where it is asked to: of each expert, rows 0..F are w1 and F..2F w3.
-_W1, _W3 = (Alias(f"{_FUSED}.experts.gate_up_proj", is_stacked=True, part=number, parts=2) for number in range(2))
+_W1_W3 = Alias(f"{_FUSED}.experts.gate_up_proj", is_stacked=True, rows=("ffn", "ffn"))
 _W2 = Alias(f"{_FUSED}.experts.down_proj", is_stacked=True)
 
 MIXTRAL = Family(
@@ -38,6 +40,7 @@ MIXTRAL = Family(
         "qk_layernorm": False,
         "multi_latent_attention": False,
         "moe_shared_expert_intermediate_size": False,
+        "softmax_type": False,
     },
     config={"router_jitter_noise": 0.0, "output_router_logits": False},
     before=EMBEDDING,
@@ -50,8 +53,8 @@ MIXTRAL = Family(
         ),
         column_parallel(
             f"{_MEGATRON_EXPERT}.linear_fc1.weight",
-            part(f"{_EXPERT}.w1.weight", "ffn hidden", _W1),  # gate
-            part(f"{_EXPERT}.w3.weight", "ffn hidden", _W3),  # up
+            part(f"{_EXPERT}.w1.weight", "ffn hidden", _W1_W3),  # gate
+            part(f"{_EXPERT}.w3.weight", "ffn hidden", replace(_W1_W3, part=1)),  # up
         ),
         row_parallel(
             f"{_MEGATRON_EXPERT}.linear_fc2.weight",

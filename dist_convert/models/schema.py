@@ -136,6 +136,7 @@ class Architecture:
             "hidden": self.hidden,
             "ffn": self.ffn,
             "expert_ffn": self.expert_ffn,
+            "heads": self.heads,
             "query_groups": self.query_groups,
             "head_dim": self.head_dim,
             "query": self.heads * self.head_dim,
@@ -160,13 +161,20 @@ class Alias:
     Attributes:
         name: the template.
         is_stacked: all experts lie in it, along a leading axis.
-        part, parts: which of how many equal row ranges (of each expert) the tensor is.
+        rows, part: size names of the rows of all tensors that lie in it (of each expert), and which of them this one
+            is; where it lies there alone, none.
+        in_turn: their rows take turns, and do not follow each other.
+        is_transposed: its columns come first.
+        is_published: files have it always, and only we know the tensor's own name.
     """
 
     name: str
     is_stacked: bool = False
+    rows: tuple[str, ...] = ()
     part: int = 0
-    parts: int = 1
+    in_turn: bool = False
+    is_transposed: bool = False
+    is_published: bool = False
 
 
 @dataclass(frozen=True)
@@ -317,7 +325,9 @@ class Family:
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
         other_types: further values of `model_type` for the same model.
-        has_yarn: whether its rotary scaling is YaRN's, and not Llama 3.1's.
+        yarn_prefix: of training arguments, where its rotary scaling is YaRN's, and not Llama 3.1's: those of latent
+            attention have none.
+        layer_types: the kinds of attention that its layers have in turn, where they are not alike.
     """
 
     name: str
@@ -335,7 +345,8 @@ class Family:
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
     other_types: tuple[str, ...] = ()
-    has_yarn: bool = False
+    yarn_prefix: str | None = None
+    layer_types: tuple[str, ...] = ()
 
 
 def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
@@ -369,6 +380,14 @@ def parts_of(entry: Entry) -> tuple[Part, ...]:
 def part_shape(part: Part, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Elements per dimension of a Hugging Face tensor."""
     return tuple(sizes[dim] for dim in part.dims)
+
+
+def alias_shape(part: Part, alias: Alias, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Elements per dimension of what holds a Hugging Face tensor under another name."""
+    rows, *columns = part_shape(part, sizes)
+    shape = (sum(sizes[name] for name in alias.rows) or rows, *columns)
+    shape = shape[::-1] if alias.is_transposed else shape
+    return (sizes["experts"], *shape) if alias.is_stacked else shape
 
 
 def part_size(part: Part, sizes: Mapping[str, int]) -> tuple[int, int]:

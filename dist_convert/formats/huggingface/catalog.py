@@ -11,7 +11,7 @@ from dist_convert.errors import ConversionError, UnsupportedModel, raise_togethe
 from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
-from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
+from dist_convert.models.schema import Architecture, Row, entries, part_shape, parts_of
 from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, View
 
 
@@ -87,7 +87,7 @@ def open_catalog(
         for part in parts_of(entry):
             name = part.name.format(layer=layer, expert=expert)
             try:
-                view = hf_view(part, layer, expert, stored, *part_size(part, sizes), experts=architecture.experts)
+                view = hf_view(part, layer, expert, stored, sizes)
             except ConversionError as problem:
                 problems.append(problem)
                 continue

@@ -40,7 +40,9 @@ _YARN: dict[str, Any] = {
     "mscale_all_dim": 0.0,
 }  # fmt: skip
 #: What YaRN may have besides in transformers and not in Megatron, with the value that changes nothing.
-_YARN_PINS = {"attention_factor": None, "truncate": True}
+_YARN_PINS: dict[str, object] = {"attention_factor": None, "truncate": True}
+_YARN_MSCALES: dict[str, object] = {"mscale": 1.0, "mscale_all_dim": 0.0}
+_NOT_ROUNDED: dict[str, object] = {"truncate": False}
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -187,9 +189,12 @@ def _check_pins(read: _Config) -> None:
             read.refuse(what, expected=f"{name}={wanted}", found=found)
     kinds = config.get("layer_types") or []
     has_window = "sliding_window" in read.keys and read.get("sliding_window") is not None
-    kind = "sliding_attention" if has_window else "full_attention"
-    if any(other != kind for other in kinds):
-        read.refuse("layers attend in different ways", expected=f"{kind} in all layer_types", found=kinds)
+    wanted = read.family.layer_types or ("sliding_attention" if has_window else "full_attention",)
+    if any(kind != wanted[layer % len(wanted)] for layer, kind in enumerate(kinds)):
+        what = f"{' and '.join(wanted)} in {'turn in' if len(wanted) > 1 else 'all'} layer_types"
+        read.refuse("layers attend in different ways", expected=what, found=kinds)
+    if len(wanted) > 1 and not has_window:
+        read.refuse("no layer has a window", expected="sliding_window", found=None)
     if config.get("quantization_config"):
         read.refuse(
             "the weights are quantised",
@@ -252,15 +257,17 @@ def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
-    kind, known = _kind(rope)[0], "yarn" if read.family.has_yarn else "llama3"
-    if kind == "default":
+    prefix = read.family.yarn_prefix
+    kind, known = _kind(rope)[0], "llama3" if prefix is None else "yarn"
+    if kind == "default" and not prefix:
         return None
     if kind != known:
-        read.refuse("another scaling of rotary frequencies", expected=f"rope_type default or {known}", found=kind)
+        expected = f"rope_type {'' if prefix else 'default or '}{known}"
+        read.refuse("another scaling of rotary frequencies", expected=expected, found=kind)
         return None
-    if read.family.has_yarn:
-        for name, wanted in _YARN_PINS.items():
-            if (found := rope.get(name, wanted)) != wanted:
+    if prefix is not None:
+        for name, wanted in (_YARN_PINS | (_NOT_ROUNDED if prefix else {})).items():
+            if (found := rope.get(name, _YARN_PINS[name])) != wanted:
                 read.refuse(f"Megatron's YaRN has no {name}", expected=f"{name}={wanted}, or none", found=found)
         said = {name: rope.get(name, default) for name, default in _YARN.items()}
         if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
@@ -341,8 +348,12 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """
     family, scaling = FAMILIES[architecture.family], None
     if architecture.rope_scaling is not None:
-        kind, names = ("yarn", tuple(_YARN)) if family.has_yarn else ("llama3", (_FACTOR, *_LLAMA3))
+        kind, names = ("llama3", (_FACTOR, *_LLAMA3)) if family.yarn_prefix is None else ("yarn", tuple(_YARN))
         scaling = {"rope_type": kind, **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
+        if family.yarn_prefix:  # as it is published
+            scaling = {name: said for name, said in scaling.items() if said != _YARN_MSCALES.get(name)} | _NOT_ROUNDED
+    types = family.layer_types
+    layer_types = {"layer_types": [types[n % len(types)] for n in range(architecture.layers)]} if types else {}
     partial = {name: value for name, value in family.config_pins.items() if name == _PARTIAL}
     return {
         "architectures": [family.hf_class],
@@ -358,6 +369,7 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "torch_dtype": TORCH_NAMES[dtype],
         "dtype": TORCH_NAMES[dtype],
         "use_cache": True,
+        **layer_types,
         **family.config,
         **family.config_pins,
     }

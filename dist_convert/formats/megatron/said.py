@@ -82,7 +82,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
             expected=f"the scaling of rotary frequencies that {_LIKE} has, which is none",
             remedy="leave the wrong one of both out",
         )
-    if scaling and (family or families_of_args(args)[0]).has_yarn:
+    if scaling and (family or families_of_args(args)[0]).yarn_prefix is not None:
         raise UsageError(
             "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
             file=file,
@@ -113,7 +113,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
 
 def _scaling(like: Architecture) -> dict[str, object]:
     """How a model scales its rotary frequencies, in training arguments."""
-    if FAMILIES[like.family].has_yarn:
+    if FAMILIES[like.family].yarn_prefix is not None:
         return rope_values(like)
     scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
     return {"use_rope_scaling": like.rope_scaling is not None, **scaling}

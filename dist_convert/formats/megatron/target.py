@@ -248,11 +248,12 @@ def settle_target(
     stages_are_known = not problems
     expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
     if architecture.experts:
-        expert_tensor = job.target_expert_tensor_parallel_size or tensor
+        usual = 1 if architecture.linear_bias else tensor  # experts that have biases are not cut
+        expert_tensor = job.target_expert_tensor_parallel_size or usual
         if own:
             expert = job.target_expert_parallel_size or own.grid.expert
             is_apart = own.grid.expert_tensor != own.grid.tensor
-            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else tensor)
+            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else usual)
     grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
     kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
@@ -261,10 +262,17 @@ def settle_target(
     raise_together(problems)
     stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
     spelled = own.dialect if own else TargetDialect()
+    dialect = TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts)
+    if architecture.experts and architecture.linear_bias and dialect.experts not in ("sequential", "te-grouped"):
+        raise UsageError(
+            "this layout of experts has no place for their biases",
+            expected="--expert-layout sequential or te-grouped",
+            found=dialect.experts,
+        )
     return architecture, Settings(
         _iteration(job, own),
         divisible_by,
-        TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts),
+        dialect,
         grid,
         stages,
         keeps_pipeline,
