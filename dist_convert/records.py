@@ -220,19 +220,18 @@ class View:
         return self.columns > 1 and self.column_stride != 1
 
     @property
-    def takes_turns(self) -> bool:
+    def is_scattered(self) -> bool:
         """Whether no element has a neighbour in the file, as its rows lie between those of another tensor."""
-        return self.rows > 1 and self.row_stride > 1 and (self.columns == 1 or self.column_stride > 1)
+        return min(self.rows, self.columns, self.row_stride, self.column_stride) > 1
 
 
 def in_turn(views: Sequence[View]) -> View | None:
-    """Views whose rows take turns in one tensor as one view, or None where they do not."""
-    first, row_stride = views[0], views[0].row_stride // len(views)
-    shift_bytes = row_stride * DTYPE_BYTES[first.dtype]
-    wanted = [replace(first, offset_bytes=first.offset_bytes + n * shift_bytes) for n in range(len(views))]
-    if len(views) == 1 or not first.takes_turns or first.row_stride % len(views) or list(views) != wanted:
+    """Two views whose rows take turns in one tensor as one view; None for others."""
+    if len(views) != 2 or views[0].row_stride % 2 or (views[0].columns > 1 and views[0].column_stride == 1):
         return None
-    return replace(first, rows=first.rows * len(views), row_stride=row_stride)
+    first, row_stride = views[0], views[0].row_stride // 2
+    second = replace(first, offset_bytes=first.offset_bytes + row_stride * DTYPE_BYTES[first.dtype])
+    return replace(first, rows=2 * first.rows, row_stride=row_stride) if row_stride and views[1] == second else None
 
 
 def side_by_side(left: View, right: View) -> View | None:
@@ -268,7 +267,7 @@ class Window:
         Raises:
             PlanError: it has none.
         """
-        if view.takes_turns:
+        if view.is_scattered:
             raise PlanError("bytes between a window's elements belong to others", tensor=view.tensor, file=view.file)
         lines = view.transposed() if view.is_transposed else view
         if lines.is_dense:

@@ -117,19 +117,24 @@ def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
     """The same of tensors whose regions are known."""
     found: list[Block] = []
     padding: list[Block] = []
-    turns: list[Stored] = []
+    waiting: list[Stored] = []
     for one in listed:
-        if any(view.takes_turns for region in one.target for view in region.replicas):
-            turns.append(one)
-        else:
-            found += _common_bands(one.source, one.target)
+        waiting.append(one)
+        if in_turn([view for held in waiting for view in held.target[0].replicas]):
+            found += _bands_in_turn(waiting)
+            waiting = []
+        elif len(waiting) > 1:
+            before = waiting.pop(0)
+            found += _common_bands(before.source, before.target)
         padding += _bands_of_padding(one, repeats=ends.repeat_last_row)
 
     def place(band: Block) -> tuple[str, int]:
         view = (band[0].sources if ends.source.is_owned else band[0].targets)[0]
         return view.file, view.offset_bytes
 
-    return sorted([*found, *_bands_in_turn(turns), *padding], key=place)
+    for one in waiting:
+        found += _common_bands(one.source, one.target)
+    return sorted(found + padding, key=place)
 
 
 @dataclass(frozen=True)
@@ -193,26 +198,13 @@ def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterato
 
 
 def _bands_in_turn(listed: Sequence[Stored]) -> Iterator[Block]:
-    """The copies of tensors whose rows take turns in the target, cut alike, those together that one write needs.
-
-    Raises:
-        PlanError: some of them are not there.
-    """
-    together: list[Stored] = []
-    for one in listed:
-        together.append(one)
-        if not in_turn([one.target[0].replicas[0] for one in together]):
-            continue
-        found = [common for one in together for common in _intersection(one.source, one.target)]
-        together = []
-        rows = sorted({row for common in found for row in (common.box.row, common.box.row_end)})
-        columns = sorted({column for common in found for column in (common.box.column, common.box.column_end)})
-        for (first, end), (left, right) in product(pairwise(rows), pairwise(columns)):
-            box = Box(first, left, end - first, right - left)
-            yield tuple(common.copy_of(box) for common in found if intersect(common.box, box))
-    if together:
-        view = together[0].target[0].replicas[0]
-        raise PlanError("rows are missing between those of a tensor", tensor=view.tensor, file=view.file)
+    """The copies of tensors whose rows take turns in the target, cut alike, those together that one write needs."""
+    found = [common for one in listed for common in _intersection(one.source, one.target)]
+    rows = sorted({row for common in found for row in (common.box.row, common.box.row_end)})
+    columns = sorted({column for common in found for column in (common.box.column, common.box.column_end)})
+    for (first, end), (left, right) in product(pairwise(rows), pairwise(columns)):
+        box = Box(first, left, end - first, right - left)
+        yield tuple(common.copy_of(box) for common in found if intersect(common.box, box))
 
 
 def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:

@@ -351,7 +351,8 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         kind, names = ("llama3", (_FACTOR, *_LLAMA3)) if family.yarn_prefix is None else ("yarn", tuple(_YARN))
         scaling = {"rope_type": kind, **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
         if family.yarn_prefix:  # as it is published
-            scaling = {name: said for name, said in scaling.items() if said != _YARN_MSCALES.get(name)} | _NOT_ROUNDED
+            usual = _YARN_MSCALES if _YARN_MSCALES.items() <= scaling.items() else {}
+            scaling = {name: said for name, said in scaling.items() if name not in usual} | _NOT_ROUNDED
     types = family.layer_types
     layer_types = {"layer_types": [types[n % len(types)] for n in range(architecture.layers)]} if types else {}
     partial = {name: value for name, value in family.config_pins.items() if name == _PARTIAL}

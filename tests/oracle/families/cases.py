@@ -59,6 +59,7 @@ SAID = {
 
 _BY_NAME = {model.name: model for model in MODELS}
 _TP, _TP_PP, _ALL = Grid(tp=2), Grid(tp=2, pp=2), Grid(tp=2, pp=2, ep=2, etp=1)
+_TP_ETP1, _TP_PP_ETP1 = Grid(tp=2, etp=1), Grid(tp=2, pp=2, etp=1)
 _LOCAL, _TE = ("local", "sequential"), ("transformer_engine", "sequential")
 _GROUPED = ("transformer_engine", "te-grouped")
 
@@ -86,6 +87,7 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("deepseek-v2-lite", _ALL, "torch", _LOCAL),
     _case("glm45", _TP_PP, "torch_dist", _LOCAL),
     _case("seed-oss", _TP, "torch", _TE),
+    _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -106,6 +108,7 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("deepseek-v2-lite", _TP, "torch_dist", _LOCAL),
     _case("glm45", _TP, "torch", _GROUPED),
     _case("seed-oss", _TP_PP, "torch_dist", _TE),
+    _case("gpt-oss", _TP_ETP1, "torch", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
@@ -115,8 +118,9 @@ def _all() -> tuple[Case, ...]:
     dense = product((_TP, _TP_PP), ("torch", "torch_dist"), (_LOCAL, _TE))
     moe = product((_TP, _TP_PP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
     combinations = {False: tuple(dense), True: tuple(moe)}
+    uncut = {_TP: _TP_ETP1, _TP_PP: _TP_PP_ETP1}  # of experts that have biases
     return tuple(
-        Case(model, grid, format, *modules)
+        Case(model, uncut.get(grid, grid) if model.model_type == "gpt_oss" else grid, format, *modules)
         for model in models
         for grid, format, modules in combinations[model.has_experts]
     )
