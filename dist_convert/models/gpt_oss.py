@@ -57,7 +57,7 @@ GPT_OSS = Family(
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=4, arg_default=2),
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
         Key("sliding_window", "sliding_window", "window_size", default=128, codec="window"),
-        Key("linear_bias", "", "add_bias_linear", "flag", default=True),
+        Key("linear_bias", "", "", "flag", default=True),
         Key("qkv_bias", "", "", "flag", default=True),
     ),
     pins=(

@@ -260,7 +260,7 @@ class Key:
     Attributes:
         field: of `Architecture`, or a name of its `facts`.
         config: the key of a config.json; "" where that has none, and `default` holds for all models of the family.
-        arg: the training argument; "" where it is not that value by itself.
+        arg: the training argument; "" where it is not that value by itself, or where `default` holds and `config` is "".
         kind: a whole number, another number, or yes and no.
         default: transformers', where a config.json lacks the key; None where the value then follows from others.
         arg_default: Megatron's, where the args lack it.

@@ -52,6 +52,7 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2},
     "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": None, "topk_group": None},
     "glm4_moe": SHARED | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": 6},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6, "rope_scaling": PLAIN_YARN},
 }
 

@@ -54,12 +54,13 @@ class Case:
 SAID = {
     "mistral": ("--like", "{hf}"),
     "seed-oss": ("--like", "{hf}"),
+    "phi3": ("--like", "{hf}"),
     "llama32": ("--rope-scaling-factor", "32"),
 }
 
 _BY_NAME = {model.name: model for model in MODELS}
 _TP, _TP_PP, _ALL = Grid(tp=2), Grid(tp=2, pp=2), Grid(tp=2, pp=2, ep=2, etp=1)
-_TP_ETP1, _TP_PP_ETP1 = Grid(tp=2, etp=1), Grid(tp=2, pp=2, etp=1)
+_TP_EP = Grid(tp=2, ep=2, etp=1)
 _LOCAL, _TE = ("local", "sequential"), ("transformer_engine", "sequential")
 _GROUPED = ("transformer_engine", "te-grouped")
 
@@ -88,6 +89,7 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("glm45", _TP_PP, "torch_dist", _LOCAL),
     _case("seed-oss", _TP, "torch", _TE),
     _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
+    _case("phi3", _TP, "torch_dist", _TE),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -108,7 +110,8 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("deepseek-v2-lite", _TP, "torch_dist", _LOCAL),
     _case("glm45", _TP, "torch", _GROUPED),
     _case("seed-oss", _TP_PP, "torch_dist", _TE),
-    _case("gpt-oss", _TP_ETP1, "torch", _LOCAL),
+    _case("gpt-oss", _TP_EP, "torch", _LOCAL),
+    _case("phi3", _TP_PP, "torch", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
@@ -117,12 +120,11 @@ def _all() -> tuple[Case, ...]:
     models = dict.fromkeys(case.model for case in CASES)
     dense = product((_TP, _TP_PP), ("torch", "torch_dist"), (_LOCAL, _TE))
     moe = product((_TP, _TP_PP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
-    combinations = {False: tuple(dense), True: tuple(moe)}
-    uncut = {_TP: _TP_ETP1, _TP_PP: _TP_PP_ETP1}  # of experts that have biases
+    uncut = product((_TP_EP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))  # experts that have biases
+    combinations = {"dense": tuple(dense), "moe": tuple(moe), "gpt-oss": tuple(uncut)}
+    kinds = {model: "moe" if model.has_experts else "dense" for model in models} | {_BY_NAME["gpt-oss"]: "gpt-oss"}
     return tuple(
-        Case(model, uncut.get(grid, grid) if model.model_type == "gpt_oss" else grid, format, *modules)
-        for model in models
-        for grid, format, modules in combinations[model.has_experts]
+        Case(model, grid, format, *modules) for model in models for grid, format, modules in combinations[kinds[model]]
     )
 
 

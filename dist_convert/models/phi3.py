@@ -1,0 +1,44 @@
+"""Phi-3 and Phi-4: a Llama whose files have queries, keys and values in one tensor, and gate and up in another."""
+
+from dataclasses import replace
+
+from dist_convert.models.blocks import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM_AND_HEAD,
+    HF,
+    MLP,
+    MLP_NORM,
+    OUTPUT,
+    QKV,
+    dense_keys,
+)
+from dist_convert.models.schema import Alias, Family, Key, Row
+
+
+def _in_one(row: Row, name: str) -> Row:
+    """A row whose Hugging Face tensors lie in one, each behind the one before."""
+    alias = Alias(name, rows=tuple(part.dims[0] for part in row.parts), is_published=True)
+    return replace(row, parts=tuple(replace(p, alias=replace(alias, part=n)) for n, p in enumerate(row.parts)))
+
+
+_GATE_UP, _, _DOWN, _ = MLP
+
+PHI3 = Family(
+    name="phi3",
+    hf_class="Phi3ForCausalLM",
+    # The defaults of Phi3Config in transformers 5.24.
+    keys=(
+        *dense_keys(query_groups=None, head_dim=None, epsilon=1e-5, theta=10000.0),
+        Key("sliding_window", "sliding_window", "window_size", codec="window"),
+    ),
+    pins=(),
+    signs={"add_qkv_bias": False, "num_experts": False, "qk_layernorm": False, "multi_latent_attention": False},
+    # Otherwise a token that small vocabularies do not have.
+    config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    before=EMBEDDING,
+    layer=(ATTENTION_NORM, _in_one(QKV, f"{HF}.self_attn.qkv_proj.weight"), OUTPUT),
+    dense=(MLP_NORM, _in_one(_GATE_UP, f"{HF}.mlp.gate_up_proj.weight"), _DOWN),
+    after=FINAL_NORM_AND_HEAD,
+    special_ids=(1, 32000),
+)
