@@ -30,6 +30,7 @@ LLAMA = Family(
         "add_qkv_bias": False,
         "window_size": False,
         "qk_layernorm": False,
+        "no_rope_freq": False,
         "multi_latent_attention": False,
     },
     config={"pretraining_tp": 1},

@@ -73,7 +73,7 @@ class YarnScaling:
 
 
 #: A fact that only some families have.
-Fact = int | float | bool
+Fact = int | float | bool | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ Entry = Row | ZeroTensor
 #:   window: of W tokens with the token itself it says (W - 1, 0).
 #:   leading_dense: a list with 0 for each layer without experts, of which config.json counts those that come first.
 #:   sparse_steps: the same list; config.json has `decoder_sparse_step` and `mlp_only_layers`.
-Codec = Literal["plain", "opposite", "or_none", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps"]
+#:   no_rope: a list with 1 for each of the layers, or every which layer is one; config.json's list has 0 for them.
+Codec = Literal[
+    "plain", "opposite", "or_none", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps", "no_rope"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class Key:
     Attributes:
         field: of `Architecture`, or a name of its `facts`.
         config: the key of a config.json; "" where that has none, and `default` holds for all models of the family.
-        arg: the training argument; "" where it is not that value by itself, or where `default` holds and `config` is "".
+        arg: the training argument; "" where it is not that value by itself, or where neither side says it.
         kind: a whole number, another number, or yes and no.
         default: transformers', where a config.json lacks the key; None where the value then follows from others.
         arg_default: Megatron's, where the args lack it.

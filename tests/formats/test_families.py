@@ -52,6 +52,7 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2},
     "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": None, "topk_group": None},
     "glm4_moe": SHARED | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "phi3": {"sliding_window": 6},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6, "rope_scaling": PLAIN_YARN},
 }
@@ -83,6 +84,8 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}}),
     ("deepseek_v2", {"q_lora_rank": 24, "n_group": 1, "topk_group": 1}),
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}}),
 ]
 
@@ -127,6 +130,9 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "full_attention in all"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=False"),
         ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=0.5"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "0 or 1 for each layer"),
+        ("smollm3", {"attention_bias": True}, "attention_bias=False"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "in turn in layer_types"),
         ("gpt_oss", {"sliding_window": None}, "no layer has a window"),
         ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}, "truncate=False"),
@@ -172,6 +178,8 @@ def test_a_config_is_refused_that_megatron_would_compute_otherwise(
         ("llama", "partial_rotary_factor", 0.5),
         ("llama", "noop_layers", "3"),
         ("glm4_moe", "partial_rotary_factor", 1.0),
+        ("smollm3", "no_rope_freq", 3),
+        ("smollm3", "no_rope_freq", [0, 0, 1]),
         ("gpt_oss", "softmax_type", "off-by-one"),
         ("gpt_oss", "window_attn_skip_freq", 3),
         ("gpt_oss", "window_attn_skip_freq", [0, 1, 0, 1]),

@@ -43,6 +43,8 @@ _YARN: dict[str, Any] = {
 _YARN_PINS: dict[str, object] = {"attention_factor": None, "truncate": True}
 _YARN_MSCALES: dict[str, object] = {"mscale": 1.0, "mscale_all_dim": 0.0}
 _NOT_ROUNDED: dict[str, object] = {"truncate": False}
+#: Codecs of keys that say something of some layers.
+_OF_LAYERS = ("leading_dense", "sparse_steps", "no_rope")
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -92,9 +94,11 @@ class _Config:
             return 0
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
-    def dense_layers(self, key: Key) -> tuple[int, ...]:
-        """The layers without experts."""
+    def some_layers(self, key: Key) -> tuple[int, ...]:
+        """The layers without experts, or without rotary positions."""
         layers, said = self.get("num_hidden_layers"), self.get(key.config)
+        if key.codec == "no_rope" and isinstance(layers, int):
+            return self._layers_without_rope(key.config, said, layers)
         if not isinstance(layers, int) or not isinstance(said, int) or not 0 <= said <= layers:
             self.misread(f"{key.config} is no number of layers", "a whole number", said)
             return ()
@@ -105,6 +109,15 @@ class _Config:
             self.misread("mlp_only_layers is no list of layers", "whole numbers", listed)
             return ()
         return tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % max(1, said))
+
+    def _layers_without_rope(self, name: str, said: object, layers: int) -> tuple[int, ...]:
+        every = self.given.get("no_rope_layer_interval", 4)
+        if said is None and type(every) is int and every > 0:
+            said = [int((layer + 1) % every != 0) for layer in range(layers)]
+        if not isinstance(said, list) or len(said) < layers or any(one not in (0, 1) for one in said):
+            self.misread(f"{name} is no list of layers", "0 or 1 for each layer", said)
+            return ()
+        return tuple(layer for layer, one in enumerate(said[:layers]) if not one)
 
 
 def config_vocab(config: Mapping[str, Any]) -> int:
@@ -148,7 +161,7 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
         values["router_aux_loss"] = read.number("router_aux_loss_coef", above=-1)
     if "sliding_window" in read.keys and read.get("sliding_window") is None:
         values["sliding_window"] = None
-    values |= {key.field: read.dense_layers(key) for key in read.keys.values() if key.field == "dense_layers"}
+    values |= {key.field: read.some_layers(key) for key in read.keys.values() if key.codec in _OF_LAYERS}
     values["rope_theta"], values["rope_scaling"] = _rope(read)
     _check_pins(read)
     values |= {key.field: read.value(key) for key in read.keys.values() if key.field not in values}

@@ -147,7 +147,7 @@ def architecture_from_args(
         )
     raise_together(problems)
     heads = args["num_attention_heads"]
-    facts = {key.field: key.default for key in family.keys if not key.arg and not key.config}
+    facts: dict[str, Any] = {key.field: key.default for key in family.keys if not key.arg and not key.config}
     facts |= {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
     facts |= {
         "ffn": _ffn(args, family),

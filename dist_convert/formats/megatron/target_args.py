@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -130,8 +131,8 @@ def training_flags(a: Architecture) -> list[str]:
     for name, value in sorted(model_values(a).items()):
         if name not in _RESTORED and value not in (None, False, _TRAINING_DEFAULTS.get(name)):
             flag = "--" + name.replace("_", "-")
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found.append(flag if value is True else f"{flag} {text}")
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
+            found.append(flag if value is True else f"{flag} {shlex.quote(text)}")
     return found
 
 

@@ -90,6 +90,7 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("seed-oss", _TP, "torch", _TE),
     _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
     _case("phi3", _TP, "torch_dist", _TE),
+    _case("smollm3", _TP_PP, "torch", _TE),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -112,6 +113,7 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("seed-oss", _TP_PP, "torch_dist", _TE),
     _case("gpt-oss", _TP_EP, "torch", _LOCAL),
     _case("phi3", _TP_PP, "torch", _LOCAL),
+    _case("smollm3", _TP, "torch_dist", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 

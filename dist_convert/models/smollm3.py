@@ -1,0 +1,40 @@
+"""SmolLM3: a Llama of which some layers have no rotary positions."""
+
+from dist_convert.models.blocks import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM_AND_HEAD,
+    MLP,
+    MLP_NORM,
+    NO_WINDOW,
+    OUTPUT,
+    QKV,
+    dense_keys,
+)
+from dist_convert.models.schema import Family, Key
+
+SMOLLM3 = Family(
+    name="smollm3",
+    hf_class="SmolLM3ForCausalLM",
+    # The defaults of SmolLM3Config in transformers 5.24.
+    keys=(
+        *dense_keys(query_groups=4, head_dim=None, epsilon=1e-6, theta=2000000.0, tied=True),
+        Key("layers_without_rope", "no_rope_layers", "no_rope_freq", codec="no_rope"),
+    ),
+    pins=(),
+    signs={
+        "no_rope_freq": True,
+        "num_experts": False,
+        "add_qkv_bias": False,
+        "window_size": False,
+        "qk_layernorm": False,
+        "multi_latent_attention": False,
+    },
+    config={},
+    config_pins={**NO_WINDOW, "attention_bias": False, "mlp_bias": False},
+    before=EMBEDDING,
+    layer=(ATTENTION_NORM, QKV, OUTPUT),
+    dense=(MLP_NORM, *MLP),
+    after=FINAL_NORM_AND_HEAD,
+    special_ids=(128000, 128001),
+)
