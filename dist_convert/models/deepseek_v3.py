@@ -21,6 +21,7 @@ from dist_convert.models.blocks import (
     hf_attention,
     routed_keys,
 )
+from dist_convert.models.prediction import MTP_KEY, PREDICTION, PREDICTION_COPIES
 from dist_convert.models.schema import Family, Key, Pin, Product, column_parallel, norm, row_parallel
 
 #: Of the latent attention: docs/formats.md, "Latent attention".
@@ -89,13 +90,14 @@ DEEPSEEK_V3 = Family(
         *basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
         *routed_keys(experts=256, per_token=8, ffn=2048, dense=3, shared=1, scale=2.5),
         *group_keys(groups=8, chosen=4),
+        MTP_KEY,
     ),
     pins=(
         *LATENT_PINS,
         *SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": True},
-    config={"num_nextn_predict_layers": 0, "ep_size": 1, "seq_aux": True},
+    config={"ep_size": 1, "seq_aux": True},
     config_pins={
         "norm_topk_prob": True,
         "attention_bias": False,
@@ -108,6 +110,8 @@ DEEPSEEK_V3 = Family(
     dense=(MLP_NORM, *MLP),
     moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
     after=FINAL_NORM_AND_HEAD,
+    prediction=PREDICTION,
+    copies=PREDICTION_COPIES,
     special_ids=(0, 1),
     products=(*LATENT_SIZES, SHARED_SIZE),
     other_types=("kimi_k2",),

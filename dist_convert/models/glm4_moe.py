@@ -21,6 +21,7 @@ from dist_convert.models.blocks import (
     group_keys,
     routed_keys,
 )
+from dist_convert.models.prediction import MTP_KEY, PREDICTION, PREDICTION_COPIES
 from dist_convert.models.schema import Family, Key, Pin
 
 GLM4_MOE = Family(
@@ -33,6 +34,7 @@ GLM4_MOE = Family(
         Key("qk_norm", "use_qk_norm", "qk_layernorm", "flag"),
         *routed_keys(experts=128, per_token=8, ffn=1408, dense=1, shared=1, scale=1.0),
         *group_keys(groups=1, chosen=1),
+        MTP_KEY,
     ),
     pins=(
         Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
@@ -40,12 +42,14 @@ GLM4_MOE = Family(
         *SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": False, "moe_router_enable_expert_bias": True},
-    config={"num_nextn_predict_layers": 0},
+    config={},
     config_pins={"norm_topk_prob": True, "partial_rotary_factor": 0.5},
     before=EMBEDDING,
     layer=(ATTENTION_NORM, QKV, QKV_BIAS, *QK_NORMS, OUTPUT),
     dense=(MLP_NORM, *MLP),
     moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
     after=FINAL_NORM_AND_HEAD,
+    prediction=PREDICTION,
+    copies=PREDICTION_COPIES,
     products=(SHARED_SIZE,),
 )

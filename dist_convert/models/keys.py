@@ -58,6 +58,8 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
         refuse("Megatron does not make the weight of a single expert 1", "two experts or more for each token", 1)
     if "kv_rank" in architecture.facts and architecture.query_groups != architecture.heads:
         refuse("latent attention has no groups of queries", f"{architecture.heads} groups", architecture.query_groups)
+    if architecture.fact("mtp_layers") and architecture.tied:
+        refuse("layers of multi-token prediction beside tied embeddings", "a head of its own (or --drop-mtp)", "tied")
     scaling = architecture.rope_scaling
     if scaling is not None and scaling.factor < 1:
         refuse("the scaling of rotary frequencies is none", "a factor of 1 or more", f"{scaling.factor:g}")
@@ -86,7 +88,7 @@ def to_arg(key: Key, architecture: Architecture) -> object:
     match key.codec:
         case "opposite":
             return not value
-        case "or_none":
+        case "or_none" | "if_any":
             return value or None
         case "or_one":
             return None if value == 1 else value

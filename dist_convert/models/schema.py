@@ -9,7 +9,8 @@ numbers); dimensions are size names of `Architecture.sizes`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -143,6 +144,7 @@ class Architecture:
             "key_value": self.query_groups * self.head_dim,
             "experts": self.experts,
             "one": 1,
+            "twice_hidden": 2 * self.hidden,
             **{name: value for name, value in self.facts.items() if type(value) is int},
         }
 
@@ -245,6 +247,7 @@ Entry = Row | ZeroTensor
 #: How an argument says a fact, where it does not say it plainly:
 #:   opposite: it is true where the fact is false.
 #:   or_none: None stands for 0.
+#:   if_any: None stands for 0, which config.json has as it is.
 #:   or_one: None stands for 1.
 #:   experts_wide: the width of so many experts.
 #:   window: of W tokens with the token itself it says (W - 1, 0).
@@ -252,7 +255,8 @@ Entry = Row | ZeroTensor
 #:   sparse_steps: the same list; config.json has `decoder_sparse_step` and `mlp_only_layers`.
 #:   no_rope: a list with 1 for each of the layers, or every which layer is one; config.json's list has 0 for them.
 Codec = Literal[
-    "plain", "opposite", "or_none", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps", "no_rope"
+    "plain", "opposite", "or_none", "if_any", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps",
+    "no_rope",
 ]  # fmt: skip
 
 
@@ -325,6 +329,8 @@ class Family:
         config_pins: likewise, but another value makes another model.
         before, layer, after: rows before the layers, of each layer, and after them.
         dense, moe: further rows of the layers without and with experts.
+        prediction: further rows of layers of multi-token prediction, see `in_prediction`.
+        copies: Hugging Face names of what such a layer holds once more, and their templates in it.
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
         other_types: further values of `model_type` for the same model.
@@ -345,6 +351,8 @@ class Family:
     dense: tuple[Entry, ...] = ()
     moe: tuple[Entry, ...] = ()
     config_pins: Mapping[str, object] = field(default_factory=dict)
+    prediction: tuple[Row, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
     other_types: tuple[str, ...] = ()
@@ -361,9 +369,49 @@ def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry,
         for entry, expert in _entries_of_layer(listed, architecture.experts):
             if entry.applies_to(architecture):
                 yield entry, layer, expert
+    for number in range(architecture.fact("mtp_layers")):
+        # They are what the last layer is.
+        kind = family.moe if architecture.has_experts(architecture.layers - 1) else family.dense
+        rows = [row for row in (*family.prediction, *family.layer, *kind) if isinstance(row, Row)]
+        numbered = tuple(in_prediction(row, architecture.layers + number, number) for row in rows)
+        for entry, expert in _entries_of_layer(numbered, architecture.experts):
+            if entry.applies_to(architecture):
+                yield entry, None, expert
     for entry in family.after:
         if entry.applies_to(architecture):
             yield entry, None, None
+
+
+@cache  # rows are known by their identity
+def in_prediction(row: Row, layer: int, number: int) -> Row:
+    """A row as a layer of multi-token prediction has it, with that layer's numbers in its names.
+
+    Args:
+        row: of a layer, or of these layers alone, with `{mtp}` in its name.
+        layer: its number in Hugging Face's names, where it follows the others.
+        number: in Megatron's, where what all layers have is below `transformer_layer`.
+    """
+
+    def named(template: str) -> str:
+        inside = template.replace("decoder.layers.{layer}.", f"mtp.layers.{number}.transformer_layer.")
+        return inside.replace("{layer}", str(layer)).replace("{mtp}", str(number))
+
+    aliases = [part.alias and replace(part.alias, name=named(part.alias.name)) for part in row.parts]
+    parts = zip(row.parts, aliases, strict=True)
+    return replace(
+        row,
+        megatron=named(row.megatron),
+        parts=tuple(replace(part, name=named(part.name), alias=alias) for part, alias in parts),
+        transformer_engine=named(row.transformer_engine),
+        habana=named(row.habana),
+        local_key=named(row.local_key),
+    )
+
+
+def copies_of(family: Family, architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Under which names Hugging Face files hold a tensor once more, by its own."""
+    further = range(architecture.layers, architecture.layers + architecture.fact("mtp_layers"))
+    return {name: tuple(copy.format(layer=layer) for layer in further) for name, copy in family.copies.items()}
 
 
 def _entries_of_layer(listed: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:

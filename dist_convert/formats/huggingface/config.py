@@ -18,6 +18,7 @@ from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES, REFUSED
 from dist_convert.models.keys import architecture_of, check_computed_alike, to_config
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import (
     Architecture,
     Family,
@@ -90,7 +91,7 @@ class _Config:
         """What a key says by itself."""
         if key.kind == "flag":
             return bool(self.get(key.config))
-        if key.codec in ("or_none", "experts_wide") and self.get(key.config) in (None, 0):
+        if key.codec in ("or_none", "if_any", "experts_wide") and self.get(key.config) in (None, 0):
             return 0
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
@@ -399,8 +400,8 @@ def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype:
 def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config of a model from another's of its kind, whose special ids and further keys are taken over."""
     ours = config_json(architecture, dtype)
-    own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")
-    return {**config, **{name: ours[name] for name in own}}
+    own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", MTP_KEY.config)
+    return {**config, **{name: ours[name] for name in own if name in ours}}
 
 
 def with_special_ids(

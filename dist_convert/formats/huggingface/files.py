@@ -14,7 +14,7 @@ from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_ca
 from dist_convert.formats.huggingface.names import published
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
-from dist_convert.models.schema import Architecture, alias_shape, entries, parts_of
+from dist_convert.models.schema import Architecture, alias_shape, copies_of, entries, parts_of
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, row_major
 
 #: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
@@ -30,8 +30,10 @@ def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec
         UnsupportedModel: what is published as one tensor is stored in several dtypes.
     """
     main_dtype, sizes = source.params_dtype, source.architecture.sizes()
+    family = FAMILIES[source.architecture.family]
+    copies = copies_of(family, source.architecture)
     specs: dict[str, TensorSpec] = {}
-    for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
+    for entry, layer, expert in entries(family, source.architecture):
         for part in parts_of(entry):
             dtype = source.tensors[part.name.format(layer=layer, expert=expert)].dtype_in(target_dtype, main_dtype)
             alias = published(part)
@@ -45,6 +47,7 @@ def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec
                     found=dtype,
                     remedy="give another --target-params-dtype than keep",
                 )
+            specs |= {copy: (copy, *spec[1:]) for copy in copies.get(name, ())}
     return list(specs.values())
 
 

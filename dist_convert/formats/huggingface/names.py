@@ -26,7 +26,7 @@ _BASE_MODEL = "model."
 HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
 #: The norm of embeddings, which each layer of multi-token prediction has and no other.
-_OF_MTP = ".enorm.weight"
+OF_MTP = ".enorm.weight"
 
 #: Tensors without a place in any family here: part of the name -> what they are.
 _HOMELESS = (
@@ -146,7 +146,7 @@ def leftovers(
     dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []
     # Others are the model's own, where config.json counts too few.
-    further = {_layer_of(name) for name in stored if name.endswith(_OF_MTP)}
+    further = {_layer_of(name) for name in stored if name.endswith(OF_MTP)}
     for name, tensor in stored.items():
         if name in used:
             continue

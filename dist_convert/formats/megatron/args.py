@@ -22,7 +22,7 @@ from dist_convert.models.schema import (
     is_size,
 )
 
-_NUMERIC = ("plain", "or_none", "or_one", "experts_wide")
+_NUMERIC = ("plain", "or_none", "if_any", "or_one", "experts_wide")
 #: Arguments that are computed with, and what they are at most.
 _KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg and key.codec in _NUMERIC]
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {

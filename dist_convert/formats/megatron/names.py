@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from dist_convert.models.schema import Row
+from dist_convert.options import MTP_LAYER_NAMES
 from dist_convert.records import StoredTensor, View
 
 #: plain: as in the table. transposed: columns x rows. stacked: experts along a leading axis. grouped: all experts of
@@ -69,11 +70,24 @@ def capacity_bin(layer: int, name: str) -> str:
 
 
 def normalise(name: str) -> str:
-    """A stored name without the `module` and `_orig_mod` components that wrappers and torch.compile put in."""
+    """A stored name without the `module` and `_orig_mod` components that wrappers and torch.compile put in.
+
+    What is below newer versions' `mtp_model_layer` is below `transformer_layer`, as in core 0.16.
+    """
     components = [component for component in name.split(".") if component != "_orig_mod"]
     while components[:1] == ["module"]:
         components = components[1:]
-    return ".".join(components)
+    return ".".join(components).replace(f".{MTP_LAYER_NAMES[1]}.", f".{MTP_LAYER_NAMES[0]}.")
+
+
+def with_mtp_name(name: str, mtp: str) -> str:
+    """A name as training has it whose layers of multi-token prediction call the layer in them so."""
+    return name.replace(f".{MTP_LAYER_NAMES[0]}.", f".{mtp}.") if is_of_mtp(name) else name
+
+
+def mtp_name_of(listed: Iterable[str]) -> str:
+    """Which of `MTP_LAYER_NAMES` some stored names have."""
+    return MTP_LAYER_NAMES[any(f".{MTP_LAYER_NAMES[1]}." in name for name in listed)]
 
 
 def layer_of(name: str) -> int | None:

@@ -43,7 +43,7 @@ from dist_convert.formats.megatron.target_args import (
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
+from dist_convert.options import MTP_LAYER_NAMES, PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
 
@@ -84,10 +84,12 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class TargetDialect:
-    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), and of its experts."""
+    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), of its experts, and of the layer in
+    a layer of multi-token prediction."""
 
     norms: str = "transformer_engine"
     experts: str = "sequential"
+    mtp: str = MTP_LAYER_NAMES[0]
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,11 @@ def settle_target(
     raise_together(problems)
     stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
     spelled = own.dialect if own else TargetDialect()
-    dialect = TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts)
+    dialect = TargetDialect(
+        job.saver_transformer_impl or spelled.norms,
+        job.expert_layout or spelled.experts,
+        job.mtp_layer_name or spelled.mtp,
+    )
     if architecture.experts and architecture.linear_bias and dialect.experts not in ("sequential", "te-grouped"):
         raise UsageError(
             "this layout of experts has no place for their biases",

@@ -91,6 +91,8 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
     _case("phi3", _TP, "torch_dist", _TE),
     _case("smollm3", _TP_PP, "torch", _TE),
+    _case("deepseek-v3-mtp", _TP_PP, "torch", _TE),
+    _case("glm45-mtp", _ALL, "torch_dist", _GROUPED),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -114,6 +116,8 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("gpt-oss", _TP_EP, "torch", _LOCAL),
     _case("phi3", _TP_PP, "torch", _LOCAL),
     _case("smollm3", _TP, "torch_dist", _LOCAL),
+    _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
+    _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
