@@ -86,6 +86,8 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
     ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    ("glm4_moe", {"num_nextn_predict_layers": 0}),
+    ("deepseek_v3", {"num_nextn_predict_layers": 2}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}}),
 ]
 
@@ -130,6 +132,7 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "full_attention in all"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=False"),
         ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=0.5"),
+        ("glm4_moe", {"tie_word_embeddings": True}, "a head of its own (or --drop-mtp)"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "0 or 1 for each layer"),
         ("smollm3", {"attention_bias": True}, "attention_bias=False"),

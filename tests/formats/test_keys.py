@@ -19,6 +19,7 @@ MODEL = Architecture(
 )  # fmt: skip
 LEADING = Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", codec="leading_dense")
 SPARSE = Key("dense_layers", "decoder_sparse_step", "moe_layer_freq", codec="sparse_steps")
+MTP = Key("mtp_layers", "num_nextn_predict_layers", "mtp_num_layers", codec="if_any")
 NO_ROPE = Key("layers_without_rope", "no_rope_layers", "no_rope_freq", codec="no_rope")
 WINDOW = Key("sliding_window", "sliding_window", "window_size", codec="window")
 TIED = Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite")
@@ -33,6 +34,8 @@ SAID: list[tuple[Key, Any, Any, dict[str, Any]]] = [
     (TIED, False, True, {"tie_word_embeddings": False}),
     (Key("experts", "n", "num_experts", codec="or_none"), 8, 8, {"n": 8}),
     (Key("experts", "n", "num_experts", codec="or_none"), 0, None, {"n": None}),
+    (MTP, 2, 2, {"num_nextn_predict_layers": 2}),
+    (MTP, 0, None, {"num_nextn_predict_layers": 0}),
     (SCALE, 2.5, 2.5, {"routed_scaling_factor": 2.5}),
     (SCALE, 1, None, {"routed_scaling_factor": 1}),
     (SHARED, 2, 96, {"n_shared_experts": 2}),

@@ -191,9 +191,13 @@ def logits(model: GPTModel, args: Namespace, input_ids: torch.Tensor) -> dict[st
     if not (args.mtp_num_layers and model.post_process):
         found = forward([model], input_ids)
         return None if found is None else {"logits": found[..., : args.vocab_size]}
-    # It insists on labels, and gives losses: what goes into them is seen on its way.
+    # It insists on labels, and gives losses: what goes into them is seen on its way, before it is overwritten.
     seen: list[torch.Tensor] = []
-    hook = model.output_layer.register_forward_hook(lambda _m, _i, output: seen.append(output[0].transpose(0, 1)))
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, object]) -> None:
+        seen.append(output[0].transpose(0, 1).clone())
+
+    hook = model.output_layer.register_forward_hook(keep)
     model.forward = functools.partial(model.forward, labels=input_ids)
     forward([model], input_ids)
     hook.remove()
