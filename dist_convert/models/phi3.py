@@ -13,6 +13,7 @@ from dist_convert.models.blocks import (
     QKV,
     dense_keys,
 )
+from dist_convert.models.mistral import MISTRAL
 from dist_convert.models.schema import Alias, Family, Key, Row
 
 
@@ -33,9 +34,8 @@ PHI3 = Family(
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
     pins=(),
-    signs={"add_qkv_bias": False, "num_experts": False, "qk_layernorm": False, "multi_latent_attention": False},
-    # Otherwise a token that small vocabularies do not have.
-    config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    signs=MISTRAL.signs,
+    config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # as in SmolLM3
     before=EMBEDDING,
     layer=(ATTENTION_NORM, _in_one(QKV, f"{HF}.self_attn.qkv_proj.weight"), OUTPUT),
     dense=(MLP_NORM, _in_one(_GATE_UP, f"{HF}.mlp.gate_up_proj.weight"), _DOWN),

@@ -30,7 +30,7 @@ SMOLLM3 = Family(
         "qk_layernorm": False,
         "multi_latent_attention": False,
     },
-    config={},
+    config={"pad_token_id": None},  # otherwise a token that small vocabularies do not have
     config_pins={**NO_WINDOW, "attention_bias": False, "mlp_bias": False},
     before=EMBEDDING,
     layer=(ATTENTION_NORM, QKV, OUTPUT),
