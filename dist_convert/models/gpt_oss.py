@@ -5,21 +5,7 @@ Its files have all experts of a layer in one tensor, transposed, with the column
 
 from dataclasses import replace
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM_AND_HEAD,
-    HF,
-    MEGATRON,
-    MOE_NORM,
-    OUTPUT,
-    OUTPUT_BIAS,
-    QKV,
-    QKV_BIAS,
-    attention,
-    dense_keys,
-    hf_attention,
-)
+from dist_convert.models import blocks
 from dist_convert.models.schema import (
     MOST_EXPERTS,
     Alias,
@@ -33,8 +19,8 @@ from dist_convert.models.schema import (
     row_parallel,
 )
 
-_ROUTER, _HF_ROUTER = f"{MEGATRON}.mlp.router", f"{HF}.mlp.router"
-_EXPERT, _HF_EXPERTS = f"{MEGATRON}.mlp.experts.{{expert}}", f"{HF}.mlp.experts"
+_ROUTER, _HF_ROUTER = f"{blocks.MEGATRON}.mlp.router", f"{blocks.HF}.mlp.router"
+_EXPERT, _HF_EXPERTS = f"{blocks.MEGATRON}.mlp.experts.{{expert}}", f"{blocks.HF}.mlp.experts"
 _DOWN = Alias(f"{_HF_EXPERTS}.down_proj", is_stacked=True, is_transposed=True, is_published=True)
 _GATE_UP = replace(_DOWN, name=f"{_HF_EXPERTS}.gate_up_proj", rows=("ffn", "ffn"), in_turn=True)
 
@@ -52,7 +38,7 @@ GPT_OSS = Family(
     hf_class="GptOssForCausalLM",
     # The defaults of GptOssConfig in transformers 5.24.
     keys=(
-        *dense_keys(query_groups=8, head_dim=64, epsilon=1e-5, theta=150000.0),
+        *blocks.dense_keys(query_groups=8, head_dim=64, epsilon=1e-5, theta=150000.0),
         Key("experts", "num_local_experts", "num_experts", default=128, most=MOST_EXPERTS, aliases=("num_experts",)),
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=4, arg_default=2),
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
@@ -74,17 +60,17 @@ GPT_OSS = Family(
     signs={"num_experts": True, "softmax_type": True, "window_size": True, "multi_latent_attention": False},
     config={"output_router_logits": False},
     config_pins={"attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
-    before=EMBEDDING,
+    before=blocks.EMBEDDING,
     layer=(
-        ATTENTION_NORM,
-        QKV,
-        QKV_BIAS,
-        column_parallel(attention("core_attention.softmax_offset"), hf_attention("sinks", "heads")),
-        OUTPUT,
-        OUTPUT_BIAS,
+        blocks.ATTENTION_NORM,
+        blocks.QKV,
+        blocks.QKV_BIAS,
+        column_parallel(blocks.attention("core_attention.softmax_offset"), blocks.hf_attention("sinks", "heads")),
+        blocks.OUTPUT,
+        blocks.OUTPUT_BIAS,
     ),
     moe=(
-        MOE_NORM,
+        blocks.MOE_NORM,
         replicated(f"{_ROUTER}.weight", part(f"{_HF_ROUTER}.weight", "experts hidden")),
         replicated(f"{_ROUTER}.bias", part(f"{_HF_ROUTER}.bias", "experts")),
         column_parallel(
@@ -100,7 +86,7 @@ GPT_OSS = Family(
         row_parallel(f"{_EXPERT}.linear_fc2.weight", _expert("down_proj.weight", "hidden ffn", _DOWN)),
         replicated(f"{_EXPERT}.linear_fc2.bias", _expert("down_proj.bias", "hidden", _bias(_DOWN))),
     ),
-    after=FINAL_NORM_AND_HEAD,
+    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(199998, 200002),
     yarn_prefix="yarn_",
     layer_types=("sliding_attention", "full_attention"),

@@ -2,17 +2,7 @@
 
 from dataclasses import replace
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM_AND_HEAD,
-    HF,
-    MLP,
-    MLP_NORM,
-    OUTPUT,
-    QKV,
-    dense_keys,
-)
+from dist_convert.models import blocks
 from dist_convert.models.mistral import MISTRAL
 from dist_convert.models.schema import Alias, Family, Key, Row
 
@@ -23,22 +13,21 @@ def _in_one(row: Row, name: str) -> Row:
     return replace(row, parts=tuple(replace(p, alias=replace(alias, part=n)) for n, p in enumerate(row.parts)))
 
 
-_GATE_UP, _, _DOWN, _ = MLP
+_GATE_UP, _, _DOWN, _ = blocks.MLP
 
 PHI3 = Family(
     name="phi3",
     hf_class="Phi3ForCausalLM",
     # The defaults of Phi3Config in transformers 5.24.
     keys=(
-        *dense_keys(query_groups=None, head_dim=None, epsilon=1e-5, theta=10000.0),
+        *blocks.dense_keys(query_groups=None, head_dim=None, epsilon=1e-5, theta=10000.0),
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
-    pins=(),
     signs=MISTRAL.signs,
     config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # as in SmolLM3
-    before=EMBEDDING,
-    layer=(ATTENTION_NORM, _in_one(QKV, f"{HF}.self_attn.qkv_proj.weight"), OUTPUT),
-    dense=(MLP_NORM, _in_one(_GATE_UP, f"{HF}.mlp.gate_up_proj.weight"), _DOWN),
-    after=FINAL_NORM_AND_HEAD,
+    before=blocks.EMBEDDING,
+    layer=(blocks.ATTENTION_NORM, _in_one(blocks.QKV, f"{blocks.HF}.self_attn.qkv_proj.weight"), blocks.OUTPUT),
+    dense=(blocks.MLP_NORM, _in_one(_GATE_UP, f"{blocks.HF}.mlp.gate_up_proj.weight"), _DOWN),
+    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 32000),
 )

@@ -342,12 +342,12 @@ class Family:
     name: str
     hf_class: str
     keys: tuple[Key, ...]
-    pins: tuple[Pin, ...]
     signs: Mapping[str, bool]
-    config: Mapping[str, object]
     before: tuple[Entry, ...]
     layer: tuple[Entry, ...]
     after: tuple[Entry, ...]
+    pins: tuple[Pin, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
     dense: tuple[Entry, ...] = ()
     moe: tuple[Entry, ...] = ()
     config_pins: Mapping[str, object] = field(default_factory=dict)

@@ -1,16 +1,6 @@
 """SmolLM3: a Llama of which some layers have no rotary positions."""
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM_AND_HEAD,
-    MLP,
-    MLP_NORM,
-    NO_WINDOW,
-    OUTPUT,
-    QKV,
-    dense_keys,
-)
+from dist_convert.models import blocks
 from dist_convert.models.schema import Family, Key
 
 SMOLLM3 = Family(
@@ -18,10 +8,9 @@ SMOLLM3 = Family(
     hf_class="SmolLM3ForCausalLM",
     # The defaults of SmolLM3Config in transformers 5.24.
     keys=(
-        *dense_keys(query_groups=4, head_dim=None, epsilon=1e-6, theta=2000000.0, tied=True),
+        *blocks.dense_keys(query_groups=4, head_dim=None, epsilon=1e-6, theta=2000000.0, tied=True),
         Key("layers_without_rope", "no_rope_layers", "no_rope_freq", codec="no_rope"),
     ),
-    pins=(),
     signs={
         "no_rope_freq": True,
         "num_experts": False,
@@ -31,10 +20,10 @@ SMOLLM3 = Family(
         "multi_latent_attention": False,
     },
     config={"pad_token_id": None},  # otherwise a token that small vocabularies do not have
-    config_pins={**NO_WINDOW, "attention_bias": False, "mlp_bias": False},
-    before=EMBEDDING,
-    layer=(ATTENTION_NORM, QKV, OUTPUT),
-    dense=(MLP_NORM, *MLP),
-    after=FINAL_NORM_AND_HEAD,
+    config_pins={**blocks.NO_WINDOW, "attention_bias": False, "mlp_bias": False},
+    before=blocks.EMBEDDING,
+    layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
+    dense=(blocks.MLP_NORM, *blocks.MLP),
+    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(128000, 128001),
 )
