@@ -16,7 +16,7 @@ from dist_convert.models.schema import Family
 from dist_convert.models.seed_oss import SEED_OSS
 from dist_convert.models.smollm3 import SMOLLM3
 
-_DENSE = (LLAMA, SMOLLM3, MISTRAL, QWEN2, SEED_OSS, QWEN3, PHI3)
+_DENSE = (LLAMA, MISTRAL, QWEN2, SEED_OSS, QWEN3, PHI3, SMOLLM3)
 _MOE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS)
 #: Training arguments may be those of several families: the first that they fit is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MOE)}
