@@ -38,6 +38,7 @@ TARGET_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "keep": None}
 SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
 #: Spellings of norms and of experts in a Megatron checkpoint.
 TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
+MTP_LAYER_NAMES = ("transformer_layer", "mtp_model_layer")
 EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
 #: Of the blocks, what `verify` compares where it is asked for a share of them and is not told which.
 SAMPLE = Fraction(1, 16)
@@ -220,6 +221,11 @@ class Options:
     )
     expert_layout: str | None = _to_megatron(
         "spelling of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
+    )
+    mtp_layer_name: str | None = _to_megatron(
+        "name of the transformer layer in a layer of multi-token prediction: the second for versions after core 0.16",
+        shown="a Megatron source's, else transformer_layer",
+        choices=MTP_LAYER_NAMES,
     )
     instruct: bool = _to_hf(
         "write end-of-turn tokens, sampling defaults, chat template of an instruct model", False, source=BARE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import mul
 
-from dist_convert.errors import UsageError
+from dist_convert.errors import PlanError, UsageError
 
 __version__ = "0.1.0"
 
@@ -219,6 +219,20 @@ class View:
         """Whether neighbours in a row are apart in the file, as in a transposed matrix."""
         return self.columns > 1 and self.column_stride != 1
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether no element has a neighbour in the file, as its rows lie between those of another tensor."""
+        return min(self.rows, self.columns, self.row_stride, self.column_stride) > 1
+
+
+def in_turn(views: Sequence[View]) -> View | None:
+    """Two views whose rows take turns in one tensor as one view; None for others."""
+    if len(views) != 2 or views[0].row_stride % 2 or (views[0].columns > 1 and views[0].column_stride == 1):
+        return None
+    first, row_stride = views[0], views[0].row_stride // 2
+    second = replace(first, offset_bytes=first.offset_bytes + row_stride * DTYPE_BYTES[first.dtype])
+    return replace(first, rows=2 * first.rows, row_stride=row_stride) if row_stride and views[1] == second else None
+
 
 def side_by_side(left: View, right: View) -> View | None:
     """Both views as one, where the right one continues the rows of the left one."""
@@ -248,7 +262,13 @@ class Window:
 
     @staticmethod
     def of(view: View) -> Window:
-        """The bytes of a view, which is written along its contiguous dimension."""
+        """The bytes of a view, which is written along its contiguous dimension.
+
+        Raises:
+            PlanError: it has none.
+        """
+        if view.is_scattered:
+            raise PlanError("bytes between a window's elements belong to others", tensor=view.tensor, file=view.file)
         lines = view.transposed() if view.is_transposed else view
         if lines.is_dense:
             return Window(lines.file, lines.offset_bytes, lines.size_bytes)

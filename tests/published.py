@@ -13,10 +13,11 @@ from typing import Any
 
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.names import published
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import entries, part_shape, parts_of
+from dist_convert.models.schema import alias_shape, copies_of, entries, parts_of
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.write.task import Task
@@ -30,6 +31,17 @@ _QWEN3_DENSE = _QWEN3 | {"model_type": "qwen3", "num_key_value_heads": 8}
 _QWEN3_MOE = _QWEN3 | {
     "model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
     "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+_GPT_OSS = {
+    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_experts_per_tok": 4,
+    "sliding_window": 128, "max_position_embeddings": 131072, "rope_theta": 150000, "rms_norm_eps": 1e-5,
+    "attention_bias": True, "tie_word_embeddings": False, "swiglu_limit": 7.0,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 #: config.json, as far as it decides what the model is.
@@ -55,6 +67,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
         "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
         "topk_method": "noaux_tc", "max_position_embeddings": 163840, "rope_theta": 10000, "rms_norm_eps": 1e-6,
+        "num_nextn_predict_layers": 1,
         "rope_scaling": {
             "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
             "original_max_position_embeddings": 4096,
@@ -66,8 +79,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "head_dim": 128, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
         "max_position_embeddings": 131072, "rope_theta": 1000000, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
-        "attention_bias": True, "use_qk_norm": False,
+        "attention_bias": True, "use_qk_norm": False, "num_nextn_predict_layers": 1,
     },
+    "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
 }  # fmt: skip
 
 
@@ -77,12 +92,15 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
     root.mkdir()
     (root / "config.json").write_text(json.dumps(config))
     architecture = architecture_from_config(config)
-    sizes = replace(architecture, vocab=config_vocab(config)).sizes()
+    family, sizes = FAMILIES[architecture.family], replace(architecture, vocab=config_vocab(config)).sizes()
     shapes = {
-        part.name.format(layer=layer, expert=expert): part_shape(part, sizes)
-        for entry, layer, expert in entries(FAMILIES[architecture.family], architecture)
+        alias.name.format(layer=layer, expert=expert): alias_shape(part, alias, sizes)
+        for entry, layer, expert in entries(family, architecture)
         for part in parts_of(entry)
+        for alias in [published(part)]
     }
+    copies = copies_of(family, architecture).items()
+    shapes |= {copy: shapes[name] for name, of_layers in copies for copy in of_layers}
     write_sparse_files(root, shapes, files)
 
 

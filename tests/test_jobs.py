@@ -35,6 +35,8 @@ PUBLISHED_JOBS = {
     "qwen3-235b-a22b": ("TP4 PP2 VPP1 EP8 ETP1", "", "470 GB"),
     "deepseek-v3": ("TP8 PP8 VPP1 EP8 ETP1", "1.36 TB", "1.34 TB"),
     "glm-4.5-air": ("TP4 PP2 VPP1 EP8 ETP1", "", ""),
+    "gpt-oss-20b": ("TP1 PP1 VPP1 EP8 ETP1", "", "41.8 GB"),
+    "gpt-oss-120b": ("TP1 PP1 VPP1 EP8 ETP1", "", "234 GB"),
 }
 PUBLISHED = [pytest.param(name, marks=() if name == "qwen3-8b" else pytest.mark.slow) for name in PUBLISHED_JOBS]
 

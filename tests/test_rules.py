@@ -143,10 +143,15 @@ def module_of(file: str) -> str:
 
 
 def imports_of(file: str) -> set[str]:
-    """The files of the package that a file imports."""
-    named = [node.module or "" for node in ast.walk(tree_of(file)) if isinstance(node, ast.ImportFrom)]
-    paths = [name.removeprefix("dist_convert.").replace(".", "/") for name in named if name.startswith("dist_convert.")]
-    return {path + ".py" if path + ".py" in FILES else path + "/__init__.py" for path in paths}
+    """The files of the package that a file imports: modules, or what it takes of them."""
+    found = set()
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dist_convert."):
+            path = (node.module or "").removeprefix("dist_convert.").replace(".", "/")
+            for alias in node.names:
+                places = (f"{path}/{alias.name}.py", f"{path}.py", f"{path}/__init__.py")
+                found.add(next(place for place in places if place in FILES))
+    return found
 
 
 def test_no_imports_go_in_a_circle() -> None:

@@ -175,7 +175,7 @@ def prepare_check(job: Options, task: Task, world: World) -> Model | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = where_of(job, task.source.directory)
+    where = where_of(job, task.source.directory, world)
     source = _open("source", where, world)
     return settled(source, where, world) if where.accept_differing_copies else source
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     Raises:
         SourceError: there is none, or all that the headers show to be wrong.
     """
-    where = replace(where_of(job, Path(job.source), job.ckpt_dir_name), like=read_like(job.like, world))
+    where = where_of(job, Path(job.source), world, job.ckpt_dir_name)
     refuse_unfinished(where.path, where.ckpt_dir_name)
     refuse_foreign(where.path)
     if any(gather_objects(world, bool(weights_files(where.path)))):
@@ -126,8 +125,8 @@ def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
     return shared
 
 
-def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Where:
-    """A conversion's source, or its iteration."""
+def where_of(job: Options, path: Path, world: World, ckpt_dir_name: str | None = None) -> Where:
+    """A conversion's source, or its iteration; raises what `read_like` does."""
     return Where(
         path,
         ckpt_dir_name,
@@ -136,6 +135,7 @@ def where_of(job: Options, path: Path, ckpt_dir_name: str | None = None) -> Wher
         job.tokenizer,
         job.accept_differing_copies,
         job.accept_shard_order,
+        read_like(job.like, world),
         rope_theta=job.rope_theta,
         rope_scaling_factor=job.rope_scaling_factor,
         drops_mtp=job.drop_mtp,

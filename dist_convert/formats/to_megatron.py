@@ -11,7 +11,7 @@ from dist_convert.formats.huggingface.carried import carried_configs
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.megatron.args import dialect_of_args
 from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places, grid_of_args
-from dist_convert.formats.megatron.names import dialect_of
+from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
 from dist_convert.formats.megatron.target import (
     Given,
     Own,
@@ -95,6 +95,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         make_vocab_size_divisible_by=settings.divisible_by,
         saver_transformer_impl=settings.dialect.norms,
         expert_layout=settings.dialect.experts,
+        mtp_layer_name=settings.dialect.mtp,
     )
     return Task(
         job=settled,
@@ -113,7 +114,8 @@ def _own(job: Options, model: Model, catalog: Catalog) -> Own | None:
     """What a Megatron source says of itself."""
     if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
         grid, chunks = catalog.grid, catalog.chunks
-        norms, experts = dialect_of(name for shard in model.shards.values() for chunk in shard.chunks for name in chunk)
+        listed = [name for shard in model.shards.values() for chunk in shard.chunks for name in chunk]
+        norms, experts = dialect_of(listed)
         iteration = model.shards[min(model.shards)].iteration
     elif isinstance(model, DistModel):
         # How its pipeline was cut does not matter where the target's is said.
@@ -121,13 +123,14 @@ def _own(job: Options, model: Model, catalog: Catalog) -> Own | None:
         args = {name: value for name, value in model.args.items() if name not in cut}
         grid, chunks = grid_of_args(args, catalog.architecture.layers)
         norms, experts = dialect_of_args(model.args)
+        listed = list(model.stored)
         iteration = model.iteration
     else:
         return None
     if job.to == TORCH_DIST:
         norms = dialect_of_args(model.args)[0]  # names do not tell there, and training goes by the args
     is_release = model.directory.resolve().name == RELEASE
-    dialect = TargetDialect(norms, experts or "sequential")
+    dialect = TargetDialect(norms, experts or "sequential", mtp_name_of(listed))
     return Own(model.args, grid, chunks, None if is_release else iteration or 0, dialect)
 
 

@@ -3,18 +3,21 @@
 from dist_convert.models.deepseek_v2 import DEEPSEEK_V2
 from dist_convert.models.deepseek_v3 import DEEPSEEK_V3
 from dist_convert.models.glm4_moe import GLM4_MOE
+from dist_convert.models.gpt_oss import GPT_OSS
 from dist_convert.models.llama import LLAMA
 from dist_convert.models.mistral import MISTRAL
 from dist_convert.models.mixtral import MIXTRAL
+from dist_convert.models.phi3 import PHI3
 from dist_convert.models.qwen2 import QWEN2
 from dist_convert.models.qwen2_moe import QWEN2_MOE
 from dist_convert.models.qwen3 import QWEN3
 from dist_convert.models.qwen3_moe import QWEN3_MOE
 from dist_convert.models.schema import Family
 from dist_convert.models.seed_oss import SEED_OSS
+from dist_convert.models.smollm3 import SMOLLM3
 
-_DENSE = (LLAMA, MISTRAL, QWEN2, SEED_OSS, QWEN3)
-_MOE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE)
+_DENSE = (LLAMA, MISTRAL, QWEN2, SEED_OSS, QWEN3, PHI3, SMOLLM3)
+_MOE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS)
 #: Training arguments may be those of several families: the first that they fit is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MOE)}
 
@@ -29,6 +32,4 @@ REFUSED = {
     "granite": "its embedding, attention, residuals and logits have multipliers",
     "granitemoe": "its embedding, attention, residuals and logits have multipliers",
     "qwen3_next": "most of its layers have linear attention",
-    "phi3": "its files fuse queries, keys and values; convert a Llama that it was saved as",
-    "gpt_oss": "its experts are stored with alternating columns",
 }

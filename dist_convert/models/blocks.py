@@ -116,12 +116,12 @@ MLP = (
 ROUTER = replicated(f"{MEGATRON}.mlp.router.weight", part(f"{HF}.mlp.gate.weight", "experts hidden"))
 _EXPERT, _HF_EXPERTS = f"{MEGATRON}.mlp.experts.{{expert}}", f"{HF}.mlp.experts"
 #: Of each expert in a file: rows 0..F of gate_up_proj are the gate, F..2F up.
-_GATE, _UP = (Alias(f"{_HF_EXPERTS}.gate_up_proj", is_stacked=True, part=number, parts=2) for number in range(2))
+_GATE_UP = Alias(f"{_HF_EXPERTS}.gate_up_proj", is_stacked=True, rows=("expert_ffn", "expert_ffn"))
 EXPERTS = (
     column_parallel(
         f"{_EXPERT}.linear_fc1.weight",
-        part(f"{_HF_EXPERTS}.{{expert}}.gate_proj.weight", "expert_ffn hidden", _GATE),
-        part(f"{_HF_EXPERTS}.{{expert}}.up_proj.weight", "expert_ffn hidden", _UP),
+        part(f"{_HF_EXPERTS}.{{expert}}.gate_proj.weight", "expert_ffn hidden", _GATE_UP),
+        part(f"{_HF_EXPERTS}.{{expert}}.up_proj.weight", "expert_ffn hidden", replace(_GATE_UP, part=1)),
     ),
     row_parallel(
         f"{_EXPERT}.linear_fc2.weight",
@@ -153,7 +153,7 @@ SHARED_EXPERTS = (
 )
 
 
-def basic_keys(*of_attention: Key, epsilon: float, theta: float) -> tuple[Key, ...]:
+def basic_keys(*of_attention: Key, epsilon: float, theta: float, tied: bool = False) -> tuple[Key, ...]:
     """The facts that all families have, and those of their attention, with the defaults of its class in transformers.
 
     Sizes have none: every config.json says them.
@@ -168,7 +168,9 @@ def basic_keys(*of_attention: Key, epsilon: float, theta: float) -> tuple[Key, .
         Key("max_positions", "max_position_embeddings", "max_position_embeddings"),
         Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
         Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
-        Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite"),
+        Key(
+            "tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", default=tied, codec="opposite"
+        ),
     )
 
 
@@ -205,13 +207,16 @@ def routed_keys(*, experts: int, per_token: int, ffn: int, dense: int, shared: i
     )
 
 
-def dense_keys(*, query_groups: int | None, head_dim: int | None, epsilon: float, theta: float) -> tuple[Key, ...]:
+def dense_keys(
+    *, query_groups: int | None, head_dim: int | None, epsilon: float, theta: float, tied: bool = False
+) -> tuple[Key, ...]:
     """Those of families with grouped queries."""
     return basic_keys(
         Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),
         Key("head_dim", "head_dim", "kv_channels", default=head_dim),
         epsilon=epsilon,
         theta=theta,
+        tied=tied,
     )
 
 

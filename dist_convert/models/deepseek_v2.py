@@ -1,18 +1,6 @@
 """DeepSeek-V2-Lite: latent attention and shared experts; a router of softmax scores without groups."""
 
-from dist_convert.models.blocks import (
-    EMBEDDING,
-    EXPERTS,
-    FINAL_NORM_AND_HEAD,
-    MLP,
-    MLP_NORM,
-    MOE_NORM,
-    ROUTER,
-    SHARED_EXPERTS,
-    SHARED_SIZE,
-    basic_keys,
-    routed_keys,
-)
+from dist_convert.models import blocks
 from dist_convert.models.deepseek_v3 import LATENT_ATTENTION, LATENT_KEYS, LATENT_PINS, LATENT_SIZES
 from dist_convert.models.schema import Family, Pin
 
@@ -21,15 +9,14 @@ DEEPSEEK_V2 = Family(
     hf_class="DeepseekV2ForCausalLM",
     # The defaults of DeepseekV2Config in transformers 5.24.
     keys=(
-        *basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
-        *routed_keys(experts=64, per_token=1, ffn=1407, dense=0, shared=2, scale=1.0),
+        *blocks.basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
+        *blocks.routed_keys(experts=64, per_token=1, ffn=1407, dense=0, shared=2, scale=1.0),
     ),
     pins=(
         *LATENT_PINS,
         Pin("moe_router_pre_softmax", (True,), "the family does not normalise the chosen weights", is_written=True),
     ),
     signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": False},
-    config={},
     # V2 itself scores groups by their best expert, and Megatron by the sum of several.
     config_pins={
         "norm_topk_prob": False,
@@ -40,12 +27,12 @@ DEEPSEEK_V2 = Family(
         "n_group": 1,
         "topk_group": 1,
     },
-    before=EMBEDDING,
+    before=blocks.EMBEDDING,
     layer=LATENT_ATTENTION,
-    dense=(MLP_NORM, *MLP),
-    moe=(MOE_NORM, ROUTER, *EXPERTS, *SHARED_EXPERTS),
-    after=FINAL_NORM_AND_HEAD,
+    dense=(blocks.MLP_NORM, *blocks.MLP),
+    moe=(blocks.MOE_NORM, blocks.ROUTER, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
+    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(100000, 100001),
-    products=(*LATENT_SIZES, SHARED_SIZE),
-    has_yarn=True,
+    products=(*LATENT_SIZES, blocks.SHARED_SIZE),
+    yarn_prefix="",
 )

@@ -2,63 +2,51 @@
 
 from dataclasses import replace
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    EXPERTS,
-    FINAL_NORM_AND_HEAD,
-    MLP,
-    MLP_NORM,
-    MOE_NORM,
-    ROUTER,
-    ROUTER_BIAS,
-    SHARED_EXPERTS,
-    SHARED_SIZE,
-    SIGMOID_PINS,
-    attention,
-    basic_keys,
-    group_keys,
-    hf_attention,
-    routed_keys,
-)
+from dist_convert.models import blocks
+from dist_convert.models.prediction import MTP_KEY, PREDICTION, PREDICTION_COPIES
 from dist_convert.models.schema import Family, Key, Pin, Product, column_parallel, norm, row_parallel
 
 #: Of the latent attention: docs/formats.md, "Latent attention".
 LATENT_ATTENTION = (
     # Nothing fuses the norm before it, as two projections read it.
-    replace(ATTENTION_NORM, transformer_engine="", habana=""),
+    replace(blocks.ATTENTION_NORM, transformer_engine="", habana=""),
     column_parallel(
-        attention("linear_q_proj.weight"), hf_attention("q_proj.weight", "latent_query hidden"), unless="q_rank"
+        blocks.attention("linear_q_proj.weight"),
+        blocks.hf_attention("q_proj.weight", "latent_query hidden"),
+        unless="q_rank",
     ),
     column_parallel(
-        attention("linear_q_down_proj.weight"),
-        hf_attention("q_a_proj.weight", "q_rank hidden"),
+        blocks.attention("linear_q_down_proj.weight"),
+        blocks.hf_attention("q_a_proj.weight", "q_rank hidden"),
         when="q_rank",
         is_whole_in_te=True,
     ),
     norm(
-        attention("q_layernorm.weight"),
-        hf_attention("q_a_layernorm.weight", "q_rank"),
-        transformer_engine=attention("linear_q_up_proj.layer_norm_weight"),
+        blocks.attention("q_layernorm.weight"),
+        blocks.hf_attention("q_a_layernorm.weight", "q_rank"),
+        transformer_engine=blocks.attention("linear_q_up_proj.layer_norm_weight"),
         when="q_rank",
     ),
     column_parallel(
-        attention("linear_q_up_proj.weight"), hf_attention("q_b_proj.weight", "latent_query q_rank"), when="q_rank"
+        blocks.attention("linear_q_up_proj.weight"),
+        blocks.hf_attention("q_b_proj.weight", "latent_query q_rank"),
+        when="q_rank",
     ),
     column_parallel(
-        attention("linear_kv_down_proj.weight"),
-        hf_attention("kv_a_proj_with_mqa.weight", "latent_width hidden"),
+        blocks.attention("linear_kv_down_proj.weight"),
+        blocks.hf_attention("kv_a_proj_with_mqa.weight", "latent_width hidden"),
         is_whole_in_te=True,
     ),
     norm(
-        attention("kv_layernorm.weight"),
-        hf_attention("kv_a_layernorm.weight", "kv_rank"),
-        transformer_engine=attention("linear_kv_up_proj.layer_norm_weight"),
+        blocks.attention("kv_layernorm.weight"),
+        blocks.hf_attention("kv_a_layernorm.weight", "kv_rank"),
+        transformer_engine=blocks.attention("linear_kv_up_proj.layer_norm_weight"),
     ),
     column_parallel(
-        attention("linear_kv_up_proj.weight"), hf_attention("kv_b_proj.weight", "latent_key_value kv_rank")
+        blocks.attention("linear_kv_up_proj.weight"),
+        blocks.hf_attention("kv_b_proj.weight", "latent_key_value kv_rank"),
     ),
-    row_parallel(attention("linear_proj.weight"), hf_attention("o_proj.weight", "hidden latent_output")),
+    row_parallel(blocks.attention("linear_proj.weight"), blocks.hf_attention("o_proj.weight", "hidden latent_output")),
 )
 
 #: The widths of a head's parts, and what follows from them.
@@ -86,16 +74,17 @@ DEEPSEEK_V3 = Family(
     hf_class="DeepseekV3ForCausalLM",
     # The defaults of DeepseekV3Config in transformers 5.24.
     keys=(
-        *basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
-        *routed_keys(experts=256, per_token=8, ffn=2048, dense=3, shared=1, scale=2.5),
-        *group_keys(groups=8, chosen=4),
+        *blocks.basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
+        *blocks.routed_keys(experts=256, per_token=8, ffn=2048, dense=3, shared=1, scale=2.5),
+        *blocks.group_keys(groups=8, chosen=4),
+        MTP_KEY,
     ),
     pins=(
         *LATENT_PINS,
-        *SIGMOID_PINS,
+        *blocks.SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": True},
-    config={"num_nextn_predict_layers": 0, "ep_size": 1, "seq_aux": True},
+    config={"ep_size": 1, "seq_aux": True},
     config_pins={
         "norm_topk_prob": True,
         "attention_bias": False,
@@ -103,13 +92,15 @@ DEEPSEEK_V3 = Family(
         "scoring_func": "sigmoid",
         "rope_interleave": True,
     },
-    before=EMBEDDING,
+    before=blocks.EMBEDDING,
     layer=LATENT_ATTENTION,
-    dense=(MLP_NORM, *MLP),
-    moe=(MOE_NORM, ROUTER, ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS),
-    after=FINAL_NORM_AND_HEAD,
+    dense=(blocks.MLP_NORM, *blocks.MLP),
+    moe=(blocks.MOE_NORM, blocks.ROUTER, blocks.ROUTER_BIAS, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
+    after=blocks.FINAL_NORM_AND_HEAD,
+    prediction=PREDICTION,
+    copies=PREDICTION_COPIES,
     special_ids=(0, 1),
-    products=(*LATENT_SIZES, SHARED_SIZE),
+    products=(*LATENT_SIZES, blocks.SHARED_SIZE),
     other_types=("kimi_k2",),
-    has_yarn=True,
+    yarn_prefix="",
 )

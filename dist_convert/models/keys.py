@@ -58,6 +58,8 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
         refuse("Megatron does not make the weight of a single expert 1", "two experts or more for each token", 1)
     if "kv_rank" in architecture.facts and architecture.query_groups != architecture.heads:
         refuse("latent attention has no groups of queries", f"{architecture.heads} groups", architecture.query_groups)
+    if architecture.fact("mtp_layers") and architecture.tied:
+        refuse("layers of multi-token prediction beside tied embeddings", "a head of its own (or --drop-mtp)", "tied")
     scaling = architecture.rope_scaling
     if scaling is not None and scaling.factor < 1:
         refuse("the scaling of rotary frequencies is none", "a factor of 1 or more", f"{scaling.factor:g}")
@@ -86,7 +88,7 @@ def to_arg(key: Key, architecture: Architecture) -> object:
     match key.codec:
         case "opposite":
             return not value
-        case "or_none":
+        case "or_none" | "if_any":
             return value or None
         case "or_one":
             return None if value == 1 else value
@@ -96,6 +98,8 @@ def to_arg(key: Key, architecture: Architecture) -> object:
             return None if value is None else (value - 1, 0)  # without the token itself
         case "leading_dense" | "sparse_steps":
             return [int(layer not in value) for layer in range(architecture.layers)] if value else 1
+        case "no_rope":
+            return [int(layer in value) for layer in range(architecture.layers)] if value else None
         case "plain":
             return value
 
@@ -110,6 +114,8 @@ def to_config(key: Key, architecture: Architecture) -> dict[str, object]:
             return {key.config: len(value)}
         case "sparse_steps":
             return {key.config: 1, "mlp_only_layers": list(value)}
+        case "no_rope":
+            return {key.config: [int(layer not in value) for layer in range(architecture.layers)]}
     return {key.config: value}
 
 
@@ -123,6 +129,8 @@ def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
     match key.codec:
         case "leading_dense" | "sparse_steps":
             return _dense_layers(key, value, args.get("num_layers") or 0, file)
+        case "no_rope":
+            return _layers_without_rope(key, value, args.get("num_layers") or 0, file)
         case "window":
             return _window(key, value, file) if is_set(value) else None
         case "or_one":
@@ -150,6 +158,16 @@ def _dense_layers(key: Key, value: object, layers: int, file: str) -> tuple[int,
     if key.codec == "leading_dense" and dense != tuple(range(len(dense))):
         raise _unsupported(key, "layers without experts at the beginning only", value, file)
     return dense
+
+
+def _layers_without_rope(key: Key, value: object, layers: int, file: str) -> tuple[int, ...]:
+    if not value:
+        return ()
+    if type(value) is int and value > 0 and layers % value == 0:
+        value = [*[0] * (value - 1), 1] * (layers // value)
+    if not isinstance(value, list) or len(value) != layers or any(one not in (0, 1) for one in value):
+        raise _unsupported(key, "a divisor of the layers, or a list with 0 or 1 for each layer", value, file)
+    return tuple(layer for layer, one in enumerate(value) if one)
 
 
 def _window(key: Key, value: object, file: str) -> int:

@@ -1,22 +1,14 @@
 """Mixtral: Llama's attention, then a router and gated experts."""
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM_AND_HEAD,
-    HF,
-    MEGATRON,
-    MOE_NORM,
-    OUTPUT,
-    QKV,
-    dense_keys,
-)
+from dataclasses import replace
+
+from dist_convert.models import blocks
 from dist_convert.models.schema import MOST_EXPERTS, Alias, Family, Key, column_parallel, part, replicated, row_parallel
 
-_MOE, _FUSED = f"{HF}.block_sparse_moe", f"{HF}.mlp"
-_EXPERT, _MEGATRON_EXPERT = f"{_MOE}.experts.{{expert}}", f"{MEGATRON}.mlp.experts.{{expert}}"
+_MOE, _FUSED = f"{blocks.HF}.block_sparse_moe", f"{blocks.HF}.mlp"
+_EXPERT, _MEGATRON_EXPERT = f"{_MOE}.experts.{{expert}}", f"{blocks.MEGATRON}.mlp.experts.{{expert}}"
 #: What transformers 5 has in memory, and saves where it is asked to: of each expert, rows 0..F are w1 and F..2F w3.
-_W1, _W3 = (Alias(f"{_FUSED}.experts.gate_up_proj", is_stacked=True, part=number, parts=2) for number in range(2))
+_W1_W3 = Alias(f"{_FUSED}.experts.gate_up_proj", is_stacked=True, rows=("ffn", "ffn"))
 _W2 = Alias(f"{_FUSED}.experts.down_proj", is_stacked=True)
 
 MIXTRAL = Family(
@@ -24,13 +16,12 @@ MIXTRAL = Family(
     hf_class="MixtralForCausalLM",
     # The defaults of MixtralConfig are alike in transformers 4.49 and 5.23.
     keys=(
-        *dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=1000000.0),
+        *blocks.dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=1000000.0),
         Key("experts", "num_local_experts", "num_experts", default=8, most=MOST_EXPERTS),
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=2, arg_default=2),
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
-    pins=(),
     signs={
         "num_experts": True,
         "add_qkv_bias": False,
@@ -38,26 +29,27 @@ MIXTRAL = Family(
         "qk_layernorm": False,
         "multi_latent_attention": False,
         "moe_shared_expert_intermediate_size": False,
+        "softmax_type": False,
     },
     config={"router_jitter_noise": 0.0, "output_router_logits": False},
-    before=EMBEDDING,
-    layer=(ATTENTION_NORM, QKV, OUTPUT),
+    before=blocks.EMBEDDING,
+    layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
     moe=(
-        MOE_NORM,
+        blocks.MOE_NORM,
         replicated(
-            f"{MEGATRON}.mlp.router.weight",
+            f"{blocks.MEGATRON}.mlp.router.weight",
             part(f"{_MOE}.gate.weight", "experts hidden", Alias(f"{_FUSED}.gate.weight")),
         ),
         column_parallel(
             f"{_MEGATRON_EXPERT}.linear_fc1.weight",
-            part(f"{_EXPERT}.w1.weight", "ffn hidden", _W1),  # gate
-            part(f"{_EXPERT}.w3.weight", "ffn hidden", _W3),  # up
+            part(f"{_EXPERT}.w1.weight", "ffn hidden", _W1_W3),  # gate
+            part(f"{_EXPERT}.w3.weight", "ffn hidden", replace(_W1_W3, part=1)),  # up
         ),
         row_parallel(
             f"{_MEGATRON_EXPERT}.linear_fc2.weight",
             part(f"{_EXPERT}.w2.weight", "hidden ffn", _W2),  # down
         ),
     ),
-    after=FINAL_NORM_AND_HEAD,
+    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
 )

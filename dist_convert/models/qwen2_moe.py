@@ -1,42 +1,22 @@
 """Qwen1.5 and Qwen2 with experts, of which some are shared and have a gate."""
 
-from dist_convert.models.blocks import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    EXPERTS,
-    FINAL_NORM_AND_HEAD,
-    HF,
-    MEGATRON,
-    MLP,
-    MLP_NORM,
-    MOE_NORM,
-    NO_WINDOW,
-    OUTPUT,
-    QKV,
-    QKV_BIAS,
-    QKV_BIAS_KEY,
-    ROUTER,
-    SPARSE_KEYS,
-    dense_keys,
-    expert_keys,
-)
+from dist_convert.models import blocks
 from dist_convert.models.schema import Family, Key, column_parallel, part, replicated, row_parallel
 
-_MEGATRON_SHARED, _HF_SHARED = f"{MEGATRON}.mlp.shared_experts", f"{HF}.mlp.shared_expert"
+_MEGATRON_SHARED, _HF_SHARED = f"{blocks.MEGATRON}.mlp.shared_experts", f"{blocks.HF}.mlp.shared_expert"
 
 QWEN2_MOE = Family(
     name="qwen2_moe",
     hf_class="Qwen2MoeForCausalLM",
     # The defaults of its class are alike in transformers 4.49 and 5.24.
     keys=(
-        *dense_keys(query_groups=16, head_dim=None, epsilon=1e-6, theta=10000.0),
-        *expert_keys(experts=60, per_token=4, ffn=1408, aux_loss=0.001),
+        *blocks.dense_keys(query_groups=16, head_dim=None, epsilon=1e-6, theta=10000.0),
+        *blocks.expert_keys(experts=60, per_token=4, ffn=1408, aux_loss=0.001),
         Key("shared_ffn", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=5632),
         Key("shared_gate", "", "moe_shared_expert_gate", "flag", default=True),
-        *SPARSE_KEYS,
-        QKV_BIAS_KEY,
+        *blocks.SPARSE_KEYS,
+        blocks.QKV_BIAS_KEY,
     ),
-    pins=(),
     signs={
         "add_qkv_bias": True,
         "num_experts": True,
@@ -46,14 +26,14 @@ QWEN2_MOE = Family(
         "multi_latent_attention": False,
     },
     config={"output_router_logits": False},
-    config_pins={**NO_WINDOW, "qkv_bias": True},
-    before=EMBEDDING,
-    layer=(ATTENTION_NORM, QKV, QKV_BIAS, OUTPUT),
-    dense=(MLP_NORM, *MLP),
+    config_pins={**blocks.NO_WINDOW, "qkv_bias": True},
+    before=blocks.EMBEDDING,
+    layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.QKV_BIAS, blocks.OUTPUT),
+    dense=(blocks.MLP_NORM, *blocks.MLP),
     moe=(
-        MOE_NORM,
-        ROUTER,
-        *EXPERTS,
+        blocks.MOE_NORM,
+        blocks.ROUTER,
+        *blocks.EXPERTS,
         column_parallel(
             f"{_MEGATRON_SHARED}.linear_fc1.weight",
             part(f"{_HF_SHARED}.gate_proj.weight", "shared_ffn hidden"),
@@ -62,7 +42,7 @@ QWEN2_MOE = Family(
         row_parallel(
             f"{_MEGATRON_SHARED}.linear_fc2.weight", part(f"{_HF_SHARED}.down_proj.weight", "hidden shared_ffn")
         ),
-        replicated(f"{_MEGATRON_SHARED}.gate_weight", part(f"{HF}.mlp.shared_expert_gate.weight", "one hidden")),
+        replicated(f"{_MEGATRON_SHARED}.gate_weight", part(f"{blocks.HF}.mlp.shared_expert_gate.weight", "one hidden")),
     ),
-    after=FINAL_NORM_AND_HEAD,
+    after=blocks.FINAL_NORM_AND_HEAD,
 )

@@ -9,7 +9,8 @@ numbers); dimensions are size names of `Architecture.sizes`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ class YarnScaling:
 
 
 #: A fact that only some families have.
-Fact = int | float | bool
+Fact = int | float | bool | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,14 @@ class Architecture:
             "hidden": self.hidden,
             "ffn": self.ffn,
             "expert_ffn": self.expert_ffn,
+            "heads": self.heads,
             "query_groups": self.query_groups,
             "head_dim": self.head_dim,
             "query": self.heads * self.head_dim,
             "key_value": self.query_groups * self.head_dim,
             "experts": self.experts,
             "one": 1,
+            "twice_hidden": 2 * self.hidden,
             **{name: value for name, value in self.facts.items() if type(value) is int},
         }
 
@@ -160,13 +163,20 @@ class Alias:
     Attributes:
         name: the template.
         is_stacked: all experts lie in it, along a leading axis.
-        part, parts: which of how many equal row ranges (of each expert) the tensor is.
+        rows, part: size names of the rows of all tensors that lie in it (of each expert), and which of them this one
+            is; where it lies there alone, none.
+        in_turn: their rows take turns, and do not follow each other.
+        is_transposed: its columns come first.
+        is_published: files have it always, and only we know the tensor's own name.
     """
 
     name: str
     is_stacked: bool = False
+    rows: tuple[str, ...] = ()
     part: int = 0
-    parts: int = 1
+    in_turn: bool = False
+    is_transposed: bool = False
+    is_published: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,12 +247,17 @@ Entry = Row | ZeroTensor
 #: How an argument says a fact, where it does not say it plainly:
 #:   opposite: it is true where the fact is false.
 #:   or_none: None stands for 0.
+#:   if_any: None stands for 0, which config.json has as it is.
 #:   or_one: None stands for 1.
 #:   experts_wide: the width of so many experts.
 #:   window: of W tokens with the token itself it says (W - 1, 0).
 #:   leading_dense: a list with 0 for each layer without experts, of which config.json counts those that come first.
 #:   sparse_steps: the same list; config.json has `decoder_sparse_step` and `mlp_only_layers`.
-Codec = Literal["plain", "opposite", "or_none", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps"]
+#:   no_rope: a list with 1 for each of the layers, or every which layer is one; config.json's list has 0 for them.
+Codec = Literal[
+    "plain", "opposite", "or_none", "if_any", "or_one", "experts_wide", "window", "leading_dense", "sparse_steps",
+    "no_rope",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -252,7 +267,7 @@ class Key:
     Attributes:
         field: of `Architecture`, or a name of its `facts`.
         config: the key of a config.json; "" where that has none, and `default` holds for all models of the family.
-        arg: the training argument; "" where it is not that value by itself.
+        arg: the training argument; "" where it is not that value by itself, or where neither side says it.
         kind: a whole number, another number, or yes and no.
         default: transformers', where a config.json lacks the key; None where the value then follows from others.
         arg_default: Megatron's, where the args lack it.
@@ -314,28 +329,35 @@ class Family:
         config_pins: likewise, but another value makes another model.
         before, layer, after: rows before the layers, of each layer, and after them.
         dense, moe: further rows of the layers without and with experts.
+        prediction: further rows of layers of multi-token prediction, see `in_prediction`.
+        copies: Hugging Face names of what such a layer holds once more, and their templates in it.
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
         other_types: further values of `model_type` for the same model.
-        has_yarn: whether its rotary scaling is YaRN's, and not Llama 3.1's.
+        yarn_prefix: of training arguments, where its rotary scaling is YaRN's, and not Llama 3.1's: those of latent
+            attention have none.
+        layer_types: the kinds of attention that its layers have in turn, where they are not alike.
     """
 
     name: str
     hf_class: str
     keys: tuple[Key, ...]
-    pins: tuple[Pin, ...]
     signs: Mapping[str, bool]
-    config: Mapping[str, object]
     before: tuple[Entry, ...]
     layer: tuple[Entry, ...]
     after: tuple[Entry, ...]
+    pins: tuple[Pin, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
     dense: tuple[Entry, ...] = ()
     moe: tuple[Entry, ...] = ()
     config_pins: Mapping[str, object] = field(default_factory=dict)
+    prediction: tuple[Row, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
     other_types: tuple[str, ...] = ()
-    has_yarn: bool = False
+    yarn_prefix: str | None = None
+    layer_types: tuple[str, ...] = ()
 
 
 def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
@@ -347,9 +369,49 @@ def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry,
         for entry, expert in _entries_of_layer(listed, architecture.experts):
             if entry.applies_to(architecture):
                 yield entry, layer, expert
+    for number in range(architecture.fact("mtp_layers")):
+        # They are what the last layer is.
+        kind = family.moe if architecture.has_experts(architecture.layers - 1) else family.dense
+        rows = [row for row in (*family.prediction, *family.layer, *kind) if isinstance(row, Row)]
+        numbered = tuple(in_prediction(row, architecture.layers + number, number) for row in rows)
+        for entry, expert in _entries_of_layer(numbered, architecture.experts):
+            if entry.applies_to(architecture):
+                yield entry, None, expert
     for entry in family.after:
         if entry.applies_to(architecture):
             yield entry, None, None
+
+
+@cache  # rows are known by their identity
+def in_prediction(row: Row, layer: int, number: int) -> Row:
+    """A row as a layer of multi-token prediction has it, with that layer's numbers in its names.
+
+    Args:
+        row: of a layer, or of these layers alone, with `{mtp}` in its name.
+        layer: its number in Hugging Face's names, where it follows the others.
+        number: in Megatron's, where what all layers have is below `transformer_layer`.
+    """
+
+    def named(template: str) -> str:
+        inside = template.replace("decoder.layers.{layer}.", f"mtp.layers.{number}.transformer_layer.")
+        return inside.replace("{layer}", str(layer)).replace("{mtp}", str(number))
+
+    aliases = [part.alias and replace(part.alias, name=named(part.alias.name)) for part in row.parts]
+    parts = zip(row.parts, aliases, strict=True)
+    return replace(
+        row,
+        megatron=named(row.megatron),
+        parts=tuple(replace(part, name=named(part.name), alias=alias) for part, alias in parts),
+        transformer_engine=named(row.transformer_engine),
+        habana=named(row.habana),
+        local_key=named(row.local_key),
+    )
+
+
+def copies_of(family: Family, architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Under which names Hugging Face files hold a tensor once more, by its own."""
+    further = range(architecture.layers, architecture.layers + architecture.fact("mtp_layers"))
+    return {name: tuple(copy.format(layer=layer) for layer in further) for name, copy in family.copies.items()}
 
 
 def _entries_of_layer(listed: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:
@@ -369,6 +431,14 @@ def parts_of(entry: Entry) -> tuple[Part, ...]:
 def part_shape(part: Part, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Elements per dimension of a Hugging Face tensor."""
     return tuple(sizes[dim] for dim in part.dims)
+
+
+def alias_shape(part: Part, alias: Alias, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Elements per dimension of what holds a Hugging Face tensor under another name."""
+    rows, *columns = part_shape(part, sizes)
+    shape = (sum(sizes[name] for name in alias.rows) or rows, *columns)
+    shape = shape[::-1] if alias.is_transposed else shape
+    return (sizes["experts"], *shape) if alias.is_stacked else shape
 
 
 def part_size(part: Part, sizes: Mapping[str, int]) -> tuple[int, int]:

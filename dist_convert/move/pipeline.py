@@ -224,9 +224,10 @@ def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, 
     values = rows.tensor[: target.size_bytes].view(dtype)
     # A transposed window is written along its columns, which are contiguous in the file.
     matrix = values.view(target.columns, target.rows).T if target.is_transposed else values.view(target.rows, -1)
-    column = 0
-    for part, read, (buffer, start) in zip(wanted.parts, reads, found, strict=True):
-        packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows, -1)
-        matrix[:, column : column + part.columns].copy_(packed[:, part.column : part.column + part.columns])
+    column, turns = 0, wanted.turns
+    for number, (part, read, (buffer, start)) in enumerate(zip(wanted.parts, reads, found, strict=True)):
+        packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows // turns, -1)
+        place = matrix[number::turns] if turns > 1 else matrix[:, column : column + part.columns]
+        place.copy_(packed[:, part.column : part.column + part.columns])
         column += part.columns
     return target.transposed() if target.is_transposed else target, rows.memory[: target.size_bytes]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, intersect, side_by_side, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, in_turn, intersect, side_by_side, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -116,16 +116,32 @@ def bands(ends: Ends, names: Sequence[str]) -> list[Block]:
 def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
     """The same of tensors whose regions are known."""
     found: list[Block] = []
-    padding: list[Block] = []
-    for one in listed:
-        found += _common_bands(one.source, one.target)
-        padding += _bands_of_padding(one, repeats=ends.repeat_last_row)
+    for together in _taking_turns(listed):
+        one = together[0]
+        found += _common_bands(one.source, one.target) if len(together) == 1 else _bands_in_turn(together)
+        found += (band for one in together for band in _bands_of_padding(one, repeats=ends.repeat_last_row))
 
     def place(band: Block) -> tuple[str, int]:
         view = (band[0].sources if ends.source.is_owned else band[0].targets)[0]
         return view.file, view.offset_bytes
 
-    return list(_alternating(sorted(found + padding, key=place)))
+    return list(_alternating(sorted(found, key=place)))
+
+
+def _taking_turns(listed: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """Tensors alone, but for two that follow each other and whose rows take turns in the target."""
+    before: list[Stored] = []
+    for one in listed:
+        together = [*before, one]
+        if in_turn([view for held in together for view in held.target[0].replicas]):
+            yield together
+            before = []
+        else:
+            if before:
+                yield before
+            before = [one]
+    if before:
+        yield before
 
 
 def _alternating(listed: Iterable[Block]) -> Iterator[Block]:
@@ -170,7 +186,10 @@ class _Common:
 
     def copy(self, first: int, end: int) -> Copy:
         """The copy of some of its rows, counted from the tensor."""
-        box = Box(first, self.box.column, end - first, self.box.columns)
+        return self.copy_of(Box(first, self.box.column, end - first, self.box.columns))
+
+    def copy_of(self, box: Box) -> Copy:
+        """The copy of a part of it, counted from the tensor."""
         return Copy(self.source.window(box), self.target.window(box), self.source.add - self.target.add)
 
 
@@ -212,6 +231,16 @@ def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterato
             yield tuple(one.copy(first, end) for one in band)
 
 
+def _bands_in_turn(listed: Sequence[Stored]) -> Iterator[Block]:
+    """The copies of tensors whose rows take turns in the target, cut alike, those together that one write needs."""
+    found = [common for one in listed for common in _intersection(one.source, one.target)]
+    rows = sorted({row for common in found for row in (common.box.row, common.box.row_end)})
+    columns = sorted({column for common in found for column in (common.box.column, common.box.column_end)})
+    for (first, end), (left, right) in product(pairwise(rows), pairwise(columns)):
+        box = Box(first, left, end - first, right - left)
+        yield tuple(common.copy_of(box) for common in found if intersect(common.box, box))
+
+
 def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
     """The source's padding as far as both sides have it; behind it the tensor's last row, or zeros."""
     if not one.target_padding:
@@ -250,9 +279,12 @@ def blocks_of_band(band: Block, files: Collection[str]) -> Iterator[Block]:
 
 
 def _square_tiles(band: Block) -> Iterator[Block]:
-    for copy in band:
-        for tile in block_tiles(copy.rows, copy.columns, _widest_bytes(copy), BLOCK_BYTES, is_transposed=True):
-            yield (copy.window(tile),)
+    # One write needs those whose rows take turns.
+    together = [band] if in_turn([copy.targets[0] for copy in band]) else [(copy,) for copy in band]
+    for copies in together:
+        rows, columns, item_bytes = copies[0].rows, copies[0].columns, max(map(_widest_bytes, copies)) * len(copies)
+        for tile in block_tiles(rows, columns, item_bytes, BLOCK_BYTES, is_transposed=True):
+            yield tuple(copy.window(tile) for copy in copies)
 
 
 def _row_blocks(band: Block) -> Iterator[Block]:

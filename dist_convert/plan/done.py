@@ -63,4 +63,4 @@ def is_transfer_done(ends: Ends, transfer: Transfer, done: Done) -> bool:
     if ends.repeat_last_row:
         regions += [region for name in transfer.names for region in ends.target.padding(name)]
     views = [view for region in regions for view in region.replicas if view.file in transfer.target_files]
-    return all(done.covers(Window.of(view)) for view in views)
+    return all(not view.is_scattered and done.covers(Window.of(view)) for view in views)

@@ -16,7 +16,7 @@ from dist_convert.plan.copies import bands, blocks_of_band, part_of
 from dist_convert.plan.limits import STEP_BYTES, Limits, aligned, readers_of
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.teams import Share
-from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, side_by_side
+from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, in_turn, side_by_side
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Write:
-    """A window of a target file that one member writes: the parts side by side."""
+    """A window of a target file that one member writes: the parts side by side, or their rows in turn."""
 
     target: View
     parts: tuple[Part, ...]
     writer: int
+
+    @property
+    def turns(self) -> int:
+        """How many parts' rows take turns; 1 where they lie side by side."""
+        return sum(part.columns for part in self.parts) // self.target.columns
 
 
 @dataclass(frozen=True)
@@ -297,6 +302,7 @@ def _joined(
     targets: list[View] = []
     parts: list[list[Part]] = []
     open_writes: list[int] = []
+    whole = in_turn([copy.targets[0] for copy in block])
     for copy, (reader, source) in zip(block, sources, strict=True):
         joined = side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0
@@ -305,6 +311,9 @@ def _joined(
         else:
             reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
         part = Part(len(reads) - 1, column, copy.columns)
+        if whole:
+            targets, parts = [whole], [[*(parts[0] if parts else ()), part]]
+            continue
         for number, target in enumerate(copy.targets):
             longer = side_by_side(targets[open_writes[number]], target) if number < len(open_writes) else None
             if longer:

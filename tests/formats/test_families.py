@@ -32,6 +32,10 @@ YARN = {
     "rope_type": "yarn", "factor": 40.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096,
     "mscale": 0.707, "mscale_all_dim": 0.707,
 }  # fmt: skip
+PLAIN_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 32,
+    "truncate": False,
+}  # fmt: skip
 LATENT = SHARED | {
     "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "rope_scaling": YARN,
@@ -48,6 +52,9 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2},
     "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": None, "topk_group": None},
     "glm4_moe": SHARED | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "phi3": {"sliding_window": 6},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6, "rope_scaling": PLAIN_YARN},
 }
 
 
@@ -77,6 +84,11 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}}),
     ("deepseek_v2", {"q_lora_rank": 24, "n_group": 1, "topk_group": 1}),
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    ("glm4_moe", {"num_nextn_predict_layers": 0}),
+    ("deepseek_v3", {"num_nextn_predict_layers": 2}),
+    ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}}),
 ]
 
 
@@ -120,6 +132,18 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "full_attention in all"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=False"),
         ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=0.5"),
+        ("glm4_moe", {"tie_word_embeddings": True}, "a head of its own (or --drop-mtp)"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "0 or 1 for each layer"),
+        ("smollm3", {"attention_bias": True}, "attention_bias=False"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "in turn in layer_types"),
+        ("gpt_oss", {"sliding_window": None}, "no layer has a window"),
+        ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}, "truncate=False"),
+        ("gpt_oss", {"rope_scaling": {k: v for k, v in PLAIN_YARN.items() if k != "truncate"}}, "truncate=False"),
+        ("gpt_oss", {"rope_scaling": None}, "rope_type yarn"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=True"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit=7.0"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.702"),
     ],
 )
 def test_a_config_is_refused_that_megatron_would_compute_otherwise(
@@ -157,6 +181,18 @@ def test_a_config_is_refused_that_megatron_would_compute_otherwise(
         ("llama", "partial_rotary_factor", 0.5),
         ("llama", "noop_layers", "3"),
         ("glm4_moe", "partial_rotary_factor", 1.0),
+        ("smollm3", "no_rope_freq", 3),
+        ("smollm3", "no_rope_freq", [0, 0, 1]),
+        ("gpt_oss", "softmax_type", "off-by-one"),
+        ("gpt_oss", "window_attn_skip_freq", 3),
+        ("gpt_oss", "window_attn_skip_freq", [0, 1, 0, 1]),
+        ("gpt_oss", "glu_linear_offset", 0.0),
+        ("gpt_oss", "activation_func_clamp_value", None),
+        ("gpt_oss", "position_embedding_type", "rope"),
+        ("gpt_oss", "yarn_rotary_scaling_factor", None),
+        ("gpt_oss", "yarn_mscale", 0.0),
+        ("gpt_oss", "yarn_correction_range_round_to_int", True),
+        ("gpt_oss", "add_bias_linear", False),
     ],
 )
 def test_args_are_refused_that_transformers_would_compute_otherwise(family: str, name: str, value: Any) -> None:
@@ -175,12 +211,20 @@ def test_args_are_refused_that_transformers_would_compute_otherwise(family: str,
         ("llama", "embedding_multiplier_scale", 1.0),
         ("llama", "cla_share_factor", 1),
         ("qwen3_moe", "moe_router_load_balancing_type", ["aux_loss", "seq_aux_loss"]),
+        ("gpt_oss", "yarn_mscale", None),
     ],
 )
 def test_args_that_change_nothing_are_no_obstacle(family: str, name: str, value: Any) -> None:
     args = args_of(family)
     read = architecture_from_args({**args, name: value}, vocab=500, file="shard", family=FAMILIES[family])
     assert read == architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family])
+
+
+def test_what_scales_attention_is_written_as_a_pair_or_not_at_all() -> None:
+    # transformers takes neither where one is missing.
+    for scaling, expected in [({}, {}), ({"mscale": 1.0, "mscale_all_dim": 1.0},) * 2]:
+        architecture = architecture_from_config(config_of("gpt_oss", rope_scaling=PLAIN_YARN | scaling))
+        assert config_json(architecture, "BF16")["rope_scaling"] == PLAIN_YARN | expected
 
 
 def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None:

@@ -17,7 +17,7 @@ from dist_convert.errors import ConversionError, InconsistentShards, MissingTens
 from dist_convert.formats.huggingface.names import hf_view, leftovers
 from dist_convert.formats.huggingface.read import find_weights, read_weights_header
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture, entries, part_size, parts_of
+from dist_convert.models.schema import Architecture, entries, parts_of
 from dist_convert.records import StoredTensor, View
 
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
@@ -49,6 +49,7 @@ PARTS = {
     for entry in (*family.before, *family.layer, *family.dense, *family.moe, *family.after)
     for part in parts_of(entry)
 }
+SIZES = {"experts": 4, "ffn": 6, "hidden": 8, "query": 6, "key_value": 2, "vocab": 30}
 
 
 # Where a part lies: literal numbers, with E = 4 experts, F = 6, h = 8
@@ -78,7 +79,7 @@ def test_a_part_is_a_window_on_what_is_stored(
     part: str, rows: int, columns: int, stored: StoredTensor, elements_before: int, strides: tuple[int, int]
 ) -> None:
     expert = 2 if "{expert}" in part else None
-    found = hf_view(PARTS[part], 3, expert, by_name(stored), rows, columns, experts=4)
+    found = hf_view(PARTS[part], 3, expert, by_name(stored), SIZES)
     offset_bytes = 1000 + 2 * elements_before
     assert found == View("model.safetensors", stored.name, "BF16", offset_bytes, rows, columns, *strides)
 
@@ -116,9 +117,8 @@ def views(architecture: Architecture, stored: Mapping[str, StoredTensor], *, hea
     for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
         for part in getattr(entry, "parts", ()):
             if part.name != "lm_head.weight" or head:
-                rows, columns = part_size(part, sizes)
                 name = part.name.format(layer=layer, expert=expert)
-                yield name, hf_view(part, layer, expert, stored, rows, columns, experts=architecture.experts)
+                yield name, hf_view(part, layer, expert, stored, sizes)
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["with a head", "base model"])
@@ -149,33 +149,31 @@ def test_every_part_is_found_in_whatever_form_transformers_saves(
 @pytest.mark.parametrize("shape", [(3, 12, 8), (5, 12, 8), (4, 6, 8), (4, 8, 12), (4, 12, 7), (12, 8), (48, 8), ()])
 def test_fused_experts_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(WrongShape) as caught:
-        hf_view(PARTS[f"{EXPERT}.w1.weight"], 3, 2, by_name(tensor(FUSED, *shape)), 6, 8, experts=4)
+        hf_view(PARTS[f"{EXPERT}.w1.weight"], 3, 2, by_name(tensor(FUSED, *shape)), SIZES)
     error = caught.value
     assert (error.tensor, error.file) == (FUSED, "model.safetensors")
     assert (error.expected, error.found) == ("[4, 12, 8] from config.json", str(list(shape)))
 
 
 @pytest.mark.parametrize(
-    ("part", "rows", "columns", "stored", "expected"),
+    ("part", "stored", "expected"),
     [
-        (Q, 6, 8, tensor("model.layers.3.self_attn.q_proj.weight", 8, 6), "[6, 8] from config.json"),
-        (Q, 6, 8, tensor("layers.3.self_attn.q_proj.weight", 48), "[6, 8] from config.json"),
-        ("model.norm.weight", 8, 1, tensor("model.norm.weight", 9), "[8] from config.json"),
-        ("model.embed_tokens.weight", 30, 8, tensor("embed_tokens.weight", 32, 8), "[30, 8] from config.json"),
+        (Q, tensor("model.layers.3.self_attn.q_proj.weight", 8, 6), "[6, 8] from config.json"),
+        (Q, tensor("layers.3.self_attn.q_proj.weight", 48), "[6, 8] from config.json"),
+        ("model.norm.weight", tensor("model.norm.weight", 9), "[8] from config.json"),
+        ("model.embed_tokens.weight", tensor("embed_tokens.weight", 32, 8), "[30, 8] from config.json"),
     ],
 )
-def test_a_tensor_of_another_shape_is_refused(
-    part: str, rows: int, columns: int, stored: StoredTensor, expected: str
-) -> None:
+def test_a_tensor_of_another_shape_is_refused(part: str, stored: StoredTensor, expected: str) -> None:
     with pytest.raises(WrongShape) as caught:
-        hf_view(PARTS[part], 3, None, by_name(stored), rows, columns)
+        hf_view(PARTS[part], 3, None, by_name(stored), SIZES)
     assert (caught.value.tensor, caught.value.expected) == (stored.name, expected)
 
 
 def test_a_missing_tensor_is_named_with_all_its_spellings() -> None:
     other_layer = tensor("model.layers.2.mlp.experts.gate_up_proj", 4, 12, 8)
     with pytest.raises(MissingTensor) as caught:
-        hf_view(PARTS[f"{EXPERT}.w1.weight"], 3, 2, by_name(other_layer), 6, 8, experts=4)
+        hf_view(PARTS[f"{EXPERT}.w1.weight"], 3, 2, by_name(other_layer), SIZES)
     assert caught.value.tensor == "model.layers.3.block_sparse_moe.experts.2.w1.weight"
     assert caught.value.expected == (
         "shape [6, 8], under one of model.layers.3.block_sparse_moe.experts.2.w1.weight, "
@@ -186,7 +184,7 @@ def test_a_missing_tensor_is_named_with_all_its_spellings() -> None:
 
 def test_a_missing_head_says_that_a_base_model_may_have_been_saved() -> None:
     with pytest.raises(MissingTensor) as caught:
-        hf_view(PARTS["lm_head.weight"], None, None, by_name(tensor("embed_tokens.weight", 30, 8)), 30, 8)
+        hf_view(PARTS["lm_head.weight"], None, None, by_name(tensor("embed_tokens.weight", 30, 8)), SIZES)
     assert caught.value.remedy.startswith("a base model was saved without its head")
 
 
@@ -200,7 +198,7 @@ def test_a_missing_head_says_that_a_base_model_may_have_been_saved() -> None:
 )
 def test_a_tensor_under_two_spellings_is_refused(part: str, expert: int | None, names: list[str]) -> None:
     with pytest.raises(InconsistentShards, match="stored twice") as caught:
-        hf_view(PARTS[part], 3, expert, by_name(*(tensor(name, 6, 8) for name in names)), 6, 8, experts=4)
+        hf_view(PARTS[part], 3, expert, by_name(*(tensor(name, 6, 8) for name in names)), SIZES)
     assert caught.value.found == ", ".join(names)
 
 

@@ -19,6 +19,8 @@ MODEL = Architecture(
 )  # fmt: skip
 LEADING = Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", codec="leading_dense")
 SPARSE = Key("dense_layers", "decoder_sparse_step", "moe_layer_freq", codec="sparse_steps")
+MTP = Key("mtp_layers", "num_nextn_predict_layers", "mtp_num_layers", codec="if_any")
+NO_ROPE = Key("layers_without_rope", "no_rope_layers", "no_rope_freq", codec="no_rope")
 WINDOW = Key("sliding_window", "sliding_window", "window_size", codec="window")
 TIED = Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", codec="opposite")
 SCALE = Key("route_scale", "routed_scaling_factor", "moe_router_topk_scaling_factor", "number", codec="or_one")
@@ -32,6 +34,8 @@ SAID: list[tuple[Key, Any, Any, dict[str, Any]]] = [
     (TIED, False, True, {"tie_word_embeddings": False}),
     (Key("experts", "n", "num_experts", codec="or_none"), 8, 8, {"n": 8}),
     (Key("experts", "n", "num_experts", codec="or_none"), 0, None, {"n": None}),
+    (MTP, 2, 2, {"num_nextn_predict_layers": 2}),
+    (MTP, 0, None, {"num_nextn_predict_layers": 0}),
     (SCALE, 2.5, 2.5, {"routed_scaling_factor": 2.5}),
     (SCALE, 1, None, {"routed_scaling_factor": 1}),
     (SHARED, 2, 96, {"n_shared_experts": 2}),
@@ -42,6 +46,8 @@ SAID: list[tuple[Key, Any, Any, dict[str, Any]]] = [
     (LEADING, (0, 1, 2), [0, 0, 0, 1], {"first_k_dense_replace": 3}),
     (SPARSE, (), 1, {"decoder_sparse_step": 1, "mlp_only_layers": []}),
     (SPARSE, (0, 2), [0, 1, 0, 1], {"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]}),
+    (NO_ROPE, (1, 3), [0, 1, 0, 1], {"no_rope_layers": [1, 0, 1, 0]}),
+    (NO_ROPE, (), None, {"no_rope_layers": [1, 1, 1, 1]}),
 ]
 
 
@@ -66,6 +72,8 @@ def test_an_argument_and_a_config_say_the_fact_in_their_own_way(
         (SPARSE, 2, (1, 3)),
         (SPARSE, 3, (1, 2)),
         (SPARSE, None, ()),
+        (NO_ROPE, 2, (1, 3)),
+        (NO_ROPE, 4, (3,)),
         (LEADING, [1, 1, 1, 1], ()),
         (TIED, None, True),
         (HIDDEN, None, 0),
@@ -88,6 +96,8 @@ def test_other_forms_of_an_argument_are_read(key: Key, arg: Any, fact: Any) -> N
         (LEADING, 2, "layers without experts at the beginning only"),
         (SPARSE, [0, 1], "a whole number, or a list with 0 or 1 for each layer"),
         (SPARSE, [0, 1, 2, 1], "a whole number, or a list with 0 or 1 for each layer"),
+        (NO_ROPE, 3, "a divisor of the layers, or a list with 0 or 1 for each layer"),
+        (NO_ROPE, [0, 1], "a divisor of the layers, or a list with 0 or 1 for each layer"),
         (SPARSE, "([0]*1+[1]*3)", "a whole number, or a list with 0 or 1 for each layer"),
         (SHARED, 100, "a multiple of 48, the width of an expert"),
         (SPARSE, -1, "a whole number, or a list with 0 or 1 for each layer"),

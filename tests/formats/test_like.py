@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
@@ -44,11 +45,25 @@ def test_a_family_that_the_args_do_not_tell_is_named_with_the_flag(
 
 def test_it_gives_the_family_and_no_weight_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = make(tmp_path / "in", MODEL, Grid(tp=2))
-    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like"))) == 0
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like")), "--verify") == 0
     assert _config(tmp_path / "out")["model_type"] == "mistral"
     assert _config(tmp_path / "out")["architectures"] == ["MistralForCausalLM"]
     assert_same(read_tensors(tmp_path / "out"), expected)
     assert "look the same" not in capsys.readouterr().err
+
+
+def test_a_phi_3_gets_its_projections_in_one_tensor(tmp_path: Path) -> None:
+    llama = make(tmp_path / "in", MODEL)
+    phi3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", **phi3)), "--verify") == 0
+    found, at = read_tensors(tmp_path / "out"), "model.layers.1"
+    projections = [llama.pop(f"{at}.self_attn.{name}_proj.weight") for name in "qkv"]
+    assert torch.equal(found[f"{at}.self_attn.qkv_proj.weight"], torch.cat(projections))
+    both = [llama.pop(f"{at}.mlp.{name}_proj.weight") for name in ("gate", "up")]
+    assert torch.equal(found[f"{at}.mlp.gate_up_proj.weight"], torch.cat(both))
+    own = {name: tensor for name, tensor in llama.items() if "layers.0" not in name}
+    assert [name for name, tensor in own.items() if not torch.equal(found[name], tensor)] == []
+    assert len(found) == 15  # six in each layer, and embedding, norm and head
 
 
 def test_it_may_name_the_file_or_its_directory(tmp_path: Path) -> None:

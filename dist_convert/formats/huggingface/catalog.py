@@ -11,7 +11,7 @@ from dist_convert.errors import ConversionError, UnsupportedModel, raise_togethe
 from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
-from dist_convert.models.schema import Architecture, Row, entries, part_shape, part_size, parts_of
+from dist_convert.models.schema import Architecture, Row, copies_of, entries, part_shape, parts_of
 from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, View
 
 
@@ -87,7 +87,7 @@ def open_catalog(
         for part in parts_of(entry):
             name = part.name.format(layer=layer, expert=expert)
             try:
-                view = hf_view(part, layer, expert, stored, *part_size(part, sizes), experts=architecture.experts)
+                view = hf_view(part, layer, expert, stored, sizes)
             except ConversionError as problem:
                 problems.append(problem)
                 continue
@@ -105,12 +105,14 @@ def open_catalog(
                     )
                 )
             tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype, part.dtype), (view,)
-    head = stored.get(HEAD)
-    if with_tied_copies and architecture.tied and not problems and head is not None and len(head.shape) == 2:
-        embedding, copy = next(iter(views)), View.of(head)  # the embedding comes first in every table
-        [view] = views[embedding]
-        if (copy.dtype, copy.rows, copy.columns) == (view.dtype, view.rows, view.columns):
-            views[embedding] = (view, copy)
+    further = copies_of(family, architecture) if not problems else {}
+    if with_tied_copies and architecture.tied and not problems:
+        further[next(iter(views))] = (HEAD,)  # the embedding comes first in every table
+    for name, others in further.items():
+        for copy in (View.of(stored[other]) for other in others if other in stored and len(stored[other].shape) == 2):
+            view = views[name][0]
+            if (copy.dtype, copy.rows, copy.columns) == (view.dtype, view.rows, view.columns):
+                views[name] += (copy,)
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
     dropped_from = architecture.layers if drops_mtp else None
     left_behind, unknown = leftovers(

@@ -18,6 +18,7 @@ from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.models import FAMILIES, REFUSED
 from dist_convert.models.keys import architecture_of, check_computed_alike, to_config
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import (
     Architecture,
     Family,
@@ -40,7 +41,11 @@ _YARN: dict[str, Any] = {
     "mscale_all_dim": 0.0,
 }  # fmt: skip
 #: What YaRN may have besides in transformers and not in Megatron, with the value that changes nothing.
-_YARN_PINS = {"attention_factor": None, "truncate": True}
+_YARN_PINS: dict[str, object] = {"attention_factor": None, "truncate": True}
+_YARN_MSCALES: dict[str, object] = {"mscale": 1.0, "mscale_all_dim": 0.0}
+_NOT_ROUNDED: dict[str, object] = {"truncate": False}
+#: Codecs of keys that say something of some layers.
+_OF_LAYERS = ("leading_dense", "sparse_steps", "no_rope")
 _REPAIR = "take config.json anew from where the model came from"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
@@ -86,13 +91,15 @@ class _Config:
         """What a key says by itself."""
         if key.kind == "flag":
             return bool(self.get(key.config))
-        if key.codec in ("or_none", "experts_wide") and self.get(key.config) in (None, 0):
+        if key.codec in ("or_none", "if_any", "experts_wide") and self.get(key.config) in (None, 0):
             return 0
         return self.size(key.config) if key.kind == "size" else self.number(key.config)
 
-    def dense_layers(self, key: Key) -> tuple[int, ...]:
-        """The layers without experts."""
+    def some_layers(self, key: Key) -> tuple[int, ...]:
+        """The layers without experts, or without rotary positions."""
         layers, said = self.get("num_hidden_layers"), self.get(key.config)
+        if key.codec == "no_rope" and isinstance(layers, int):
+            return self._layers_without_rope(key.config, said, layers)
         if not isinstance(layers, int) or not isinstance(said, int) or not 0 <= said <= layers:
             self.misread(f"{key.config} is no number of layers", "a whole number", said)
             return ()
@@ -103,6 +110,15 @@ class _Config:
             self.misread("mlp_only_layers is no list of layers", "whole numbers", listed)
             return ()
         return tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % max(1, said))
+
+    def _layers_without_rope(self, name: str, said: object, layers: int) -> tuple[int, ...]:
+        every = self.given.get("no_rope_layer_interval", 4)
+        if said is None and type(every) is int and every > 0:
+            said = [int((layer + 1) % every != 0) for layer in range(layers)]
+        if not isinstance(said, list) or len(said) < layers or any(one not in (0, 1) for one in said):
+            self.misread(f"{name} is no list of layers", "0 or 1 for each layer", said)
+            return ()
+        return tuple(layer for layer, one in enumerate(said[:layers]) if not one)
 
 
 def config_vocab(config: Mapping[str, Any]) -> int:
@@ -146,7 +162,7 @@ def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: boo
         values["router_aux_loss"] = read.number("router_aux_loss_coef", above=-1)
     if "sliding_window" in read.keys and read.get("sliding_window") is None:
         values["sliding_window"] = None
-    values |= {key.field: read.dense_layers(key) for key in read.keys.values() if key.field == "dense_layers"}
+    values |= {key.field: read.some_layers(key) for key in read.keys.values() if key.codec in _OF_LAYERS}
     values["rope_theta"], values["rope_scaling"] = _rope(read)
     _check_pins(read)
     values |= {key.field: read.value(key) for key in read.keys.values() if key.field not in values}
@@ -187,9 +203,12 @@ def _check_pins(read: _Config) -> None:
             read.refuse(what, expected=f"{name}={wanted}", found=found)
     kinds = config.get("layer_types") or []
     has_window = "sliding_window" in read.keys and read.get("sliding_window") is not None
-    kind = "sliding_attention" if has_window else "full_attention"
-    if any(other != kind for other in kinds):
-        read.refuse("layers attend in different ways", expected=f"{kind} in all layer_types", found=kinds)
+    wanted = read.family.layer_types or ("sliding_attention" if has_window else "full_attention",)
+    if any(kind != wanted[layer % len(wanted)] for layer, kind in enumerate(kinds)):
+        what = f"{' and '.join(wanted)} in {'turn in' if len(wanted) > 1 else 'all'} layer_types"
+        read.refuse("layers attend in different ways", expected=what, found=kinds)
+    if len(wanted) > 1 and not has_window:
+        read.refuse("no layer has a window", expected="sliding_window", found=None)
     if config.get("quantization_config"):
         read.refuse(
             "the weights are quantised",
@@ -252,15 +271,17 @@ def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
-    kind, known = _kind(rope)[0], "yarn" if read.family.has_yarn else "llama3"
-    if kind == "default":
+    prefix = read.family.yarn_prefix
+    kind, known = _kind(rope)[0], "llama3" if prefix is None else "yarn"
+    if kind == "default" and not prefix:
         return None
     if kind != known:
-        read.refuse("another scaling of rotary frequencies", expected=f"rope_type default or {known}", found=kind)
+        expected = f"rope_type {'' if prefix else 'default or '}{known}"
+        read.refuse("another scaling of rotary frequencies", expected=expected, found=kind)
         return None
-    if read.family.has_yarn:
-        for name, wanted in _YARN_PINS.items():
-            if (found := rope.get(name, wanted)) != wanted:
+    if prefix is not None:
+        for name, wanted in (_YARN_PINS | (_NOT_ROUNDED if prefix else {})).items():
+            if (found := rope.get(name, _YARN_PINS[name])) != wanted:
                 read.refuse(f"Megatron's YaRN has no {name}", expected=f"{name}={wanted}, or none", found=found)
         said = {name: rope.get(name, default) for name, default in _YARN.items()}
         if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
@@ -341,8 +362,13 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """
     family, scaling = FAMILIES[architecture.family], None
     if architecture.rope_scaling is not None:
-        kind, names = ("yarn", tuple(_YARN)) if family.has_yarn else ("llama3", (_FACTOR, *_LLAMA3))
+        kind, names = ("llama3", (_FACTOR, *_LLAMA3)) if family.yarn_prefix is None else ("yarn", tuple(_YARN))
         scaling = {"rope_type": kind, **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
+        if family.yarn_prefix:  # as it is published
+            usual = _YARN_MSCALES if _YARN_MSCALES.items() <= scaling.items() else {}
+            scaling = {name: said for name, said in scaling.items() if name not in usual} | _NOT_ROUNDED
+    types = family.layer_types
+    layer_types = {"layer_types": [types[n % len(types)] for n in range(architecture.layers)]} if types else {}
     partial = {name: value for name, value in family.config_pins.items() if name == _PARTIAL}
     return {
         "architectures": [family.hf_class],
@@ -358,6 +384,7 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "torch_dtype": TORCH_NAMES[dtype],
         "dtype": TORCH_NAMES[dtype],
         "use_cache": True,
+        **layer_types,
         **family.config,
         **family.config_pins,
     }
@@ -373,8 +400,8 @@ def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype:
 def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config of a model from another's of its kind, whose special ids and further keys are taken over."""
     ours = config_json(architecture, dtype)
-    own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")
-    return {**config, **{name: ours[name] for name in own}}
+    own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", MTP_KEY.config)
+    return {**config, **{name: ours[name] for name in own if name in ours}}
 
 
 def with_special_ids(

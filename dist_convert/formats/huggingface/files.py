@@ -9,10 +9,13 @@ import json
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog
-from dist_convert.models.catalog import Catalog, TensorMeta
-from dist_convert.models.schema import Architecture
-from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, View, row_major
+from dist_convert.errors import UnsupportedModel
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
+from dist_convert.formats.huggingface.names import published
+from dist_convert.models import FAMILIES
+from dist_convert.models.catalog import Catalog
+from dist_convert.models.schema import Architecture, alias_shape, copies_of, entries, parts_of
+from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, row_major
 
 #: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
 #: like offsets: processors copy at half their speed where the file's is a few bytes further. The format wants eight.
@@ -21,9 +24,31 @@ _LENGTH_BYTES = 8
 
 
 def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
-    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored."""
-    main_dtype = source.params_dtype
-    return [(name, meta.dtype_in(target_dtype, main_dtype), meta.shape) for name, meta in source.tensors.items()]
+    """What is to be written of a model: tensors of its main dtype in another one, the others as they are stored.
+
+    Raises:
+        UnsupportedModel: what is published as one tensor is stored in several dtypes.
+    """
+    main_dtype, sizes = source.params_dtype, source.architecture.sizes()
+    family = FAMILIES[source.architecture.family]
+    copies = copies_of(family, source.architecture)
+    specs: dict[str, TensorSpec] = {}
+    for entry, layer, expert in entries(family, source.architecture):
+        for part in parts_of(entry):
+            dtype = source.tensors[part.name.format(layer=layer, expert=expert)].dtype_in(target_dtype, main_dtype)
+            alias = published(part)
+            name = alias.name.format(layer=layer, expert=expert)
+            spec = specs.setdefault(name, (name, dtype, alias_shape(part, alias, sizes)))
+            if spec[1] != dtype:
+                raise UnsupportedModel(
+                    "a tensor has parts of different dtypes",
+                    tensor=name,
+                    expected=f"one dtype, as {spec[1]}",
+                    found=dtype,
+                    remedy="give another --target-params-dtype than keep",
+                )
+            specs |= {copy: (copy, *spec[1:]) for copy in copies.get(name, ())}
+    return list(specs.values())
 
 
 def _size_bytes(spec: TensorSpec) -> int:
@@ -78,12 +103,7 @@ def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
 
 def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
     """The catalog of weights files that are to be written."""
-    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
-    return HuggingFaceCatalog(
-        architecture,
-        {name: TensorMeta(tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-        {name: (View.of(tensor),) for name, tensor in stored.items()},
-    )
+    return open_catalog({tensor.name: tensor for file in files for tensor in file.tensors}, architecture)[0]
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

@@ -54,6 +54,7 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.options import TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers
@@ -308,7 +309,7 @@ def _layout(
         copied, others = files_to_copy(model.directory)
         notes = notes_on_content(content)
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        given = dict(model.config) | ({MTP_KEY: 0} if model.drops_mtp and MTP_KEY in model.config else {})
+        given = dict(model.config) | ({MTP_KEY.config: 0} if model.drops_mtp and MTP_KEY.config in model.config else {})
         config = config_of_copy(given, source.architecture, dtype)
         return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
     bins = None
@@ -347,7 +348,6 @@ def _notes_on_places(
     return notes
 
 
-MTP_KEY = "num_nextn_predict_layers"
 #: The most positions that a Llama is known to have with a theta of 10000.
 _LLAMA_2_POSITIONS = 4096
 

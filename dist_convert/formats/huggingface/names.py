@@ -15,20 +15,18 @@ Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
 from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.megatron.names import Piece, Storage, stored_shape, view
 from dist_convert.models.blocks import MTP_REASON
-from dist_convert.models.schema import Part
-from dist_convert.records import Box, StoredTensor, View
+from dist_convert.models.schema import Alias, Part, alias_shape, part_size
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View
 
 _BASE_MODEL = "model."
 HEAD = "lm_head.weight"
 _ROTARY = ".rotary_emb.inv_freq"
 #: The norm of embeddings, which each layer of multi-token prediction has and no other.
-_OF_MTP = ".enorm.weight"
+OF_MTP = ".enorm.weight"
 
 #: Tensors without a place in any family here: part of the name -> what they are.
 _HOMELESS = (
@@ -42,17 +40,16 @@ _HOMELESS = (
 )
 
 
-def _spellings(part: Part, layer: int | None, expert: int | None, experts: int) -> list[Piece]:
-    templates = [Piece(part.name)]
-    if (alias := part.alias) is not None:
-        storage: Storage = "stacked" if alias.is_stacked else "plain"
-        templates.append(Piece(alias.name, storage, part=alias.part, parts=alias.parts))
-    whole = [
-        replace(piece, name=piece.name.format(layer=layer, expert=expert), index=expert or 0, count=experts)
-        for piece in templates
-    ]
-    base = [replace(p, name=p.name.removeprefix(_BASE_MODEL)) for p in whole if p.name.startswith(_BASE_MODEL)]
-    return whole + base
+def published(part: Part) -> Alias:
+    """How published files hold a tensor."""
+    return part.alias if part.alias and part.alias.is_published else Alias(part.name)
+
+
+def _spellings(part: Part, layer: int | None, expert: int | None) -> dict[str, Alias]:
+    found = [published(part), *([part.alias] if part.alias else [])]
+    whole = {alias.name.format(layer=layer, expert=expert): alias for alias in found}
+    base = {n.removeprefix(_BASE_MODEL): alias for n, alias in whole.items() if n.startswith(_BASE_MODEL)}
+    return whole | base
 
 
 def hf_view(
@@ -60,28 +57,24 @@ def hf_view(
     layer: int | None,
     expert: int | None,
     stored: Mapping[str, StoredTensor],
-    rows: int,
-    columns: int,
-    *,
-    experts: int = 0,
+    sizes: Mapping[str, int],
 ) -> View:
-    """Where a table's part at one layer and expert is stored, as rows x columns.
+    """Where a table's part at one layer and expert is stored, as rows x columns; vectors have one column.
 
     Args:
         part: of the table.
         layer, expert: global numbers, for templates with `{layer}` and `{expert}`.
         stored: all tensors of the model by name.
-        rows, columns: by config.json; vectors have one column.
-        experts: of each layer by config.json, the first dimension of fused experts.
+        sizes: by config.json, see `Architecture.sizes`.
 
     Raises:
         MissingTensor: under none of its names.
         WrongShape: of another shape than config.json implies.
         InconsistentShards: under two of its names.
     """
-    spellings = _spellings(part, layer, expert, experts)
-    name, shape = spellings[0].name, [rows] if len(part.dims) == 1 else [rows, columns]
-    present = [(piece, stored[piece.name]) for piece in spellings if piece.name in stored]
+    spellings = _spellings(part, layer, expert)
+    name, first = next(iter(spellings.items()))
+    present = [(alias, stored[other]) for other, alias in spellings.items() if other in stored]
     if not present:
         remedy = f"the model is incomplete, or {CONFIG_FILE} is of another one; download or save it again"
         if name == HEAD:
@@ -92,7 +85,7 @@ def hf_view(
         raise MissingTensor(
             f"no tensor for {name}",
             tensor=name,
-            expected=f"shape {shape}, under one of {', '.join(piece.name for piece in spellings)}",
+            expected=f"shape {list(alias_shape(part, first, sizes))}, under one of {', '.join(spellings)}",
             found="nothing in any weights file",
             remedy=remedy,
         )
@@ -105,10 +98,9 @@ def hf_view(
             found=", ".join(tensor.name for _, tensor in present),
             remedy="two saves are mixed in this directory; download or save the model again",
         )
-    [(piece, tensor)] = present
-    of_piece = view(piece, tensor, piece.parts * rows, columns)
-    if of_piece is None:
-        expected = stored_shape(piece, piece.parts * rows, columns, is_vector=len(part.dims) == 1)
+    [(alias, tensor)] = present
+    expected = alias_shape(part, alias, sizes)
+    if tensor.shape != expected:
         raise WrongShape(
             f"wrong shape for {name}",
             tensor=tensor.name,
@@ -117,7 +109,18 @@ def hf_view(
             found=f"{list(tensor.shape)}",
             remedy=f"{CONFIG_FILE} is not this model's, or was changed; take both from the same place",
         )
-    return of_piece.window(Box(piece.part * rows, 0, rows, columns))
+    return _view(part, alias, tensor, expert, sizes)
+
+
+def _view(part: Part, alias: Alias, tensor: StoredTensor, expert: int | None, sizes: Mapping[str, int]) -> View:
+    (rows, columns), heights = part_size(part, sizes), [sizes[name] for name in alias.rows]
+    strides = tensor.strides[1:] if alias.is_stacked else tensor.strides
+    row_stride, column_stride = (*(strides[::-1] if alias.is_transposed else strides), 1)[:2]
+    first = alias.part if alias.in_turn else sum(heights[: alias.part])
+    shift = first * row_stride + ((expert or 0) * tensor.strides[0] if alias.is_stacked else 0)
+    offset_bytes = tensor.offset_bytes + shift * DTYPE_BYTES[tensor.dtype]
+    row_stride *= len(heights) if alias.in_turn else 1
+    return View(tensor.file, tensor.name, tensor.dtype, offset_bytes, rows, columns, row_stride, column_stride)
 
 
 def leftovers(
@@ -143,7 +146,7 @@ def leftovers(
     dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []
     # Others are the model's own, where config.json counts too few.
-    further = {_layer_of(name) for name in stored if name.endswith(_OF_MTP)}
+    further = {_layer_of(name) for name in stored if name.endswith(OF_MTP)}
     for name, tensor in stored.items():
         if name in used:
             continue

@@ -18,7 +18,7 @@ from dist_convert.errors import InconsistentShards
 from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
-from dist_convert.formats.huggingface.names import HEAD
+from dist_convert.formats.huggingface.names import HEAD, OF_MTP
 from dist_convert.formats.huggingface.read import (
     check_index,
     find_weights,
@@ -29,9 +29,11 @@ from dist_convert.formats.huggingface.read import (
     read_weights_header,
 )
 from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.catalog import Catalog, LeftBehind
-from dist_convert.models.schema import MOST_LAYERS, is_size
+from dist_convert.models.prediction import MTP_KEY
+from dist_convert.models.schema import MOST_LAYERS, copies_of, is_size
 from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
@@ -86,7 +88,10 @@ class HuggingFaceModel:
     ) -> tuple[HuggingFaceCatalog, LeftBehind]:
         """See `Model`; the config always says the vocabulary's size."""
         is_zero = not self.config.get("mlp_bias") if self.zero_biases is None else bool(self.zero_biases)
-        architecture = architecture_from_config(self.config, zero_output_bias=is_zero)
+        # transformers' classes count layers of multi-token prediction that they do not save.
+        has_mtp = not self.drops_mtp and any(name.endswith(OF_MTP) for name in self.stored)
+        config = self.config if has_mtp else {**self.config, MTP_KEY.config: 0}
+        architecture = architecture_from_config(config, zero_output_bias=is_zero)
         catalog, left_behind = open_catalog(
             self.stored, architecture, with_tied_copies=with_tied_copies, drops_mtp=self.drops_mtp
         )
@@ -131,34 +136,50 @@ _BLOCK_BYTES = 4 << 20
 
 
 def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
-    """Refuse a head that is stored and tied by the config, but not the embedding; one rank reads both by blocks.
+    """Refuse a copy of embedding or head that differs from it; one rank reads both by blocks.
+
+    A head may be tied by the config; layers of multi-token prediction hold both once more.
 
     Raises:
         InconsistentShards: they differ, or no rank can compare them.
     """
-    if not catalog.architecture.tied or HEAD not in model.stored:
-        return
-    [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
-    [embedding], head = region.replicas, model.stored[HEAD]
-    same_shape = (embedding.dtype, (embedding.rows, embedding.columns)) == (head.dtype, head.shape)
-    if same_shape and replace(View.of(head), tensor=embedding.tensor) == embedding:
+    architecture = catalog.architecture
+    if architecture.tied and HEAD in model.stored:
+        [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
+        what = "the model is tied by config.json, but it also stores a head that is not its embedding"
+        remedy = (
+            "if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
+            "save the model again without it"
+        )
+        _check_equal(model, region.replicas[0], model.stored[HEAD], world, what, remedy)
+    for name, copies in copies_of(FAMILIES[architecture.family], architecture).items():
+        for copy in copies:
+            if copy in model.stored:
+                [region] = catalog.regions(name)
+                what = "a layer of multi-token prediction has another embedding or head than the model"
+                remedy = "Megatron has one for all: leave these layers out with --drop-mtp"
+                _check_equal(model, region.replicas[0], model.stored[copy], world, what, remedy)
+
+
+def _check_equal(model: HuggingFaceModel, own: View, copy: StoredTensor, world: World, what: str, remedy: str) -> None:
+    same_shape = (own.dtype, (own.rows, own.columns)) == (copy.dtype, copy.shape)
+    if same_shape and replace(View.of(copy), tensor=own.tensor) == own:
         return  # one storage, as torch saves tied parameters
-    able = [rank for rank, files in enumerate(model.found.visible) if {embedding.file, head.file} <= files]
+    able = [rank for rank, files in enumerate(model.found.visible) if {own.file, copy.file} <= files]
     found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
     if same_shape and able:
-        mine = first_different_row(model.directory, embedding, View.of(head)) if world.rank == able[0] else None
+        mine = first_different_row(model.directory, own, View.of(copy)) if world.rank == able[0] else None
         row = gather_objects(world, mine)[able[0]]
         if row is None:
             return
         found = f"other values from row {row} on"
     raise InconsistentShards(
-        "the model is tied by config.json, but it also stores a head that is not its embedding",
-        tensor=head.name,
-        file=head.file,
-        expected=f"the same values as {embedding.tensor} in {embedding.file}",
+        what,
+        tensor=copy.name,
+        file=copy.file,
+        expected=f"the same values as {own.tensor} in {own.file}",
         found=found,
-        remedy="if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
-        "save the model again without it",
+        remedy=remedy,
     )
 
 

@@ -22,7 +22,7 @@ from dist_convert.models.schema import (
     is_size,
 )
 
-_NUMERIC = ("plain", "or_none", "or_one", "experts_wide")
+_NUMERIC = ("plain", "or_none", "if_any", "or_one", "experts_wide")
 #: Arguments that are computed with, and what they are at most.
 _KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg and key.codec in _NUMERIC]
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
@@ -147,7 +147,8 @@ def architecture_from_args(
         )
     raise_together(problems)
     heads = args["num_attention_heads"]
-    facts = {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
+    facts: dict[str, Any] = {key.field: key.default for key in family.keys if not key.arg and not key.config}
+    facts |= {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
     facts |= {
         "ffn": _ffn(args, family),
         "expert_ffn": facts.get("expert_ffn") or (_ffn(args, family) if "expert_ffn" in facts else 0),
@@ -156,7 +157,7 @@ def architecture_from_args(
         "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
         "padded_vocab": args["padded_vocab_size"],
         "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
-        "rope_scaling": _yarn(args, file) if family.has_yarn else _rope_scaling(args),
+        "rope_scaling": _rope_scaling(args) if family.yarn_prefix is None else _yarn(args, file, family.yarn_prefix),
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
         "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
     }
@@ -183,17 +184,17 @@ def _query_groups(args: Mapping[str, Any], heads: int) -> int:
     return groups if args.get("group_query_attention", groups > 1) else heads
 
 
-def _yarn(args: Mapping[str, Any], file: str) -> YarnScaling | None:
-    """What latent attention scales rotary frequencies by; a factor of 1 is none.
+def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None:
+    """What rotary frequencies are scaled by; a factor of 1 is none in latent attention, whose arguments have no prefix.
 
     Raises:
         MissingArguments: the factor, for which Megatron's classes and its command line have different defaults.
         UnsupportedModel: attention is scaled as by YaRN, and frequencies are not.
     """
-    kind = args.get("rope_type") or "yarn"
-    if kind == "yarn" and not is_number(args.get("rotary_scaling_factor")):
-        raise MissingArguments("the checkpoint's args lack rotary_scaling_factor", file=file)
-    said = {name: args[name] for name in YARN if is_number(args.get(name))}
+    kind, factor = "yarn" if prefix else args.get("rope_type") or "yarn", f"{prefix}rotary_scaling_factor"
+    if kind == "yarn" and not is_number(args.get(factor)):
+        raise MissingArguments(f"the checkpoint's args lack {factor}", file=file)
+    said = {name: args[prefix + name] for name in YARN if is_number(args.get(prefix + name))}
     scaling = YarnScaling(*({**YARN, **said}).values())
     # Latent attention scales its softmax by these two whatever the frequencies are scaled by.
     if kind not in ("rope", "yarn") or (kind == "rope" and scaling.factor > 1 and scaling.mscale_all_dim):
@@ -203,7 +204,7 @@ def _yarn(args: Mapping[str, Any], file: str) -> YarnScaling | None:
             expected="yarn, or rope with a rotary_scaling_factor of 1 or an mscale_all_dim of 0",
             found=f"{kind}, {scaling.factor:g}, {scaling.mscale_all_dim:g}",
         )
-    return scaling if kind == "yarn" and scaling.factor != 1 else None
+    return scaling if prefix or (kind == "yarn" and scaling.factor != 1) else None
 
 
 def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:

@@ -413,6 +413,14 @@ def check_target(
                 found=grid.expert_tensor,
             )
         )
+    if a.experts and a.linear_bias and grid.expert_tensor > 1:
+        problems.append(
+            UsageError(
+                "Megatron does not cut experts that have biases",
+                expected="--target-expert-tensor-parallel-size 1",
+                found=grid.expert_tensor,
+            )
+        )
     if not a.experts and grid.expert > 1:
         problems.append(
             UsageError(

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from dist_convert.models.schema import Row
+from dist_convert.options import MTP_LAYER_NAMES
 from dist_convert.records import StoredTensor, View
 
 #: plain: as in the table. transposed: columns x rows. stacked: experts along a leading axis. grouped: all experts of
@@ -78,13 +79,28 @@ _BEFORE_CORE = {
 
 
 def normalise(name: str) -> str:
-    """What Megatron-Core calls a stored tensor, without the components that wrappers and torch.compile put in."""
+    """What Megatron-Core calls a stored tensor, without the components that wrappers and torch.compile put in.
+
+    What is below newer versions' `mtp_model_layer` is below `transformer_layer`, as in core 0.16.
+    """
     components = [component for component in name.split(".") if component != "_orig_mod"]
     while components[:1] == ["module"]:
         components = components[1:]
     if components[:1] == ["language_model"]:
         components = [_BEFORE_CORE.get(component, component) for component in components[1:]]
-    return TIED[1] if components == ["word_embeddings_for_head", "weight"] else ".".join(components)
+    if components == ["word_embeddings_for_head", "weight"]:
+        return TIED[1]
+    return ".".join(components).replace(f".{MTP_LAYER_NAMES[1]}.", f".{MTP_LAYER_NAMES[0]}.")
+
+
+def with_mtp_name(name: str, mtp: str) -> str:
+    """A name as training has it whose layers of multi-token prediction call the layer in them so."""
+    return name.replace(f".{MTP_LAYER_NAMES[0]}.", f".{mtp}.") if is_of_mtp(name) else name
+
+
+def mtp_name_of(listed: Iterable[str]) -> str:
+    """Which of `MTP_LAYER_NAMES` some stored names have."""
+    return MTP_LAYER_NAMES[any(f".{MTP_LAYER_NAMES[1]}." in name for name in listed)]
 
 
 def layer_of(name: str) -> int | None:

@@ -16,12 +16,12 @@ from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture, Family, Key, is_size
 
 _LIKE = "--like"
-MTP_LAYERS = "mtp_num_layers"
 #: Facts for which a config of `--like` stands where the args say something else.
-_CORRECTED = ("rope_theta", "vocab")
+_CORRECTED = ("rope_theta", "vocab", MTP_KEY.field)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     flags: dict[str, Any] = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
     family, trusts_factor = None, bool(scaling) or where.is_compared
     if where.like is not None:
-        like = architecture_from_config(where.like, zero_output_bias=True)
+        # Configs count layers of multi-token prediction that are not there: the args say how many there are.
+        like = architecture_from_config({**where.like, MTP_KEY.config: 0}, zero_output_bias=True)
         family, trusts_factor = FAMILIES[like.family], True
         flags = {"rotary_base": like.rope_theta, **_scaling(like)} | flags
         silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
@@ -82,7 +83,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
             expected=f"the scaling of rotary frequencies that {_LIKE} has, which is none",
             remedy="leave the wrong one of both out",
         )
-    if scaling and (family or families_of_args(args)[0]).has_yarn:
+    if scaling and (family or families_of_args(args)[0]).yarn_prefix is not None:
         raise UsageError(
             "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
             file=file,
@@ -98,7 +99,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
             _check_rows(like, args, file)
         notes.append(f"vocabulary: {like.vocab} tokens according to {_LIKE}, as the args do not say how many")
     if where.drops_mtp:
-        corrected = {**corrected, MTP_LAYERS: None}
+        corrected = {**corrected, MTP_KEY.arg: None}
     said = Said({**corrected, **flags}, family, where.like, trusts_factor, where.drops_mtp, tuple(notes))
     if where.like is not None:
         _check_like(said, like, file)
@@ -113,7 +114,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
 
 def _scaling(like: Architecture) -> dict[str, object]:
     """How a model scales its rotary frequencies, in training arguments."""
-    if FAMILIES[like.family].has_yarn:
+    if FAMILIES[like.family].yarn_prefix is not None:
         return rope_values(like)
     scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
     return {"use_rope_scaling": like.rope_scaling is not None, **scaling}

@@ -43,7 +43,7 @@ from dist_convert.formats.megatron.target_args import (
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
+from dist_convert.options import MTP_LAYER_NAMES, PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
 
@@ -88,10 +88,12 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class TargetDialect:
-    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), and of its experts."""
+    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), of its experts, and of the layer in
+    a layer of multi-token prediction."""
 
     norms: str = "transformer_engine"
     experts: str = "sequential"
+    mtp: str = MTP_LAYER_NAMES[0]
 
 
 @dataclass(frozen=True)
@@ -252,11 +254,12 @@ def settle_target(
     stages_are_known = not problems
     expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
     if architecture.experts:
-        expert_tensor = job.target_expert_tensor_parallel_size or tensor
+        usual = 1 if architecture.linear_bias else tensor  # experts that have biases are not cut
+        expert_tensor = job.target_expert_tensor_parallel_size or usual
         if own:
             expert = job.target_expert_parallel_size or own.grid.expert
             is_apart = own.grid.expert_tensor != own.grid.tensor
-            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else tensor)
+            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else usual)
     grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
     kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
@@ -265,10 +268,21 @@ def settle_target(
     raise_together(problems)
     stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
     spelled = own.dialect if own else TargetDialect()
+    dialect = TargetDialect(
+        job.saver_transformer_impl or spelled.norms,
+        job.expert_layout or spelled.experts,
+        job.mtp_layer_name or spelled.mtp,
+    )
+    if architecture.experts and architecture.linear_bias and dialect.experts not in ("sequential", "te-grouped"):
+        raise UsageError(
+            "this layout of experts has no place for their biases",
+            expected="--expert-layout sequential or te-grouped",
+            found=dialect.experts,
+        )
     return architecture, Settings(
         _iteration(job, own),
         divisible_by,
-        TargetDialect(job.saver_transformer_impl or spelled.norms, job.expert_layout or spelled.experts),
+        dialect,
         grid,
         stages,
         keeps_pipeline,

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -99,13 +100,15 @@ def model_values(a: Architecture) -> dict[str, object]:
 
 def rope_values(a: Architecture) -> dict[str, object]:
     """How rotary frequencies are scaled, in the words of Llama 3.1 or of latent attention."""
-    scaling = a.rope_scaling
-    if not FAMILIES[a.family].has_yarn:
+    scaling, prefix = a.rope_scaling, FAMILIES[a.family].yarn_prefix
+    if prefix is None:
         factor = scaling.factor if scaling else 8.0
         return {"use_rope_scaling": scaling is not None, "rope_scaling_factor": factor}
     if not isinstance(scaling, YarnScaling):
         return {"use_rope_scaling": False, "rope_type": "rope", "rotary_scaling_factor": 1.0}
-    return {"use_rope_scaling": False, "rope_type": "yarn", **dict(zip(YARN, astuple(scaling), strict=True))}
+    kind = {} if prefix else {"rope_type": "yarn"}
+    said = zip(YARN, astuple(scaling), strict=True)
+    return {"use_rope_scaling": False, **kind, **{f"{prefix}{name}": value for name, value in said}}
 
 
 #: Of what decides a model, what Megatron-LM takes from a checkpoint with --use-checkpoint-args (0.19.2).
@@ -128,8 +131,8 @@ def training_flags(a: Architecture) -> list[str]:
     for name, value in sorted(model_values(a).items()):
         if name not in _RESTORED and value not in (None, False, _TRAINING_DEFAULTS.get(name)):
             flag = "--" + name.replace("_", "-")
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found.append(flag if value is True else f"{flag} {text}")
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
+            found.append(flag if value is True else f"{flag} {shlex.quote(text)}")
     return found
 
 

@@ -190,9 +190,8 @@ def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
         layer = parameter.layer
         return next(c for c in catalog.chunks if c.first_layer <= layer < c.first_layer + c.layers)
     # An explicit layout may put embedding and head on any stage, so their names are looked for.
-    holders = [
-        c for c in catalog.chunks if parameter.name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]
-    ]
+    name = "mtp.layers.0.enorm.weight" if megatron_names.is_of_mtp(parameter.name) else parameter.name
+    holders = [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
     outermost = 0 if parameter.row in catalog.family.before else -1
     return (holders or catalog.chunks)[outermost]
 
@@ -272,7 +271,11 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     """The copies of the embedding's shard that the last pipeline stage holds, as it does where it is another one."""
     original, copy = megatron_names.TIED
     last = catalog.chunks[-1]
-    if parameter.name != original or not catalog.architecture.tied:
+    if parameter.name != original:
+        return ()
+    if catalog.architecture.fact("mtp_layers") and last != catalog.chunks[0]:
+        copy = original  # multi-token prediction reads it
+    elif not catalog.architecture.tied:
         return ()
     rows, columns = parameter.shard_size(catalog.architecture)
     found = []

@@ -279,6 +279,7 @@ def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
         return "output layer (equal to the embedding that it is tied to)"
     if catalog.drops_mtp and megatron_names.is_of_mtp(name):
         return MTP_REASON
-    if catalog.drops_mtp and name == megatron_names.TIED[0]:
+    has_mtp = catalog.drops_mtp or catalog.architecture.fact("mtp_layers")
+    if has_mtp and name == megatron_names.TIED[0]:
         return "embedding (the copy that multi-token prediction reads)"
     return megatron_names.reason_to_drop(name)

@@ -44,7 +44,9 @@ def lay_out_shards(
         for rank in range(grid.expert) if expert is None else (expert // (architecture.experts // grid.expert),):
             specs[chunk, rank] += found
     original, copy = megatron_names.TIED
-    if architecture.tied and chunks[-1] != chunks[0]:  # the last stage keeps a copy where both are tied and apart
+    has_mtp = bool(architecture.fact("mtp_layers"))  # which reads the embedding on the last stage
+    copy = original if has_mtp else copy
+    if (architecture.tied or has_mtp) and chunks[-1] != chunks[0]:  # the last stage keeps a copy
         [embedding] = [spec for spec in specs[chunks[0], 0] if spec[0] == original]
         for rank in range(grid.expert):
             specs[chunks[-1], rank].append((copy, *embedding[1:]))
@@ -75,8 +77,7 @@ def _specs(
     )
     rows, columns = parameter.shard_size(architecture)
     is_vector = len(parameter.row.parts[0].dims) == 1
-    return [
-        (piece.name, dtype, megatron_names.stored_shape(piece, rows // piece.parts, columns, is_vector=is_vector))
-        for piece in spelling.pieces
-        if piece.index == 0  # stacked and grouped experts share one tensor
-    ]
+    found = [piece for piece in spelling.pieces if piece.index == 0]  # stacked and grouped experts share one tensor
+    names = [megatron_names.with_mtp_name(piece.name, dialect.mtp) for piece in found]
+    shapes = [megatron_names.stored_shape(p, rows // p.parts, columns, is_vector=is_vector) for p in found]
+    return [(name, dtype, shape) for name, shape in zip(names, shapes, strict=True)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import PlanError, UnsupportedModel
 from dist_convert.formats.megatron.grid import Grid, written_ranks
+from dist_convert.formats.megatron.names import with_mtp_name
 from dist_convert.formats.megatron.parameters import Parameter, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.saved import Pieces, SavedTensor, lay_out_container, pickled
@@ -105,12 +106,13 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     for key, layer, expert in extra_states(architecture, norms=norms):
         files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
         place = _place(ends_bytes, files[0], templates["", ()])
-        blobs[files[0]].append(PlannedBlob(key, "", (), (), place))
+        blobs[files[0]].append(PlannedBlob(with_mtp_name(key, target.dialect.mtp), "", (), (), place))
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row, layer, expert, architecture, norms=norms)
+        piece = replace(piece, key=with_mtp_name(piece.key, target.dialect.mtp))
         stage = _stage(target, layer, is_before=row in FAMILIES[architecture.family].before)
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))

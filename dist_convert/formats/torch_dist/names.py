@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_convert.formats.megatron.names import normalise, reason_to_drop, synonyms
+from dist_convert.formats.megatron.names import is_of_mtp, normalise, reason_to_drop, synonyms
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture, Row, entries
 
@@ -119,11 +119,13 @@ def extra_states(architecture: Architecture, *, norms: str) -> tuple[tuple[str, 
     modules: list[tuple[str, int | None, int | None]] = []
     for row, layer, expert in entries(FAMILIES[architecture.family], architecture):
         if isinstance(row, Row) and row.megatron.endswith(".weight"):
-            is_linear = layer is not None and row.split != "replicated"
+            is_linear = (layer is not None or is_of_mtp(row.megatron)) and row.split != "replicated"
             if is_linear or (is_te and row.is_norm and not row.transformer_engine):
                 modules.append((row.megatron.removesuffix(".weight"), layer, expert))
     if is_te:
         modules += [(f"{_LAYER}self_attention.core_attention", layer, None) for layer in range(architecture.layers)]
+        numbers = range(architecture.fact("mtp_layers"))
+        modules += [(f"mtp.layers.{n}.transformer_layer.self_attention.core_attention", None, None) for n in numbers]
     found = []
     for module, layer, expert in modules:
         key, index = _place(module, layer, expert, architecture)

@@ -54,11 +54,13 @@ class Case:
 SAID = {
     "mistral": ("--like", "{hf}"),
     "seed-oss": ("--like", "{hf}"),
+    "phi3": ("--like", "{hf}"),
     "llama32": ("--rope-scaling-factor", "32"),
 }
 
 _BY_NAME = {model.name: model for model in MODELS}
 _TP, _TP_PP, _ALL = Grid(tp=2), Grid(tp=2, pp=2), Grid(tp=2, pp=2, ep=2, etp=1)
+_TP_EP = Grid(tp=2, ep=2, etp=1)
 _LOCAL, _TE = ("local", "sequential"), ("transformer_engine", "sequential")
 _GROUPED = ("transformer_engine", "te-grouped")
 
@@ -86,6 +88,11 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("deepseek-v2-lite", _ALL, "torch", _LOCAL),
     _case("glm45", _TP_PP, "torch_dist", _LOCAL),
     _case("seed-oss", _TP, "torch", _TE),
+    _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
+    _case("phi3", _TP, "torch_dist", _TE),
+    _case("smollm3", _TP_PP, "torch", _TE),
+    _case("deepseek-v3-mtp", _TP_PP, "torch", _TE),
+    _case("glm45-mtp", _ALL, "torch_dist", _GROUPED),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -106,6 +113,11 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("deepseek-v2-lite", _TP, "torch_dist", _LOCAL),
     _case("glm45", _TP, "torch", _GROUPED),
     _case("seed-oss", _TP_PP, "torch_dist", _TE),
+    _case("gpt-oss", _TP_EP, "torch", _LOCAL),
+    _case("phi3", _TP_PP, "torch", _LOCAL),
+    _case("smollm3", _TP, "torch_dist", _LOCAL),
+    _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
+    _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
@@ -114,11 +126,11 @@ def _all() -> tuple[Case, ...]:
     models = dict.fromkeys(case.model for case in CASES)
     dense = product((_TP, _TP_PP), ("torch", "torch_dist"), (_LOCAL, _TE))
     moe = product((_TP, _TP_PP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
-    combinations = {False: tuple(dense), True: tuple(moe)}
+    uncut = product((_TP_EP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))  # experts that have biases
+    combinations = {"dense": tuple(dense), "moe": tuple(moe), "gpt-oss": tuple(uncut)}
+    kinds = {model: "moe" if model.has_experts else "dense" for model in models} | {_BY_NAME["gpt-oss"]: "gpt-oss"}
     return tuple(
-        Case(model, grid, format, *modules)
-        for model in models
-        for grid, format, modules in combinations[model.has_experts]
+        Case(model, grid, format, *modules) for model in models for grid, format, modules in combinations[kinds[model]]
     )
 
 

@@ -66,9 +66,9 @@ def build(args: Namespace) -> GPTModel:
     """This rank's part of the model, in float32, that saves torch_dist under the keys of `args.transformer_impl`."""
     config = _config(args)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
-    prediction = None
+    mtp_spec = None
     if args.mtp_num_layers:
-        prediction = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     model = GPTModel(
         config,
         spec,
@@ -83,10 +83,11 @@ def build(args: Namespace) -> GPTModel:
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
-        mtp_block_spec=prediction,
+        mtp_block_spec=mtp_spec,
     ).eval()
     if args.transformer_impl == "transformer_engine":
-        for layer in model.decoder.layers:
+        prediction = [one.transformer_layer for one in model.mtp.layers] if model.mtp_process else []
+        for layer in (*model.decoder.layers, *prediction):
             layer.submodules_config.sharded_state_dict_keys_map = _fused(args, has_experts=hasattr(layer.mlp, "router"))
     return model
 
@@ -190,9 +191,13 @@ def logits(model: GPTModel, args: Namespace, input_ids: torch.Tensor) -> dict[st
     if not (args.mtp_num_layers and model.post_process):
         found = forward([model], input_ids)
         return None if found is None else {"logits": found[..., : args.vocab_size]}
-    # It insists on labels, and gives losses: what goes into them is seen on its way.
+    # It insists on labels, and gives losses: what goes into them is seen on its way, before it is overwritten.
     seen: list[torch.Tensor] = []
-    hook = model.output_layer.register_forward_hook(lambda _m, _i, output: seen.append(output[0].transpose(0, 1)))
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, object]) -> None:
+        seen.append(output[0].transpose(0, 1).clone())
+
+    hook = model.output_layer.register_forward_hook(keep)
     model.forward = functools.partial(model.forward, labels=input_ids)
     forward([model], input_ids)
     hook.remove()
