@@ -33,7 +33,7 @@ PUBLISHED_JOBS = {
     "qwen3-32b": ("TP8 PP1 VPP1 EP1 ETP8", "65.5 GB", "65.5 GB"),
     "qwen3-30b-a3b": ("TP1 PP1 VPP1 EP8 ETP1", "", "61.1 GB"),
     "qwen3-235b-a22b": ("TP4 PP2 VPP1 EP8 ETP1", "", "470 GB"),
-    "deepseek-v3": ("TP8 PP8 VPP1 EP8 ETP1", "1.36 TB", "1.34 TB"),
+    "deepseek-v3": ("TP8 PP8 VPP1 EP8 ETP1", "1.38 TB", "1.37 TB"),
     "glm-4.5-air": ("TP4 PP2 VPP1 EP8 ETP1", "", ""),
     "gpt-oss-20b": ("TP1 PP1 VPP1 EP8 ETP1", "", "41.8 GB"),
     "gpt-oss-120b": ("TP1 PP1 VPP1 EP8 ETP1", "", "234 GB"),
