@@ -155,14 +155,15 @@ def _print_config(flags: argparse.Namespace) -> int:
 
 
 def _print_models(*, is_json: bool) -> int:
-    from dist_convert.models import FAMILIES, REFUSED
+    from dist_convert.models import FAMILIES, REFUSED, WITH_VISION
 
+    refused = REFUSED | {"any with vision": WITH_VISION}
     converted = {kind: family.hf_class for family in FAMILIES.values() for kind in (family.name, *family.other_types)}
     if is_json:
-        print(json.dumps({"converted": converted, "refused": REFUSED}, indent=2))
+        print(json.dumps({"converted": converted, "refused": refused}, indent=2))
         return 0
-    for title, listed in {"converted, by model_type of config.json": converted, "refused": REFUSED}.items():
-        print(f"{title}:", *(f"  {name:<14} {text}" for name, text in listed.items()), sep="\n")
+    for title, listed in {"converted, by model_type of config.json": converted, "refused": refused}.items():
+        print(f"{title}:", *(f"  {name:<15} {text}" for name, text in listed.items()), sep="\n")
     return 0
 
 

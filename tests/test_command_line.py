@@ -601,8 +601,8 @@ def test_a_tilde_is_the_home_directory_for_every_command(
 def test_models_lists_what_is_converted_and_what_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "  qwen3_moe      Qwen3MoeForCausalLM" in lines
-    assert "  kimi_k2        DeepseekV3ForCausalLM" in lines
-    assert lines.index("refused:") < lines.index("  qwen3_next     most of its layers have linear attention")
+    assert "  qwen3_moe       Qwen3MoeForCausalLM" in lines
+    assert "  kimi_k2         DeepseekV3ForCausalLM" in lines
+    assert lines.index("refused:") < lines.index("  qwen3_next      most of its layers have linear attention")
     assert main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["converted"]["mistral"] == "MistralForCausalLM"

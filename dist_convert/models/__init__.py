@@ -33,3 +33,5 @@ REFUSED = {
     "granitemoe": "its embedding, attention, residuals and logits have multipliers",
     "qwen3_next": "most of its layers have linear attention",
 }
+#: Of those with a `vision_config`.
+WITH_VISION = "it has a vision tower beside its language model; save the language model alone, and convert that"

@@ -263,3 +263,17 @@ def test_a_model_like_this_one_corrects_all_numbers_of_yarn_with_a_warning_each(
 def test_a_model_that_is_not_like_this_one_is_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel, match="--like is of another model"):
         said_of(Where(Path("in"), like=config_of("deepseek_v3", **keys)), args_of("deepseek_v3"), "shard")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "four norms"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 32}}, "vision tower"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "vision tower"),
+    ],
+)
+def test_a_model_that_is_none_of_the_families_is_refused_with_the_reason(config: dict[str, Any], why: str) -> None:
+    with pytest.raises(UnsupportedModel, match=why) as raised:
+        architecture_from_config(config)
+    assert "dist-convert models lists all" in str(raised.value)

@@ -275,7 +275,7 @@ def test_refused_biases_come_with_a_remedy() -> None:
 def test_another_model_is_refused_by_name(keys: dict[str, Any], found: str) -> None:
     with pytest.raises(UnsupportedModel) as error:
         read(LLAMA | keys)
-    assert "llama (LlamaForCausalLM) or mistral (MistralForCausalLM)" in error.value.expected
+    assert "llama (LlamaForCausalLM); dist-convert models lists all" in error.value.expected
     assert found in error.value.found
 
 

@@ -16,7 +16,7 @@ from dist_convert.errors import ConversionError, UnsupportedModel, raise_togethe
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside, read_config
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
-from dist_convert.models import FAMILIES, REFUSED
+from dist_convert.models import FAMILIES, REFUSED, WITH_VISION
 from dist_convert.models.keys import architecture_of, check_computed_alike, to_config
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import (
@@ -183,12 +183,11 @@ def _family(config: Mapping[str, Any]) -> Family:
             family.hf_class in classes or (not classes and named)
         ):
             return family
+    why = REFUSED.get(named or "") or (WITH_VISION if {"vision_config", "text_config"} & config.keys() else "")
     raise UnsupportedModel(
-        f"not a model that can be converted: {REFUSED[named]}"
-        if named in REFUSED
-        else "not a model that can be converted",
+        "not a model that can be converted" + (f": {why}" if why else ""),
         file=CONFIG_FILE,
-        expected=" or ".join(f"{family.name} ({family.hf_class})" for family in FAMILIES.values()),
+        expected=f"a family and its class, such as llama ({FAMILIES['llama'].hf_class}); dist-convert models lists all",
         found=f"model_type={named!r}, architectures={classes!r}",
     )
 
