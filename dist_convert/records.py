@@ -123,7 +123,7 @@ def runs(rows: int, columns: int, row_stride: int, column_stride: int) -> Runs:
 
 #: Bytes of one element, by the dtype's safetensors name (https://huggingface.co/docs/safetensors, "Format").
 DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
@@ -148,6 +148,7 @@ class StoredTensor:
         strides: elements between neighbours, per dimension.
         offset_bytes: of the first element, from the start of the file.
         checksum: CRC-32 of its bytes, where the file tells it of this tensor alone.
+        scales: of a quantised tensor, whose elements are codes, along its last two dimensions.
     """
 
     name: str
@@ -157,6 +158,7 @@ class StoredTensor:
     strides: tuple[int, ...]
     offset_bytes: int
     checksum: int | None = None
+    scales: Scales | None = None
 
     @property
     def elements(self) -> int:
@@ -164,12 +166,61 @@ class StoredTensor:
 
     @property
     def size_bytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
+        """Without its scales."""
+        return self.elements // (self.scales.packed if self.scales else 1) * DTYPE_BYTES[self.dtype]
+
+    def entry(self, index: int) -> StoredTensor:
+        """One entry along the first dimension, such as an expert; its scales begin with a row of their own."""
+        (first, *strides), (_, *shape) = self.strides, self.shape
+        offset_bytes = self.offset_bytes + index * first * DTYPE_BYTES[self.dtype]
+        scales = self.scales
+        if scales is not None:
+            blocks = -(-shape[0] // scales.block_rows)
+            scales = scales.moved(index * blocks * scales.block_rows, 0)
+        return replace(self, shape=tuple(shape), strides=tuple(strides), offset_bytes=offset_bytes, scales=scales)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the elements of a quantised view are multiplied with: one stored number for each block of them.
+
+    Attributes:
+        first: the one of the view's first element; the others follow at its strides.
+        block_rows, block_columns: elements of a block.
+        packed: elements in each stored one, along the columns.
+        row, column: of the view's first element in its block.
+    """
+
+    first: View
+    block_rows: int
+    block_columns: int
+    packed: int = 1
+    row: int = 0
+    column: int = 0
+
+    def moved(self, rows: int, columns: int) -> Scales:
+        """Those of a view that begins so many rows and columns further."""
+        down, row = divmod(self.row + rows, self.block_rows)
+        right, column = divmod(self.column + columns, self.block_columns)
+        first = replace(self.first, offset_bytes=self.first.offset_at(down, right))
+        return replace(self, first=first, row=row, column=column)
+
+    def stored_columns(self, columns: int) -> int:
+        """How many stored elements further the code of so many columns further is."""
+        return (self.column + columns) // self.packed - self.column // self.packed
+
+    def of(self, rows: int, columns: int) -> View:
+        """All of them for so many rows and columns."""
+        down = (self.row + rows - 1) // self.block_rows + 1
+        return replace(self.first, rows=down, columns=(self.column + columns - 1) // self.block_columns + 1)
 
 
 @dataclass(frozen=True)
 class View:
-    """A two-dimensional window on stored bytes: `rows` x `columns` elements at element strides."""
+    """A two-dimensional window on stored bytes: `rows` x `columns` elements at element strides.
+
+    With scales the elements are codes, which are decoded while they are read.
+    """
 
     file: str
     tensor: str
@@ -179,34 +230,60 @@ class View:
     columns: int
     row_stride: int
     column_stride: int
+    scales: Scales | None = None
 
     @staticmethod
     def of(tensor: StoredTensor) -> View:
         """A whole matrix or vector, as it is stored."""
         columns, column_stride = (tensor.shape[1], tensor.strides[1]) if len(tensor.shape) == 2 else (1, 1)
         rows, row_stride = tensor.shape[0], tensor.strides[0]
-        return View(
-            tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes, rows, columns, row_stride, column_stride
-        )
+        place = tensor.file, tensor.name, tensor.dtype, tensor.offset_bytes
+        return View(*place, rows, columns, row_stride, column_stride, tensor.scales)
+
+    def offset_at(self, row: int, column: int) -> int:
+        """Where the bytes of an element begin in the file."""
+        column = self.scales.stored_columns(column) if self.scales else column
+        return self.offset_bytes + (row * self.row_stride + column * self.column_stride) * DTYPE_BYTES[self.dtype]
 
     def window(self, box: Box) -> View:
         """The part of this view inside `box`."""
         if (box.rows, box.columns) == (self.rows, self.columns):
             return self
-        shift = box.row * self.row_stride + box.column * self.column_stride
-        offset_bytes = self.offset_bytes + shift * DTYPE_BYTES[self.dtype]
-        return View(
-            self.file, self.tensor, self.dtype, offset_bytes, box.rows, box.columns, self.row_stride, self.column_stride
-        )
+        place, strides = (self.file, self.tensor, self.dtype), (self.row_stride, self.column_stride)
+        scales = self.scales and self.scales.moved(box.row, box.column)
+        return View(*place, self.offset_at(box.row, box.column), box.rows, box.columns, *strides, scales)
 
     def transposed(self) -> View:
-        """The same elements with rows and columns exchanged."""
+        """The same elements with rows and columns exchanged; of a view without scales."""
         return replace(
             self, rows=self.columns, columns=self.rows, row_stride=self.column_stride, column_stride=self.row_stride
         )
 
+    def with_row_stride(self, rows: int, row_stride: int) -> View:
+        """So many rows at another distance, 0 to repeat the first; scales are those of single rows."""
+        scales = self.scales
+        if scales and self.row_stride:
+            first = scales.first
+            scales = replace(scales, first=replace(first, row_stride=first.row_stride * row_stride // self.row_stride))
+        return replace(self, rows=rows, row_stride=row_stride, scales=scales)
+
+    @property
+    def value_dtype(self) -> str:
+        """Of the elements when they are read: models are quantised from bf16."""
+        return "BF16" if self.scales else self.dtype
+
+    @property
+    def codes(self) -> View:
+        """What is stored of it without its scales: where codes are packed, its columns are what they are packed in."""
+        if self.scales is None:
+            return self
+        return replace(self, columns=self.scales.stored_columns(self.columns - 1) + 1, scales=None)
+
     @property
     def size_bytes(self) -> int:
+        """Of what is stored of it, scales included."""
+        if self.scales:
+            return self.codes.size_bytes + self.scales.of(self.rows, self.columns).size_bytes
         return self.rows * self.columns * DTYPE_BYTES[self.dtype]
 
     @property
@@ -236,15 +313,12 @@ def in_turn(views: Sequence[View]) -> View | None:
 
 def side_by_side(left: View, right: View) -> View | None:
     """Both views as one, where the right one continues the rows of the left one."""
-    columns = left.columns + right.columns
-    joins = (
-        right.offset_bytes == left.offset_bytes + left.columns * DTYPE_BYTES[left.dtype]
-        and (left.file, left.tensor, left.rows, left.row_stride)
-        == (right.file, right.tensor, right.rows, right.row_stride)
-        and left.column_stride == right.column_stride == 1
-        and left.row_stride >= columns
-    )
-    return replace(left, columns=columns) if joins else None
+    lines = [(view.file, view.tensor, view.rows, view.row_stride, view.column_stride) for view in (left, right)]
+    if lines[0] != lines[1] or left.column_stride != 1:
+        return None
+    joined = replace(left, columns=left.columns + right.columns)
+    is_next = joined.window(Box(0, left.columns, left.rows, right.columns)) == right
+    return joined if is_next and left.row_stride >= joined.codes.columns else None
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,9 @@ def _compare_copies(side: _Side, region: Region, tensor: str) -> Iterator[Differ
     """Compare every other copy with the first, as they are stored."""
     if len(region.replicas) > 1:
         one, *others = region.replicas
-        first = side.read(one, one.dtype, side.first)
+        first = side.read(one, one.value_dtype, side.first)
         for view in others:
-            other = side.read(view, one.dtype, side.other)
+            other = side.read(view, one.value_dtype, side.other)
             between, files = f"two copies in {side.letter}", (one.file, view.file)
             yield from _differences(tensor, region.box, first, other, between, files)
 

@@ -14,6 +14,7 @@ from dist_convert.errors import ConversionError, shown_line
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
+from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.huggingface.read import (
     SAFETENSORS,
     find_weights,
@@ -203,13 +204,13 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope |= config[key] if isinstance(config.get(key), dict) else {}
-    scaling = rope.get("rope_type", rope.get("type"))
+    scaling, quantised = rope.get("rope_type", rope.get("type")), config.get(QUANTISED_BY)
     return {
         "path": str(path),
         "kind": "huggingface",
         "format": "safetensors" if named[0].endswith(SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
-        "parameters": sum(tensor.elements for tensor in tensors),
+        "parameters": sum(map(parameters_in, tensors)),
         "layers": config.get("num_hidden_layers"),
         "positions": config.get("max_position_embeddings"),
         "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
@@ -220,6 +221,7 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         "files": len(present),
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
         "missing_shards": [name for name in named if name not in present],
+        **({"quantised_by": quantised.get("quant_method")} if isinstance(quantised, dict) else {}),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, PlanError, raise_together
 from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.plan.copies import Ends, Stored, Transfer, bands_of, stored, transfer_of
-from dist_convert.records import TargetFile, cover_fault, human_bytes, names
+from dist_convert.records import TargetFile, View, cover_fault, human_bytes, names
 
 #: So many are remembered: where chunks are spread over files at random, no two tensors lie alike.
 _MOST_GEOMETRIES = 1024
@@ -182,18 +182,19 @@ def _described(
     numbers: dict[tuple[str, str], int] = {}
     firsts: dict[str, int] = {}
 
+    def place(view: View) -> tuple[Hashable, ...]:
+        number = numbers.setdefault((view.file, view.tensor), len(numbers))
+        begin = view.offset_bytes - firsts.setdefault(view.file, view.offset_bytes)
+        found = number, begin, (view.dtype, view.rows, view.columns, view.row_stride, view.column_stride)
+        if (by := view.scales) is None:
+            return found
+        return *found, *place(by.first), by.block_rows, by.block_columns, by.packed, by.row, by.column
+
     def described(regions: Sequence[Region]) -> Hashable:
         return tuple(
             (
                 (region.box.row, region.box.column, region.box.rows, region.box.columns, region.add),
-                tuple(
-                    (
-                        numbers.setdefault((view.file, view.tensor), len(numbers)),
-                        view.offset_bytes - firsts.setdefault(view.file, view.offset_bytes),
-                        (view.dtype, view.rows, view.columns, view.row_stride, view.column_stride),
-                    )
-                    for view in region.replicas
-                ),
+                tuple(map(place, region.replicas)),
             )
             for region in regions
         )

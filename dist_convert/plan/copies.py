@@ -254,7 +254,7 @@ def _bands_of_padding(one: Stored, *, repeats: bool) -> Iterator[Block]:
         for have in one.source if rows > 0 else ():
             box = intersect(replace(want.box, row=last, rows=1), have.box)
             if box is not None and have.replicas:
-                row = tuple(replace(view, rows=rows, row_stride=0) for view in have.window(box))
+                row = tuple(view.with_row_stride(rows, 0) for view in have.window(box))
                 yield (Copy(row, want.window(replace(box, row=first, rows=rows)), have.add - want.add),)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,10 +17,13 @@ from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
 from dist_convert.read.buffers import Buffer
+from dist_convert.read.decode import are_numbers, decoded, has_finite_products
 from dist_convert.read.source import Checksums, Listing, check_unchanged, open_to_read, reading, source_error
-from dist_convert.records import DTYPE_BYTES, Box, View, runs
+from dist_convert.records import DTYPE_BYTES, Box, Scales, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Codes of quantised values, and powers of two among their scales.
+_STORED_DTYPES = TORCH_DTYPES | {"F8_E4M3": torch.uint8, "U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 _MAX_OPEN_FILES = 64
 
 
@@ -88,7 +92,8 @@ class FileReader:
             Of `overflowed` and `rounded_norms`, what these values added to the counts; empty where nothing.
 
         Raises:
-            CorruptFile, SourceChanged, SourceError: the file ends too early, is another one, or cannot be read.
+            CorruptFile, SourceChanged, SourceError: the file ends too early, is another one, or cannot be read; a
+                quantised value is no number.
             UnsupportedModel: the elements of a row lie farther apart than the scratch buffer is long.
             PlanError: the buffer is too small.
         """
@@ -109,12 +114,28 @@ class FileReader:
         packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
         matrix = packed.view(view.rows, view.columns)
         changed = Counter[str]()
-        for box, values in self._fetch(view):
+        for box, values in self._fetch(view) if view.scales is None else self._decoded(view, view.scales):
             changed += _place(values, matrix[box.row : box.row_end, box.column : box.column_end], add)
-        self._end(view)
+        self._end(view.codes)
         for kind, count in changed.items():
             getattr(self.counts, kind)[view.tensor] += count
         return changed
+
+    def _decoded(self, view: View, scales: Scales) -> Iterator[tuple[Box, torch.Tensor]]:
+        """The values that a quantised view stands for."""
+        stored = scales.of(view.rows, view.columns)
+        factors = torch.empty(stored.rows, stored.columns)
+        for box, values in self._fetch(stored):
+            factors[box.row : box.row_end, box.column : box.column_end] = values
+        self._check_unchanged(stored)
+        if not has_finite_products(factors, scales):
+            raise _no_number(stored)
+        for part, codes in self._fetch(view.codes):
+            if not are_numbers(codes, scales):
+                raise _no_number(view)
+            yield from decoded(
+                codes, replace(part, columns=view.columns) if scales.packed > 1 else part, factors, scales
+            )
 
     def _fetch(self, view: View) -> Iterator[tuple[Box, torch.Tensor]]:
         """The view's values as strided tensors over the scratch buffer, in as few parts as fit it."""
@@ -131,7 +152,7 @@ class FileReader:
                 found=f"{run_bytes} bytes",
                 remedy="save the checkpoint with contiguous parameters",
             )
-        values = self._scratch.tensor.view(TORCH_DTYPES[view.dtype])
+        values = self._scratch.tensor.view(_STORED_DTYPES[view.dtype])
         for first in range(0, len(fetched.starts), runs_per_part):
             starts = fetched.starts[first : first + runs_per_part]
             for number, start in enumerate(starts):
@@ -218,6 +239,17 @@ class FileReader:
         return descriptor
 
 
+def _no_number(view: View) -> CorruptFile:
+    return CorruptFile(
+        "a quantised weight, or a scale of one, is no finite number",
+        tensor=view.tensor,
+        file=view.file,
+        expected=f"finite values of {view.rows} x {view.columns} elements from offset {view.offset_bytes} on",
+        found="one that is infinite or not a number",
+        remedy="the file is damaged, or was quantised wrongly; copy it again from where it was published",
+    )
+
+
 def _place(values: torch.Tensor, target: torch.Tensor, add: int) -> Counter[str]:
     """Cast contiguous values, so that every element takes the same path whatever the strides; what that has changed."""
     changed = Counter[str]()
@@ -230,7 +262,7 @@ def _place(values: torch.Tensor, target: torch.Tensor, add: int) -> Counter[str]
     cast = target if target.is_contiguous() else torch.empty_like(exact, dtype=target.dtype)
     cast.copy_(exact)
     # If any value is infinite or not a number, so is an extreme, and those are found ten times as fast.
-    if not all(map(torch.isfinite, torch.aminmax(cast))):
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(cast)):
         changed["overflowed"] = int((torch.isinf(cast) & torch.isfinite(exact)).sum())
     if add:
         changed["rounded_norms"] = int((cast.to(torch.float64) != exact).sum())

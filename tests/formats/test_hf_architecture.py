@@ -205,7 +205,6 @@ def test_a_config_that_we_write_is_read_as_the_same_model(config: dict[str, Any]
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=1", "0.5"),
         ({"attention_bias": True}, "attention_bias and mlp_bias alike", "attention_bias=True, mlp_bias=False"),
         ({"mlp_bias": True}, "attention_bias and mlp_bias alike", "attention_bias=False, mlp_bias=True"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "no quantization_config", "{'quant_method': 'fp8'}"),
         ({"num_key_value_heads": 7}, "divisible by num_key_value_heads", "32 and 7"),
         ({"num_attention_heads": 24}, "head_dim, or hidden_size divisible", "4096 and 24"),
         ({"hidden_size": "4096"}, "a positive whole number", "'4096'"),

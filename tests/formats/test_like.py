@@ -90,7 +90,6 @@ def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pyt
         ("use_cache", False),
         ("eos_token_id", 8),
         ("eos_token_id", [8, 9, 10]),
-        ("auto_map", {"AutoConfig": "configuration_made_up.MadeUpConfig"}),
         ("a_key_of_the_makers", {"nested": [1, 2.5, None]}),
     ],
     ids=str,
@@ -99,6 +98,21 @@ def test_what_no_argument_tells_is_taken_over_as_it_is(key: str, value: Any, tmp
     make(tmp_path / "in", MODEL)
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", **{key: value}))) == 0
     assert _config(tmp_path / "out")[key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("auto_map", {"AutoConfig": "configuration_made_up.MadeUpConfig"}),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+    ids=str,
+)
+def test_what_it_says_of_its_own_files_is_not_taken_over(key: str, value: Any, tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", **{key: value}))) == 0
+    assert key not in _config(tmp_path / "out")
 
 
 def test_the_ids_that_end_a_text_are_those_of_generation_too(tmp_path: Path) -> None:

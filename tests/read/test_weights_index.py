@@ -80,12 +80,12 @@ def test_a_single_file_beside_the_index_of_others_is_ambiguous(
 
 def test_the_index_tells_the_file_of_each_tensor(tmp_path: Path) -> None:
     write_index(tmp_path, "b.safetensors", "a.safetensors")
-    assert read_index(tmp_path) == {"tensor0": "b.safetensors", "tensor1": "a.safetensors"}
+    assert read_index(tmp_path)[1] == {"tensor0": "b.safetensors", "tensor1": "a.safetensors"}
 
 
 def test_a_single_file_has_no_index(tmp_path: Path) -> None:
     touch(tmp_path, "model.safetensors")
-    assert read_index(tmp_path) is None
+    assert read_index(tmp_path)[1] is None
 
 
 def test_weights_without_a_config_are_refused(tmp_path: Path) -> None:

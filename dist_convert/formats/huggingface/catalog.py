@@ -93,7 +93,7 @@ def open_catalog(
                 continue
             if not isinstance(entry, Row):
                 optional.add(name)
-            if view.dtype not in FLOAT_DTYPES:
+            if view.value_dtype not in FLOAT_DTYPES:
                 problems.append(
                     UnsupportedModel(
                         "a weight of an unexpected dtype",
@@ -104,14 +104,14 @@ def open_catalog(
                         remedy="save the model dequantised",
                     )
                 )
-            tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.dtype, part.dtype), (view,)
+            tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.value_dtype, part.dtype), (view,)
     further = copies_of(family, architecture) if not problems else {}
     if with_tied_copies and architecture.tied and not problems:
         further[next(iter(views))] = (HEAD,)  # the embedding comes first in every table
     for name, others in further.items():
         for copy in (View.of(stored[other]) for other in others if other in stored and len(stored[other].shape) == 2):
             view = views[name][0]
-            if (copy.dtype, copy.rows, copy.columns) == (view.dtype, view.rows, view.columns):
+            if (copy.value_dtype, copy.rows, copy.columns) == (view.value_dtype, view.rows, view.columns):
                 views[name] += (copy,)
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
     dropped_from = architecture.layers if drops_mtp else None

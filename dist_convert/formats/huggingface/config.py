@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.huggingface.quantised import QUANTISED_BY
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside, read_config
 from dist_convert.formats.tokenizer.build import padding_id
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
@@ -208,13 +209,6 @@ def _check_pins(read: _Config) -> None:
         read.refuse("layers attend in different ways", expected=what, found=kinds)
     if len(wanted) > 1 and not has_window:
         read.refuse("no layer has a window", expected="sliding_window", found=None)
-    if config.get("quantization_config"):
-        read.refuse(
-            "the weights are quantised",
-            expected="no quantization_config",
-            found=config["quantization_config"],
-            remedy="load the model dequantised, save it in bfloat16, and convert that",
-        )
 
 
 def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
@@ -397,10 +391,14 @@ def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype:
 
 
 def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """The config of a model from another's of its kind, whose special ids and further keys are taken over."""
+    """The config of a model from another's of its kind, whose special ids and further keys are taken over.
+
+    But for those that speak of its own files: of code beside them, and of how weights are quantised.
+    """
     ours = config_json(architecture, dtype)
     own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", MTP_KEY.config)
-    return {**config, **{name: ours[name] for name in own if name in ours}}
+    theirs = {name: value for name, value in config.items() if name not in ("auto_map", QUANTISED_BY)}
+    return theirs | {name: ours[name] for name in own if name in ours}
 
 
 def with_special_ids(

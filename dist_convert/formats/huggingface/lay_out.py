@@ -307,7 +307,7 @@ def _layout(
     dtype = content.ends.target.params_dtype
     if isinstance(model, HuggingFaceModel):
         copied, others = files_to_copy(model.directory)
-        notes = notes_on_content(content)
+        notes = [*model.notes, *notes_on_content(content)]
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
         given = dict(model.config) | ({MTP_KEY.config: 0} if model.drops_mtp and MTP_KEY.config in model.config else {})
         config = config_of_copy(given, source.architecture, dtype)

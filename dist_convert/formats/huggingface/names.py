@@ -15,12 +15,14 @@ Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
+from dist_convert.formats.huggingface.quantised import ACTIVATION_SCALE, BLOCKS
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.schema import Alias, Part, alias_shape, part_size
-from dist_convert.records import DTYPE_BYTES, StoredTensor, View
+from dist_convert.records import Box, StoredTensor, View
 
 _BASE_MODEL = "model."
 HEAD = "lm_head.weight"
@@ -47,6 +49,8 @@ def published(part: Part) -> Alias:
 
 def _spellings(part: Part, layer: int | None, expert: int | None) -> dict[str, Alias]:
     found = [published(part), *([part.alias] if part.alias else [])]
+    # Blocks of codes lie along the columns, which come last in them.
+    found += [replace(a, name=f"{a.name}{BLOCKS}", is_transposed=False) for a in found[-1:] if a.is_transposed]
     whole = {alias.name.format(layer=layer, expert=expert): alias for alias in found}
     base = {n.removeprefix(_BASE_MODEL): alias for n, alias in whole.items() if n.startswith(_BASE_MODEL)}
     return whole | base
@@ -113,14 +117,14 @@ def hf_view(
 
 
 def _view(part: Part, alias: Alias, tensor: StoredTensor, expert: int | None, sizes: Mapping[str, int]) -> View:
-    (rows, columns), heights = part_size(part, sizes), [sizes[name] for name in alias.rows]
-    strides = tensor.strides[1:] if alias.is_stacked else tensor.strides
-    row_stride, column_stride = (*(strides[::-1] if alias.is_transposed else strides), 1)[:2]
+    if tensor.scales and (alias.is_transposed or (alias.in_turn and tensor.scales.block_rows > 1)):
+        tensor = replace(tensor, scales=None)  # blocks that do not lie along the rows are not decoded: another dtype
+    whole = View.of(tensor.entry(expert or 0) if alias.is_stacked else tensor)
+    whole = whole.transposed() if alias.is_transposed else whole
+    rows, heights = part_size(part, sizes)[0], [sizes[name] for name in alias.rows]
     first = alias.part if alias.in_turn else sum(heights[: alias.part])
-    shift = first * row_stride + ((expert or 0) * tensor.strides[0] if alias.is_stacked else 0)
-    offset_bytes = tensor.offset_bytes + shift * DTYPE_BYTES[tensor.dtype]
-    row_stride *= len(heights) if alias.in_turn else 1
-    return View(tensor.file, tensor.name, tensor.dtype, offset_bytes, rows, columns, row_stride, column_stride)
+    begun = whole.window(Box(first, 0, rows, whole.columns))
+    return begun.with_row_stride(rows, len(heights) * whole.row_stride) if alias.in_turn else begun
 
 
 def leftovers(
@@ -150,7 +154,9 @@ def leftovers(
     for name, tensor in stored.items():
         if name in used:
             continue
-        if f".{name}".endswith(_ROTARY):
+        if name.endswith(ACTIVATION_SCALE):
+            reason = "activation_scale (of inference in FP8)"
+        elif f".{name}".endswith(_ROTARY):
             reason = "rotary_emb.inv_freq (computed from the config)"
         elif name == HEAD and tied:
             reason = f"{HEAD} (tied to the embedding by {CONFIG_FILE})"

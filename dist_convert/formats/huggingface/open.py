@@ -19,6 +19,7 @@ from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.huggingface.names import HEAD, OF_MTP
+from dist_convert.formats.huggingface.quantised import QUANTISED_BY, Quantisation, quantisation_of, with_scales
 from dist_convert.formats.huggingface.read import (
     check_index,
     find_weights,
@@ -48,12 +49,13 @@ class HuggingFaceModel:
 
     Attributes:
         directory: as this rank sees it.
-        config: the content of config.json.
+        config: the content of config.json, but for what it says of quantisation.
         found: its weights files.
-        stored: every tensor by its name in them.
+        stored: every tensor by its name in them, those of codes with their scales.
         zero_biases: the output projections' biases, which are zeros and need no place in Megatron. None: nobody has
             looked; they are tensors that must be zero, where the MLPs have no biases, which a comparison finds out.
         drops_mtp: layers of multi-token prediction are left out.
+        quantisation: of the weights, which are decoded.
     """
 
     directory: Path
@@ -62,6 +64,7 @@ class HuggingFaceModel:
     stored: Mapping[str, StoredTensor]
     zero_biases: frozenset[str] | None = None
     drops_mtp: bool = False
+    quantisation: Quantisation | None = None
 
     @property
     def format(self) -> str:
@@ -73,7 +76,7 @@ class HuggingFaceModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ()
+        return (f"weights are stored as {self.quantisation} and decoded to bf16",) if self.quantisation else ()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -124,12 +127,14 @@ def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) 
     )
     headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
     refuse_foreign_tensors(headers, directory)
-    index = read_index(directory)
-    if index is not None:
+    if (index := read_index(directory)[1]) is not None:
         check_index(index, headers)
     stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
     found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored.values())
-    return HuggingFaceModel(directory, config, found, stored, drops_mtp=drops_mtp)
+    quantisation = quantisation_of(config)
+    stored = with_scales(stored, quantisation, found.visible)
+    config = {name: value for name, value in config.items() if name != QUANTISED_BY}
+    return HuggingFaceModel(directory, config, found, stored, drops_mtp=drops_mtp, quantisation=quantisation)
 
 
 _BLOCK_BYTES = 4 << 20
@@ -185,13 +190,13 @@ def _check_equal(model: HuggingFaceModel, own: View, copy: StoredTensor, world: 
 
 def first_different_row(directory: Path, first: View, second: View) -> int | None:
     """The first row in which two matrices of one shape and dtype differ, read by blocks; None where they are equal."""
-    row_bytes = first.columns * DTYPE_BYTES[first.dtype]
+    row_bytes = first.columns * DTYPE_BYTES[first.value_dtype]
     rows = min(first.rows, max(1, _BLOCK_BYTES // row_bytes))
     buffers = make_buffer(rows * row_bytes), make_buffer(rows * row_bytes)
     with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
         for box in tiles(first.rows, first.columns, rows, first.columns):
             for view, buffer in zip((first, second), buffers, strict=True):
-                reader.read(view.window(box), first.dtype, 0, buffer, 0)
+                reader.read(view.window(box), first.value_dtype, 0, buffer, 0)
             for row in range(box.rows):
                 line = slice(row * row_bytes, (row + 1) * row_bytes)
                 if buffers[0].memory[line] != buffers[1].memory[line]:

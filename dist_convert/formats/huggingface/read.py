@@ -208,21 +208,10 @@ def find_weights(directory: Path) -> tuple[str, ...]:
     """The names of the weights files, sorted; those that an index names may lie on other machines only.
 
     Raises:
-        CheckpointNotFound: no such directory, or no weights in it.
-        CorruptFile: the index is damaged, or names a file outside the directory.
-        InconsistentShards: an index and a single file that it does not name.
+        CheckpointNotFound, CorruptFile, InconsistentShards: see `read_index`.
     """
-    single, index = _weights(directory)
+    single, index = read_index(directory)
     return tuple(sorted(set(index.values()))) if index else (single,)
-
-
-def read_index(directory: Path) -> dict[str, str] | None:
-    """The file of each tensor, as the index says; None where all are in a single file without one.
-
-    Raises:
-        CheckpointNotFound, CorruptFile, InconsistentShards: as `find_weights`.
-    """
-    return _weights(directory)[1]
 
 
 def is_huggingface(path: Path) -> bool:
@@ -245,8 +234,14 @@ def is_huggingface(path: Path) -> bool:
     return False
 
 
-def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
-    """The name of a single weights file of the kind that is here, and the index of several where there is one."""
+def read_index(directory: Path) -> tuple[str, dict[str, str] | None]:
+    """The name of a single weights file of the kind that is here, and the index of several where there is one.
+
+    Raises:
+        CheckpointNotFound: no such directory, or no weights in it.
+        CorruptFile: the index is damaged, or names a file outside the directory.
+        InconsistentShards: an index and a single file that it does not name.
+    """
     if not directory.is_dir():
         raise no_directory(directory, "Hugging Face")
     for index_file, single in WEIGHTS_KINDS:
@@ -265,20 +260,18 @@ def _weights(directory: Path) -> tuple[str, dict[str, str] | None]:
             check_weights_name(directory, single, single)
             if (directory / single).is_file():
                 return single, None
-    if is_checkpoint(directory):
-        raise CheckpointNotFound(
-            "a Megatron checkpoint, not a Hugging Face directory",
-            file=str(directory),
-            expected=CONFIG_FILE,
-            found=_listing(directory),
-            remedy="give the directory that save_pretrained made, or convert the other way with megatron-to-hf",
-        )
+    is_megatron = is_checkpoint(directory)
+    remedy = "give the directory that save_pretrained made"
+    if is_megatron:
+        remedy += ", or convert the other way with megatron-to-hf"
     raise CheckpointNotFound(
-        "no weights in the Hugging Face directory",
+        "a Megatron checkpoint, not a Hugging Face directory"
+        if is_megatron
+        else "no weights in the Hugging Face directory",
         file=str(directory),
-        expected="one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
+        expected=CONFIG_FILE if is_megatron else "one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
         found=_listing(directory),
-        remedy=meant_below(directory) or "give the directory that save_pretrained made",
+        remedy=remedy if is_megatron else meant_below(directory) or remedy,
     )
 
 
