@@ -302,7 +302,7 @@ def _joined(
     targets: list[View] = []
     parts: list[list[Part]] = []
     open_writes: list[int] = []
-    whole = in_turn([copy.targets[0] for copy in block])
+    whole = in_turn([view for copy in block for view in copy.targets])  # one target of each of two copies
     for copy, (reader, source) in zip(block, sources, strict=True):
         joined = side_by_side(reads[-1].source, source) if reads and reads[-1].reader == reader else None
         column = reads[-1].source.columns if joined else 0

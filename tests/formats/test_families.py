@@ -118,6 +118,7 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("deepseek_v3", {"rope_scaling": {**YARN, "factor": None}}, "factor"),
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("deepseek_v3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type default or yarn"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "leave it out of config.json"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=True"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=noaux_tc"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=sigmoid"),

@@ -55,6 +55,7 @@ def args_of(root: Path, iteration: str = ITERATION) -> Namespace:
         (MIXTRAL, Grid(tp=2, ep=2), Grid(tp=2, ep=4, etp=1)),
         (MIXTRAL, Grid(tp=2, ep=4, etp=1), Grid(tp=4)),
         (MIXTRAL, Grid(pp=2, ep=2), Grid(tp=2, pp=2, ep=2, etp=1)),
+        (Model(ffn=2, experts=2), Grid(tp=2), Grid(tp=2, etp=1)),  # columns of one element, in two equal copies
     ],
     ids=str,
 )

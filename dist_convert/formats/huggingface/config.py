@@ -48,6 +48,7 @@ _NOT_ROUNDED: dict[str, object] = {"truncate": False}
 #: Codecs of keys that say something of some layers.
 _OF_LAYERS = ("leading_dense", "sparse_steps", "no_rope")
 _REPAIR = "take config.json anew from where the model came from"
+_OFTEN_ADDED_LATER = "if the model was trained without it, and it only serves longer texts, leave it out of config.json for the conversion"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
 
@@ -270,7 +271,8 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnS
         return None
     if kind != known:
         expected = f"rope_type {'' if prefix else 'default or '}{known}"
-        read.refuse("another scaling of rotary frequencies", expected=expected, found=kind)
+        remedy = _OFTEN_ADDED_LATER if kind in ("yarn", "dynamic", "linear") and not prefix else _NONE
+        read.refuse("another scaling of rotary frequencies", expected=expected, found=kind, remedy=remedy)
         return None
     if prefix is not None:
         for name, wanted in (_YARN_PINS | (_NOT_ROUNDED if prefix else {})).items():
