@@ -195,6 +195,7 @@ WRONG = {
     "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "has no value of a Llama for head_dim"),
     "an endless factor": (of_params(ffn_dim_multiplier=1e299), "has no value of a Llama for ffn_dim_multiplier"),
     "a flag that is text": (of_params(use_scaled_rope="false"), "has no value of a Llama for use_scaled_rope"),
+    "a size of null": (of_params(dim=None), "has no value of a Llama for dim"),
     "a size that is text": (of_params(dim="64"), "has no value of a Llama for dim"),
     "no theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "has no value of a Llama for use_scaled_rope"),
 }  # fmt: skip
@@ -326,3 +327,20 @@ def test_mistrals_own_file_is_read_too(tmp_path: Path) -> None:
     assert_same(read_tensors(tmp_path / "out"), hf)
     found = {name: config_in(tmp_path / "out")[name] for name in ("model_type", "sliding_window", "rope_theta")}
     assert found == {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 1000000.0}
+
+
+def test_a_tensor_that_is_in_all_files_and_of_no_llama_is_refused(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", 1)
+    saved = torch.load(tmp_path / "in/consolidated.00.pth")
+    torch.save(saved | {"layers.0.attention.wq.bias": torch.ones(64)}, tmp_path / "in/consolidated.00.pth")
+    with pytest.raises(ConversionError, match=r"(?s)layers\.0\.attention\.wq\.bias.*a bias"):
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+
+
+def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", 2)
+    saved = torch.load(tmp_path / "in/consolidated.01.pth")
+    halves = {name: tensor.half() for name, tensor in saved.items()}
+    torch.save(halves, tmp_path / "in/consolidated.01.pth")
+    with pytest.raises(ConversionError, match="a weight of an unexpected dtype"):
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")

@@ -50,7 +50,7 @@ def args_of_params(params: Mapping[str, Any], rows: Mapping[str, int], *, tied: 
         UnsupportedModel, InconsistentShards: no model that is known, or another than the weights.
     """
     wrong = [name for name, value in params.items() if name not in _KNOWN and value is not None]
-    wrong += [name for name in _NEEDED if name not in params]
+    wrong += [name for name in _NEEDED if params.get(name) is None]
     wrong += [name for name in (*_NEEDED, *_SIZES) if not is_size(params.get(name)) or params.get(name) == 0]
     given = {name: params[name] for name in _NUMBERS if params.get(name) is not None}
     wrong += [name for name, value in given.items() if not (is_number(value) and 0 < value < 1e12)]
