@@ -48,7 +48,7 @@ _NOT_ROUNDED: dict[str, object] = {"truncate": False}
 #: Codecs of keys that say something of some layers.
 _OF_LAYERS = ("leading_dense", "sparse_steps", "no_rope")
 _REPAIR = "take config.json anew from where the model came from"
-_OFTEN_ADDED_LATER = "if the model was trained without it, and it only serves longer texts, leave it out of config.json for the conversion"
+_OFTEN_ADDED_LATER = "leave it out of config.json for the conversion if the model was trained without it"
 _NONE = "Megatron cannot train this model; there is nothing to convert to"
 
 
