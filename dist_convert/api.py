@@ -33,7 +33,7 @@ from dist_convert.move.report import (
     start_line,
 )
 from dist_convert.move.timeline import Timeline, traced
-from dist_convert.options import HUGGINGFACE, TORCH_DIST, Options, check_applies
+from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
 from dist_convert.plan.done import NOTHING_DONE, Done
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.ranks.channel import Control
@@ -66,7 +66,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     """
     model = open_source(job, world, channel)
     check_applies(job, model.format)
-    task = to_huggingface(job, model, world) if job.to == HUGGINGFACE else to_megatron(job, model, world)
+    task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)
     job = task.job
     writers = find_writers(task, world)
     plan = _divide(task, writers, world, NOTHING_DONE)
@@ -129,10 +129,10 @@ def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank.
 
     Without a wish, ranks gather where some rank cannot reach every file, and on accelerators, but for chunks of
-    torch_dist, which belong to no tensor parallel set; else they work alone.
+    distributed checkpoints, which belong to no tensor parallel set; else they work alone.
     """
     reach_all = len(set(task.source.found.visible)) == len(set(task.places)) == 1
-    may_gather = world.device.type != "cpu" and task.source.format != TORCH_DIST
+    may_gather = world.device.type != "cpu" and task.source.format not in (TORCH_DIST, DCP)
     usual = "gather" if may_gather or not reach_all else "direct"
     plan = divide(
         writers.content,

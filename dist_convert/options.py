@@ -15,11 +15,19 @@ from typing import Any, Literal
 
 from dist_convert.errors import ConversionError, UsageError, raise_together
 
-HUGGINGFACE, TORCH, TORCH_DIST, META = "huggingface", "torch", "torch_dist", "meta"
+HUGGINGFACE, TORCH, TORCH_DIST, DCP, META = "huggingface", "torch", "torch_dist", "dcp", "meta"
 #: What a checkpoint can become.
-FORMATS = (HUGGINGFACE, TORCH, TORCH_DIST)
-#: Any format of Megatron's, and any that has no config.json of its own.
-MEGATRON, BARE = "megatron", "bare"
+FORMATS = (HUGGINGFACE, TORCH, TORCH_DIST, DCP)
+#: Any format of Megatron's, any that has no config.json of its own, any that may lack one, any with Hugging Face's
+#: names, and any without training arguments.
+MEGATRON, BARE, UNSAID, NAMED, ARGLESS = "megatron", "bare", "unsaid", "named", "argless"
+_KINDS_OF_FORMATS = {
+    MEGATRON: (TORCH, TORCH_DIST),
+    BARE: (TORCH, TORCH_DIST, META),
+    UNSAID: (TORCH, TORCH_DIST, META, DCP),
+    NAMED: (HUGGINGFACE, DCP),
+    ARGLESS: (HUGGINGFACE, DCP, META),
+}
 #: An iteration without a number.
 RELEASE = "release"
 #: The commands that convert: of every format into any, and the two that are bound to a pair, by (source, target).
@@ -57,7 +65,7 @@ class Option:
         group: under which the help lists it.
         help: a fragment for `--help`, which starts with a noun or a verb.
         short: its flag's other spellings.
-        source, to: the one format of conversions that have it, `MEGATRON` or `BARE`; "" where any may have it.
+        source, to: the one format of conversions that have it, or a kind of them; "" where any may have it.
         kind: of its values; "" where the field's type and unit say it.
         shown: the default, in the words of the help; "" for the value itself.
         choices: of a text.
@@ -80,12 +88,13 @@ class Option:
 
     def applies(self, source: str, to: str) -> bool:
         """Whether a conversion between these formats has it."""
-        return _covers(self.source, source) and _covers(self.to, to)
+        pairs = ((self.source, source), (self.to, to))
+        return all(not wanted or found in formats_of(wanted) for wanted, found in pairs)
 
 
-def _covers(wanted: str, found: str) -> bool:
-    several = {MEGATRON: (TORCH, TORCH_DIST), BARE: (TORCH, TORCH_DIST, META), HUGGINGFACE: (HUGGINGFACE, META)}
-    return wanted in ("", found) or found in several.get(wanted, ())
+def formats_of(wanted: str) -> tuple[str, ...]:
+    """The formats of a kind, or the one that is named itself."""
+    return _KINDS_OF_FORMATS.get(wanted, (wanted,))
 
 
 def _option(group: Group, help: str, default: Any = None, **known: Any) -> Any:
@@ -116,12 +125,12 @@ class Options:
     )
     source_margs_file: Path | None = _source(
         "source_megatron_args.json of an earlier conversion",
-        source=HUGGINGFACE,
+        source=ARGLESS,
         to=MEGATRON,
         shown="args follow from config.json",
     )
     load_capacity_bins: bool = _source(
-        "take over Habana's capacity_bins.pt (same grid only)", False, source=HUGGINGFACE, to=TORCH
+        "take over Habana's capacity_bins.pt (same grid only)", False, source=ARGLESS, to=TORCH
     )
     true_vocab_size: int | None = _source(
         "vocabulary without padding; checked where a source of Hugging Face says it", shown="args, then tokenizer"
@@ -137,9 +146,10 @@ class Options:
     drop_mtp: bool = _source(
         "leave out the layers of multi-token prediction; without it a model that has them is refused", False
     )
-    like: Path | None = _of_bare(
+    like: Path | None = _source(
         "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",
-        shown="what the args tell",
+        source=UNSAID,
+        shown="what the args tell, or of dcp the config.json there",
     )
     rope_theta: float | None = _of_bare("base of the rotary frequencies", shown="the args' rotary_base")
     rope_scaling_factor: float | None = _of_bare(
@@ -215,7 +225,7 @@ class Options:
         choices=tuple(TARGET_DTYPES),
     )
     allow_overflow: bool = _target("accept values that become infinite in fp16", False, is_free=True)
-    max_shard_size_bytes: int = _to_hf("largest size of a weights file", 5_000_000_000)
+    max_shard_size_bytes: int = _target("largest size of a weights file", 5_000_000_000, to=NAMED)
     saver_transformer_impl: str | None = _to_megatron(
         "spelling of the norms", shown="a Megatron source's, else transformer_engine", choices=TRANSFORMER_IMPLS
     )
@@ -247,7 +257,7 @@ class Options:
         is_free=True,
     )
     model_size: str | None = _to_megatron(
-        "model that the source must be, such as llama3-70B; checked against its config", source=HUGGINGFACE
+        "model that the source must be, such as llama3-70B; checked against its config", source=ARGLESS
     )
 
     device: str = _run(

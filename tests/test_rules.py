@@ -21,9 +21,10 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 COLLECTIVES, STORE_USER = "ranks/collectives.py", "ranks/channel.py"
 STORES = {"DistError", "PrefixStore", "Store", "TCPStore"}
 #: These name classes of torch.distributed.checkpoint as a pickle does; they are not imported.
-PICKLED = ("read/restricted_pickle.py", "formats/torch_dist/pickled_metadata.py")
+PICKLED = ("read/restricted_pickle.py", "formats/dcp/pickled_metadata.py")
 SPELLINGS = (
     "formats/megatron/names.py", "formats/torch_dist/names.py", "formats/huggingface/names.py", "formats/meta/names.py",
+    "formats/dcp/names.py",
 )  # fmt: skip
 #: The tables, and the spellings of the names in them.
 NAMES = [file for file in FILES if file.startswith("models/") or file in SPELLINGS]

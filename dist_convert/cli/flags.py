@@ -28,7 +28,6 @@ from dist_convert.options import (
     PATH_FLAGS,
     RELEASE,
     TORCH,
-    TORCH_DIST,
     Kind,
     Option,
     Options,
@@ -36,6 +35,7 @@ from dist_convert.options import (
     VerifyJob,
     check_together,
     flag_of,
+    formats_of,
     kind_of,
     options_of,
 )
@@ -263,7 +263,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_ranks(groups["run"])
 
     inspect = commands.choices["inspect"]
-    _add_paths(inspect, path="Megatron checkpoint, Hugging Face directory or Meta's files")
+    _add_paths(inspect, path="Megatron checkpoint, directory of Hugging Face or PyTorch DCP, or Meta's files")
     inspect.add_argument(
         "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
     )
@@ -278,8 +278,9 @@ _ON_NUMBERS = "{rank}, {local_rank} and {node} in paths are replaced by this ran
 #: What the source and the target of a command that converts are.
 _PATHS = {
     CONVERT: (
-        "root or iteration of a Megatron checkpoint, Hugging Face directory, Meta's files, or a hub id (org/name)",
-        "Hugging Face directory, or root of a Megatron checkpoint, to be made",
+        "root or iteration of a Megatron checkpoint, directory of Hugging Face or PyTorch DCP, Meta's files, or a hub "
+        "id (org/name)",
+        "directory of Hugging Face or DCP, or root of a Megatron checkpoint, to be made",
     ),
     "megatron-to-hf": ("(required) root of the Megatron checkpoint", "(required) Hugging Face directory to be made"),
     "hf-to-megatron": (
@@ -307,7 +308,7 @@ def _add_paths(parser: ArgumentParser, **helps: str) -> None:
 def _add_conversion(command: ArgumentParser, name: str) -> None:
     """The flags of a command that converts."""
     groups = _groups(command)
-    to = [one for one in FORMATS if name == CONVERT or (one == HUGGINGFACE) == (PAIRS[name][1] == HUGGINGFACE)]
+    to = FORMATS if name == CONVERT else formats_of(MEGATRON if PAIRS[name][1] == TORCH else HUGGINGFACE)
     shown = dict(zip(("source", "target"), PATH_FLAGS[name], strict=True))
     for field, text in zip(shown, _PATHS[name], strict=True):
         if name == CONVERT:
@@ -349,7 +350,7 @@ def _groups(parser: ArgumentParser) -> dict[str, Any]:
 def _add_options(groups: Mapping[str, Any], command: str) -> None:
     """The flags of a command's options."""
     for one, known in options_of(command):
-        to = " or ".join((TORCH, TORCH_DIST) if known.to == MEGATRON else (known.to,))
+        to = " or ".join(formats_of(known.to))
         text = known.help + (", such as 512MB or 2GiB" if kind_of(one) == "size" else "")
         text += f"; --to {to}" if command == CONVERT and to else ""
         _add_option(groups[known.group], one, known, text, command)

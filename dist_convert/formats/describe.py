@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError, shown_line
+from dist_convert.formats.dcp.open import open_dcp
+from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
@@ -46,6 +48,7 @@ from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.schema import Row, entries, part_shape
+from dist_convert.options import DCP, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
@@ -72,8 +75,10 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     elif is_huggingface(path):
         description, model = _describe_huggingface(path), partial(open_huggingface, path, world)
     else:
-        directory, is_distributed = find_iteration(where, world)
-        if is_distributed:
+        directory, kind = find_iteration(where, world)
+        if kind == DCP:
+            description, model = _describe_dcp(directory), partial(open_dcp, where, directory, world)
+        elif kind == TORCH_DIST:
             description, model = _describe_torch_dist(directory), partial(open_torch_dist, where, directory, world)
         else:
             found, shards = read_shards(directory, world)
@@ -102,27 +107,45 @@ def _check(model: Model, world: World) -> list[str]:
 
 def _describe_torch_dist(directory: Path) -> dict[str, Any]:
     contents = read_contents(directory)
-    tensors, args = contents["tensors"], contents["args"]
+    args = contents["args"]
     norms, experts = dialect_of_args(args)  # their keys are alike
-    places = {place[2] for _, _, chunks in tensors.values() for place in chunks}
-    sizes = {key: prod(shape) * DTYPE_BYTES[dtype] for key, (dtype, shape, _) in tensors.items()}
     return {
         "path": str(directory),
         "kind": "megatron",
-        "format": "torch_dist",
+        "format": TORCH_DIST,
         **_model(args),
         "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
         "iteration": contents["iteration"],
         "grid": _grid_sizes(_saved_grid(args)),
+        **_chunks(directory, contents),
+        "tokenizer": args.get("tokenizer_model") or args.get("tokenizer_name_or_path"),
+        **({"foreign_classes": contents["foreign_classes"]} if contents["foreign_classes"] else {}),
+    }
+
+
+def _describe_dcp(directory: Path) -> dict[str, Any]:
+    contents = read_dcp_contents(directory)
+    return {
+        "path": str(directory),
+        "kind": "distributed",
+        "format": DCP,
+        "parameters": sum(prod(shape) for _, shape, _ in contents["tensors"].values()),
+        **_chunks(directory, contents),
+    }
+
+
+def _chunks(directory: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What the container of a distributed checkpoint holds."""
+    tensors = contents["tensors"]
+    places = {place[2] for _, _, chunks in tensors.values() for place in chunks}
+    return {
         "dtypes": dict(Counter(dtype for dtype, _, _ in tensors.values())),
-        "weights_bytes": sum(sizes.values()),
+        "weights_bytes": sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape, _ in tensors.values()),
         "skipped_bytes": sum(size_bytes for _, _, size_bytes in contents["beside"]),
         "left_behind": {reason: human_bytes(size_bytes) for reason, _, size_bytes in contents["beside"]},
         "chunks": sum(len(chunks) for _, _, chunks in tensors.values()),
         "files": len(places),
-        "tokenizer": args.get("tokenizer_model") or args.get("tokenizer_name_or_path"),
         "missing_shards": [file for file in sorted(places) if not (directory / file).is_file()],
-        **({"foreign_classes": contents["foreign_classes"]} if contents["foreign_classes"] else {}),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
+from dist_convert.formats.dcp.open import open_dcp
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
@@ -23,9 +24,10 @@ from dist_convert.formats.meta.open import open_meta
 from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.torch.copies import settle_copies
 from dist_convert.formats.torch.open import TorchModel, open_torch, read_shards
+from dist_convert.formats.torch_dist.contents import is_torch_dist
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
-from dist_convert.options import CONVERT, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, Options
+from dist_convert.options import CONVERT, DCP, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, TORCH_DIST, Options
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
@@ -64,14 +66,14 @@ def _open(where: Where, world: World) -> Model:
 
 
 def _open_megatron(where: Where, world: World) -> Model:
-    directory, is_distributed = find_iteration(where, world)
-    if is_distributed:
-        return open_torch_dist(where, directory, world)
-    return open_torch(where, directory, world, *read_shards(directory, world))
+    directory, kind = find_iteration(where, world)
+    if kind == TORCH:
+        return open_torch(where, directory, world, *read_shards(directory, world))
+    return (open_torch_dist if kind == TORCH_DIST else open_dcp)(where, directory, world)
 
 
-def find_iteration(where: Where, world: World) -> tuple[Path, bool]:
-    """The directory of a Megatron checkpoint's iteration, as this rank sees it, and whether it is a distributed one.
+def find_iteration(where: Where, world: World) -> tuple[Path, str]:
+    """The directory of a checkpoint, or of a Megatron checkpoint's iteration, as this rank sees it, and its format.
 
     Raises:
         SourceError: there is none, or files of two formats.
@@ -80,8 +82,8 @@ def find_iteration(where: Where, world: World) -> tuple[Path, bool]:
     refuse_foreign(where.path)
     directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
     refuse_foreign(directory)
-    mine = [has_rank_directories(directory), is_distributed(directory)]
-    is_torch, distributed = map(any, zip(*gather_objects(world, mine), strict=True))
+    mine = [has_rank_directories(directory), is_distributed(directory), is_torch_dist(directory)]
+    is_torch, distributed, is_core = map(any, zip(*gather_objects(world, mine), strict=True))
     if is_torch and distributed:
         raise InconsistentShards(
             "two checkpoints in one directory, a torch and a distributed one",
@@ -90,7 +92,9 @@ def find_iteration(where: Where, world: World) -> tuple[Path, bool]:
             found="both",
             remedy="move the files of one of them to a directory of their own",
         )
-    return directory, distributed
+    if not distributed:
+        return directory, TORCH
+    return directory, TORCH_DIST if is_core else DCP
 
 
 def open_source(job: Options, world: World, channel: Control) -> Model:

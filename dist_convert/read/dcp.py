@@ -20,10 +20,12 @@ from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
 from dist_convert.read.source import open_to_read, read_small_file, reading
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES, Stretch, open_object, place_tensors
-from dist_convert.records import StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 METADATA_FILE = ".metadata"
 SUFFIX = ".distcp"
+#: What HuggingFaceStorageWriter calls the files of a distributed checkpoint, beside which there is no `.metadata`.
+SHARDS = "shard-*-model-*.safetensors"
 _MOST_DIMENSIONS = 8
 _MOST = 1 << 60
 _LONGEST_NAME_BYTES = 255
@@ -54,6 +56,10 @@ class SavedTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,12 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata(tensors, objects)
 
 
-#: Key and first element -> the blob. Objects have no first element.
-_Blobs = Mapping[tuple[str, tuple[int, ...] | None], Blob]
+#: Key and first element -> the blob, or several of them. Objects have no first element.
+_Blobs = Mapping[tuple[str, tuple[int, ...] | None], set[Blob]]
 
 
 def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
-    found: dict[tuple[str, tuple[int, ...] | None], Blob] = {}
+    found: dict[tuple[str, tuple[int, ...] | None], set[Blob]] = {}
     for index, info in stored.items():
         named, place = _state(index, "MetadataIndex", file), _state(info, "_StorageInfo", file)
         if place.get("transform_descriptors"):
@@ -116,16 +122,17 @@ def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
             raise _damaged(file, f"a place in {name}", (offset_bytes, size_bytes))
         offset = named.get("offset")
         at = key, None if offset is None else _size(offset, file)
-        blob = Blob(name, offset_bytes, size_bytes)
-        if found.setdefault(at, blob) != blob:
-            raise _damaged(file, f"one place of {key} at {at[1]}", f"{found[at]} and {blob}")
+        found.setdefault(at, set()).add(Blob(name, offset_bytes, size_bytes))
     return found
 
 
 def _blob(blobs: _Blobs, key: str, offsets: tuple[int, ...] | None, file: str) -> Blob:
-    if (key, offsets) not in blobs:
-        raise _damaged(file, f"a place of {key}" + (f" at {list(offsets)}" if offsets else ""), "none")
-    return blobs[key, offsets]
+    found = blobs.get((key, offsets), set())
+    if len(found) != 1:
+        where = f"a place of {key}" + (f" at {list(offsets)}" if offsets else "")
+        raise _damaged(file, where, " and ".join(map(str, list(found)[:2])) or "none")
+    [blob] = found
+    return blob
 
 
 def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> SavedTensor:
@@ -142,12 +149,10 @@ def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> Sav
         inner = _state(chunk, "ChunkStorageMetadata", file)
         offsets, sizes = _size(inner.get("offsets"), file), _size(inner.get("sizes"), file)
         fits = len(offsets) == len(sizes) == len(shape)
-        if (
-            not fits
-            or (0 in sizes and 0 not in shape)
-            or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True))
-        ):
+        if not fits or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True)):
             raise _damaged(file, f"a box of {key} inside {list(shape)}", f"{list(sizes)} at {list(offsets)}")
+        if 0 in sizes:  # of a rank that has no row, as there are more of them than rows
+            continue
         chunks.append(Chunk(offsets, sizes, _blob(blobs, key, offsets, file)))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
         raise _damaged(file, f"boxes that make up {key}, {list(shape)}", f"{len(chunks)} boxes of another size")
@@ -225,16 +230,22 @@ def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Ch
             container, saved = open_object(path, file, _stretch(descriptor, chunk.blob))
             found = (saved.storage.dtype, saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
             if not isinstance(saved, Tensor) or found != (dtype, chunk.sizes):
-                raise CorruptFile(
-                    "a blob is not what .metadata says",
-                    tensor=key,
-                    file=str(path),
-                    expected=f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}",
-                    found=f"{found}",
-                    remedy="files of two checkpoints may be mixed; copy the directory again",
-                )
+                expected = f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}"
+                raise not_as_listed(path, key, expected, found)
             placed.append(place_tensors({key: saved}, container)[key])
     return placed
+
+
+def not_as_listed(path: Path, key: str, expected: object, found: object) -> CorruptFile:
+    """The error about a chunk that is not the one that `.metadata` lists."""
+    return CorruptFile(
+        "a blob is not what .metadata says",
+        tensor=key,
+        file=str(path),
+        expected=expected,
+        found=found,
+        remedy="files of two checkpoints may be mixed; copy the directory again",
+    )
 
 
 @contextmanager

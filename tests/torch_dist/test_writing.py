@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 import dist_convert
 from dist_convert.__main__ import main
-from dist_convert.formats.torch_dist.pickled_metadata import metadata_bytes
+from dist_convert.formats.dcp.pickled_metadata import metadata_bytes
 from dist_convert.read.dcp import Blob, Chunk, SavedTensor, read_metadata
 from tests.checkpoints import Grid, Model, make
 from tests.distributed_checkpoints import make_distributed

@@ -1,18 +1,19 @@
-"""A Hugging Face directory as a catalog: every tensor lies whole in one of its files."""
+"""A model with Hugging Face's names as a catalog: every tensor lies whole in one file, or in chunks in several."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import LeftBehind, Region, TensorMeta
+from dist_convert.models.catalog import LeftBehind, Region, TensorMeta, cut
 from dist_convert.models.schema import Architecture, Row, copies_of, entries, part_shape, parts_of
-from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, StoredTensor, View
+from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, Box, StoredTensor, View
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,22 @@ class HuggingFaceCatalog:
         architecture, tensors: the model, and the logical tensors.
         views: the places of each tensor as rows x columns.
         optional: names of tensors that another format may have no place for, as they are zeros.
+        chunks: of a distributed checkpoint, by the names that views have; their places are then those in whole tensors.
+        is_owned: see `Catalog`.
     """
 
     architecture: Architecture
     tensors: Mapping[str, TensorMeta]
     views: Mapping[str, tuple[View, ...]]
     optional: frozenset[str] = frozenset()
+    chunks: Mapping[str, Stored] = field(default_factory=dict)
+    is_owned: bool = False
 
     @property
     def title(self) -> str:
-        return f"{FAMILIES[self.architecture.family].hf_class}, Hugging Face"
+        files = {chunk.place.file for tensor in self.chunks.values() for chunk in tensor.chunks}
+        where = f"DCP in {len(files)} files" if files else "Hugging Face"
+        return f"{FAMILIES[self.architecture.family].hf_class}, {where}"
 
     @cached_property
     def params_dtype(self) -> str:
@@ -47,23 +54,31 @@ class HuggingFaceCatalog:
         stored = {name: meta.dtype for name, meta in self.tensors.items() if name not in self.optional}
         return {name: dtype for name, dtype in stored.items() if dtype != self.params_dtype}
 
-    @property
-    def is_owned(self) -> bool:
-        return False
-
     def regions(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
-        return (Region(self.tensors[name].box, self.views[name]),)
+        return regions_of(self.views[name], self.chunks)
 
     def padding(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         return ()
 
 
+def regions_of(views: Sequence[View], chunks: Mapping[str, Stored]) -> tuple[Region, ...]:
+    """Where a tensor lies that these views of equal content hold: as they are, or each in chunks."""
+    if not chunks:
+        return (Region(Box(0, 0, views[0].rows, views[0].columns), tuple(views)),)
+    found, *others = (chunks[view.tensor].regions(view) for view in views)
+    for copies in others:
+        pairs = [(region, copy) for region in found for copy in cut(copies, region.box)]
+        found = tuple(Region(copy.box, (*region.window(copy.box), *copy.replicas)) for region, copy in pairs)
+    return found
+
+
 def open_catalog(
     stored: Mapping[str, StoredTensor],
     architecture: Architecture,
     *,
+    chunks: Mapping[str, Stored] | None = None,
     with_tied_copies: bool = False,
     drops_mtp: bool = False,
 ) -> tuple[HuggingFaceCatalog, LeftBehind]:
@@ -72,6 +87,7 @@ def open_catalog(
     Args:
         stored: all tensors of the model by name.
         architecture: by config.json.
+        chunks: see `HuggingFaceCatalog`.
         drops_mtp: layers behind those that config.json counts are left out.
         with_tied_copies: a stored head of a tied model counts as another copy of the embedding.
 
@@ -119,4 +135,7 @@ def open_catalog(
         stored, used, hf_class=family.hf_class, tied=architecture.tied, dropped_from=dropped_from
     )
     raise_together([*problems, *unknown])
-    return HuggingFaceCatalog(architecture, tensors, views, frozenset(optional)), left_behind
+    catalog = HuggingFaceCatalog(architecture, tensors, views, frozenset(optional), chunks or {}, bool(chunks))
+    for name in tensors if chunks else ():
+        catalog.regions(name)  # refuses chunks that do not make up a tensor
+    return catalog, left_behind

@@ -6,10 +6,12 @@ File format: https://huggingface.co/docs/safetensors ("Format"); names and index
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 from dist_convert.errors import UnsupportedModel
+from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.names import published
 from dist_convert.models import FAMILIES
@@ -101,9 +103,13 @@ def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
     return TargetFile(name, prefix, len(prefix) + offset, tensors)
 
 
-def catalog_of_files(architecture: Architecture, files: Iterable[TargetFile]) -> HuggingFaceCatalog:
-    """The catalog of weights files that are to be written."""
-    return open_catalog({tensor.name: tensor for file in files for tensor in file.tensors}, architecture)[0]
+def catalog_of_files(
+    architecture: Architecture, files: Iterable[TargetFile], chunks: Mapping[str, Stored] | None = None
+) -> HuggingFaceCatalog:
+    """The catalog of weights files that are to be written; their tensors are whole, or those that lie in chunks."""
+    whole = [tensor.whole for tensor in chunks.values()] if chunks else [one for file in files for one in file.tensors]
+    catalog, _ = open_catalog({tensor.name: tensor for tensor in whole}, architecture, chunks=chunks)
+    return replace(catalog, is_owned=False)
 
 
 def index_json(files: Sequence[TargetFile]) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dist_convert.errors import shown_line
+from dist_convert.formats.dcp.files import PlannedFiles, lay_out_chunks
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.carried import carried_configs, describes
 from dist_convert.formats.huggingface.config import (
@@ -29,7 +30,12 @@ from dist_convert.formats.huggingface.config import (
     published,
     with_special_ids,
 )
-from dist_convert.formats.huggingface.files import catalog_of_files, index_json, lay_out_files, target_tensors
+from dist_convert.formats.huggingface.files import (
+    catalog_of_files,
+    index_json,
+    lay_out_files,
+    target_tensors,
+)
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.read import (
     ARGS_FILE,
@@ -37,7 +43,6 @@ from dist_convert.formats.huggingface.read import (
     GENERATION_FILE,
     WEIGHTS_KINDS,
     check_inside,
-    find_weights,
 )
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
@@ -55,7 +60,7 @@ from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.prediction import MTP_KEY
-from dist_convert.options import TARGET_DTYPES, Options
+from dist_convert.options import DCP, TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
@@ -76,7 +81,7 @@ _NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS
 
 @dataclass(frozen=True)
 class HuggingFaceTarget:
-    """A Hugging Face directory that is to be made; a `Target`.
+    """A Hugging Face directory that is to be made, or a distributed checkpoint with the same beside it; a `Target`.
 
     Attributes:
         job: what was asked for.
@@ -87,6 +92,7 @@ class HuggingFaceTarget:
         copied: names of the source's files that are copied.
         bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
         disks: how many hold a part of the target each.
+        planned: the weights files, where they are those of a distributed checkpoint.
     """
 
     job: Options
@@ -97,6 +103,7 @@ class HuggingFaceTarget:
     copied: Sequence[str] = ()
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
+    planned: PlannedFiles | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -107,6 +114,9 @@ class HuggingFaceTarget:
         if is_first:
             tokenizer = self.model.tokenizer  # first, so that what fails here fails early
             write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
+        if self.planned is not None:
+            self.planned.make(partial, files)
+            return
         for file in files:
             make_file(partial, file.name, [(0, file.header)], file.size_bytes)
 
@@ -114,6 +124,8 @@ class HuggingFaceTarget:
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
     ) -> None:
         """Write or copy all that is no weight into the partial directory."""
+        if self.planned is not None:
+            self.planned.seal(partial, files, known)
         if not is_first:
             return
         if isinstance(self.model, HuggingFaceModel):
@@ -125,12 +137,15 @@ class HuggingFaceTarget:
             style = style_of(tokenizer, self.config, self.job)
             found = self.published or with_special_ids(self.config, {}, tokenizer, style)
             configs = {**found} if self.model.args is None else {**found, ARGS_FILE: self.model.args}
-            write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
+            if self.planned is None:
+                write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
             if self.bins is not None:
                 write_bins(partial, *self.bins)
         for name, config in configs.items():
             write_file(partial, name, (json.dumps(config, indent=2) + "\n").encode())
-        if index := index_json(self.content.files):
+        if self.planned is not None:
+            self.planned.write_metadata(partial, has_paths=True)
+        elif index := index_json(self.content.files):
             write_file(partial, INDEX_FILE, index.encode())
 
     def beside(self) -> Mapping[str, bytes]:
@@ -150,7 +165,7 @@ class HuggingFaceTarget:
         return "\n".join(map(shown_line, lines))
 
 
-def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
+def files_to_copy(directory: Path, weights: Collection[str]) -> tuple[list[str], list[str]]:
     """The files of a model that are copied, and the names of all else there that is not its weights.
 
     Raises:
@@ -158,7 +173,7 @@ def files_to_copy(directory: Path) -> tuple[list[str], list[str]]:
         SourceError: the directory cannot be read.
     """
     copied, others = [], []
-    weights = {*find_weights(directory), *_NOT_COPIED}
+    weights = {*weights, *_NOT_COPIED}
     with reading(directory):
         for path in sorted(directory.iterdir()):
             if path.name in weights or path.name.startswith("."):
@@ -264,10 +279,12 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
-    files = lay_out_files(target_tensors(source, target_dtype), job.max_shard_size_bytes)
+    specs = target_tensors(source, target_dtype)
+    planned = lay_out_chunks(specs, job.max_shard_size_bytes) if job.to == DCP else None
+    files = planned.target_files() if planned else lay_out_files(specs, job.max_shard_size_bytes)
     content = plan_content(
         source,
-        catalog_of_files(source.architecture, files),
+        catalog_of_files(source.architecture, files, planned.stored() if planned else None),
         files,
         target_dtype=target_dtype,
         left_behind=left_behind,
@@ -295,7 +312,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         places=places,
         writable=tuple(of_places[place] for place in places),
         notes=notes + more_notes + _notes_on_places(job, content, places, of_places),
-        layout=layout,
+        layout=replace(layout, planned=planned),
         is_divided=is_divided,
     )
 
@@ -306,7 +323,7 @@ def _layout(
     """What is made beside the weights, and what the user should know of it all."""
     dtype = content.ends.target.params_dtype
     if isinstance(model, HuggingFaceModel):
-        copied, others = files_to_copy(model.directory)
+        copied, others = files_to_copy(model.directory, model.found.identity)
         notes = [*model.notes, *notes_on_content(content)]
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
         given = dict(model.config) | ({MTP_KEY.config: 0} if model.drops_mtp and MTP_KEY.config in model.config else {})

@@ -8,15 +8,16 @@ queries, keys and values have biases; Megatron has no place for it where only th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards
+from dist_convert.errors import InconsistentShards, below
+from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.foreign import refuse_foreign_tensors
-from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
 from dist_convert.formats.huggingface.names import HEAD, OF_MTP
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, Quantisation, quantisation_of, with_scales
@@ -32,11 +33,12 @@ from dist_convert.formats.huggingface.read import (
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import OUTPUT_BIAS_OF_ZEROS
-from dist_convert.models.catalog import Catalog, LeftBehind
+from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import MOST_LAYERS, copies_of, is_size
-from dist_convert.options import HUGGINGFACE
+from dist_convert.options import DCP, HUGGINGFACE
 from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.read.boxes import read_box
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.file_reader import FileReader
@@ -56,6 +58,9 @@ class HuggingFaceModel:
             looked; they are tensors that must be zero, where the MLPs have no biases, which a comparison finds out.
         drops_mtp: layers of multi-token prediction are left out.
         quantisation: of the weights, which are decoded.
+        chunks: of a distributed checkpoint, by the tensors' names; `stored` then has whole tensors, as if each were in
+            one stretch.
+        beside: what a distributed checkpoint holds beside the model.
     """
 
     directory: Path
@@ -65,10 +70,12 @@ class HuggingFaceModel:
     zero_biases: frozenset[str] | None = None
     drops_mtp: bool = False
     quantisation: Quantisation | None = None
+    chunks: Mapping[str, Stored] = field(default_factory=dict)
+    beside: LeftBehind = ()
 
     @property
     def format(self) -> str:
-        return HUGGINGFACE
+        return DCP if self.chunks else HUGGINGFACE
 
     @property
     def args(self) -> None:
@@ -95,14 +102,19 @@ class HuggingFaceModel:
         has_mtp = not self.drops_mtp and any(name.endswith(OF_MTP) for name in self.stored)
         config = self.config if has_mtp else {**self.config, MTP_KEY.config: 0}
         architecture = architecture_from_config(config, zero_output_bias=is_zero)
-        catalog, left_behind = open_catalog(
-            self.stored, architecture, with_tied_copies=with_tied_copies, drops_mtp=self.drops_mtp
-        )
+        with below(self.directory) if self.chunks else nullcontext():
+            catalog, left_behind = open_catalog(
+                self.stored,
+                architecture,
+                chunks=self.chunks,
+                with_tied_copies=with_tied_copies,
+                drops_mtp=self.drops_mtp,
+            )
         if self.zero_biases:
             size_bytes = sum(self.stored[name].size_bytes for name in self.zero_biases)
             reason = "output bias of attention (all zeros)"
             left_behind = (*left_behind, (reason, len(self.zero_biases), size_bytes))
-        return catalog, left_behind
+        return catalog, (*left_behind, *self.beside)
 
 
 def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) -> HuggingFaceModel:
@@ -150,30 +162,35 @@ def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
     """
     architecture = catalog.architecture
     if architecture.tied and HEAD in model.stored:
-        [region] = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
+        own = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
         what = "the model is tied by config.json, but it also stores a head that is not its embedding"
         remedy = (
             "if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
             "save the model again without it"
         )
-        _check_equal(model, region.replicas[0], model.stored[HEAD], world, what, remedy)
+        _check_equal(model, own, model.stored[HEAD], world, what, remedy)
     for name, copies in copies_of(FAMILIES[architecture.family], architecture).items():
         for copy in copies:
             if copy in model.stored:
-                [region] = catalog.regions(name)
                 what = "a layer of multi-token prediction has another embedding or head than the model"
                 remedy = "Megatron has one for all: leave these layers out with --drop-mtp"
-                _check_equal(model, region.replicas[0], model.stored[copy], world, what, remedy)
+                _check_equal(model, catalog.regions(name), model.stored[copy], world, what, remedy)
 
 
-def _check_equal(model: HuggingFaceModel, own: View, copy: StoredTensor, world: World, what: str, remedy: str) -> None:
-    same_shape = (own.dtype, (own.rows, own.columns)) == (copy.dtype, copy.shape)
-    if same_shape and replace(View.of(copy), tensor=own.tensor) == own:
+def _check_equal(
+    model: HuggingFaceModel, own: Sequence[Region], copy: StoredTensor, world: World, what: str, remedy: str
+) -> None:
+    both = own, regions_of((View.of(copy),), model.chunks)
+    places = [[replace(region.replicas[0], tensor="") for region in one] for one in both]
+    if places[0] == places[1]:
         return  # one storage, as torch saves tied parameters
-    able = [rank for rank, files in enumerate(model.found.visible) if {own.file, copy.file} <= files]
+    shape = own[-1].box.row_end, own[-1].box.column_end
+    same_shape = (places[0][0].dtype, shape) == (copy.dtype, copy.shape)
+    files = {view.file for of_one in places for view in of_one}
+    able = [rank for rank, seen in enumerate(model.found.visible) if files <= seen]
     found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
     if same_shape and able:
-        mine = first_different_row(model.directory, own, View.of(copy)) if world.rank == able[0] else None
+        mine = first_different_row(model.directory, *both) if world.rank == able[0] else None
         row = gather_objects(world, mine)[able[0]]
         if row is None:
             return
@@ -182,21 +199,22 @@ def _check_equal(model: HuggingFaceModel, own: View, copy: StoredTensor, world: 
         what,
         tensor=copy.name,
         file=copy.file,
-        expected=f"the same values as {own.tensor} in {own.file}",
+        expected=f"the same values as {own[0].replicas[0].tensor} in {own[0].replicas[0].file}",
         found=found,
         remedy=remedy,
     )
 
 
-def first_different_row(directory: Path, first: View, second: View) -> int | None:
+def first_different_row(directory: Path, first: Sequence[Region], second: Sequence[Region]) -> int | None:
     """The first row in which two matrices of one shape and dtype differ, read by blocks; None where they are equal."""
-    row_bytes = first.columns * DTYPE_BYTES[first.value_dtype]
-    rows = min(first.rows, max(1, _BLOCK_BYTES // row_bytes))
-    buffers = make_buffer(rows * row_bytes), make_buffer(rows * row_bytes)
+    dtype, all_rows, columns = first[0].replicas[0].value_dtype, first[-1].box.row_end, first[-1].box.column_end
+    row_bytes = columns * DTYPE_BYTES[dtype]
+    rows = min(all_rows, max(1, _BLOCK_BYTES // row_bytes))
+    buffers, block = [make_buffer(rows * row_bytes) for _ in range(2)], make_buffer(_BLOCK_BYTES)
     with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
-        for box in tiles(first.rows, first.columns, rows, first.columns):
-            for view, buffer in zip((first, second), buffers, strict=True):
-                reader.read(view.window(box), first.value_dtype, 0, buffer, 0)
+        for box in tiles(all_rows, columns, rows, columns):
+            for regions, buffer in zip((first, second), buffers, strict=True):
+                read_box(reader, regions, box, dtype, buffer, block)
             for row in range(box.rows):
                 line = slice(row * row_bytes, (row + 1) * row_bytes)
                 if buffers[0].memory[line] != buffers[1].memory[line]:
@@ -218,18 +236,20 @@ def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
     biases = [model.stored[name] for name in names if name in model.stored and len(model.stored[name].shape) == 1]
     are_zero = False
     if names and len(biases) == len(names):
-        # Each is read by the first rank that sees its file.
-        readers = {t.file: next(n for n, files in enumerate(model.found.visible) if t.file in files) for t in biases}
-        mine = [tensor for tensor in biases if readers[tensor.file] == world.rank]
+        # Each chunk is read by the first rank that sees its file.
+        regions = [region for bias in biases for region in regions_of((View.of(bias),), model.chunks)]
+        views = [region.replicas[0] for region in regions]
+        readers = {v.file: next(n for n, files in enumerate(model.found.visible) if v.file in files) for v in views}
+        mine = [view for view in views if readers[view.file] == world.rank]
         are_zero = all(gather_objects(world, _only_zeros(model.directory, mine)))
     return replace(model, zero_biases=frozenset(names if are_zero else ()))
 
 
-def _only_zeros(directory: Path, tensors: Iterable[StoredTensor]) -> bool:
+def _only_zeros(directory: Path, views: Iterable[View]) -> bool:
     with closing(FileReader(directory, make_buffer(_BLOCK_BYTES))) as reader:
-        for tensor in tensors:
-            buffer = make_buffer(tensor.size_bytes)
-            reader.read(View.of(tensor), tensor.dtype, 0, buffer, 0)
-            if buffer.memory[: tensor.size_bytes].tobytes().strip(b"\0"):
+        for view in views:
+            buffer = make_buffer(view.size_bytes)
+            reader.read(view, view.dtype, 0, buffer, 0)
+            if buffer.memory[: view.size_bytes].tobytes().strip(b"\0"):
                 return False
     return True

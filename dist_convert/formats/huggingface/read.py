@@ -112,6 +112,8 @@ def check_inside(directory: Path, name: str) -> None:
 #: The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 _LIMIT = 1 << 62
+#: Where torch.distributed.checkpoint says which box each tensor of a file is.
+_METADATA, _SHARDING = "__metadata__", "DCP_SHARDING_INFO"
 
 
 def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
@@ -121,6 +123,15 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
         UnsupportedModel: a dtype that is not known.
         SourceError: the file cannot be read.
+    """
+    return read_safetensors_shard(path, file)[0]
+
+
+def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
+    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such.
+
+    Raises:
+        CorruptFile, UnsupportedModel, SourceError: see `read_safetensors_header`.
     """
     with reading(file), path.open("rb") as stream:
         size_bytes = path.stat().st_size
@@ -136,11 +147,11 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
             remedy="copy the file again; this one is cut short or no safetensors file",
         )
     try:
-        check_values(text)
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        tensors = {
-            name: _stored(name, entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
-        }
+        header = _loads(text)
+        metadata = header.pop(_METADATA, {})
+        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
+        boxes = _loads(metadata[_SHARDING].encode()) if _SHARDING in metadata else {}
+        offsets = {name: _offsets(boxes[name]["saved_offsets"], tensors[name].shape) for name in tensors if boxes}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFile("damaged safetensors header", file=file, found=f"{type(error).__name__}: {error}") from error
     position = 8 + length
@@ -155,7 +166,19 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
                 remedy="copy the file again; this one is cut short or damaged",
             )
         position += tensor.size_bytes
-    return tensors
+    return tensors, offsets
+
+
+def _loads(text: bytes) -> dict[str, Any]:
+    check_values(text)
+    found: dict[str, Any] = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    return found
+
+
+def _offsets(numbers: list[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(numbers) != len(shape) or any(type(number) is not int or not 0 <= number < _LIMIT for number in numbers):
+        raise ValueError(f"saved_offsets {str(numbers)[:80]} of a tensor of shape {list(shape)}")
+    return tuple(numbers)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_convert.errors import CheckpointNotFound, CorruptFile
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
 from dist_convert.models.catalog import NAME_FLAG
-from dist_convert.read.dcp import METADATA_FILE, SUFFIX
+from dist_convert.read.dcp import METADATA_FILE, SHARDS, SUFFIX
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.records import names
 
@@ -68,8 +68,10 @@ def is_distributed(directory: Path) -> bool:
     """Whether a directory holds a distributed checkpoint (`torch_dist` and its relatives), or some of its files."""
     if not directory.is_dir():
         return False
-    found = {path.name for path in directory.iterdir()}
-    return METADATA_FILE in found or any(name.endswith(SUFFIX) for name in found) or _has_kind(directory / KIND_FILE)
+    has_files = (directory / METADATA_FILE).is_file() or any(
+        path.suffix == SUFFIX or path.match(SHARDS) for path in directory.iterdir()
+    )
+    return has_files or _has_kind(directory / KIND_FILE)
 
 
 def has_rank_directories(directory: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import InconsistentShards, MissingShard, UsageError, below
+from dist_convert.formats.huggingface.catalog import regions_of
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
@@ -153,7 +154,8 @@ def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) 
     if others or len(pair) < 2 or len({(one.dtype, one.shape) for one in pair}) > 1:
         return False
     reader = next(rank for rank, files in enumerate(found.visible) if file in files)
-    mine = world.rank == reader and first_different_row(directory, *map(View.of, pair)) is None
+    both = [regions_of((View.of(one),), {}) for one in pair]
+    mine = world.rank == reader and first_different_row(directory, *both) is None
     return bool(gather_objects(world, mine)[reader])
 
 

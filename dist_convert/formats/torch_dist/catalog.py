@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from dist_convert.errors import (
@@ -16,6 +15,7 @@ from dist_convert.errors import (
     WrongShape,
     raise_together,
 )
+from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.geometry import padding_places, places
 from dist_convert.formats.megatron.grid import Grid
@@ -34,31 +34,9 @@ from dist_convert.formats.torch_dist.names import KeyPiece, Keys, keys
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture
-from dist_convert.read.dcp import METADATA_FILE
-from dist_convert.records import DTYPE_BYTES, Box, View, cover_fault
+from dist_convert.records import View
 
 _WHOLE = Grid()
-
-
-@dataclass(frozen=True)
-class StoredChunk:
-    """A box of a stored tensor, by its first element and its size in every dimension, and where its elements lie."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    offset_bytes: int
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the checkpoint: the safetensors name of its dtype, its shape, and its chunks."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -139,16 +117,13 @@ def open_catalog(
     dtypes: dict[str, str] = {}
     used: set[str] = set()
     bytes_of: Counter[str] = Counter()
-    index_of: dict[tuple[str, int], _Index] = {}
     for parameter in parameters_of(architecture, _WHOLE):
         spelled = keys(parameter.row, parameter.layer, parameter.expert)
         present = [pieces for pieces in spelled if all(piece.key in by_name for piece in pieces)]
         used |= {piece.key for pieces in present for piece in pieces}
         try:
             pieces = _only(parameter, spelled, present, file)
-            found = [
-                one for piece in pieces for one in _stored_piece(parameter, architecture, piece, by_name, index_of)
-            ]
+            found = [one for piece in pieces for one in _stored_piece(parameter, architecture, piece, by_name)]
         except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
             if problem.tensor not in {known.tensor for known in problems}:  # of all layers and experts in it
                 problems.append(problem)
@@ -164,7 +139,7 @@ def open_catalog(
     raise_together(list(cover_problems(architecture, _WHOLE)))
     params_dtype = bytes_of.most_common(1)[0][0]
     tensors, stacked = tensors_of(architecture, _WHOLE, dtypes, params_dtype)
-    files = len({chunk.file for tensor in stored.values() for chunk in tensor.chunks})
+    files = len({chunk.place.file for tensor in stored.values() for chunk in tensor.chunks})
     # The local modules' norms have the same keys as those that Transformer Engine fuses.
     is_fused = args.get("transformer_impl") != "local" and any(map(has_fused_norm, by_name))
     added = added_to_norms(args, file, is_fused=is_fused)
@@ -189,7 +164,7 @@ def with_own_head(architecture: Architecture, args: Mapping[str, Any], stored: M
     raise InconsistentShards(
         "a head of its own beside args that tie it to the embedding",
         tensor=head,
-        file=stored[head].chunks[0].file,
+        file=stored[head].whole.file,
         expected="no head, or untie_embeddings_and_output_weights in the args",
         found="untie_embeddings_and_output_weights false",
         remedy="the checkpoint is of another model than its args; find out which is right, and save it anew",
@@ -219,25 +194,11 @@ def _only(parameter: Parameter, spelled: Sequence[Keys], present: Sequence[Keys]
     )
 
 
-#: The chunks of a tensor, by the index of its leading axes: a chunk may hold several layers or experts.
-_Index = Mapping[tuple[int, ...], Sequence[StoredChunk]]
-
-
-def _indexed(tensor: Stored, axes: int) -> _Index:
-    found: dict[tuple[int, ...], list[StoredChunk]] = {}
-    for chunk in tensor.chunks:
-        starts = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
-        for index in product(*(range(first, first + count) for first, count in starts)):
-            found.setdefault(index, []).append(chunk)
-    return found
-
-
 def _stored_piece(
     parameter: Parameter,
     architecture: Architecture,
     piece: KeyPiece,
     by_name: Mapping[str, Stored],
-    index_of: dict[tuple[str, int], _Index],
 ) -> Iterator[tuple[int, int, View]]:
     """The boxes of a parameter that a key holds, as they lie in it.
 
@@ -253,41 +214,16 @@ def _stored_piece(
         raise WrongShape(
             f"wrong shape for {parameter.name}",
             tensor=tensor.key,
-            file=tensor.chunks[0].file if tensor.chunks else "",
+            file=tensor.whole.file,
             expected=f"{[*whole, rows, columns] if columns > 1 else [*whole, rows]} from the args",
             found=f"{list(tensor.shape)}",
             remedy="the checkpoint is of another model, or the args are not those it was trained with",
         )
-    if (piece.key, axes) not in index_of:
-        index_of[piece.key, axes] = _indexed(tensor, axes)
-    boxes = []
-    for chunk in index_of[piece.key, axes].get(piece.index, ()):
-        view = _view(chunk, piece.index, tensor.dtype, chunk_name(tensor.key, chunk.offsets))
-        row, column = (*chunk.offsets[axes:], 0)[:2]
-        boxes.append(Box(row, column, view.rows, view.columns))
+    for row, column, view in tensor.at(piece.index).pieces():
         yield piece.part * rows + row, column, view
-    fault = cover_fault(boxes, rows, columns)
-    if fault is not None:
-        name = chunk_name(tensor.key, piece.index)
-        raise PlanError("the chunks do not make up a tensor exactly", tensor=name, file=METADATA_FILE, found=fault)
-
-
-def chunk_name(key: str, offsets: Sequence[int]) -> str:
-    """What messages call a chunk, or what lies at an index of the leading axes."""
-    return f"{key}{list(offsets)}" if offsets else key
 
 
 def leading_axes(parameter: Parameter, architecture: Architecture, axes: int) -> tuple[int, ...]:
     """The sizes of the leading axes: layers, experts, or both."""
     sizes = (architecture.layers, architecture.experts) if parameter.expert is not None else (architecture.layers,)
     return sizes[len(sizes) - axes :]
-
-
-def _view(chunk: StoredChunk, index: Sequence[int], dtype: str, name: str) -> View:
-    """What a chunk holds at an index of its leading axes."""
-    axes = len(index)
-    at = zip(index, chunk.offsets[:axes], chunk.strides[:axes], strict=True)
-    offset_bytes = chunk.offset_bytes + DTYPE_BYTES[dtype] * sum((i - first) * stride for i, first, stride in at)
-    rows, columns = (*chunk.sizes[axes:], 1)[:2]
-    row_stride, column_stride = (*chunk.strides[axes:], 1)[:2]
-    return View(chunk.file, name, dtype, offset_bytes, rows, columns, row_stride, column_stride)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import MissingArguments, UnknownTensor, UnsupportedModel
+from dist_convert.formats.dcp.headers import sort_out
 from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.torch_dist.names import common_object, is_of_model, reason_to_leave
 from dist_convert.formats.torch_dist.run_config import RUN_CONFIG_FILE, args_of_run_config
 from dist_convert.options import TORCH_DIST
-from dist_convert.read.dcp import METADATA_FILE, Metadata, read_metadata, read_object
+from dist_convert.read.dcp import METADATA_FILE, Blob, Metadata, SavedTensor, read_metadata, read_object
 from dist_convert.read.restricted_pickle import Inert, foreign_classes, plain_dict
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import open_saved
-from dist_convert.records import DTYPE_BYTES
 
 COMMON_FILE = "common.pt"
+
+
+def is_torch_dist(directory: Path) -> bool:
+    """Whether a distributed checkpoint is Megatron's, by the files beside it."""
+    return any((directory / name).is_file() for name in (KIND_FILE, COMMON_FILE, RUN_CONFIG_FILE))
 
 
 def read_contents(directory: Path) -> dict[str, Any]:
@@ -31,19 +34,10 @@ def read_contents(directory: Path) -> dict[str, Any]:
     """
     _check_kind(directory)
     metadata = read_metadata(directory / METADATA_FILE)
-    counts, sizes_bytes = Counter[str](), Counter[str]()
-    tensors: dict[str, Any] = {}
-    for key, tensor in metadata.tensors.items():
+
+    def reason_of(key: str, saved: SavedTensor | Blob) -> str:
         reason = reason_to_leave(key)
-        if reason:
-            counts[reason] += 1
-            sizes_bytes[reason] += prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, 1)
-        else:
-            chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in tensor.chunks]
-            tensors[key] = [tensor.dtype, tensor.shape, chunks]
-    for key, blob in metadata.objects.items():
-        reason = reason_to_leave(key)
-        if reason is None and is_of_model(key):
+        if reason is None and isinstance(saved, Blob) and is_of_model(key):
             raise UnknownTensor(
                 f"{key} has no place in any model",
                 tensor=key,
@@ -52,14 +46,12 @@ def read_contents(directory: Path) -> dict[str, Any]:
                 found="an object",
                 remedy="nothing is dropped silently: save the checkpoint without it",
             )
-        reason = reason or f"object {key}"
-        counts[reason] += 1
-        sizes_bytes[reason] += blob.size_bytes
+        return reason or (f"object {key}" if isinstance(saved, Blob) else "")
+
+    found = sort_out(metadata, reason_of)
     args_file, args, iteration, classes = _args(directory, metadata)
-    beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts) if reason != "args"]
-    return {
-        "tensors": tensors,
-        "beside": beside,
+    return found | {
+        "beside": [one for one in found["beside"] if one[0] != "args"],
         "args": args,
         "args_file": args_file,
         "iteration": iteration,

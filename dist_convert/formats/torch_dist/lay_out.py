@@ -6,90 +6,21 @@ for each of its model parallel ranks. Loading reads whole chunks, so that chunks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
-from dist_convert.errors import PlanError, UnsupportedModel
+from dist_convert.errors import UnsupportedModel
+from dist_convert.formats.dcp.files import PlannedFiles
 from dist_convert.formats.megatron.grid import Grid, written_ranks
 from dist_convert.formats.megatron.names import with_mtp_name
 from dist_convert.formats.megatron.parameters import Parameter, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
-from dist_convert.formats.saved import Pieces, SavedTensor, lay_out_container, pickled
-from dist_convert.formats.torch_dist.catalog import StoredChunk, chunk_name, leading_axes
+from dist_convert.formats.torch_dist.catalog import leading_axes
 from dist_convert.formats.torch_dist.names import extra_states, target_key
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import Architecture, part_size
-from dist_convert.read.dcp import SUFFIX, Blob
-from dist_convert.records import Box, StoredTensor, TargetFile
-
-#: Chunks of this size begin on a page, as direct reads and writes of them want it.
-_LARGE_BYTES, _PAGE_BYTES = 1 << 20, 4096
-_CENTRAL_HEADER, _CENTRAL_CRC, _CENTRAL_NAME = b"PK\x01\x02", 16, 46
-_DESCRIPTOR, _DESCRIPTOR_CRC = b"PK\x07\x08", 4
-
-
-@dataclass(frozen=True)
-class Template:
-    """A blob that begins at byte 0: all of it that is no value, and where values and their checksum go, in bytes.
-
-    `checksums` is empty for an object, which has no values.
-    """
-
-    pieces: Pieces
-    size_bytes: int
-    data_offset_bytes: int
-    data_bytes: int
-    checksums: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PlannedBlob:
-    """A box of a tensor, or an empty object, whose dtype is "" and whose box nothing."""
-
-    key: str
-    dtype: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    place: Blob
-
-
-@dataclass(frozen=True)
-class PlannedFiles:
-    """All files.
-
-    Attributes:
-        sizes_bytes: of each file.
-        blobs: of each file, in its order.
-        shapes: of each tensor, by its key.
-        templates: by dtype and sizes.
-    """
-
-    sizes_bytes: Mapping[str, int]
-    blobs: Mapping[str, Sequence[PlannedBlob]]
-    shapes: Mapping[str, tuple[int, ...]]
-    templates: Mapping[tuple[str, tuple[int, ...]], Template]
-
-
-def _chunk_template(dtype: str, sizes: tuple[int, ...]) -> Template:
-    """What `torch.save` makes of a contiguous tensor."""
-    tensor = SavedTensor(0, dtype, sizes)
-    pieces, size_bytes, [data_offset_bytes] = lay_out_container(pickled(tensor), [tensor.size_bytes])
-    end_bytes = data_offset_bytes + tensor.size_bytes
-    start, tail = pieces[-1]
-    central = tail.rfind(b"archive/data/0") - _CENTRAL_NAME
-    descriptor = end_bytes - start
-    found = tail[descriptor : descriptor + 4], tail[central : central + 4]
-    if found != (_DESCRIPTOR, _CENTRAL_HEADER):
-        expected = (_DESCRIPTOR, _CENTRAL_HEADER)
-        raise PlanError("torch lays out a saved tensor in another way", expected=expected, found=found)
-    checksums = (end_bytes + _DESCRIPTOR_CRC, start + central + _CENTRAL_CRC)
-    return Template(pieces, size_bytes, data_offset_bytes, tensor.size_bytes, checksums)
-
-
-def _object_template() -> Template:
-    """What `torch.save` makes of the empty state that modules without state have."""
-    pieces, size_bytes, _ = lay_out_container(pickled([None]), [])
-    return Template(pieces, size_bytes, 0, 0, ())
+from dist_convert.read.dcp import SUFFIX
+from dist_convert.records import Box
 
 
 def lay_out_files(target: MegatronTarget) -> PlannedFiles:
@@ -100,14 +31,11 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     """
     architecture, grid, norms = target.architecture, target.grid, target.dialect.norms
     holders = _holders(grid)
-    templates: dict[tuple[str, tuple[int, ...]], Template] = {("", ()): _object_template()}
-    ends_bytes = {file: 0 for files in holders.values() for file in files}
-    blobs: dict[str, list[PlannedBlob]] = {file: [] for file in ends_bytes}
+    every = [file for files in holders.values() for file in files]
+    planned = PlannedFiles(dict.fromkeys(every, 0), {file: [] for file in every})
     for key, layer, expert in extra_states(architecture, norms=norms):
         files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
-        place = _place(ends_bytes, files[0], templates["", ()])
-        blobs[files[0]].append(PlannedBlob(with_mtp_name(key, target.dialect.mtp), "", (), (), place))
-    shapes: dict[str, tuple[int, ...]] = {}
+        planned.add(files[0], with_mtp_name(key, target.dialect.mtp))
     dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
@@ -118,7 +46,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         axes = leading_axes(parameter, architecture, len(piece.index))
         dimensions = len(row.parts[0].dims)
         rows, columns = replace(parameter, shards=1).shard_size(architecture)
-        shapes[piece.key] = (*axes, *(rows, columns)[:dimensions])
+        planned.shapes[piece.key] = (*axes, *(rows, columns)[:dimensions])
         dtype = target.dtypes[parameter.name]
         if (first := dtypes.setdefault(piece.key, dtype)) != dtype:
             raise UnsupportedModel(
@@ -135,11 +63,8 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
             file = files[0] if expert_rank is not None else files[number % len(files)]
             offsets = (*piece.index, *(box.row, box.column)[:dimensions])
             sizes = (*(1 for _ in axes), *(box.rows, box.columns)[:dimensions])
-            if (dtype, sizes) not in templates:
-                templates[dtype, sizes] = _chunk_template(dtype, sizes)
-            place = _place(ends_bytes, file, templates[dtype, sizes])
-            blobs[file].append(PlannedBlob(piece.key, dtype, offsets, sizes, place))
-    return PlannedFiles(ends_bytes, blobs, shapes, templates)
+            planned.add(file, piece.key, dtype, offsets, sizes)
+    return planned
 
 
 def _holders(grid: Grid) -> dict[tuple[int, int | None, int], tuple[str, ...]]:
@@ -184,31 +109,3 @@ def _boxes(parameter: Parameter, rows: int, columns: int, architecture: Architec
             height = part_rows // shards
             yield from ((shard, Box(first + shard * height, 0, height, columns)) for shard in range(shards))
             first += part_rows
-
-
-def _place(ends_bytes: dict[str, int], file: str, template: Template) -> Blob:
-    """The next place in a file."""
-    first_byte = ends_bytes[file]
-    if template.data_bytes >= _LARGE_BYTES:
-        first_byte += -(first_byte + template.data_offset_bytes) % _PAGE_BYTES
-    ends_bytes[file] = first_byte + template.size_bytes
-    return Blob(file, first_byte, template.size_bytes)
-
-
-def target_file(files: PlannedFiles, name: str) -> TargetFile:
-    """A file with the tensors that it will hold: its chunks."""
-    tensors = []
-    for blob in files.blobs[name]:
-        if blob.dtype:
-            at, label = stored_chunk(files, blob), chunk_name(blob.key, blob.offsets)
-            tensors.append(StoredTensor(label, name, blob.dtype, blob.sizes, at.strides, at.offset_bytes))
-    return TargetFile(name, b"", files.sizes_bytes[name], tuple(tensors))
-
-
-def stored_chunk(files: PlannedFiles, chunk: PlannedBlob) -> StoredChunk:
-    """Where the elements of a chunk will lie."""
-    strides = [1]
-    for size in chunk.sizes[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    offset_bytes = chunk.place.offset_bytes + files.templates[chunk.dtype, chunk.sizes].data_offset_bytes
-    return StoredChunk(chunk.offsets, chunk.sizes, chunk.place.file, offset_bytes, tuple(strides))

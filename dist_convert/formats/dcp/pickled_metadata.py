@@ -48,8 +48,13 @@ class _Items:
 _TORCH_NAMES = {dtype: name for name, dtype in DTYPES.items() if not name.endswith("Storage")}
 
 
-def metadata_bytes(tensors: Mapping[str, SavedTensor], objects: Mapping[str, Blob]) -> bytes:
-    """What `read.dcp.read_metadata` and torch read as these tensors and objects."""
+def metadata_bytes(
+    tensors: Mapping[str, SavedTensor], objects: Mapping[str, Blob], *, has_paths: bool = False
+) -> bytes:
+    """What `read.dcp.read_metadata` and torch read as these tensors and objects.
+
+    `has_paths` says where in a state dict each tensor belongs, as `dcp_to_torch_save` wants it: under its own key.
+    """
     state = [(key, _tensor(tensor)) for key, tensor in tensors.items()]
     state += [(key, _Object(_Named(_MODULE, "BytesStorageMetadata"), None)) for key in objects]
     places = [(_index(key, None), _place(blob)) for key, blob in objects.items()]
@@ -58,7 +63,7 @@ def metadata_bytes(tensors: Mapping[str, SavedTensor], objects: Mapping[str, Blo
     ]
     metadata = {
         "state_dict_metadata": _Items(state),
-        "planner_data": None,
+        "planner_data": _Items([(key, (key,)) for key in tensors]) if has_paths else None,
         "storage_data": _Items(places),
         "storage_meta": None,
         "version": "1.0.0",

@@ -1,0 +1,198 @@
+"""The headers of a distributed checkpoint: `.metadata`, read by one rank, and those of the chunks, dealt by file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard, below
+from dist_convert.formats.dcp.chunks import Stored, StoredChunk, chunk_name
+from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.huggingface.read import read_safetensors_shard
+from dist_convert.ranks.collectives import World, broadcast, gather_objects
+from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
+from dist_convert.read.discover import Discovery, discover
+from dist_convert.read.source import reading, stamp
+from dist_convert.records import StoredTensor, names
+
+
+def sort_out(metadata: Metadata, reason_of: Callable[[str, SavedTensor | Blob], str]) -> dict[str, Any]:
+    """The tensors of the model by their keys, and what lies beside it by reason, in JSON values.
+
+    Args:
+        metadata: what `.metadata` says.
+        reason_of: why something under a key is left, "" for tensors of the model.
+    """
+    tensors: dict[str, Any] = {}
+    counts, sizes_bytes = Counter[str](), Counter[str]()
+    listed: dict[str, SavedTensor | Blob] = {**metadata.tensors, **metadata.objects}
+    for key, saved in listed.items():
+        reason = reason_of(key, saved)
+        if isinstance(saved, SavedTensor) and not reason:
+            chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in saved.chunks]
+            tensors[key] = [saved.dtype, saved.shape, chunks]
+        else:
+            counts[reason] += 1
+            sizes_bytes[reason] += saved.size_bytes
+    beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)]
+    return {"tensors": tensors, "beside": beside}
+
+
+def _tensor_from_json(values: Sequence[Any]) -> SavedTensor:
+    dtype, shape, chunks = values
+    listed = tuple(Chunk(tuple(at), tuple(sizes), Blob(*blob)) for at, sizes, *blob in chunks)
+    return SavedTensor(dtype, tuple(shape), listed)
+
+
+def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What one rank that sees `.metadata` reads of it and of what lies beside it, in JSON values, for all.
+
+    Raises:
+        CheckpointNotFound: no rank sees it.
+        InconsistentShards: nodes have different ones.
+    """
+    if any(gather_objects(world, bool(shards_of(directory)))):
+        return _shared(directory, 0, world, read)
+    path = directory / METADATA_FILE
+    stamps: list[list[int] | None] = gather_objects(world, list(stamp(path)) if path.is_file() else None)
+    firsts = {stamps.index(one) for one in stamps if one is not None}
+    if not firsts:
+        raise CheckpointNotFound(
+            "no rank sees .metadata, without which the .distcp files cannot be read",
+            file=str(path),
+            expected="the file that training writes last, on the node of its first rank",
+            remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
+        )
+    reader = min(firsts)
+    with reading(path):
+        mine = _digest(path) if world.rank in firsts else ""
+    digests: list[str] = gather_objects(world, mine)
+    others = [rank for rank in sorted(firsts) if digests[rank] != digests[reader]]
+    if others:
+        raise InconsistentShards(
+            "nodes have different files .metadata",
+            file=str(path),
+            expected="one checkpoint's on every node that has it",
+            found=f"another one on rank {others[0]} than on rank {reader}",
+            remedy="nodes hold files of different runs or iterations; name the iteration, or copy the right files",
+        )
+    return _shared(directory, reader, world, read)
+
+
+def _shared(directory: Path, reader: int, world: World, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    data = json.dumps(read(directory)).encode() if world.rank == reader else b""
+    size_bytes: int = gather_objects(world, len(data))[reader]
+    said: dict[str, Any] = json.loads(broadcast(world, data, size_bytes, reader))
+    return said
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tuple[Discovery, dict[str, Stored]]:
+    """The files of a checkpoint, and where in them each chunk lies: each blob's header is read on a rank that sees it.
+
+    Args:
+        directory: with `.metadata`, as this rank sees it.
+        listed: the tensors by key, as `sort_out` gives them.
+        world: this rank.
+
+    Raises:
+        CheckpointNotFound, SourceError: it is incomplete or damaged, or of a kind that is not read.
+    """
+    tensors = {key: _tensor_from_json(values) for key, values in listed.items()}
+    refuse_foreign_tensors({METADATA_FILE: tensors}, directory)
+    chunks_of: dict[str, list[tuple[str, str, Chunk]]] = {}
+    for key, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            chunks_of.setdefault(chunk.blob.file, []).append((key, tensor.dtype, chunk))
+    seen = [file for file in sorted(chunks_of) if (directory / file).is_file()]
+    found = discover(
+        world, directory, seen, partial(_read_header, directory, chunks_of), expected=f"{', '.join(chunks_of)[:200]}"
+    )
+    missing = sorted(chunks_of.keys() - found.headers.keys())
+    if missing:
+        raise MissingShard(
+            "files that .metadata names are on no rank's disk",
+            file=str(directory),
+            expected=f"{len(chunks_of)} files with weights",
+            found=f"{len(missing)} missing: {names(missing)}",
+            remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
+        )
+    found = found.with_checksums(
+        (file, offset_bytes, size_bytes, checksum)
+        for file, header in found.headers.items()
+        for _, _, _, offset_bytes, _, size_bytes, checksum in header
+    )
+    placed: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
+    for file, header in sorted(found.headers.items()):
+        for key, at, sizes, offset_bytes, strides, _, _ in header:
+            place = StoredTensor(
+                chunk_name(key, at), file, tensors[key].dtype, tuple(sizes), tuple(strides), offset_bytes
+            )
+            placed[key].append(StoredChunk(tuple(at), place))
+    return found, {key: Stored(key, t.dtype, t.shape, tuple(placed[key])) for key, t in tensors.items()}
+
+
+def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
+    """Of each chunk of a file its key, its box, where its elements lie, and their size and checksum."""
+    chunks, path = chunks_of[file], directory / file
+    with reading(path), path.open("rb") as opened:
+        is_safetensors = opened.read(9)[8:] == b"{"  # behind the length of the header; a zip has zeros there
+    placed = _in_safetensors(path, file, chunks) if is_safetensors else place_chunks(directory, file, chunks)
+    return [
+        [key, chunk.offsets, chunk.sizes, tensor.offset_bytes, tensor.strides, tensor.size_bytes, tensor.checksum]
+        for (key, _, chunk), tensor in zip(chunks, placed, strict=True)
+    ]
+
+
+def _in_safetensors(path: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:
+    """The same as `place_chunks`, of blobs that are one safetensors file together, where their offsets say nothing."""
+    with below(path.parent):
+        tensors, offsets = read_safetensors_shard(path, file)
+    for key, dtype, chunk in chunks:
+        tensor = tensors.get(key)
+        found = (tensor.dtype, tensor.shape, offsets.get(key)) if tensor else "no such tensor"
+        if found != (dtype, chunk.sizes, chunk.offsets):
+            raise not_as_listed(path, key, (dtype, chunk.sizes, chunk.offsets), found)
+    return [tensors[key] for key, _, _ in chunks]
+
+
+def shards_of(directory: Path) -> list[str]:
+    """The files that HuggingFaceStorageWriter saved of a distributed checkpoint, which has no `.metadata`."""
+    return [] if (directory / METADATA_FILE).is_file() else sorted(path.name for path in directory.glob(SHARDS))
+
+
+def read_shards(directory: Path) -> Metadata:
+    """What `.metadata` would say of such files; `find_chunks` compares them with it.
+
+    Raises:
+        CorruptFile: a damaged file.
+    """
+    chunks_of: dict[str, list[Chunk]] = {}
+    dtypes: dict[str, str] = {}
+    for file in shards_of(directory):
+        with below(directory):
+            tensors, offsets = read_safetensors_shard(directory / file, file)
+        for key, tensor in tensors.items():
+            if key not in offsets:
+                raise not_as_listed(directory / file, key, "its place in DCP_SHARDING_INFO", "none")
+            if 0 not in tensor.shape:  # as that of a rank without rows
+                dtypes[key] = tensor.dtype
+                chunks_of.setdefault(key, []).append(Chunk(offsets[key], tensor.shape, Blob(file, 0, 0)))
+    listed = {}
+    for key, chunks in chunks_of.items():
+        ends = [map(add, chunk.offsets, chunk.sizes) for chunk in chunks]
+        listed[key] = SavedTensor(dtypes[key], tuple(map(max, zip(*ends, strict=False))), tuple(chunks))
+    return Metadata(listed, {})

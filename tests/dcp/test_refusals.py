@@ -1,0 +1,150 @@
+"""What of a plain distributed checkpoint is damaged, hostile or not known is named before a byte moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import hf_tensors
+from tests.dcp.test_reading import LLAMA, convert, save_plain
+from tests.torch_dist.test_refusals import change_metadata, chunk_of
+
+NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+def _escape(metadata: Any) -> None:
+    chunk_of(metadata, NORM).relative_path = "../__0_0.distcp"
+
+
+def _past_the_end(metadata: Any) -> None:
+    chunk_of(metadata, QUERY).length = 1 << 40
+
+
+def _wrong_dtype(metadata: Any) -> None:
+    metadata.state_dict_metadata[NORM].properties.dtype = torch.float32
+
+
+def _chunk_twice(metadata: Any) -> None:
+    chunks = metadata.state_dict_metadata[QUERY].chunks
+    chunks[1].offsets, chunks[1].sizes = chunks[0].offsets, torch.Size([11, 16])
+
+
+def _one_row_up(metadata: Any) -> None:
+    """A box that lies on the last row of the other one, and leaves its own last row out."""
+    _, second = metadata.state_dict_metadata[QUERY].chunks
+    index = next(i for i in metadata.storage_data if i.fqn == QUERY and i.offset == second.offsets)
+    second.offsets = torch.Size([second.offsets[0] - 1, 0])
+    metadata.storage_data[type(index)(QUERY, second.offsets)] = metadata.storage_data.pop(index)
+
+
+def _without_a_chunk(metadata: Any) -> None:
+    metadata.state_dict_metadata[QUERY].chunks.pop()
+
+
+def _compressed(metadata: Any) -> None:
+    chunk_of(metadata, QUERY).transform_descriptors = ["zstd"]
+
+
+def _huge(metadata: Any) -> None:
+    metadata.state_dict_metadata[NORM].size = torch.Size([1 << 62])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_escape, ("damaged .metadata", "../__0_0.distcp", "bare name")),
+        (_past_the_end, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
+        (_wrong_dtype, ("a blob is not what .metadata says", NORM, "F32", "BF16")),
+        (_chunk_twice, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
+        (_one_row_up, ("the chunks do not make up a tensor exactly", QUERY, "covered twice")),
+        (_without_a_chunk, ("damaged .metadata", QUERY)),
+        (_compressed, ("compressed or changed", QUERY, "transform_descriptors")),
+        (_huge, ("damaged .metadata", "a torch.Size")),
+    ],
+)
+def test_a_hostile_metadata_is_held_to_the_limits_of_torch_dist(
+    change: Callable[[Any], object], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plain(tmp_path / "dcp", hf_tensors(LLAMA))
+    change_metadata(tmp_path / "dcp", change)
+    assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == [], error
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"model.model.norm.extra": torch.ones(4, 4)},
+            ("model.norm.extra has no place", "nothing is dropped silently"),
+        ),
+        ({"ema.weight": torch.ones(4, 4)}, ("ema.weight has no place in a LlamaForCausalLM",)),
+        (
+            {"ema.model.embed_tokens.weight": torch.ones(4, 4)},
+            ("several models in one checkpoint", "ema.model.embed_tok"),
+        ),
+    ],
+)
+def test_a_tensor_that_is_not_known_is_named(
+    more: dict[str, torch.Tensor], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plain(tmp_path / "dcp", {f"model.{name}": tensor for name, tensor in hf_tensors(LLAMA).items()} | more)
+    assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == [], error
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.module.embedding.word_embeddings.weight", ("torch_dcp or fsdp_dtensor", "--ckpt-format torch_dist")),
+        ("transformer.wte.weight", ("no language model that is known", "transformer.wte.weight")),
+    ],
+)
+def test_other_models_are_refused_by_name(
+    key: str, words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plain(tmp_path / "dcp", {key: torch.ones(4, 4)})
+    assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == [], error
+
+
+def test_without_a_config_it_is_said_where_one_is_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_plain(tmp_path / "dcp", hf_tensors(LLAMA))
+    (tmp_path / "dcp/config.json").unlink()
+    assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
+    assert "--like" in capsys.readouterr().err
+
+
+def _other_offsets(text: str) -> str:
+    return text.replace('"saved_offsets": [0, 0]', '"saved_offsets": [1, 0]', 1)
+
+
+def _no_offsets(text: str) -> str:
+    return text.replace("saved_offsets", "of_another_kind")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards"])
+@pytest.mark.parametrize("change", [_other_offsets, _no_offsets, lambda text: json.dumps([1])])
+def test_a_shard_that_says_another_place_is_refused(
+    kind: str, change: Callable[[str], str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dcp").mkdir()
+    for path in (trained / kind).iterdir():
+        (tmp_path / "dcp" / path.name).write_bytes(path.read_bytes())
+    first = min(path for path in (tmp_path / "dcp").iterdir() if path.name != ".metadata")
+    tensors, header = load_file(first), first.read_bytes()[8:]
+    metadata = json.JSONDecoder().raw_decode(header.decode(errors="replace"))[0]["__metadata__"]
+    save_file(tensors, first, metadata | {"DCP_SHARDING_INFO": change(metadata["DCP_SHARDING_INFO"])})
+    assert convert(tmp_path / "dcp", tmp_path / "hf", "--like", str(trained / "hf")) == 1
+    assert f"file:     {first}\n" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()

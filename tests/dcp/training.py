@@ -1,0 +1,68 @@
+"""What training does on each rank: FSDP2 cuts a model's tensors over the ranks, and DCP saves or loads them.
+
+`python -m tests.dcp.training save FILE DIRECTORY` cuts the tensors of a safetensors file, and saves them in each way
+that torch has; `load FILE DIRECTORY` loads a checkpoint and compares it with the file.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def cut_model(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module with parameters of these names, each cut along its rows, as many ranks as there are."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for child in path:
+            if not hasattr(module, child):
+                module.add_module(child, nn.Module())
+            module = module.get_submodule(child)
+        module.register_parameter(last, nn.Parameter(tensor))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in root.get_submodule("model.layers").children():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+    return root
+
+
+def save(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Save a model and its optimizer as training does, and the model alone in two other ways."""
+    model = cut_model(tensors)
+    optimizer = torch.optim.AdamW(model.parameters())
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": moments, "step": 3, "tokens": torch.tensor(7)}
+    dcp.save(state, checkpoint_id=directory / "plain")
+    writer = FileSystemWriter(directory / "safetensors", serialization_format=SerializationFormat.SAFETENSORS)
+    dcp.save(model.state_dict(), storage_writer=writer)
+    dcp.save(model.state_dict(), storage_writer=HuggingFaceStorageWriter(directory / "shards", save_distributed=True))
+
+
+def load(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Load a checkpoint into a model of zeros, and compare every tensor, put together again."""
+    state = cut_model({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}).state_dict()
+    dcp.load(state, checkpoint_id=directory)
+    wrong = [name for name, tensor in tensors.items() if not torch.equal(state[name].full_tensor(), tensor)]
+    assert wrong == [], wrong
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    {"save": save, "load": load}[sys.argv[1]](load_file(sys.argv[2]), Path(sys.argv[3]))
+    dist.destroy_process_group()
