@@ -13,7 +13,7 @@ from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind, Region, TensorMeta, cut
 from dist_convert.models.schema import Architecture, Row, copies_of, entries, part_shape, parts_of
-from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, Box, StoredTensor, View
+from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, Box, StoredTensor, View, counted
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class HuggingFaceCatalog:
         optional: names of tensors that another format may have no place for, as they are zeros.
         chunks: of a distributed checkpoint, by the names that views have; their places are then those in whole tensors.
         is_owned: see `Catalog`.
+        layout: of the chunks, for people.
     """
 
     architecture: Architecture
@@ -34,11 +35,12 @@ class HuggingFaceCatalog:
     optional: frozenset[str] = frozenset()
     chunks: Mapping[str, Stored] = field(default_factory=dict)
     is_owned: bool = False
+    layout: str = "DCP"
 
     @property
     def title(self) -> str:
         files = {chunk.place.file for tensor in self.chunks.values() for chunk in tensor.chunks}
-        where = f"DCP in {len(files)} files" if files else "Hugging Face"
+        where = f"{self.layout} in {counted(len(files), 'file')}" if files else "Hugging Face"
         return f"{FAMILIES[self.architecture.family].hf_class}, {where}"
 
     @cached_property

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import InconsistentShards, MissingShard, UsageError, below
-from dist_convert.formats.huggingface.catalog import regions_of
+from dist_convert.formats.dcp.names import huggingface_tensors
+from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
 from dist_convert.formats.megatron.said import said_of
-from dist_convert.formats.meta.catalog import Headers, MetaCatalog, open_catalog
+from dist_convert.formats.meta.chunks import Headers, tensors_of
 from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
 from dist_convert.formats.meta.params import PARAMS_FILE, args_of_params, weights_files
 from dist_convert.formats.tokenizer.find import shared_tokenizer
@@ -35,8 +36,7 @@ class MetaModel:
     Attributes:
         directory: as this rank sees it.
         found: its weights files.
-        content: their tensors.
-        left_behind: what of them is no part of the model.
+        content, left_behind: what they hold of the model, and besides.
         config: the content of a config.json of the model.
         tokenizer: the one beside the files, or that the user names, as rank 0 sees it.
         notes: what the user should know.
@@ -44,7 +44,7 @@ class MetaModel:
 
     directory: Path
     found: Discovery
-    content: MetaCatalog
+    content: HuggingFaceCatalog
     left_behind: LeftBehind
     config: Mapping[str, Any]
     tokenizer: Tokenizer
@@ -62,7 +62,9 @@ class MetaModel:
     def vocab(self) -> int:
         return self.content.architecture.vocab
 
-    def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[MetaCatalog, LeftBehind]:
+    def catalog(
+        self, vocab: int | None = None, *, with_tied_copies: bool = False
+    ) -> tuple[HuggingFaceCatalog, LeftBehind]:
         """See `Model`; the embedding has no padding."""
         return self.content, self.left_behind
 
@@ -115,24 +117,24 @@ def open_meta(where: Where, world: World) -> MetaModel:
             del args["max_position_embeddings"]  # which params.json does not say
         said = said_of(replace(where, family=family), args, PARAMS_FILE)
         architecture = said.architecture(vocab=None, file=PARAMS_FILE)
-        content, left_behind = open_catalog(headers, architecture)
-    if where.true_vocab_size not in (None, architecture.vocab):
-        raise UsageError(
-            "--true-vocab-size is not the model's",
-            file=str(where.path / PARAMS_FILE),
-            expected=f"{architecture.vocab}, as the embedding has",
-            found=where.true_vocab_size,
-            remedy="leave --true-vocab-size out",
-        )
-    shown = str(where.path / PARAMS_FILE)
-    tokenizer, _ = shared_tokenizer(where, args, where.path, world, padded=architecture.vocab, file=shown)
+        chunks = huggingface_tensors(tensors_of(headers, architecture.hidden), architecture)
+        whole = {name: replace(tensor.whole, name=name) for name, tensor in chunks.items()}
+        content, left_behind = open_catalog(whole, architecture, chunks=chunks)
+    if dropped := [held[DROPPED].size_bytes for held in headers.values() if DROPPED in held]:
+        left_behind = (*left_behind, ("rotary frequencies", len(dropped), sum(dropped)))
+    vocab, shown = architecture.vocab, str(where.path / PARAMS_FILE)
+    tokenizer, wanted = shared_tokenizer(where, args, where.path, world, padded=vocab, file=shown)
+    if wanted != vocab:
+        what, remedy = "--true-vocab-size is not the model's", "leave --true-vocab-size out"
+        raise UsageError(what, file=shown, expected=f"{vocab}, as the embedding has", found=wanted, remedy=remedy)
     config = said.config
     if config is None:
-        bos, eos = special_token_ids(family, architecture.vocab, tokenizer, instruct=False)
+        bos, eos = special_token_ids(family, vocab, tokenizer, instruct=False)
         config = config_json(architecture, content.params_dtype) | {"bos_token_id": bos, "eos_token_id": eos}
     notes = list(said.notes)
     if where.like is None:
         notes.append(f"{architecture.max_positions} positions, as usual for such a model; --like CONFIG says others")
+    content = replace(content, layout="Meta's layout")
     model = MetaModel(where.path, found, content, left_behind, config, tokenizer)
     if differing := _differing_norms(model, headers, world):
         notes.append(f"warning: norms differ between files, and the first file's are taken: {names(differing)}")
