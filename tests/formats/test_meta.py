@@ -344,3 +344,10 @@ def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
     torch.save(halves, tmp_path / "in/consolidated.01.pth")
     with pytest.raises(ConversionError, match="a weight of an unexpected dtype"):
         dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+
+
+def test_it_becomes_a_distributed_checkpoint(tmp_path: Path) -> None:
+    hf = make_meta(tmp_path / "in", 2, "2")
+    dist_convert.convert(tmp_path / "in", tmp_path / "dcp", to="dcp", verify="full")
+    dist_convert.convert(tmp_path / "dcp", tmp_path / "out", to="huggingface")
+    assert_same(read_tensors(tmp_path / "out"), hf)
