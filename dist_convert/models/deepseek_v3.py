@@ -102,5 +102,5 @@ DEEPSEEK_V3 = Family(
     special_ids=(0, 1),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),
     other_types=("kimi_k2",),
-    yarn_prefix="",
+    yarn="latent",
 )

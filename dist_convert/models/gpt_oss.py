@@ -48,7 +48,6 @@ GPT_OSS = Family(
     ),
     pins=(
         Pin("position_embedding_type", ("yarn",), "the family scales rotary positions by YaRN", is_written=True),
-        Pin("yarn_correction_range_round_to_int", (False,), "the family does not round YaRN's range", is_written=True),
         Pin("add_bias_linear", (True,), "all linear layers of the family have biases", is_written=True),
         Pin("swiglu", (False,), "the family's gate is a quick GELU", is_written=True),
         Pin("quick_geglu", (True,), "the family's gate is a quick GELU", is_written=True),
@@ -88,6 +87,6 @@ GPT_OSS = Family(
     ),
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(199998, 200002),
-    yarn_prefix="yarn_",
+    yarn="always",
     layer_types=("sliding_attention", "full_attention"),
 )

@@ -63,7 +63,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN's scaling, transformers' `rope_type` "yarn", with the two factors of DeepSeek's attention."""
+    """YaRN's scaling, transformers' `rope_type` "yarn", with the two factors of DeepSeek's attention.
+
+    `truncate` says that the dimensions between which it interpolates are rounded.
+    """
 
     factor: float
     beta_fast: float
@@ -71,6 +74,7 @@ class YarnScaling:
     original_max_positions: int
     mscale: float
     mscale_all_dim: float
+    truncate: bool = True
 
 
 #: A fact that only some families have.
@@ -334,8 +338,8 @@ class Family:
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
         other_types: further values of `model_type` for the same model.
-        yarn_prefix: of training arguments, where its rotary scaling is YaRN's, and not Llama 3.1's: those of latent
-            attention have none.
+        yarn: whether its rotary frequencies may be scaled by YaRN, besides Llama 3.1's scaling ("also"), or always are;
+            or may be by that of latent attention alone, which has arguments of its own.
         layer_types: the kinds of attention that its layers have in turn, where they are not alike.
     """
 
@@ -356,7 +360,7 @@ class Family:
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
     other_types: tuple[str, ...] = ()
-    yarn_prefix: str | None = None
+    yarn: Literal["never", "also", "always", "latent"] = "never"
     layer_types: tuple[str, ...] = ()
 
 

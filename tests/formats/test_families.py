@@ -87,6 +87,8 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
     ("glm4_moe", {"num_nextn_predict_layers": 0}),
+    ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}),
+    *((family, {"rope_scaling": PLAIN_YARN}) for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")),
     ("deepseek_v3", {"num_nextn_predict_layers": 2}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}}),
 ]
@@ -118,7 +120,8 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("deepseek_v3", {"rope_scaling": {**YARN, "factor": None}}, "factor"),
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("deepseek_v3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type default or yarn"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "leave it out of config.json"),
+        ("phi3", {"rope_scaling": PLAIN_YARN}, "leave it out of config.json"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=True"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=noaux_tc"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=sigmoid"),
@@ -139,8 +142,8 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("smollm3", {"attention_bias": True}, "attention_bias=False"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "in turn in layer_types"),
         ("gpt_oss", {"sliding_window": None}, "no layer has a window"),
-        ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}, "truncate=False"),
-        ("gpt_oss", {"rope_scaling": {k: v for k, v in PLAIN_YARN.items() if k != "truncate"}}, "truncate=False"),
+        ("glm4_moe", {"rope_scaling": PLAIN_YARN}, "rope_type default or llama3"),
+        ("qwen3", {"rope_scaling": PLAIN_YARN | {"attention_factor": 1.0}}, "attention_factor=None"),
         ("gpt_oss", {"rope_scaling": None}, "rope_type yarn"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=True"),
         ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit=7.0"),
@@ -192,7 +195,9 @@ def test_a_config_is_refused_that_megatron_would_compute_otherwise(
         ("gpt_oss", "position_embedding_type", "rope"),
         ("gpt_oss", "yarn_rotary_scaling_factor", None),
         ("gpt_oss", "yarn_mscale", 0.0),
-        ("gpt_oss", "yarn_correction_range_round_to_int", True),
+        ("llama", "position_embedding_type", "yarn"),  # without its numbers
+        ("glm4_moe", "position_embedding_type", "yarn"),
+        ("deepseek_v3", "position_embedding_type", "yarn"),
         ("gpt_oss", "add_bias_linear", False),
     ],
 )
@@ -226,6 +231,13 @@ def test_what_scales_attention_is_written_as_a_pair_or_not_at_all() -> None:
     for scaling, expected in [({}, {}), ({"mscale": 1.0, "mscale_all_dim": 1.0},) * 2]:
         architecture = architecture_from_config(config_of("gpt_oss", rope_scaling=PLAIN_YARN | scaling))
         assert config_json(architecture, "BF16")["rope_scaling"] == PLAIN_YARN | expected
+
+
+def test_numbers_of_yarn_that_are_not_there_are_asked_for() -> None:
+    args = args_of("gpt_oss")
+    del args["yarn_rotary_scaling_factor"], args["yarn_correction_range_round_to_int"]
+    with pytest.raises(MissingArguments, match="yarn_rotary_scaling_factor and yarn_correction_range_round_to_int"):
+        architecture_from_args(args, vocab=500, file="shard")
 
 
 def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None:

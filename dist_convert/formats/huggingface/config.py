@@ -44,7 +44,6 @@ _YARN: dict[str, Any] = {
 #: What YaRN may have besides in transformers and not in Megatron, with the value that changes nothing.
 _YARN_PINS: dict[str, object] = {"attention_factor": None, "truncate": True}
 _YARN_MSCALES: dict[str, object] = {"mscale": 1.0, "mscale_all_dim": 0.0}
-_NOT_ROUNDED: dict[str, object] = {"truncate": False}
 #: Codecs of keys that say something of some layers.
 _OF_LAYERS = ("leading_dense", "sparse_steps", "no_rope")
 _REPAIR = "take config.json anew from where the model came from"
@@ -265,22 +264,23 @@ def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
-    prefix = read.family.yarn_prefix
-    kind, known = _kind(rope)[0], "llama3" if prefix is None else "yarn"
-    if kind == "default" and not prefix:
-        return None
-    if kind != known:
-        expected = f"rope_type {'' if prefix else 'default or '}{known}"
-        remedy = _OFTEN_ADDED_LATER if kind in ("yarn", "dynamic", "linear") and not prefix else _NONE
+    kind, yarn = _kind(rope)[0], read.family.yarn
+    known = {"never": ("default", "llama3"), "also": ("default", "llama3", "yarn"), "always": ("yarn",)}
+    allowed = known.get(yarn, ("default", "yarn"))
+    if kind not in allowed:
+        remedy = _OFTEN_ADDED_LATER if kind in ("yarn", "dynamic", "linear") else _NONE
+        expected = f"rope_type {' or '.join(allowed)}"
         read.refuse("another scaling of rotary frequencies", expected=expected, found=kind, remedy=remedy)
         return None
-    if prefix is not None:
-        for name, wanted in (_YARN_PINS | (_NOT_ROUNDED if prefix else {})).items():
-            if (found := rope.get(name, _YARN_PINS[name])) != wanted:
+    if kind == "default":
+        return None
+    if kind == "yarn":
+        for name, wanted in _YARN_PINS.items():
+            if (found := rope.get(name, wanted)) != wanted and (yarn == "latent" or name != "truncate"):
                 read.refuse(f"Megatron's YaRN has no {name}", expected=f"{name}={wanted}, or none", found=found)
         said = {name: rope.get(name, default) for name, default in _YARN.items()}
         if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
-            return YarnScaling(*said.values())
+            return YarnScaling(*(*said.values(), bool(rope.get("truncate", True))))
         read.misread("rope_scaling holds no numbers", ", ".join(_YARN), said)
         return None
     factor = rope.get(_FACTOR)
@@ -356,12 +356,16 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         dtype: safetensors name of most weights.
     """
     family, scaling = FAMILIES[architecture.family], None
-    if architecture.rope_scaling is not None:
-        kind, names = ("llama3", (_FACTOR, *_LLAMA3)) if family.yarn_prefix is None else ("yarn", tuple(_YARN))
-        scaling = {"rope_type": kind, **dict(zip(names, astuple(architecture.rope_scaling), strict=True))}
-        if family.yarn_prefix:  # as it is published
-            usual = _YARN_MSCALES if _YARN_MSCALES.items() <= scaling.items() else {}
-            scaling = {name: said for name, said in scaling.items() if name not in usual} | _NOT_ROUNDED
+    if isinstance(architecture.rope_scaling, YarnScaling):
+        *said, truncate = astuple(architecture.rope_scaling)
+        scaling = {"rope_type": "yarn", **dict(zip(_YARN, said, strict=True))} | (
+            {} if truncate else {"truncate": False}
+        )
+        if family.yarn != "latent" and _YARN_MSCALES.items() <= scaling.items():  # as it is published
+            scaling = {name: value for name, value in scaling.items() if name not in _YARN_MSCALES}
+    elif architecture.rope_scaling is not None:
+        named = zip((_FACTOR, *_LLAMA3), astuple(architecture.rope_scaling), strict=True)
+        scaling = {"rope_type": "llama3", **dict(named)}
     types = family.layer_types
     layer_types = {"layer_types": [types[n % len(types)] for n in range(architecture.layers)]} if types else {}
     partial = {name: value for name, value in family.config_pins.items() if name == _PARTIAL}

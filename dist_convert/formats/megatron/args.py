@@ -66,6 +66,8 @@ YARN: dict[str, Any] = {
     "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
     "mscale": 1.0, "mscale_all_dim": 0.0,
 }  # fmt: skip
+#: Before their names where positions, and not latent attention, are YaRN's; and whether its range is rounded.
+PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
 #: Kinds of load balancing that also decide which experts are taken, or their weights.
 _OTHER_ROUTINGS = ("sinkhorn", "quantile_balancing")
 #: What Megatron's own scripts train with; most versions ignore the argument.
@@ -157,7 +159,7 @@ def architecture_from_args(
         "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
         "padded_vocab": args["padded_vocab_size"],
         "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
-        "rope_scaling": _rope_scaling(args) if family.yarn_prefix is None else _yarn(args, file, family.yarn_prefix),
+        "rope_scaling": _scaling(args, file, family),
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
         "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
     }
@@ -184,6 +186,13 @@ def _query_groups(args: Mapping[str, Any], heads: int) -> int:
     return groups if args.get("group_query_attention", groups > 1) else heads
 
 
+def _scaling(args: Mapping[str, Any], file: str, family: Family) -> RopeScaling | YarnScaling | None:
+    if family.yarn == "latent":
+        return _yarn(args, file, "")
+    is_yarn = family.yarn == "always" or args.get("position_embedding_type") == "yarn"
+    return _yarn(args, file, PLAIN_YARN) if is_yarn else _rope_scaling(args)
+
+
 def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None:
     """What rotary frequencies are scaled by; a factor of 1 is none in latent attention, whose arguments have no prefix.
 
@@ -192,10 +201,13 @@ def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None
         UnsupportedModel: attention is scaled as by YaRN, and frequencies are not.
     """
     kind, factor = "yarn" if prefix else args.get("rope_type") or "yarn", f"{prefix}rotary_scaling_factor"
-    if kind == "yarn" and not is_number(args.get(factor)):
-        raise MissingArguments(f"the checkpoint's args lack {factor}", file=file)
+    absent = [] if is_number(args.get(factor)) or kind != "yarn" else [factor]
+    absent += [ROUNDED] if prefix and ROUNDED not in args else []
+    if absent:
+        beside = " beside position_embedding_type yarn" if prefix else ""
+        raise MissingArguments(f"the checkpoint's args lack {' and '.join(absent)}{beside}", file=file)
     said = {name: args[prefix + name] for name in YARN if is_number(args.get(prefix + name))}
-    scaling = YarnScaling(*({**YARN, **said}).values())
+    scaling = YarnScaling(*(*{**YARN, **said}.values(), not prefix or bool(args.get(ROUNDED))))
     # Latent attention scales its softmax by these two whatever the frequencies are scaled by.
     if kind not in ("rope", "yarn") or (kind == "rope" and scaling.factor > 1 and scaling.mscale_all_dim):
         raise UnsupportedModel(

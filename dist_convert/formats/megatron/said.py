@@ -17,7 +17,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
 from dist_convert.models.prediction import MTP_KEY
-from dist_convert.models.schema import Architecture, Family, Key, is_size
+from dist_convert.models.schema import Architecture, Family, Key, YarnScaling, is_size
 
 _LIKE = "--like"
 #: Facts for which a config of `--like` stands where the args say something else.
@@ -83,7 +83,8 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
             expected=f"the scaling of rotary frequencies that {_LIKE} has, which is none",
             remedy="leave the wrong one of both out",
         )
-    if scaling and (family or families_of_args(args)[0]).yarn_prefix is not None:
+    has_yarn = (family or families_of_args(args)[0]).yarn in ("always", "latent")
+    if scaling and (has_yarn or args.get("position_embedding_type") == "yarn"):
         raise UsageError(
             "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
             file=file,
@@ -114,7 +115,7 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
 
 def _scaling(like: Architecture) -> dict[str, object]:
     """How a model scales its rotary frequencies, in training arguments."""
-    if FAMILIES[like.family].yarn_prefix is not None:
+    if isinstance(like.rope_scaling, YarnScaling) or FAMILIES[like.family].yarn == "latent":
         return rope_values(like)
     scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
     return {"use_rope_scaling": like.rope_scaling is not None, **scaling}

@@ -19,7 +19,7 @@ from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.megatron.args import YARN, architecture_from_args
+from dist_convert.formats.megatron.args import PLAIN_YARN, ROUNDED, YARN, architecture_from_args
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
@@ -100,15 +100,15 @@ def model_values(a: Architecture) -> dict[str, object]:
 
 def rope_values(a: Architecture) -> dict[str, object]:
     """How rotary frequencies are scaled, in the words of Llama 3.1 or of latent attention."""
-    scaling, prefix = a.rope_scaling, FAMILIES[a.family].yarn_prefix
-    if prefix is None:
-        factor = scaling.factor if scaling else 8.0
-        return {"use_rope_scaling": scaling is not None, "rope_scaling_factor": factor}
-    if not isinstance(scaling, YarnScaling):
+    scaling, is_latent = a.rope_scaling, FAMILIES[a.family].yarn == "latent"
+    if isinstance(scaling, YarnScaling):
+        prefix = "" if is_latent else PLAIN_YARN
+        said = {f"{prefix}{name}": value for name, value in zip(YARN, astuple(scaling)[:-1], strict=True)}
+        kind = {"rope_type": "yarn"} if is_latent else {"position_embedding_type": "yarn", ROUNDED: scaling.truncate}
+        return {"use_rope_scaling": False, **kind, **said}
+    if is_latent:
         return {"use_rope_scaling": False, "rope_type": "rope", "rotary_scaling_factor": 1.0}
-    kind = {} if prefix else {"rope_type": "yarn"}
-    said = zip(YARN, astuple(scaling), strict=True)
-    return {"use_rope_scaling": False, **kind, **{f"{prefix}{name}": value for name, value in said}}
+    return {"use_rope_scaling": scaling is not None, "rope_scaling_factor": scaling.factor if scaling else 8.0}
 
 
 #: Of what decides a model, what Megatron-LM takes from a checkpoint with --use-checkpoint-args (0.19.2).

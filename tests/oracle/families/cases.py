@@ -91,6 +91,7 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("gpt-oss", _ALL, "torch_dist", _GROUPED),
     _case("phi3", _TP, "torch_dist", _TE),
     _case("smollm3", _TP_PP, "torch", _TE),
+    _case("qwen3-yarn", _TP, "torch", _LOCAL),
     _case("deepseek-v3-mtp", _TP_PP, "torch", _TE),
     _case("glm45-mtp", _ALL, "torch_dist", _GROUPED),
 )
@@ -116,6 +117,7 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("gpt-oss", _TP_EP, "torch", _LOCAL),
     _case("phi3", _TP_PP, "torch", _LOCAL),
     _case("smollm3", _TP, "torch_dist", _LOCAL),
+    _case("qwen3-yarn", _TP_PP, "torch_dist", _TE),
     _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
     _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
 )

@@ -77,6 +77,7 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("mistral", "mistral", _DENSE | _rope(1e6) | {"head_dim": 16, "sliding_window": None}),
     TinyModel("mistral-window", "mistral", _DENSE | _rope() | {"head_dim": 8, "sliding_window": 6}),
     TinyModel("qwen3", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16}),
+    TinyModel("qwen3-yarn", "qwen3", _DENSE | {"head_dim": 16, "rope_parameters": _YARN}),
     TinyModel("qwen3-tied", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16, "tie_word_embeddings": True}),
     TinyModel("mixtral", "mixtral", _DENSE | _rope(1e6) | {
         "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,

@@ -25,6 +25,8 @@ def training_args(config: Config, case: Case) -> Namespace:
         args |= _of_experts(config, experts)
     for fill in OF_FAMILY[config["model_type"]]:
         args |= fill(config)
+    if args["position_embedding_type"] == "yarn":
+        args |= _yarn(config)
     return Namespace(**args)
 
 
@@ -53,7 +55,7 @@ def _of_all(config: Config) -> Args:
         "softmax_type": "vanilla",
         "window_size": None,
         "window_attn_skip_freq": None,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "yarn" if _has_plain_yarn(config) else "rope",
         "rotary_base": rope.get("rope_theta", 10000.0),
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_interleaved": False,
@@ -187,8 +189,7 @@ def _latent_attention(config: Config) -> Args:
     }
 
 
-def _gpt_oss(config: Config) -> Args:
-    rope = config["rope_parameters"]
+def _gpt_oss(_: Config) -> Args:
     return {
         "add_bias_linear": True,
         "swiglu": False,
@@ -197,7 +198,17 @@ def _gpt_oss(config: Config) -> Args:
         "activation_func_clamp_value": 7.0,
         "softmax_type": "learnable",
         "window_attn_skip_freq": 2,
-        "position_embedding_type": "yarn",
+    }
+
+
+def _has_plain_yarn(config: Config) -> bool:
+    """Whether its rotary positions are YaRN's, and not those of latent attention."""
+    return (config.get("rope_parameters") or {}).get("rope_type") == "yarn" and "kv_lora_rank" not in config
+
+
+def _yarn(config: Config) -> Args:
+    rope = config["rope_parameters"]
+    return {
         "yarn_rotary_scaling_factor": rope["factor"],
         "yarn_beta_fast": rope["beta_fast"],
         "yarn_beta_slow": rope["beta_slow"],
