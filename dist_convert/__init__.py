@@ -21,6 +21,7 @@ from dist_convert.options import (
     FORMATS,
     Options,
     VerifyJob,
+    check_path,
     check_together,
     check_values,
     kind_of,
@@ -98,7 +99,7 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
     _path(source)
-    job = Options(to, os.path.expanduser(source), _path(target).resolve(), **_values(CONVERT, given))
+    job = Options(to, os.path.expanduser(source), Path(os.path.realpath(_path(target))), **_values(CONVERT, given))
     check_values(job)
     check_together(job)
     return job
@@ -108,10 +109,9 @@ def _path(path: str | os.PathLike[str]) -> Path:
     """A path in which ~ is the home directory.
 
     Raises:
-        UsageError: it is empty.
+        UsageError: it is empty, or none that a system can have.
     """
-    if not os.fspath(path):
-        raise errors.UsageError("a path is empty: is a variable unset?")
+    check_path(os.fspath(path))
     return Path(path).expanduser()
 
 

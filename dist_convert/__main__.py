@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -322,6 +323,17 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path without links that lead to themselves",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow this machine more open files",
+    errno.ENOENT: "check that the path and the current directory are still there",
+    errno.ENOSPC: "free space",
+    errno.EACCES: "allow this user to read and write there",
+}
+
+
 def _explained(error: ConversionError | OSError) -> ConversionError:
     """The error, or an operating system's refusal outside of the reading and writing of weights, with its place."""
     if isinstance(error, ConversionError):
@@ -334,7 +346,8 @@ def _explained(error: ConversionError | OSError) -> ConversionError:
         "the operating system refuses",
         file=str(error.filename or ""),
         found=(error.strerror or str(error)) + where,
-        remedy="check the disk or network file system, then start the same command again",
+        remedy=_REMEDIES.get(error.errno or 0, "check the disk or network file system")
+        + ", then start the same command again",
     )
 
 

@@ -6,6 +6,7 @@ them (`{rank}` and its like already filled in).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
@@ -418,6 +419,22 @@ def check_values(job: Options | VerifyJob) -> None:
         if not (value in known.choices if known.choices else fits(value)):
             problems.append(UsageError(f"{one.name} has a wrong value", expected=expected, found=repr(value)))
     raise_together(problems)
+
+
+def check_path(path: str) -> None:
+    """Refuse what cannot be a path.
+
+    Raises:
+        UsageError
+    """
+    if not path:
+        raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
+    try:
+        is_path = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise UsageError("a path has letters that no path can have", found=repr(path), remedy="give another path")
 
 
 def check_together(options: Options) -> None:

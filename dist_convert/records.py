@@ -125,6 +125,7 @@ def runs(rows: int, columns: int, row_stride: int, column_stride: int) -> Runs:
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "C64": 8, "C128": 16,
 }  # fmt: skip
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")

@@ -271,7 +271,7 @@ def training_args(model: Model, grid: Grid = Grid(), **more: Any) -> Namespace:
         "expert_model_parallel_size": grid.ep,
         "expert_tensor_parallel_size": grid.etp or grid.tp,
         "num_experts": model.experts or None,
-        "moe_router_topk": 2,
+        "moe_router_topk": min(2, model.experts) or 2,
         "moe_router_pre_softmax": False,
         "moe_ffn_hidden_size": model.ffn if model.experts else None,
         "tokenizer_model": None,

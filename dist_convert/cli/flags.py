@@ -33,6 +33,7 @@ from dist_convert.options import (
     Options,
     TokenizerJob,
     VerifyJob,
+    check_path,
     check_together,
     flag_of,
     formats_of,
@@ -70,11 +71,17 @@ def _path(text: str) -> str:
     """A path in which ~ is the home directory.
 
     Raises:
-        UsageError: it is empty.
+        UsageError: it is empty, or none that a system can have.
     """
-    if not text:
-        raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
+    check_path(text)
     return os.path.expanduser(text)
+
+
+def _text(text: str) -> str:
+    """A name, or a path in which ~ is the home directory."""
+    if not text:
+        raise UsageError("a name is empty: is a variable unset?", remedy="give a name")
+    return _path(text)
 
 
 def _repository(text: str) -> str:
@@ -85,7 +92,7 @@ def _repository(text: str) -> str:
 
 #: How the command line says the values of a kind, and what the help calls them.
 _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
-    "text": (os.path.expanduser, "NAME"),  # which may be a path, too
+    "text": (_text, "NAME"),
     "path": (lambda text: Path(_path(text)), "PATH"),
     "count": (_whole_number, "N"),
     "number": (float, "NUMBER"),
@@ -180,7 +187,7 @@ def _values(flags: argparse.Namespace) -> dict[str, Any]:
 
 def options_from_flags(flags: argparse.Namespace) -> Options:
     """The options of a conversion, of which those that are given go together."""
-    target = Path(with_numbers(flags.target)).resolve()
+    target = Path(os.path.realpath(with_numbers(flags.target)))  # of a link to itself, too
     options = Options(flags.to, with_numbers(flags.source), target, command=flags.command, **_values(flags))
     check_together(options)
     return options

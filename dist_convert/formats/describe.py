@@ -54,7 +54,7 @@ from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
 
-def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None) -> dict[str, Any]:
     """Describe a Megatron checkpoint or a Hugging Face directory in JSON values.
 
     Where a conversion of it would not start, `not_convertible` is what that would say: all that it checks is checked.
@@ -66,6 +66,7 @@ def inspect_checkpoint(path: Path, ckpt_dir_name: str | None = None) -> dict[str
     Raises:
         CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments, UnsupportedModel
     """
+    path = Path(path)
     where, world = Where(path, ckpt_dir_name), alone()
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)

@@ -40,7 +40,8 @@ DIRECTORIES = (
     ),
     Foreign(
         "a NeMo checkpoint",
-        ("*.nemo", "context/model.yaml", "model_weights/metadata.json", "weights/common.pt"),
+        ("*.nemo", "context/model.yaml", "model_weights/metadata.json", "weights/common.pt",
+         "model_weights.ckpt", "*/model_weights.ckpt"),
         "export it with NeMo (llm.export_ckpt with target='hf'), then give the result",
     ),
     Foreign(

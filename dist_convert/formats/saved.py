@@ -32,9 +32,10 @@ _STORAGES = {
     "F64": torch.DoubleStorage, "F32": torch.FloatStorage, "F16": torch.HalfStorage, "BF16": torch.BFloat16Storage,
     "I64": torch.LongStorage, "I32": torch.IntStorage, "I16": torch.ShortStorage, "I8": torch.CharStorage,
     "U8": torch.ByteStorage, "BOOL": torch.BoolStorage,
+    "C64": torch.ComplexFloatStorage, "C128": torch.ComplexDoubleStorage,
 }  # fmt: skip
 _UNTYPED = {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
 }  # fmt: skip
 

@@ -47,6 +47,8 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
         remedy = "the model cannot be the same in both; there is nothing to convert to"
         problems.append(UnsupportedModel(what, file=file, expected=expected, found=found, remedy=remedy))
 
+    if architecture.experts_per_token > architecture.experts:
+        refuse("more experts for each token than there are", architecture.experts, architecture.experts_per_token)
     groups, chosen = architecture.fact("expert_groups"), architecture.fact("chosen_groups")
     if groups > 1 and architecture.experts_per_token != 2 * chosen:  # transformers adds up the two best of each
         refuse(

@@ -99,6 +99,12 @@ NEUTRAL = (
     Pin("attn_logit_softcapping", (None, 0), "transformers does not cap scores or logits"),
     Pin("output_logit_softcapping", (None, 0), "transformers does not cap scores or logits"),
     Pin("gelu_tanh", (False, None), "the family has gated SiLU MLPs"),
+    Pin("geglu", (False, None), "the family has gated SiLU MLPs"),
+    Pin("embed_layernorm", (False, None), "the family does not normalise embeddings"),
+    Pin("expert_interval", (None, 0, 1), "every layer of the family has experts", when=_ROUTER),
+    Pin(
+        "routed_scaling_factor", (None, 1, 1.0), "its name in Megatron is moe_router_topk_scaling_factor", when=_ROUTER
+    ),
     Pin("swiglu_limit", (None, 0), "transformers does not clamp the activation"),
     Pin("add_rmsnorm_offset", (False, None), "the family's norms multiply by gamma"),
     Pin("post_norm", (False, None), "the family is pre-norm"),
@@ -109,6 +115,8 @@ NEUTRAL = (
     Pin("interleave_sliding_window", (None, 0), "all layers of the family attend alike"),
     Pin("sliding_window", (None, 0), "the window has another name in Megatron, window_size"),
     Pin("noop_layers", (None, "", []), "all layers of the family compute something"),
+    Pin("layer_types", (None, []), "all layers of the family attend alike"),
+    Pin("layernorm_zero_centered_gamma", (False, None), "its name in Megatron's args is apply_layernorm_1p"),
     # ms-swift's; Megatron-Bridge's rope_scaling is a flag.
     Pin("rope_scaling", (None, False, True, {}, {"rope_type": "default"}), _SAY_SCALING),
     Pin("partial_rotary_factor", (None, 1), "the family rotates all of each head"),

@@ -65,12 +65,12 @@ def serve_ranks() -> Store:
     return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
-def _meeting(meet: Callable[[], Store]) -> Store:
+def meeting_at(meet: Callable[[], Store]) -> Store:
     """The store, or an error of ours about the place where it should be."""
     try:
         return meet()
     except DistError as error:
-        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        where = ", ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise LostRank(
             "the ranks cannot meet",
             expected=f"a free port of rank 0's machine, which all ranks reach: {where}",
@@ -206,9 +206,9 @@ class Channel:
         self._has_launcher = is_served_by_launcher()
         self._served: Store | None = None
         if size > 1 and not self._has_launcher:
-            self._served = _meeting(serve_ranks) if rank == 0 else None
+            self._served = meeting_at(serve_ranks) if rank == 0 else None
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
-        self._store = _meeting(connect) if size > 1 else None
+        self._store = meeting_at(connect) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()

@@ -67,6 +67,9 @@ def rank_and_size() -> tuple[int, int]:
     if size > 1 and missing:
         found = f"no {' and no '.join(missing)}, beside WORLD_SIZE={size}"
         raise UsageError("nothing says where the ranks meet", found=found, remedy=_LAUNCH)
+    port = os.environ.get("MASTER_PORT", "1")
+    if size > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
+        raise UsageError("MASTER_PORT is no port", found=repr(port[:40]), remedy=_LAUNCH)
     return rank, size
 
 

@@ -13,6 +13,7 @@ import _compat_pickle
 import pickle
 import pickletools
 import signal
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _DTYPE_NAMES = {
     "BF16": "bfloat16 BFloat16Storage",
     "F8_E4M3": "float8_e4m3fn Float8_e4m3fnStorage",
     "F8_E5M2": "float8_e5m2 Float8_e5m2Storage",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64 LongStorage",
     "I32": "int32 IntStorage",
     "I16": "int16 ShortStorage",
@@ -38,6 +40,8 @@ _DTYPE_NAMES = {
     "U16": "uint16 UInt16Storage",
     "U8": "uint8 ByteStorage UntypedStorage",
     "BOOL": "bool BoolStorage",
+    "C64": "complex64 ComplexFloatStorage",
+    "C128": "complex128 ComplexDoubleStorage",
 }
 #: torch's scalar types and storage classes -> safetensors name.
 DTYPES = {name: dtype for dtype, names in _DTYPE_NAMES.items() for name in names.split()}
@@ -45,8 +49,8 @@ DTYPES = {name: dtype for dtype, names in _DTYPE_NAMES.items() for name in names
 #: Everything below these packages may be named; it is neither imported nor called.
 INERT_PACKAGES = ("megatron", "transformer_engine", "habana_frameworks", "intel_transformer_engine", "apex")
 _BUILTINS = (
-    "bool bytearray bytes complex dict float frozenset getattr int list long object range set slice str tuple unicode "
-    "xrange"
+    "Ellipsis bool bytearray bytes complex dict float frozenset getattr int list long object range set slice str tuple "
+    "unicode xrange"
 )
 #: Of other modules these names alone.
 INERT_GLOBALS = {
@@ -59,6 +63,7 @@ INERT_GLOBALS = {
     "copyreg": "_reconstructor",
     "copy_reg": "_reconstructor",
     "datetime": "datetime timedelta timezone",
+    "decimal": "Decimal",
     "fp16.loss_scaler": "DynamicLossScaler LossScaler",
     "io": "BytesIO",
     "numpy": "dtype ndarray",
@@ -69,6 +74,7 @@ INERT_GLOBALS = {
     "numpy.dtypes": "Float32DType Float64DType Int64DType UInt32DType UInt64DType",
     "pathlib": "Path PosixPath PurePosixPath WindowsPath",
     "pathlib._local": "Path PosixPath PurePosixPath",
+    "re": "_compile",
     "signal": "Signals",
     "torch": "Generator Tensor device",
     "torch._C": "Generator",
@@ -78,7 +84,9 @@ INERT_GLOBALS = {
         "TensorStorageMetadata _MEM_FORMAT_ENCODING"
     ),
     "torch.distributed.checkpoint.planner": "BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType",
-    "torch._utils": "_rebuild_device_tensor_from_numpy _rebuild_wrapper_subclass",
+    "torch._C._nn": "gelu",
+    "torch._utils": "_rebuild_device_tensor_from_numpy _rebuild_sparse_tensor _rebuild_wrapper_subclass",
+    "torch.nn.functional": "gelu relu sigmoid silu softplus",
     "torch.nn.parameter": "Parameter",
     "torch.optim.adam": "Adam",
     "torch.optim.adamw": "AdamW",
@@ -496,6 +504,22 @@ _MAX_INTEGER_BITS = 1024
 _CUT = "..."
 
 
+#: numpy's names of dtypes, and what `struct` calls them.
+_NUMPY_NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "u8": "Q", "u4": "I", "b1": "?"}
+
+
+def _numpy_number(arguments: Sequence[Any]) -> int | float | bool | None:
+    """The number that numpy has pickled as its dtype and its bytes, which old protocols have as a text in latin-1."""
+    match arguments:
+        case (Inert(arguments=(str(name), *_)), bytes(data) | Inert(arguments=(str(data), *_))):
+            data = data if isinstance(data, bytes) else data.encode("latin-1", errors="replace")
+            kind = _NUMPY_NUMBERS.get(name, "")
+            if kind and struct.calcsize(kind) == len(data):
+                number: int | float | bool = struct.unpack(f"<{kind}", data)[0]
+                return number
+    return None
+
+
 def plain_dict(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Every value of a mapping as JSON, cut where it is deeper or larger than any training arguments."""
     converter = _Converter()
@@ -540,6 +564,8 @@ class _Converter:
             return "/".join(self.text(part) for part in value.arguments).replace("//", "/")
         if short_name in ("set", "frozenset", "list", "tuple") and value.arguments:
             return self.plain(value.arguments[0], depth)
+        if value.class_name.endswith("multiarray.scalar") and (number := _numpy_number(value.arguments)) is not None:
+            return number
         if value.class_name.endswith(".getattr") and len(value.arguments) == 2:
             owner, member = value.arguments
             named = owner.class_name.rpartition(".")[2] if isinstance(owner, Inert) else self.text(owner)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
-from dist_convert.records import counted
+from dist_convert.records import counted, names
 from dist_convert.write.files import replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
-from dist_convert.write.manifest import MANIFEST_FILE, manifest_of
+from dist_convert.write.manifest import MANIFEST_FILE, manifest_of, unknown_files
 from dist_convert.write.partial import (
     IDENTITY_FILE,
     REPLACES,
@@ -76,6 +76,13 @@ def check_target(
             expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
             found=", ".join(there[:6]),
             remedy=another,
+        )
+    if there and (others := unknown_files(target)):
+        raise TargetExists(
+            "the target holds files that no conversion has made, so it is not replaced",
+            file=file,
+            found=names(others),
+            remedy=f"move them away, or {another}",
         )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):

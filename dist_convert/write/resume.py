@@ -37,7 +37,7 @@ from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
-from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, names, warnings_of
+from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, warnings_of
 from dist_convert.write.commit import check_beside, check_target
 from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
@@ -52,7 +52,7 @@ from dist_convert.write.journal import (
     read_journal,
     this_boot,
 )
-from dist_convert.write.manifest import manifest_of, unknown_files, what_differs
+from dist_convert.write.manifest import manifest_of, what_differs
 from dist_convert.write.partial import (
     FORMAT,
     RESUMABLE,
@@ -151,9 +151,7 @@ def notes_on_replacing(task: Task) -> list[str]:
     """What `--overwrite` is going to remove."""
     if not task.job.overwrite or not manifest_of(task.target) or has_name(task):
         return []
-    others = unknown_files(task.target)
-    besides = f", and with it what that has not made: {names(others)}" if others else ""
-    return [f"warning: replaces {task.target}, which an earlier conversion has made{besides}"]
+    return [f"warning: replaces {task.target}, which an earlier conversion has made"]
 
 
 def begin(task: Task, world: World) -> tuple[History, Journal]:

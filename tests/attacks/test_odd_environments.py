@@ -47,6 +47,8 @@ def assert_one_error(found: Run, what: str, exit_code: int) -> None:
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is no number of ranks\n"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is no number of ranks\n"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE\n"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "abc"}, "MASTER_PORT is no port\n"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "99999"}, "MASTER_PORT is no port\n"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "nothing says where the ranks meet\n  found:    no MASTER_ADDR and no "),
     ],
 )  # fmt: skip
@@ -153,3 +155,30 @@ def test_a_pipe_in_the_place_of_a_manifest_is_no_conversion_and_nobody_waits_for
     found = run(["convert", str(place / "in"), "out", "--to", "huggingface", *flags], tmp_path)
     assert_one_error(found, "choose another target", 1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["conversion.json"]
+
+
+def test_a_target_that_is_a_link_to_itself_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    found = run(["convert", str(place / "in"), "out", "--to", "huggingface"], tmp_path)
+    assert_one_error(found, "the target is a file or a link", 1)
+
+
+@pytest.mark.parametrize("key", ["target", "like", "tokenizer", "trace"])
+def test_a_path_of_a_job_file_that_no_system_can_have_is_refused(key: str, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f'{key}: "t\\0x"\n')
+    words = ["convert", str(place / "in"), "out", "--to", "huggingface", "--config", "job.yaml"]
+    found = run(words if key != "target" else [*words[:2], *words[3:]], tmp_path)
+    assert_one_error(found, "letters that no path can have", 2)
+
+
+def test_an_empty_name_of_an_iteration_is_told_as_one(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "in"), "out", "--to", "huggingface", "--ckpt-dir-name", ""]
+    assert_one_error(run(words, tmp_path), "a name is empty: is a variable unset?", 2)
+
+
+@pytest.mark.parametrize("length", [4097], ids=str)
+def test_a_path_that_is_too_long_is_told_with_what_helps(length: int, place: Path, tmp_path: Path) -> None:
+    found = run(["inspect", "a/" * (length // 2)], tmp_path)
+    assert found.returncode != 0
+    assert "Traceback" not in found.stderr
+    assert "check the disk" not in found.stderr

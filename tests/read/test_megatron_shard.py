@@ -157,6 +157,16 @@ def test_enum_members_become_their_text(by_name: bool, tmp_path: Path, monkeypat
     assert read_shard(tmp_path / "f.pt", FILE).args["x"] == "AttnBackend.auto"
 
 
+OLD_NAMES = {"language_model": {"encoder": {"layers.0.attention.query_key_value.weight": torch.zeros(1)}}}
+
+
+@pytest.mark.parametrize("version", [{}, {"checkpoint_version": 1.0}, {"checkpoint_version": "3.0"}], ids=str)
+def test_the_version_of_a_checkpoint_of_megatron_core_does_not_matter(version: dict[str, Any], tmp_path: Path) -> None:
+    model = {"decoder.layers.0.self_attention.linear_qkv.weight": torch.zeros(1)}
+    torch.save({"args": Namespace(num_layers=1), "model": model, **version}, tmp_path / "f.pt")
+    assert list(read_shard(tmp_path / "f.pt", FILE).chunks[0]) == list(model)
+
+
 @pytest.mark.parametrize(
     ("saved", "error", "says"),
     [
@@ -164,8 +174,12 @@ def test_enum_members_become_their_text(by_name: bool, tmp_path: Path, monkeypat
         ({}, MissingArguments, "an empty dict"),
         ({"model": {}}, MissingArguments, "found:    model"),
         ({"args": [1], "model": {}}, MissingArguments, "argparse.Namespace"),
-        ({"args": Namespace(num_layers=1), "model": {}}, UnsupportedModel, "older than version 2"),
-        ({"args": Namespace(num_layers=1), "checkpoint_version": 1.0, "model": {}}, UnsupportedModel, "found:    1.0"),
+        ({"args": Namespace(num_layers=1), "model": OLD_NAMES}, UnsupportedModel, "older than version 2"),
+        (
+            {"args": Namespace(num_layers=1), "checkpoint_version": 1.0, "model": OLD_NAMES},
+            UnsupportedModel,
+            "found:    1.0",
+        ),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0}, CorruptFile, "holds no model"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0, "model": [1]}, CorruptFile, "holds no model"),
         ({"args": Namespace(num_layers=1), "checkpoint_version": 3.0, "model1": {}}, CorruptFile, "holds no model"),

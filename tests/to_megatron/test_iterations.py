@@ -94,16 +94,20 @@ def test_overwriting_replaces_one_iteration_as_a_whole(tmp_path: Path, capsys: p
     hf = make_hf(tmp_path / "hf", SMALL)
     make_root(tmp_path / "root", OTHER_ITERATIONS)
     assert to_megatron(tmp_path / "hf", tmp_path / "root") == 0
-    (tmp_path / "root" / "iter_0000001" / "mp_rank_00" / "distrib_optim.pt").write_bytes(b"optimizer")
+    optimizer = tmp_path / "root" / "iter_0000001" / "mp_rank_00" / "distrib_optim.pt"
+    optimizer.write_bytes(b"optimizer")
+    before = files(tmp_path / "root")
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite", grid=Grid(tp=2)) == 1
+    assert "found:    mp_rank_00/distrib_optim.pt\n" in capsys.readouterr().err
+    assert files(tmp_path / "root") == before
+    optimizer.unlink()
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite", grid=Grid(tp=2)) == 0
-    assert "what that has not made: mp_rank_00/distrib_optim.pt\n" in capsys.readouterr().err
     assert_same_shards(read_shards(tmp_path / "root"), expected_shards(SMALL, hf, Grid(tp=2)))
     found = files(tmp_path / "root")
     beside = {name: found[name] for name in ("huggingface_configs.json", "target_megatron_args.json")}
     assert {name: content for name, content in found.items() if not name.startswith("iter_0000001")} == (
         OTHER_ITERATIONS | {TRACKER: b"1"} | beside
     )
-    assert "iter_0000001/mp_rank_00/distrib_optim.pt" not in found
 
 
 def test_an_iteration_that_no_conversion_made_is_not_even_overwritten(
@@ -140,7 +144,8 @@ def test_a_run_that_fails_leaves_the_old_tracker_and_every_iteration(flags: tupl
     tensors = hf_tensors(SMALL)
     tensors["model.norm.weight"][3] = 1e30  # fp16 cannot hold it, which only the data shows
     make_hf(tmp_path / "hf", SMALL, tensors)
-    others = OTHERS | {"iter_0000001/conversion.json": b'{"files": {}}'}
+    made = {name.partition("/")[2]: {} for name in OTHERS if name.startswith("iter_0000001/")}
+    others = OTHERS | {"iter_0000001/conversion.json": json.dumps({"files": made}).encode()}
     make_root(tmp_path / "root", others)
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--fp16") == 1
     found = {name: content for name, content in files(tmp_path / "root").items() if ".partial/" not in name}
@@ -158,14 +163,14 @@ def test_a_tracker_is_replaced_and_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "root" / TRACKER).read_text() == "5"
 
 
-def test_a_tracker_that_cannot_be_replaced_is_an_error_after_everything_else(
+def test_a_tracker_that_cannot_be_replaced_is_an_error_before_everything_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_hf(tmp_path / "hf", SMALL)
     (tmp_path / "root" / TRACKER).mkdir(parents=True)  # a directory in its place
     assert to_megatron(tmp_path / "hf", tmp_path / "root") == 1
     assert TRACKER in capsys.readouterr().err
-    assert f"iter_0000001/mp_rank_00/{FILE}" in files(tmp_path / "root")
+    assert files(tmp_path / "root") == {}
 
 
 def test_the_arguments_are_a_namespace_with_real_dtypes_in_every_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ queries, keys and values have biases; Megatron has no place for it where only th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ class HuggingFaceModel:
         # transformers' classes count layers of multi-token prediction that they do not save.
         has_mtp = not self.drops_mtp and any(name.endswith(OF_MTP) for name in self.stored)
         config = self.config if has_mtp else {**self.config, MTP_KEY.config: 0}
-        architecture = architecture_from_config(config, zero_output_bias=is_zero)
-        with below(self.directory) if self.chunks else nullcontext():
+        with below(self.directory):
+            architecture = architecture_from_config(config, zero_output_bias=is_zero)
             catalog, left_behind = open_catalog(
                 self.stored,
                 architecture,

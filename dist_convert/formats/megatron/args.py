@@ -5,7 +5,9 @@ Which argument means what, and why some values are refused: docs/formats.md, "Ar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
@@ -28,9 +30,49 @@ _KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg a
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
     key.arg: key.most for key in _KEYS if key.kind == "size"
 }
+_PARALLEL = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size", "make_vocab_size_divisible_by",
+)  # fmt: skip
 _NUMBERS = dict.fromkeys(
     ["layernorm_epsilon", "rope_scaling_factor", *(key.arg for key in _KEYS if key.kind == "number")]
 )
+
+
+#: Rotary scaling in MindSpeed-LLM's arguments, and in transformers' words, which ms-swift has as a dict or JSON.
+_FORK_SCALING = (
+    "rope_scaling_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "rope_scaling_original_max_position_embeddings",
+)
+_DICT_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Args with numbers in place of texts of numbers, and Llama 3.1's rotary scaling as Megatron says it."""
+    found = dict(args)
+    numeric = [name for name in (*_SIZES, *_NUMBERS, *_PARALLEL) if isinstance(found.get(name), str)]
+    for name in numeric:
+        with suppress(ValueError):
+            text = found[name].strip()
+            found[name] = int(text) if text.isdecimal() and len(text) < 19 else float(text)
+    said = found.get("rope_scaling")
+    if isinstance(said, str):
+        with suppress(ValueError, RecursionError):
+            said = json.loads(said)
+    of_dict = said if isinstance(said, Mapping) else {}
+    if found.get("rope_scaling_type") == "llama3":
+        values = [found.get(name) for name in _FORK_SCALING]
+    elif of_dict.get("rope_type", of_dict.get("type")) == "llama3":
+        values = [of_dict.get(name) for name in _DICT_SCALING]
+    else:
+        return found
+    factor, *others = values
+    if is_number(factor) and others == [1, 4, 8192]:  # Megatron's constants
+        found |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
+        found |= {name: None for name in ("rope_scaling", "rope_scaling_type") if name in found}
+    return found
 
 
 def check_sizes(args: Mapping[str, Any], file: str) -> None:
@@ -40,7 +82,9 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
         Problems, or the one problem there is: UnsupportedModel.
     """
     wrong = {name: f"a whole number up to {most}" for name, most in _SIZES.items() if not is_size(args.get(name), most)}
-    wrong |= {name: "a number" for name in _NUMBERS if args.get(name) is not None and not is_number(args[name])}
+    numbers = {name: args[name] for name in _NUMBERS if args.get(name) is not None}
+    wrong |= {name: "a number from 0 on" for name, one in numbers.items() if not is_number(one) or one < 0}
+    wrong |= {} if numbers.get("rotary_base", 1) else {"rotary_base": "a number above 0"}
     coefficient = args.get("moe_aux_loss_coeff")  # a list has one for each kind of balancing
     if coefficient is not None and not all(
         map(is_number, coefficient if isinstance(coefficient, list) else [coefficient])

@@ -58,6 +58,18 @@ def is_rank_directory(name: str) -> bool:
     return (prefix, rank) == ("mp", "rank") and 1 <= len(parts) <= 3 and all(part.isdecimal() for part in parts)
 
 
+def sizes_of_directories(files: Iterable[str], args: Mapping[str, Any]) -> dict[str, int]:
+    """The parallel sizes that args lack and the names of all rank directories tell, by their arguments.
+
+    Of two numbers the second one is the pipeline's, but where experts are divided.
+    """
+    ranks = [tuple(map(int, file.partition("/")[0].split("_")[2:])) for file in files]
+    second = "pipeline_model_parallel_size" if (args.get("expert_model_parallel_size") or 1) == 1 else ""
+    names = ("tensor_model_parallel_size", second or ("pipeline_model_parallel_size" if len(ranks[0]) > 2 else ""))
+    told = {name: max(numbers) + 1 for name, numbers in zip(names, zip(*ranks, strict=True), strict=False) if name}
+    return {name: size for name, size in told.items() if args.get(name) is None}
+
+
 def grid_from_args(args: Mapping[str, Any], chunks: int, *, imported_experts: bool) -> Grid:
     """The grid that training ran with.
 

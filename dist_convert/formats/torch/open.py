@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_convert.errors import below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
-from dist_convert.formats.megatron.grid import SHARD_FILE
+from dist_convert.formats.megatron.grid import SHARD_FILE, sizes_of_directories
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
 from dist_convert.formats.megatron.names import TIED, normalise
 from dist_convert.formats.megatron.said import Said, said_of
@@ -126,7 +126,9 @@ def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Sha
         found = discover(
             world, directory, files, lambda file: shard_to_json(read_shard(directory / file, file)), expected=expected
         )
-    return found, {file: shard_from_json(header) for file, header in found.headers.items()}
+    shards = {file: shard_from_json(header) for file, header in found.headers.items()}
+    sizes = sizes_of_directories(shards, shards[min(shards)].args)
+    return found, {file: replace(shard, args={**shard.args, **sizes}) for file, shard in shards.items()}
 
 
 def open_torch(

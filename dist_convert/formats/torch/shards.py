@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json
+from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.names import holds_no_weights
 from dist_convert.read.restricted_pickle import Inert, Tensor, foreign_classes, inside, plain_dict
@@ -79,15 +80,16 @@ def read_shard(path: Path, file: str) -> Shard:
             found=", ".join(map(str, saved)) or "an empty dict",
             remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
         )
-    _refuse_old_version(saved.get("checkpoint_version"), file)
     models = _models(saved, file)
+    if any("query_key_value" in name for model in models for name in model):
+        _refuse_old_version(saved.get("checkpoint_version"), file)
     chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
     iteration = saved.get("iteration")
     return Shard(
         file=file,
         size_bytes=container.size_bytes,
         iteration=iteration if isinstance(iteration, int) else None,
-        args=plain_dict(values),
+        args=in_megatrons_words(plain_dict(values)),
         chunks=chunks,
         opaque=tuple(dict(_opaque(model)) for model in models),
         others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
@@ -111,8 +113,7 @@ def _amount(saved: Any) -> tuple[int, int]:
 
 
 def _refuse_old_version(version: object, file: str) -> None:
-    number = version if isinstance(version, int | float) else 0
-    if number < 2:
+    if not isinstance(version, int | float) or version < 2:
         raise UnsupportedModel(
             "a checkpoint older than version 2 orders the rows of QKV differently",
             file=file,

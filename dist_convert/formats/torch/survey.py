@@ -268,15 +268,36 @@ def _leftovers(
                 reason = _reason_to_drop(catalog, megatron_names.normalise(name))
                 if reason is None:
                     unknown.append(unknown_tensor(catalog.family, shard.file, name, opaque.get(name)))
+                elif reason == _TIED_HEAD and name in unused and unused[name].shape != _rows_of_embedding(catalog):
+                    unknown.append(_other_head(catalog, unused[name]))
                 else:
                     counts[reason] += 1
                     sizes_bytes[reason] += size_bytes
     return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)), unknown
 
 
+_TIED_HEAD = "output layer (equal to the embedding that it is tied to)"
+
+
+def _rows_of_embedding(catalog: TorchCatalog) -> tuple[int, int]:
+    """The shape of the embedding on each tensor parallel rank."""
+    return catalog.architecture.padded_vocab // catalog.grid.tensor, catalog.architecture.hidden
+
+
+def _other_head(catalog: TorchCatalog, head: StoredTensor) -> WrongShape:
+    return WrongShape(
+        "the args tie the head to the embedding, and it has another shape",
+        tensor=head.name,
+        file=head.file,
+        expected=list(_rows_of_embedding(catalog)),
+        found=list(head.shape),
+        remedy="a file is of another run, or the args are: take both from one place",
+    )
+
+
 def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
     if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
-        return "output layer (equal to the embedding that it is tied to)"
+        return _TIED_HEAD
     if catalog.drops_mtp and megatron_names.is_of_mtp(name):
         return MTP_REASON
     has_mtp = catalog.drops_mtp or catalog.architecture.fact("mtp_layers")

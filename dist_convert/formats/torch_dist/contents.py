@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_convert.errors import MissingArguments, UnknownTensor, UnsupportedModel
 from dist_convert.formats.dcp.headers import sort_out
+from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.torch_dist.names import common_object, is_of_model, reason_to_leave
 from dist_convert.formats.torch_dist.run_config import RUN_CONFIG_FILE, args_of_run_config
@@ -110,4 +111,4 @@ def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int
         )
     iteration = common.get("iteration")
     iteration = iteration if isinstance(iteration, int) else None
-    return args_file, plain_dict(values), iteration, foreign_classes(saved)
+    return args_file, in_megatrons_words(plain_dict(values)), iteration, foreign_classes(saved)
