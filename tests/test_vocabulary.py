@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert, read_tensors
+from tests.to_megatron import make_hf, to_megatron
 
 LAYER = Model(layers=1)  # 29 tokens in 32 rows; the rows of padding hold 7.0
 
@@ -59,7 +60,7 @@ def test_the_first_that_knows_the_size_decides(
         flags += ["--tokenizer", str(tokenizer_of(tmp_path / "tokenizer", in_tokenizer))]
     assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
     assert rows_of(tmp_path / "out") == (size, size, size)
-    assert f"vocabulary: {size} tokens according to {who}, 32 rows in the embedding\n" in capsys.readouterr().err
+    assert f"vocabulary: {size} tokens according to {who}, 32 rows in the embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -166,3 +167,13 @@ def test_a_null_tokenizer_has_an_end_of_text_behind_its_ids(tokenizer_type: str,
     make(tmp_path / "in", LAYER, tokenizer_type=tokenizer_type)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert rows_of(tmp_path / "out") == (rows, rows, rows)
+
+
+@pytest.mark.parametrize(("tokens", "is_told"), [(29, False), (30, True), (40, True)], ids=str)
+def test_a_tokenizer_with_ids_that_have_no_row_is_told_of_on_the_way_to_megatron(
+    tokens: int, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", Model(layers=1))
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", tokens)
+    assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--tokenizer-model", str(tokenizer)) == 0
+    assert ("The tokenizer's ids from 29 on have no row" in capsys.readouterr().err) is is_told

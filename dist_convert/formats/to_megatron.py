@@ -24,6 +24,8 @@ from dist_convert.formats.megatron.target import (
 )
 from dist_convert.formats.megatron.target_args import PIPELINE_LAYOUT, read_margs, target_tokenizer
 from dist_convert.formats.meta.open import MetaModel
+from dist_convert.formats.tokenizer.find import find_tokenizer
+from dist_convert.formats.tokenizer.record import vocabulary_warnings
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch.target import catalog_of_target as torch_catalog
@@ -105,7 +107,11 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         rank=world.rank,
         places=places,
         writable=writable,
-        notes=[*model.notes, *notes_to_megatron(job, target, settings, given, content, places, writable)],
+        notes=[
+            *model.notes,
+            *vocabulary_warnings({"tokenizer": given.tokens}, architecture.vocab, architecture.vocab),
+            *notes_to_megatron(job, target, settings, given, content, places, writable),
+        ],
         layout=layout,
     )
 
@@ -150,8 +156,9 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
         if asked is not None or isinstance(model, HuggingFaceModel):
             args = own.args if own else said
             mine[1:3] = target_tokenizer(asked, job.tokenizer_type, job.source, model.directory, args)
-    margs, tokenizer_model, tokenizer_type, carried = gather_objects(world, mine)[0]
-    return Given(margs, tokenizer_model, tokenizer_type, carried, model.vocab, own)
+        mine.append(find_tokenizer(None, {"tokenizer_model": mine[1]}, model.directory).size if mine[1] else None)
+    margs, tokenizer_model, tokenizer_type, carried, tokens = gather_objects(world, mine)[0]
+    return Given(margs, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)
 
 
 def _files_of_places(

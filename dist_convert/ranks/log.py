@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +40,12 @@ class Log:
             print(json.dumps(details["report"], indent=2), flush=True)
         lines = "\n".join(map(shown_line, text.split("\n")))
         if self._is_json:
-            print(as_json_line(event, text, **details), file=sys.stderr, flush=True)
+            _note(as_json_line(event, text, **details))
         elif event == "plan":
             if not self._reports_json:
                 print(lines, flush=True)
         elif not self._is_quiet or text.startswith("warning"):
-            print(lines, file=sys.stderr, flush=True)
+            _note(lines)
 
     @contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
@@ -81,6 +83,16 @@ class Log:
 
     def _has_bar(self) -> bool:
         return not (self._is_json or self._is_quiet) and sys.stderr.isatty()
+
+
+def _note(text: str) -> None:
+    """Write to standard error; where its disk is full, the work goes on without a word."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _share_done(done_bytes: int, total_bytes: int, seconds: float) -> str:

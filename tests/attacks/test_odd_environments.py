@@ -182,3 +182,12 @@ def test_a_path_that_is_too_long_is_told_with_what_helps(length: int, place: Pat
     assert found.returncode != 0
     assert "Traceback" not in found.stderr
     assert "check the disk" not in found.stderr
+
+
+def test_a_conversion_whose_log_s_disk_is_full_does_its_work(place: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dist_convert", "convert", str(place / "in"), "out", "--to", "huggingface"]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, cwd=tmp_path, stderr=full, check=False, env=env)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "conversion.json").exists()

@@ -394,7 +394,8 @@ def _notes(target: HuggingFaceTarget) -> list[str]:
     flag, rows = job.true_vocab_size, architecture.padded_vocab
     size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file="args")
     if size != rows or who == "padded size":
-        notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding")
+        hint = "; --true-vocab-size cuts what is padding" if who == "padded size" else ""
+        notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding{hint}")
     claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}
     notes += vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")

@@ -166,6 +166,7 @@ class Given:
         vocab: tokens without padding; None where nobody says.
         own: what a Megatron source says of itself.
         carried: file name to content, see `huggingface.carried`.
+        tokens: of the tokenizer; None where it is not here.
     """
 
     margs: Mapping[str, Any] | None
@@ -174,6 +175,7 @@ class Given:
     carried: Mapping[str, Mapping[str, Any]]
     vocab: int | None = None
     own: Own | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
