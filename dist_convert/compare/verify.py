@@ -123,7 +123,9 @@ def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     elif isinstance(model, DistModel) and isinstance(catalog, DistCatalog):
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
         kind = "Megatron torch_dist" + ("" if model.iteration is None else f", iteration {model.iteration}")
-    return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
+    return Checkpoint(
+        model.directory, kind, model.vocab is not None, catalog, model.found.visible, model.found.checksums
+    )
 
 
 def _with_copies(checkpoint: Checkpoint, world: World) -> Checkpoint:

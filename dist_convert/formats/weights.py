@@ -22,8 +22,8 @@ from dist_convert.models.catalog import Catalog, Where
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.boxes import read_box
 from dist_convert.read.buffers import Buffer, make_buffer
+from dist_convert.read.discover import Discovery
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.read.source import Listing
 from dist_convert.records import DTYPE_BYTES, Box, human_bytes, parse_bytes
 from dist_convert.write.partial import refuse_unfinished
 
@@ -56,9 +56,7 @@ def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: t
             config = config_json(catalog.architecture, stored) | {"bos_token_id": bos, "eos_token_id": eos}
         else:
             config = config_like(model.config, catalog.architecture, stored)
-    return Weights(
-        model.directory, config, catalog, model.found.listing, _safetensors_name(dtype), torch.device(device)
-    )
+    return Weights(model.directory, config, catalog, model.found, _safetensors_name(dtype), torch.device(device))
 
 
 def _safetensors_name(dtype: torch.dtype | str | None) -> str | None:
@@ -83,14 +81,14 @@ class Weights:
         directory: Path,
         config: Mapping[str, Any],
         catalog: Catalog,
-        listing: Listing,
+        found: Discovery,
         dtype: str | None,
         device: torch.device,
     ) -> None:
         self.config = dict(config)
         self._directory = directory
         self._catalog = catalog
-        self._listing = listing
+        self._found = found
         self._dtype = dtype
         self._device = device
         self._lock = threading.Lock()
@@ -229,7 +227,8 @@ class Weights:
         return self._catalog.tensors[name].box.elements * DTYPE_BYTES[self._dtype_of(name)]
 
     def _new_reader(self) -> _Reader:
-        return FileReader(self._directory, make_buffer(2 * _BLOCK_BYTES), self._listing), make_buffer(_BLOCK_BYTES)
+        scratch, block = make_buffer(2 * _BLOCK_BYTES), make_buffer(_BLOCK_BYTES)
+        return FileReader(self._directory, scratch, self._found.listing, self._found.checksums), block
 
 
 class Slice:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.errors import CorruptFile
 from dist_convert.read.buffers import make_buffer
@@ -97,6 +98,23 @@ def test_a_flipped_bit_of_a_tensor_ends_a_conversion_with_its_name(
     assert "norm.weight" in printed or "layernorm.weight" in printed
     assert not (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_a_flipped_bit_is_named_by_a_comparison_and_where_a_tensor_is_read(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = MAKERS[kind](tmp_path / "in")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--device", "cpu"]) == 0
+    damage(file)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert "the bytes of a tensor are not those that were saved" in capsys.readouterr().err
+    with (
+        dist_convert.open(tmp_path / "in") as model,
+        pytest.raises(CorruptFile, match="not those that were saved"),
+    ):
+        model.get_tensor("model.norm.weight")
 
 
 def without_checksums(make_file: Callable[[Path], Path], root: Path) -> Path:
