@@ -24,6 +24,7 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Channel]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     found = [Channel(rank, 3) for rank in range(3)]
     yield found
     for channel in found:
@@ -93,6 +94,7 @@ time.sleep(600)
 def test_a_busy_rank_heeds_a_signal_that_comes_after_the_store_is_gone() -> None:
     with Process(["-c", STORE], os.environ) as store:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.printed_line().strip()}
+        meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         with Process(["-c", BUSY_RANK], {**os.environ, **meeting}) as rank:
             assert rank.printed_line() == "ready\n"
             store.kill()

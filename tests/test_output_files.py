@@ -216,16 +216,20 @@ def test_a_model_that_no_conversion_made_is_not_even_overwritten(
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_overwriting_says_first_what_goes_with_the_old_model(
+def test_a_target_that_holds_files_of_others_is_not_overwritten(
     dry_run: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", SMALL)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     (tmp_path / "out" / "evaluation.json").write_text("mine")
+    assert convert(tmp_path / "in", tmp_path / "out", "--overwrite", *["--dry-run"] * dry_run) == 1
+    printed = capsys.readouterr().err
+    assert "the target holds files that no conversion has made, so it is not replaced" in printed
+    assert "found:    evaluation.json\n" in printed
+    assert (tmp_path / "out" / "evaluation.json").read_text() == "mine"
+    (tmp_path / "out" / "evaluation.json").unlink()
     assert convert(tmp_path / "in", tmp_path / "out", "--overwrite", *["--dry-run"] * dry_run) == 0
-    said = f"replaces {tmp_path}/out, which an earlier conversion has made, and with it what that has not made: "
-    assert f"warning: {said}evaluation.json\n" in capsys.readouterr().err
-    assert (tmp_path / "out" / "evaluation.json").exists() == dry_run
+    assert f"warning: replaces {tmp_path}/out, which an earlier conversion has made\n" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_no_model_is_not_even_overwritten(

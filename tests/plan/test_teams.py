@@ -146,7 +146,7 @@ def test_a_rank_that_sees_nothing_has_a_team_and_no_work() -> None:
 
 @pytest.mark.parametrize("name", CONTENTS)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_whatever_ranks_see_as_long_as_together_they_see_all_every_byte_is_written_once(
     name: str, data: st.DataObject
 ) -> None:
