@@ -145,7 +145,7 @@ class Options:
     )
     tokenizer_type: str | None = _source("Megatron's name for the kind of tokenizer", to=MEGATRON, shown="by the model")
     drop_mtp: bool = _source(
-        "leave out the layers of multi-token prediction; without it a model that has them is refused", False
+        "leave out the layers of multi-token prediction, for which only DeepSeek-V3 and GLM-4.5 have a place", False
     )
     like: Path | None = _source(
         "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",

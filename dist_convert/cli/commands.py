@@ -32,14 +32,14 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "convert": Command(
-        "SRC DST --to {huggingface,torch,torch_dist} [FLAG ...]",
+        "SRC DST --to {huggingface,torch,torch_dist,dcp} [FLAG ...]",
         "convert a checkpoint to another format, grid, dtype or size of files",
         (
             "/ckpts/llama /out/llama-hf --to huggingface --ranks 4",
             "/hf/llama /ckpts/llama --to torch --tp 8 --pp 4 --dry-run",
             "/ckpts/llama /ckpts/llama-tp1 --to torch_dist --tp 1 --pp 1",
         ),
-        "The format of the source is found out.",
+        "The format of the source is detected.",
         ranks=True,
     ),
     "megatron-to-hf": Command(

@@ -11,6 +11,7 @@ import pytest
 import dist_convert
 from dist_convert.errors import SourceError
 from tests.checkpoints import Model
+from tests.published import make_published
 from tests.to_megatron import make_hf
 
 MODEL = Model(layers=2)
@@ -19,6 +20,13 @@ CONFIG = {
     "transformers_version": "4.51.0",
 }  # fmt: skip
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": [8, 9], "pad_token_id": 10}
+
+SMALL_V3 = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 4,
+    "topk_group": 2, "num_experts_per_tok": 4, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -72,3 +80,13 @@ def test_a_damaged_file_of_configs_is_named(place: Path) -> None:
     (place / "megatron" / "huggingface_configs.json").write_text("{")
     with pytest.raises(SourceError, match=r"huggingface_configs\.json"):
         dist_convert.convert(place / "megatron", place / "back", to="huggingface")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["counted", "dropped"])
+def test_a_config_that_counts_layers_of_multi_token_prediction_comes_back(kept: bool, tmp_path: Path) -> None:
+    make_published(tmp_path / "hf", "deepseek-v3", 1, **SMALL_V3)
+    config = read(tmp_path / "hf" / "config.json") | {"num_nextn_predict_layers": 1, "initializer_range": 0.05}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    dist_convert.convert(tmp_path / "hf", tmp_path / "megatron", to="torch", drop_mtp=not kept)
+    dist_convert.convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
+    assert read(tmp_path / "back" / "config.json")["initializer_range"] == 0.05

@@ -14,6 +14,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
 from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture
 from dist_convert.read.source import read_json
 
@@ -36,15 +37,21 @@ def carried_configs(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
-    """Whether a config is of this model, but for what training may change: the vocabulary and the rotary base."""
+    """Whether a config is of this model, but for what training and conversions may change.
+
+    That are the vocabulary, the rotary base, and layers of multi-token prediction, which configs count that have none.
+    """
     try:
-        theirs = architecture_from_config(config)
+        theirs = architecture_from_config({**config, MTP_KEY.config: 0})
     except ConversionError:
         return False
-    return architecture == replace(
+    facts = {name: fact for name, fact in architecture.facts.items() if name != MTP_KEY.field}
+    own = {name: fact for name, fact in theirs.facts.items() if name != MTP_KEY.field}
+    return facts == own and architecture == replace(
         theirs,
         vocab=architecture.vocab,
         padded_vocab=architecture.padded_vocab,
         rope_theta=architecture.rope_theta,
         rope_scaling=architecture.rope_scaling,
+        facts=architecture.facts,
     )

@@ -106,7 +106,7 @@ def how_to_add_tokenizer(target: Path, *, instruct: bool, model_type: str | None
     flags = " --instruct" if instruct else ""
     flags += f" --source-model-type {model_type}" if model_type else ""
     command = f"dist-convert tokenizer PATH {shlex.quote(str(target))}{flags}"
-    what = "the target has no tokenizer, and its family's special ids"
+    what = "the target has no tokenizer; its special ids are those of its family, or of the model that it was made from"
     return f"{what}; add one, a directory or a tokenizer.model, with: {command}"
 
 
