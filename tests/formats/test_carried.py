@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_configs_come_back_through_another_grid(place: Path) -> None:
 
 def test_a_config_of_another_model_is_not_taken_over(place: Path) -> None:
     dist_convert.convert(place / "hf", place / "megatron", to="torch")
-    carried = place / "megatron" / "huggingface_configs.json"
+    carried = place / "megatron" / "iter_0000001" / "huggingface_configs.json"
     content = read(carried)
     content["config.json"]["max_position_embeddings"] = 7
     carried.write_text(json.dumps(content))
@@ -77,7 +78,7 @@ def test_a_config_of_another_model_is_not_taken_over(place: Path) -> None:
 
 def test_a_damaged_file_of_configs_is_named(place: Path) -> None:
     dist_convert.convert(place / "hf", place / "megatron", to="torch")
-    (place / "megatron" / "huggingface_configs.json").write_text("{")
+    (place / "megatron" / "iter_0000001" / "huggingface_configs.json").write_text("{")
     with pytest.raises(SourceError, match=r"huggingface_configs\.json"):
         dist_convert.convert(place / "megatron", place / "back", to="huggingface")
 
@@ -90,3 +91,20 @@ def test_a_config_that_counts_layers_of_multi_token_prediction_comes_back(kept: 
     dist_convert.convert(tmp_path / "hf", tmp_path / "megatron", to="torch", drop_mtp=not kept)
     dist_convert.convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
     assert read(tmp_path / "back" / "config.json")["initializer_range"] == 0.05
+
+
+def test_each_iteration_of_a_root_has_the_configs_of_its_own_model(place: Path) -> None:
+    other = json.loads((place / "hf" / "config.json").read_text()) | {"bos_token_id": 1, "use_cache": True}
+    dist_convert.convert(place / "hf", place / "megatron", to="torch", iteration=1)
+    shutil.copytree(place / "hf", place / "other")
+    (place / "other" / "config.json").write_text(json.dumps(other))
+    dist_convert.convert(place / "other", place / "megatron", to="torch", iteration=2)
+    dist_convert.convert(place / "megatron", place / "back", to="huggingface", ckpt_dir_name="iter_0000001")
+    assert_equal_configs(place)
+
+
+def test_special_ids_without_a_row_are_not_taken_over(place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "megatron", to="torch")
+    dist_convert.convert(place / "megatron", place / "back", to="huggingface", true_vocab_size=10)
+    after = read(place / "back" / "config.json")
+    assert (after["vocab_size"], after.get("pad_token_id")) == (10, None)

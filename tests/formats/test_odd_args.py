@@ -42,8 +42,9 @@ def config_of(source: Path, target: Path) -> dict[str, Any]:
         {"hidden_size": numpy.int64(16), "norm_epsilon": numpy.float64(1e-5), "num_layers": numpy.int32(2)},
         {"hidden_size": "16", "norm_epsilon": "1e-05", "num_layers": "2", "rotary_base": " 500000"},
         {"rotary_base": numpy.float32(500000), "swiglu": numpy.bool_(True)},
+        {"use_rope_scaling": "False", "swiglu": "True"},
     ],
-    ids=["numpy's", "texts", "numpy's of 32 bits"],
+    ids=["numpy's", "texts", "numpy's of 32 bits", "texts of truths"],
 )
 def test_numbers_of_numpy_and_texts_of_numbers_are_numbers(args: dict[str, Any], tmp_path: Path) -> None:
     make(tmp_path / "plain" / "megatron", MODEL)

@@ -61,7 +61,7 @@ def test_the_iteration_names_its_directory_the_tracker_and_the_files(
     assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, grid=Grid(tp=2)) == 0
     assert sorted(files(tmp_path / "root")) == sorted([
         f"{directory}/conversion.json", f"{directory}/mp_rank_00/{FILE}", f"{directory}/mp_rank_01/{FILE}", TRACKER,
-        "huggingface_configs.json", "target_megatron_args.json",
+        f"{directory}/huggingface_configs.json", "target_megatron_args.json",
     ])  # fmt: skip
     assert (tmp_path / "root" / TRACKER).read_text() == tracker
     saved = load(tmp_path / "root" / directory / "mp_rank_01" / FILE)
@@ -74,7 +74,7 @@ def test_other_iterations_in_the_root_stay_as_they_are(tmp_path: Path) -> None:
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--iteration", "5") == 0
     assert_same_shards(read_shards(tmp_path / "root", "iter_0000005"), expected_shards(SMALL, hf))
     made = {f"iter_0000005/mp_rank_00/{FILE}", "iter_0000005/conversion.json"}
-    made |= {"huggingface_configs.json", "target_megatron_args.json"}
+    made |= {"iter_0000005/huggingface_configs.json", "target_megatron_args.json"}
     assert {name: content for name, content in files(tmp_path / "root").items() if name not in made} == (
         OTHERS | {TRACKER: b"5"}
     )
@@ -104,7 +104,7 @@ def test_overwriting_replaces_one_iteration_as_a_whole(tmp_path: Path, capsys: p
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite", grid=Grid(tp=2)) == 0
     assert_same_shards(read_shards(tmp_path / "root"), expected_shards(SMALL, hf, Grid(tp=2)))
     found = files(tmp_path / "root")
-    beside = {name: found[name] for name in ("huggingface_configs.json", "target_megatron_args.json")}
+    beside = {"target_megatron_args.json": found["target_megatron_args.json"]}
     assert {name: content for name, content in found.items() if not name.startswith("iter_0000001")} == (
         OTHER_ITERATIONS | {TRACKER: b"1"} | beside
     )

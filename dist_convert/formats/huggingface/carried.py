@@ -1,4 +1,4 @@
-"""What a Hugging Face model says of itself that Megatron has no place for, carried along beside its checkpoint.
+"""What a Hugging Face model says of itself that Megatron has no place for, carried along in a checkpoint's iteration.
 
 Special ids, sampling defaults and keys that only transformers reads come back when the checkpoint is converted again.
 """
@@ -31,9 +31,16 @@ def carried_configs(model: Model) -> dict[str, dict[str, Any]]:
             check_inside(model.directory, GENERATION_FILE)
             found[GENERATION_FILE] = read_json(model.directory / GENERATION_FILE)
         return found
-    path = model.directory.parent / CARRIED_FILE
+    path = model.directory / CARRIED_FILE
     found = read_json(path) if path.is_file() else {}
     return {name: found[name] for name in (CONFIG_FILE, GENERATION_FILE) if isinstance(found.get(name), dict)}
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
@@ -44,6 +51,9 @@ def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
     try:
         theirs = architecture_from_config({**config, MTP_KEY.config: 0})
     except ConversionError:
+        return False
+    ids = [theirs_id for name in _IDS for theirs_id in _listed(config.get(name))]
+    if any(type(one) is not int or one >= architecture.vocab for one in ids):
         return False
     facts = {name: fact for name, fact in architecture.facts.items() if name != MTP_KEY.field}
     own = {name: fact for name, fact in theirs.facts.items() if name != MTP_KEY.field}

@@ -34,7 +34,7 @@ from dist_convert.read.source import read_json
 
 #: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-_FACTOR, _PARTIAL = "factor", "partial_rotary_factor"
+_FACTOR, _PARTIAL, _ORIGINAL = "factor", "partial_rotary_factor", "original_max_position_embeddings"
 #: Of YaRN's in the order of `YarnScaling`, with the values that they have where they are absent. DeepSeek's own code
 #: and versions of transformers differ in two of them, which have to be given.
 _YARN: dict[str, Any] = {
@@ -245,7 +245,12 @@ def _rope(read: _Config) -> tuple[float, RopeScaling | YarnScaling | None]:
     partial, whole = [style.get(_PARTIAL) for style in (config, v4, v5)], read.family.config_pins.get(_PARTIAL, 1)
     if not all(share in (None, whole) for share in partial):
         read.refuse("another part of each head is rotated", expected=f"{_PARTIAL}={whole}", found=partial)
-    return read.number("rope_theta", theta), _read_scaling(read, v5 or v4)
+    positions, scaling = config.get(_ORIGINAL), v5 or v4
+    if positions is not None and scaling.get(_ORIGINAL) not in (None, positions):
+        _refuse_both(read, f"{_ORIGINAL}={positions}", f"{_ORIGINAL}={scaling[_ORIGINAL]} in {dict(scaling)}")
+    if scaling.get("mscale_all_dim") and scaling.get("mscale") is None:
+        read.refuse("transformers ignores mscale_all_dim without mscale", expected="both or none", found=dict(scaling))
+    return read.number("rope_theta", theta), _read_scaling(read, scaling)
 
 
 def _refuse_both(read: _Config, old: str, new: str) -> None:
@@ -403,7 +408,8 @@ def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: st
     """
     ours = config_json(architecture, dtype)
     own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", MTP_KEY.config)
-    theirs = {name: value for name, value in config.items() if name not in ("auto_map", QUANTISED_BY)}
+    left = ("auto_map", QUANTISED_BY, *MTP_KEY.aliases)
+    theirs = {name: value for name, value in config.items() if name not in left}
     return theirs | {name: ours[name] for name in own if name in ours}
 
 

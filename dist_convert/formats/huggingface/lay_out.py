@@ -326,7 +326,8 @@ def _layout(
         copied, others = files_to_copy(model.directory, model.found.identity)
         notes = [*model.notes, *notes_on_content(content)]
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        given = dict(model.config) | ({MTP_KEY.config: 0} if model.drops_mtp and MTP_KEY.config in model.config else {})
+        counts = {MTP_KEY.config, *MTP_KEY.aliases} & model.config.keys() if model.drops_mtp else ()
+        given = dict(model.config) | dict.fromkeys(counts, 0)
         config = config_of_copy(given, source.architecture, dtype)
         return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
     bins = None
@@ -341,7 +342,7 @@ def _layout(
     config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
     directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
     theirs = published(config, directory) if world.rank == 0 else {}
-    if directory is None and GENERATION_FILE in carried:
+    if directory is None and GENERATION_FILE in carried and like is carried.get(CONFIG_FILE):
         theirs = {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]

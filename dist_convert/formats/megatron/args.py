@@ -57,6 +57,8 @@ def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(ValueError):
             text = found[name].strip()
             found[name] = int(text) if text.isdecimal() and len(text) < 19 else float(text)
+    truths = {"True": True, "true": True, "False": False, "false": False}
+    found |= {name: truths[value] for name, value in found.items() if isinstance(value, str) and value in truths}
     said = found.get("rope_scaling")
     if isinstance(said, str):
         with suppress(ValueError, RecursionError):

@@ -16,7 +16,7 @@ from dist_convert.records import names
 
 #: In the root of a checkpoint: which of its iterations is the newest.
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-#: In a root: what the Hugging Face model that a checkpoint was made from says of itself, file name to content.
+#: In an iteration: what the Hugging Face model that it was made from says of itself, file name to content.
 CARRIED_FILE = "huggingface_configs.json"
 #: Names the kind of a distributed checkpoint.
 KIND_FILE = "metadata.json"

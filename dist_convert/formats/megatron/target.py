@@ -46,6 +46,7 @@ from dist_convert.models.schema import Architecture, Row, entries
 from dist_convert.options import MTP_LAYER_NAMES, PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
+from dist_convert.write.files import write_file
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -134,8 +135,12 @@ class MegatronTarget:
         """What describes this iteration in the root, and names it as the newest."""
         newest = RELEASE if self.iteration is None else str(self.iteration)
         described = target_margs_json(self.args, training_flags(self.architecture))
-        carried = {CARRIED_FILE: f"{json.dumps(self.carried, indent=2)}\n".encode()} if self.carried else {}
-        return {ARGS_FILE: described.encode(), **carried, TRACKER_FILE: newest.encode()}
+        return {ARGS_FILE: described.encode(), TRACKER_FILE: newest.encode()}
+
+    def write_carried(self, partial: Path) -> None:
+        """Write what it carries of a Hugging Face model, if anything."""
+        if self.carried:
+            write_file(partial, CARRIED_FILE, f"{json.dumps(self.carried, indent=2)}\n".encode())
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ class TorchTarget:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
             seal(partial, name, known.get(file.name, ()))
+        if is_first:
+            self.target.write_carried(partial)
 
     def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""

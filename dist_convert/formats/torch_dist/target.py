@@ -56,6 +56,7 @@ class DistTarget:
         content = common_content(self.target.args.values, self.target.iteration or 0, COMMON_FILE)
         pieces, size_bytes, _ = lay_out_container(pickled(content), [])
         make_file(partial, COMMON_FILE, pieces, size_bytes)
+        self.target.write_carried(partial)
         write_file(partial, KIND_FILE, json.dumps(_KIND).encode())
         self.files.write_metadata(partial)
 
