@@ -17,6 +17,7 @@ from dist_convert.formats.megatron.target_args import model_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.schema import YarnScaling
+from tests.published import PUBLISHED
 
 DENSE: dict[str, Any] = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -290,3 +291,20 @@ def test_a_model_that_is_none_of_the_families_is_refused_with_the_reason(config:
     with pytest.raises(UnsupportedModel, match=why) as raised:
         architecture_from_config(config)
     assert "dist-convert models lists all" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "more", "why"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+         {"original_max_position_embeddings": 64}, "given twice and disagree"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale_all_dim": 0.7}, {},
+         "mscale_all_dim without mscale"),
+    ],
+)  # fmt: skip
+def test_rotary_scaling_that_transformers_reads_otherwise_is_refused(
+    rope: dict[str, Any], more: dict[str, Any], why: str
+) -> None:
+    config = PUBLISHED["qwen3-8b"] | {"rope_parameters": {"rope_theta": 1000000.0, **rope}, **more}
+    with pytest.raises(UnsupportedModel, match=why):
+        architecture_from_config(config)
