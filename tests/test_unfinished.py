@@ -103,7 +103,8 @@ def test_a_manifest_of_megatron_shards_has_the_checksums_of_sealed_files(runs: R
     for name, record in json.loads((iteration / "conversion.json").read_text())["files"].items():
         data = (iteration / name).read_bytes()
         assert record == {"size_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
-        torch.load(iteration / name, weights_only=False)
+        if name.endswith(".pt"):
+            torch.load(iteration / name, weights_only=False)
 
 
 def test_a_killed_conversion_to_torch_dist_goes_on_to_the_same_bytes(runs: Runs, source: Path) -> None:

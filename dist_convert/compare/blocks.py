@@ -16,7 +16,6 @@ from pathlib import Path
 
 from dist_convert.errors import UsageError
 from dist_convert.models.catalog import Catalog, Region, TensorMeta, cut
-from dist_convert.read.source import Checksums
 from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect
 
 #: Bytes of one block in the wider of its two dtypes.
@@ -33,7 +32,6 @@ class Checkpoint:
         says_vocab: whether the checkpoint itself tells the size of its vocabulary without padding.
         catalog: of its tensors.
         visible: for each rank, the files that it can read.
-        checksums: of its files' records, see `FileReader`.
         copies: where nodes have different files of one name: a `name_at` for each of them, by the file's own name.
     """
 
@@ -42,7 +40,6 @@ class Checkpoint:
     says_vocab: bool
     catalog: Catalog
     visible: tuple[frozenset[str], ...]
-    checksums: Checksums = field(default_factory=dict)
     copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property

@@ -72,7 +72,7 @@ class _Side:
 
     @staticmethod
     def of(letter: str, checkpoint: Checkpoint) -> _Side:
-        reader = FileReader(checkpoint.path, make_buffer(2 * BLOCK_BYTES), checksums=checkpoint.checksums)
+        reader = FileReader(checkpoint.path, make_buffer(2 * BLOCK_BYTES))
         return _Side(letter, checkpoint, reader, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
 
     def here(self, view: View) -> View:

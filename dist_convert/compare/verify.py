@@ -123,9 +123,7 @@ def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     elif isinstance(model, DistModel) and isinstance(catalog, DistCatalog):
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
         kind = "Megatron torch_dist" + ("" if model.iteration is None else f", iteration {model.iteration}")
-    return Checkpoint(
-        model.directory, kind, model.vocab is not None, catalog, model.found.visible, model.found.checksums
-    )
+    return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
 
 def _with_copies(checkpoint: Checkpoint, world: World) -> Checkpoint:

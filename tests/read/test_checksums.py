@@ -101,15 +101,8 @@ def test_a_flipped_bit_of_a_tensor_ends_a_conversion_with_its_name(
 
 
 @pytest.mark.parametrize("kind", ["torch", "torch_dist"])
-def test_a_flipped_bit_is_named_by_a_comparison_and_where_a_tensor_is_read(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = MAKERS[kind](tmp_path / "in")
-    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--device", "cpu"]) == 0
-    damage(file)
-    capsys.readouterr()
-    assert main(["verify", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
-    assert "the bytes of a tensor are not those that were saved" in capsys.readouterr().err
+def test_a_flipped_bit_is_named_where_a_program_reads_the_tensor(kind: str, tmp_path: Path) -> None:
+    damage(MAKERS[kind](tmp_path / "in"))
     with (
         dist_convert.open(tmp_path / "in") as model,
         pytest.raises(CorruptFile, match="not those that were saved"),

@@ -124,7 +124,7 @@ def test_there_is_a_file_for_each_model_parallel_rank_and_the_args_say_the_forma
     directory = tmp_path / "dist/iter_0000001"
     assert sorted(path.name for path in directory.iterdir()) == [
         ".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp", "__3_0.distcp", "__4_0.distcp", "__5_0.distcp",
-        "__6_0.distcp", "__7_0.distcp", "common.pt", "conversion.json", "metadata.json",
+        "__6_0.distcp", "__7_0.distcp", "common.pt", "conversion.json", "huggingface_configs.json", "metadata.json",
     ]  # fmt: skip
     common = torch.load(directory / "common.pt", weights_only=False)
     assert (common["iteration"], common["args"].ckpt_format, common["args"].use_dist_ckpt) == (1, "torch_dist", True)
