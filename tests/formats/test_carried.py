@@ -108,3 +108,12 @@ def test_special_ids_without_a_row_are_not_taken_over(place: Path) -> None:
     dist_convert.convert(place / "megatron", place / "back", to="huggingface", true_vocab_size=10)
     after = read(place / "back" / "config.json")
     assert (after["vocab_size"], after.get("pad_token_id")) == (10, None)
+
+
+@pytest.mark.parametrize("config", [{}, {"config.json": 5}, {"config.json": {"model_type": ["llama"]}}], ids=str)
+def test_a_generation_config_without_the_config_of_this_model_is_not_taken_over(config: Any, place: Path) -> None:
+    dist_convert.convert(place / "hf", place / "megatron", to="torch")
+    carried = place / "megatron" / "iter_0000001" / "huggingface_configs.json"
+    carried.write_text(json.dumps(config | {"generation_config.json": {"eos_token_id": 9}}))
+    dist_convert.convert(place / "megatron", place / "back", to="huggingface")
+    assert read(place / "back" / "generation_config.json")["eos_token_id"] == 2

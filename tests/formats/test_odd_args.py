@@ -112,6 +112,14 @@ def test_a_lost_rank_is_no_smaller_grid_where_args_lack_it(tmp_path: Path) -> No
         config_of(source, tmp_path / "hf")
 
 
+def test_directories_of_two_grids_are_an_error_of_ours_where_args_lack_the_sizes(tmp_path: Path) -> None:
+    lacking = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    source = with_args(tmp_path, grid=Grid(tp=2), drop=lacking)
+    (source / "iter_0000004" / "mp_rank_01").rename(source / "iter_0000004" / "mp_rank_01_000")
+    with pytest.raises(ConversionError):
+        config_of(source, tmp_path / "hf")
+
+
 @pytest.mark.parametrize("rows", [64, 100], ids=str)
 def test_a_head_of_another_shape_is_no_copy_of_the_embedding_that_args_tie_it_to(rows: int, tmp_path: Path) -> None:
     tied = Model(layers=2, tied=True)

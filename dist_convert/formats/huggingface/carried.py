@@ -46,22 +46,21 @@ def _listed(value: object) -> list[object]:
 def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
     """Whether a config is of this model, but for what training and conversions may change.
 
-    That are the vocabulary, the rotary base, and layers of multi-token prediction, which configs count that have none.
+    Those are the vocabulary, the rotary base, and layers of multi-token prediction, which configs count that have none.
     """
     try:
         theirs = architecture_from_config({**config, MTP_KEY.config: 0})
     except ConversionError:
         return False
-    ids = [theirs_id for name in _IDS for theirs_id in _listed(config.get(name))]
-    if any(type(one) is not int or one >= architecture.vocab for one in ids):
+    special_ids = [one for name in _IDS for one in _listed(config.get(name))]
+    if any(type(one) is not int or one >= architecture.vocab for one in special_ids):
         return False
-    facts = {name: fact for name, fact in architecture.facts.items() if name != MTP_KEY.field}
-    own = {name: fact for name, fact in theirs.facts.items() if name != MTP_KEY.field}
-    return facts == own and architecture == replace(
+    predicted = {name: fact for name, fact in architecture.facts.items() if name == MTP_KEY.field}
+    return architecture == replace(
         theirs,
         vocab=architecture.vocab,
         padded_vocab=architecture.padded_vocab,
         rope_theta=architecture.rope_theta,
         rope_scaling=architecture.rope_scaling,
-        facts=architecture.facts,
+        facts=dict(theirs.facts) | predicted,
     )

@@ -336,13 +336,12 @@ def _layout(
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     carried: dict[str, dict[str, Any]] = gather_objects(world, carried_configs(model) if world.rank == 0 else {})[0]
-    like = model.config
-    if like is None and describes(carried.get(CONFIG_FILE, {}), source.architecture):
-        like = carried[CONFIG_FILE]
+    is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), source.architecture)
+    like = carried[CONFIG_FILE] if is_carried else model.config
     config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
     directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
     theirs = published(config, directory) if world.rank == 0 else {}
-    if directory is None and GENERATION_FILE in carried and like is carried.get(CONFIG_FILE):
+    if is_carried and directory is None and GENERATION_FILE in carried:
         theirs = {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]

@@ -64,9 +64,11 @@ def sizes_of_directories(files: Iterable[str], args: Mapping[str, Any]) -> dict[
     Of two numbers the second one is the pipeline's, but where experts are divided.
     """
     ranks = [tuple(map(int, file.partition("/")[0].split("_")[2:])) for file in files]
-    second = "pipeline_model_parallel_size" if (args.get("expert_model_parallel_size") or 1) == 1 else ""
-    names = ("tensor_model_parallel_size", second or ("pipeline_model_parallel_size" if len(ranks[0]) > 2 else ""))
-    told = {name: max(numbers) + 1 for name, numbers in zip(names, zip(*ranks, strict=True), strict=False) if name}
+    if len(set(map(len, ranks))) > 1:
+        return {}  # of several grids, which is told where the files are counted
+    has_pipeline = len(ranks[0]) > 2 or (args.get("expert_model_parallel_size") or 1) == 1
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")[: 1 + has_pipeline]
+    told = {name: max(numbers) + 1 for name, numbers in zip(names, zip(*ranks, strict=True), strict=False)}
     return {name: size for name, size in told.items() if args.get(name) is None}
 
 
