@@ -164,20 +164,27 @@ class FileWriter:
                 found=f"{len(packed)} bytes",
             )
         window = Window.of(view)
-        for run in range(window.runs):
-            line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
-            self._write_at(view.file, line, window.offset_bytes + run * window.stride_bytes)
+        checksum = 0 if window.runs == 1 else None
+        with writing(view.file):
+            for run in range(window.runs):
+                line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
+                checksum = self._write_at(view.file, line, window.offset_bytes + run * window.stride_bytes, checksum)
         self.written_bytes += len(packed)
-        return window, isal_zlib.crc32(packed) if window.runs == 1 else None
+        return window, checksum
 
-    def _write_at(self, file: str, data: memoryview, offset_bytes: int) -> None:
-        done = 0
-        with writing(file):
-            while done < len(data):
-                count = os.pwrite(self._descriptor(file), data[done : done + _WRITE_BYTES], offset_bytes + done)
-                if not count:
-                    raise OSError(errno.EIO, "nothing of it was written")
-                done += count
+    def _write_at(self, file: str, data: memoryview, offset_bytes: int, checksum: int | None) -> int | None:
+        """Write bytes, each piece right after it went into the checksum, which leaves it in the processor's cache."""
+        descriptor, done = self._descriptor(file), 0
+        while done < len(data):
+            piece = data[done : done + _WRITE_BYTES]
+            longer = None if checksum is None else isal_zlib.crc32(piece, checksum)
+            count = os.pwrite(descriptor, piece, offset_bytes + done)
+            if not count:
+                raise OSError(errno.EIO, "nothing of it was written")
+            if count < len(piece) and checksum is not None:
+                longer = isal_zlib.crc32(piece[:count], checksum)
+            checksum, done = longer, done + count
+        return checksum
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)

@@ -22,7 +22,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,8 @@ def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> di
 
 def fields(written: Written) -> list[Any]:
     """The JSON values of what was written."""
-    return [*astuple(written[0]), written[1]]
+    window, checksum = written
+    return [window.file, window.offset_bytes, window.run_bytes, window.stride_bytes, window.runs, checksum]
 
 
 def from_fields(values: Sequence[Any]) -> Written:
