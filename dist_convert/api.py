@@ -165,7 +165,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
             moved = move(
                 plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
                 checksums=task.source.found.checksums, may_overflow=task.job.allow_overflow,
-                is_last_use=pushes_others_out(node_bytes),
+                read_ahead=task.job.read_ahead, is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))

@@ -271,6 +271,7 @@ class Options:
         choices=("auto", "gather", "direct"),
     )
     max_memory_per_rank_bytes: int = _run("memory of the buffers of each rank", 1_000_000_000)
+    read_ahead: int = _run("blocks of 4 MiB that each rank has the operating system read in advance", 8, kind="count")
     timeout_seconds: int = _run("longest time that ranks wait for a silent one", 600)
     verify: str | None = _run(
         "compare the result, all of it or a sample, with the source before it gets its name",

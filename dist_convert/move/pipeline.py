@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
 
 #: Steps that are read, or being read, before they are gathered.
-_READ_AHEAD = 2
+_READING = 2
 
 #: Steps that are planned at a time, at most: after each read and write the processor's cache has forgotten the planner.
 _PLANNED_AHEAD = 8
@@ -63,6 +63,7 @@ def move(
     *,
     checksums: Checksums,
     may_overflow: bool,
+    read_ahead: int,
     is_last_use: bool = False,
 ) -> Moved:
     """Do this rank's part of a plan.
@@ -76,6 +77,8 @@ def move(
         progress, timeline: hear of every step, and where the time goes.
         checksums: of the source's records, see `FileReader`.
         may_overflow: finite values may become infinite in the target's dtype.
+        read_ahead: steps whose reads the operating system is asked to begin before they are due: a file system across a
+            network is slow with one request in flight.
         is_last_use: what was read leaves the page cache.
 
     Raises:
@@ -97,7 +100,9 @@ def move(
     moved = Moved(counts=reader.counts)
     started = time.perf_counter()
 
-    def read(step: Step, slot: Slot) -> tuple[Step, Slot]:
+    def read(step: Step, slot: Slot, later: Sequence[Step]) -> tuple[Step, Slot]:
+        for wanted in (wanted for one in later for wanted in one.reads if wanted.reader == member):
+            reader.read_ahead(wanted.source)
         for wanted in step.reads:
             if wanted.reader == member:
                 with timeline.during("read", wanted.source.tensor, wanted.source.size_bytes):
@@ -141,10 +146,11 @@ def move(
             writing.append(writes.submit(write, step, slot))
 
         steps = _planned_ahead(steps_of(plan, world.rank))
-        upcoming = next(steps, None)
+        upcoming = deque(islice(steps, read_ahead))
+        later = tuple(upcoming)
         number = 0
-        while upcoming is not None or reading or gathering:
-            if upcoming is not None and len(reading) < _READ_AHEAD:
+        while upcoming or reading or gathering:
+            if upcoming and len(reading) < _READING:
                 while writing and writing[0].done():
                     free.append(writing.popleft().result())
                 if not free:  # one is read and one gathered, so another is being written
@@ -152,8 +158,9 @@ def move(
                     with timeline.during("wait", "for the writer"):
                         free.append(writing.popleft().result())
                 # The one that was freed last, as the processor's cache may still have it.
-                reading.append(reads.submit(read, upcoming, free.pop()))
-                upcoming = next(steps, None)
+                reading.append(reads.submit(read, upcoming.popleft(), free.pop(), later))
+                later = tuple(islice(steps, 1))
+                upcoming += later
                 continue
             if not reading:
                 end_gather()

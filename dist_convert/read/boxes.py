@@ -37,7 +37,10 @@ def read_box(
         SourceError: see `FileReader.read`.
     """
     values = matrix(target, dtype, box.rows, box.columns)
-    for region in cut(regions, box):
+    within = list(cut(regions, box))
+    for view in (region.replicas[0] for region in within if region.replicas):
+        files.read_ahead(view)
+    for region in within:
         row, column = region.box.row - box.row, region.box.column - box.column
         part = values[row : row + region.box.rows, column : column + region.box.columns]
         if not region.replicas:

@@ -26,6 +26,9 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 _STORED_DTYPES = TORCH_DTYPES | {"F8_E4M3": torch.uint8, "U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 _MAX_OPEN_FILES = 64
 
+#: Of one request to read ahead: of a longer one Linux reads no more than its window for reading ahead, 128 KiB.
+_AHEAD_BYTES = 128 << 10
+
 
 @dataclass
 class Counts:
@@ -120,6 +123,18 @@ class FileReader:
         for kind, count in changed.items():
             getattr(self.counts, kind)[view.tensor] += count
         return changed
+
+    def read_ahead(self, view: View) -> None:
+        """Have the operating system begin to read what is read whole soon, unless it has it; it may do so, or not."""
+        end_bytes = view.codes.offset_at(view.rows - 1, view.columns)
+        if not hasattr(os, "RWF_NOWAIT") or end_bytes - view.offset_bytes > 2 * view.size_bytes:
+            return
+        with contextlib.suppress(OSError):  # reading it says what is wrong
+            descriptor = self._descriptor(view.file)
+            if not _is_cached(descriptor, view.offset_bytes):
+                for start in range(view.offset_bytes, end_bytes, _AHEAD_BYTES):
+                    size_bytes = min(_AHEAD_BYTES, end_bytes - start)
+                    os.posix_fadvise(descriptor, start, size_bytes, os.POSIX_FADV_WILLNEED)
 
     def _decoded(self, view: View, scales: Scales) -> Iterator[tuple[Box, torch.Tensor]]:
         """The values that a quantised view stands for."""
@@ -237,6 +252,15 @@ class FileReader:
                 os.close(self._open.popitem(last=False)[1])
         self._open[file] = descriptor
         return descriptor
+
+
+def _is_cached(descriptor: int, offset_bytes: int) -> bool:
+    """Whether a byte is known to be in memory; not so where the file system cannot tell."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], offset_bytes, os.RWF_NOWAIT)
+    except OSError:
+        return False
+    return True
 
 
 def _no_number(view: View) -> CorruptFile:

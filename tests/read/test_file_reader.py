@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,34 @@ def test_hundreds_of_files_are_read_with_few_open_at_once(tmp_path: Path) -> Non
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what its page cache has")
+@pytest.mark.parametrize(("row_stride", "is_asked_for"), [(4096, True), (3 * 4096, False)], ids=["whole", "gaps"])
+def test_the_system_is_asked_to_read_all_of_what_is_read_whole_soon_and_no_gaps(
+    row_stride: int, is_asked_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / FILE.split("/")[1]
+    make_uncached(path, 2 << 20)  # whether its beginning is cached is asked, which has some of it read
+    advise, asked = os.posix_fadvise, list[tuple[int, int]]()
+
+    def noting(descriptor: int, offset_bytes: int, size_bytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((offset_bytes, size_bytes))
+        advise(descriptor, offset_bytes, size_bytes, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noting)
+    files, view = reader(tmp_path), View(path.name, NAME, "F64", 1 << 20, 10, 4096, row_stride, 1)
+    files.read_ahead(view)
+    assert asked == ([(1048576, 131072), (1179648, 131072), (1310720, 65536)] if is_asked_for else [])
+    if is_asked_for:
+        deadline = time.monotonic() + 20
+        while not is_cached(path, 1 << 20) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert is_cached(path, 1 << 20)
+        asked.clear()
+        files.read_ahead(view)
+        assert asked == []
+
+
 def is_cached(path: Path, offset_bytes: int) -> bool:
     """Whether the page cache has a byte of a file: reading it then takes no wait."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -210,6 +240,18 @@ def is_cached(path: Path, offset_bytes: int) -> bool:
         os.close(descriptor)
 
 
+def make_uncached(path: Path, size_bytes: int) -> None:
+    """Make a file that is on the disk alone: it is written past the page cache."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        with os.fdopen(descriptor, "wb", buffering=0) as file, mmap.mmap(-1, size_bytes) as zeros:
+            file.write(zeros)
+    except OSError as error:
+        pytest.skip(f"this file system has no other place for a file than memory: {error}")
+    if is_cached(path, 0):
+        pytest.skip("this file system has no other place for a file than memory")
+
+
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what its page cache has")
 @pytest.mark.parametrize(("is_last_use", "dtype"), [(False, "F64"), (True, "F64"), (True, "F32")])
 def test_of_what_is_read_for_the_last_time_the_page_cache_keeps_nothing(
@@ -218,12 +260,7 @@ def test_of_what_is_read_for_the_last_time_the_page_cache_keeps_nothing(
     found = set()
     for name in ("first", "second", "third", "fourth"):  # it is advice, which the kernel does not always take
         path = tmp_path / name
-        with path.open("wb") as file:
-            file.write(bytes(1 << 16))  # all of it is read: folios that reach beyond what is let go of stay
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if is_cached(path, 0):
-            pytest.skip("this file system has no other place for a file than memory")
+        make_uncached(path, 1 << 16)  # all of it is read: folios that reach beyond what is let go of stay
         files = FileReader(tmp_path, make_buffer(65536), is_last_use=is_last_use)
         files.read(View(name, NAME, "F64", 0, 2, 4096, 4096, 1), dtype, 0, make_buffer(65536), 0)
         found.add(is_cached(path, 5000))
