@@ -1,198 +1,339 @@
-"""Compares conversions with copying the same bytes: `python tests/benchmarks/bench.py`.
+"""Compares conversions with copying the same bytes: `python tests/benchmarks/bench.py`, about a quarter of an hour.
 
-Makes Megatron checkpoints of random weights and the Hugging Face directories of them, and then, round by round in
-shuffled order, after rounds that are not counted, times
+Makes a Llama of random weights in every format, and then, round by round in shuffled order, times of every pair of
+formats one `cp --reflink=never` of what the conversion makes, and the conversion with one rank and with two. Ratios are
+of the medians of one run. Besides, from `torch` to Hugging Face: ranks that see their own shards only and gather over
+gloo, and fp32 weights that become bf16, whose ratio is of seconds for a byte read.
 
-* `cp`: one `cp --reflink=never` of files that hold the weights and nothing else, and `sync` of the copies;
-* `ours`: dist_convert with every number of ranks and placement that is asked for; also from a checkpoint with an
-  optimizer's state beside the weights, which is left where it is, and from fp32 weights, which become bf16;
-* `torchrun`: the same with ranks that torchrun starts instead of `--ranks`, for what the whole command takes;
-* `gloo`: the same ranks passing what a conversion gathers between their memories, and doing nothing else;
-* `transformers`: what a user does without a converter: load the Hugging Face model, save it again.
-
-The *data phase* lasts from the first byte moved to the last byte written, *synced* until the files are on the disk as
-well, and *whole* is the command as a user gives it, with the start of Python. What is copied is what conversions make,
-to the byte. Before each run, untimed, the last one's target is removed, what is read next is brought into the page
-cache, and the disk is given time to finish; directly before the data phase of `cp` and of `ours`, untimed as well, what
-`cp` copies is copied and removed, as memory that a virtual machine's host has taken back is slow when it is first
-written. Targets are judged by medians; the fp32 model has half the layers, so its
-ratios are of seconds for a byte read. Where ranks gather, each of them sees its own shards only.
-
-With `--json FILE` the rounds of earlier runs count as well: the same command goes on until all have been timed. What
-others are compared with is then timed again beside them.
+*Data* is from the first byte moved to the last byte written, *whole* the command as a user gives it, with the start of
+Python and the final sync. Sources are in the page cache. Before each sample as many bytes as it writes are written and
+removed, untimed: memory that a virtual machine's host has taken back is slow when it is first written. The machine is
+judged by that write: where it takes half as long again as the quickest one, it is done again, up to five times. How
+many samples came after a slow one is said. `--check` only judges the machine, and exits with 3 where it is not quiet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.cases import BESIDE, DIRECTIONS, SOURCES, Case, prepare, ready_ways, scratch
 from tests.benchmarks.chart import chart
-from tests.benchmarks.machine import code_digest, describe
-from tests.benchmarks.measured import Measured
-from tests.benchmarks.results import report
-from tests.benchmarks.sources import GRIDS
-from tests.benchmarks.store import Kept, read, write
-from tests.benchmarks.summary import fill
-from tests.benchmarks.ways import Ready
+from tests.benchmarks.sources import hand_out, make_megatron, model_near, parse_grid, weights_bytes
+from tests.distributed.launching import environment
 
-#: Exit code where the time was up before all rounds were timed.
-UNFINISHED = 3
+FORMATS = ("torch", "torch_dist", "huggingface")
+GRID, TARGET_GRID = "TP4xPP2", ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2")
+NOT_QUIET = 3
+
+_SLOW = 1.5
+_TRIES = 5
+_IDLE_SHARE = 0.9
 
 
-def measure(
-    ready: Sequence[Ready],
-    before: Sequence[Measured],
-    given: argparse.Namespace,
-    is_over: Callable[[], bool],
-    keep: Callable[[Sequence[Measured]], None],
-) -> bool:
-    """Run every way once a round, in another order each time; warm-up rounds come first and do not count.
+@dataclass(frozen=True)
+class Sample:
+    """One run of a way; `peak_bytes` of the largest rank, 0 where it is not known."""
 
-    Args:
-        ready: the ways.
-        before: what earlier runs have measured of each.
-        given: the command line's `rounds`, `warm_ups` and `seed`.
-        is_over: whether no other round should begin.
-        keep: takes what is measured, after every round.
+    data_seconds: float
+    whole_seconds: float
+    cpu_seconds: float
+    peak_bytes: int = 0
 
-    Returns:
-        Whether every way has all its rounds.
+
+@dataclass(frozen=True)
+class Way:
+    """One way from a source to a target.
+
+    Attributes:
+        pair: formats of source and target, as a heading.
+        name: "cp", or what converts.
+        line: the command.
+        copied: what `cp` copies for this pair; "" for a way that makes other bytes.
+        per_bytes: what its seconds are divided by when they are compared.
+        most: of its ratio to `cp`; 0 where nothing is asked.
     """
-    measured = list(before)
-    number = 0
-    while lacking := [which for which, one in enumerate(measured) if len(one.samples) < given.rounds]:
-        if is_over():
-            return False
-        done = min(len(measured[which].samples) for which in lacking)
-        # What others are compared with is timed in every round, so that no way is judged by what was before it.
-        chosen = sorted({*lacking, *(which for which, one in enumerate(ready) if one.way.is_reference)})
-        random.Random(f"{given.seed} {number} {done}").shuffle(chosen)
-        for which in chosen:
-            shutil.rmtree(ready[which].target, ignore_errors=True)
-            ready[which].warm()
-            os.sync()  # what has been removed keeps no disk busy, and nothing else is waiting to be written
-            sample = ready[which].run()
-            shutil.rmtree(ready[which].target)
-            if number >= given.warm_ups:
-                measured[which] = replace(measured[which], samples=(*measured[which].samples, sample))
-        number += 1
-        what = f"round {done + 1} of {given.rounds}" if number > given.warm_ups else "a round that does not count"
-        print(what, file=sys.stderr, flush=True)
-        keep(measured)
-    return True
+
+    pair: str
+    name: str
+    line: tuple[str, ...]
+    copied: Path
+    per_bytes: int
+    most: float = 0.0
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--family", nargs="+", choices=sorted(GRIDS), default=sorted(GRIDS), help="(default: all)")
-    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="(default: both)")
-    add("--placement", nargs="+", choices=("direct", "gather"), default=["direct", "gather"], help="(default: both)")
-    add("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of ranks (default: 1 2)")
-    add("--source", nargs="+", choices=SOURCES, default=SOURCES, help="what to convert (default: all)")
-    add(
-        "--beside",
-        nargs="*",
-        choices=BESIDE,
-        default=BESIDE,
-        help="what to time besides cp (default: all; bare: nothing)",
+@dataclass
+class Machine:
+    """Judges the machine by a known write."""
+
+    directory: Path
+    size_bytes: int
+    quickest_seconds: float = float("inf")
+    slow_samples: int = 0
+    tries: list[float] = field(default_factory=list)
+
+    def make_ready(self) -> None:
+        """Write and remove so many bytes until that is quick."""
+        for _ in range(_TRIES):
+            seconds = self.write()
+            if seconds <= _SLOW * self.quickest_seconds:
+                return
+        self.slow_samples += 1
+
+    def write(self) -> float:
+        """The seconds of one such write."""
+        piece, path = memoryview(bytes(1 << 20)), self.directory / "known"
+        began = time.monotonic()
+        with path.open("wb", buffering=0) as file:
+            for _ in range(self.size_bytes >> 20):
+                file.write(piece)
+        seconds = time.monotonic() - began
+        path.unlink()
+        self.tries.append(seconds)
+        self.quickest_seconds = min(self.quickest_seconds, seconds)
+        return seconds
+
+    def noise(self) -> str:
+        """Why the machine is not quiet; "" where it is."""
+        before = _idle_and_all()
+        time.sleep(3.0)
+        idle, ticks = (after - then for after, then in zip(_idle_and_all(), before, strict=True))
+        if idle < _IDLE_SHARE * ticks:
+            return f"others keep its cores busy: {1 - idle / ticks:.0%} of them for 3 s"
+        for _ in range(2):  # memory that the host has taken back is had again
+            self.write()
+        seconds = [self.write() for _ in range(7)]
+        if max(seconds) > _SLOW * min(seconds):
+            return f"writes of {self.size_bytes / 1e9:.1f} GB take {min(seconds):.2f} to {max(seconds):.2f} s"
+        return ""
+
+
+def _idle_and_all() -> tuple[int, int]:
+    """Ticks of all cores, idle and in total, stolen ones among the latter: see proc(5)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def run_command(line: Sequence[str]) -> tuple[Sample, str]:
+    """Run a command; its seconds, those of its processors, and its standard output."""
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
+        began = time.monotonic()
+        process = subprocess.Popen(line, env=environment(), stdin=subprocess.DEVNULL, stdout=printed, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - began
+        for file in (printed, said):
+            file.seek(0)
+        if process.returncode:
+            sys.exit(f"{' '.join(line)}\n{said.read().decode(errors='replace')}\nexit code {process.returncode}")
+        return Sample(seconds, seconds, usage.ru_utime + usage.ru_stime), printed.read().decode()
+
+
+def run(way: Way, target: Path) -> Sample:
+    """One sample of a way."""
+    sample, printed = run_command([*way.line, str(target)])
+    if way.name == "cp":
+        return sample
+    report: Mapping[str, Any] = json.loads(printed)
+    data_seconds = max(profile["moved"] for profile in report["profiles"])
+    return Sample(data_seconds, sample.whole_seconds, sample.cpu_seconds, report["peak_memory_bytes"])
+
+
+def command(source: Path, to: str, *flags: str) -> tuple[str, ...]:
+    """A conversion that lacks its target's path, which comes last."""
+    grid = () if to == "huggingface" else TARGET_GRID
+    line = (sys.executable, "-m", "dist_convert", "convert", "--json", "-q", "--device", "cpu", "--to", to)
+    return (*line, *grid, *flags, str(source))
+
+
+def make_sources(directory: Path, size_bytes: int, dtype: str = "bf16") -> tuple[dict[str, Path], int]:
+    """The model in every format, and the bytes of its weights; what an earlier run has made stays."""
+    grid = parse_grid(GRID)
+    model = model_near("llama", size_bytes, grid, dtype)
+    weights = weights_bytes(model, dtype)
+    root = directory / f"llama-{dtype}-{weights}"
+    found = {name: root / name for name in (FORMATS if dtype == "bf16" else ("torch",))}
+    if not root.exists():
+        making = root.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        make_megatron(making / "torch", model, grid, dtype)
+        for name in list(found)[1:]:
+            run_command([*command(making / "torch", name, *file_size(weights, name)), str(making / name)])
+        making.rename(root)
+    return found, weights
+
+
+def file_size(weights: int, to: str) -> tuple[str, ...]:
+    """A quarter of the model: ranks that write one file wait for each other, and a large model has files for each."""
+    return ("--max-shard-size", str(weights // 4)) if to == "huggingface" else ()
+
+
+def ways_of(directory: Path, size_bytes: int) -> Iterator[Way]:
+    """All ways; of each pair `cp` comes first."""
+    sources, weights = make_sources(directory, size_bytes)
+    wide, wide_weights = make_sources(directory, size_bytes, "fp32")
+    for source in FORMATS:
+        for to in FORMATS:
+            pair, copied, flags = f"{source} to {to}", directory / f"{source}-{to}", file_size(weights, to)
+            most = 0.8 if to == "huggingface" != source else 0.9
+            if not copied.exists():
+                run_command([*command(sources[source], to, *flags), str(copied)])
+            yield Way(pair, "cp", ("cp", "-r", "--reflink=never", str(copied)), copied, weights)
+            for ranks, limit in (("1", 1.0), ("2", most)):
+                line = command(sources[source], to, *flags, "--ranks", ranks)
+                yield Way(pair, f"{ranks} rank{'s' * (ranks != '1')}", line, copied, weights, limit)
+            if (source, to) == ("torch", "huggingface"):
+                (iteration,) = sources["torch"].glob("iter_*")
+                seen = hand_out(iteration, 2, sources["torch"] / "seen")
+                line = command(seen, to, *flags, "--ranks", "2", "--placement", "gather")
+                yield Way(pair, "2 ranks, gather over gloo", line, copied, weights, 0.85)
+                line = command(wide["torch"], to, *flags, "--target-params-dtype", "bf16", "--ranks", "2")
+                yield Way(pair, "2 ranks, fp32 to bf16, for a byte read", line, copied, wide_weights, 0.9)
+
+
+def read_through(directory: Path) -> None:
+    """Read all files of a directory, so that the page cache has them."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(8 << 20):
+                    pass
+
+
+def measure(ways: Sequence[Way], machine: Machine, rounds: int, seed: int) -> dict[Way, list[Sample]]:
+    """Time every way once a round, after one that does not count; pairs and the ways of each in an order of chance."""
+    samples: dict[Way, list[Sample]] = defaultdict(list)
+    of_pair: dict[str, list[Way]] = defaultdict(list)
+    for way in ways:
+        of_pair[way.pair].append(way)
+    chance = random.Random(seed)
+    for number in range(rounds + 1):
+        for pair in chance.sample(sorted(of_pair), len(of_pair)):
+            for way in chance.sample(of_pair[pair], len(of_pair[pair])):
+                target = machine.directory / "made"
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()  # what was removed keeps no disk busy, and nothing else waits to be written
+                machine.make_ready()
+                sample = run(way, target)
+                if number:
+                    samples[way].append(sample)
+        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+    return samples
+
+
+def table(samples: Mapping[Way, Sequence[Sample]]) -> Iterator[str]:
+    """Lines of Markdown: medians of every way, and its ratio to `cp` beside what is asked for."""
+    yield "| from, to | way | data, s | GB/s | x cp | asked for | whole less data, s | CPU s | MB of a rank |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for way in samples:
+        data, beside, cpu = (middle(samples[way], of) for of in (data_of, beside_of, cpu_of))
+        peak = max(sample.peak_bytes for sample in samples[way]) // 10**6
+        asked = f"{way.most} {'met' if ratio(samples, way) <= way.most else 'missed'}" if way.most else ""
+        cells = [way.pair, way.name, f"{data:.2f}", f"{way.per_bytes / data / 1e9:.2f}", f"{ratio(samples, way):.2f}"]
+        cells += [asked, f"{beside:.1f}" if peak else "", f"{cpu:.1f}", str(peak or "")]
+        yield f"| {' | '.join(cells)} |"
+
+
+def middle(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
+    return median(map(of, samples))
+
+
+def data_of(sample: Sample) -> float:
+    return sample.data_seconds
+
+
+def beside_of(sample: Sample) -> float:
+    return sample.whole_seconds - sample.data_seconds
+
+
+def cpu_of(sample: Sample) -> float:
+    return sample.cpu_seconds
+
+
+def ratio(samples: Mapping[Way, Sequence[Sample]], way: Way) -> float:
+    """The median seconds of a way's data to those of the `cp` of its pair, for a byte."""
+    (cp,) = (one for one in samples if (one.pair, one.name) == (way.pair, "cp"))
+    return middle(samples[way], data_of) / way.per_bytes / (middle(samples[cp], data_of) / cp.per_bytes)
+
+
+def described(machine: Machine, samples: Mapping[Way, Sequence[Sample]]) -> str:
+    """The machine in a line, and how steady it was."""
+    cp = [sample.data_seconds for way, of_way in samples.items() if way.name == "cp" for sample in of_way]
+    with Path("/proc/meminfo").open() as file:
+        memory_gb = int(file.readline().split()[1]) / 1e6
+    found = subprocess.run(
+        ["df", "--output=fstype", str(machine.directory)], capture_output=True, text=True, check=True
     )
-    add("--grid", help="such as TP4xPP2 (default: TP4xPP2 for Llama, TP2xEP4 for Mixtral)")
-    add("--size-gb", type=float, help="of the weights that are read (default: 2)")
-    add("--quick", action="store_true", help="other defaults: 0.2 GB, three rounds after one")
-    add("--rounds", type=int, help="that count (default: 7)")
-    add("--warm-ups", type=int, help="rounds before those (default: 2)")
-    add("--seconds", type=float, default=float("inf"), help="begin no round later than this; the exit code is 3 then")
-    add("--seed", type=int, default=0, help="of the order within rounds")
-    add(
-        "--directory", type=Path, help="of sources, which stay for the next run, and targets (default: a temporary one)"
+    return (
+        f"{os.cpu_count()} cores, {memory_gb:.0f} GB, Linux {os.uname().release}, {found.stdout.split()[-1]}; "
+        f"Python {sys.version.split()[0]}, torch {version('torch')}. Of {len(cp)} times `cp` "
+        f"took {min(cp):.2f} to {max(cp):.2f} s. {machine.slow_samples} samples began where a write of as many bytes "
+        f"took more than {_SLOW} times the quickest one."
     )
-    add("--prepare", action="store_true", help="only make the sources, in --directory")
-    add("--json", type=Path, help="keep every sample in this file, and go on where it ends")
-    add("--show", nargs="+", type=Path, help="measure nothing, but show what --json has kept")
-    add("--chart", type=Path, help="draw what was measured, or is shown, as SVG")
-    add("--fill", nargs="+", type=Path, default=[], help="put it into its places in these files, see `summary.py`")
-    given = parser.parse_args()
-    defaults = (
-        {"size_gb": 0.2, "rounds": 3, "warm_ups": 1} if given.quick else {"size_gb": 2.0, "rounds": 7, "warm_ups": 2}
-    )
-    for name, value in defaults.items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
-    if given.prepare and given.directory is None:
-        parser.error("--prepare needs --directory")
-    return given
 
 
-def start(given: argparse.Namespace, directory: Path) -> Kept:
-    """What earlier runs have kept, or nothing yet."""
-    fresh = Kept(tuple(describe(directory)), code_digest())
-    if given.json is None or not given.json.exists():
-        return fresh
-    kept = read(given.json)
-    if (kept.machine, kept.code) != (fresh.machine, fresh.code):
-        sys.exit(f"{given.json} is of other code or another machine; remove it, or give another --json")
-    return kept
-
-
-def run(given: argparse.Namespace, directory: Path) -> tuple[Kept, bool]:
-    """Measure all cases; what is kept then, and whether all rounds were timed."""
-    end_seconds = time.monotonic() + given.seconds
-    kept, is_complete = start(given, directory), True
-
-    def keep(case: Case, measured: Sequence[Measured]) -> None:
-        nonlocal kept
-        kept = kept.put(case, measured)
-        if given.json:
-            write(given.json, kept)
-
-    for family in given.family:
-        grid = given.grid or GRIDS[family]
-        size_bytes = prepare(directory, family, grid, "plain", int(given.size_gb * 1e9)).weights_bytes
-        for direction in given.direction:
-            case = Case(family, grid, direction, size_bytes)
-            print(case.title, file=sys.stderr, flush=True)
-            ready = ready_ways(given, case, directory)
-            before = kept.of(case, ready)
-            is_complete &= measure(ready, before, given, lambda: time.monotonic() > end_seconds, partial(keep, case))
-    return kept, is_complete
+def fill(path: Path, text: str) -> None:
+    """Put a text between the marks of a page."""
+    before = path.read_text()
+    after = re.sub(r"(?s)(<!-- bench -->\n).*?(<!-- end -->)", lambda found: found[1] + text + found[2], before)
+    path.write_text(after)
 
 
 def main() -> int:
-    """Measure or show, and print a table for each family and direction."""
-    given = parse()
-    if given.show:
-        all_kept, is_complete = [read(path) for path in given.show], True
-    else:
-        with scratch(given.directory) as directory:
-            if given.prepare:
-                for family in given.family:
-                    for kind in given.source:
-                        prepare(directory, family, given.grid or GRIDS[family], kind, int(given.size_gb * 1e9))
-                return 0
-            kept, is_complete = run(given, directory)
-            all_kept = [kept]
-    print("\n\n".join(map(report, all_kept)))
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=1.5, help="of the weights (default: 1.5)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
+    parser.add_argument("--pair", nargs="+", default=[], help='such as "torch to huggingface" (default: all)')
+    parser.add_argument("--directory", type=Path, help="of sources, which stay, and targets (default: a temporary one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument(
+        "--check", action="store_true", help=f"only say whether the machine is quiet; {NOT_QUIET} if not"
+    )
+    parser.add_argument("--chart", type=Path, help="draw what was measured, as SVG")
+    parser.add_argument("--fill", type=Path, help="a page of Markdown that has the marks for the table")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=given.directory) as made:
+        machine = Machine(Path(made), int(given.size_gb * 1e9))
+        if given.check:
+            noise = machine.noise()
+            print(f"not quiet: {noise}" if noise else "quiet")
+            return NOT_QUIET if noise else 0
+        sources = given.directory or Path(made)
+        ways = [way for way in ways_of(sources, machine.size_bytes) if not given.pair or way.pair in given.pair]
+        for directory in {way.copied for way in ways} | set(sources.glob("llama-*")):
+            read_through(directory)
+        samples = measure(ways, machine, given.rounds, given.seed)
+        text = "\n".join([described(machine, samples), "", *table({way: samples[way] for way in ways}), ""])
+    print(text)
+    if given.fill:
+        fill(given.fill, text)
     if given.chart:
-        given.chart.write_text(chart([result for kept in all_kept for result in kept.results]))
-    for path in given.fill:
-        fill(path, all_kept)
-    if not is_complete:
-        print("the time is up: the same command goes on", file=sys.stderr)
-    return 0 if is_complete else UNFINISHED
+        given.chart.write_text(chart({way.pair: bars_of(samples, ways, way.pair) for way in ways}))
+    return 0
+
+
+def bars_of(samples: Mapping[Way, Sequence[Sample]], ways: Sequence[Way], pair: str) -> list[tuple[str, float]]:
+    """What the chart shows of a pair: seconds of each way that makes the same bytes."""
+    return [
+        (way.name, middle(samples[way], data_of)) for way in ways if way.pair == pair and "for a byte" not in way.name
+    ]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Llama-3.1-405B and Mixtral-8x22B are planned in both directions, from headers th
 Reads, writes and receives are of the largest rank, with their ratio to the mean (targets: at most 1.1). What a rank
 receives over gloo is what it writes and others have read. An accelerator's all-gather brings it all that its team
 gathers; that is at most the team's buffer (`members` x what each sends) for every gather: `filled` is the part of that
-which is used. `plan s` is what one rank takes from the headers to its own steps, on one core (target: 5 s for 405B).
+which is used. `MB a call` is the mean of the reads and writes of the rank that has most of them, `files` the most that
+one rank opens. `plan s` is what one rank takes from the headers to its own steps, on one core (target: 5 s for 405B).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Load:
         received: from others over gloo, by rank.
         gathered: by an accelerator's all-gathers, by rank.
         buffers: the most that those could bring: the team's buffer for every gather, by rank.
+        calls: reads and writes, by rank; a window with gaps counts once.
+        files: that are opened, by rank.
         teams: groups of ranks.
         plan_seconds: of one rank.
     """
@@ -54,6 +57,8 @@ class Load:
     received: tuple[int, ...]
     gathered: tuple[int, ...]
     buffers: tuple[int, ...]
+    calls: tuple[int, ...]
+    files: tuple[int, ...]
     teams: int
     plan_seconds: float
 
@@ -104,28 +109,34 @@ def load(content: Content, placement: str, ranks: int, content_seconds: float = 
         pass
     plan_seconds = content_seconds + time.process_time() - started
     by_rank = dict(pair for number in range(len(plan.teams)) for pair in _team_load(plan, number))
-    read, written, received, gathered, buffers = zip(*(by_rank[rank] for rank in range(ranks)), strict=True)
-    return Load(read, written, received, gathered, buffers, len(plan.teams), plan_seconds)
+    of_ranks = zip(*(by_rank[rank] for rank in range(ranks)), strict=True)
+    return Load(*of_ranks, teams=len(plan.teams), plan_seconds=plan_seconds)
 
 
 def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """For each rank of a team, the bytes of `Load` from `read` to `buffers`."""
+    """For each rank of a team, the bytes of `Load` from `read` to `files`."""
     team = plan.teams[number]
     members = len(team.ranks)
-    read, written, received = [0] * members, [0] * members, [0] * members
+    read, written, received, calls = ([0] * members for _ in range(4))
+    files: list[set[str]] = [set() for _ in range(members)]
     alone = (block for member in range(members) for block in blocks_alone(plan, number, member))
     for block in chain(blocks_of_team(plan, number), alone):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes
+            calls[one.reader] += 1
+            files[one.reader].add(one.source.file)
         for write in block.writes:
             written[write.writer] += write.target.size_bytes
+            calls[write.writer] += 1
+            files[write.writer].add(write.target.file)
     gathers = [step for step in steps_of(plan, team.ranks[0]) if step.send_bytes] if members > 1 else []
     for message in (message for step in gathers for message in messages(step)):
         received[message.receiver] += message.size_bytes
     gathered = sum(step.send_bytes for step in gathers) * members
     buffers = len(gathers) * plan.limits[number].received_bytes
     for member, rank in enumerate(team.ranks):
-        yield rank, (read[member], written[member], received[member], gathered, buffers)
+        moved = (read[member], written[member], received[member], gathered, buffers)
+        yield rank, (*moved, calls[member], len(files[member]))
 
 
 def main() -> int:
@@ -141,7 +152,10 @@ def main() -> int:
         for direction in given.direction:
             content, seconds = planned(name, direction)
             print(f"{name}, {direction}: GB of the largest rank, ratio to the mean\n")
-            print("placement   ranks  teams          reads         writes  receives: gloo  all-gather  filled  plan s")
+            print(
+                "placement   ranks  teams          reads         writes  receives: gloo  all-gather  filled  "
+                "MB a call  files  plan s"
+            )
             for placement in given.placement:
                 if placement != "direct" and direction == "hf-to-megatron":
                     continue  # nothing crosses: the same as `direct`
@@ -157,6 +171,9 @@ def row(placement: str, ranks: int, found: Load) -> str:
     """A line of the table."""
     files = "".join(f"{max(of) / 1e9:8.2f} {ratio(of):5.3f}x" for of in (found.read, found.written))
     others = f"{max(found.received) / 1e9:14.2f}  {max(found.gathered) / 1e9:10.2f}  {found.filled:6.2f}"
+    busiest = found.calls.index(max(found.calls))
+    call_mb = (found.read[busiest] + found.written[busiest]) / found.calls[busiest] / 1e6
+    others += f"  {call_mb:9.2f}  {max(found.files):5}"
     missed = "" if found.is_within_targets else "  MISSED"
     return f"{placement:11} {ranks:5} {found.teams:6}{files}  {others}  {found.plan_seconds:6.2f}{missed}"
 
