@@ -1,4 +1,4 @@
-"""Do the tests notice? Twenty faults, one after the other, in a copy of the repository; each must make a test fail.
+"""Do the tests notice? Twenty-two faults, one after the other, in a copy of the repository; each must make a test fail.
 
     python -m tests.mutations [NAME...]     a few minutes; needs the environment of launch/test.sh
 
@@ -127,6 +127,18 @@ MUTATIONS = (
         "packed[:, part.column : part.column + part.columns]",
         "packed[:, : part.columns]",
         "tests/move tests/golden tests/distributed/test_gather.py",
+    ),
+    Mutation(
+        "scales-of-blocks-transposed",
+        "*place, 1, 1, shape[-1], 1",
+        "*place, 1, 1, 1, shape[-2]",
+        "tests/formats/test_quantised.py",
+    ),
+    Mutation(
+        "upper-four-bits-first",
+        "[_E2M1[_BYTES % 16], _E2M1[_BYTES // 16]]",
+        "[_E2M1[_BYTES // 16], _E2M1[_BYTES % 16]]",
+        "tests/formats/test_quantised.py",
     ),
     Mutation(
         "checksums-without-the-gaps",

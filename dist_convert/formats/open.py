@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.formats.dcp.open import open_dcp
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.carried import read_carried
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
-from dist_convert.formats.huggingface.read import is_huggingface, read_config
+from dist_convert.formats.huggingface.read import CONFIG_FILE, is_huggingface, read_config
 from dist_convert.formats.megatron.iterations import (
     TRACKER_FILE,
     has_rank_directories,
@@ -67,6 +69,8 @@ def _open(where: Where, world: World) -> Model:
 
 def _open_megatron(where: Where, world: World) -> Model:
     directory, kind = find_iteration(where, world)
+    carried = gather_objects(world, read_carried(directory) if world.rank == 0 else {})[0]
+    where = replace(where, carried=carried.get(CONFIG_FILE))
     if kind == TORCH:
         return open_torch(where, directory, world, *read_shards(directory, world))
     return (open_torch_dist if kind == TORCH_DIST else open_dcp)(where, directory, world)

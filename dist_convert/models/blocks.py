@@ -239,8 +239,6 @@ SPARSE_KEYS = (
     Key("dense_layers", "decoder_sparse_step", "moe_layer_freq", default=1, codec="sparse_steps"),
     Key("norm_topk_prob", "norm_topk_prob", "moe_router_pre_softmax", "flag", codec="opposite"),
 )
-#: Of families that YaRN may scale, too.
-ALSO_YARN = (Pin("position_embedding_type", ("rope", "yarn"), "the family has rotary positions only", is_written=True),)
 NO_WINDOW = {"use_sliding_window": False}
 #: DeepSeek-V3's router: sigmoids, and a bias that decides which experts are chosen.
 SIGMOID_PINS = (

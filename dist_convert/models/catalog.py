@@ -36,6 +36,7 @@ class Where:
         rope_theta, rope_scaling_factor: of the model, whatever its args say.
         drops_mtp: its layers of multi-token prediction are left out.
         family: that it may be of, where its args do not tell.
+        carried: a config.json that lies beside it, of the model that it was made from.
         is_compared: it is held against another, and what its args leave open needs no answer.
         name_flag: that gives `ckpt_dir_name`, for messages.
     """
@@ -52,6 +53,7 @@ class Where:
     rope_scaling_factor: float | None = None
     drops_mtp: bool = False
     family: str | None = None
+    carried: Mapping[str, Any] | None = None
     is_compared: bool = False
     name_flag: str = NAME_FLAG
 

@@ -34,5 +34,5 @@ DEEPSEEK_V2 = Family(
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(100000, 100001),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),
-    yarn="latent",
+    scalings=("default", "yarn"),
 )

@@ -67,6 +67,7 @@ LATENT_SIZES = (
 LATENT_PINS = (
     Pin("multi_latent_attention", (True,), "the family has latent attention", is_written=True),
     Pin("qk_layernorm", (True,), "the latents of the family have norms", is_written=True),
+    Pin("position_embedding_type", ("rope",), "YaRN of latent attention is rope_type yarn", is_written=True),
 )
 
 DEEPSEEK_V3 = Family(
@@ -102,5 +103,5 @@ DEEPSEEK_V3 = Family(
     special_ids=(0, 1),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),
     other_types=("kimi_k2",),
-    yarn="latent",
+    scalings=("default", "yarn"),
 )

@@ -19,6 +19,7 @@ GLM4_MOE = Family(
     pins=(
         Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
         Pin("partial_rotary_factor", (None, 0.5), "the family rotates half of each head"),
+        Pin("position_embedding_type", ("rope",), "Megatron's YaRN rotates all of each head", is_written=True),
         *blocks.SIGMOID_PINS,
     ),
     signs={"num_experts": True, "multi_latent_attention": False, "moe_router_enable_expert_bias": True},
@@ -31,4 +32,5 @@ GLM4_MOE = Family(
     prediction=PREDICTION,
     copies=PREDICTION_COPIES,
     products=(blocks.SHARED_SIZE,),
+    scalings=("default", "llama3", "linear"),
 )

@@ -87,6 +87,6 @@ GPT_OSS = Family(
     ),
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(199998, 200002),
-    yarn="always",
+    scalings=("yarn",),
     layer_types=("sliding_attention", "full_attention"),
 )

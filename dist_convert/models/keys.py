@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
 from dist_convert.models.neutral import NEUTRAL
-from dist_convert.models.schema import FIELDS, Architecture, Family, Key, Pin, YarnScaling
+from dist_convert.models.schema import FIELDS, Architecture, Family, Key, LinearScaling, Pin, YarnScaling
 
 #: The values of an argument that is not set.
 _UNSET: tuple[object, ...] = (None, False, 0, "", "vanilla", [-1, 0], [-1, -1], [None, None])
@@ -60,11 +60,12 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
         refuse("Megatron does not make the weight of a single expert 1", "two experts or more for each token", 1)
     if "kv_rank" in architecture.facts and architecture.query_groups != architecture.heads:
         refuse("latent attention has no groups of queries", f"{architecture.heads} groups", architecture.query_groups)
-    if architecture.fact("mtp_layers") and architecture.tied:
-        refuse("layers of multi-token prediction beside tied embeddings", "a head of its own (or --drop-mtp)", "tied")
     scaling = architecture.rope_scaling
     if scaling is not None and scaling.factor < 1:
         refuse("the scaling of rotary frequencies is none", "a factor of 1 or more", f"{scaling.factor:g}")
+    elif isinstance(scaling, LinearScaling) and scaling.factor % 1:
+        what = "Megatron's --rotary-seq-len-interpolation-factor is a whole number"
+        refuse(what, "a whole factor of linear scaling", f"{scaling.factor:g}")
     elif isinstance(scaling, YarnScaling):
         if min(scaling.beta_fast, scaling.beta_slow, scaling.original_max_positions) <= 0:
             refuse("YaRN's numbers are impossible", "numbers above 0", scaling)

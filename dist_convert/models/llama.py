@@ -12,7 +12,6 @@ LLAMA = Family(
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
         Key("linear_bias", "mlp_bias", "add_bias_linear", "flag"),
     ),
-    pins=blocks.ALSO_YARN,
     signs={
         "num_experts": False,
         "add_qkv_bias": False,
@@ -34,5 +33,4 @@ LLAMA = Family(
     dense=(blocks.MLP_NORM, *blocks.MLP),
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
-    yarn="also",
 )

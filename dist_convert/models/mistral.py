@@ -11,7 +11,6 @@ MISTRAL = Family(
         *blocks.dense_keys(query_groups=8, head_dim=None, epsilon=1e-6, theta=10000.0),
         Key("sliding_window", "sliding_window", "window_size", default=4096, codec="window"),
     ),
-    pins=blocks.ALSO_YARN,
     signs={
         "add_qkv_bias": False,
         "num_experts": False,
@@ -24,5 +23,4 @@ MISTRAL = Family(
     dense=(blocks.MLP_NORM, *blocks.MLP),
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
-    yarn="also",
 )

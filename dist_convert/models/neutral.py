@@ -11,14 +11,17 @@ _MULTIPLIERS = "transformers multiplies neither embeddings nor residuals or logi
 _SAY_SCALING = "the scaling of rotary frequencies is said in words of a fork, and not in Megatron's"
 
 NEUTRAL = (
-    Pin("position_embedding_type", ("rope",), "the family has rotary positions only", is_written=True),
+    Pin("position_embedding_type", ("rope", "yarn"), "the family has rotary positions only", is_written=True),
     Pin("rotary_percent", (1.0, 1), "the family rotates all of each head", is_written=True),
     Pin("rotary_interleaved", (False, None), "transformers rotates halves, not neighbouring pairs", is_written=True),
     Pin("normalization", ("RMSNorm",), "the family normalises by RMSNorm", is_written=True),
     Pin("swiglu", (True,), "the family has gated SiLU MLPs", is_written=True),
     Pin("quick_geglu", (False, None), "the family has gated SiLU MLPs"),
+    Pin("squared_relu", (False, None), "the family has gated SiLU MLPs", is_written=True),
     Pin("multi_latent_attention", (False, None), "the family has no latent attention", is_written=True),
     Pin("mtp_num_layers", (None, 0), "--drop-mtp leaves out the layers of multi-token prediction", is_written=True),
+    Pin("mtp_use_repeated_layer", (False, None), "each layer of multi-token prediction has weights of its own"),
+    Pin("mtp_hybrid_override_pattern", (None, ""), "all layers of the family have attention"),
     Pin("qk_layernorm", (False, None), "the family has no query and key norms", is_written=True),
     Pin("add_qkv_bias", (False, None), "the family's queries, keys and values have no biases", is_written=True),
     Pin("add_bias_linear", (False, None), "the family's linear layers have no biases", is_written=True),
@@ -34,12 +37,13 @@ NEUTRAL = (
     Pin("heterogeneous_layers_config_encoded_json", (None, ""), "all layers of the family are alike"),
     Pin("glu_linear_offset", (None, 0, 0.0), "transformers adds nothing to the up projection"),
     Pin("activation_func_clamp_value", (None,), "transformers does not clamp the activation"),
+    Pin("heterogeneous_block_specs", (False, None), "all layers of the family are alike"),
+    Pin("spec", (None, [], "local"), "its module decides what the layers compute"),
     Pin("use_mup", (False, None), "transformers knows no maximal update parametrisation"),
     Pin(
         "rotary_seq_len_interpolation_factor",
         (None, 1, 1.0),
-        "most Megatron versions ignore it, so it cannot be told whether the model was trained with it; if it was not, "
-        "save the checkpoint without the argument",
+        "versions before core 0.19 ignore it: say with --like CONFIG whether the model's rope_scaling is linear",
         is_written=True,
     ),
     Pin("experimental_attention_variant", (None,), "all layers of the family have plain attention"),
@@ -49,6 +53,7 @@ NEUTRAL = (
     Pin("hybrid_layer_pattern", (None, ""), "all layers of the family have attention"),
     Pin("hybrid_override_pattern", (None, ""), "all layers of the family have attention"),
     Pin("gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
+    Pin("expert_gtp_weight_remat_size", (None, 1), "weights sharded on an axis that the directory names lack"),
     Pin(
         "moe_router_pre_softmax",
         (False, None),
@@ -88,6 +93,9 @@ NEUTRAL = (
     Pin("moe_router_topk_limited_devices", (None, 0), "transformers does not limit the devices", when=_ROUTER),
     Pin("moe_router_force_load_balancing", (False, None), "experts were chosen at random", when=_ROUTER),
     Pin("moe_router_force_biased", (None,), "experts were chosen at random", when=_ROUTER),
+    Pin("moe_expert_capacity_factor", (None, -1), "transformers drops no tokens", when=_ROUTER),
+    Pin("moe_expert_rank_capacity_factor", (None,), "transformers drops no tokens", when=_ROUTER),
+    Pin("moe_token_dropping", (False, None), "transformers drops no tokens", when=_ROUTER),
     # MindSpeed-LLM's.
     Pin("rope_scaling_type", (None,), _SAY_SCALING),
     Pin("scale_emb", (None, 1), _MULTIPLIERS),

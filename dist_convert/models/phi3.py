@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dist_convert.models import blocks
 from dist_convert.models.mistral import MISTRAL
-from dist_convert.models.schema import Alias, Family, Key, Row
+from dist_convert.models.schema import Alias, Family, Key, Pin, Row
 
 
 def _in_one(row: Row, name: str) -> Row:
@@ -23,6 +23,10 @@ PHI3 = Family(
         *blocks.dense_keys(query_groups=None, head_dim=None, epsilon=1e-5, theta=10000.0),
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
+    pins=(
+        Pin("position_embedding_type", ("rope",), "transformers scales Phi-3 by LongRoPE alone", is_written=True),
+        Pin("use_rope_scaling", (False, None), "transformers scales Phi-3 by LongRoPE alone"),
+    ),
     signs=MISTRAL.signs,
     config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # as in SmolLM3
     before=blocks.EMBEDDING,
@@ -30,4 +34,5 @@ PHI3 = Family(
     dense=(blocks.MLP_NORM, _in_one(_GATE_UP, f"{blocks.HF}.mlp.gate_up_proj.weight"), _DOWN),
     after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 32000),
+    scalings=("default",),
 )

@@ -11,7 +11,6 @@ QWEN2 = Family(
         *blocks.dense_keys(query_groups=32, head_dim=None, epsilon=1e-6, theta=10000.0),
         blocks.QKV_BIAS_KEY,
     ),
-    pins=blocks.ALSO_YARN,
     signs={
         "add_qkv_bias": True,
         "add_bias_linear": False,
@@ -25,5 +24,4 @@ QWEN2 = Family(
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.QKV_BIAS, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
     after=blocks.FINAL_NORM_AND_HEAD,
-    yarn="also",
 )

@@ -11,12 +11,10 @@ QWEN3 = Family(
         *blocks.dense_keys(query_groups=32, head_dim=128, epsilon=1e-6, theta=10000.0),
         blocks.QK_NORM_KEY,
     ),
-    pins=blocks.ALSO_YARN,
     signs={"qk_layernorm": True, "num_experts": False, "window_size": False, "multi_latent_attention": False},
     config_pins={**blocks.NO_WINDOW, "attention_bias": False},
     before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, *blocks.QK_NORMS, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
     after=blocks.FINAL_NORM_AND_HEAD,
-    yarn="also",
 )

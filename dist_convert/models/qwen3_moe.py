@@ -13,7 +13,6 @@ QWEN3_MOE = Family(
         *blocks.SPARSE_KEYS,
         blocks.QK_NORM_KEY,
     ),
-    pins=blocks.ALSO_YARN,
     signs={
         "qk_layernorm": True,
         "num_experts": True,
@@ -28,5 +27,4 @@ QWEN3_MOE = Family(
     dense=(blocks.MLP_NORM, *blocks.MLP),
     moe=(blocks.MOE_NORM, blocks.ROUTER, *blocks.EXPERTS),
     after=blocks.FINAL_NORM_AND_HEAD,
-    yarn="also",
 )

@@ -77,6 +77,15 @@ class YarnScaling:
     truncate: bool = True
 
 
+@dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by a factor, transformers' `rope_type` "linear"."""
+
+    factor: float
+
+
+RotaryScaling = RopeScaling | YarnScaling | LinearScaling
+
 #: A fact that only some families have.
 Fact = int | float | bool | tuple[int, ...]
 
@@ -102,7 +111,7 @@ class Architecture:
     max_positions: int
     norm_epsilon: float
     rope_theta: float
-    rope_scaling: RopeScaling | YarnScaling | None = None
+    rope_scaling: RotaryScaling | None = None
     tied: bool = False
     qkv_bias: bool = False
     linear_bias: bool = False
@@ -334,12 +343,11 @@ class Family:
         before, layer, after: rows before the layers, of each layer, and after them.
         dense, moe: further rows of the layers without and with experts.
         prediction: further rows of layers of multi-token prediction, see `in_prediction`.
-        copies: Hugging Face names of what such a layer holds once more, and their templates in it.
+        copies: Hugging Face names of what such a layer holds once more, the embedding first, and their templates in it.
         special_ids: of begin and end of text, where there is no tokenizer.
         products: sizes that its tables have besides.
         other_types: further values of `model_type` for the same model.
-        yarn: whether its rotary frequencies may be scaled by YaRN, besides Llama 3.1's scaling ("also"), or always are;
-            or may be by that of latent attention alone, which has arguments of its own.
+        scalings: how its rotary frequencies may be scaled in transformers' words, as far as Megatron computes it, too.
         layer_types: the kinds of attention that its layers have in turn, where they are not alike.
     """
 
@@ -360,8 +368,13 @@ class Family:
     special_ids: tuple[int | None, int | None] = (None, None)
     products: tuple[Product, ...] = ()
     other_types: tuple[str, ...] = ()
-    yarn: Literal["never", "also", "always", "latent"] = "never"
+    scalings: tuple[str, ...] = ("default", "llama3", "yarn", "linear")
     layer_types: tuple[str, ...] = ()
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its attention is latent, for whose YaRN Megatron has arguments of their own."""
+        return any(key.field == "kv_rank" for key in self.keys)
 
 
 def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
@@ -413,9 +426,13 @@ def in_prediction(row: Row, layer: int, number: int) -> Row:
 
 
 def copies_of(family: Family, architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """Under which names Hugging Face files hold a tensor once more, by its own."""
+    """Under which names Hugging Face files hold a tensor once more, by its own; a tied head is the embedding."""
     further = range(architecture.layers, architecture.layers + architecture.fact("mtp_layers"))
-    return {name: tuple(copy.format(layer=layer) for layer in further) for name, copy in family.copies.items()}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, copy in family.copies.items():
+        own = next(iter(found), name) if architecture.tied else name
+        found[own] = (*found.get(own, ()), *(copy.format(layer=layer) for layer in further))
+    return found
 
 
 def _entries_of_layer(listed: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import dist_convert
 from dist_convert.errors import SourceError
@@ -27,6 +28,10 @@ SMALL_V3 = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 4,
     "topk_group": 2, "num_experts_per_tok": 4, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+SMALL = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
@@ -91,6 +96,37 @@ def test_a_config_that_counts_layers_of_multi_token_prediction_comes_back(kept: 
     dist_convert.convert(tmp_path / "hf", tmp_path / "megatron", to="torch", drop_mtp=not kept)
     dist_convert.convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
     assert read(tmp_path / "back" / "config.json")["initializer_range"] == 0.05
+
+
+def of_family(family: str, directory: Path, **more: Any) -> None:
+    """A model whose arguments are also those of another family."""
+    classes = {"phi3": "Phi3ForCausalLM", "seed_oss": "SeedOssForCausalLM"}
+    biases = {"attention_bias": family == "seed_oss"}
+    own = SMALL | biases | more | {"model_type": family, "architectures": [classes[family]]}
+    make_published(directory, "qwen3-8b", 1, **own)
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+@pytest.mark.parametrize("family", ["phi3", "seed_oss"])
+def test_a_family_that_the_args_do_not_tell_is_that_of_the_config(family: str, kind: str, tmp_path: Path) -> None:
+    of_family(family, tmp_path / "hf")
+    dist_convert.convert(tmp_path / "hf", tmp_path / "megatron", to=kind)
+    dist_convert.convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
+    assert read(tmp_path / "back" / "config.json")["model_type"] == family
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(("family", "plainest"), [("phi3", "llama"), ("seed_oss", "qwen2")])
+def test_a_family_is_not_that_of_the_config_of_another_model(family: str, plainest: str, tmp_path: Path) -> None:
+    of_family(family, tmp_path / "hf")
+    dist_convert.convert(tmp_path / "hf", tmp_path / "megatron", to="torch")
+    carried = tmp_path / "megatron" / "iter_0000001" / "huggingface_configs.json"
+    content = read(carried)
+    content["config.json"]["rms_norm_eps"] = 1e-3
+    carried.write_text(json.dumps(content))
+    dist_convert.convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
+    assert read(tmp_path / "back" / "config.json")["model_type"] == plainest
 
 
 def test_each_iteration_of_a_root_has_the_configs_of_its_own_model(place: Path) -> None:

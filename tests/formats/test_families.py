@@ -11,12 +11,12 @@ import pytest
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json
-from dist_convert.formats.megatron.args import architecture_from_args
+from dist_convert.formats.megatron.args import architecture_from_args, in_megatrons_words
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.megatron.target_args import model_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
-from dist_convert.models.schema import YarnScaling
+from dist_convert.models.schema import LinearScaling, YarnScaling
 from tests.published import PUBLISHED
 
 DENSE: dict[str, Any] = {
@@ -36,6 +36,11 @@ YARN = {
 PLAIN_YARN = {
     "rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 32,
     "truncate": False,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }  # fmt: skip
 LATENT = SHARED | {
     "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
@@ -89,7 +94,10 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
     ("glm4_moe", {"num_nextn_predict_layers": 0}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}),
-    *((family, {"rope_scaling": PLAIN_YARN}) for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")),
+    *((family, {"rope_scaling": PLAIN_YARN}) for family in TINY if "yarn" in FAMILIES[family].scalings),
+    *((family, {"rope_scaling": LINEAR}) for family in TINY if "linear" in FAMILIES[family].scalings),
+    ("glm4_moe", {"tie_word_embeddings": True}),
+    ("glm4_moe", {"rope_scaling": LLAMA3}),
     ("deepseek_v3", {"num_nextn_predict_layers": 2}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}}),
 ]
@@ -105,7 +113,7 @@ def test_a_config_that_is_written_says_what_the_config_said_that_was_read(family
 def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[str, Any]) -> None:
     architecture = architecture_from_config(config_of(family, **keys))
     args = {"padded_vocab_size": 512, **json.loads(json.dumps(model_values(architecture)))}
-    read = architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family])
+    read = architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family], trusts_factor=True)
     assert replace(read, padded_vocab=500, router_aux_loss=architecture.router_aux_loss) == architecture
     assert json.loads(json.dumps(model_values(read))) == json.loads(json.dumps(model_values(architecture)))
 
@@ -122,6 +130,11 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("deepseek_v3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type default or yarn"),
         ("phi3", {"rope_scaling": PLAIN_YARN}, "leave it out of config.json"),
+        ("phi3", {"rope_scaling": LLAMA3}, "rope_type default"),
+        ("phi3", {"rope_scaling": LINEAR}, "rope_type default"),
+        ("deepseek_v3", {"rope_scaling": LINEAR}, "rope_type default or yarn"),
+        ("gpt_oss", {"rope_scaling": LINEAR}, "rope_type yarn"),
+        ("llama", {"rope_scaling": LINEAR | {"factor": 0.5}}, "a number of at least 1"),
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=True"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=noaux_tc"),
@@ -137,13 +150,12 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
         ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "full_attention in all"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=False"),
         ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=0.5"),
-        ("glm4_moe", {"tie_word_embeddings": True}, "a head of its own (or --drop-mtp)"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "0 or 1 for each layer"),
         ("smollm3", {"attention_bias": True}, "attention_bias=False"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "in turn in layer_types"),
         ("gpt_oss", {"sliding_window": None}, "no layer has a window"),
-        ("glm4_moe", {"rope_scaling": PLAIN_YARN}, "rope_type default or llama3"),
+        ("glm4_moe", {"rope_scaling": PLAIN_YARN}, "rope_type default or llama3 or linear"),
         ("qwen3", {"rope_scaling": PLAIN_YARN | {"attention_factor": 1.0}}, "attention_factor=None"),
         ("gpt_oss", {"rope_scaling": None}, "rope_type yarn"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=True"),
@@ -174,6 +186,18 @@ def test_a_config_is_refused_that_megatron_would_compute_otherwise(
         ("qwen3_moe", "moe_router_force_biased", 1.0),
         ("qwen3_moe", "moe_router_topk_limited_devices", 2),
         ("qwen2_moe", "moe_shared_expert_glu_interleave_size", 32),
+        ("qwen3_moe", "moe_expert_capacity_factor", 1.25),
+        ("qwen3_moe", "moe_expert_rank_capacity_factor", 1.5),
+        ("qwen3_moe", "moe_token_dropping", True),
+        ("deepseek_v3", "mtp_use_repeated_layer", True),
+        ("deepseek_v3", "mtp_hybrid_override_pattern", "*E"),
+        ("llama", "spec", ["my_models.specs", "layer_spec"]),
+        ("llama", "squared_relu", True),
+        ("gpt_oss", "squared_relu", True),
+        ("llama", "heterogeneous_block_specs", True),
+        ("llama", "rotary_seq_len_interpolation_factor", 4),  # which some versions ignore
+        ("phi3", "use_rope_scaling", True),
+        ("phi3", "position_embedding_type", "yarn"),
         ("llama", "experimental_attention_variant", "dsa"),
         ("llama", "linear_attention_freq", 4),
         ("llama", "hybrid_override_pattern", "M*M*"),
@@ -216,6 +240,11 @@ def test_args_are_refused_that_transformers_would_compute_otherwise(family: str,
         ("llama", "rope_scaling", False),  # Megatron-Bridge's flag
         ("llama", "rope_scaling", {"rope_type": "default"}),
         ("llama", "embedding_multiplier_scale", 1.0),
+        ("llama", "spec", ["local"]),
+        ("llama", "spec", None),
+        ("llama", "moe_expert_capacity_factor", 1.0),  # without experts
+        ("qwen3_moe", "moe_expert_capacity_factor", -1.0),
+        ("qwen3_moe", "moe_token_drop_policy", "position"),  # of which there is none
         ("llama", "cla_share_factor", 1),
         ("qwen3_moe", "moe_router_load_balancing_type", ["aux_loss", "seq_aux_loss"]),
         ("gpt_oss", "yarn_mscale", None),
@@ -249,7 +278,7 @@ def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None
 
 def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
     where = Where(Path("in"), rope_scaling_factor=8.0)
-    with pytest.raises(UsageError, match="this model's is YaRN"):
+    with pytest.raises(UsageError, match="this model's is another"):
         said_of(where, args_of("deepseek_v3"), "shard")
 
 
@@ -257,6 +286,45 @@ def test_a_factor_is_refused_where_a_model_like_this_one_has_no_scaling() -> Non
     where = Where(Path("in"), rope_scaling_factor=8.0, like=config_of("llama"))
     with pytest.raises(UsageError, match="contradict each other"):
         said_of(where, args_of("llama"), "shard")
+
+
+def test_linear_scaling_is_told_by_a_model_like_this_one() -> None:
+    args = args_of("llama", rotary_seq_len_interpolation_factor=4)
+    for like, expected in [({"rope_scaling": LINEAR}, LinearScaling(4.0)), ({}, None)]:
+        said = said_of(Where(Path("in"), like=config_of("llama", **like)), args, "shard")
+        assert said.architecture(vocab=500, file="shard").rope_scaling == expected
+
+
+def test_two_scalings_of_rotary_frequencies_at_once_are_refused() -> None:
+    args = args_of("llama", rotary_seq_len_interpolation_factor=4)
+    said = said_of(Where(Path("in"), rope_scaling_factor=8.0), args, "shard")
+    with pytest.raises(UnsupportedModel, match="rotary-seq-len-interpolation-factor"):
+        said.architecture(vocab=500, file="shard")
+
+
+def test_yarn_in_the_args_of_a_model_like_one_without_is_left_out_with_a_warning() -> None:
+    args = args_of("llama", **model_values(architecture_from_config(config_of("llama", rope_scaling=PLAIN_YARN))))
+    said = said_of(Where(Path("in"), like=config_of("llama")), args, "shard")
+    assert said.architecture(vocab=500, file="shard").rope_scaling is None
+    assert "warning: position_embedding_type is 'yarn' in the args, 'rope' is taken as you say" in said.notes
+
+
+def test_positions_that_are_not_rotary_are_refused_whatever_model_it_is_like() -> None:
+    args = args_of("llama", position_embedding_type="learned_absolute")
+    with pytest.raises(UnsupportedModel, match="position-embedding-type"):
+        said_of(Where(Path("in"), like=config_of("llama")), args, "shard")
+
+
+@pytest.mark.parametrize(("rounded", "expected"), [(None, True), (False, False)])
+def test_yarn_in_the_arguments_of_core_0_19_is_read(rounded: bool | None, expected: bool) -> None:
+    own = {
+        "position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0,
+        "yarn_original_max_position_embeddings": 32, "yarn_beta_fast": None, "yarn_beta_slow": None,
+        "yarn_correction_range_round_to_int": rounded,
+    }  # fmt: skip
+    args = in_megatrons_words(args_of("llama", **own))
+    read = architecture_from_args(args, vocab=500, file="shard")
+    assert read.rope_scaling == YarnScaling(4.0, 32.0, 1.0, 32, 1.0, 0.0, truncate=expected)
 
 
 def test_a_factor_below_1_is_refused() -> None:

@@ -192,8 +192,9 @@ def test_a_config_that_we_write_is_read_as_the_same_model(config: dict[str, Any]
     ("keys", "expected", "found"),
     [
         ({"hidden_act": "gelu"}, "hidden_act=silu", "gelu"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type default or llama3", "linear"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type default or llama3 or yarn", "dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, "a whole factor of linear scaling", "2.5"),
+        ({"rope_scaling": {"type": "linear"}}, "a number of at least 1", "None"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "llama3 or yarn or linear", "dynamic"),
         ({"rope_scaling": {**LLAMA3, "factor": 0.5}}, "a number of at least 1", "0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention in all", "sliding_attention"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor=1", "low_freq_factor=2.0"),

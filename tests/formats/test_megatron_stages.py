@@ -39,6 +39,7 @@ CASES: list[tuple[int, int, int, dict[str, Any], tuple[tuple[int, ...], ...]]] =
     (4, 2, 2, {"layout": "E|(tt|)*2L"}, ((0, 2), (2, 0))),
     (3, 3, 1, {"layout": "Ettt||L"}, ((3, 0, 0),)),
     (4, 1, 1, {"layout": "E(tt)*2L"}, ((4,),)),
+    (4, 2, 1, {"layout": "Ettt|tm*2L", "mtp": 2}, ((3, 1),)),
 ]
 
 
@@ -63,7 +64,7 @@ for layers, pipeline, virtual, uneven, _ in json.load(sys.stdin):
         num_layers=layers, hidden_size=8, num_attention_heads=1, pipeline_dtype="bf16",
         pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         num_layers_in_first_pipeline_stage=uneven.get("first"), num_layers_in_last_pipeline_stage=uneven.get("last"),
-        pipeline_model_parallel_layout=uneven.get("layout"),
+        pipeline_model_parallel_layout=uneven.get("layout"), mtp_num_layers=uneven.get("mtp"),
     )
     chunks = []
     for v in range(virtual):
@@ -107,7 +108,9 @@ def test_megatron_core_builds_the_same_number_of_layers_in_every_chunk() -> None
         (4, 2, 1, {"layout": "tE|tttL"}, "the layout needs one E, at the beginning of its first stage"),
         (4, 2, 2, {"layout": "Et|t|ttL|"}, "the layout needs one L, at the end of its last stage"),
         (4, 2, 1, {"layout": "Ett|ttLL"}, "the layout needs one L, at the end of its last stage"),
-        (4, 2, 1, {"layout": "Ett|ttmL"}, "there are no multi-token prediction layers to place"),
+        (4, 2, 1, {"layout": "Ett|ttmL"}, "the layout has 1 layers of multi-token prediction (m), the model 0"),
+        (4, 2, 1, {"layout": "Ett|ttL", "mtp": 1}, "0 layers of multi-token prediction (m), the model 1"),
+        (4, 3, 1, {"layout": "Ett|ttm|L", "mtp": 1}, "at the end of the last stage alone"),
         (4, 2, 1, {"layout": "Ett|((t)*2)*1L"}, "the layout has '(' ')' beside E, t, L"),
         (4, 2, 1, {"layout": "E t|tttL"}, "the layout has ' ' beside E, t, L"),
         (4, 2, 1, {"layout": "Et*99999999999|L"}, "the layout describes more than 100000 letters"),

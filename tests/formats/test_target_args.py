@@ -23,7 +23,7 @@ from dist_convert.formats.megatron.target_args import (
     training_flags,
 )
 from dist_convert.formats.torch.shards import read_shard
-from dist_convert.models.schema import Architecture, RopeScaling
+from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
 
 LLAMA = Architecture(
     family="llama", layers=8, hidden=64, ffn=96, heads=8, query_groups=4, head_dim=16, vocab=250, padded_vocab=256,
@@ -237,6 +237,15 @@ def test_a_vocabulary_is_not_padded_to_a_multiple_of_nothing() -> None:
         ({"rope_scaling": RopeScaling(32.0)}, ["--rope-scaling-factor 32.0", "--use-rope-scaling"]),
         ({"family": "qwen3", "qk_norm": True}, ["--qk-layernorm"]),
         ({"family": "mistral", "sliding_window": 4096}, ["--window-size 4095,0"]),
+        ({"rope_scaling": LinearScaling(4.0)}, ["--rotary-seq-len-interpolation-factor 4"]),
+        (
+            {"rope_scaling": YarnScaling(4.0, 32.0, 1.0, 32768, 1.0, 0.0, truncate=False)},
+            [
+                "--no-yarn-correction-range-round-to-int",
+                "--rotary-scaling-factor 4.0",
+                "--yarn-original-max-position-embeddings 32768",
+            ],
+        ),
     ],
 )
 def test_what_training_does_not_take_from_a_checkpoint_is_said_in_its_flags(

@@ -7,8 +7,11 @@ By default each model is converted once in either direction, at the grids, forma
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_convert.__main__ import main
-from tests.distributed.launching import environment
+from tests.distributed.launching import REPOSITORY, environment
 from tests.formats.test_hf_config import TRANSFORMERS_4
-from tests.oracle.conftest import FAMILY_RANKS, FEW, Ranks, family_cases
+from tests.oracle.conftest import FAMILY_RANKS, FEW, Ranks, family_cases, kept
 from tests.oracle.families import huggingface
 from tests.oracle.families.cases import FILE, FULL_CASES, SAID, TO_HUGGINGFACE, TO_MEGATRON, Case
 from tests.oracle.families.training_args import MAKE_VOCAB_SIZE_DIVISIBLE_BY, training_args
 from tests.warm import Process
 
+#: The last version 4, which knows all families.
+NEWEST_4 = "4.57.6"
 #: Families that transformers 4.49 knows.
 OF_TRANSFORMERS_4 = {"llama", "qwen2", "mistral", "mixtral", "qwen2_moe"}
 MTP = "num_nextn_predict_layers"
@@ -178,14 +183,41 @@ def test_transformers_4_reads_the_same_models(
     if not TRANSFORMERS_4:
         pytest.skip("DIST_CONVERT_TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     cases = {case.model.name: case for case in TO_HUGGINGFACE if case.model.model_type in OF_TRANSFORMERS_4}
+    done = Process(_reader(cases, made, converted), environment(), python=TRANSFORMERS_4).finish()
+    assert done.returncode == 0, done.stderr
+    _assert_the_same(cases, done.stdout, "4.49")
+
+
+@pytest.mark.oracle_full
+def test_the_newest_transformers_4_reads_the_same_models_of_all_families(
+    made: Callable[[str], Path], converted: Callable[[str, Case], Path]
+) -> None:
+    def install(directory: Path) -> None:
+        flags = ["--quiet", "--no-deps", "--target", str(directory)]
+        packages = (f"transformers=={NEWEST_4}", "tokenizers<0.23", "huggingface_hub<1")
+        subprocess.run([sys.executable, "-m", "pip", "install", *flags, *packages], check=True)
+
+    packages = kept(f"transformers-{NEWEST_4}", "", install)
+    env = environment(PYTHONPATH=os.pathsep.join((str(packages), str(REPOSITORY))))
+    cases = {case.model.name: case for case in TO_HUGGINGFACE}
+    words = [sys.executable, *_reader(cases, made, converted)]
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _assert_the_same(cases, done.stdout, NEWEST_4)
+
+
+def _reader(
+    cases: Mapping[str, Case], made: Callable[[str], Path], converted: Callable[[str, Case], Path]
+) -> list[str]:
     given = {
         name: (str(converted(FEW, case)), str(made(FEW) / "hf" / name / "logits.pt")) for name, case in cases.items()
     }
-    words = ["-m", "tests.oracle.families.transformers_4", json.dumps(given)]
-    done = Process(words, environment(), python=TRANSFORMERS_4).finish()
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("version").startswith("4.")
+    return ["-m", "tests.oracle.families.transformers_4", json.dumps(given)]
+
+
+def _assert_the_same(cases: Mapping[str, Case], output: str, version: str) -> None:
+    found = json.loads(output.splitlines()[-1])
+    assert found.pop("version").startswith(version)
     for name, case in cases.items():
         differing = found[name]["config"].items()
         config = {key: both for key, both in differing if key not in {*NOT_IN_ARGS, "architectures"}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ConversionError
@@ -31,7 +32,16 @@ def carried_configs(model: Model) -> dict[str, dict[str, Any]]:
             check_inside(model.directory, GENERATION_FILE)
             found[GENERATION_FILE] = read_json(model.directory / GENERATION_FILE)
         return found
-    path = model.directory / CARRIED_FILE
+    return read_carried(model.directory)
+
+
+def read_carried(directory: Path) -> dict[str, dict[str, Any]]:
+    """The same of what lies beside an iteration's weights.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    path = directory / CARRIED_FILE
     found = read_json(path) if path.is_file() else {}
     return {name: found[name] for name in (CONFIG_FILE, GENERATION_FILE) if isinstance(found.get(name), dict)}
 

@@ -125,7 +125,8 @@ def open_catalog(
             tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.value_dtype, part.dtype), (view,)
     further = copies_of(family, architecture) if not problems else {}
     if with_tied_copies and architecture.tied and not problems:
-        further[next(iter(views))] = (HEAD,)  # the embedding comes first in every table
+        embedding = next(iter(views))  # it comes first in every table
+        further[embedding] = (*further.get(embedding, ()), HEAD)
     for name, others in further.items():
         for copy in (View.of(stored[other]) for other in others if other in stored and len(stored[other].shape) == 2):
             view = views[name][0]

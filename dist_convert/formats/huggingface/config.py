@@ -24,7 +24,9 @@ from dist_convert.models.schema import (
     Architecture,
     Family,
     Key,
+    LinearScaling,
     RopeScaling,
+    RotaryScaling,
     YarnScaling,
     check_experts,
     is_number,
@@ -225,7 +227,7 @@ def _biases(read: _Config, zero_output_bias: bool) -> tuple[bool, bool]:
     return attention, mlp
 
 
-def _rope(read: _Config) -> tuple[float, RopeScaling | YarnScaling | None]:
+def _rope(read: _Config) -> tuple[float, RotaryScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` (version 4) or `rope_parameters` (version 5)."""
     config, default = read.given, read.keys["rope_theta"].default
     v4, v5 = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
@@ -268,10 +270,8 @@ def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
     return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*_LLAMA3, *_YARN, *_YARN_PINS)))
 
 
-def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
-    kind, yarn = _kind(rope)[0], read.family.yarn
-    known = {"never": ("default", "llama3"), "also": ("default", "llama3", "yarn"), "always": ("yarn",)}
-    allowed = known.get(yarn, ("default", "yarn"))
+def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RotaryScaling | None:
+    kind, allowed = _kind(rope)[0], read.family.scalings
     if kind not in allowed:
         remedy = _OFTEN_ADDED_LATER if kind in ("yarn", "dynamic", "linear") else _NONE
         expected = f"rope_type {' or '.join(allowed)}"
@@ -281,7 +281,7 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnS
         return None
     if kind == "yarn":
         for name, wanted in _YARN_PINS.items():
-            if (found := rope.get(name, wanted)) != wanted and (yarn == "latent" or name != "truncate"):
+            if (found := rope.get(name, wanted)) != wanted and (read.family.is_latent or name != "truncate"):
                 read.refuse(f"Megatron's YaRN has no {name}", expected=f"{name}={wanted}, or none", found=found)
         said = {name: rope.get(name, default) for name, default in _YARN.items()}
         if all(isinstance(value, int | float) and is_number(value) for value in said.values()):
@@ -289,7 +289,7 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnS
         read.misread("rope_scaling holds no numbers", ", ".join(_YARN), said)
         return None
     factor = rope.get(_FACTOR)
-    if any(rope.get(name) != value for name, value in _LLAMA3.items()):
+    if kind == "llama3" and any(rope.get(name) != value for name, value in _LLAMA3.items()):
         read.refuse(
             "Megatron-Core's scaling of rotary frequencies has constants of its own",
             expected=", ".join(f"{name}={value}" for name, value in _LLAMA3.items()),
@@ -297,8 +297,10 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RopeScaling | YarnS
         )
     elif not isinstance(factor, int | float) or not is_number(factor) or factor < 1:
         read.misread("the factor of rope_scaling is no number", "a number of at least 1", factor)
-    else:
+    elif kind == "llama3":
         return RopeScaling(float(factor))
+    elif factor != 1:
+        return LinearScaling(float(factor))
     return None
 
 
@@ -366,8 +368,10 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         scaling = {"rope_type": "yarn", **dict(zip(_YARN, said, strict=True))} | (
             {} if truncate else {"truncate": False}
         )
-        if family.yarn != "latent" and _YARN_MSCALES.items() <= scaling.items():  # as it is published
+        if not family.is_latent and _YARN_MSCALES.items() <= scaling.items():  # as it is published
             scaling = {name: value for name, value in scaling.items() if name not in _YARN_MSCALES}
+    elif isinstance(architecture.rope_scaling, LinearScaling):
+        scaling = {"rope_type": "linear", _FACTOR: architecture.rope_scaling.factor}
     elif architecture.rope_scaling is not None:
         named = zip((_FACTOR, *_LLAMA3), astuple(architecture.rope_scaling), strict=True)
         scaling = {"rope_type": "llama3", **dict(named)}

@@ -17,7 +17,9 @@ from dist_convert.models.schema import (
     MOST,
     Architecture,
     Family,
+    LinearScaling,
     RopeScaling,
+    RotaryScaling,
     YarnScaling,
     check_experts,
     is_number,
@@ -34,8 +36,10 @@ _PARALLEL = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size", "make_vocab_size_divisible_by",
 )  # fmt: skip
+#: What linear scaling divides rotary frequencies by.
+INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _NUMBERS = dict.fromkeys(
-    ["layernorm_epsilon", "rope_scaling_factor", *(key.arg for key in _KEYS if key.kind == "number")]
+    ["layernorm_epsilon", "rope_scaling_factor", INTERPOLATION, *(key.arg for key in _KEYS if key.kind == "number")]
 )
 
 
@@ -50,7 +54,7 @@ _DICT_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_
 
 
 def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Args with numbers in place of texts of numbers, and Llama 3.1's rotary scaling as Megatron says it."""
+    """Args with numbers in place of texts of numbers, and rotary scaling in words that all versions share."""
     found = dict(args)
     numeric = [name for name in (*_SIZES, *_NUMBERS, *_PARALLEL) if isinstance(found.get(name), str)]
     for name in numeric:
@@ -59,6 +63,9 @@ def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = int(text) if text.isdecimal() and len(text) < 19 else float(text)
     truths = {"True": True, "true": True, "False": False, "false": False}
     found |= {name: truths[value] for name, value in found.items() if isinstance(value, str) and value in truths}
+    shared = {f"{PLAIN_YARN}{name}": found.get(name) for name in SHARED_YARN}
+    if found.get("position_embedding_type") == "yarn" and ROUNDED in found and not shared.keys() & found.keys():
+        found |= shared | {ROUNDED: found[ROUNDED] is not False}  # its default is true
     said = found.get("rope_scaling")
     if isinstance(said, str):
         with suppress(ValueError, RecursionError):
@@ -114,6 +121,8 @@ YARN: dict[str, Any] = {
 }  # fmt: skip
 #: Before their names where positions, and not latent attention, are YaRN's; and whether its range is rounded.
 PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
+#: Those that core 0.19 takes from the arguments of latent attention for positions, too.
+SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 #: Kinds of load balancing that also decide which experts are taken, or their weights.
 _OTHER_ROUTINGS = ("sinkhorn", "quantile_balancing")
 #: What Megatron's own scripts train with; most versions ignore the argument.
@@ -140,7 +149,7 @@ def architecture_from_args(
         vocab: true vocabulary size, if it is known from elsewhere (see `vocabulary`).
         file: where the args came from, for messages.
         family: of the model, if it is known from elsewhere.
-        trusts_factor: the factor of its rotary scaling is known to be the argument's.
+        trusts_factor: the factor of its rotary scaling, which some versions ignore, is known to be the argument's.
 
     Raises:
         MissingArguments: an argument without which the model is not determined.
@@ -158,6 +167,7 @@ def architecture_from_args(
         )
         for pin in pins_of(family)
         if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
+        if not (pin.arg == INTERPOLATION and trusts_factor and _is_linear(args, family))
     ]
     factor = args.get("rope_scaling_factor")
     if args.get("use_rope_scaling") and factor not in (None, _LLAMA3_FACTOR) and not trusts_factor:
@@ -232,11 +242,20 @@ def _query_groups(args: Mapping[str, Any], heads: int) -> int:
     return groups if args.get("group_query_attention", groups > 1) else heads
 
 
-def _scaling(args: Mapping[str, Any], file: str, family: Family) -> RopeScaling | YarnScaling | None:
-    if family.yarn == "latent":
+def _scaling(args: Mapping[str, Any], file: str, family: Family) -> RotaryScaling | None:
+    if family.is_latent:
         return _yarn(args, file, "")
-    is_yarn = family.yarn == "always" or args.get("position_embedding_type") == "yarn"
-    return _yarn(args, file, PLAIN_YARN) if is_yarn else _rope_scaling(args)
+    if "default" not in family.scalings or args.get("position_embedding_type") == "yarn":
+        return _yarn(args, file, PLAIN_YARN)
+    if args.get("use_rope_scaling"):
+        return RopeScaling(float(args.get("rope_scaling_factor") or _LLAMA3_FACTOR))
+    return LinearScaling(float(args[INTERPOLATION])) if _is_linear(args, family) else None
+
+
+def _is_linear(args: Mapping[str, Any], family: Family) -> bool:
+    """Whether linear scaling of rotary frequencies is asked for, and no other."""
+    others = args.get("use_rope_scaling") or args.get("position_embedding_type") == "yarn"
+    return args.get(INTERPOLATION) not in (None, 1) and not others and "linear" in family.scalings
 
 
 def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None:
@@ -263,12 +282,6 @@ def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None
             found=f"{kind}, {scaling.factor:g}, {scaling.mscale_all_dim:g}",
         )
     return scaling if prefix or (kind == "yarn" and scaling.factor != 1) else None
-
-
-def _rope_scaling(args: Mapping[str, Any]) -> RopeScaling | None:
-    return (
-        RopeScaling(float(args.get("rope_scaling_factor") or _LLAMA3_FACTOR)) if args.get("use_rope_scaling") else None
-    )
 
 
 def _first_number(value: Any) -> float:

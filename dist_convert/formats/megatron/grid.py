@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingShard, UnsupportedModel, UsageError, raise_together
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import MOST_RANKS, Architecture, is_size
 from dist_convert.records import names as some
 
@@ -265,9 +266,8 @@ def grid_of_args(args: Mapping[str, Any], layers: int) -> tuple[Grid, tuple[Chun
             virtual = max(1, layout_stages(layout) // pipeline)
         elif each := _count(args, "num_layers_per_virtual_pipeline_stage"):
             virtual = virtual_stages(layers + with_embedding + with_loss, pipeline, each)
-        stages = stage_layers(
-            layers + with_embedding + with_loss, pipeline, virtual, first=first, last=last, layout=layout
-        )
+        counted, mtp = layers + with_embedding + with_loss, _count(args, MTP_KEY.arg) or 0
+        stages = stage_layers(counted, pipeline, virtual, first=first, last=last, layout=layout, mtp=mtp)
     except UsageError as error:
         raise UnsupportedModel(
             "the args describe no pipeline of this model",
@@ -361,7 +361,7 @@ def files_of_places(
 
 
 #: Letters of a layout: embedding, transformer layer, loss (head); `|` ends a stage.
-_LETTERS = "EtL|"
+_LETTERS = "EtmL|"
 #: Far above any real model; a repeat count is a request for memory.
 _LONGEST_LAYOUT = 100_000
 _FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
@@ -444,9 +444,18 @@ def check_target(
                 remedy="leave out --target-expert-parallel-size",
             )
         )
+    mtp = a.fact(MTP_KEY.field)
+    if mtp and a.tied and grid.pipeline > 1:
+        problems.append(
+            UsageError(
+                "Megatron-Core loads no layers of multi-token prediction beside tied embeddings from several stages",
+                expected="--target-pipeline-parallel-size 1, or --drop-mtp",
+                found=grid.pipeline,
+            )
+        )
     try:
         if kept is None:
-            stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
+            stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout, mtp=mtp)
     except UsageError as problem:
         problems.append(problem)
     raise_together(problems)
@@ -463,7 +472,14 @@ def notes_on_target(architecture: Architecture, grid: Grid) -> tuple[str, ...]:
 
 
 def stage_layers(
-    layers: int, pipeline: int, virtual: int, *, first: int | None, last: int | None, layout: str | None
+    layers: int,
+    pipeline: int,
+    virtual: int,
+    *,
+    first: int | None,
+    last: int | None,
+    layout: str | None,
+    mtp: int = 0,
 ) -> tuple[tuple[int, ...], ...]:
     """Layers of each chunk, by virtual stage, then by pipeline rank: the order in which a token meets them.
 
@@ -473,6 +489,7 @@ def stage_layers(
         first, last: layers of the first and the last pipeline rank over all its virtual stages; the other ranks share
             the rest evenly. None: the same as the others.
         layout: a string such as `Et*3|(tt|)*2tL`, instead of `first` and `last`.
+        mtp: layers of multi-token prediction, which only a layout names (`m`).
 
     Raises:
         UsageError: no such pipeline exists; its text gives all reasons.
@@ -485,7 +502,7 @@ def stage_layers(
             reasons.append(f"{_LAYOUT} excludes {_FIRST} and {_LAST}")
         stages = _parse(layout, reasons)
         if not reasons:
-            reasons += _wrong_layout(stages, layers, pipeline, virtual)
+            reasons += _wrong_layout(stages, layers, mtp, pipeline, virtual)
         if not reasons:
             counts = [stage.count("t") for stage in stages]
             return tuple(tuple(counts[v * pipeline : (v + 1) * pipeline]) for v in range(virtual))
@@ -576,12 +593,11 @@ def _parse(layout: str, reasons: list[str]) -> list[str]:
         letters = re.sub(pattern, lambda match: match[1] * int(match[2]), letters)
     unknown = sorted(set(letters) - set(_LETTERS))
     if unknown:
-        hint = ": there are no multi-token prediction layers to place" if unknown == ["m"] else ""
-        reasons.append(f"the layout has {' '.join(map(repr, unknown))} beside E, t, L, |, (...)*n and t*n{hint}")
+        reasons.append(f"the layout has {' '.join(map(repr, unknown))} beside E, t, m, L, |, (...)*n and t*n")
     return letters.split("|")
 
 
-def _wrong_layout(stages: Sequence[str], layers: int, pipeline: int, virtual: int) -> list[str]:
+def _wrong_layout(stages: Sequence[str], layers: int, mtp: int, pipeline: int, virtual: int) -> list[str]:
     """Every reason why a layout does not suit the model and the parallel sizes."""
     reasons = []
     if len(stages) != pipeline * virtual:
@@ -589,6 +605,10 @@ def _wrong_layout(stages: Sequence[str], layers: int, pipeline: int, virtual: in
     letters = "".join(stages)
     if letters.count("t") != layers:
         reasons.append(f"the layout has {letters.count('t')} layers (t), the model {layers}")
+    if letters.count("m") != mtp:
+        reasons.append(f"the layout has {letters.count('m')} layers of multi-token prediction (m), the model {mtp}")
+    elif mtp and not stages[-1].endswith("m" * mtp + "L"):
+        reasons.append("layers of multi-token prediction (m) are read and written at the end of the last stage alone")
     if letters.count("E") != 1 or not stages[0].startswith("E"):
         reasons.append("the layout needs one E, at the beginning of its first stage")
     if letters.count("L") != 1 or not stages[-1].endswith("L"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, UsageError, raise_together
+from dist_convert.formats.huggingface.carried import describes
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
 from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
@@ -17,9 +18,10 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
 from dist_convert.models.prediction import MTP_KEY
-from dist_convert.models.schema import Architecture, Family, Key, YarnScaling, is_size
+from dist_convert.models.schema import Architecture, Family, Key, RopeScaling, is_size
 
 _LIKE = "--like"
+_FACTOR, _POSITIONS = "rope_scaling_factor", "position_embedding_type"
 #: Facts for which a config of `--like` stands where the args say something else.
 _CORRECTED = ("rope_theta", "vocab", MTP_KEY.field)
 
@@ -64,36 +66,38 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     """
     corrected: Mapping[str, Any] = args
     notes: list[str] = []
-    scaling = {} if where.rope_scaling_factor is None else {"rope_scaling_factor": where.rope_scaling_factor}
+    scaling = {} if where.rope_scaling_factor is None else {_FACTOR: where.rope_scaling_factor}
     flags: dict[str, Any] = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
     family, trusts_factor = None, bool(scaling) or where.is_compared
     if where.like is not None:
         # Configs count layers of multi-token prediction that are not there: the args say how many there are.
         like = architecture_from_config({**where.like, MTP_KEY.config: 0}, zero_output_bias=True)
         family, trusts_factor = FAMILIES[like.family], True
-        flags = {"rotary_base": like.rope_theta, **_scaling(like)} | flags
+        flags = {"rotary_base": like.rope_theta, **_scaling(like, args)} | flags
         silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
         corrected = {**args, **silent}
     elif where.family is not None:
         family = _possible(FAMILIES[where.family], args, file)
-    if scaling and where.like is not None and like.rope_scaling is None:
+    else:
+        family = _carried(where.carried or {}, args, file)
+    if scaling and where.like is not None and not isinstance(like.rope_scaling, RopeScaling):
         raise UsageError(
             f"--rope-scaling-factor and {_LIKE} contradict each other",
             file=file,
-            expected=f"the scaling of rotary frequencies that {_LIKE} has, which is none",
+            expected=f"the scaling of rotary frequencies that {_LIKE} has, which is not Llama 3.1's",
             remedy="leave the wrong one of both out",
         )
-    has_yarn = (family or families_of_args(args)[0]).yarn in ("always", "latent")
-    if scaling and (has_yarn or args.get("position_embedding_type") == "yarn"):
+    has_another = "llama3" not in (family or families_of_args(args)[0]).scalings
+    if scaling and (has_another or args.get("position_embedding_type") == "yarn"):
         raise UsageError(
-            "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is YaRN",
+            "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is another",
             file=file,
             remedy=f"leave it out; {_LIKE} CONFIG corrects all numbers of YaRN",
         )
     if scaling:
         flags["use_rope_scaling"] = True
     for name, value in flags.items():
-        if (args.get(name) or False) != value and (args.get(name) or name != "rope_scaling_factor"):
+        if (args.get(name) or None) != (value or None) and (args.get(name) or name not in (_FACTOR, _POSITIONS)):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
     if where.like is not None and "vocab_size" in silent:
         if where.true_vocab_size is None:
@@ -113,12 +117,17 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     return said
 
 
-def _scaling(like: Architecture) -> dict[str, object]:
-    """How a model scales its rotary frequencies, in training arguments."""
-    if isinstance(like.rope_scaling, YarnScaling) or FAMILIES[like.family].yarn == "latent":
-        return rope_values(like)
-    scaling = {} if like.rope_scaling is None else {"rope_scaling_factor": like.rope_scaling.factor}
-    return {"use_rope_scaling": like.rope_scaling is not None, **scaling}
+def _carried(config: Mapping[str, Any], args: Mapping[str, Any], file: str) -> Family | None:
+    """The family that a config beside the checkpoint names, if that config is of a model with these args."""
+    named = next((family for family in families_of_args(args) if family.name == config.get("model_type")), None)
+    return named and _possible(named, args, file, config)
+
+
+def _scaling(like: Architecture, args: Mapping[str, Any]) -> dict[str, object]:
+    """How a model scales its rotary frequencies, in training arguments; that it has others is not corrected."""
+    unused = [] if isinstance(like.rope_scaling, RopeScaling) else [_FACTOR]
+    unused += [_POSITIONS] if args.get(_POSITIONS) not in (None, "rope", "yarn") else []
+    return {name: value for name, value in rope_values(like).items() if name not in unused}
 
 
 def _check_rows(like: Architecture, args: Mapping[str, Any], file: str) -> None:
@@ -142,15 +151,17 @@ def _is_silent(key: Key, args: Mapping[str, Any]) -> bool:
     return key.arg not in args or (args[key.arg] is None and key.codec == "plain" and key.kind != "flag")
 
 
-def _possible(family: Family, args: Mapping[str, Any], file: str) -> Family | None:
-    """A family, if a model with these args can be of it."""
+def _possible(
+    family: Family, args: Mapping[str, Any], file: str, config: Mapping[str, Any] | None = None
+) -> Family | None:
+    """A family, if a model with these args can be of it, and is that of a config where one is given."""
     if bool(family.moe) != bool(args.get("num_experts")):
         return None
     try:
-        architecture_from_args(args, vocab=None, file=file, family=family, trusts_factor=True)
+        found = architecture_from_args(args, vocab=None, file=file, family=family, trusts_factor=True)
     except ConversionError:
         return None
-    return family
+    return family if config is None or describes(config, found) else None
 
 
 def _check_like(said: Said, like: Architecture, file: str) -> None:

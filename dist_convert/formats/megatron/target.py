@@ -42,6 +42,7 @@ from dist_convert.formats.megatron.target_args import (
 )
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture, Row, entries
 from dist_convert.options import MTP_LAYER_NAMES, PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
 from dist_convert.plan.content import Content, notes_on_content
@@ -273,7 +274,10 @@ def settle_target(
     with _collected(problems):
         check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None, kept=kept)
     raise_together(problems)
-    stages = kept or stage_layers(architecture.layers, pipeline, virtual, first=first, last=last, layout=layout)
+    mtp = architecture.fact(MTP_KEY.field)
+    stages = kept or stage_layers(
+        architecture.layers, pipeline, virtual, first=first, last=last, layout=layout, mtp=mtp
+    )
     spelled = own.dialect if own else TargetDialect()
     dialect = TargetDialect(
         job.saver_transformer_impl or spelled.norms,
@@ -315,7 +319,10 @@ def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
     problems: list[ConversionError] = []
     said = None
     with _collected(problems):
-        said = stage_layers(layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout)
+        mtp = _size(own.args, MTP_KEY.arg) or 0
+        said = stage_layers(
+            layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout, mtp=mtp
+        )
         if said == stages:
             return stages
     raise InconsistentShards(

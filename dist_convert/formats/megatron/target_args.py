@@ -19,11 +19,18 @@ from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.megatron.args import PLAIN_YARN, ROUNDED, YARN, architecture_from_args
+from dist_convert.formats.megatron.args import (
+    INTERPOLATION,
+    PLAIN_YARN,
+    ROUNDED,
+    SHARED_YARN,
+    YARN,
+    architecture_from_args,
+)
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
-from dist_convert.models.schema import Architecture, YarnScaling
+from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
 from dist_convert.options import TORCH
 from dist_convert.read.source import read_json
 
@@ -81,6 +88,7 @@ def model_values(a: Architecture) -> dict[str, object]:
     facts = {key.arg: to_arg(key, a) for key in family.keys if key.arg}
     written = (pin for pin in pins_of(family) if pin.is_written and (not pin.when or facts.get(pin.when)))
     pinned = {pin.arg: pin.allowed[0] for pin in written}
+    rope = rope_values(a)
     return (
         facts
         | pinned
@@ -88,10 +96,10 @@ def model_values(a: Architecture) -> dict[str, object]:
             "group_query_attention": a.query_groups != a.heads,
             "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
             "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
-            **rope_values(a),
+            **rope,
+            **{name: rope[f"{PLAIN_YARN}{name}"] for name in SHARED_YARN if f"{PLAIN_YARN}{name}" in rope},
             "window_size": facts.get("window_size"),
             "apply_layernorm_1p": False,
-            "squared_relu": False,
             "num_experts": a.experts or None,
             "moe_ffn_hidden_size": a.expert_width if a.experts else None,
         }
@@ -99,16 +107,21 @@ def model_values(a: Architecture) -> dict[str, object]:
 
 
 def rope_values(a: Architecture) -> dict[str, object]:
-    """How rotary frequencies are scaled, in the words of Llama 3.1 or of latent attention."""
-    scaling, is_latent = a.rope_scaling, FAMILIES[a.family].yarn == "latent"
+    """How rotary frequencies are scaled, each way in its own arguments."""
+    scaling, is_latent = a.rope_scaling, FAMILIES[a.family].is_latent
+    found: dict[str, object] = {
+        "position_embedding_type": "rope",
+        "use_rope_scaling": isinstance(scaling, RopeScaling),
+        INTERPOLATION: int(scaling.factor) if isinstance(scaling, LinearScaling) else None,
+    }
     if isinstance(scaling, YarnScaling):
         prefix = "" if is_latent else PLAIN_YARN
         said = {f"{prefix}{name}": value for name, value in zip(YARN, astuple(scaling)[:-1], strict=True)}
         kind = {"rope_type": "yarn"} if is_latent else {"position_embedding_type": "yarn", ROUNDED: scaling.truncate}
-        return {"use_rope_scaling": False, **kind, **said}
+        return found | kind | said
     if is_latent:
-        return {"use_rope_scaling": False, "rope_type": "rope", "rotary_scaling_factor": 1.0}
-    return {"use_rope_scaling": scaling is not None, "rope_scaling_factor": scaling.factor if scaling else 8.0}
+        return found | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return found | {"rope_scaling_factor": scaling.factor if isinstance(scaling, RopeScaling) else 8.0}
 
 
 #: Of what decides a model, what Megatron-LM takes from a checkpoint with --use-checkpoint-args (0.19.2).
@@ -120,15 +133,20 @@ _RESTORED = frozenset({
     "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
     "moe_shared_expert_intermediate_size", "moe_router_score_function", "moe_router_enable_expert_bias",
     "moe_router_topk_scaling_factor", "vocab_size",
+    # Its flags of these are called otherwise.
+    *(f"{PLAIN_YARN}{name}" for name in SHARED_YARN),
 })  # fmt: skip
 #: What training has where neither the checkpoint nor a flag says anything.
-_TRAINING_DEFAULTS = {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0, "rotary_scaling_factor": 1.0}
+_TRAINING_DEFAULTS = {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0} | {
+    f"{prefix}{name}": value for name, value in YARN.items() for prefix in ("", PLAIN_YARN)
+}
 
 
 def training_flags(a: Architecture) -> list[str]:
     """Flags that training needs beside --use-checkpoint-args, which does not restore all that decides the model."""
-    found = []
-    for name, value in sorted(model_values(a).items()):
+    values = model_values(a)
+    found = ["--no-" + ROUNDED.replace("_", "-")] if values.get(ROUNDED) is False else []
+    for name, value in sorted(values.items()):
         if name not in _RESTORED and value not in (None, False, _TRAINING_DEFAULTS.get(name)):
             flag = "--" + name.replace("_", "-")
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")

@@ -56,6 +56,8 @@ SAID = {
     "seed-oss": ("--like", "{hf}"),
     "phi3": ("--like", "{hf}"),
     "llama32": ("--rope-scaling-factor", "32"),
+    "qwen2-tied": ("--like", "{hf}"),
+    "glm45": ("--like", "{hf}"),
 }
 
 _BY_NAME = {model.name: model for model in MODELS}
@@ -94,6 +96,7 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("qwen3-yarn", _TP, "torch", _LOCAL),
     _case("deepseek-v3-mtp", _TP_PP, "torch", _TE),
     _case("glm45-mtp", _ALL, "torch_dist", _GROUPED),
+    _case("glm45-tied-mtp", _TP_EP, "torch", _TE),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
@@ -120,6 +123,7 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("qwen3-yarn", _TP_PP, "torch_dist", _TE),
     _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
     _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
+    _case("glm45-tied-mtp", _TP_EP, "torch_dist", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
@@ -129,8 +133,10 @@ def _all() -> tuple[Case, ...]:
     dense = product((_TP, _TP_PP), ("torch", "torch_dist"), (_LOCAL, _TE))
     moe = product((_TP, _TP_PP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
     uncut = product((_TP_EP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))  # experts that have biases
-    combinations = {"dense": tuple(dense), "moe": tuple(moe), "gpt-oss": tuple(uncut)}
-    kinds = {model: "moe" if model.has_experts else "dense" for model in models} | {_BY_NAME["gpt-oss"]: "gpt-oss"}
+    one_stage = product((_TP, _TP_EP), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
+    combinations = {"dense": tuple(dense), "moe": tuple(moe), "gpt-oss": tuple(uncut), "tied": tuple(one_stage)}
+    kinds = {model: "moe" if model.has_experts else "dense" for model in models}
+    kinds |= {_BY_NAME["gpt-oss"]: "gpt-oss", _BY_NAME["glm45-tied-mtp"]: "tied"}
     return tuple(
         Case(model, grid, format, *modules) for model in models for grid, format, modules in combinations[kinds[model]]
     )

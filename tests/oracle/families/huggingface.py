@@ -71,7 +71,8 @@ def add_prediction_layer(directory: Path) -> None:
         more[f"{at}{name}.weight"] = 1 + 0.2 * torch.randn(hidden, generator=generator)
     more[f"{at}eh_proj.weight"] = 0.08 * torch.randn(hidden, 2 * hidden, generator=generator)
     more[f"{at}embed_tokens.weight"] = found["model.embed_tokens.weight"].clone()
-    more[f"{at}shared_head.head.weight"] = found["lm_head.weight"].clone()
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    more[f"{at}shared_head.head.weight"] = found[head].clone()
     save_file(more, directory / "model-mtp.safetensors", {"format": "pt"})
     index["weight_map"] |= dict.fromkeys(more, "model-mtp.safetensors")
     (directory / _INDEX).write_text(json.dumps(index, indent=2))

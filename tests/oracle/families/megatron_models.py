@@ -83,6 +83,7 @@ def build(args: Namespace) -> GPTModel:
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         mtp_block_spec=mtp_spec,
     ).eval()
     if args.transformer_impl == "transformer_engine":

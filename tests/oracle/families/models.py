@@ -35,7 +35,7 @@ class TinyModel:
 
 
 def _rope(theta: float = 10000.0, **more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **more}}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | more}
 
 
 _DENSE = {
@@ -51,6 +51,7 @@ _YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_LINEAR = {"rope_type": "linear", "factor": 4.0}
 _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 _QWEN3_MOE = _DENSE | _rope(1e6) | _MOE | {"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _ROUTED = {
@@ -73,19 +74,20 @@ MODELS: tuple[TinyModel, ...] = (
         "tie_word_embeddings": True, "head_dim": 16, "max_position_embeddings": 131072, "rope_parameters": _LLAMA_3_2,
     }),
     TinyModel("qwen2", "qwen2", _DENSE | _rope(1e6)),
-    TinyModel("qwen2-tied", "qwen2", _DENSE | _rope(1e6) | {"tie_word_embeddings": True}),
+    TinyModel("qwen2-tied", "qwen2", _DENSE | _rope(1e6, **_LINEAR) | {"tie_word_embeddings": True}),
     TinyModel("mistral", "mistral", _DENSE | _rope(1e6) | {"head_dim": 16, "sliding_window": None}),
     TinyModel("mistral-window", "mistral", _DENSE | _rope() | {"head_dim": 8, "sliding_window": 6}),
     TinyModel("qwen3", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16}),
     TinyModel("qwen3-yarn", "qwen3", _DENSE | {"head_dim": 16, "rope_parameters": _YARN}),
     TinyModel("qwen3-tied", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16, "tie_word_embeddings": True}),
-    TinyModel("mixtral", "mixtral", _DENSE | _rope(1e6) | {
-        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+    TinyModel("mixtral", "mixtral", _DENSE | {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "rope_parameters": _YARN,
     }),
     TinyModel("qwen3-moe", "qwen3_moe", _QWEN3_MOE),
     TinyModel("qwen3-moe-mixed", "qwen3_moe", _QWEN3_MOE | {"mlp_only_layers": [0, 2]}),
-    TinyModel("qwen2-moe", "qwen2_moe", _DENSE | _rope(1e6) | _MOE | {
+    TinyModel("qwen2-moe", "qwen2_moe", _DENSE | _MOE | {
         "norm_topk_prob": False, "shared_expert_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "rope_parameters": _YARN,
     }),
     TinyModel("deepseek-v3", "deepseek_v3", _LATENT | _rope()),
     TinyModel("deepseek-v3-mtp", "deepseek_v3", _LATENT | _rope(), mtp_layers=1),
@@ -103,8 +105,9 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("deepseek-v2", "deepseek_v2", _LATENT | _rope() | {
         "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 16.0,
     }),
-    TinyModel("glm45", "glm4_moe", _GLM45),
+    TinyModel("glm45", "glm4_moe", _GLM45 | _rope(1e6, partial_rotary_factor=0.5, **_LINEAR)),
     TinyModel("glm45-mtp", "glm4_moe", _GLM45, mtp_layers=1),
+    TinyModel("glm45-tied-mtp", "glm4_moe", _GLM45 | {"tie_word_embeddings": True}, mtp_layers=1),
     TinyModel("gpt-oss", "gpt_oss", _DENSE | {
         "intermediate_size": 48, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,
         "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True,
@@ -117,10 +120,10 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("olmo2", "olmo2", _DENSE | _rope(500000.0)),
     TinyModel("gemma2", "gemma2", _DENSE | _rope() | _GEMMA),
     TinyModel("gemma3", "gemma3_text", _DENSE | _GEMMA),
-    TinyModel("seed-oss", "seed_oss", _DENSE | _rope(1e7) | {
+    TinyModel("seed-oss", "seed_oss", _DENSE | _rope(1e7, **_LINEAR) | {
         "head_dim": 16, "attention_bias": True, "attention_out_bias": False,
     }),
-    TinyModel("smollm3", "smollm3", _DENSE | _rope(2e6) | {"tie_word_embeddings": True}),
+    TinyModel("smollm3", "smollm3", _DENSE | {"tie_word_embeddings": True, "rope_parameters": _YARN}),
     TinyModel("olmoe", "olmoe", _DENSE | _rope() | _MOE | {
         "intermediate_size": 48, "num_key_value_heads": 8, "norm_topk_prob": False,
     }),

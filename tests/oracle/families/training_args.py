@@ -61,6 +61,7 @@ def _of_all(config: Config) -> Args:
         "rotary_interleaved": False,
         "use_rope_scaling": rope.get("rope_type") == "llama3",
         "rope_scaling_factor": rope["factor"] if rope.get("rope_type") == "llama3" else 8.0,
+        "rotary_seq_len_interpolation_factor": int(rope["factor"]) if rope.get("rope_type") == "linear" else None,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings"),
         "multi_latent_attention": False,
         "num_experts": None,

@@ -30,12 +30,13 @@ def main(given: dict[str, tuple[str, str]]) -> None:
             directory, torch_dtype=torch.float32, output_loading_info=True
         )
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-        expected = torch.load(logits)
+        expected, further = torch.load(logits), f"model.layers.{config.num_hidden_layers}."
         with torch.no_grad():
             difference = (model(expected["input_ids"]).logits - expected["logits"]).abs().max().item()
         found[name] = {
             "config": _differences(config.to_dict(), wanted.to_dict()),
-            "faults": [weight for kind in report.values() for weight in kind if weight not in tied],
+            # Layers of multi-token prediction are superfluous, but for those of the published sizes.
+            "faults": [w for kind in report.values() for w in kind if w not in tied and not w.startswith(further)],
             "logits": difference,
         }
     print(json.dumps(found))
@@ -43,6 +44,7 @@ def main(given: dict[str, tuple[str, str]]) -> None:
 
 def _in_version_4(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.pop("rope_parameters"))
+    config |= {name: rope.pop(name) for name in ("partial_rotary_factor",) if name in rope}
     config["rope_theta"] = rope.pop("rope_theta")
     return config | {"rope_scaling": rope if rope["rope_type"] != "default" else None}
 
