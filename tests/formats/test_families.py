@@ -76,6 +76,8 @@ def args_of(family: str, **more: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(own)), **more}
 
 
+#: Those whose rotary frequencies may be scaled in any way that Megatron has for positions.
+SCALED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3")
 #: A family, and keys of its config at their ends.
 BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -94,8 +96,8 @@ BOTH_WAYS: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
     ("glm4_moe", {"num_nextn_predict_layers": 0}),
     ("gpt_oss", {"rope_scaling": PLAIN_YARN | {"truncate": True}}),
-    *((family, {"rope_scaling": PLAIN_YARN}) for family in TINY if "yarn" in FAMILIES[family].scalings),
-    *((family, {"rope_scaling": LINEAR}) for family in TINY if "linear" in FAMILIES[family].scalings),
+    *((family, {"rope_scaling": scaling}) for family in SCALED for scaling in (PLAIN_YARN, LINEAR, LLAMA3)),
+    ("glm4_moe", {"rope_scaling": LINEAR}),
     ("glm4_moe", {"tie_word_embeddings": True}),
     ("glm4_moe", {"rope_scaling": LLAMA3}),
     ("deepseek_v3", {"num_nextn_predict_layers": 2}),

@@ -111,8 +111,8 @@ def test_megatron_core_builds_the_same_number_of_layers_in_every_chunk() -> None
         (4, 2, 1, {"layout": "Ett|ttmL"}, "the layout has 1 layers of multi-token prediction (m), the model 0"),
         (4, 2, 1, {"layout": "Ett|ttL", "mtp": 1}, "0 layers of multi-token prediction (m), the model 1"),
         (4, 3, 1, {"layout": "Ett|ttm|L", "mtp": 1}, "at the end of the last stage alone"),
-        (4, 2, 1, {"layout": "Ett|((t)*2)*1L"}, "the layout has '(' ')' beside E, t, L"),
-        (4, 2, 1, {"layout": "E t|tttL"}, "the layout has ' ' beside E, t, L"),
+        (4, 2, 1, {"layout": "Ett|((t)*2)*1L"}, "the layout has '(' ')' beside E, t, m, L"),
+        (4, 2, 1, {"layout": "E t|tttL"}, "the layout has ' ' beside E, t, m, L"),
         (4, 2, 1, {"layout": "Et*99999999999|L"}, "the layout describes more than 100000 letters"),
     ],
 )

@@ -242,7 +242,10 @@ def test_a_vocabulary_is_not_padded_to_a_multiple_of_nothing() -> None:
             {"rope_scaling": YarnScaling(4.0, 32.0, 1.0, 32768, 1.0, 0.0, truncate=False)},
             [
                 "--no-yarn-correction-range-round-to-int",
+                "--mscale 1.0",
                 "--rotary-scaling-factor 4.0",
+                "--yarn-beta-fast 32.0",
+                "--yarn-beta-slow 1.0",
                 "--yarn-original-max-position-embeddings 32768",
             ],
         ),

@@ -17,8 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dist_convert.__main__ import main
+from tests.checkpoints import Grid
 from tests.oracle.cases import CASES
 from tests.oracle.conftest import IMPORTED, Ranks, kept, run_scripts
+from tests.oracle.families.cases import FULL_CASES
+from tests.oracle.families.huggingface import save, tensors
 
 VERSIONS = ("0.13.1", "0.15.3", "0.19.2")
 KNOWN = {case.name: case for case in CASES}
@@ -118,6 +121,33 @@ def test_it_loads_what_we_write_strictly_at_any_grid_and_gives_the_same_logits(
     expected = torch.load(saved / case / "oracle.pt")["logits"]
     vocab = KNOWN[case].vocab
     torch.testing.assert_close(found["logits"][..., :vocab], expected[..., :vocab], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["torch", "torch_dist"])
+def test_layers_of_prediction_go_both_ways_by_the_name_that_it_gives_them(
+    format: str, version: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    if version != "0.19.2":
+        pytest.skip("this version has the name that the installed one has")
+    case = next(
+        one
+        for one in FULL_CASES
+        if (one.model.name, one.format, one.spelling, one.grid) == ("glm45-mtp", format, "local", Grid(tp=2, pp=2))
+    )
+    hf, made = tmp_path / "hf" / case.model.name, tmp_path / case.name
+    save(case.model, hf)
+    ranks("tests.oracle.families.program", 4, "make", tmp_path, case.name)
+    assert main(["convert", str(made), str(tmp_path / "back"), "--to", "huggingface", *KEEP]) == 0
+    expected, found = tensors(hf), tensors(tmp_path / "back")
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    flags = [*case.flags, "--mtp-layer-name", "mtp_model_layer", *KEEP]
+    assert main(["convert", str(hf), str(made / "megatron"), "--to", format, *flags]) == 0
+    ranks("tests.oracle.families.program", 4, "check", tmp_path, case.name)
+    output, logits = torch.load(made / "output.pt"), torch.load(hf / "logits.pt")
+    assert output["problems"] == []
+    torch.testing.assert_close(output["logits"], logits["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(output["mtp_logits"][:, :-1], logits["mtp_logits"][:, :-1], rtol=0, atol=1e-5)
 
 
 #: What args do not tell training, which its user says again.

@@ -137,8 +137,8 @@ _RESTORED = frozenset({
     *(f"{PLAIN_YARN}{name}" for name in SHARED_YARN),
 })  # fmt: skip
 #: What training has where neither the checkpoint nor a flag says anything.
-_TRAINING_DEFAULTS = {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0} | {
-    f"{prefix}{name}": value for name, value in YARN.items() for prefix in ("", PLAIN_YARN)
+_TRAINING_DEFAULTS = {"norm_epsilon": 1e-5, "rope_scaling_factor": 8.0, "rotary_scaling_factor": 1.0} | {
+    name: YARN[name] for name in ("beta_fast", "beta_slow", "original_max_position_embeddings")
 }
 
 

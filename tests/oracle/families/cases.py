@@ -42,11 +42,17 @@ class Case:
         return f"{self.model.name}-{grid}-{self.format}-{spelling}" + "-grouped" * (self.experts == "te-grouped")
 
     @property
+    def layout(self) -> str | None:
+        """Of the pipeline, where it is not even."""
+        return self.model.layout or None if self.grid.pp == 2 else None
+
+    @property
     def flags(self) -> list[str]:
         """Of a conversion that writes it."""
         sizes = {"tensor": self.grid.tp, "pipeline": self.grid.pp, "expert": self.grid.ep}
         sizes |= {"expert-tensor": self.grid.etp or self.grid.tp}
         grid = [word for axis, size in sizes.items() for word in (f"--target-{axis}-parallel-size", str(size))]
+        grid += ["--pipeline-model-parallel-layout", self.layout] if self.layout else []
         return [*grid, "--saver-transformer-impl", self.spelling, "--expert-layout", self.experts]
 
 

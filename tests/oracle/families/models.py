@@ -20,6 +20,7 @@ class TinyModel:
         config: arguments of its class of configs.
         tolerance: of logits, where both sides compute a little differently with the same weights.
         mtp_layers: of multi-token prediction, which transformers has no class for.
+        layout: of two pipeline stages; "" is even.
     """
 
     name: str
@@ -27,6 +28,7 @@ class TinyModel:
     config: Mapping[str, Any] = field(compare=False)  # a name has one
     tolerance: float = 1e-5
     mtp_layers: int = 0
+    layout: str = ""
 
     @property
     def has_experts(self) -> bool:
@@ -81,7 +83,8 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("qwen3-yarn", "qwen3", _DENSE | {"head_dim": 16, "rope_parameters": _YARN}),
     TinyModel("qwen3-tied", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16, "tie_word_embeddings": True}),
     TinyModel("mixtral", "mixtral", _DENSE | {
-        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "rope_parameters": _YARN,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "head_dim": 8,
+        "rope_parameters": _YARN,
     }),
     TinyModel("qwen3-moe", "qwen3_moe", _QWEN3_MOE),
     TinyModel("qwen3-moe-mixed", "qwen3_moe", _QWEN3_MOE | {"mlp_only_layers": [0, 2]}),
@@ -106,7 +109,7 @@ MODELS: tuple[TinyModel, ...] = (
         "topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 16.0,
     }),
     TinyModel("glm45", "glm4_moe", _GLM45 | _rope(1e6, partial_rotary_factor=0.5, **_LINEAR)),
-    TinyModel("glm45-mtp", "glm4_moe", _GLM45, mtp_layers=1),
+    TinyModel("glm45-mtp", "glm4_moe", _GLM45, mtp_layers=1, layout="Ettt|tmL"),
     TinyModel("glm45-tied-mtp", "glm4_moe", _GLM45 | {"tie_word_embeddings": True}, mtp_layers=1),
     TinyModel("gpt-oss", "gpt_oss", _DENSE | {
         "intermediate_size": 48, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,

@@ -93,7 +93,7 @@ def _of_grid(config: Config, case: Case) -> Args:
         "expert_tensor_parallel_size": case.grid.etp or case.grid.tp,
         "decoder_first_pipeline_num_layers": None,
         "decoder_last_pipeline_num_layers": None,
-        "pipeline_model_parallel_layout": None,
+        "pipeline_model_parallel_layout": case.layout,
     }
 
 

@@ -48,8 +48,9 @@ def whole(hf: Tensors, name: str, args: Namespace) -> torch.Tensor:
     if block == "decoder":
         return _of_layer(hf, f"model.layers.{layer}.", rest, args)
     at = f"model.layers.{args.num_layers + layer}."
-    if rest.startswith("transformer_layer."):
-        return _of_layer(hf, at, rest.removeprefix("transformer_layer."), args)
+    inner, _, below = rest.partition(".")
+    if inner in ("transformer_layer", "mtp_model_layer"):
+        return _of_layer(hf, at, below, args)
     return hf[at + {"final_layernorm.weight": "shared_head.norm.weight"}.get(rest, rest)]
 
 
