@@ -31,6 +31,8 @@ from tests.warm import Process
 
 #: The last version 4, which knows all families.
 NEWEST_4 = "4.57.6"
+#: It does not scale the scores of a DeepSeek-V2 by mscale_all_dim, as version 5 and the publisher's own code do.
+WRONG_IN_4 = {"deepseek-v2-lite"}
 #: Families that transformers 4.49 knows.
 OF_TRANSFORMERS_4 = {"llama", "qwen2", "mistral", "mixtral", "qwen2_moe"}
 MTP = "num_nextn_predict_layers"
@@ -224,4 +226,4 @@ def _assert_the_same(cases: Mapping[str, Case], output: str, version: str) -> No
         if config.get("head_dim", (0, 0))[1] is None:  # says the same
             del config["head_dim"]
         assert (config, found[name]["faults"]) == ({}, []), name
-        assert found[name]["logits"] <= case.model.tolerance, name
+        assert found[name]["logits"] <= case.model.tolerance or name in WRONG_IN_4, name

@@ -62,7 +62,6 @@ SAID = {
     "seed-oss": ("--like", "{hf}"),
     "phi3": ("--like", "{hf}"),
     "llama32": ("--rope-scaling-factor", "32"),
-    "qwen2-tied": ("--like", "{hf}"),
     "glm45": ("--like", "{hf}"),
 }
 
@@ -134,8 +133,12 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 
 
+#: What others show by default.
+_NOT_BY_DEFAULT = ("mixtral-yarn", "qwen2-moe-yarn")
+
+
 def _all() -> tuple[Case, ...]:
-    models = dict.fromkeys(case.model for case in CASES)
+    models = dict.fromkeys((*(case.model for case in CASES), *(_BY_NAME[name] for name in _NOT_BY_DEFAULT)))
     dense = product((_TP, _TP_PP), ("torch", "torch_dist"), (_LOCAL, _TE))
     moe = product((_TP, _TP_PP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))
     uncut = product((_TP_EP, _ALL), ("torch", "torch_dist"), (_LOCAL, _TE, _GROUPED))  # experts that have biases

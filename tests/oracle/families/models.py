@@ -55,6 +55,10 @@ _YARN = {
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_MIXTRAL = _DENSE | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+_QWEN2_MOE = _DENSE | _MOE | {
+    "norm_topk_prob": False, "shared_expert_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
 _QWEN3_MOE = _DENSE | _rope(1e6) | _MOE | {"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _ROUTED = {
     "n_routed_experts": 8, "moe_intermediate_size": 48, "n_shared_experts": 1, "first_k_dense_replace": 1,
@@ -76,22 +80,19 @@ MODELS: tuple[TinyModel, ...] = (
         "tie_word_embeddings": True, "head_dim": 16, "max_position_embeddings": 131072, "rope_parameters": _LLAMA_3_2,
     }),
     TinyModel("qwen2", "qwen2", _DENSE | _rope(1e6)),
-    TinyModel("qwen2-tied", "qwen2", _DENSE | _rope(1e6, **_LINEAR) | {"tie_word_embeddings": True}),
-    TinyModel("mistral", "mistral", _DENSE | _rope(1e6) | {"head_dim": 16, "sliding_window": None}),
+    TinyModel("qwen2-tied", "qwen2", _DENSE | _rope(1e6) | {"tie_word_embeddings": True}),
+    TinyModel("mistral", "mistral", _DENSE | _rope(1e6, **_LINEAR) | {"head_dim": 16, "sliding_window": None}),
     TinyModel("mistral-window", "mistral", _DENSE | _rope() | {"head_dim": 8, "sliding_window": 6}),
     TinyModel("qwen3", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16}),
     TinyModel("qwen3-yarn", "qwen3", _DENSE | {"head_dim": 16, "rope_parameters": _YARN}),
     TinyModel("qwen3-tied", "qwen3", _DENSE | _rope(1e6) | {"head_dim": 16, "tie_word_embeddings": True}),
-    TinyModel("mixtral", "mixtral", _DENSE | {
-        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "head_dim": 8,
-        "rope_parameters": _YARN,
-    }),
+    TinyModel("mixtral", "mixtral", _MIXTRAL | _rope(1e6)),
+    # transformers 5 finds no width of heads for YaRN where the config says none.
+    TinyModel("mixtral-yarn", "mixtral", _MIXTRAL | {"head_dim": 8, "rope_parameters": _YARN}),
     TinyModel("qwen3-moe", "qwen3_moe", _QWEN3_MOE),
     TinyModel("qwen3-moe-mixed", "qwen3_moe", _QWEN3_MOE | {"mlp_only_layers": [0, 2]}),
-    TinyModel("qwen2-moe", "qwen2_moe", _DENSE | _MOE | {
-        "norm_topk_prob": False, "shared_expert_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "rope_parameters": _YARN,
-    }),
+    TinyModel("qwen2-moe", "qwen2_moe", _QWEN2_MOE | _rope(1e6)),
+    TinyModel("qwen2-moe-yarn", "qwen2_moe", _QWEN2_MOE | {"rope_parameters": _YARN}),
     TinyModel("deepseek-v3", "deepseek_v3", _LATENT | _rope()),
     TinyModel("deepseek-v3-mtp", "deepseek_v3", _LATENT | _rope(), mtp_layers=1),
     TinyModel("deepseek-v3-yarn", "deepseek_v3", _LATENT | {
