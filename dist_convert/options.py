@@ -233,8 +233,9 @@ class Options:
     expert_layout: str | None = _to_megatron(
         "spelling of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
     )
-    mtp_layer_name: str | None = _to_megatron(
+    mtp_layer_name: str | None = _target(
         "name of the transformer layer in a layer of multi-token prediction: the second for versions after core 0.16",
+        to=TORCH,
         shown="a Megatron source's, else transformer_layer",
         choices=MTP_LAYER_NAMES,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, megatron_shards, save, training_args
@@ -131,12 +132,11 @@ def test_the_last_stage_holds_them_and_the_embedding_that_they_read(tmp_path: Pa
     assert torch.equal(found[f"{inside}.mlp.experts.local_experts.1.linear_fc1.weight"], torch.cat(expert))
 
 
-@pytest.mark.parametrize("to", ["torch", "torch_dist"])
 @pytest.mark.parametrize("name", ["transformer_layer", "mtp_model_layer"])
-def test_either_name_of_the_layer_in_them_is_written_and_read(name: str, to: str, tmp_path: Path) -> None:
+def test_either_name_of_the_layer_in_them_is_written_and_read(name: str, tmp_path: Path) -> None:
     made = glm(tmp_path / "hf")
     steps = [
-        ("hf", "first", ["--to", to, "--mtp-layer-name", name]),
+        ("hf", "first", ["--to", "torch", "--mtp-layer-name", name]),
         ("first", "second", ["--to", "torch", "--target-pipeline-parallel-size", "2"]),
         ("second", "again", ["--to", "huggingface", "--target-params-dtype", "keep"]),
     ]
@@ -147,6 +147,19 @@ def test_either_name_of_the_layer_in_them_is_written_and_read(name: str, to: str
     assert found.keys() == made.keys()
     assert [key for key, tensor in made.items() if not torch.equal(found[key], tensor)] == []
     assert json.loads((tmp_path / "again" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_torch_dist_has_one_name_of_the_layer_in_them_in_all_versions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    glm(tmp_path / "hf")
+    name = ["--mtp-layer-name", "mtp_model_layer"]
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "torch"), "--to", "torch", *name]) == 0
+    assert main(["convert", str(tmp_path / "torch"), str(tmp_path / "dist"), "--to", "torch_dist", "--verify"]) == 0
+    keys = FileSystemReader(tmp_path / "dist" / "iter_0000001").read_metadata().state_dict_metadata
+    assert {key.split(".")[3] for key in keys if ".router." in key and key.startswith("mtp.")} == {"transformer_layer"}
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "other"), "--to", "torch_dist", *name]) == 2
+    assert "--mtp-layer-name" in capsys.readouterr().err
 
 
 def test_a_config_that_counts_a_layer_of_which_there_is_nothing_is_not_believed(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from dist_convert.errors import UnsupportedModel
 from dist_convert.formats.dcp.files import PlannedFiles
 from dist_convert.formats.megatron.grid import Grid, written_ranks
-from dist_convert.formats.megatron.names import with_mtp_name
 from dist_convert.formats.megatron.parameters import Parameter, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.torch_dist.catalog import leading_axes
@@ -35,12 +34,11 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     planned = PlannedFiles(dict.fromkeys(every, 0), {file: [] for file in every})
     for key, layer, expert in extra_states(architecture, norms=norms):
         files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
-        planned.add(files[0], with_mtp_name(key, target.dialect.mtp))
+        planned.add(files[0], key)
     dtypes: dict[str, str] = {}
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row, layer, expert, architecture, norms=norms)
-        piece = replace(piece, key=with_mtp_name(piece.key, target.dialect.mtp))
         stage = _stage(target, layer, is_before=row in FAMILIES[architecture.family].before)
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))
