@@ -8,7 +8,7 @@ transformers 4.49 and 5, and written by hand because what transformers 5 saves i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,36 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RotaryScaling | Non
     elif factor != 1:
         return LinearScaling(float(factor))
     return None
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
+    """Whether a config is of this model, but for what training and conversions may change.
+
+    Those are the vocabulary, the rotary base, and layers of multi-token prediction, which configs count that have none.
+    """
+    try:
+        theirs = architecture_from_config({**config, MTP_KEY.config: 0})
+    except ConversionError:
+        return False
+    special_ids = [one for name in _IDS for one in _listed(config.get(name))]
+    if any(type(one) is not int or one >= architecture.vocab for one in special_ids):
+        return False
+    predicted = {name: fact for name, fact in architecture.facts.items() if name == MTP_KEY.field}
+    return architecture == replace(
+        theirs,
+        vocab=architecture.vocab,
+        padded_vocab=architecture.padded_vocab,
+        rope_theta=architecture.rope_theta,
+        rope_scaling=architecture.rope_scaling,
+        facts=dict(theirs.facts) | predicted,
+    )
 
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

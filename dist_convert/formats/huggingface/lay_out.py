@@ -21,12 +21,13 @@ import torch
 from dist_convert.errors import shown_line
 from dist_convert.formats.dcp.files import PlannedFiles, lay_out_chunks
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import carried_configs, describes
+from dist_convert.formats.huggingface.carried import carried_configs
 from dist_convert.formats.huggingface.config import (
     TORCH_NAMES,
     config_json,
     config_like,
     config_of_copy,
+    describes,
     published,
     with_special_ids,
 )

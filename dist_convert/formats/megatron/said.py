@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, UsageError, raise_together
-from dist_convert.formats.huggingface.carried import describes
-from dist_convert.formats.huggingface.config import architecture_from_config
+from dist_convert.formats.huggingface.config import architecture_from_config, describes
 from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
 from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
 from dist_convert.models import FAMILIES
