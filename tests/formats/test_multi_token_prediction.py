@@ -96,6 +96,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **{f"model.layers.2.{name}": shape for name, shape in (ATTENTION | EXPERTS | PREDICTS).items()},
 }  # fmt: skip
 LAST_STAGE = "mp_rank_00_001/model_optim_rng.pt"
+BACK = ("--to", "huggingface", "--target-params-dtype", "keep")
 TWO_STAGES = ("--to", "torch", "--target-pipeline-parallel-size", "2", "--make-vocab-size-divisible-by", "1")
 
 
@@ -180,6 +181,23 @@ def test_one_without_copies_of_embedding_and_head_gets_them(tmp_path: Path) -> N
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert torch.equal(found["model.layers.2.embed_tokens.weight"], made[EMBEDDING])
     assert torch.equal(found["model.layers.2.shared_head.head.weight"], made[HEAD])
+
+
+def test_beside_tied_embeddings_they_are_written_for_one_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = glm(tmp_path / "hf", tie_word_embeddings=True)
+    made = {name: tensor for name, tensor in made.items() if name != HEAD}
+    made["model.layers.2.shared_head.head.weight"] = made[EMBEDDING].clone()
+    save_file(made, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    command = ["convert", str(tmp_path / "hf"), str(tmp_path / "megatron")]
+    assert main([*command, *TWO_STAGES]) == 2
+    assert "--target-pipeline-parallel-size 1, or --drop-mtp" in capsys.readouterr().err
+    assert main([*command, "--to", "torch"]) == 0
+    assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again"), *BACK]) == 0
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert found.keys() == made.keys()
+    assert [name for name, tensor in made.items() if not torch.equal(found[name], tensor)] == []
 
 
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
