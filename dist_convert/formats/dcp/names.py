@@ -12,6 +12,7 @@ from itertools import product
 
 from dist_convert.errors import InconsistentShards, UnsupportedModel
 from dist_convert.formats.dcp.chunks import Stored
+from dist_convert.formats.huggingface.quantised import BLOCKS
 from dist_convert.formats.megatron.names import normalise
 from dist_convert.formats.meta.names import EMBEDDING, NAMES, ROTATED
 from dist_convert.models.blocks import HF
@@ -23,21 +24,55 @@ from dist_convert.records import names
 _EMBEDDINGS = ("model.embed_tokens.weight", EMBEDDING, "embed_tokens.weight")
 _OF_MEGATRON = "embedding.word_embeddings.weight"
 
-_LAYER = "layers.{layer}"
-_ATTENTION, _EXPERTS = f"{_LAYER}.attention", f"{_LAYER}.moe.routed_experts.inner_experts"
 #: What the tables call a tensor -> torchtitan's names of it, of version 0.3 and of earlier ones; experts without number
 #: lie along the first axis.
-_TITAN = {name: (meta,) for name, meta in NAMES.items()} | {
-    f"{HF}.self_attn.q_proj.weight": (f"{_ATTENTION}.qkv_linear.wq.weight", f"{_ATTENTION}.wq.weight"),
-    f"{HF}.self_attn.k_proj.weight": (f"{_ATTENTION}.qkv_linear.wk.weight", f"{_ATTENTION}.wk.weight"),
-    f"{HF}.self_attn.v_proj.weight": (f"{_ATTENTION}.qkv_linear.wv.weight", f"{_ATTENTION}.wv.weight"),
-    f"{HF}.self_attn.q_norm.weight": (f"{_ATTENTION}.q_norm.weight",),
-    f"{HF}.self_attn.k_norm.weight": (f"{_ATTENTION}.k_norm.weight",),
-    f"{HF}.mlp.gate.weight": (f"{_LAYER}.moe.router.gate.weight",),
-    f"{HF}.mlp.experts.{{expert}}.gate_proj.weight": (f"{_EXPERTS}.w1_EFD", f"{_LAYER}.moe.experts.w1"),
-    f"{HF}.mlp.experts.{{expert}}.up_proj.weight": (f"{_EXPERTS}.w3_EFD", f"{_LAYER}.moe.experts.w3"),
-    f"{HF}.mlp.experts.{{expert}}.down_proj.weight": (f"{_EXPERTS}.w2_EDF", f"{_LAYER}.moe.experts.w2"),
+_Names = Mapping[str, tuple[str, ...]]
+_LAYER = "layers.{layer}"
+
+
+def _in_layers(names: Mapping[str, str]) -> _Names:
+    """A table of tensors of a layer, by the ends of their names."""
+    return {f"{HF}.{ours}": tuple(f"{_LAYER}.{one}" for one in theirs.split()) for ours, theirs in names.items()}
+
+
+_EXPERTS, _EARLY_EXPERTS = "moe.routed_experts.inner_experts", "moe.experts"
+_SHARED: _Names = {
+    **{name: (meta,) for name, meta in NAMES.items()},
+    **_in_layers(
+        {f"self_attn.{one}_proj.weight": f"attention.qkv_linear.w{one}.weight attention.w{one}.weight" for one in "qkv"}
+    ),
 }
+_ROUTED = {
+    "mlp.gate.weight": "moe.router.gate.weight",
+    "mlp.experts.{expert}.gate_proj.weight": f"{_EXPERTS}.w1_EFD {_EARLY_EXPERTS}.w1",
+    "mlp.experts.{expert}.up_proj.weight": f"{_EXPERTS}.w3_EFD {_EARLY_EXPERTS}.w3",
+    "mlp.experts.{expert}.down_proj.weight": f"{_EXPERTS}.w2_EDF {_EARLY_EXPERTS}.w2",
+}
+_LLAMA_OR_QWEN3 = _in_layers(_ROUTED | {f"self_attn.{one}_norm.weight": f"attention.{one}_norm.weight" for one in "qk"})
+_DEEPSEEK = _in_layers(_ROUTED | {
+    "self_attn.q_a_proj.weight": "attention.wq_a.weight", "self_attn.q_b_proj.weight": "attention.wq_b.weight",
+    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight", "self_attn.kv_b_proj.weight": "attention.wkv_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.wkv_a.weight",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight",
+    "mlp.gate.e_score_correction_bias": "moe.expert_bias_E moe.expert_bias",
+    "mlp.shared_experts.gate_proj.weight": "moe.shared_experts.w1.weight",
+    "mlp.shared_experts.up_proj.weight": "moe.shared_experts.w3.weight",
+    "mlp.shared_experts.down_proj.weight": "moe.shared_experts.w2.weight",
+    "enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
+    "shared_head.norm.weight": "mtp_norm.weight",
+})  # fmt: skip
+#: Its experts lie as those of the published files do in blocks, whatever their dtype.
+_GPT_OSS = _in_layers({
+    **{f"self_attn.{one}_proj.bias": f"attention.qkv_linear.w{one}.bias attention.w{one}.bias" for one in "qkv"},
+    "self_attn.o_proj.bias": "attention.wo.bias", "self_attn.sinks": "attention.sinks",
+    "mlp.router.weight": "moe.router.gate.weight", "mlp.router.bias": "moe.router.gate.bias",
+    f"mlp.experts.gate_up_proj{BLOCKS}": f"{_EXPERTS}.mlp1_weight_EGD {_EARLY_EXPERTS}.mlp1_weight",
+    f"mlp.experts.down_proj{BLOCKS}": f"{_EXPERTS}.mlp2_weight_EDF {_EARLY_EXPERTS}.mlp2_weight",
+    "mlp.experts.gate_up_proj_bias": f"{_EXPERTS}.mlp1_bias_EG {_EARLY_EXPERTS}.mlp1_bias",
+    "mlp.experts.down_proj_bias": f"{_EXPERTS}.mlp2_bias_ED {_EARLY_EXPERTS}.mlp2_bias",
+})  # fmt: skip
+#: Of models that torchtitan has code of its own for; all others are its Llama, or its Qwen3.
+_OF_FAMILY = {"deepseek_v2": _DEEPSEEK, "deepseek_v3": _DEEPSEEK, "gpt_oss": _GPT_OSS}
 
 
 def is_of_torchtitan(names: Collection[str]) -> bool:
@@ -48,22 +83,32 @@ def is_of_torchtitan(names: Collection[str]) -> bool:
 def huggingface_tensors(stored: Mapping[str, Stored], architecture: Architecture) -> dict[str, Stored]:
     """A model's tensors from torchtitan's names to what the tables call them; what has no place there keeps its name.
 
-    Only models without norms of queries and keys rotate as Meta's code does.
+    Only its Llama, which has no norms of queries and keys, has the rows of heads in Meta's order: DeepSeek's rotate
+    neighbours in transformers, too.
     """
     found: dict[str, Stored] = {}
     used: set[str] = set()
-    head_dim = 0 if architecture.qk_norm else architecture.head_dim
-    for template, spellings in _TITAN.items():
-        layers = range(architecture.layers) if "{layer}" in template else (None,)
+    own = _OF_FAMILY.get(architecture.family)
+    head_dim = 0 if own or architecture.qk_norm else architecture.head_dim
+    all_layers = range(architecture.layers + architecture.fact("mtp_layers"))
+    for template, spellings in {**_SHARED, **(own or _LLAMA_OR_QWEN3)}.items():
+        layers = all_layers if "{layer}" in template else (None,)
         experts = range(architecture.experts) if "{expert}" in template else (None,)
         for spelling, layer, expert in product(spellings, layers, experts):
-            key, name = spelling.format(layer=layer), template.format(layer=layer, expert=expert)
+            key, name = _key(spelling, layer, architecture.layers), template.format(layer=layer, expert=expert)
             has_all = key in stored and (expert is None or stored[key].shape[:1] == (architecture.experts,))
             if has_all and name not in found:
                 tensor = stored[key].at(() if expert is None else (expert,))
                 found[name] = replace(tensor, head_dim=head_dim) if template in ROTATED else tensor
                 used.add(key)
     return found | {name: tensor for name, tensor in stored.items() if name not in used}
+
+
+def _key(spelling: str, layer: int | None, layers: int) -> str:
+    """torchtitan's name of a tensor; layers of multi-token prediction have numbers of their own."""
+    if layer is None or layer < layers:
+        return spelling.format(layer=layer)
+    return f"mtp_{spelling.format(layer=layer - layers)}"
 
 
 def find_prefix(keys: Collection[str], file: str) -> str:
