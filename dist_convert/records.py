@@ -56,15 +56,18 @@ def tiles(rows: int, columns: int, tile_rows: int, tile_columns: int) -> Iterato
 
 #: Columns of a tile of what is stored transposed: runs of 2 KiB at least, whichever way it is read.
 TILE_COLUMNS = 1024
+#: Rows of a tile are a multiple of this where so many fit: heads, whose rows may alternate, are not cut.
+TILE_ROWS = 128
 
 
 def block_tiles(
     rows: int, columns: int, element_bytes: int, block_bytes: int, *, is_transposed: bool = False
 ) -> Iterator[Box]:
     """Cut a rows x columns rectangle into tiles of at most `block_bytes`, of whole rows where these fit and are not
-    stored transposed."""
+    stored transposed; of rows in turns of `TILE_ROWS`, so that heads are not cut."""
     tile_columns = min(columns, TILE_COLUMNS if is_transposed else columns, max(1, block_bytes // element_bytes))
-    return tiles(rows, columns, max(1, block_bytes // (tile_columns * element_bytes)), tile_columns)
+    tile_rows = max(1, block_bytes // (tile_columns * element_bytes))
+    return tiles(rows, columns, tile_rows - tile_rows % min(tile_rows, TILE_ROWS), tile_columns)
 
 
 def cover_fault(boxes: Iterable[Box], rows: int, columns: int) -> str | None:
@@ -109,10 +112,15 @@ class Runs:
     by_row: bool = True
 
 
+#: Elements of a line for whose sake the gap behind it is not read.
+_LONG_LINE = 16384
+
+
 def runs(rows: int, columns: int, row_stride: int, column_stride: int) -> Runs:
-    """Choose one read of the whole span, or one per line along the larger stride where the span is mostly gaps."""
+    """Choose one read of the whole span, or one per line along the larger stride: where the span is mostly gaps, or
+    lines are long."""
     span = 1 + (rows - 1) * row_stride + (columns - 1) * column_stride
-    if span <= 2 * rows * columns:
+    if span <= 2 * rows * columns and (row_stride <= columns or column_stride > 1 or columns < _LONG_LINE):
         return Runs(range(1), span, row_stride, column_stride)
     if row_stride >= column_stride:
         line = 1 + (columns - 1) * column_stride
@@ -320,6 +328,11 @@ def side_by_side(left: View, right: View) -> View | None:
     joined = replace(left, columns=left.columns + right.columns)
     is_next = joined.window(Box(0, left.columns, left.rows, right.columns)) == right
     return joined if is_next and left.row_stride >= joined.codes.columns else None
+
+
+def alternating(left: View, right: View) -> View | None:
+    """Two views whose rows alternate in the file without gaps as one, with a row of each side by side."""
+    return side_by_side(left, right) if left.row_stride == 2 * left.columns else None
 
 
 @dataclass(frozen=True)

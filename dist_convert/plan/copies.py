@@ -12,7 +12,7 @@ from itertools import pairwise, product
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
-from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, block_tiles, in_turn, intersect, side_by_side, tiles
+from dist_convert.records import DTYPE_BYTES, Block, Box, Copy, alternating, block_tiles, in_turn, intersect, tiles
 
 #: Bytes of one block. Fixed, so that results never depend on ranks or budget.
 BLOCK_BYTES = 4 << 20
@@ -163,10 +163,7 @@ def _alternate(first: Copy, second: Copy) -> bool:
     is_cast_alike = (first.add, first.targets[0].dtype) == (second.add, second.targets[0].dtype)
     return is_cast_alike and any(
         len(views) == len(others)
-        and all(
-            left.row_stride == 2 * left.columns and side_by_side(left, right) is not None
-            for left, right in zip(views, others, strict=True)
-        )
+        and all(alternating(left, right) is not None for left, right in zip(views, others, strict=True))
         for views, others in sides
     )
 

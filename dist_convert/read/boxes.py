@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from dist_convert.models.catalog import Region, cut
 from dist_convert.read.buffers import Buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, block_tiles
+from dist_convert.records import DTYPE_BYTES, Box, View, alternating, block_tiles
+
+#: Of one element, whatever its dtype.
+_WIDEST_BYTES = 8
 
 
 def matrix(buffer: Buffer, dtype: str, rows: int, columns: int) -> torch.Tensor:
@@ -36,30 +41,48 @@ def read_box(
     Raises:
         SourceError: see `FileReader.read`.
     """
-    values = matrix(target, dtype, box.rows, box.columns)
-    within = list(cut(regions, box))
-    for view in (region.replicas[0] for region in within if region.replicas):
-        files.read_ahead(view)
-    for region in within:
-        row, column = region.box.row - box.row, region.box.column - box.column
-        part = values[row : row + region.box.rows, column : column + region.box.columns]
-        if not region.replicas:
-            part.zero_()
+    values, row_bytes = matrix(target, dtype, box.rows, box.columns), box.columns * DTYPE_BYTES[dtype]
+    reads = list(reads_of(cut(regions, box), len(block.memory)))
+    for ahead in (view for view, _ in reads if view):
+        files.read_ahead(ahead)
+    for view, together in reads:
+        boxes = [replace(one.box, row=one.box.row - box.row, column=one.box.column - box.column) for one in together]
+        parts = [values[part.row : part.row_end, part.column : part.column_end] for part in boxes]
+        if view is None:
+            parts[0].zero_()
             continue
-        view = region.replicas[0]
-        is_as_stored = view.is_dense and view.dtype == dtype and not region.add
-        if is_as_stored and view.columns == box.columns:
-            files.read(view, dtype, 0, target, row * box.columns * DTYPE_BYTES[dtype])
+        add, fills_rows = together[0].add, view.columns == box.columns and len(parts) == 1
+        if fills_rows and view.is_dense and view.dtype == dtype and not add:
+            files.read(view, dtype, 0, target, boxes[0].row * row_bytes)
             continue
         element_bytes = max(DTYPE_BYTES[dtype], DTYPE_BYTES[view.dtype])
         for tile in block_tiles(
             view.rows, view.columns, element_bytes, len(block.memory), is_transposed=view.is_transposed
         ):
-            if tile.columns == box.columns:
-                at_bytes = (row + tile.row) * box.columns * DTYPE_BYTES[dtype]
-                files.read(view.window(tile), dtype, region.add, target, at_bytes)
+            if fills_rows and tile.columns == box.columns:
+                files.read(view.window(tile), dtype, add, target, (boxes[0].row + tile.row) * row_bytes)
                 continue
-            files.read(view.window(tile), dtype, region.add, block, 0)
-            found = matrix(block, dtype, tile.rows, tile.columns)
-            part[tile.row : tile.row_end, tile.column : tile.column_end] = found
+            files.read(view.window(tile), dtype, add, block, 0)
+            found = matrix(block, dtype, tile.rows, tile.columns).chunk(len(parts), dim=1)
+            for part, its in zip(parts, found, strict=True):
+                part[tile.row : tile.row_end, tile.column : tile.column + its.shape[1]] = its
     return values
+
+
+def reads_of(regions: Iterable[Region], block_bytes: int) -> Iterator[tuple[View | None, tuple[Region, ...]]]:
+    """What is read for regions, of the first replica of each, and for which of them; None for zeros.
+
+    Two whose rows alternate in the file, as the halves of a head in Meta's order do, are one read without gaps, in
+    whose rows they lie side by side, if a block holds one.
+    """
+    waiting = deque(regions)
+    while waiting:
+        first = waiting.popleft()
+        view = first.replicas[0] if first.replicas else None
+        joined = None
+        if view and waiting and waiting[0].replicas and waiting[0].add == first.add:
+            joined = alternating(view, waiting[0].replicas[0])
+        if joined and joined.columns * _WIDEST_BYTES <= block_bytes:
+            yield joined, (first, waiting.popleft())
+        else:
+            yield view, (first,)

@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dist_convert.models.catalog import Region
+from dist_convert.compare.blocks import BLOCK_BYTES as COMPARED_BYTES
+from dist_convert.models.catalog import Region, cut
 from dist_convert.models.rotary import from_neighbours
 from dist_convert.plan.copies import BLOCK_BYTES, Ends, Stored, bands_of, blocks_of_band
-from dist_convert.records import Box, View
+from dist_convert.read.boxes import reads_of
+from dist_convert.records import Box, View, block_tiles, runs
 
 
 def region(first: int, rows: int, columns: int = 3, file: str = "in") -> Region:
@@ -74,3 +76,20 @@ def test_columns_of_a_plain_matrix_are_joined_as_before() -> None:
     target = (Region(Box(0, 0, 4, 2), (View("out", "w", "BF16", 0, 4, 2, 2, 1),)),)
     found = bands_of(Ends(Shards(), Shards()), [Stored(source, target, (), ())])  # type: ignore[arg-type]
     assert [len(band) for band in found] == [1, 1]
+
+
+#: Hidden size and rows of a head of published models: Llama 3.2 1B and 3B, Llama 2 7B and 13B, Llama 3 70B and 405B.
+PUBLISHED = [(2048, 64), (3072, 128), (4096, 128), (5120, 128), (8192, 128), (16384, 128)]
+
+
+@pytest.mark.parametrize(("hidden", "head_dim"), PUBLISHED)
+def test_blocks_that_are_compared_read_every_byte_about_once(hidden: int, head_dim: int) -> None:
+    rows = 8 * head_dim
+    stored = from_neighbours([region(0, rows, hidden)], head_dim)
+    read = 0
+    for box in block_tiles(rows, hidden, 2, COMPARED_BYTES):
+        for view, _ in reads_of(cut(stored, box), COMPARED_BYTES):
+            assert view is not None
+            fetched = runs(view.rows, view.columns, view.row_stride, view.column_stride)
+            read += len(fetched.starts) * fetched.run_elements
+    assert read == rows * hidden
