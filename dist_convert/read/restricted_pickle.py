@@ -15,8 +15,9 @@ import pickletools
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from sys import getsizeof
 from typing import Any
@@ -206,6 +207,10 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 }
 
 
+#: Keys of a dict that are cheap to hash and to find.
+_CHEAP_KEYS = frozenset((str, bytes, Inert, Dtype))
+
+
 def _checked_key(key: Any) -> Any:
     """A dict key that is cheap to hash: hashing a tuple hashes all that it holds, however deep and however often."""
     waiting, seen = [key], 0
@@ -274,16 +279,19 @@ class _Unpickler:
 
     def run(self) -> Any:
         """The object that is on the stack at the end."""
-        actions = self._actions()
-        argument: Any  # which typeshed takes for None, too
-        for number, (opcode, argument, at_byte) in enumerate(pickletools.genops(self._data)):
-            if (act := actions.get(opcode.name)) is not None:
-                act(argument)
-            elif opcode.name != "STOP":  # which is the last that genops gives
-                raise pickle.UnpicklingError(f"the opcode {opcode.name}")
-            if number % _COUNTED_OPCODES == 0:
-                self._check_size(at_byte or 0)
-        self._check_size(len(self._data))
+        data, actions = BytesIO(self._data), self._actions()
+        known = [(opcode, actions[opcode.name]) for opcode in pickletools.opcodes if opcode.name in actions]
+        steps = {opcode.code.encode("latin-1"): (opcode.arg and opcode.arg.reader, act) for opcode, act in known}
+        code: bytes | None = None
+        while code is None or code in steps:
+            for _ in range(_COUNTED_OPCODES):
+                if (code := data.read(1)) not in steps:
+                    break
+                read_argument, act = steps[code]
+                act(read_argument(data) if read_argument else None)
+            self._check_size(data.tell())
+        if code != pickle.STOP:
+            raise pickle.UnpicklingError(f"the opcode {code!r}" if code else "it ends early")
         return self._stack.pop()
 
     def _check_size(self, at_byte: int) -> None:
@@ -302,7 +310,7 @@ class _Unpickler:
             **dict.fromkeys(_VALUES, self._push_value),
             **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: push(memo[place])),
             **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
-            **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self._call(*pop(2))),
+            **dict.fromkeys(("REDUCE", "NEWOBJ"), self._call_popped),
             **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
             "MEMOIZE": lambda _: memo.append(stack[-1]),
             "MARK": lambda _: marks.append(len(stack)),
@@ -317,7 +325,7 @@ class _Unpickler:
             "NEWOBJ_EX": lambda _: self._call(*pop(3)[:2]),  # nothing is made from its keyword arguments
             "OBJ": lambda _: self._call_with_list(pop_to_mark()),
             "INST": self._make_instance,
-            "BUILD": lambda _: self._build(pop(1)[0]),
+            "BUILD": lambda _: self._build(stack.pop()),
             "BINPERSID": lambda _: self._push_storage(pop(1)[0]),
             "GLOBAL": lambda names: self._push_named(*names.split(" ", 1)),
             "STACK_GLOBAL": lambda _: self._push_named(*pop(2)),
@@ -342,10 +350,9 @@ class _Unpickler:
         self._stack.append(value)
 
     def _push_value(self, value: Any) -> None:
-        if isinstance(value, int) and -5 <= value <= 256:  # Python has each of them once
-            self._stack.append(value)
-        else:
-            self._push_new(value)
+        if not isinstance(value, int) or not -5 <= value <= 256:  # Python has each of those once
+            self._made_bytes += getsizeof(value) + _HEAP_BYTES
+        self._stack.append(value)
 
     def _push_storage(self, saved_id: Any) -> None:
         self._objects += 1
@@ -394,6 +401,10 @@ class _Unpickler:
         if not arguments or made is not arguments[0]:
             self._made_bytes += getsizeof(made) + _HEAP_BYTES
 
+    def _call_popped(self, _: Any) -> None:
+        arguments = self._stack.pop()
+        self._call(self._stack.pop(), arguments)
+
     def _call_with_list(self, called: list[Any]) -> None:
         function, *arguments = called
         self._call(function, tuple(arguments))
@@ -418,18 +429,21 @@ class _Unpickler:
         if type(target) is not kind or (kind is dict and len(items) % 2):
             raise pickle.UnpicklingError(f"items for what is no {kind.__name__}")
         before_bytes = getsizeof(target)
-        if isinstance(target, list):
-            target.extend(items)
+        keys: Iterable[Any] = items[::2] if kind is dict else items
+        if kind is not list and not _CHEAP_KEYS.issuperset(map(type, keys)):
+            keys = map(self._checked_key, keys)
+        if isinstance(target, dict):
+            target.update(zip(keys, items[1::2], strict=True))
         elif isinstance(target, set):
-            target.update(map(self._checked_key, items))
-        elif isinstance(target, dict):
-            target.update(zip(map(self._checked_key, items[::2]), items[1::2], strict=True))
+            target.update(keys)
+        elif isinstance(target, list):
+            target.extend(items)
         self._made_bytes += getsizeof(target) - before_bytes
 
     def _checked_key(self, key: Any) -> Any:
         """A dict key that is cheap to hash and to find: hashing a tuple hashes all in it, however deep and often."""
         is_small = isinstance(key, int) and 0 <= key < _MAX_SMALL_KEY
-        if isinstance(key, str | bytes | Inert | Dtype) or is_small:
+        if type(key) in _CHEAP_KEYS or is_small:
             return key
         self._other_keys += 1
         if self._other_keys > _MAX_OTHER_KEYS:
