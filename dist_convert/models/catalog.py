@@ -133,10 +133,6 @@ class Catalog(Protocol):
         """The safetensors name of the dtype in which most of it is stored."""
 
     @property
-    def kept_dtypes(self) -> Mapping[str, str]:
-        """What is stored in other dtypes, by its name in the format, with its dtype."""
-
-    @property
     def is_owned(self) -> bool:
         """Whether its files are shards, each with an owner that reads or writes it, and not anyone's as the others."""
 

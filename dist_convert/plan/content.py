@@ -249,14 +249,16 @@ def _unfilled(
 def notes_on_content(content: Content) -> list[str]:
     """What is rounded, kept as it is and left behind, a line each, in either direction."""
     notes = []
-    stored_dtype, kept = content.ends.source.params_dtype, content.ends.source.kept_dtypes
+    stored_dtype = content.ends.source.params_dtype
+    moved = {name for transfer in content.transfers for name in transfer.names}
+    kept = [name for name, one in content.ends.source.tensors.items() if name in moved and one.dtype != stored_dtype]
     if content.target_dtype and content.target_dtype != stored_dtype:
         notes.append(
             f"weights are stored in {stored_dtype} and become {content.target_dtype} "
             "(--target-params-dtype keep leaves them as they are)"
         )
     if content.target_dtype and kept:
-        notes.append(f"{len(kept)} parameters are not stored in {stored_dtype} and keep their dtype: {names(kept)}")
+        notes.append(f"{len(kept)} tensors are not stored in {stored_dtype} and keep their dtype: {names(kept)}")
     for reason, count, size_bytes in content.left_behind:
         notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
     return notes

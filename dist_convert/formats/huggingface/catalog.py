@@ -51,11 +51,6 @@ class HuggingFaceCatalog:
                 bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
         return bytes_of.most_common(1)[0][0]
 
-    @property
-    def kept_dtypes(self) -> dict[str, str]:
-        stored = {name: meta.dtype for name, meta in self.tensors.items() if name not in self.optional}
-        return {name: dtype for name, dtype in stored.items() if dtype != self.params_dtype}
-
     def regions(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         return regions_of(self.views[name], self.chunks)

@@ -94,12 +94,6 @@ class TorchCatalog:
         """The model and the grid, for people."""
         return f"{self.family.hf_class}, {self.grid}"
 
-    @property
-    def kept_dtypes(self) -> dict[str, str]:
-        """The parameters that are not stored in the dtype of most, with theirs."""
-        dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
-        return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
-
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """See `Architecture.sizes`."""

@@ -70,12 +70,6 @@ class DistCatalog:
         """The model, for people."""
         return f"{FAMILIES[self.architecture.family].hf_class}, torch_dist in {self.files} files"
 
-    @property
-    def kept_dtypes(self) -> dict[str, str]:
-        """The parameters that are not stored in the dtype of most, with theirs."""
-        dtypes = {parameter.name: self.tensors[name].dtype for name, (parameter, _) in self.parameters.items()}
-        return {name: dtype for name, dtype in dtypes.items() if dtype != self.params_dtype}
-
     def regions(self, name: str) -> Sequence[Region]:
         """See `Catalog`."""
         if name not in self.parameters:
@@ -128,7 +122,8 @@ def open_catalog(
             if problem.tensor not in {known.tensor for known in problems}:  # of all layers and experts in it
                 problems.append(problem)
             continue
-        replicas[parameter.name] = tuple(sorted(found, key=_position))  # regions are in the order of their rows
+        found.sort(key=lambda piece: piece[:2])  # regions are in the order of their rows
+        replicas[parameter.name] = tuple(found)
         dtypes[parameter.name] = found[0][2].dtype
         for _, _, view in found:
             problems += dtype_problems(view, dtypes[parameter.name])
@@ -144,10 +139,6 @@ def open_catalog(
     is_fused = args.get("transformer_impl") != "local" and any(map(has_fused_norm, by_name))
     added = added_to_norms(args, file, is_fused=is_fused)
     return DistCatalog(architecture, replicas, added, files, tensors, stacked, params_dtype)
-
-
-def _position(piece: tuple[int, int, View]) -> tuple[int, int]:
-    return piece[0], piece[1]
 
 
 def with_own_head(architecture: Architecture, args: Mapping[str, Any], stored: Mapping[str, Stored]) -> Architecture:
