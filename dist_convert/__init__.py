@@ -19,6 +19,7 @@ from dist_convert.errors import ConversionError
 from dist_convert.options import (
     CONVERT,
     FORMATS,
+    HUGGINGFACE,
     Options,
     VerifyJob,
     check_path,
@@ -136,50 +137,28 @@ def open(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    ckpt_dir_name: str | None = None,
-    true_vocab_size: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    habana_imported_experts: bool = False,
-    like: str | os.PathLike[str] | None = None,
-    rope_theta: float | None = None,
-    rope_scaling_factor: float | None = None,
-    accept_differing_copies: bool = False,
-    accept_shard_order: bool = False,
+    **options: Any,
 ) -> Weights:
     """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
 
     Args:
-        path: root or iteration of a Megatron checkpoint, or a Hugging Face directory.
+        path: root or iteration of a Megatron checkpoint, directory of Hugging Face or DCP, or Meta's files.
         dtype: of all tensors, "bfloat16" or `torch.bfloat16`; None: as they are stored.
         device: where tensors are put.
-        ckpt_dir_name: the iteration; None: what the tracker file says.
-        true_vocab_size: tokens without padding; None: what the checkpoint or its tokenizer says.
-        tokenizer: where the args' own path is not here.
-        habana_imported_experts, accept_differing_copies, accept_shard_order, like, rope_theta, rope_scaling_factor: see
-            `dist-convert convert --help`.
+        options: those of `convert` that say how a source is read, such as `ckpt_dir_name`, `tokenizer` or `like`.
 
     Raises:
         ConversionError: no checkpoint, an incomplete or a damaged one, or no supported model.
+        TypeError: an option that does not say how a source is read.
     """
-    from dist_convert.formats.open import read_like
+    from dist_convert.formats.open import where_of
     from dist_convert.formats.weights import open_weights
-    from dist_convert.models.catalog import Where
     from dist_convert.ranks.collectives import alone
 
-    said = None if tokenizer is None else _path(tokenizer)
-    where = Where(
-        _path(path),
-        ckpt_dir_name,
-        habana_imported_experts,
-        true_vocab_size,
-        said,
-        accept_differing_copies,
-        accept_shard_order,
-        like=None if like is None else read_like(_path(like), alone()),
-        rope_theta=rope_theta,
-        rope_scaling_factor=rope_scaling_factor,
-    )
-    return open_weights(where, dtype, device)
+    others = (one.name for one, known in options_of(CONVERT) if known.group != "source" or known.to)
+    job = Options(HUGGINGFACE, **_values(CONVERT, options, *others))
+    check_values(job)
+    return open_weights(where_of(job, _path(path), alone(), job.ckpt_dir_name), dtype, device)
 
 
 def verify(
@@ -214,7 +193,9 @@ def verify(
     return verify_job(job, world, Embedded(world, on_progress, cancel))
 
 
-def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | os.PathLike[str], ckpt_dir_name: str | None = None, *, like: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint from its headers, as `dist-convert inspect --json` does; an incomplete one, too.
 
     Raises:
@@ -222,4 +203,4 @@ def inspect(path: str | os.PathLike[str], ckpt_dir_name: str | None = None) -> d
     """
     from dist_convert.formats.describe import inspect_checkpoint
 
-    return inspect_checkpoint(_path(path), ckpt_dir_name)
+    return inspect_checkpoint(_path(path), ckpt_dir_name, None if like is None else _path(like))

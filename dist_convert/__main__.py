@@ -202,7 +202,7 @@ def _inspect(flags: argparse.Namespace) -> int:
     with importing():
         from dist_convert.formats.describe import as_screen, inspect_checkpoint
 
-    description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name)
+    description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name, flags.like)
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
     if wrong := description.get("not_convertible"):
         print(f"a conversion would not start:\n{wrong}", file=sys.stderr)

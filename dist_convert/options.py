@@ -309,6 +309,9 @@ class VerifyJob:
         "read B's experts as Habana's own HF-to-Megatron converter wrote them at TP > 1", False
     )
     true_vocab_size: int | None = _source("vocabulary without padding", shown="args, tokenizer, the other side")
+    like: Path | None = _source(
+        "config.json of the model, or its directory, for a checkpoint that does not say what it is", shown="none"
+    )
     sample: Fraction = _run(
         f"compare a share of the blocks (alone: {SAMPLE}), always the same ones, and the first and last block of every "
         "tensor",

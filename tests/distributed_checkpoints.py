@@ -83,6 +83,7 @@ def make_distributed(
     common: str = "common.pt",
     iteration: int = 4,
     seed: int = 0,
+    prefix: str = "",
     **args: Any,
 ) -> dict[str, torch.Tensor]:
     """Make a checkpoint below `root` and return the Hugging Face tensors that it must convert to.
@@ -95,6 +96,7 @@ def make_distributed(
         grouped: experts in one chunk.
         common: "common.pt", or "object" as Megatron-Core 0.19 has it.
         iteration: number of the directory.
+        prefix: of the keys of the model.
         args: more training arguments.
     """
     hf = hf_tensors(model, seed)
@@ -103,7 +105,7 @@ def make_distributed(
     directory.mkdir(parents=True)
     files = Files(directory)
     for key, (shape, boxes) in _stacked(model, state, grid, keys, grouped).items():
-        files.tensor(key, shape, boxes)
+        files.tensor(f"{prefix}{key}", shape, boxes)
     for layer in range(model.layers):
         files.object(f"decoder.layers.self_attention.linear_qkv._extra_state/shard_{layer}_{model.layers}", [None])
     files.object("rng_state/shard_0.0_1.1", [{"torch_rng_state": torch.get_rng_state()}])

@@ -274,6 +274,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     inspect.add_argument(
         "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
     )
+    inspect.add_argument(
+        "--like",
+        metavar="PATH",
+        type=value_of("path"),
+        help="config.json of the model, or its directory, for a checkpoint that does not say what it is "
+        "(default: none)",
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON (default: text)")
     commands.choices["models"].add_argument("--json", action="store_true", help="print JSON (default: text)")
     commands.choices["completion"].add_argument("shell", nargs="?", choices=("bash", "zsh", "tcsh"), help="which shell")

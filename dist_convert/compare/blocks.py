@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dist_convert.errors import UsageError
 from dist_convert.models.catalog import Catalog, Region, TensorMeta, cut
-from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect
+from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect, names
 
 #: Bytes of one block in the wider of its two dtypes.
 BLOCK_BYTES = 2 << 20
@@ -203,18 +203,15 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
             done_b |= new_b
     missed = [view for view in (*a.replicas, *b.replicas) if view not in done_a | done_b]
     if missed:
+        files = (names(view.file for view in region.replicas) or "nothing" for region in (a, b))
         raise UsageError(
             "no rank sees both this file of one checkpoint and its counterpart in the other",
             tensor=tensor,
             file=missed[0].file,
-            expected="one rank that can read " + " and one of ".join(_files(region) for region in (a, b)),
+            expected="one rank that can read " + " and one of ".join(files),
             found="these files lie on the disks of different nodes",
             remedy="verify where one of the checkpoints is on a file system that all nodes share",
         )
-
-
-def _files(region: Region) -> str:
-    return ", ".join(view.file for view in region.replicas[:8]) or "nothing"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dist_convert.compare.outcome import Outcome, describe_sample, differences, 
 from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError, shown_line
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.read import is_huggingface
-from dist_convert.formats.open import open_checkpoint, settled, where_of
+from dist_convert.formats.open import open_checkpoint, read_like, settled, where_of
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch_dist.catalog import DistCatalog
@@ -44,8 +44,9 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
         ConversionError: see `errors`; a checkpoint that is incomplete, damaged or of no supported model.
     """
     check_budget(job.max_memory_per_rank_bytes)
+    like = read_like(job.like, world)
     wheres = [
-        Where(path, name, imported, job.true_vocab_size, is_compared=True, name_flag=flag)
+        Where(path, name, imported, job.true_vocab_size, like=like, is_compared=True, name_flag=flag)
         for path, name, imported, flag in (
             (job.a, job.ckpt_dir_name_a, job.habana_imported_experts_a, "--ckpt-dir-name-a"),
             (job.b, job.ckpt_dir_name_b, job.habana_imported_experts_b, "--ckpt-dir-name-b"),

@@ -18,6 +18,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.huggingface.read import (
+    CONFIG_FILE,
     SAFETENSORS,
     find_weights,
     is_huggingface,
@@ -38,7 +39,7 @@ from dist_convert.formats.megatron.names import describe_dialect, holds_no_weigh
 from dist_convert.formats.meta.names import DROPPED
 from dist_convert.formats.meta.open import open_meta, read_headers
 from dist_convert.formats.meta.params import weights_files
-from dist_convert.formats.open import find_iteration, settled
+from dist_convert.formats.open import find_iteration, read_like, settled
 from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.torch.open import open_torch, read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
@@ -54,7 +55,7 @@ from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
 
-def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like: Path | None = None) -> dict[str, Any]:
     """Describe a Megatron checkpoint or a Hugging Face directory in JSON values.
 
     Where a conversion of it would not start, `not_convertible` is what that would say: all that it checks is checked.
@@ -62,12 +63,13 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None) -> di
     Args:
         path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
         ckpt_dir_name: the iteration; None asks the tracker file.
+        like: see `read_like`.
 
     Raises:
         CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments, UnsupportedModel
     """
-    path = Path(path)
-    where, world = Where(path, ckpt_dir_name), alone()
+    path, world = Path(path), alone()
+    where = Where(path, ckpt_dir_name, like=read_like(like, world))
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
     model: Callable[[], Model]
@@ -78,9 +80,12 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None) -> di
     else:
         directory, kind = find_iteration(where, world)
         if kind == DCP:
-            description, model = _describe_dcp(directory), partial(open_dcp, where, directory, world)
+            description, model = _describe_dcp(directory, where.like), partial(open_dcp, where, directory, world)
         elif kind == TORCH_DIST:
-            description, model = _describe_torch_dist(directory), partial(open_torch_dist, where, directory, world)
+            description, model = (
+                _describe_torch_dist(directory, like),
+                partial(open_torch_dist, where, directory, world),
+            )
         else:
             found, shards = read_shards(directory, world)
             description = _describe_torch(directory, shards)
@@ -106,8 +111,8 @@ def _check(model: Model, world: World) -> list[str]:
     return warnings_of(model.notes)
 
 
-def _describe_torch_dist(directory: Path) -> dict[str, Any]:
-    contents = read_contents(directory)
+def _describe_torch_dist(directory: Path, like: Path | None) -> dict[str, Any]:
+    contents = read_contents(directory, may_lack_args=like is not None)
     args = contents["args"]
     norms, experts = dialect_of_args(args)  # their keys are alike
     return {
@@ -124,12 +129,14 @@ def _describe_torch_dist(directory: Path) -> dict[str, Any]:
     }
 
 
-def _describe_dcp(directory: Path) -> dict[str, Any]:
+def _describe_dcp(directory: Path, like: Mapping[str, Any] | None) -> dict[str, Any]:
     contents = read_dcp_contents(directory)
+    config = like or (read_config(directory) if (directory / CONFIG_FILE).is_file() else {})
     return {
         "path": str(directory),
         "kind": "distributed",
         "format": DCP,
+        "family": config.get("model_type"),
         "parameters": sum(prod(shape) for _, shape, _ in contents["tensors"].values()),
         **_chunks(directory, contents),
     }
@@ -286,9 +293,9 @@ def as_screen(description: Mapping[str, Any]) -> str:
         elif isinstance(value, dict):
             value = ", ".join(f"{key}: {item}" for key, item in value.items())
         elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
+            value = ", ".join(map(str, value))
         elif isinstance(value, int):
             value = f"{value:,}"
-        value = shown_line("none" if value is None else value)
+        value = shown_line("none" if value in (None, "") else value)
         lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):18} {value}")
     return "\n".join(lines)

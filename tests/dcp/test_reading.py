@@ -87,6 +87,19 @@ def test_inspect_says_what_is_there(trained: Path) -> None:
     assert "does not say what its model is" in found["not_convertible"]
 
 
+def test_like_tells_every_command_what_a_checkpoint_without_a_config_is(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    like, hf = trained / "hf", load_file(trained / "hf/model.safetensors")
+    assert main(["inspect", str(trained / "safetensors"), "--like", str(like)]) == 0
+    screen = capsys.readouterr().out
+    assert "\nfamily             mixtral\n" in screen
+    assert "\nleft behind        none\n" in screen
+    with dist_convert.open(trained / "plain", like=like / "config.json") as opened:
+        assert_same({name: opened.get_tensor(name) for name in opened.keys()}, hf)  # noqa: SIM118
+    assert main(["verify", str(trained / "plain"), str(like), "--like", str(like)]) == 0
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod.", "state.model."])
 def test_names_are_found_behind_any_path(prefix: str, tmp_path: Path) -> None:
     hf = hf_tensors(LLAMA)

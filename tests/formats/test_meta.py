@@ -346,8 +346,41 @@ def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
         dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
 
 
-def test_it_becomes_a_distributed_checkpoint(tmp_path: Path) -> None:
-    hf = make_meta(tmp_path / "in", 2, "2")
-    dist_convert.convert(tmp_path / "in", tmp_path / "dcp", to="dcp", verify="full")
-    dist_convert.convert(tmp_path / "dcp", tmp_path / "out", to="huggingface")
-    assert_same(read_tensors(tmp_path / "out"), hf)
+@pytest.mark.parametrize(("to", "files"), [("dcp", 1), ("torch_dist", 2)])
+def test_it_becomes_the_distributed_checkpoint_that_its_hugging_face_files_become(
+    to: str, files: int, tmp_path: Path
+) -> None:
+    make_meta(tmp_path / "in", 2, "2")
+    dist_convert.convert(tmp_path / "in", tmp_path / "hf", to="huggingface")
+    grid = {} if to == "dcp" else {"target_tensor_parallel_size": 2}
+    for source, target in (("in", "direct"), ("hf", "through hf")):
+        dist_convert.convert(tmp_path / source, tmp_path / target, to=to, verify="full", **grid)
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.suffix in (".distcp", "")
+         and path.is_file()}
+        for root in (tmp_path / "direct", tmp_path / "through hf")
+    )  # fmt: skip
+    assert [path.name for path in sorted(first)] == [".metadata", *(f"__{n}_0.distcp" for n in range(files))]
+    assert first == second
+
+
+def bytes_read() -> int:
+    """What this process has read of files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar
+
+
+def test_opening_and_comparing_read_every_byte_about_once(tmp_path: Path) -> None:
+    model = replace(MODEL, hidden=256, ffn=688, heads=8, groups=8, head_dim=32, layers=4)
+    hf = make_meta(tmp_path / "in", 1, "2", model)
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    weights_bytes = sum(tensor.nbytes for tensor in hf.values())
+    for _ in range(2):  # the first one imports, too
+        before = bytes_read()
+        with dist_convert.open(tmp_path / "in") as weights_of:
+            found = {name: weights_of.get_tensor(name) for name in weights_of.keys()}  # noqa: SIM118
+        opened = bytes_read()
+        assert dist_convert.verify(tmp_path / "in", tmp_path / "out").is_same
+        compared = bytes_read()
+    assert_same(found, hf)
+    assert opened - before <= 1.05 * weights_bytes
+    assert compared - opened <= 1.05 * 2 * weights_bytes

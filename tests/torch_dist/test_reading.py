@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
-from tests.converting import convert
+from tests.converting import assert_same, convert
 from tests.distributed_checkpoints import make_distributed
+from tests.to_megatron import config_of
 
 LLAMA = Model()
 MIXTRAL = Model(experts=4, layers=2)
@@ -78,6 +79,7 @@ def test_without_a_vocabulary_size_all_rows_are_kept(tmp_path: Path) -> None:
 def test_optimizer_random_state_and_extra_state_are_left_behind_by_name(tmp_path: Path) -> None:
     make_distributed(tmp_path / "dist")
     report = dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface")
+    assert report.read_bytes == report.written_bytes
     assert [(reason, count) for reason, count, _ in report.left_behind] == [
         ("extra state (no weights)", 4), ("optimizer", 1), ("rng_state", 1),
     ]  # fmt: skip
@@ -119,6 +121,25 @@ def test_inspect_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
     assert found["grid"] == {"TP": 2, "PP": 1, "VPP": 1, "EP": 2, "ETP": 2}
     (tmp_path / "dist/iter_0000004/__3_0.distcp").unlink()
     assert dist_convert.inspect(tmp_path / "dist")["missing_shards"] == ["__3_0.distcp"]
+
+
+@pytest.mark.parametrize("model", [LLAMA, MIXTRAL, Model(tied=True)], ids=["llama", "mixtral", "tied"])
+def test_like_says_what_a_checkpoint_without_args_is(model: Model, tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", model, Grid(tp=2))
+    (tmp_path / "dist/iter_0000004/common.pt").unlink()
+    config_of(model).save_pretrained(tmp_path)
+    report = dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface", like=tmp_path, verify="full")
+    assert_same(load_file(tmp_path / "hf/model.safetensors"), hf)
+    assert [note for note in report.notes if "there are no args" in note]
+    assert "not_convertible" not in dist_convert.inspect(tmp_path / "dist", like=tmp_path)
+
+
+def test_a_release_is_read_whose_keys_begin_with_module(tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", LLAMA, prefix="module.")
+    (tmp_path / "dist/iter_0000004").rename(tmp_path / "dist/release")
+    (tmp_path / "dist/latest_checkpointed_iteration.txt").write_text("release")
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    assert_same(load_file(tmp_path / "hf/model.safetensors"), hf)
 
 
 def test_a_head_beside_args_that_do_not_say_is_one_of_its_own(tmp_path: Path) -> None:

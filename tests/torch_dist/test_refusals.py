@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.errors import Cancelled
 from tests.checkpoints import Grid, Model, make
-from tests.converting import convert
+from tests.converting import assert_same, convert, read_tensors
 from tests.distributed_checkpoints import make_distributed
 
 LLAMA = Model()
@@ -203,3 +204,13 @@ def test_args_that_changed_after_a_conversion_was_stopped_are_refused(
     torch.save(common, path)
     assert convert(tmp_path / "dist", tmp_path / "hf") > 0
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_what_only_names_the_save_is_no_part_of_the_source(tmp_path: Path) -> None:
+    hf = make_distributed(tmp_path / "dist", LLAMA)
+    with pytest.raises(Cancelled):
+        dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface", cancel=lambda: True)
+    named = StorageMeta(checkpoint_id="/elsewhere", save_id="another")
+    change_metadata(tmp_path / DIRECTORY, lambda metadata: setattr(metadata, "storage_meta", named))
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 0
+    assert_same(read_tensors(tmp_path / "hf"), hf)

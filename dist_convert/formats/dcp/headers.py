@@ -18,7 +18,8 @@ from dist_convert.formats.huggingface.read import read_safetensors_shard
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.source import reading, stamp
+from dist_convert.read.source import read_small_file, reading, stamp
+from dist_convert.read.torch_file import MAX_PICKLE_BYTES
 from dist_convert.records import StoredTensor, names
 
 
@@ -70,8 +71,7 @@ def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, 
             remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
         )
     reader = min(firsts)
-    with reading(path):
-        mine = _digest(path) if world.rank in firsts else ""
+    mine = hashlib.sha256(read_small_file(path, MAX_PICKLE_BYTES)).hexdigest() if world.rank in firsts else ""
     digests: list[str] = gather_objects(world, mine)
     others = [rank for rank in sorted(firsts) if digests[rank] != digests[reader]]
     if others:
@@ -90,14 +90,6 @@ def _shared(directory: Path, reader: int, world: World, read: Callable[[Path], d
     size_bytes: int = gather_objects(world, len(data))[reader]
     said: dict[str, Any] = json.loads(broadcast(world, data, size_bytes, reader))
     return said
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tuple[Discovery, dict[str, Stored]]:

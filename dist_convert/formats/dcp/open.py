@@ -49,18 +49,17 @@ def open_dcp(where: Where, directory: Path, world: World) -> HuggingFaceModel:
     Raises:
         CheckpointNotFound, SourceError: it is incomplete, or cannot be converted as it is.
     """
+    said = read_by_one(directory, world, read_contents)
     if where.like is None and not (directory / CONFIG_FILE).is_file():
         raise MissingArguments(
             "a distributed checkpoint does not say what its model is",
             file=str(directory),
             expected=f"{CONFIG_FILE} of the model beside {METADATA_FILE}",
             found="none",
-            remedy=f"copy the {CONFIG_FILE} of the model that was trained there"
-            + ("" if where.is_compared else ", or say where it is with --like"),
+            remedy=f"copy the {CONFIG_FILE} of the model that was trained there, or say where it is with --like",
         )
     given = where.like or read_config(directory)
     config = {name: value for name, value in given.items() if name != QUANTISED_BY}  # what is trained is not quantised
-    said = read_by_one(directory, world, read_contents)
     found, stored = find_chunks(directory, said["tensors"], world)
     chunks = {normalise(key).removeprefix(said["prefix"]): tensor for key, tensor in stored.items()}
     if len(chunks) < len(stored):

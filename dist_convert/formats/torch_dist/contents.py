@@ -26,8 +26,10 @@ def is_torch_dist(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (KIND_FILE, COMMON_FILE, RUN_CONFIG_FILE))
 
 
-def read_contents(directory: Path) -> dict[str, Any]:
+def read_contents(directory: Path, *, may_lack_args: bool = False) -> dict[str, Any]:
     """The tensors of the model by key, what lies beside them, the args and the iteration, in JSON values.
+
+    `may_lack_args` says that something else tells what the model is: args that are not there are empty.
 
     Raises:
         CorruptFile, UnsafePickle: a damaged file, or one that names what no checkpoint needs.
@@ -50,7 +52,7 @@ def read_contents(directory: Path) -> dict[str, Any]:
         return reason or (f"object {key}" if isinstance(saved, Blob) else "")
 
     found = sort_out(metadata, reason_of)
-    args_file, args, iteration, classes = _args(directory, metadata)
+    args_file, args, iteration, classes = _args(directory, metadata, may_lack_args=may_lack_args)
     return found | {
         "beside": [one for one in found["beside"] if one[0] != "args"],
         "args": args,
@@ -78,7 +80,9 @@ def _check_kind(directory: Path) -> None:
         )
 
 
-def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int | None, list[str]]:
+def _args(
+    directory: Path, metadata: Metadata, *, may_lack_args: bool
+) -> tuple[str, dict[str, Any], int | None, list[str]]:
     """Which file has the training arguments, these, the iteration, and foreign classes beside them.
 
     They are in `common.pt`, or in an object that newer versions have instead. Megatron-Bridge has no args there; see
@@ -101,13 +105,15 @@ def _args(directory: Path, metadata: Metadata) -> tuple[str, dict[str, Any], int
     values = args.state if isinstance(args, Inert) else args
     if not isinstance(values, Mapping) and (directory / RUN_CONFIG_FILE).is_file():
         args_file, values = RUN_CONFIG_FILE, args_of_run_config(directory)
+    if not isinstance(values, Mapping) and may_lack_args:
+        args_file, values = METADATA_FILE, {}
     if not isinstance(values, Mapping):
         raise MissingArguments(
             "the checkpoint has no args",
             file=str(path),
             expected=f"Megatron-LM's args, in {COMMON_FILE} or in an object of .metadata, or {RUN_CONFIG_FILE}",
             found=", ".join(map(str, common))[:200] or "none of them",
-            remedy="convert a checkpoint that training saved; others do not say what their model is",
+            remedy="convert a checkpoint that training saved, or say with --like CONFIG what the model is",
         )
     iteration = common.get("iteration")
     iteration = iteration if isinstance(iteration, int) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from dist_convert.errors import below
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.dcp.headers import find_chunks, read_by_one
 from dist_convert.formats.foreign import notes_on_classes
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.iterations import notes_on_iteration
 from dist_convert.formats.megatron.names import is_of_mtp, normalise
 from dist_convert.formats.megatron.said import Said, said_of
+from dist_convert.formats.megatron.target_args import model_values
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch_dist.catalog import (
@@ -96,9 +99,13 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     Raises:
         CheckpointNotFound, SourceError: it is incomplete, or cannot be converted as it is.
     """
-    said = read_by_one(directory, world, read_contents)
+    said = read_by_one(directory, world, partial(read_contents, may_lack_args=where.like is not None))
     args: dict[str, Any] = said["args"]
     args_file: str = said["args_file"]
+    notes = notes_on_iteration(directory, said["iteration"])
+    if not args and where.like is not None:
+        args = model_values(architecture_from_config(where.like, zero_output_bias=True))
+        notes = (*notes, "warning: there are no args: --like says what the model is, and norms are as they are stored")
     found, stored = find_chunks(directory, said["tensors"], world)
     beside = [tuple(item) for item in said["beside"]]
     if where.drops_mtp:
@@ -111,7 +118,7 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
         padded = known.architecture(vocab=None, file=args_file).padded_vocab
     tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=args_file)
     classes = notes_on_classes(said["foreign_classes"])
-    notes = (*notes_on_iteration(directory, said["iteration"]), *classes, *known.notes)
+    notes = (*notes, *classes, *known.notes)
     return DistModel(
         directory, found, stored, known, args_file, said["iteration"], tokenizer, vocab, tuple(beside), notes
     )
