@@ -49,6 +49,11 @@ SOURCE_MODEL_TYPES = ("llama2", "llama3", "llama3.1", "mistral", "mixtral")
 TRANSFORMER_IMPLS = ("local", "transformer_engine", "habana")
 MTP_LAYER_NAMES = ("transformer_layer", "mtp_model_layer")
 EXPERT_LAYOUTS = ("sequential", "te-grouped", "grouped", "habana-dynamic")
+#: Flags that say how many virtual stages there are, of which one can be given.
+VIRTUAL_STAGE_FLAGS = (
+    "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
+    "--pipeline-model-parallel-layout",
+)  # fmt: skip
 #: Of the blocks, what `verify` compares where it is asked for a share of them and is not told which.
 SAMPLE = Fraction(1, 16)
 #: What is far larger does not fit into the libraries' counters.
@@ -461,12 +466,7 @@ def check_together(options: Options) -> None:
                 f"dist-convert push DIRECTORY {options.push_to_hub}",
             )
         )
-    ways = (
-        "--pipeline-model-parallel-layout",
-        "--target-virtual-pipeline-parallel-size",
-        "--num-layers-per-virtual-pipeline-stage",
-    )
-    said = [flag for flag in ways if flag in given_flags(options)]
+    said = [flag for flag in VIRTUAL_STAGE_FLAGS if flag in given_flags(options)]
     if len(said) > 1:
         what, found = "two flags say how many virtual stages there are", " and ".join(said)
         problems.append(UsageError(what, found=found, remedy="give one of them"))

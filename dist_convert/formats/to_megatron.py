@@ -13,16 +13,20 @@ from dist_convert.formats.megatron.args import dialect_of_args
 from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places, grid_of_args
 from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
 from dist_convert.formats.megatron.target import (
-    Given,
-    Own,
-    TargetDialect,
     cuts_pipeline,
     notes_to_megatron,
     plan_target,
     settle_target,
     target_dtypes,
 )
-from dist_convert.formats.megatron.target_args import PIPELINE_LAYOUT, read_margs, target_tokenizer
+from dist_convert.formats.megatron.target_args import (
+    PIPELINE_LAYOUT,
+    Given,
+    Own,
+    TargetDialect,
+    read_margs,
+    target_tokenizer,
+)
 from dist_convert.formats.meta.open import MetaModel
 from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.tokenizer.record import vocabulary_warnings

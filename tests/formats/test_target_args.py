@@ -15,7 +15,10 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid, grid_from_args, stage_layers
 from dist_convert.formats.megatron.target_args import (
+    Given,
+    Settings,
     TargetArgs,
+    TargetDialect,
     TorchDtype,
     padded_vocab,
     target_args,
@@ -24,6 +27,7 @@ from dist_convert.formats.megatron.target_args import (
 )
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
+from dist_convert.options import Options
 
 LLAMA = Architecture(
     family="llama", layers=8, hidden=64, ffn=96, heads=8, query_groups=4, head_dim=16, vocab=250, padded_vocab=256,
@@ -38,13 +42,19 @@ ONE_RANK = Grid()
 
 
 def make(architecture: Architecture = LLAMA, grid: Grid = ONE_RANK, **keys: Any) -> TargetArgs:
-    uneven = {name: keys.get(name) for name in ("first", "last", "layout")}
-    given: dict[str, Any] = {
-        "stages": stage_layers(architecture.layers, grid.pipeline, grid.virtual_pipeline, **uneven),
-        "params_dtype": "BF16", "iteration": 7, "vocab": architecture.vocab, "make_vocab_size_divisible_by": 128,
-        "margs": None, "tokenizer_model": "/hf/model", "tokenizer_type": None,
-    }  # fmt: skip
-    return target_args(architecture, grid=grid, **(given | keys))
+    """The arguments of a target; `keys` are what a flag, the margs file or the source says of it."""
+    job = Options("torch", **keys.get("flags", {}))
+    uneven = {
+        "first": job.decoder_first_pipeline_num_layers,
+        "last": job.decoder_last_pipeline_num_layers,
+        "layout": job.pipeline_model_parallel_layout,
+    }
+    tokenizer = keys.get("tokenizer_model", "/hf/model"), keys.get("tokenizer_type")
+    given = Given(keys.get("margs"), *tokenizer, carried={}, vocab=keys.get("vocab", architecture.vocab))
+    dialect = TargetDialect(keys.get("transformer_impl", "transformer_engine"), keys.get("expert_layout", "sequential"))
+    stages = stage_layers(architecture.layers, grid.pipeline, grid.virtual_pipeline, **uneven)
+    settings = Settings(keys.get("iteration", 7), 128, dialect, grid, stages)
+    return target_args(job, given, architecture, settings, keys.get("params_dtype", "BF16"))
 
 
 def read_back(args: TargetArgs, directory: Path) -> dict[str, Any]:
@@ -168,17 +178,18 @@ def test_a_flag_decides_its_arguments(keys: dict[str, Any], expected: dict[str, 
 @pytest.mark.parametrize(
     ("grid", "uneven", "expected"),
     [
-        (Grid(pipeline=4), {}, (None, None, None, None, None)),
-        (Grid(pipeline=2, virtual_pipeline=2), {}, (2, 2, None, None, None)),
-        (Grid(pipeline=4), {"first": 1, "last": 3}, (None, None, None, 1, 3)),
-        (Grid(pipeline=3, virtual_pipeline=2), {"first": 2, "last": 2}, (2, None, 2, 2, 2)),
-        (Grid(pipeline=2, virtual_pipeline=2), {"layout": "Et|t*3|ttt|tL"}, (2, None, None, None, None)),
+        (Grid(pipeline=4), (None, None, None), (None, None, None, None, None)),
+        (Grid(pipeline=2, virtual_pipeline=2), (None, None, None), (2, 2, None, None, None)),
+        (Grid(pipeline=4), (1, 3, None), (None, None, None, 1, 3)),
+        (Grid(pipeline=3, virtual_pipeline=2), (2, 2, None), (2, None, 2, 2, 2)),
+        (Grid(pipeline=2, virtual_pipeline=2), (None, None, "Et|t*3|ttt|tL"), (2, None, None, None, None)),
     ],
 )
 def test_a_pipeline_is_described_by_one_kind_of_argument_as_megatron_demands(
-    grid: Grid, uneven: dict[str, Any], expected: tuple[object, ...]
+    grid: Grid, uneven: tuple[int | None, int | None, str | None], expected: tuple[object, ...]
 ) -> None:
-    values = make(grid=grid, **uneven).values
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
+    values = make(grid=grid, flags=dict(zip(names, uneven, strict=True))).values
     assert expected == (
         values["virtual_pipeline_model_parallel_size"],
         values["num_layers_per_virtual_pipeline_stage"],
@@ -186,7 +197,7 @@ def test_a_pipeline_is_described_by_one_kind_of_argument_as_megatron_demands(
         values["decoder_first_pipeline_num_layers"],
         values["decoder_last_pipeline_num_layers"],
     )
-    assert values["pipeline_model_parallel_layout"] == uneven.get("layout")
+    assert values["pipeline_model_parallel_layout"] == uneven[2]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,8 +58,8 @@ def test_a_margs_file_says_how_training_went() -> None:
 def test_the_model_and_the_target_overrule_a_margs_file_and_the_origin_says_so(
     name: str, value: object, origin: str
 ) -> None:
-    given = ("--target-tensor-parallel-size", "--target-params-dtype")
-    args = make(grid=Grid(tensor=2, expert_tensor=2), margs=MARGS, given=given)
+    flags = {"target_tensor_parallel_size": 2, "target_params_dtype": "bf16"}
+    args = make(grid=Grid(tensor=2, expert_tensor=2), margs=MARGS, flags=flags)
     assert (args.values[name], args.origins[name]) == (value, origin)
 
 
@@ -126,15 +127,18 @@ def test_the_order_is_alphabetical_whatever_the_order_of_the_margs_file() -> Non
 
 
 @pytest.mark.parametrize(
-    "flag",
+    ("flags", "origin"),
     [
-        "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
-        "--pipeline-model-parallel-layout",
+        ({"target_virtual_pipeline_parallel_size": 2}, "flag --target-virtual-pipeline-parallel-size"),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, "flag --num-layers-per-virtual-pipeline-stage"),
+        ({"pipeline_model_parallel_layout": "Ett|tt|tt|ttL"}, "flag --pipeline-model-parallel-layout"),
     ],
-)  # fmt: skip
-def test_of_three_flags_the_one_that_was_given_says_how_many_virtual_stages_there_are(flag: str) -> None:
-    args = make(grid=Grid(pipeline=2, virtual_pipeline=2), given=(flag,))
-    assert args.origins["virtual_pipeline_model_parallel_size"] == f"flag {flag}"
+)
+def test_of_three_flags_the_one_that_was_given_says_how_many_virtual_stages_there_are(
+    flags: dict[str, Any], origin: str
+) -> None:
+    args = make(grid=Grid(pipeline=2, virtual_pipeline=2), flags=flags)
+    assert args.origins["virtual_pipeline_model_parallel_size"] == origin
 
 
 def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file() -> None:

@@ -31,7 +31,11 @@ from dist_convert.formats.megatron.grid import (
 from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
     PIPELINE_LAYOUT,
+    Given,
+    Own,
+    Settings,
     TargetArgs,
+    TargetDialect,
     args_json,
     describe_origins,
     is_hub_name,
@@ -44,7 +48,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import MTP_LAYER_NAMES, PATH_FLAGS, RELEASE, TORCH_DIST, Options, given_flags
+from dist_convert.options import PATH_FLAGS, RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
 from dist_convert.write.files import write_file
@@ -86,16 +90,6 @@ def check_model_size(model_size: str | None, architecture: Architecture) -> None
 
 
 _CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class TargetDialect:
-    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), of its experts, and of the layer in
-    a layer of multi-token prediction."""
-
-    norms: str = "transformer_engine"
-    experts: str = "sequential"
-    mtp: str = MTP_LAYER_NAMES[0]
 
 
 @dataclass(frozen=True)
@@ -142,67 +136,6 @@ class MegatronTarget:
         """Write what it carries of a Hugging Face model, if anything."""
         if self.carried:
             write_file(partial, CARRIED_FILE, f"{json.dumps(self.carried, indent=2)}\n".encode())
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a Megatron source says of itself, which its target keeps where no flag says otherwise.
-
-    Attributes:
-        args: its training arguments.
-        grid, chunks: its parallel sizes, and its layers by chunk.
-        iteration: its number; None for a release.
-        dialect: how it spells norms and experts.
-    """
-
-    args: Mapping[str, Any]
-    grid: Grid
-    chunks: tuple[Chunk, ...]
-    iteration: int | None
-    dialect: TargetDialect
-
-
-@dataclass(frozen=True)
-class Given:
-    """What files say of a target beside the flags: the margs file, the tokenizer's, and a Megatron source.
-
-    Attributes:
-        margs: content of the margs file, if one was given.
-        tokenizer_model, tokenizer_type: see `target_tokenizer`.
-        vocab: tokens without padding; None where nobody says.
-        own: what a Megatron source says of itself.
-        carried: file name to content, see `huggingface.carried`.
-        tokens: of the tokenizer; None where it is not here.
-    """
-
-    margs: Mapping[str, Any] | None
-    tokenizer_model: str | None
-    tokenizer_type: str | None
-    carried: Mapping[str, Mapping[str, Any]]
-    vocab: int | None = None
-    own: Own | None = None
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a target is to be, whoever says so: the flags, its Megatron source or its margs file, or the defaults.
-
-    Attributes:
-        iteration: its number; None for a release.
-        divisible_by: what the padded vocabulary is a multiple of, on each tensor parallel rank.
-        dialect: how norms and experts are spelled.
-        grid: its parallel sizes.
-        stages: layers of each chunk, see `stage_layers`.
-        keeps_pipeline: the stages are those of a Megatron source, and so are the arguments that describe them.
-    """
-
-    iteration: int | None
-    divisible_by: int
-    dialect: TargetDialect
-    grid: Grid
-    stages: tuple[tuple[int, ...], ...]
-    keeps_pipeline: bool = False
 
 
 _PIPELINE_OPTIONS = (
@@ -290,14 +223,7 @@ def settle_target(
             expected="--expert-layout sequential or te-grouped",
             found=dialect.experts,
         )
-    return architecture, Settings(
-        _iteration(job, own),
-        divisible_by,
-        dialect,
-        grid,
-        stages,
-        keeps_pipeline,
-    )
+    return architecture, Settings(_iteration(job, own), divisible_by, dialect, grid, stages, keeps_pipeline)
 
 
 def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
@@ -373,35 +299,12 @@ def plan_target(
         params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
         dtypes: of each parameter, by canonical name.
     """
-    grid, stages, dialect = settings.grid, settings.stages, settings.dialect
-    kept = given.own.dialect if given.own else TargetDialect("", "")
-    is_silent = job.to == TORCH_DIST and given.own is not None and given.own.args.get("transformer_impl") is None
-    args = target_args(
-        architecture,
-        grid=grid,
-        stages=stages,
-        params_dtype=params_dtype,
-        iteration=settings.iteration,
-        vocab=given.vocab,
-        make_vocab_size_divisible_by=settings.divisible_by,
-        margs=given.margs,
-        to=job.to,
-        own=given.own.args if given.own else None,
-        tokenizer_model=given.tokenizer_model,
-        tokenizer_type=given.tokenizer_type,
-        transformer_impl=dialect.norms if dialect.norms != kept.norms or is_silent else None,
-        expert_layout=dialect.experts,
-        changes_experts=dialect.experts != kept.experts,
-        first=job.decoder_first_pipeline_num_layers,
-        last=job.decoder_last_pipeline_num_layers,
-        layout=job.pipeline_model_parallel_layout,
-        keeps_pipeline=settings.keeps_pipeline,
-        given=given_flags(job),
-    )
+    grid, stages = settings.grid, settings.stages
+    args = target_args(job, given, architecture, settings, params_dtype)
     layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
     chunks = place_chunks(grid, layers_of)
     return MegatronTarget(
-        job.target, settings.iteration, architecture, grid, chunks, args, dialect, dtypes, given.carried
+        job.target, settings.iteration, architecture, grid, chunks, args, settings.dialect, dtypes, given.carried
     )
 
 

@@ -27,22 +27,15 @@ from dist_convert.formats.megatron.args import (
     YARN,
     architecture_from_args,
 )
-from dist_convert.formats.megatron.grid import Grid
+from dist_convert.formats.megatron.grid import Chunk, Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
 from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
-from dist_convert.options import TORCH
+from dist_convert.options import MTP_LAYER_NAMES, TORCH, TORCH_DIST, VIRTUAL_STAGE_FLAGS, Options, given_flags
 from dist_convert.read.source import read_json
 
 #: Where a value can be from.
-CONFIG, MARGS, DEFAULT, PARALLEL = "config.json", "--source-margs-file", "default", "the parallel sizes"
-SOURCE = "the source's args"
-#: Flags that say how many virtual stages there are.
-_VIRTUAL_FLAGS = (
-    "--target-virtual-pipeline-parallel-size", "--num-layers-per-virtual-pipeline-stage",
-    "--pipeline-model-parallel-layout",
-)  # fmt: skip
-
+CONFIG, MARGS, DEFAULT, SOURCE = "config.json", "--source-margs-file", "default", "the source's args"
 #: What Habana's loaders leave out of a margs file: it belongs to the run that is over, or to its machine. And
 #: disable_bias_linear, from which Megatron-LM would set add_bias_linear anew.
 LLAMA_EXCLUDED = frozenset({
@@ -60,25 +53,100 @@ MIXTRAL_EXCLUDED = LLAMA_EXCLUDED | {
 Found = dict[str, tuple[object, str]]
 
 
+@dataclass(frozen=True)
+class TargetDialect:
+    """Spelling of a target: of its norms ("local", "transformer_engine", "habana"), of its experts, and of the layer in
+    a layer of multi-token prediction."""
+
+    norms: str = "transformer_engine"
+    experts: str = "sequential"
+    mtp: str = MTP_LAYER_NAMES[0]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a Megatron source says of itself, which its target keeps where no flag says otherwise.
+
+    Attributes:
+        args: its training arguments.
+        grid, chunks: its parallel sizes, and its layers by chunk.
+        iteration: its number; None for a release.
+        dialect: how it spells norms and experts.
+    """
+
+    args: Mapping[str, Any]
+    grid: Grid
+    chunks: tuple[Chunk, ...]
+    iteration: int | None
+    dialect: TargetDialect
+
+
+@dataclass(frozen=True)
+class Given:
+    """What files say of a target beside the flags: the margs file, the tokenizer's, and a Megatron source.
+
+    Attributes:
+        margs: content of the margs file, if one was given.
+        tokenizer_model, tokenizer_type: see `target_tokenizer`.
+        vocab: tokens without padding; None where nobody says.
+        own: what a Megatron source says of itself.
+        carried: file name to content, see `huggingface.carried`.
+        tokens: of the tokenizer; None where it is not here.
+    """
+
+    margs: Mapping[str, Any] | None
+    tokenizer_model: str | None
+    tokenizer_type: str | None
+    carried: Mapping[str, Mapping[str, Any]]
+    vocab: int | None = None
+    own: Own | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a target is to be, whoever says so: the flags, its Megatron source or its margs file, or the defaults.
+
+    Attributes:
+        iteration: its number; None for a release.
+        divisible_by: what the padded vocabulary is a multiple of, on each tensor parallel rank.
+        dialect: how norms and experts are spelled.
+        grid: its parallel sizes.
+        stages: layers of each chunk, see `stage_layers`.
+        keeps_pipeline: the stages are those of a Megatron source, and so are the arguments that describe them.
+    """
+
+    iteration: int | None
+    divisible_by: int
+    dialect: TargetDialect
+    grid: Grid
+    stages: tuple[tuple[int, ...], ...]
+    keeps_pipeline: bool = False
+
+
+def _all_from(origin: str, **values: object) -> Found:
+    return {name: (value, origin) for name, value in values.items()}
+
+
 def default_values(a: Architecture, tokenizer_model: str | None) -> Found:
     """What a margs file may say better: how training went, not what the model is."""
     is_bare = tokenizer_model is not None and tokenizer_model.endswith(".model") and a.vocab <= 128000
     bare_type = "GPTSentencePieceTokenizer" if a.experts else "Llama2Tokenizer"
-    values: dict[str, object] = {
-        "seq_length": min(a.max_positions, 32768 if a.experts else 4096),
-        "micro_batch_size": 1,
-        "global_batch_size": 128 if a.experts else 1024,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "apply_query_key_layer_scaling": False,
-        "context_parallel_size": 1,
-        "tokenizer_model": None,
-        "tokenizer_type": bare_type if is_bare else "HuggingFaceTokenizer",
-    }
-    found: Found = {name: (value, DEFAULT) for name, value in values.items()}
+    found = _all_from(
+        DEFAULT,
+        seq_length=min(a.max_positions, 32768 if a.experts else 4096),
+        micro_batch_size=1,
+        global_batch_size=128 if a.experts else 1024,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        apply_query_key_layer_scaling=False,
+        context_parallel_size=1,
+        tokenizer_model=None,
+        tokenizer_type=bare_type if is_bare else "HuggingFaceTokenizer",
+    )
     if a.experts:
-        found["moe_router_load_balancing_type"] = "aux_loss", DEFAULT
-        found["moe_aux_loss_coeff"] = a.router_aux_loss, CONFIG
+        found |= _all_from(DEFAULT, moe_router_load_balancing_type="aux_loss")
+        found |= _all_from(CONFIG, moe_aux_loss_coeff=a.router_aux_loss)
     return found
 
 
@@ -156,84 +224,82 @@ def training_flags(a: Architecture) -> list[str]:
 
 def vocabulary_values(a: Architecture, vocab: int | None, divisible_by: int) -> Found:
     """Sizes of the vocabulary, `vocab` without padding (docs/formats.md, "Vocabulary padding")."""
-    known: Found = {"vocab_size": (vocab, CONFIG)} if vocab else {}
-    return known | {
-        "padded_vocab_size": (a.padded_vocab, "flag --make-vocab-size-divisible-by"),
-        "make_vocab_size_divisible_by": (divisible_by, "flag --make-vocab-size-divisible-by"),
-    }
+    padding = {"padded_vocab_size": a.padded_vocab, "make_vocab_size_divisible_by": divisible_by}
+    known = _all_from(CONFIG, vocab_size=vocab) if vocab else {}
+    return known | _all_from("flag --make-vocab-size-divisible-by", **padding)
 
 
 def precision_values(params_dtype: str) -> Found:
     """The dtype of the weights, from its safetensors name."""
-    values = {
-        "params_dtype": f"torch.{TORCH_NAMES[params_dtype]}",
-        "bf16": params_dtype == "BF16",
-        "fp16": params_dtype == "F16",
-    }
-    return {name: (value, "flag --target-params-dtype") for name, value in values.items()}
+    name, is_bf16, is_fp16 = f"torch.{TORCH_NAMES[params_dtype]}", params_dtype == "BF16", params_dtype == "F16"
+    return _all_from("flag --target-params-dtype", params_dtype=name, bf16=is_bf16, fp16=is_fp16)
 
 
-def parallel_values(
-    a: Architecture,
-    grid: Grid,
-    stages: tuple[tuple[int, ...], ...],
-    first: int | None,
-    last: int | None,
-    layout: str | None,
-    given: Collection[str] = (),
-) -> Found:
-    """Parallel sizes; `stages` and the rest are those of `target_args`."""
-    says_virtual = next((flag for flag in _VIRTUAL_FLAGS if flag in given), _VIRTUAL_FLAGS[0])
-    virtual = grid.virtual_pipeline if grid.virtual_pipeline > 1 else None
+def parallel_values(job: Options, a: Architecture, settings: Settings, given: Collection[str]) -> Found:
+    """Parallel sizes, and how the pipeline is cut; `given` are the flags that the user gave."""
+    grid, pipeline = settings.grid, settings.grid.pipeline
+    first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
+    layout, virtual = job.pipeline_model_parallel_layout, grid.virtual_pipeline if grid.virtual_pipeline > 1 else None
+    says_virtual = next((flag for flag in VIRTUAL_STAGE_FLAGS if flag in given), VIRTUAL_STAGE_FLAGS[0])
     is_even = (first, last, layout) == (None, None, None)
     expert_tensor = grid.expert_tensor if a.experts else grid.tensor
     stage_ranks = math.lcm(grid.tensor, grid.expert * expert_tensor)
-    found: Found = {
-        "tensor_model_parallel_size": (grid.tensor, "flag --target-tensor-parallel-size"),
-        "pipeline_model_parallel_size": (grid.pipeline, "flag --target-pipeline-parallel-size"),
-        "transformer_pipeline_model_parallel_size": (grid.pipeline, "flag --target-pipeline-parallel-size"),
-        "virtual_pipeline_model_parallel_size": (virtual, f"flag {says_virtual}"),
-        # Megatron-LM takes the one where stages are even and the other where they are not, and never both.
-        "num_layers_per_virtual_pipeline_stage": (
-            stages[0][0] if virtual and is_even else None,
+    return (
+        _all_from("flag --target-tensor-parallel-size", tensor_model_parallel_size=grid.tensor)
+        | _all_from(
+            "flag --target-pipeline-parallel-size",
+            pipeline_model_parallel_size=pipeline,
+            transformer_pipeline_model_parallel_size=pipeline,
+        )
+        | _all_from(
             f"flag {says_virtual}",
-        ),
-        "num_virtual_stages_per_pipeline_rank": (
-            virtual if not is_even and layout is None else None,
-            f"flag {says_virtual}",
-        ),
-        "expert_model_parallel_size": (grid.expert, "flag --target-expert-parallel-size"),
-        "expert_tensor_parallel_size": (expert_tensor, "flag --target-expert-tensor-parallel-size"),
-        # Megatron-LM refuses experts and tensor parallelism without it.
-        "sequence_parallel": (bool(a.experts) and grid.tensor > 1, PARALLEL),
-        "world_size": (grid.pipeline * stage_ranks, PARALLEL),
-        "data_parallel_size": (stage_ranks // grid.tensor, PARALLEL),
-    }
-    return found | {
-        "decoder_first_pipeline_num_layers": (first, "flag --decoder-first-pipeline-num-layers"),
-        "decoder_last_pipeline_num_layers": (last, "flag --decoder-last-pipeline-num-layers"),
-        "pipeline_model_parallel_layout": (layout, "flag --pipeline-model-parallel-layout"),
-        "account_for_embedding_in_pipeline_split": (False, DEFAULT),
-        "account_for_loss_in_pipeline_split": (False, DEFAULT),
-    }
+            virtual_pipeline_model_parallel_size=virtual,
+            # Megatron-LM takes the one where stages are even and the other where they are not, and never both.
+            num_layers_per_virtual_pipeline_stage=settings.stages[0][0] if virtual and is_even else None,
+            num_virtual_stages_per_pipeline_rank=virtual if not is_even and layout is None else None,
+        )
+        | _all_from("flag --target-expert-parallel-size", expert_model_parallel_size=grid.expert)
+        | _all_from("flag --target-expert-tensor-parallel-size", expert_tensor_parallel_size=expert_tensor)
+        | _all_from(
+            "the parallel sizes",
+            # Megatron-LM refuses experts and tensor parallelism without it.
+            sequence_parallel=bool(a.experts) and grid.tensor > 1,
+            world_size=pipeline * stage_ranks,
+            data_parallel_size=stage_ranks // grid.tensor,
+        )
+        | _all_from("flag --decoder-first-pipeline-num-layers", decoder_first_pipeline_num_layers=first)
+        | _all_from("flag --decoder-last-pipeline-num-layers", decoder_last_pipeline_num_layers=last)
+        | _all_from("flag --pipeline-model-parallel-layout", pipeline_model_parallel_layout=layout)
+        | _all_from(DEFAULT, account_for_embedding_in_pipeline_split=False, account_for_loss_in_pipeline_split=False)
+    )
 
 
-def run_values(iteration: int | None, to: str, *, is_trained: bool) -> Found:
+def run_values(to: str, iteration: int | None, *, is_trained: bool) -> Found:
     """What is true of the files: no optimizer, no random state, and no samples seen where nothing was trained."""
     values: dict[str, object] = {"ckpt_format": to, "use_dist_ckpt": to != TORCH}
     values |= {} if to == TORCH else {"async_save": False}
     values |= dict.fromkeys(("no_save_optim", "no_save_rng"), True)
     if not is_trained:
         values |= dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0)
-    return {name: (value, DEFAULT) for name, value in values.items()} | {
-        "iteration": (iteration or 0, "flag --release" if iteration is None else "flag --iteration"),
-    }
+    flag = "--release" if iteration is None else "--iteration"
+    return _all_from(DEFAULT, **values) | _all_from(f"flag {flag}", iteration=iteration or 0)
 
 
-def norm_values(transformer_impl: str) -> Found:
-    """Which class of norms the tensors' names belong to."""
-    impl = "local" if transformer_impl == "local" else "transformer_engine"  # what Habana's modules go by, too
-    return {"transformer_impl": (impl, "flag --saver-transformer-impl")}
+def spelling_values(job: Options, a: Architecture, dialect: TargetDialect, own: Own | None) -> Found:
+    """Which classes of norms and experts the tensors' names belong to, where a Megatron source's args do not say so."""
+    found: Found = {}
+    is_silent = job.to == TORCH_DIST and own is not None and own.args.get("transformer_impl") is None
+    if own is None or dialect.norms != own.dialect.norms or is_silent:
+        impl = "local" if dialect.norms == "local" else "transformer_engine"  # what Habana's modules go by, too
+        stored_as_gamma = {"apply_layernorm_1p": False} if own else {}
+        found = _all_from("flag --saver-transformer-impl", transformer_impl=impl, **stored_as_gamma)
+    if not a.experts:
+        return found
+    of_experts = expert_values(dialect.experts, a)
+    if own and dialect.experts == own.dialect.experts:
+        # A kept layout is written in one variant of it, and the rest of what the source's args say of it holds.
+        return found | {name: of_experts[name] for name in _VARIANTS if name in own.args}
+    return found | of_experts
 
 
 def expert_values(layout: str, a: Architecture) -> Found:
@@ -247,9 +313,9 @@ def expert_values(layout: str, a: Architecture) -> Found:
         "moe_permuted_weights": dynamic,
         "moe_fused_weights": dynamic,
     } | ({"moe_capacity_bins_num": 0} if dynamic else {})
-    of_layout: Found = {name: (value, "flag --expert-layout") for name, value in values.items()}
-    # Habana's dynamic experts take the one, all others the other.
-    return of_layout | {"ffn_hidden_size": (a.ffn, CONFIG), "moe_ffn_hidden_size": (a.expert_width, CONFIG)}
+    # Habana's dynamic experts take the one width, all others the other.
+    widths = _all_from(CONFIG, ffn_hidden_size=a.ffn, moe_ffn_hidden_size=a.expert_width)
+    return _all_from("flag --expert-layout", **values) | widths
 
 
 #: Which variant of a layout the experts' tensors have.
@@ -314,62 +380,30 @@ def read_margs(path: Path) -> dict[str, Any]:
 
 
 def target_args(
-    architecture: Architecture,
-    *,
-    grid: Grid,
-    stages: tuple[tuple[int, ...], ...],
-    params_dtype: str | None,
-    iteration: int | None,
-    vocab: int | None,
-    make_vocab_size_divisible_by: int,
-    margs: Mapping[str, Any] | None,
-    tokenizer_model: str | None,
-    tokenizer_type: str | None,
-    to: str = TORCH,
-    own: Mapping[str, Any] | None = None,
-    transformer_impl: str | None = "transformer_engine",
-    expert_layout: str | None = "sequential",
-    changes_experts: bool = True,
-    first: int | None = None,
-    last: int | None = None,
-    layout: str | None = None,
-    keeps_pipeline: bool = False,
-    given: Collection[str] = (),
+    job: Options, given: Given, architecture: Architecture, settings: Settings, params_dtype: str | None
 ) -> TargetArgs:
     """Everything that Megatron-LM needs to go on from the target with --use-checkpoint-args.
 
+    Of a Megatron source's own arguments all are kept but those of the target's layout. A margs file never overrules
+    the model or the target.
+
     Args:
-        architecture: the model.
-        grid: parallel sizes of the target.
-        stages: layers of each chunk, see `stage_layers`.
-        params_dtype: safetensors name, "BF16"; None keeps what a Megatron source's args say.
-        iteration: None for a release.
-        vocab: true size, without padding; None where nobody says.
-        make_vocab_size_divisible_by: what the padded size is a multiple of, on each tensor parallel rank.
-        margs: content of the margs file, if one was given. It never overrules the model or the target.
-        tokenizer_model: see `target_tokenizer`.
-        tokenizer_type: as given by the flag.
-        to: the target's format.
-        own: the training arguments of a Megatron source, of which all are kept but those of the target's layout.
-        transformer_impl: one of `options.TRANSFORMER_IMPLS`; None keeps the source's.
-        expert_layout: one of `options.EXPERT_LAYOUTS`, which matters for experts only.
-        changes_experts: it is not that of a Megatron source.
-        first, last, layout: the uneven pipeline that was asked for.
-        keeps_pipeline: the stages are the source's, as its own arguments describe them.
-        given: the flags that the user gave; what others decide is said to be their default.
+        job: what was asked for; what no flag of it decides is said to be the flag's default.
+        given: what files and the source say beside the flags.
+        architecture, settings: of `settle_target`.
+        params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
 
     Raises:
         UnsupportedModel: the margs file describes a model that the weights are not of.
     """
+    own, flags = given.own, given_flags(job)
     origins: dict[str, str] = {}
+    excluded = frozenset[str]()
+    found, fixed, said, whose = Found(), Found(), own.args if own else given.margs or {}, SOURCE if own else MARGS
     if own is None:
-        found = default_values(architecture, tokenizer_model)
+        found = default_values(architecture, given.tokenizer_model)
         excluded = MIXTRAL_EXCLUDED if architecture.experts else LLAMA_EXCLUDED
-        said, whose = margs or {}, MARGS
-        fixed = {name: (value, CONFIG) for name, value in model_values(architecture).items()}
-    else:
-        found, excluded, said, whose = {}, frozenset(), own, SOURCE
-        fixed = {}
+        fixed = _all_from(CONFIG, **model_values(architecture))
     for name, value in sorted(said.items()):
         if name in excluded:
             origins[name] = f"not taken from {whose}: it is of the run that saved the file"
@@ -379,50 +413,43 @@ def target_args(
             origins[name] = f"dropped: {value} of {whose} is an object that only Megatron can make"
         else:
             found[name] = _with_dtype(value), whose
-    fixed |= vocabulary_values(architecture, vocab, make_vocab_size_divisible_by)
+    fixed |= vocabulary_values(architecture, given.vocab, settings.divisible_by)
     fixed |= precision_values(params_dtype) if params_dtype else {}
-    if own is not None and architecture.tied == bool(own.get(_UNTIED)):
-        fixed[_UNTIED] = not architecture.tied, "the tensors"
-    parallel = parallel_values(architecture, grid, stages, first, last, layout, given)
-    if own is not None:
-        parallel |= _of_own(own, grid, architecture, keeps_pipeline=keeps_pipeline)
-    fixed |= parallel | run_values(iteration, to, is_trained=own is not None)
-    if transformer_impl:
-        fixed |= norm_values(transformer_impl)
-        if own is not None:  # the target's are stored as gamma
-            fixed["apply_layernorm_1p"] = False, "flag --saver-transformer-impl"
-    if architecture.experts and expert_layout:
-        values = expert_values(expert_layout, architecture)
-        # A kept layout is written in one variant of it, and the rest of what the source's args say of it holds.
-        fixed |= values if changes_experts else {name: values[name] for name in _VARIANTS if name in (own or {})}
-    if tokenizer_model is not None:
-        fixed["tokenizer_model"] = tokenizer_model, _of_flag("--tokenizer-model", given, "the model's own")
-    if tokenizer_type is not None:
-        fixed["tokenizer_type"] = tokenizer_type, _of_flag("--tokenizer-type", given, "the model's own")
+    fixed |= parallel_values(job, architecture, settings, flags)
+    fixed |= run_values(job.to, settings.iteration, is_trained=own is not None)
+    fixed |= spelling_values(job, architecture, settings.dialect, own)
+    if own:
+        fixed |= _kept_values(own.args, architecture, settings)
+    if given.tokenizer_model is not None:
+        fixed["tokenizer_model"] = given.tokenizer_model, _of_flag("--tokenizer-model", flags, "the model's own")
+    if given.tokenizer_type is not None:
+        fixed["tokenizer_type"] = given.tokenizer_type, _of_flag("--tokenizer-type", flags, "the model's own")
     for name, (value, origin) in fixed.items():
         if origin.startswith("flag "):
             flag = origin.removeprefix("flag ")
             is_theirs = (own is not None or name in TAKEN_SIZES) and name in said and said[name] == value
-            origin = _of_flag(flag, given, whose if is_theirs else f"default of {flag}")
+            origin = _of_flag(flag, flags, whose if is_theirs else f"default of {flag}")
         theirs = found.get(name, (value, DEFAULT))
         differs = theirs[1] == whose and _plain(theirs[0]) != _plain(value)
         found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {whose} says)" if differs else origin
     origins |= {name: origin for name, (_, origin) in found.items()}
     args = TargetArgs({name: found[name][0] for name in sorted(found)}, dict(sorted(origins.items())))
     family, written = FAMILIES[architecture.family], json.loads(args_json(args))
-    described = architecture_from_args(written, vocab=vocab, file=whose, family=family, trusts_factor=True)
+    described = architecture_from_args(written, vocab=given.vocab, file=whose, family=family, trusts_factor=True)
     # A margs file may know the loss of training better.
     if described != replace(architecture, vocab=described.vocab, router_aux_loss=described.router_aux_loss):
         raise PlanError("the target's args describe another model", expected=architecture, found=described)
     return args
 
 
-def _of_own(own: Mapping[str, Any], grid: Grid, a: Architecture, *, keeps_pipeline: bool) -> Found:
+def _kept_values(own: Mapping[str, Any], a: Architecture, settings: Settings) -> Found:
     """Arguments of the layout that a source's own decide, where it stays or has nothing to do with it."""
     found: Found = {}
-    if grid.tensor > 1 and own.get("sequence_parallel"):
+    if a.tied == bool(own.get(_UNTIED)):
+        found[_UNTIED] = not a.tied, "the tensors"
+    if settings.grid.tensor > 1 and own.get("sequence_parallel"):
         found["sequence_parallel"] = True, SOURCE
-    if keeps_pipeline:
+    if settings.keeps_pipeline:
         found |= {name: (own[name], SOURCE) for name in PIPELINE_LAYOUT if name in own}
     return found
 

@@ -11,7 +11,7 @@ from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import ExpertNumber
 from dist_convert.formats.megatron.parameters import Parameter, parameter_of
-from dist_convert.formats.megatron.target import TargetDialect
+from dist_convert.formats.megatron.target_args import TargetDialect
 from dist_convert.models.schema import Architecture, Family, Row, entries
 from dist_convert.records import TensorSpec
 
