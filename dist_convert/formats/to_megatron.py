@@ -114,7 +114,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         notes=[
             *model.notes,
             *vocabulary_warnings({"tokenizer": given.tokens}, architecture.vocab, architecture.vocab),
-            *notes_to_megatron(job, target, settings, given, content, places, writable),
+            *notes_to_megatron(job, target, given, content, places, writable),
         ],
         layout=layout,
     )

@@ -70,7 +70,7 @@ from dist_convert.records import TargetFile, __version__, human_bytes, names
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
-from dist_convert.write.places import find_places
+from dist_convert.write.places import find_places, notes_on_places
 from dist_convert.write.task import Task
 
 CARD_FILE = "README.md"
@@ -353,17 +353,12 @@ def _notes_on_places(
 ) -> list[str]:
     if not job.save_per_node:
         return []
-    if len(of_places) == 1:
-        return ["--save-per-node has no effect: all ranks see one and the same target"]
-    notes = []
-    for place, files in enumerate(of_places):
-        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+    listed = []
+    for files in of_places:
         size_bytes = sum(file.size_bytes for file in content.files if file.name in files)
-        notes.append(
-            f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: weights files "
-            f"{file_numbers(content, files)} of {len(content.files)}, {human_bytes(size_bytes)}"
-        )
-    return notes
+        numbers = f"{file_numbers(content, files)} of {len(content.files)}"
+        listed.append(f"weights files {numbers}, {human_bytes(size_bytes)}")
+    return notes_on_places("--save-per-node", places, listed)
 
 
 #: The most positions that a Llama is known to have with a theta of 10000.

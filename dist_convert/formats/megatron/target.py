@@ -48,10 +48,11 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture, Row, entries
-from dist_convert.options import PATH_FLAGS, RELEASE, Options
+from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.records import local_name
 from dist_convert.write.files import write_file
+from dist_convert.write.places import notes_on_places
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -195,12 +196,11 @@ def settle_target(
     stages_are_known = not problems
     expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
     if architecture.experts:
+        theirs_grid = own.grid if own else Grid()
+        is_apart = theirs_grid.expert_tensor != theirs_grid.tensor
         usual = 1 if architecture.linear_bias else tensor  # experts that have biases are not cut
-        expert_tensor = job.target_expert_tensor_parallel_size or usual
-        if own:
-            expert = job.target_expert_parallel_size or own.grid.expert
-            is_apart = own.grid.expert_tensor != own.grid.tensor
-            expert_tensor = job.target_expert_tensor_parallel_size or (own.grid.expert_tensor if is_apart else usual)
+        expert = job.target_expert_parallel_size or theirs_grid.expert
+        expert_tensor = job.target_expert_tensor_parallel_size or (theirs_grid.expert_tensor if is_apart else usual)
     grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
     first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
     kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
@@ -242,19 +242,20 @@ def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
     layout = layout if isinstance(layout, str) else None
     if layout is None and first is None and last is None:
         return stages
-    problems: list[ConversionError] = []
-    said = None
-    with _collected(problems):
+    try:
         mtp = _size(own.args, MTP_KEY.arg) or 0
         said = stage_layers(
             layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout, mtp=mtp
         )
         if said == stages:
             return stages
+        found = f"layers {said}, by the args"
+    except ConversionError as error:
+        found = str(error)
     raise InconsistentShards(
         "the args describe other pipeline stages than the files have",
         expected=f"layers {stages}, as in the files, by virtual stage and pipeline rank",
-        found=str(problems[0]) if problems else f"layers {said}, by the args",
+        found=found,
         remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
     )
 
@@ -314,7 +315,6 @@ _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 def notes_to_megatron(
     job: Options,
     target: MegatronTarget,
-    settings: Settings,
     given: Given,
     content: Content,
     places: Sequence[int],
@@ -323,12 +323,11 @@ def notes_to_megatron(
     """All notes on a target.
 
     Args:
-        job: what was asked for.
-        target, settings, content: what will be written.
-        given: what files and the source say beside the flags.
+        job, given: what was asked for, and what files and the source say beside it.
+        target, content: what will be written.
         places, writable: for each rank, where its target lies, and the files that it can write.
     """
-    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target, settings)]
+    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
     flags = [] if given.own else training_flags(target.architecture)
     if flags:
         notes.append(f"training needs, beside --use-checkpoint-args, which does not restore it: {' '.join(flags)}")
@@ -347,7 +346,7 @@ def notes_to_megatron(
             f"warning: nobody says how many tokens the vocabulary has: all {target.architecture.vocab} rows are kept; "
             "give --true-vocab-size if training is to pad it anew"
         )
-    if settings.iteration == 0:
+    if target.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
     notes += _on_tracker(target) + notes_on_content(content)
     if job.verbose:
@@ -366,12 +365,12 @@ def _on_tracker(target: MegatronTarget) -> list[str]:
     return [f"warning: {tracker} names {old!r}, and will name {new!r}"] if old != new else []
 
 
-def _on_spelling(job: Options, target: MegatronTarget, settings: Settings) -> list[str]:
+def _on_spelling(job: Options, target: MegatronTarget) -> list[str]:
     if not target.architecture.experts:
         given = {"--expert-layout": job.expert_layout not in (None, "sequential")}
         given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
         return [f"{flag} has no effect: the model has no experts" for flag, is_given in given.items() if is_given]
-    experts, norms = settings.dialect.experts, settings.dialect.norms
+    experts, norms = target.dialect.experts, target.dialect.norms
     if (experts, norms) in (("te-grouped", "local"), ("habana-dynamic", "transformer_engine")):
         return [
             f"warning: no version of Megatron has {experts} experts beside the norms of {norms}; te-grouped goes with "
@@ -414,14 +413,9 @@ def _on_tokenizer(job: Options) -> list[str]:
 def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
     if job.target_ranks_per_node is None:
         return []
-    if not max(places):
-        return [f"--target-ranks-per-node has no effect: all ranks see one and the same {PATH_FLAGS[job.command][1]}"]
-    notes = []
-    for place in range(max(places) + 1):
-        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
-        files = sorted(local_name(file).partition("/")[0] for file in writable[places.index(place)])
-        notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {', '.join(files)}")
-    return notes
+    files_at = (writable[places.index(place)] for place in range(max(places) + 1))
+    directories = [sorted(local_name(file).partition("/")[0] for file in files) for files in files_at]
+    return notes_on_places("--target-ranks-per-node", places, [", ".join(listed) for listed in directories])
 
 
 def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:
