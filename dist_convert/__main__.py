@@ -104,7 +104,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     if flags.command == "tokenizer":
         return _add_tokenizer(flags)
     if flags.command == "push":
-        return _upload(Path(flags.directory), flags.push_to_hub, flags.private, flags.keep_paths)
+        return _upload(Path(flags.directory), flags)
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first
@@ -219,26 +219,18 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _upload(
-    directory: Path,
-    repository: str,
-    private: bool,
-    keep_paths: bool,
-    instruct: bool = False,
-    model_type: str | None = None,
-) -> int:
-    from dist_convert.formats.huggingface.upload import upload, upload_command
+def _upload(directory: Path, asked: argparse.Namespace | Options) -> int:
+    from dist_convert.formats.huggingface.upload import Upload, upload
     from dist_convert.formats.tokenizer.huggingface import is_huggingface
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if is_first_rank():
-        address = upload(directory, repository, private=private, keep_paths=keep_paths)
-        print(shown_line(f"{directory}: uploaded as {address}"), file=sys.stderr)
+        planned = Upload(directory, str(asked.push_to_hub), asked.private, asked.keep_paths)
+        print(shown_line(f"{directory}: uploaded as {upload(planned)}"), file=sys.stderr)
         if not is_huggingface(directory):
-            how = how_to_add_tokenizer(directory, instruct=instruct, model_type=model_type)
-            again = upload_command(directory, repository, private=private, keep_paths=keep_paths)
-            to_do = f"{how}; then upload it with: {again}"
-            print(shown_line(to_do), file=sys.stderr)
+            said = (asked.instruct, asked.source_model_type) if isinstance(asked, Options) else (False, None)
+            how = how_to_add_tokenizer(directory, instruct=said[0], model_type=said[1])
+            print(shown_line(f"{how}; then upload it with: {planned.command}"), file=sys.stderr)
     return 0
 
 
@@ -277,7 +269,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         channel = None  # an upload may take hours, for which no other rank waits,
         stack.close()  # and which signals end
         if isinstance(job, Options) and job.push_to_hub and not job.dry_run:
-            _upload(job.target, job.push_to_hub, job.private, job.keep_paths, job.instruct, job.source_model_type)
+            _upload(job.target, job)
         return exit_code
     except KeyboardInterrupt:
         raise

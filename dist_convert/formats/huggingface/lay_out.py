@@ -45,7 +45,7 @@ from dist_convert.formats.huggingface.read import (
     WEIGHTS_KINDS,
     check_inside,
 )
-from dist_convert.formats.huggingface.upload import check_upload
+from dist_convert.formats.huggingface.upload import Upload, check_upload
 from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
@@ -276,7 +276,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     """
     notes = []
     if job.push_to_hub and world.rank == 0:
-        notes.append(check_upload(job.target, job.push_to_hub, private=job.private, keep_paths=job.keep_paths))
+        notes.append(check_upload(Upload(job.target, job.push_to_hub, job.private, job.keep_paths)))
     source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]

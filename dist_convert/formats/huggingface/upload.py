@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,23 +104,32 @@ def check_repository_name(text: str) -> str:
     raise UsageError("not the name of a repository", expected="org/name or user/name", found=found)
 
 
-def upload_command(directory: Path, repository: str, *, private: bool, keep_paths: bool) -> str:
-    """The command line that uploads a finished directory, or what is missing of it."""
-    flags = [*(["--private"] if private else []), *(["--keep-paths"] if keep_paths else [])]
-    return shlex.join(["dist-convert", "push", str(directory), repository, *flags])
+@dataclass(frozen=True)
+class Upload:
+    """What goes where.
 
-
-def check_upload(
-    directory: Path, repository: str, *, private: bool, keep_paths: bool, answer_seconds: float = _ANSWER_SECONDS
-) -> str:
-    """Find out, without a trace on the hub, what would keep an upload from starting.
-
-    Args:
-        directory: to be uploaded later.
-        repository: `org/name`.
+    Attributes:
+        directory: what a conversion to Hugging Face makes.
+        repository: `org/name`, made if it is not there.
         private: whether it must be private.
-        keep_paths: see `upload`.
-        answer_seconds: how long each of the hub's answers is waited for.
+        keep_paths: paths in what describes training and conversion go as they are, and not only their last names.
+    """
+
+    directory: Path
+    repository: str
+    private: bool
+    keep_paths: bool
+
+    @property
+    def command(self) -> str:
+        """The command line that uploads the finished directory, or what is missing of it."""
+        flags = {"--private": self.private, "--keep-paths": self.keep_paths}
+        given = (flag for flag, is_given in flags.items() if is_given)
+        return shlex.join(["dist-convert", "push", str(self.directory), self.repository, *given])
+
+
+def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> str:
+    """Find out, without a trace on the hub, what would keep an upload from starting; waits so long for each answer.
 
     Returns:
         Where the upload would go, in a sentence.
@@ -128,18 +138,18 @@ def check_upload(
         UploadError: offline; no token, or one that is not valid or may not write there; a public repository that should
             be private; a hub that cannot be reached or does not answer.
     """
-    later = upload_command(directory, repository, private=private, keep_paths=keep_paths)
     from huggingface_hub import HfApi, constants
 
-    with _explained(repository, f"or convert without --push-to-hub, and upload later with: {later}"):
+    repository = planned.repository
+    with _explained(repository, f"or convert without --push-to-hub, and upload later with: {planned.command}"):
         _check_settings()
         asked = f"asking {constants.ENDPOINT} whether the model can go to {repository}"
         print(shown_line(asked), file=sys.stderr, flush=True)
         api = HfApi()
         _check_permission(answer_within(answer_seconds, api.whoami), repository)
-        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, private))
-    kind = "private repository" if private else "repository"
-    paths = "whole, as --keep-paths says" if keep_paths else "as names (--keep-paths leaves them whole)"
+        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, planned.private))
+    kind = "private repository" if planned.private else "repository"
+    paths = "whole, as --keep-paths says" if planned.keep_paths else "as names (--keep-paths leaves them whole)"
     return (
         f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
         + (f"a {kind} that is there already" if is_there else f"a new {kind}")
@@ -147,17 +157,11 @@ def check_upload(
     )
 
 
-def upload(directory: Path, repository: str, *, private: bool, keep_paths: bool) -> str:
+def upload(planned: Upload) -> str:
     """Upload a finished directory; what the hub has of it already is not sent again.
 
     Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
     files where the directory has a tokenizer; other files stay. Hidden files are not sent.
-
-    Args:
-        directory: what a conversion to Hugging Face has made.
-        repository: `org/name`, made if it is not there.
-        private: whether it must be private.
-        keep_paths: paths in what describes training and conversion go as they are, and not only their last names.
 
     Returns:
         The address of what was uploaded.
@@ -165,8 +169,8 @@ def upload(directory: Path, repository: str, *, private: bool, keep_paths: bool)
     Raises:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
+    directory, repository = planned.directory, planned.repository
     size_bytes, has_tokenizer = _check_directory(directory), is_huggingface(directory)
-    again = upload_command(directory, repository, private=private, keep_paths=keep_paths)
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -175,19 +179,19 @@ def upload(directory: Path, repository: str, *, private: bool, keep_paths: bool)
         disable_progress_bars()
         if "HF_HUB_VERBOSITY" not in os.environ:
             hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
-    remedy, where = f"then go on with: {again}", f"{constants.ENDPOINT}/{repository}"
+    remedy, where = f"then go on with: {planned.command}", f"{constants.ENDPOINT}/{repository}"
     with _explained(repository, remedy):
         _check_settings()
-    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {again}"
+    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {planned.command}"
     print(shown_line(work), file=sys.stderr)
     if not has_tokenizer:
         print(shown_line(f"warning: {directory} has no tokenizer and is uploaded without one"), file=sys.stderr)
     api = HfApi()
-    is_private = True if private else None  # None: public, or what is usual in the organisation
+    is_private = True if planned.private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
         answer_within(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
-        answer_within(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, private))
-        with nullcontext(directory) if keep_paths else _without_paths(directory) as folder:
+        answer_within(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, planned.private))
+        with nullcontext(directory) if planned.keep_paths else _without_paths(directory) as folder:
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
