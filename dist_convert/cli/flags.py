@@ -40,6 +40,7 @@ from dist_convert.options import (
     kind_of,
     options_of,
 )
+from dist_convert.ranks.signals import node_number
 from dist_convert.records import __version__, human_bytes, parse_bytes
 
 #: The flags of both paths and of the target's format, of which each command shows its own.
@@ -129,7 +130,7 @@ def with_numbers(path: str) -> str:
     Raises:
         UsageError: the launcher does not tell such a number, or the path is empty.
     """
-    told = {"rank": os.environ.get("RANK"), "local_rank": os.environ.get("LOCAL_RANK"), "node": _node()}
+    told = {"rank": os.environ.get("RANK"), "local_rank": os.environ.get("LOCAL_RANK"), "node": node_number()}
     for name, number in told.items():
         if "{" + name + "}" in path and number is None and os.environ.get("WORLD_SIZE", "1") != "1":
             raise UsageError(
@@ -137,12 +138,6 @@ def with_numbers(path: str) -> str:
             )
         path = path.replace("{" + name + "}", number or "0")
     return _path(path)
-
-
-def _node() -> str | None:
-    rank, local_size = os.environ.get("RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-    known = rank is not None and local_size is not None
-    return os.environ.get("GROUP_RANK", str(int(rank or 0) // int(local_size or 1)) if known else None)
 
 
 #: Far more than pay, far fewer than a machine has memory for: each takes a tenth of a gigabyte besides its buffers.

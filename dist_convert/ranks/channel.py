@@ -42,33 +42,26 @@ _GRACE_SECONDS = 5.0
 _STARTING_SECONDS = 20.0
 
 
-def is_served_by_launcher() -> bool:
-    """Whether what has started the ranks serves the store, so that it outlives any of them."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def store_of_ranks(*, is_served_here: bool, meeting: socket.socket | None = None) -> Store:
+    """The store where the ranks meet, at the address in the environment; each restart has its own keys.
 
+    Args:
+        is_served_here: this process serves it, or else is a client of it.
+        meeting: a socket that listens already, for ranks of this machine; it becomes the store's own.
 
-def connect() -> Store:
-    """A connection of our own to the store where the ranks meet; each restart has its own keys."""
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=60),
-    )
-    return _with_prefix(store)
-
-
-def serve_ranks() -> Store:
-    """Serve the store where the ranks meet, on rank 0, where no launcher does."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-
-
-def meeting_at(meet: Callable[[], Store]) -> Store:
-    """The store, or an error of ours about the place where it should be."""
+    Raises:
+        LostRank: the ranks cannot meet.
+    """
+    address, port = meeting.getsockname() if meeting else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     try:
-        return meet()
+        store = TCPStore(
+            address,
+            port,
+            is_master=is_served_here,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+            master_listen_fd=meeting.detach() if meeting else None,
+        )
     except DistError as error:
         where = ", ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise LostRank(
@@ -77,16 +70,6 @@ def meeting_at(meet: Callable[[], Store]) -> Store:
             found=str(error).splitlines()[0],
             remedy="give another MASTER_PORT, or look why other ranks have not started",
         ) from error
-
-
-def serve(meeting: socket.socket) -> Store:
-    """Serve the store for ranks of this machine, on a socket that listens already and becomes the store's own."""
-    address, port = meeting.getsockname()
-    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=meeting.detach())
-    return _with_prefix(store)
-
-
-def _with_prefix(store: Store) -> Store:
     return PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -203,12 +186,13 @@ class Channel:
         self._watchdog = Watchdog(silent_seconds)
         self._printer_is_silent = False
         self._size = size
-        self._has_launcher = is_served_by_launcher()
+        # Whether what has started the ranks serves the store, so that it outlives any of them.
+        self._has_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._served: Store | None = None
         if size > 1 and not self._has_launcher:
-            self._served = meeting_at(serve_ranks) if rank == 0 else None
+            self._served = store_of_ranks(is_served_here=True) if rank == 0 else None
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
-        self._store = meeting_at(connect) if size > 1 else None
+        self._store = store_of_ranks(is_served_here=False) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dist_convert.errors import ConversionError, LostRank, PlanError, error_details, error_from_details, lost_contact
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
-from dist_convert.ranks.signals import rank_and_size
+from dist_convert.ranks.signals import node_number, rank_and_size
 from dist_convert.records import Message
 
 ProcessGroup = dist.ProcessGroup
@@ -78,7 +78,7 @@ def join_world(device: str, timeout_seconds: float) -> World:
     if size > 1:
         with named_loss():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
-    nodes = _nodes(rank, size)
+    nodes = _nodes(size)
     local_rank = int(os.environ.get("LOCAL_RANK", nodes[:rank].count(nodes[rank])))
     return World(rank, size, nodes, choose_device(device, local_rank), timeout_seconds)
 
@@ -129,13 +129,11 @@ def _group_of(members: tuple[int, ...], backend: str, timeout_seconds: float, wi
     return group
 
 
-def _nodes(rank: int, size: int) -> tuple[int, ...]:
+def _nodes(size: int) -> tuple[int, ...]:
     """Every rank's node: as the launcher numbers them, or by host names where it does not say."""
     if size == 1:
         return (0,)
-    node, local_size = os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-    if node is None and local_size is not None:
-        node = str(rank // int(local_size))
+    node = node_number()
     names = _gathered(node or socket.gethostname(), size)
     return tuple(map(int, names)) if node is not None else _numbered(names)
 

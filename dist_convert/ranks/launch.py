@@ -16,12 +16,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 from dist_convert.errors import RESUME, ConversionError, LostRank
-from dist_convert.ranks.channel import Failures, meeting_at, serve
+from dist_convert.ranks.channel import Failures, store_of_ranks
 from dist_convert.ranks.signals import CAUGHT, handled_by
 
 #: From the end of a rank that failed until the others, which should have ended by themselves, are killed.
@@ -56,7 +55,7 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
         ]
         try:
             with _forwarding(processes) as forwarded:
-                failures = Failures(meeting_at(partial(serve, meeting)))
+                failures = Failures(store_of_ranks(is_served_here=True, meeting=meeting))
                 exit_code = _wait(processes, failures, forwarded)
                 if (posted := failures.read()) and not failures.is_printed():
                     print(posted["message"], file=sys.stderr)  # who posted it was killed before it could

@@ -73,6 +73,13 @@ def rank_and_size() -> tuple[int, int]:
     return rank, size
 
 
+def node_number() -> str | None:
+    """The number of this process's node, as a launcher tells it; None where none does."""
+    rank, local_size = os.environ.get("RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    worked_out = str(int(rank) // int(local_size)) if rank is not None and local_size is not None else None
+    return os.environ.get("GROUP_RANK", worked_out)
+
+
 _LAUNCH = "start with torchrun or --ranks, or unset what a launcher has left: RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"
 
 
