@@ -431,20 +431,22 @@ def check_values(job: Options | VerifyJob) -> None:
     raise_together(problems)
 
 
-def check_path(path: str) -> None:
-    """Refuse what cannot be a path.
+def expanded_path(path: str | os.PathLike[str]) -> str:
+    """A path in which ~ is the home directory.
 
     Raises:
-        UsageError
+        UsageError: it is empty, or none that a system can have.
     """
-    if not path:
+    text = os.fspath(path)
+    if not text:
         raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
     try:
-        is_path = b"\0" not in os.fsencode(path)
+        is_path = b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         is_path = False
     if not is_path:
-        raise UsageError("a path has letters that no path can have", found=repr(path), remedy="give another path")
+        raise UsageError("a path has letters that no path can have", found=repr(text), remedy="give another path")
+    return os.path.expanduser(text)
 
 
 def check_together(options: Options) -> None:

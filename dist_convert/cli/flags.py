@@ -33,8 +33,8 @@ from dist_convert.options import (
     Options,
     TokenizerJob,
     VerifyJob,
-    check_path,
     check_together,
+    expanded_path,
     flag_of,
     formats_of,
     kind_of,
@@ -68,21 +68,11 @@ def _whole_number(text: str) -> int:
     return int(text) if text.isdecimal() else -1
 
 
-def _path(text: str) -> str:
-    """A path in which ~ is the home directory.
-
-    Raises:
-        UsageError: it is empty, or none that a system can have.
-    """
-    check_path(text)
-    return os.path.expanduser(text)
-
-
 def _text(text: str) -> str:
     """A name, or a path in which ~ is the home directory."""
     if not text:
         raise UsageError("a name is empty: is a variable unset?", remedy="give a name")
-    return _path(text)
+    return expanded_path(text)
 
 
 def _repository(text: str) -> str:
@@ -94,7 +84,7 @@ def _repository(text: str) -> str:
 #: How the command line says the values of a kind, and what the help calls them.
 _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
     "text": (_text, "NAME"),
-    "path": (lambda text: Path(_path(text)), "PATH"),
+    "path": (lambda text: Path(expanded_path(text)), "PATH"),
     "count": (_whole_number, "N"),
     "number": (float, "NUMBER"),
     "seconds": (_whole_number, "SECONDS"),
@@ -137,7 +127,7 @@ def with_numbers(path: str) -> str:
                 f"{{{name}}} cannot be told", file=path, remedy="start with torchrun, or set what it sets: GROUP_RANK"
             )
         path = path.replace("{" + name + "}", number or "0")
-    return _path(path)
+    return expanded_path(path)
 
 
 #: Far more than pay, far fewer than a machine has memory for: each takes a tenth of a gigabyte besides its buffers.
@@ -311,7 +301,7 @@ def _add_paths(parser: ArgumentParser, **helps: str) -> None:
     """Arguments without flags, which `parse` looks for: argparse would not say all that is wrong."""
     for name, text in helps.items():
         shown = {"source": "SRC", "target": "DST"}.get(name, name.upper())
-        parser.add_argument(name, metavar=shown, nargs="?", type=_path, help=text)
+        parser.add_argument(name, metavar=shown, nargs="?", type=expanded_path, help=text)
 
 
 def _add_conversion(command: ArgumentParser, name: str) -> None:
