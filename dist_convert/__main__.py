@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_convert.cli.commands import notes_on_old_flags
 from dist_convert.cli.flags import build_parser, options_from_flags, parse, ranks_to_start, verify_job_from_flags
 from dist_convert.cli.job_files import job_file
-from dist_convert.cli.old_flags import notes_on_old_flags
 from dist_convert.errors import (
     ConversionError,
     LostRank,

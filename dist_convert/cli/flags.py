@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from dist_convert.cli import commands as words
 from dist_convert.cli.job_files import flags_of_file
-from dist_convert.cli.old_flags import OLD_SPELLINGS, add_old_flags
 from dist_convert.errors import ConversionError, UsageError, raise_together
 from dist_convert.options import (
     COMMANDS,
@@ -229,7 +228,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         )
     for name in COMMANDS:
         _add_conversion(commands.choices[name], name)
-    add_old_flags(commands.choices["hf-to-megatron"])
+    words.add_old_flags(commands.choices["hf-to-megatron"])
 
     tokenizer = commands.choices["tokenizer"]
     _add_paths(
@@ -373,8 +372,8 @@ def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: 
     if known.const:
         how |= {"nargs": "?", "const": known.const}
     group.add_argument(*spellings, help=text, **how)
-    if (command, flag) in OLD_SPELLINGS:
-        group.add_argument(OLD_SPELLINGS[command, flag], help=SUPPRESS, **(how | {"default": SUPPRESS}))
+    if (command, flag) in words.OLD_SPELLINGS:
+        group.add_argument(words.OLD_SPELLINGS[command, flag], help=SUPPRESS, **(how | {"default": SUPPRESS}))
     for constant in constants:
         _, value, meaning, _ = _CONSTANTS[constant]
         group.add_argument(constant, dest=one.name, action="store_const", const=value, default=SUPPRESS, help=meaning)
