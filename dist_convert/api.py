@@ -34,8 +34,7 @@ from dist_convert.move.report import (
 )
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
-from dist_convert.plan.done import NOTHING_DONE, Done
-from dist_convert.plan.plan import Plan, divide, schedule_digest
+from dist_convert.plan.plan import NOTHING_DONE, Done, Plan, divide, schedule_digest
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out

@@ -439,10 +439,6 @@ class Message:
     offset_bytes: int
     size_bytes: int
 
-    def leads_to(self, sender: int, receiver: int, offset_bytes: int) -> bool:
-        """Whether a stretch of the same two members follows this one without a gap."""
-        return (self.sender, self.receiver, self.offset_bytes + self.size_bytes) == (sender, receiver, offset_bytes)
-
 
 _FACTORS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

@@ -6,9 +6,10 @@ is kept of them is a `Transfer` for each group of tensors that lie in one stored
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from typing import TypeVar
 
 from dist_convert.errors import PlanError
 from dist_convert.models.catalog import Catalog, Region
@@ -116,7 +117,7 @@ def bands(ends: Ends, names: Sequence[str]) -> list[Block]:
 def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
     """The same of tensors whose regions are known."""
     found: list[Block] = []
-    for together in _taking_turns(listed):
+    for together in _paired(listed, _take_turns):
         one = together[0]
         found += _common_bands(one.source, one.target) if len(together) == 1 else _bands_in_turn(together)
         found += (band for one in together for band in _bands_of_padding(one, repeats=ends.repeat_last_row))
@@ -125,40 +126,37 @@ def bands_of(ends: Ends, listed: Iterable[Stored]) -> list[Block]:
         view = (band[0].sources if ends.source.is_owned else band[0].targets)[0]
         return view.file, view.offset_bytes
 
-    return list(_alternating(sorted(found, key=place)))
+    return [tuple(copy for band in pair for copy in band) for pair in _paired(sorted(found, key=place), _alternate)]
 
 
-def _taking_turns(listed: Iterable[Stored]) -> Iterator[list[Stored]]:
-    """Tensors alone, but for two that follow each other and whose rows take turns in the target."""
-    before: list[Stored] = []
+_Item = TypeVar("_Item")
+
+
+def _paired(listed: Iterable[_Item], belong: Callable[[_Item, _Item], bool]) -> Iterator[list[_Item]]:
+    """Each alone, but for two that follow each other and belong together."""
+    before: list[_Item] = []
     for one in listed:
-        together = [*before, one]
-        if in_turn([view for held in together for view in held.target[0].replicas]):
-            yield together
+        if before and belong(before[0], one):
+            yield [*before, one]
             before = []
-        else:
-            if before:
-                yield before
-            before = [one]
-    if before:
-        yield before
-
-
-def _alternating(listed: Iterable[Block]) -> Iterator[Block]:
-    """The bands, of which two copies whose rows alternate in a stored tensor are one: a read or write without gaps."""
-    before: Block = ()
-    for band in listed:
-        if len(before) == len(band) == 1 and _alternate(before[0], band[0]):
-            before += band
             continue
         if before:
             yield before
-        before = band
+        before = [one]
     if before:
         yield before
 
 
-def _alternate(first: Copy, second: Copy) -> bool:
+def _take_turns(first: Stored, second: Stored) -> bool:
+    """Whether the rows of two tensors take turns in the target."""
+    return in_turn([*first.target[0].replicas, *second.target[0].replicas]) is not None
+
+
+def _alternate(band: Block, other: Block) -> bool:
+    """Whether the rows of two copies alternate in a stored tensor: together they are a read or write without gaps."""
+    if len(band) != 1 or len(other) != 1:
+        return False
+    (first,), (second,) = band, other
     sides = ((first.sources, second.sources), (first.targets, second.targets))
     is_cast_alike = (first.add, first.targets[0].dtype) == (second.add, second.targets[0].dtype)
     return is_cast_alike and any(

@@ -154,8 +154,9 @@ def messages(step: Step) -> list[Message]:
     found: list[Message] = []
     for sender, receiver, offset_bytes, size_bytes in sorted(crossing):
         size_bytes = aligned(size_bytes)  # up to where the next piece begins
-        if found and found[-1].leads_to(sender, receiver, offset_bytes):
-            found[-1] = replace(found[-1], size_bytes=found[-1].size_bytes + size_bytes)
+        last = found[-1] if found else Message(-1, -1, 0, 0)
+        if (last.sender, last.receiver, last.offset_bytes + last.size_bytes) == (sender, receiver, offset_bytes):
+            found[-1] = replace(last, size_bytes=last.size_bytes + size_bytes)
         else:
             found.append(Message(sender, receiver, offset_bytes, size_bytes))
     return found
@@ -230,11 +231,16 @@ def blocks_of_team(plan: Plan, number: int) -> Iterator[Step]:
     """
     team = plan.teams[number]
     seen, writable = ([of[rank] for rank in team.ranks] for of in (plan.visible, plan.writable))
-    written_bytes = [sum(_written_bytes(plan, share) for share in shares) for shares in team.alone]
+    transfers = plan.content.transfers
+
+    def written_of(share: Share) -> int:  # about, counting every equal target
+        return share.size_bytes * transfers[share.transfer].written_bytes // transfers[share.transfer].size_bytes
+
+    written_bytes = [sum(map(written_of, shares)) for shares in team.alone]
     # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
     read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
     for share in team.shares:
-        transfer = plan.content.transfers[share.transfer]
+        transfer = transfers[share.transfer]
         readers = dict(zip(transfer.source_files, readers_of(transfer, team, plan.visible), strict=True))
         for block in _blocks_of_share(plan, share):
             read_of_kind = read_bytes[len(block[0].targets)]
@@ -251,12 +257,6 @@ def blocks_of_team(plan: Plan, number: int) -> Iterator[Step]:
                 for write in assigned.writes:
                     written_bytes[write.writer] += write.target.size_bytes
                 yield assigned
-
-
-def _written_bytes(plan: Plan, share: Share) -> int:
-    """About what is written for a share, counting every equal target."""
-    transfer = plan.content.transfers[share.transfer]
-    return share.size_bytes * transfer.written_bytes // transfer.size_bytes
 
 
 def _blocks_of_share(plan: Plan, share: Share) -> Iterator[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_convert.plan.done import NOTHING_DONE, Done
+from dist_convert.plan.plan import NOTHING_DONE, Done
 from dist_convert.records import Window
 
 FILE = "model.safetensors"

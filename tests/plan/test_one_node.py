@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
-from dist_convert.plan.done import Done
 from dist_convert.plan.file_owners import file_numbers, with_parts, writable_by_one_node
-from dist_convert.plan.plan import Plan, divide
+from dist_convert.plan.plan import Done, Plan, divide
 from dist_convert.records import View, Window
 from tests.plan import headers
 from tests.plan.headers import FULL_SIZE, architecture, faults_of, steps_by_rank
