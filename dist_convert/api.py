@@ -54,7 +54,7 @@ from dist_convert.write.resume import (
     is_unfinished,
     notes_on_replacing,
 )
-from dist_convert.write.task import Task, Writers, find_writers
+from dist_convert.write.task import Task, find_writers
 
 
 def convert(job: Options, world: World, channel: Control) -> Report:
@@ -68,11 +68,11 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)
     job = task.job
     writers = find_writers(task, world)
-    plan = _divide(task, writers, world, NOTHING_DONE)
+    plan = _divide(writers, world, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
     free_bytes, replaces = check_start(task) if task.is_first else (0, "")
-    notes = (*task.notes, *writers.notes, *notes_on_replacing(task))
+    notes = (*writers.notes, *notes_on_replacing(task))
     facts: dict[str, Any] = {
         "source": task.source.directory,
         "target": task.target,
@@ -124,7 +124,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     return report
 
 
-def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
+def _divide(task: Task, world: World, done: Done) -> Plan:
     """The plan of what is not done, the same on every rank.
 
     Without a wish, ranks gather where some rank cannot reach every file, and on accelerators, but for chunks of
@@ -134,11 +134,11 @@ def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
     may_gather = world.device.type != "cpu" and task.source.format not in (TORCH_DIST, DCP)
     usual = "gather" if may_gather or not reach_all else "direct"
     plan = divide(
-        writers.content,
+        task.content,
         task.source.found.visible,
         placement=usual if task.job.placement == "auto" else task.job.placement,
         budget_bytes=task.job.max_memory_per_rank_bytes,
-        writable=writers.writable,
+        writable=task.writable,
         on_accelerator=world.device.type != "cpu",
         done=done,
     )
@@ -146,7 +146,7 @@ def _divide(task: Task, writers: Writers, world: World, done: Done) -> Plan:
     return plan
 
 
-def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Control, timeline: Timeline) -> Report:
+def _make(task: Task, writers: Task, plan: Plan, world: World, channel: Control, timeline: Timeline) -> Report:
     """Make the target below its partial directory, but for what earlier runs have made of it."""
     content, directory = task.content, task.partial
     history, journal = begin(task, world)
@@ -158,7 +158,7 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
         if done.size_bytes:
             there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
             channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
-            plan = _divide(task, writers, world, done)
+            plan = _divide(writers, world, done)
         with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
@@ -168,8 +168,10 @@ def _make(task: Task, writers: Writers, plan: Plan, world: World, channel: Contr
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
-        report = Report.of_ranks([*outcomes, {**_NOTHING_MOVED, **history.changed}])
-        _check_outcomes(task, done, report)
+        report = Report.of_ranks([*outcomes, history.changed])
+        written_bytes = done.size_bytes + report.written_bytes
+        if written_bytes != content.moved_bytes:
+            raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
 
         channel.doing("completing files")
         known = known_ranges(world, moved.windows, history)
@@ -201,9 +203,6 @@ def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]
         spread_files(world, task.partial, every, receives=task.is_first and world.rank > 0)
 
 
-_NOTHING_MOVED = dict.fromkeys(("read_bytes", "gathered_bytes", "written_bytes", "peak_memory_bytes"), 0)
-
-
 def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
     return {
         "read_bytes": moved.counts.read_bytes,
@@ -214,14 +213,3 @@ def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
         "rounded_norms": dict(moved.counts.rounded_norms),
         "profile": {"moved": moved.seconds, **timeline.seconds()},
     }
-
-
-def _check_outcomes(task: Task, done: Done, report: Report) -> None:
-    """Every byte of the plan must have been written, by this run or an earlier one.
-
-    Raises:
-        PlanError
-    """
-    written_bytes = done.size_bytes + report.written_bytes
-    if written_bytes != task.content.moved_bytes:
-        raise PlanError("not every byte was written", expected=task.content.moved_bytes, found=written_bytes)

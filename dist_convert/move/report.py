@@ -141,10 +141,10 @@ class Report:
 
     @staticmethod
     def of_ranks(outcomes: Sequence[Mapping[str, Any]]) -> Report:
-        """Add the ranks' own outcomes up."""
-        found: dict[str, Any] = {"peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes)}
+        """Add up what the ranks did, and what earlier runs left."""
+        found: dict[str, Any] = {"peak_memory_bytes": max(outcome.get("peak_memory_bytes", 0) for outcome in outcomes)}
         for name in ("read_bytes", "gathered_bytes", "written_bytes"):
-            found[name] = sum(outcome[name] for outcome in outcomes)
+            found[name] = sum(outcome.get(name, 0) for outcome in outcomes)
         for name in ("overflowed", "rounded_norms"):
             found[name] = dict(sum((Counter(outcome[name]) for outcome in outcomes), Counter[str]()))
         return Report(**found, profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome))

@@ -6,7 +6,7 @@ All ranks write any file, but where a file system takes a file from one node onl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,25 +122,14 @@ class Task:
         return names - self.writable[self.rank]
 
 
-@dataclass(frozen=True)
-class Writers:
-    """What a task's plan is made from, besides what ranks see of the source.
-
-    Attributes:
-        content: the task's, in parts that ranks of one node can do.
-        writable: for each rank, the target files that it writes.
-        notes: for the user, before anything is written.
-    """
-
-    content: Content
-    writable: tuple[frozenset[str], ...]
-    notes: tuple[str, ...] = ()
-
-
-def find_writers(task: Task, world: World) -> Writers:
+def find_writers(task: Task, world: World) -> Task:
     """Ask the file systems of all places which ranks may write what; every rank calls it, and gets the same answer.
 
     The task itself stays as it is: what was begun on other nodes, or another file system, can be gone on with.
+
+    Returns:
+        What the task's plan is made from: its content in parts that ranks of one node can do, and for each rank the
+        target files that it writes.
     """
     nodes_of = {place: set[int]() for place in task.places}
     for node, place in zip(world.nodes, task.places, strict=True):
@@ -153,7 +142,7 @@ def find_writers(task: Task, world: World) -> Writers:
         if kind in ONE_WRITER and len(nodes_of[place]) > 1
     }
     if not found:
-        return Writers(task.content, task.writable)
+        return task
     dealt = [place if place in found else -1 for place in task.places]
     writable = writable_by_one_node(task.content, task.source.found.visible, task.writable, dealt, world.nodes)
     note = f"the target lies on {', '.join(sorted(set(found.values())))}: each weights file is written by one node"
@@ -162,4 +151,5 @@ def find_writers(task: Task, world: World) -> Writers:
     if idle:
         what = "a larger grid" if task.content.ends.target.is_owned else "smaller files (--max-shard-size)"
         note += f"; {idle} of {len(of_nodes)} nodes have none, {what} would share the work"
-    return Writers(with_parts(task.content, writable), writable, (note,))
+    content = with_parts(task.content, writable)
+    return replace(task, content=content, writable=writable, notes=[*task.notes, note])
