@@ -58,11 +58,7 @@ from dist_convert.write.task import Task, find_writers
 
 
 def convert(job: Options, world: World, channel: Control) -> Report:
-    """Convert a checkpoint, together with all other ranks; what was done is returned on every rank.
-
-    Raises:
-        ConversionError: see `errors`.
-    """
+    """Convert a checkpoint, together with all other ranks; what was done is returned on every rank."""
     model = open_source(job, world, channel)
     check_applies(job, model.format)
     task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)

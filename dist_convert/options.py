@@ -415,11 +415,7 @@ KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_values(job: Options | VerifyJob) -> None:
-    """Refuse values that the command line would not take, for options that come from a program.
-
-    Raises:
-        UsageError: all of them together.
-    """
+    """Refuse values of options from a program that the command line would not take, all of them together."""
     problems: list[ConversionError] = []
     for one, known in given(job):
         value = getattr(job, one.name)
@@ -450,11 +446,7 @@ def expanded_path(path: str | os.PathLike[str]) -> str:
 
 
 def check_together(options: Options) -> None:
-    """Refuse options that have no meaning without another, or exclude each other.
-
-    Raises:
-        UsageError: all of them together.
-    """
+    """Refuse options that have no meaning without another, or exclude each other, all of them together."""
     problems: list[ConversionError] = []
     for flag, is_given in {"--private": options.private, "--keep-paths": options.keep_paths}.items():
         if is_given and not options.push_to_hub:
@@ -482,11 +474,7 @@ def given_flags(options: Options) -> list[str]:
 
 
 def check_applies(options: Options, source: str) -> None:
-    """Refuse options that have no meaning for a source of this format.
-
-    Raises:
-        UsageError: all of them together.
-    """
+    """Refuse options that have no meaning for a source of this format, all of them together."""
     idle = [flag_of(one) for one, known in given(options) if not known.applies(source, options.to)]
     if idle:
         raise UsageError(

@@ -402,8 +402,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of the command line, with those of a `--config` file behind them.
 
     Raises:
-        UsageError: unknown flags, wrong values, on the command line or in the file, and paths that are not given.
-        Problems: several of these.
+        UsageError, Problems: all that is wrong on the command line and in the file, and paths that are not given.
     """
     parser, commands = build_parser()
     if argv[:1] == ["help"] or (len(argv) == 2 and argv[1] == "help" and argv[0] in commands):

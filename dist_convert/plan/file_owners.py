@@ -28,7 +28,6 @@ def deal_files(
     It depends on what each place sees, and not on how many ranks it has.
 
     Args:
-        content: of the conversion.
         visible: for each rank, the source files that it can read.
         places: for each rank, the number of its place.
     """

@@ -67,10 +67,6 @@ def alone() -> World:
 def join_world(device: str, timeout_seconds: float) -> World:
     """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
 
-    Args:
-        device: see `choose_device`.
-        timeout_seconds: after which a collective with a silent rank fails.
-
     Raises:
         LostRank: another rank does not come.
     """

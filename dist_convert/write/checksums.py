@@ -63,9 +63,7 @@ def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: 
 def seal(root: Path, name: str, known: Sequence[KnownRange]) -> None:
     """Write the storages' checksums to the two places of a `.pt` file that hold them; once more, it changes nothing.
 
-    Args:
-        root, name: of the complete file, see `open_below`.
-        known: checksums of ranges of the file, in ascending order. What they do not cover is read.
+    What the known ranges, in ascending order, do not cover is read.
 
     Raises:
         CorruptFile: it is not a container that torch wrote.

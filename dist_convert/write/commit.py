@@ -35,7 +35,6 @@ def check_target(
     """Check that the target can be made, and return the free bytes of its file system.
 
     Args:
-        target: final path.
         source: the checkpoint, which must not lie inside the target, nor the target inside it.
         overwrite: whether an existing target may be replaced, if a conversion has made it.
         needed_bytes: of all files together; an existing target's space is not free before the end.

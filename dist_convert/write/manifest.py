@@ -41,12 +41,9 @@ def file_record(root: Path, name: str, known: Sequence[KnownRange] = ()) -> dict
 
 
 def write_manifest(partial: Path, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the manifest of a target that is complete but for it.
+    """Write the manifest of a target that is complete but for it, with `facts` of `resume.facts_of`.
 
-    Args:
-        partial: the directory in which the target is made.
-        weights: the records of the target's weights files by name, those that lie on other nodes' disks included.
-        facts: what else is said, see `resume.facts_of`.
+    `weights` are the records of its weights files by name, those that lie on other nodes' disks included.
     """
     names = sorted((files_below(partial) | weights.keys()) - {MANIFEST_FILE})
     files = {name: weights.get(name) or file_record(partial, name) for name in names}

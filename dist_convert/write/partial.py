@@ -159,11 +159,7 @@ def read_note(directory: Path, note: str) -> str:
 
 
 def set_note(directory: Path, note: str, text: str = "") -> None:
-    """Note something for later runs.
-
-    Raises:
-        TargetError: the file system refuses.
-    """
+    """Note something for later runs."""
     replace_text(directory / JOURNAL_DIRECTORY / note, text)
 
 
@@ -191,8 +187,6 @@ def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str,
     """Check what earlier runs left of a target; makes nothing.
 
     Args:
-        target: final path.
-        identity: of this conversion, see `resume.identity_of`.
         sizes: in bytes, of the weights files that are made in this directory.
         overwrite: whether what cannot be gone on with may be thrown away.
 
@@ -353,11 +347,7 @@ def remove(path: Path) -> None:
 
 
 def forget(partial: Path) -> None:
-    """Remove the journals, so that nothing counts of what has been written.
-
-    Raises:
-        OSError: the file system refuses.
-    """
+    """Remove the journals, so that nothing counts of what has been written."""
     for name in journals(partial):
         remove(partial / JOURNAL_DIRECTORY / name)
     sync(partial / JOURNAL_DIRECTORY)

@@ -73,8 +73,7 @@ def local_directory(name: str, *, cache_only: bool = False) -> Path:
 def revision_on_hub(name: str) -> str:
     """`org/name@commit` of `org/name` or `org/name@revision`, so that all fetch the same; only its config is fetched.
 
-    Raises:
-        CheckpointNotFound, NotEnoughSpace: as `local_directory`; also where there is a directory of that name.
+    It raises what `local_directory` does; also where there is a directory of that name.
     """
     repository, revision = repository_and_revision(name)
     return f"{repository}@{_snapshot(repository, revision, [CONFIG_FILE]).name}"
@@ -94,11 +93,7 @@ def cached_snapshot(name: str) -> Path | None:
 
 
 def check_endpoint() -> None:
-    """Check the hub's address in the environment, which huggingface_hub cuts up as it is imported.
-
-    Raises:
-        UsageError: it is no address.
-    """
+    """Refuse what is no address of a hub in the environment, which huggingface_hub cuts up as it is imported."""
     try:
         urlsplit(os.environ.get("HF_ENDPOINT", ""))
     except ValueError as error:

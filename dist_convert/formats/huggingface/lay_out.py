@@ -270,9 +270,8 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError: all that the headers show to be wrong.
-        TargetError: see `find_places`.
         UploadError: what can be known now of an upload that would not start.
-        TargetError: nodes see different targets, and no flag says that this is meant.
+        TargetError, UsageError: see `find_places`.
     """
     notes = []
     if job.push_to_hub and world.rank == 0:

@@ -128,11 +128,7 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
 
 
 def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
-    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such.
-
-    Raises:
-        CorruptFile, UnsupportedModel, SourceError: see `read_safetensors_header`.
-    """
+    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such."""
     with reading(file), path.open("rb") as stream:
         size_bytes = path.stat().st_size
         most = min(MAX_HEADER_BYTES, size_bytes - 8)
@@ -228,11 +224,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def find_weights(directory: Path) -> tuple[str, ...]:
-    """The names of the weights files, sorted; those that an index names may lie on other machines only.
-
-    Raises:
-        CheckpointNotFound, CorruptFile, InconsistentShards: see `read_index`.
-    """
+    """The names of the weights files, sorted; those that an index names may lie on other machines only."""
     single, index = read_index(directory)
     return tuple(sorted(set(index.values()))) if index else (single,)
 

@@ -49,11 +49,7 @@ _TOKENIZER = (*FILES, f"{TEMPLATES}/*.jinja", "tokenizer.model.v*", "tekken.json
 
 
 def _check_directory(directory: Path) -> int:
-    """The size in bytes of what a complete directory sends.
-
-    Raises:
-        UploadError, CheckpointNotFound, CorruptFile, InconsistentShards: see `find_weights`.
-    """
+    """The size in bytes of what a complete directory sends."""
     refuse_foreign(directory)
     refuse_unfinished(directory)
     if not directory.is_dir():
@@ -291,10 +287,7 @@ def _check_privacy(api: HfApi, repository: str, private: bool) -> bool:
 def _explained(repository: str, remedy: str, directory: Path | None = None) -> Iterator[None]:
     """Say plainly what the hub's, the network's or the file system's error means, and how to go on.
 
-    Args:
-        repository: `org/name`.
-        remedy: the second half of a sentence.
-        directory: that is being uploaded, if that has begun.
+    `remedy` is the second half of a sentence, `directory` what is being uploaded, if that has begun.
     """
     # The last two: the card's front matter, and hf_xet.
     expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError)

@@ -156,8 +156,6 @@ def settle_target(
     """The model as it is padded for the target, and what the target is to be.
 
     Args:
-        job: the flags.
-        source: the model as it is read.
         vocab: its tokens, as the source itself says; None where it does not.
         margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
         own: what a Megatron source says of itself; None for others.
@@ -291,15 +289,7 @@ def plan_target(
     params_dtype: str | None,
     dtypes: Mapping[str, str],
 ) -> MegatronTarget:
-    """The target, with its args.
-
-    Args:
-        job: what was asked for.
-        given: what files and the source say beside the flags.
-        architecture, settings: of `settle_target`.
-        params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
-        dtypes: of each parameter, by canonical name.
-    """
+    """The target, with its args."""
     grid, stages = settings.grid, settings.stages
     args = target_args(job, given, architecture, settings, params_dtype)
     layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
@@ -320,13 +310,7 @@ def notes_to_megatron(
     places: Sequence[int],
     writable: Sequence[frozenset[str]],
 ) -> list[str]:
-    """All notes on a target.
-
-    Args:
-        job, given: what was asked for, and what files and the source say beside it.
-        target, content: what will be written.
-        places, writable: for each rank, where its target lies, and the files that it can write.
-    """
+    """All notes on a target."""
     notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
     flags = [] if given.own else training_flags(target.architecture)
     if flags:

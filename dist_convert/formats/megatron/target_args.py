@@ -384,14 +384,8 @@ def target_args(
 ) -> TargetArgs:
     """Everything that Megatron-LM needs to go on from the target with --use-checkpoint-args.
 
-    Of a Megatron source's own arguments all are kept but those of the target's layout. A margs file never overrules
-    the model or the target.
-
-    Args:
-        job: what was asked for; what no flag of it decides is said to be the flag's default.
-        given: what files and the source say beside the flags.
-        architecture, settings: of `settle_target`.
-        params_dtype: safetensors name of most weights; None where the source's args say it and go on to hold.
+    Of a Megatron source's own arguments all are kept but those of the target's layout. A margs file never overrules the
+    model or the target. `params_dtype` is the safetensors name of most weights; None where the source's args hold.
 
     Raises:
         UnsupportedModel: the margs file describes a model that the weights are not of.

@@ -69,9 +69,6 @@ def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) 
         flag: `--tokenizer`.
         args: the checkpoint's training arguments.
         iteration: the directory that is converted; also its parent is searched.
-
-    Raises:
-        UsageError, SourceError, MissingPackage: see `named_tokenizer`, of the flag's alone.
     """
     if flag is not None:
         return named_tokenizer(flag, _FLAG)
@@ -160,12 +157,6 @@ def shared_tokenizer(
     where: Where, args: Mapping[str, Any], directory: Path, world: World, *, padded: int, file: str
 ) -> tuple[Tokenizer, int | None]:
     """Rank 0's view of the tokenizer: its path may exist there only, and all ranks must plan alike.
-
-    Args:
-        where: the checkpoint.
-        args, directory: see `find_tokenizer`.
-        world: this rank.
-        padded, file: see `true_vocab`.
 
     Returns:
         The tokenizer, and the tokens without padding, of which nobody may say how many there are.
