@@ -42,16 +42,12 @@ def shown(text: object, most: int = _LONGEST) -> str:
     """
     line = str(text)
     line = line if len(line) <= most else f"{line[:most]}..."
-    return line if line.isprintable() else "".join(map(_escaped, line))
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def shown_line(text: object) -> str:
     """A line of ours with names of others in it, as it is printed."""
     return shown(_LONG_WORD.sub(r"\1...", str(text)), _LONGEST_LINE)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class ConversionError(Exception):

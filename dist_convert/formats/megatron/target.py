@@ -221,7 +221,10 @@ def settle_target(
             expected="--expert-layout sequential or te-grouped",
             found=dialect.experts,
         )
-    return architecture, Settings(_iteration(job, own), divisible_by, dialect, grid, stages, keeps_pipeline)
+    iteration = own.iteration if own else 1
+    if job.iteration is not None:
+        iteration = None if job.iteration == RELEASE else int(job.iteration)
+    return architecture, Settings(iteration, divisible_by, dialect, grid, stages, keeps_pipeline)
 
 
 def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
@@ -256,12 +259,6 @@ def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
         found=found,
         remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
     )
-
-
-def _iteration(job: Options, own: Own | None) -> int | None:
-    if job.iteration is None:
-        return own.iteration if own else 1
-    return None if job.iteration == RELEASE else int(job.iteration)
 
 
 @contextmanager
