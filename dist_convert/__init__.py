@@ -87,7 +87,7 @@ def convert(
         from dist_convert.cli.child import convert_in_ranks
 
         return convert_in_ranks(job, ranks, on_progress, cancel)
-    from dist_convert.api import convert as convert_job
+    from dist_convert.move.convert import convert as convert_job
     from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone, joined_group
 

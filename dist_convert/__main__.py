@@ -185,8 +185,7 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads, which nobody uses and a fork would lose
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     with importing():  # all that ranks import, once for all of them
-        import dist_convert.api
-        import dist_convert.compare.verify  # noqa: F401
+        import dist_convert.move.convert  # noqa: F401
         from dist_convert.ranks.launch import run_ranks
 
     return run_ranks(ranks, run)
@@ -236,9 +235,9 @@ def _upload(directory: Path, asked: argparse.Namespace | Options) -> int:
 
 def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     with importing():  # torch, which takes seconds; flags do without
-        from dist_convert.api import convert
         from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify
+        from dist_convert.move.convert import convert
         from dist_convert.ranks.channel import Channel
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 #: A program that takes longer hangs.
 TIMEOUT_SECONDS = 300.0
 #: All that a conversion or comparison imports before it knows what it is to do.
-IMPORTED = ("dist_convert.api", "dist_convert.compare.verify", "torch.distributed")
+IMPORTED = ("dist_convert.move.convert", "dist_convert.compare.verify", "torch.distributed")
 
 
 @dataclass(frozen=True)

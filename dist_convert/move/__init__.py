@@ -1,1 +1,1 @@
-"""Carries a plan out: buffers, collectives, and the pipeline from file to file."""
+"""Carries a conversion out: the whole of it in `convert.py`, the pipeline from file to file, and what is reported."""

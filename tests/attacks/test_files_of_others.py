@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import dist_convert.api
+import dist_convert.move.convert
 from dist_convert.write.commit import publish
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
@@ -203,13 +203,13 @@ def test_a_target_that_is_changed_during_its_replacement_is_kept_beside_the_new_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert convert(source, target) == 0
-    commit = dist_convert.api.commit
+    commit = dist_convert.move.convert.commit
 
     def hours_later(partial: Path, target: Path, *, replaces: str) -> None:
         change(target)
         commit(partial, target, replaces=replaces)
 
-    monkeypatch.setattr(dist_convert.api, "commit", hours_later)
+    monkeypatch.setattr(dist_convert.move.convert, "commit", hours_later)
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 1
     assert "the target was changed during the conversion, so it is not replaced" in capsys.readouterr().err
     assert (target / ("config.json" if change is changed else "diary")).exists()
@@ -226,13 +226,13 @@ def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
     source: Path, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert convert(source, target) == 0
-    settle = dist_convert.api.settle
+    settle = dist_convert.move.convert.settle
 
     def after_a_change(target: Path) -> str:
         added_to(target.with_name("out.replaced"))
         return settle(target)
 
-    monkeypatch.setattr(dist_convert.api, "settle", after_a_change)
+    monkeypatch.setattr(dist_convert.move.convert, "settle", after_a_change)
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert f"warning: {target}.replaced was changed since it was moved aside, and is kept" in capsys.readouterr().err
     assert (target.with_name("out.replaced") / "diary").read_text() == TEXT

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import dist_convert.api
+import dist_convert.move.convert
 from dist_convert.errors import Interrupted
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
@@ -23,7 +23,7 @@ def stopped(root: Path) -> Path:
         raise Interrupted(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(dist_convert.api, "commit", stop)
+        patches.setattr(dist_convert.move.convert, "commit", stop)
         assert convert(root / "in", root / "place" / "out") == 143
     return root
 

@@ -137,8 +137,7 @@ def fork(words: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Import what conversions import, and watch what is asked for."""
-    import dist_convert.api
-    import dist_convert.compare.verify  # noqa: F401
+    import dist_convert.move.convert  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_convert.api import convert as convert_job
+from dist_convert.move.convert import convert as convert_job
 from dist_convert.move.report import Report
 from dist_convert.options import Options
 from dist_convert.ranks.channel import Channel

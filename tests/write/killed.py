@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import dist_convert.api  # noqa: F401  imported once, before forking
+import dist_convert.move.convert  # noqa: F401  imported once, before forking
 from dist_convert.__main__ import main
 
 CALLS = (

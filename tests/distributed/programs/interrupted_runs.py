@@ -34,7 +34,7 @@ import dist_convert.plan.limits  # noqa: E402  all others take the sizes from th
 dist_convert.plan.limits.STEP_BYTES = 16384
 
 import dist_convert.__main__  # noqa: E402
-import dist_convert.api  # noqa: E402  imported once, before forking
+import dist_convert.move.convert  # noqa: E402  imported once, before forking
 from tests.distributed.programs.forked_store import end_store, fork_store  # noqa: E402
 
 TIMEOUT_SECONDS = 60.0

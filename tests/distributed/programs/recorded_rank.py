@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import dist_convert.api
+import dist_convert.move.convert
 from dist_convert.__main__ import main
 from dist_convert.move.report import Report, report_details
 from dist_convert.options import Options
@@ -52,7 +52,7 @@ def record_collectives() -> list[tuple[str, str, list[int]]]:
 
 def record_conversions(file: Path) -> None:
     """From now on, write down what becomes of a conversion."""
-    convert = dist_convert.api.convert
+    convert = dist_convert.move.convert.convert
 
     def convert_recorded(job: Options, world: World, channel: Channel) -> Report:
         seen = record_collectives()
@@ -60,7 +60,7 @@ def record_conversions(file: Path) -> None:
         file.write_text(json.dumps({"outcome": report_details(outcome), "seen": seen}))
         return outcome
 
-    dist_convert.api.convert = convert_recorded
+    dist_convert.move.convert.convert = convert_recorded
 
 
 if __name__ == "__main__":
