@@ -21,10 +21,10 @@ from dist_convert.formats.megatron.target import (
 )
 from dist_convert.formats.megatron.target_args import (
     PIPELINE_LAYOUT,
-    Given,
-    Own,
+    MegatronSource,
     TargetDialect,
-    read_margs,
+    TargetInputs,
+    read_training_args,
     target_tokenizer,
 )
 from dist_convert.formats.meta.open import MetaModel
@@ -58,7 +58,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     source, left_behind = model.catalog()
     own = _own(job, model, source)
     given = _given(job, model, own, world)
-    architecture, settings = settle_target(job, source.architecture, model.vocab, given.margs, own)
+    architecture, settings = settle_target(job, source.architecture, given)
     wanted = TARGET_DTYPES[job.target_params_dtype or "keep"]
     params_dtype = wanted if own or wanted else source.params_dtype
     dtypes = target_dtypes(source, wanted)
@@ -120,7 +120,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     )
 
 
-def _own(job: Options, model: Model, catalog: Catalog) -> Own | None:
+def _own(job: Options, model: Model, catalog: Catalog) -> MegatronSource | None:
     """What a Megatron source says of itself."""
     if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
         grid, chunks = catalog.grid, catalog.chunks
@@ -141,18 +141,18 @@ def _own(job: Options, model: Model, catalog: Catalog) -> Own | None:
         norms = dialect_of_args(model.args)[0]  # names do not tell there, and training goes by the args
     is_release = model.directory.resolve().name == RELEASE
     dialect = TargetDialect(norms, experts or "sequential", mtp_name_of(listed))
-    return Own(model.args, grid, chunks, None if is_release else iteration or 0, dialect)
+    return MegatronSource(model.args, grid, chunks, None if is_release else iteration or 0, dialect)
 
 
-def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
+def _given(job: Options, model: Model, own: MegatronSource | None, world: World) -> TargetInputs:
     """Rank 0's answer for all: paths may lead elsewhere on other nodes, and all ranks must write the same args.
 
     Raises:
-        UsageError, CorruptFile: see `read_margs`.
+        UsageError, CorruptFile: see `read_training_args`.
     """
     mine: list[Any] = []
     if world.rank == 0:
-        said = read_margs(job.source_margs_file) if job.source_margs_file else None
+        said = read_training_args(job.source_margs_file) if job.source_margs_file else None
         asked, found = job.tokenizer_model, model.tokenizer
         if asked is None and isinstance(model, MetaModel) and found.path and found.kind != "tiktoken":
             asked = str(found.path)  # Megatron reads no bare file of Llama 3's
@@ -161,16 +161,16 @@ def _given(job: Options, model: Model, own: Own | None, world: World) -> Given:
             args = own.args if own else said
             mine[1:3] = target_tokenizer(asked, job.tokenizer_type, job.source, model.directory, args)
         mine.append(find_tokenizer(None, {"tokenizer_model": mine[1]}, model.directory).size if mine[1] else None)
-    margs, tokenizer_model, tokenizer_type, carried, tokens = gather_objects(world, mine)[0]
-    return Given(margs, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)
+    training_args, tokenizer_model, tokenizer_type, carried, tokens = gather_objects(world, mine)[0]
+    return TargetInputs(training_args, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)
 
 
 def _files_of_places(
-    job: Options, grid: Grid, given: Given, files: frozenset[str], places: Sequence[int], nodes: Sequence[int]
+    job: Options, grid: Grid, given: TargetInputs, files: frozenset[str], places: Sequence[int], nodes: Sequence[int]
 ) -> tuple[frozenset[str], ...]:
     """For each place the rank files that are made there, under names that tell places apart."""
     if not max(places) or not job.target_ranks_per_node:
         return (files,)
-    check_rank_order(given.own.args if given.own else given.margs)
+    check_rank_order(given.own.args if given.own else given.training_args)
     held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
     return tuple(frozenset(name_at(place, file) for file in at) for place, at in enumerate(held))

@@ -40,7 +40,7 @@ from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
 from dist_convert.records import counted, human_bytes, local_name, warnings_of
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import commit, publish, settle, sweep, sync_files
+from dist_convert.write.commit import commit, publish, remove_journal, remove_leftovers, sync_files
 from dist_convert.write.files import target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.places import spread_files
@@ -112,11 +112,11 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         if words := task.layout.to_do():
             channel.say("to do", words)
         # The last thing of all: until then, the same command finds what is left to do.
-        if task.is_first and (words := settle(task.target)):
+        if task.is_first and (words := remove_leftovers(task.target)):
             channel.say("note", words)
         channel.say("done", report_text(report, verbose=job.verbose), report=report_details(report))
     if task.is_first:
-        sweep(task.target)
+        remove_journal(task.target)
     return report
 
 

@@ -28,9 +28,9 @@ from typing import Any
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_contact
-from dist_convert.ranks.answer import answer_within
 from dist_convert.ranks.collectives import World, barrier, named_loss
 from dist_convert.ranks.log import Log
+from dist_convert.ranks.timeout import call_with_timeout
 
 BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.3
@@ -267,7 +267,7 @@ class Channel:
             return exit_code
         failures = Failures(self._store)
         try:
-            return answer_within(2.5 * _PATIENCE_SECONDS, lambda: self._report(failures, message, exit_code))
+            return call_with_timeout(2.5 * _PATIENCE_SECONDS, lambda: self._report(failures, message, exit_code))
         except TimeoutError:
             print(message, file=sys.stderr, flush=True)  # the store is out of reach: others report for themselves
             os._exit(exit_code)
@@ -301,7 +301,7 @@ class Channel:
         if store is None:
             return
         try:
-            before, after = answer_within(2 * _PATIENCE_SECONDS, lambda: self._heard_twice(store))
+            before, after = call_with_timeout(2 * _PATIENCE_SECONDS, lambda: self._heard_twice(store))
         except (TimeoutError, DistError):
             error.found = f"{os.environ.get('MASTER_ADDR')}, where all ranks meet, does not answer; {error.found}"
             return

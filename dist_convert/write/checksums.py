@@ -60,7 +60,7 @@ def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: 
     return checksum
 
 
-def seal(root: Path, name: str, known: Sequence[KnownRange]) -> None:
+def write_record_checksums(root: Path, name: str, known: Sequence[KnownRange]) -> None:
     """Write the storages' checksums to the two places of a `.pt` file that hold them; once more, it changes nothing.
 
     What the known ranges, in ascending order, do not cover is read.

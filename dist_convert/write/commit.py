@@ -153,7 +153,7 @@ def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
 def commit(partial: Path, target: Path, *, replaces: str) -> None:
     """Give the partial directory its final name; a target that is replaced moves aside first.
 
-    The journal stays inside until `settle`: by it a run that finds the target knows what is left to do.
+    The journal stays inside until `remove_leftovers`: by it a run that finds the target knows what is left to do.
 
     Args:
         partial, target: the directory, and its final path.
@@ -223,8 +223,8 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     replace_files(root, files, target / JOURNAL_DIRECTORY if is_ours(target) else root)
 
 
-def settle(target: Path) -> str:
-    """The last step of a conversion: remove what it replaced, and its journal, but for what `sweep` has to wait for.
+def remove_leftovers(target: Path) -> str:
+    """The last step of a conversion: remove what it replaced, and its journal, as far as nobody holds it.
 
     Returns:
         What is left for the user to remove, in a sentence.
@@ -246,11 +246,11 @@ def settle(target: Path) -> str:
                 with contextlib.suppress(PermissionError):  # of file systems without modes
                     target.chmod(target.stat().st_mode & 0o7000 | 0o700 | usual | (usual & 0o444) >> 2)
                 (journal / IDENTITY_FILE).unlink()
-            sweep(target)
+            remove_journal(target)
     return kept
 
 
-def sweep(target: Path) -> None:
+def remove_journal(target: Path) -> None:
     """Remove the journal's directory.
 
     Network file systems keep a file that is removed while it is open, as the lock is: call it once more when it is not.

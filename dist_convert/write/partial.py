@@ -2,12 +2,12 @@
 
 What lies beside each other says how far a conversion is; whoever finds it holds the lock before he changes anything:
 
-| There is | State | What `claim` does |
+| There is | State | What `lock_target` does |
 |---|---|---|
 | no `NAME.partial`, or an empty one, or a journal directory without an identity | new | makes what is missing |
 | `NAME.partial/.journal/identity.json` | unfinished | goes on with it; else, with `--overwrite`, empties it |
 | `NAME.partial/.journal/replaces`, `NAME.replaced`, no `NAME` | unfinished | gives the old target its name back first |
-| `NAME/.journal/identity.json` | complete, and has its name | nothing: `commit.settle` is left to do |
+| `NAME/.journal/identity.json` | complete, and has its name | nothing: `commit.remove_leftovers` is left to do |
 | anything else named `NAME.partial` | somebody else's | refuses, and touches nothing |
 
 Only a directory with an identity is ever taken up or emptied, and never read as a checkpoint; nor is one that another
@@ -254,7 +254,7 @@ _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def _is_new(partial: Path) -> bool:
-    """Whether nothing is there but what `claim` makes before the identity."""
+    """Whether nothing is there but what `lock_target` makes before the identity."""
     names = set(os.listdir(partial))
     journal = partial / JOURNAL_DIRECTORY
     if JOURNAL_DIRECTORY in names:
@@ -296,7 +296,7 @@ def damaged(path: Path, found: str) -> ResumeRefused:
     )
 
 
-def claim(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> Lock:
+def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> Lock:
     """Make the partial directory, or take up one that passes `check_partial`; nobody else has it until the release."""
     partial = partial_of(target)
     if is_made_of(target, identity):  # only the last steps are missing

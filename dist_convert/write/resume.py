@@ -59,13 +59,13 @@ from dist_convert.write.partial import (
     VOID,
     aside_of,
     check_partial,
-    claim,
     damaged,
     forget,
     has_note,
     is_gone_on_with,
     is_made_of,
     is_ours,
+    lock_target,
     look,
     set_note,
 )
@@ -273,11 +273,11 @@ class Held:
 
 @contextlib.contextmanager
 def held_target(task: Task, world: World) -> Iterator[Held]:
-    """Hold the target for this conversion, see `partial.claim`; errors inside say how to go on with it."""
+    """Hold the target for this conversion, see `partial.lock_target`; errors inside say how to go on with it."""
     lock, is_here, runs_before = None, False, 0
     is_named = task.is_first and has_name(task)
     if task.is_first and (not is_named or is_ours(task.target)):
-        lock = claim(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
+        lock = lock_target(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     try:
         named: list[bool] = gather_objects(world, is_named)
         is_here = not named[task.places.index(task.places[task.rank])]

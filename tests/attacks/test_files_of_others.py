@@ -226,13 +226,13 @@ def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
     source: Path, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert convert(source, target) == 0
-    settle = dist_convert.move.convert.settle
+    remove_leftovers = dist_convert.move.convert.remove_leftovers
 
     def after_a_change(target: Path) -> str:
         added_to(target.with_name("out.replaced"))
-        return settle(target)
+        return remove_leftovers(target)
 
-    monkeypatch.setattr(dist_convert.move.convert, "settle", after_a_change)
+    monkeypatch.setattr(dist_convert.move.convert, "remove_leftovers", after_a_change)
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert f"warning: {target}.replaced was changed since it was moved aside, and is kept" in capsys.readouterr().err
     assert (target.with_name("out.replaced") / "diary").read_text() == TEXT

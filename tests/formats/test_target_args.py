@@ -15,14 +15,14 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.megatron.grid import Grid, grid_from_args, stage_layers
 from dist_convert.formats.megatron.target_args import (
-    Given,
     Settings,
     TargetArgs,
     TargetDialect,
+    TargetInputs,
     TorchDtype,
     padded_vocab,
     target_args,
-    target_margs_json,
+    target_args_json,
     training_flags,
 )
 from dist_convert.formats.torch.shards import read_shard
@@ -50,7 +50,7 @@ def make(architecture: Architecture = LLAMA, grid: Grid = ONE_RANK, **keys: Any)
         "layout": job.pipeline_model_parallel_layout,
     }
     tokenizer = keys.get("tokenizer_model", "/hf/model"), keys.get("tokenizer_type")
-    given = Given(keys.get("margs"), *tokenizer, carried={}, vocab=keys.get("vocab", architecture.vocab))
+    given = TargetInputs(keys.get("margs"), *tokenizer, carried={}, vocab=keys.get("vocab", architecture.vocab))
     dialect = TargetDialect(keys.get("transformer_impl", "transformer_engine"), keys.get("expert_layout", "sequential"))
     stages = stage_layers(architecture.layers, grid.pipeline, grid.virtual_pipeline, **uneven)
     settings = Settings(keys.get("iteration", 7), 128, dialect, grid, stages)
@@ -219,7 +219,7 @@ def test_the_world_is_the_smallest_that_has_all_ranks_of_the_grid(
 
 def test_the_json_file_holds_the_values_and_where_each_is_from() -> None:
     args = make(replace(MIXTRAL, sliding_window=128))
-    found = json.loads(target_margs_json(args))
+    found = json.loads(target_args_json(args))
     assert found.pop("origins_of_arguments") == args.origins
     assert list(found) == list(args.values)
     assert (found["params_dtype"], found["window_size"], found["num_experts"]) == ("torch.bfloat16", [127, 0], 8)
@@ -267,5 +267,5 @@ def test_what_training_does_not_take_from_a_checkpoint_is_said_in_its_flags(
 ) -> None:
     architecture = replace(LLAMA, **{"norm_epsilon": 1e-5, "rope_scaling": None, **change})
     assert training_flags(architecture) == flags
-    written = json.loads(target_margs_json(make(architecture), training_flags(architecture)))
+    written = json.loads(target_args_json(make(architecture), training_flags(architecture)))
     assert written.get("training_flags", []) == flags

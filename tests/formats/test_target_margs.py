@@ -10,7 +10,7 @@ import pytest
 
 from dist_convert.errors import CorruptFile, UnsupportedModel, UsageError
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.megatron.target_args import TorchDtype, describe_origins, read_margs
+from dist_convert.formats.megatron.target_args import TorchDtype, describe_origins, read_training_args
 from tests.formats.test_target_args import MIXTRAL, make, read_back
 
 AS_MARGS = ", as --source-margs-file says)"
@@ -106,17 +106,17 @@ def test_a_margs_file_of_a_model_that_the_weights_are_not_of_is_refused() -> Non
 def test_the_arguments_of_a_converted_model_come_back_as_they_were(tmp_path: Path) -> None:
     first = read_back(make(MIXTRAL, Grid(2, 1, 1, 2, 2), margs={"lr": 0.1, "yaml_cfg": None}), tmp_path)
     (tmp_path / "source_megatron_args.json").write_text(json.dumps(first))
-    margs = read_margs(tmp_path / "source_megatron_args.json")
+    margs = read_training_args(tmp_path / "source_megatron_args.json")
     assert read_back(make(MIXTRAL, Grid(2, 1, 1, 2, 2), margs=margs), tmp_path) == first
 
 
 def test_a_margs_file_that_is_not_there_or_no_object_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist") as error:
-        read_margs(tmp_path / "margs.json")
+        read_training_args(tmp_path / "margs.json")
     assert error.value.file == f"{tmp_path}/margs.json"
     (tmp_path / "margs.json").write_text("[]")
     with pytest.raises(CorruptFile, match="not a JSON object"):
-        read_margs(tmp_path / "margs.json")
+        read_training_args(tmp_path / "margs.json")
 
 
 def test_the_order_is_alphabetical_whatever_the_order_of_the_margs_file() -> None:

@@ -16,7 +16,7 @@ import torch
 from dist_convert.errors import CorruptFile
 from dist_convert.formats.torch.target import write_skeleton
 from dist_convert.read.torch_file import data_offsets_bytes, open_container
-from dist_convert.write.checksums import checksum_of, seal
+from dist_convert.write.checksums import checksum_of, write_record_checksums
 from dist_convert.write.files import opened
 
 STATE = {
@@ -64,7 +64,7 @@ def without_serialization_id(path: Path) -> bytes:
 def test_a_truncated_file_is_not_sealed(filled: Path) -> None:
     os.truncate(filled, filled.stat().st_size - 30)
     with pytest.raises(CorruptFile) as caught:
-        seal(filled.parent, filled.name, [])
+        write_record_checksums(filled.parent, filled.name, [])
     assert caught.value.file == "filled.pt"
 
 
@@ -73,14 +73,14 @@ def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path,
     with whole.open("wb") as file:
         torch.save(STATE, file)
     assert without_serialization_id(filled) != without_serialization_id(whole)
-    seal(filled.parent, filled.name, [])
+    write_record_checksums(filled.parent, filled.name, [])
     assert without_serialization_id(filled) == without_serialization_id(whole)
 
 
 def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path) -> None:
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() == "archive/data/0"
-    seal(filled.parent, filled.name, [])
+    write_record_checksums(filled.parent, filled.name, [])
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() is None
 
@@ -101,7 +101,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
             for half, at in zip(halves, (offset, offset + size // 2), strict=True):
                 os.pwrite(file.fileno(), half, at)
                 known.append((at, len(half), zlib.crc32(half)))
-    seal(path.parent, path.name, sorted(known))
+    write_record_checksums(path.parent, path.name, sorted(known))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert {name: archive.read(f"archive/{name}") for name in ("data/0", "data/1", "data/2")} == {
@@ -111,7 +111,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="unzip is not installed")
 def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) -> None:
-    seal(filled.parent, filled.name, [])
+    write_record_checksums(filled.parent, filled.name, [])
     assert subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True).returncode == 0
     offset, _ = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
@@ -123,9 +123,9 @@ def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) ->
 
 
 def test_patching_twice_gives_the_same_bytes(filled: Path) -> None:
-    seal(filled.parent, filled.name, [])
+    write_record_checksums(filled.parent, filled.name, [])
     once = filled.read_bytes()
-    seal(filled.parent, filled.name, [])
+    write_record_checksums(filled.parent, filled.name, [])
     assert filled.read_bytes() == once
 
 
@@ -135,7 +135,7 @@ def test_a_record_without_its_descriptor_is_refused(filled: Path) -> None:
         file.seek(offset + size)
         file.write(b"xx")
     with pytest.raises(CorruptFile) as caught:
-        seal(filled.parent, filled.name, [])
+        write_record_checksums(filled.parent, filled.name, [])
     assert caught.value.file == "filled.pt: data/2"
 
 
@@ -147,7 +147,7 @@ def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path:
         file.seek(offset)
         file.write(DATA["data/2"])
     huge, _ = record_ranges(path)["data/0"]
-    seal(path.parent, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
+    write_record_checksums(path.parent, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
     with zipfile.ZipFile(path) as archive:
         assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
         assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
-from dist_convert.write.commit import check_target, commit, settle
+from dist_convert.write.commit import check_target, commit, remove_leftovers
 from dist_convert.write.partial import look
 
 
@@ -153,7 +153,7 @@ def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, t
     if there:
         target.mkdir()
     commit(partial, target, replaces="")
-    settle(target)
+    remove_leftovers(target)
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
 
@@ -162,7 +162,7 @@ def test_with_overwrite_nothing_of_the_old_target_is_left(target: Path, partial:
     write(target, "config.json", "old")
     write(target, "model-00001-of-00002.safetensors", "old")
     commit(partial, target, replaces=look(target))
-    settle(target)
+    remove_leftovers(target)
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
@@ -207,7 +207,7 @@ def test_a_link_to_a_model_is_replaced_and_the_model_it_leads_to_is_kept(target:
     write(elsewhere, "config.json", "old")
     target.symlink_to(elsewhere)
     commit(partial, target, replaces=look(target))
-    settle(target)
+    remove_leftovers(target)
     assert (target / "config.json").read_text() == "new"
     assert (elsewhere / "config.json").read_text() == "old"
     assert beside(target) == ["elsewhere", "model"]

@@ -25,7 +25,7 @@ from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
-from dist_convert.ranks.answer import answer_within
+from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.read.source import no_directory, read_json
 from dist_convert.records import human_bytes, names
 from dist_convert.write.files import PARTIAL_SUFFIX
@@ -142,8 +142,8 @@ def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> st
         asked = f"asking {constants.ENDPOINT} whether the model can go to {repository}"
         print(shown_line(asked), file=sys.stderr, flush=True)
         api = HfApi()
-        _check_permission(answer_within(answer_seconds, api.whoami), repository)
-        is_there = answer_within(answer_seconds, lambda: _check_privacy(api, repository, planned.private))
+        _check_permission(call_with_timeout(answer_seconds, api.whoami), repository)
+        is_there = call_with_timeout(answer_seconds, lambda: _check_privacy(api, repository, planned.private))
     kind = "private repository" if planned.private else "repository"
     paths = "whole, as --keep-paths says" if planned.keep_paths else "as names (--keep-paths leaves them whole)"
     return (
@@ -185,8 +185,8 @@ def upload(planned: Upload) -> str:
     api = HfApi()
     is_private = True if planned.private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
-        answer_within(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
-        answer_within(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, planned.private))
+        call_with_timeout(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
+        call_with_timeout(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, planned.private))
         with nullcontext(directory) if planned.keep_paths else _without_paths(directory) as folder:
             commit = api.upload_folder(
                 repo_id=repository,

@@ -31,17 +31,17 @@ from dist_convert.formats.megatron.grid import (
 from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
     PIPELINE_LAYOUT,
-    Given,
-    Own,
+    MegatronSource,
     Settings,
     TargetArgs,
     TargetDialect,
+    TargetInputs,
     args_json,
     describe_origins,
     is_hub_name,
     padded_vocab,
     target_args,
-    target_margs_json,
+    target_args_json,
     training_flags,
 )
 from dist_convert.models import FAMILIES
@@ -130,7 +130,7 @@ class MegatronTarget:
     def beside(self) -> dict[str, bytes]:
         """What describes this iteration in the root, and names it as the newest."""
         newest = RELEASE if self.iteration is None else str(self.iteration)
-        described = target_margs_json(self.args, training_flags(self.architecture))
+        described = target_args_json(self.args, training_flags(self.architecture))
         return {ARGS_FILE: described.encode(), TRACKER_FILE: newest.encode()}
 
     def write_carried(self, partial: Path) -> None:
@@ -150,32 +150,26 @@ def cuts_pipeline(job: Options) -> bool:
     return any(getattr(job, name) is not None for name in _PIPELINE_OPTIONS)
 
 
-def settle_target(
-    job: Options, source: Architecture, vocab: int | None, margs: Mapping[str, Any] | None, own: Own | None
-) -> tuple[Architecture, Settings]:
+def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tuple[Architecture, Settings]:
     """The model as it is padded for the target, and what the target is to be.
-
-    Args:
-        vocab: its tokens, as the source itself says; None where it does not.
-        margs: content of the margs file, if one was given; its parallel sizes stand where flags give none.
-        own: what a Megatron source says of itself; None for others.
 
     Raises:
         UsageError: a target that cannot exist; all reasons are reported together.
     """
-    theirs = own.args if own else margs
+    own = given.own
+    theirs = own.args if own else given.training_args
     tensor = job.target_tensor_parallel_size or _size(theirs, "tensor_model_parallel_size") or 1
     pipeline = job.target_pipeline_parallel_size or _size(theirs, "pipeline_model_parallel_size") or 1
     own_divisor = _size(own.args, "make_vocab_size_divisible_by") if own else None
     divisible_by = job.make_vocab_size_divisible_by or own_divisor or 128
     architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
     problems: list[ConversionError] = []
-    if own is None and job.true_vocab_size not in (None, vocab):
+    if own is None and job.true_vocab_size not in (None, given.vocab):
         problems.append(
             UsageError(
                 "--true-vocab-size is not the model's",
                 file=_CONFIG,
-                expected=f"vocab_size {vocab}",
+                expected=f"vocab_size {given.vocab}",
                 found=job.true_vocab_size,
                 remedy="leave --true-vocab-size out",
             )
@@ -227,7 +221,7 @@ def settle_target(
     return architecture, Settings(iteration, divisible_by, dialect, grid, stages, keeps_pipeline)
 
 
-def _kept_stages(own: Own, layers: int) -> tuple[tuple[int, ...], ...]:
+def _kept_stages(own: MegatronSource, layers: int) -> tuple[tuple[int, ...], ...]:
     """The layers of a Megatron source's chunks, as its files have them, by virtual stage and pipeline rank.
 
     Raises:
@@ -280,7 +274,7 @@ def _size(args: Mapping[str, Any] | None, name: str) -> int | None:
 
 def plan_target(
     job: Options,
-    given: Given,
+    given: TargetInputs,
     architecture: Architecture,
     settings: Settings,
     params_dtype: str | None,
@@ -302,7 +296,7 @@ _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 def notes_to_megatron(
     job: Options,
     target: MegatronTarget,
-    given: Given,
+    given: TargetInputs,
     content: Content,
     places: Sequence[int],
     writable: Sequence[frozenset[str]],
@@ -321,7 +315,7 @@ def notes_to_megatron(
     whose = job.source_margs_file.name if job.source_margs_file else "the source"
     if taken:
         notes.append(f"parallel sizes of {whose}, as no flag gives them: {', '.join(taken)}")
-    notes += _on_margs(job, target, given.margs or {})
+    notes += _on_training_args(job, target, given.training_args or {})
     if given.own and given.vocab is None:
         notes.append(
             f"warning: nobody says how many tokens the vocabulary has: all {target.architecture.vocab} rows are kept; "
@@ -360,7 +354,7 @@ def _on_spelling(job: Options, target: MegatronTarget) -> list[str]:
     return []
 
 
-def _on_margs(job: Options, target: MegatronTarget, margs: Mapping[str, Any]) -> list[str]:
+def _on_training_args(job: Options, target: MegatronTarget, training_args: Mapping[str, Any]) -> list[str]:
     """What a margs file says of the layout besides the two sizes that are taken from it, and the target does not have.
 
     The target's own args describe it as it is; a command line of the earlier training would not fit it.
@@ -368,9 +362,9 @@ def _on_margs(job: Options, target: MegatronTarget, margs: Mapping[str, Any]) ->
     is_taken = job.target_pipeline_parallel_size is None and target.grid.pipeline > 1
     names = (*(PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
     left = [
-        f"{name} {margs[name]} ({target.args.values.get(name)} here)"
+        f"{name} {training_args[name]} ({target.args.values.get(name)} here)"
         for name in names
-        if margs.get(name) and margs[name] != target.args.values.get(name)
+        if training_args.get(name) and training_args[name] != target.args.values.get(name)
     ]
     if not left:
         return []

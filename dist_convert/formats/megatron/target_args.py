@@ -64,7 +64,7 @@ class TargetDialect:
 
 
 @dataclass(frozen=True)
-class Own:
+class MegatronSource:
     """What a Megatron source says of itself, which its target keeps where no flag says otherwise.
 
     Attributes:
@@ -82,11 +82,11 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Given:
+class TargetInputs:
     """What files say of a target beside the flags: the margs file, the tokenizer's, and a Megatron source.
 
     Attributes:
-        margs: content of the margs file, if one was given.
+        training_args: content of the margs file, if one was given.
         tokenizer_model, tokenizer_type: see `target_tokenizer`.
         vocab: tokens without padding; None where nobody says.
         own: what a Megatron source says of itself.
@@ -94,12 +94,12 @@ class Given:
         tokens: of the tokenizer; None where it is not here.
     """
 
-    margs: Mapping[str, Any] | None
+    training_args: Mapping[str, Any] | None
     tokenizer_model: str | None
     tokenizer_type: str | None
     carried: Mapping[str, Mapping[str, Any]]
     vocab: int | None = None
-    own: Own | None = None
+    own: MegatronSource | None = None
     tokens: int | None = None
 
 
@@ -285,7 +285,7 @@ def run_values(to: str, iteration: int | None, *, is_trained: bool) -> Found:
     return _all_from(DEFAULT, **values) | _all_from(f"flag {flag}", iteration=iteration or 0)
 
 
-def spelling_values(job: Options, a: Architecture, dialect: TargetDialect, own: Own | None) -> Found:
+def spelling_values(job: Options, a: Architecture, dialect: TargetDialect, own: MegatronSource | None) -> Found:
     """Which classes of norms and experts the tensors' names belong to, where a Megatron source's args do not say so."""
     found: Found = {}
     is_silent = job.to == TORCH_DIST and own is not None and own.args.get("transformer_impl") is None
@@ -363,7 +363,7 @@ class TargetArgs:
     origins: dict[str, str]
 
 
-def read_margs(path: Path) -> dict[str, Any]:
+def read_training_args(path: Path) -> dict[str, Any]:
     """The training arguments in a `source_megatron_args.json`.
 
     Raises:
@@ -380,7 +380,7 @@ def read_margs(path: Path) -> dict[str, Any]:
 
 
 def target_args(
-    job: Options, given: Given, architecture: Architecture, settings: Settings, params_dtype: str | None
+    job: Options, given: TargetInputs, architecture: Architecture, settings: Settings, params_dtype: str | None
 ) -> TargetArgs:
     """Everything that Megatron-LM needs to go on from the target with --use-checkpoint-args.
 
@@ -393,7 +393,8 @@ def target_args(
     own, flags = given.own, given_flags(job)
     origins: dict[str, str] = {}
     excluded = frozenset[str]()
-    found, fixed, said, whose = Found(), Found(), own.args if own else given.margs or {}, SOURCE if own else MARGS
+    found, fixed = Found(), Found()
+    said, whose = (own.args, SOURCE) if own else (given.training_args or {}, MARGS)
     if own is None:
         found = default_values(architecture, given.tokenizer_model)
         excluded = MIXTRAL_EXCLUDED if architecture.experts else LLAMA_EXCLUDED
@@ -481,7 +482,7 @@ def args_json(args: TargetArgs) -> str:
     return json.dumps(args.values, default=str)
 
 
-def target_margs_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
+def target_args_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
     """The content of `target_megatron_args.json`: as `args_json`, and below it where each argument is from.
 
     `flags` are those of `training_flags`, where there are any.
@@ -537,7 +538,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def target_tokenizer(
-    asked: str | None, asked_type: str | None, load_dir: str, directory: Path, margs: Mapping[str, Any] | None
+    asked: str | None, asked_type: str | None, load_dir: str, directory: Path, training_args: Mapping[str, Any] | None
 ) -> tuple[str | None, str | None]:
     """`tokenizer_model` and `tokenizer_type` of the target, which go together.
 
@@ -549,9 +550,9 @@ def target_tokenizer(
         asked_type: by `--tokenizer-type`.
         load_dir: of the model as the user gave it, a directory or a hub id.
         directory: where its files are.
-        margs: content of the margs file, if one was given.
+        training_args: content of the margs file, if one was given.
     """
-    kind = asked_type or (margs or {}).get("tokenizer_type") or _HUGGING_FACE
+    kind = asked_type or (training_args or {}).get("tokenizer_type") or _HUGGING_FACE
     place = Path(asked) if asked is not None else directory
     if asked is not None and not place.is_dir():
         return os.path.abspath(asked) if place.exists() else asked, asked_type

@@ -23,7 +23,7 @@ from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
-from dist_convert.write.checksums import KnownRange, seal
+from dist_convert.write.checksums import KnownRange, write_record_checksums
 from dist_convert.write.files import make_file, opened, writing
 
 
@@ -137,7 +137,7 @@ class TorchTarget:
             with writing(name), opened(partial, name, os.O_WRONLY) as descriptor:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
-            seal(partial, name, known.get(file.name, ()))
+            write_record_checksums(partial, name, known.get(file.name, ()))
         if is_first:
             self.target.write_carried(partial)
 

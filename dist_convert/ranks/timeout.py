@@ -10,7 +10,7 @@ from typing import TypeVar
 Answer = TypeVar("Answer")
 
 
-def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+def call_with_timeout(seconds: float, ask: Callable[[], Answer]) -> Answer:
     """What a question is answered, or the error that it raises; its thread does not keep Python from ending.
 
     For calls that have no limit of their own: most requests of huggingface_hub (`timeout=None` in its
