@@ -220,13 +220,13 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
 
 def _upload(directory: Path, asked: argparse.Namespace | Options) -> int:
     from dist_convert.formats.huggingface.upload import Upload, upload
-    from dist_convert.formats.tokenizer.huggingface import is_huggingface
+    from dist_convert.formats.tokenizer.huggingface import has_tokenizer_files
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if is_first_rank():
         planned = Upload(directory, str(asked.push_to_hub), asked.private, asked.keep_paths)
         print(shown_line(f"{directory}: uploaded as {upload(planned)}"), file=sys.stderr)
-        if not is_huggingface(directory):
+        if not has_tokenizer_files(directory):
             said = (asked.instruct, asked.source_model_type) if isinstance(asked, Options) else (False, None)
             how = how_to_add_tokenizer(directory, instruct=said[0], model_type=said[1])
             print(shown_line(f"{how}; then upload it with: {planned.command}"), file=sys.stderr)

@@ -47,7 +47,7 @@ from dist_convert.formats.huggingface.read import (
 )
 from dist_convert.formats.huggingface.upload import Upload, check_upload
 from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
-from dist_convert.formats.tokenizer.huggingface import TEMPLATES, is_huggingface, write_tokenizer
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
     Tokenizer,
     how_to_add_tokenizer,
@@ -160,7 +160,7 @@ class HuggingFaceTarget:
             return ""
         if disks > 1:
             lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
-        if not isinstance(self.model, HuggingFaceModel) and not is_huggingface(job.target):
+        if not isinstance(self.model, HuggingFaceModel) and not has_tokenizer_files(job.target):
             how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
             lines.append(how)
         return "\n".join(map(shown_line, lines))

@@ -24,7 +24,7 @@ from dist_convert.errors import UploadError, UsageError, shown_line
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, find_weights
-from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, is_huggingface
+from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, has_tokenizer_files
 from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.read.source import no_directory, read_json
 from dist_convert.records import human_bytes, names
@@ -166,7 +166,7 @@ def upload(planned: Upload) -> str:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
     directory, repository = planned.directory, planned.repository
-    size_bytes, has_tokenizer = _check_directory(directory), is_huggingface(directory)
+    size_bytes, has_tokenizer = _check_directory(directory), has_tokenizer_files(directory)
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars

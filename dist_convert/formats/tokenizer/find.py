@@ -21,7 +21,7 @@ from dist_convert.formats.tokenizer.huggingface import (
     CONFIG,
     FILES,
     MODEL_FILE,
-    is_huggingface,
+    has_tokenizer_files,
     is_slow,
     read_huggingface,
 )
@@ -129,7 +129,7 @@ def _at(path: Path) -> Tokenizer | None:
     directory = path.parent if is_file else path
     try:
         # A bare file beside the files of another tokenizer is meant itself.
-        if (not is_file or path.name in FILES) and (is_huggingface(directory) or is_slow(directory)):
+        if (not is_file or path.name in FILES) and (has_tokenizer_files(directory) or is_slow(directory)):
             return read_huggingface(directory)
         file = path if is_file else _bare_file(directory)
         if file is None:

@@ -57,7 +57,7 @@ _USUAL = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
 _INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
-def is_huggingface(directory: Path) -> bool:
+def has_tokenizer_files(directory: Path) -> bool:
     """Whether transformers' files of a tokenizer are there, its vocabulary among them."""
     vocabularies = ((_FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
     return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
@@ -226,7 +226,7 @@ _TAKEN_OVER = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "
 def is_slow(directory: Path) -> bool:
     """Whether the directory has a config of transformers, and nothing but a SentencePiece model to cut text with."""
     model = directory / MODEL_FILE
-    if not os.path.isfile(model) or not os.path.isfile(directory / CONFIG) or is_huggingface(directory):
+    if not os.path.isfile(model) or not os.path.isfile(directory / CONFIG) or has_tokenizer_files(directory):
         return False
     with model.open("rb") as opened:
         return is_sentencepiece(opened.read(3))
