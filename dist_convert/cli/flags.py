@@ -44,8 +44,8 @@ from dist_convert.records import __version__, human_bytes, parse_bytes
 
 #: The flags of both paths and of the target's format, of which each command shows its own.
 _SAME_FLAGS = {
-    "source": ("--source", "--load-path", "--load-dir"),
-    "target": ("--target", "--save-path", "--save-dir"),
+    "source": ("--source", *(PATH_FLAGS[command][0] for command in PAIRS)),
+    "target": ("--target", *(PATH_FLAGS[command][1] for command in PAIRS)),
     "to": ("--to", "--target-format"),
 }
 

@@ -31,20 +31,9 @@ from dist_convert.formats.huggingface.config import (
     published,
     with_special_ids,
 )
-from dist_convert.formats.huggingface.files import (
-    catalog_of_files,
-    index_json,
-    lay_out_files,
-    target_tensors,
-)
+from dist_convert.formats.huggingface.files import catalog_of_files, index_json, lay_out_files, target_tensors
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.read import (
-    ARGS_FILE,
-    CONFIG_FILE,
-    GENERATION_FILE,
-    WEIGHTS_KINDS,
-    check_inside,
-)
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE, WEIGHTS_KINDS, check_inside
 from dist_convert.formats.huggingface.upload import Upload, check_upload
 from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
