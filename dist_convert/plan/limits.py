@@ -50,21 +50,13 @@ class Limits:
         return self.send_bytes * self.members if self.members > 1 else 0
 
     @property
-    def staging_bytes(self) -> int:
-        """The accelerator's memory that a gather passes through."""
-        return (self.send_bytes + self.received_bytes) * self._is_staged
-
-    @property
     def total_bytes(self) -> int:
         """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and staging."""
-        slot_bytes = [STEP_BYTES, self.received_bytes]
-        if self._is_staged:
+        slot_bytes, staging_bytes = [STEP_BYTES, self.received_bytes], 0
+        if self.on_accelerator and self.members > 1:
             slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
-        return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + self.staging_bytes
-
-    @property
-    def _is_staged(self) -> bool:
-        return self.on_accelerator and self.members > 1
+            staging_bytes = self.send_bytes + self.received_bytes
+        return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + staging_bytes
 
 
 def _pinned_bytes(size_bytes: int) -> int:

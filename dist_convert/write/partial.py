@@ -134,19 +134,16 @@ def files_below(directory: Path) -> set[str]:
 
 def is_ours(directory: Path) -> bool:
     """Whether a conversion made a directory and has not ended."""
-    return _is_plain_file(directory / JOURNAL_DIRECTORY / IDENTITY_FILE)
-
-
-def _is_plain_file(path: Path) -> bool:
-    try:
-        return is_plain(path.lstat()) and not path.parent.is_symlink()
-    except OSError:
-        return False
+    return has_note(directory, IDENTITY_FILE)
 
 
 def has_note(directory: Path, note: str) -> bool:
     """Whether a run has left a note in a directory of ours."""
-    return _is_plain_file(directory / JOURNAL_DIRECTORY / note)
+    path = directory / JOURNAL_DIRECTORY / note
+    try:
+        return is_plain(path.lstat()) and not path.parent.is_symlink()
+    except OSError:
+        return False
 
 
 def read_note(directory: Path, note: str) -> str:
