@@ -66,6 +66,17 @@ def file_numbers(content: Content, files: frozenset[str]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
+def notes_on_places(flag: str, places: Sequence[int], listed: Sequence[str]) -> list[str]:
+    """What lies on each node's own disk, by place, for the flag that asks for that."""
+    if not max(places):
+        return [f"{flag} has no effect: all ranks see one and the same target"]
+    notes = []
+    for place, files in enumerate(listed):
+        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+        notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {files}")
+    return notes
+
+
 def writable_by_one_node(
     content: Content,
     visible: Sequence[frozenset[str]],

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
@@ -85,17 +84,6 @@ def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str
         )
     kinds = list(dict.fromkeys(map(tuple, views)))
     return tuple(kinds.index(tuple(view)) for view in views)
-
-
-def notes_on_places(flag: str, places: Sequence[int], listed: Sequence[str]) -> list[str]:
-    """What lies on each node's own disk, by place, for the flag that asks for that."""
-    if not max(places):
-        return [f"{flag} has no effect: all ranks see one and the same target"]
-    notes = []
-    for place, files in enumerate(listed):
-        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
-        notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {files}")
-    return notes
 
 
 def _remove_left_behind(parent: Path, probe: str) -> None:

@@ -52,14 +52,14 @@ from dist_convert.models.catalog import Catalog
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.options import DCP, TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
-from dist_convert.plan.file_owners import deal_files, file_numbers
+from dist_convert.plan.file_owners import deal_files, file_numbers, notes_on_places
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import MAX_BYTES, read_small_file, reading
 from dist_convert.records import TargetFile, __version__, human_bytes, names
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
-from dist_convert.write.places import find_places, notes_on_places
+from dist_convert.write.places import find_places
 from dist_convert.write.task import Task
 
 CARD_FILE = "README.md"

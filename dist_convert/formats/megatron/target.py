@@ -50,9 +50,9 @@ from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture, Row, entries
 from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
+from dist_convert.plan.file_owners import notes_on_places
 from dist_convert.records import local_name
 from dist_convert.write.files import write_file
-from dist_convert.write.places import notes_on_places
 
 ARGS_FILE = "target_megatron_args.json"
 
