@@ -65,11 +65,7 @@ def hf_view(
 ) -> View:
     """Where a table's part at one layer and expert is stored, as rows x columns; vectors have one column.
 
-    Args:
-        part: of the table.
-        layer, expert: global numbers, for templates with `{layer}` and `{expert}`.
-        stored: all tensors of the model by name.
-        sizes: by config.json, see `Architecture.sizes`.
+    `stored` are all tensors of the model by name, `sizes` those by config.json, see `Architecture.sizes`.
 
     Raises:
         MissingTensor: under none of its names.
@@ -135,12 +131,9 @@ def leftovers(
     tied: bool,
     dropped_from: int | None = None,
 ) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
-    """The stored tensors that no part used.
+    """The stored tensors of a model that no part used.
 
     Args:
-        stored: all tensors of the model by name.
-        used: names of the tensors that views name.
-        hf_class: of the family, for messages.
         dropped_from: layers of multi-token prediction from this number on are left out.
         tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
 

@@ -222,11 +222,7 @@ def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tu
 
 
 def _kept_stages(own: MegatronSource, layers: int) -> tuple[tuple[int, ...], ...]:
-    """The layers of a Megatron source's chunks, as its files have them, by virtual stage and pipeline rank.
-
-    Raises:
-        InconsistentShards: its args, which the target keeps, describe other stages.
-    """
+    """The layers of a Megatron source's chunks by virtual stage and pipeline rank, as its files and args have them."""
     grid = own.grid
     stages = tuple(
         tuple(chunk.layers for chunk in own.chunks if chunk.virtual == virtual)
@@ -326,7 +322,13 @@ def notes_to_megatron(
     notes += _on_tracker(target) + notes_on_content(content)
     if job.verbose:
         notes += describe_origins(target.args)
-    return notes + _on_tokenizer(job) + _on_places(job, places, writable)
+    asked = job.tokenizer_model
+    if asked is not None and not os.path.lexists(asked) and not is_hub_name(asked):  # training may run elsewhere
+        notes.append(
+            f"warning: --tokenizer-model {asked} is not on this machine; the target's args name it as it is, and "
+            "training must find it there"
+        )
+    return notes + _on_places(job, places, writable)
 
 
 def _on_tracker(target: MegatronTarget) -> list[str]:
@@ -371,17 +373,6 @@ def _on_training_args(job: Options, target: MegatronTarget, training_args: Mappi
     return [
         f"warning: the margs file's training had another layout, which only flags bring into the target: "
         f"{', '.join(left)}"
-    ]
-
-
-def _on_tokenizer(job: Options) -> list[str]:
-    """The training may run on other machines, which have the tokenizer's path: no error."""
-    asked = job.tokenizer_model
-    if asked is None or os.path.lexists(asked) or is_hub_name(asked):
-        return []
-    return [
-        f"warning: --tokenizer-model {asked} is not on this machine; the target's args name it as it is, and training "
-        "must find it there"
     ]
 
 

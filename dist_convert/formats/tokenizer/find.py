@@ -63,12 +63,9 @@ def named_tokenizer(named: Path, flag: str) -> Tokenizer:
 
 
 def find_tokenizer(flag: Path | None, args: Mapping[str, Any], iteration: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; of kind "none", with a note that says why, where there is none.
+    """The tokenizer of a checkpoint's iteration; of kind "none", with a note that says why, where there is none.
 
-    Args:
-        flag: `--tokenizer`.
-        args: the checkpoint's training arguments.
-        iteration: the directory that is converted; also its parent is searched.
+    The flag names it, or else the training arguments; it is also looked for beside the iteration and its parent.
     """
     if flag is not None:
         return named_tokenizer(flag, _FLAG)
