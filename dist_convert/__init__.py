@@ -99,10 +99,14 @@ def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str
     """The options of a conversion, checked as those of the command line are."""
     if to not in FORMATS:
         raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    job = Options(to, expanded_path(source), Path(os.path.realpath(expanded_path(target))), **_values(CONVERT, given))
+    job = Options(to, expanded_path(source), Path(os.path.realpath(_path(target))), **_values(CONVERT, given))
     check_values(job)
     check_together(job)
     return job
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(expanded_path(path))
 
 
 def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, 
         if one is None:
             raise TypeError(f"{command}() has no option {name!r}; see dist-convert {command} --help")
         if kind_of(one) == "path" and value is not None:
-            value = Path(expanded_path(value))
+            value = _path(value)
         elif kind_of(one) == "size" and isinstance(value, str):
             value = parse_bytes(value)
         values[one.name] = value
@@ -147,7 +151,7 @@ def open(
     others = (one.name for one, known in options_of(CONVERT) if known.group != "source" or known.to)
     job = Options(HUGGINGFACE, **_values(CONVERT, options, *others))
     check_values(job)
-    return open_weights(where_of(job, Path(expanded_path(path)), alone(), job.ckpt_dir_name), dtype, device)
+    return open_weights(where_of(job, _path(path), alone(), job.ckpt_dir_name), dtype, device)
 
 
 def verify(
@@ -176,7 +180,7 @@ def verify(
 
     share = Fraction(sample).limit_denominator(1_000_000)
     values = _values("verify", options, "sample", "json", "timeout_seconds")
-    job = VerifyJob(Path(expanded_path(a)), Path(expanded_path(b)), sample=share, **values)
+    job = VerifyJob(_path(a), _path(b), sample=share, **values)
     check_values(job)
     world = alone()
     return verify_job(job, world, Embedded(world, on_progress, cancel))
@@ -192,5 +196,4 @@ def inspect(
     """
     from dist_convert.formats.describe import inspect_checkpoint
 
-    said = None if like is None else Path(expanded_path(like))
-    return inspect_checkpoint(Path(expanded_path(path)), ckpt_dir_name, said)
+    return inspect_checkpoint(_path(path), ckpt_dir_name, None if like is None else _path(like))
