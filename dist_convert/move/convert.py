@@ -63,23 +63,22 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     check_applies(job, model.format)
     task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)
     job = task.job
-    writers = find_writers(task, world)
-    plan = _divide(writers, world, NOTHING_DONE)
+    dealt = find_writers(task, world)
+    plan = _divide(dealt, world, NOTHING_DONE)
 
     check = prepare_check(job, task, world)
     free_bytes, replaces = check_start(task) if task.is_first else (0, "")
-    notes = (*writers.notes, *notes_on_replacing(task))
-    facts: dict[str, Any] = {
-        "source": task.source.directory,
-        "target": task.target,
-        "source_format": task.source.format,
-        "target_format": job.to,
-        "left_behind": task.content.left_behind,
-        "notes": notes,
-        "files": len(task.content.files),
-        "size_bytes": task.content.target_bytes,
-    }
-    report = Report(**facts)
+    notes = (*dealt.notes, *notes_on_replacing(task))
+    report = Report(
+        source=task.source.directory,
+        target=task.target,
+        source_format=task.source.format,
+        target_format=job.to,
+        left_behind=task.content.left_behind,
+        notes=notes,
+        files=len(task.content.files),
+        size_bytes=task.content.target_bytes,
+    )
     channel.say("start", shown_line(start_line(plan, report, len(set(world.nodes)))))
     for note in notes:
         channel.say("note", shown_line(note))
@@ -98,7 +97,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     started = time.monotonic()
     with traced(job.trace, world, task.target) as timeline, held_target(task, world) as held:
         if not held.is_complete:
-            report = replace(_make(task, writers, plan, world, channel, timeline), **facts)
+            report = _make(task, dealt, plan, world, channel, timeline, report)
         if check is not None:
             channel.say("verified", compare_with_source(check, task, held.directory, world))
         channel.doing("giving the target its name")
@@ -142,8 +141,10 @@ def _divide(task: Task, world: World, done: Done) -> Plan:
     return plan
 
 
-def _make(task: Task, writers: Task, plan: Plan, world: World, channel: Control, timeline: Timeline) -> Report:
-    """Make the target below its partial directory, but for what earlier runs have made of it."""
+def _make(
+    task: Task, dealt: Task, plan: Plan, world: World, channel: Control, timeline: Timeline, report: Report
+) -> Report:
+    """Make the target below its partial directory, but for what earlier runs have made of it; the report with that."""
     content, directory = task.content, task.partial
     history, journal = begin(task, world)
     done = Done.of(window for window, _ in history.written)
@@ -154,7 +155,7 @@ def _make(task: Task, writers: Task, plan: Plan, world: World, channel: Control,
         if done.size_bytes:
             there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
             channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
-            plan = _divide(writers, world, done)
+            plan = _divide(dealt, world, done)
         with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
@@ -164,7 +165,7 @@ def _make(task: Task, writers: Task, plan: Plan, world: World, channel: Control,
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
-        report = Report.of_ranks([*outcomes, history.changed])
+        report = report.with_outcomes([*outcomes, history.changed])
         written_bytes = done.size_bytes + report.written_bytes
         if written_bytes != content.moved_bytes:
             raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)

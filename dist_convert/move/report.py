@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,16 @@ class Report:
     ranks: tuple[Mapping[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
-    @staticmethod
-    def of_ranks(outcomes: Sequence[Mapping[str, Any]]) -> Report:
-        """Add up what the ranks did, and what earlier runs left."""
+    def with_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> Report:
+        """The same with what the ranks did, and what earlier runs left, added up."""
         found: dict[str, Any] = {"peak_memory_bytes": max(outcome.get("peak_memory_bytes", 0) for outcome in outcomes)}
         for name in ("read_bytes", "gathered_bytes", "written_bytes"):
             found[name] = sum(outcome.get(name, 0) for outcome in outcomes)
         for name in ("overflowed", "rounded_norms"):
             found[name] = dict(sum((Counter(outcome[name]) for outcome in outcomes), Counter[str]()))
-        return Report(**found, profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome))
+        return replace(
+            self, **found, profiles=tuple(outcome["profile"] for outcome in outcomes if "profile" in outcome)
+        )
 
 
 def report_text(report: Report, *, verbose: bool = False) -> str:
