@@ -116,7 +116,7 @@ def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, 
     for name, value in given.items():
         one = known.get(plain_name(name))
         if one is None:
-            raise TypeError(f"{command}() has no option {name!r}; see dist-convert {command} --help")
+            raise TypeError(f"{command}() has no option {name!r}; it has {', '.join(known)}")
         if kind_of(one) == "path" and value is not None:
             value = _path(value)
         elif kind_of(one) == "size" and isinstance(value, str):
@@ -135,23 +135,21 @@ def open(
     """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
 
     Args:
-        path: root or iteration of a Megatron checkpoint, directory of Hugging Face or DCP, or Meta's files.
+        path: root or iteration of a Megatron checkpoint, Hugging Face directory, or any other source of `convert`.
         dtype: of all tensors, "bfloat16" or `torch.bfloat16`; None: as they are stored.
         device: where tensors are put.
-        options: those of `convert` that say how a source is read, such as `ckpt_dir_name`, `tokenizer` or `like`.
+        options: those of `convert` that say how a source is read, whatever becomes of it: `ckpt_dir_name`, `like`,
+            `tokenizer`, `true_vocab_size`, `drop_mtp` and others.
 
     Raises:
         ConversionError: no checkpoint, an incomplete or a damaged one, or no supported model.
-        TypeError: an option that does not say how a source is read.
+        TypeError: another option.
     """
-    from dist_convert.formats.open import where_of
     from dist_convert.formats.weights import open_weights
-    from dist_convert.ranks.collectives import alone
 
-    others = (one.name for one, known in options_of(CONVERT) if known.group != "source" or known.to)
-    job = Options(HUGGINGFACE, **_values(CONVERT, options, *others))
+    job = Options(HUGGINGFACE, os.fspath(_path(path)), **_values("open", options))
     check_values(job)
-    return open_weights(where_of(job, _path(path), alone(), job.ckpt_dir_name), dtype, device)
+    return open_weights(job, dtype, device)
 
 
 def verify(

@@ -73,8 +73,11 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
         return run()
     except KeyboardInterrupt:
         return stopped_by(signal.SIGINT)
-    except (ConversionError, OSError) as raised:
-        error = _explained(raised)
+    except Exception as raised:
+        explained = _explained(raised)
+        if explained is None:
+            raise
+        error = explained
     try:
         rank, size = rank_and_size()
     except UsageError:  # which is the error
@@ -83,7 +86,7 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
     if size > 1:
         from dist_convert.ranks.channel import Channel
 
-        with contextlib.suppress(LostRank):  # then each rank tells of its own
+        with contextlib.suppress(LostRank, RuntimeError):  # it has a thread; then each rank tells of its own
             channel = Channel(rank, size)
     return _fail(channel, error, is_json=is_json)
 
@@ -195,13 +198,17 @@ def _inspect(flags: argparse.Namespace) -> int:
     from dist_convert.read.source import no_directory
     from dist_convert.write.partial import refuse_unfinished
 
-    if not Path(flags.path).is_dir():  # told before torch is imported
-        refuse_unfinished(Path(flags.path), flags.ckpt_dir_name)
-        raise no_directory(Path(flags.path), "checkpoint")
-    with importing():
-        from dist_convert.formats.describe import as_screen, inspect_checkpoint
+    try:
+        if not Path(flags.path).is_dir():  # told before torch is imported
+            refuse_unfinished(Path(flags.path), flags.ckpt_dir_name)
+            raise no_directory(Path(flags.path), "checkpoint")
+        with importing():
+            from dist_convert.formats.describe import as_screen, inspect_checkpoint
 
-    description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name, flags.like)
+        description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name, flags.like)
+    except ConversionError as error:
+        error.exit_code = 1  # a conversion would not start, for whatever reason
+        raise
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
     if wrong := description.get("not_convertible"):
         print(f"a conversion would not start:\n{wrong}", file=sys.stderr)
@@ -272,17 +279,11 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         return exit_code
     except KeyboardInterrupt:
         raise
-    except (ConversionError, OSError) as raised:
-        error = _explained(raised)
+    except BaseException as raised:
+        lines = traceback.format_exc().splitlines()
+        error = _explained(raised) or ConversionError(f"internal error on rank {rank}, please report it", lines=lines)
         if isinstance(error, LostRank) and channel is not None:
             channel.explain(error)
-    except MemoryError:
-        error = ConversionError(
-            "out of memory", remedy="lift the limit (ulimit -v, cgroup), or lower --max-memory-per-rank"
-        )
-    except BaseException:
-        lines = traceback.format_exc().splitlines()
-        error = ConversionError(f"internal error on rank {rank}, please report it", lines=lines)
     return _fail(channel, error, is_json=is_json)
 
 
@@ -325,10 +326,37 @@ _REMEDIES = {
 }
 
 
-def _explained(error: ConversionError | OSError) -> ConversionError:
-    """The error, or an operating system's refusal outside of the reading and writing of weights, with its place."""
+#: What Python and torch say where a process gets no more memory, or no more threads.
+_NO_MEMORY = ("annot allocate memory", "an't allocate memory", "failed to map segment")
+_NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
+#: What may set an end to both, by the flag of the shell's ulimit.
+_LIMITS = {"-v": resource.RLIMIT_AS, "-d": resource.RLIMIT_DATA, "-u": resource.RLIMIT_NPROC}
+
+
+def _of_limit(error: BaseException) -> ConversionError | None:
+    """The error about memory or threads that this process does not get, if it is one."""
+    is_memory = isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    if not is_memory and (isinstance(error, OSError) or not any(words in str(error) for words in _NO_THREAD)):
+        return None
+    limits = {flag: resource.getrlimit(number)[0] for flag, number in _LIMITS.items()}
+    shown = [f"ulimit {flag} {n if flag == '-u' else human_bytes(n)}" for flag, n in limits.items() if n >= 0]
+    return ConversionError(
+        "out of memory" if is_memory else "this process may start no further thread",
+        found=", ".join(shown),
+        remedy="lift the limit (ulimit, cgroup), start fewer ranks, or lower --max-memory-per-rank",
+    )
+
+
+def _explained(error: BaseException) -> ConversionError | None:
+    """The error, or what a refusal of the operating system means, outside of the reading and writing of weights."""
     if isinstance(error, ConversionError):
         return error
+    if not isinstance(error, OSError | MemoryError | RuntimeError | ImportError):
+        return None
+    if of_limit := _of_limit(error):
+        return of_limit
+    if not isinstance(error, OSError):
+        return None
     if isinstance(error, BrokenPipeError):
         return ConversionError("nobody reads what is printed", remedy="start it again with a reader that stays")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]

@@ -19,7 +19,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ RESUME = "start the same command again; it goes on where this one stopped"
 _LABELS = ("tensor", "file", "expected", "found", "remedy", "resume")
 
 _LONGEST, _LONGEST_LINE, _MOST_LINES = 200, 1000, 60
+_PLAIN_OCTETS = frozenset(range(32, 127)) - set(b"\\'")
 _LONG_WORD = re.compile(rf"(\S{{{_LONGEST}}})\S+")
 
 
@@ -48,6 +51,18 @@ def shown(text: object, most: int = _LONGEST) -> str:
 def shown_line(text: object) -> str:
     """A line of ours with names of others in it, as it is printed."""
     return shown(_LONG_WORD.sub(r"\1...", str(text)), _LONGEST_LINE)
+
+
+def quoted(word: str) -> str:
+    """A word of a command that is printed to be pasted; one that is not printable, in a form that bash and zsh know."""
+    if word.isprintable():
+        return shlex.quote(word)
+    octets = (chr(octet) if octet in _PLAIN_OCTETS else f"\\x{octet:02x}" for octet in os.fsencode(word))
+    return f"$'{''.join(octets)}'"
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class ConversionError(Exception):
@@ -253,13 +268,17 @@ def _without_numbers(text: str) -> str:
 
 
 @contextmanager
-def below(directory: Path) -> Iterator[None]:
-    """Within it errors name files as they are called in a directory; they leave it with paths."""
+def below(directory: Path, name: str = "") -> Iterator[None]:
+    """Within it errors name files as a directory calls them, or none; they leave it with paths, or the directory's.
+
+    `name` is that of the one file that all of it is about.
+    """
     try:
         yield
     except ConversionError as error:
         for problem in error.problems if isinstance(error, Problems) else (error,):
-            problem.file = str(directory / problem.file) if problem.file else ""
+            file = name or problem.file
+            problem.file = file if Path(file).is_relative_to(directory) else str(directory / file)
         raise
 
 

@@ -340,15 +340,20 @@ class TokenizerJob:
         shown="what config.json suggests",
         choices=SOURCE_MODEL_TYPES,
     )
+    true_vocab_size: int | None = _target(
+        "rows of the vocabulary that stay; weights files that hold further ones, which are padding, are written anew",
+        shown="all",
+    )
     instruct: bool = _target("add the chat template, end-of-turn tokens and sampling of an instruct model", False)
     overwrite: bool = _target("replace the tokenizer that is there", False)
 
 
 def options_of(command: str) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields that a command has, and what is known of each."""
+    """The fields that a command has, or the function `open`, and what is known of each."""
     job = {"verify": VerifyJob, "tokenizer": TokenizerJob}.get(command, Options)
     for one, known in _known(job):
-        if command not in PAIRS or known.applies(*PAIRS[command]):
+        is_of_source = known.group == "source" and not known.to
+        if is_of_source if command == "open" else command not in PAIRS or known.applies(*PAIRS[command]):
             yield one, known
 
 

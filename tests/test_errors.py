@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,13 @@ def test_shards_of_two_iterations_are_refused(failure: Failure, tmp_path: Path) 
     late = tmp_path / "later" / "iter_0000008" / "mp_rank_01" / SHARD
     late.replace(tmp_path / "in" / "iter_0000004" / "mp_rank_01" / SHARD)
     message = failure()
-    assert_says(message, file=f"mp_rank_01/{SHARD}", expected="4 as in mp_rank_00", found="8", remedy="copy")
+    assert_says(
+        message,
+        file=f"mp_rank_01/{SHARD}",
+        expected=f"4 as in {tmp_path}/in/iter_0000004/mp_rank_00",
+        found="8",
+        remedy="copy",
+    )
     assert "iteration" in message.splitlines()[0]
 
 
@@ -298,3 +305,11 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(
     message = failure("--max-memory-per-rank", "1MB", *more, exit_code=2)
     assert_says(message, expected="--max-memory-per-rank of at least", found="1 MB", remedy=remedy)
     assert message.endswith(remedy + "\n")
+
+
+def test_a_word_of_a_command_can_be_pasted_whatever_is_in_it() -> None:
+    words = ["out", "a b", "it's", "line\nbreak", "\x1b[2Kit's\\x41", "\u3000wide", os.fsdecode(b"\xff\xfe")]
+    command = " ".join(["printf '%s\\0'", *map(errors.quoted, words)])
+    assert command.isprintable()
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout
+    assert printed.split(b"\0")[:-1] == list(map(os.fsencode, words))

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
+import dist_convert
 from dist_convert.__main__ import main
+from dist_convert.errors import UsageError
 from tests.checkpoints import Model, hf_tensors
 from tests.converting import assert_same, read_tensors
 from tests.to_megatron import config_of, make_hf
@@ -115,6 +117,15 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path, capsys: pyt
     assert rewrite(tmp_path / "source", tmp_path / "target") == 1
     assert "is a link to a file outside the directory" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("to", ["huggingface", "dcp", "torch"])
+def test_another_vocabulary_than_the_config_says_is_refused_and_not_passed_over(to: str, tmp_path: Path) -> None:
+    make_hf(tmp_path / "source")
+    with pytest.raises(UsageError, match="--true-vocab-size is not the model's"):
+        dist_convert.convert(tmp_path / "source", tmp_path / "target", to=to, true_vocab_size=20)
+    with pytest.raises(UsageError, match="--true-vocab-size is not the model's"):
+        dist_convert.open(tmp_path / "source", true_vocab_size=20)
 
 
 def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from dist_convert.errors import Cancelled, MissingShard, TargetExists, UsageErro
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, read_tensors
 from tests.distributed.launching import environment, run_ranks
+from tests.meta_checkpoints import make_meta
 from tests.to_megatron import make_hf, read_shards
+from tests.tokenizer.test_huggingface_directory import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Model(heads=4, groups=4)
@@ -260,10 +263,63 @@ def test_it_pickles(llama: Made) -> None:
 def test_a_hugging_face_directory_opens_alike(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     with dist_convert.open(tmp_path / "hf") as model, safe_open(tmp_path / "hf" / "model.safetensors", "pt") as theirs:
-        assert model.config == json.loads((tmp_path / "hf" / "config.json").read_text())
         assert sorted(model.keys()) == sorted(theirs.keys()) == sorted(hf)
         for name in hf:
             assert torch.equal(model.get_tensor(name), theirs.get_tensor(name))
+
+
+def test_an_open_checkpoint_has_the_options_of_a_source_alone(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf")
+    for option in ("max_shard_size", "target_tensor_parallel_size", "source_margs_file", "instruct"):
+        with pytest.raises(TypeError, match=f"no option '{option}'; it has ckpt_dir_name, true_vocab_size"):
+            dist_convert.open(tmp_path / "hf", **{option: 1})
+    with pytest.raises(UsageError, match="rope_theta has a wrong value"):
+        dist_convert.open(tmp_path / "hf", rope_theta=-1)
+    with pytest.raises(UsageError, match="--rope-theta: no meaning in a conversion from huggingface"):
+        dist_convert.open(tmp_path / "hf", rope_theta=10000.0)
+
+
+def _of_hugging_face(root: Path) -> dict[str, Any]:
+    make_hf(root / "in")
+    return {}
+
+
+def _of_meta(root: Path) -> dict[str, Any]:
+    make_meta(root / "in")
+    return {}
+
+
+def _of_a_tokenizer(root: Path) -> dict[str, Any]:
+    """Whose makers' special ids and sampling lie beside it."""
+    make(root / "in", LLAMA)
+    make_tokenizer(root / "tokenizer")
+    (root / "tokenizer" / "config.json").write_text('{"eos_token_id": [27, 28], "pad_token_id": 3}')
+    (root / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": [27, 28]}')
+    return {"tokenizer": root / "tokenizer"}
+
+
+def _of_carried(root: Path) -> dict[str, Any]:
+    make_hf(root / "hf")
+    config = json.loads((root / "hf" / "config.json").read_text())
+    (root / "hf" / "config.json").write_text(json.dumps(config | {"eos_token_id": [8, 9], "attention_dropout": 0.25}))
+    dist_convert.convert(root / "hf", root / "in", to="torch")
+    return {}
+
+
+def _like(root: Path) -> dict[str, Any]:
+    options = _of_a_tokenizer(root)
+    dist_convert.convert(root / "in", root / "like", to="huggingface")
+    config = json.loads((root / "like" / "config.json").read_text()) | {"eos_token_id": 5, "use_cache": False}
+    (root / "like" / "config.json").write_text(json.dumps(config))
+    return options | {"like": root / "like"}
+
+
+@pytest.mark.parametrize("kind", [_of_hugging_face, _of_meta, _of_a_tokenizer, _of_carried, _like])
+def test_the_config_is_the_one_that_a_conversion_writes(kind: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+    options = kind(tmp_path)
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", **options)
+    with dist_convert.open(tmp_path / "in", **options) as model:
+        assert model.config == json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_an_incomplete_checkpoint_names_the_shard_that_is_missing(tmp_path: Path) -> None:

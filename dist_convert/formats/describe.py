@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import ConversionError, shown_line
-from dist_convert.formats.dcp.open import open_dcp
+from dist_convert.errors import ConversionError, below, shown_line
 from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, open_huggingface, with_zero_biases
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.huggingface.read import (
     CONFIG_FILE,
@@ -37,19 +35,18 @@ from dist_convert.formats.megatron.grid import (
 )
 from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
 from dist_convert.formats.meta.names import DROPPED
-from dist_convert.formats.meta.open import open_meta, read_headers
+from dist_convert.formats.meta.open import read_headers
 from dist_convert.formats.meta.params import weights_files
-from dist_convert.formats.open import find_iteration, read_like, settled
+from dist_convert.formats.open import find_iteration, open_settled, read_like, settled
 from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.torch.open import open_torch, read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
-from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
-from dist_convert.models.schema import Row, entries, part_shape
-from dist_convert.options import DCP, TORCH_DIST
+from dist_convert.models.schema import RopeScaling, Row, YarnScaling, entries, part_shape
+from dist_convert.options import DCP, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
@@ -72,26 +69,26 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     where = Where(path, ckpt_dir_name, like=read_like(like, world))
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
-    model: Callable[[], Model]
+    shards: Mapping[str, Shard] = {}
     if weights_files(path):
-        description, model = _describe_meta(path, world), partial(open_meta, where, world)
+        description = _describe_meta(path, world)
     elif is_huggingface(path):
-        description, model = _describe_huggingface(path), partial(open_huggingface, path, world)
+        description = _describe_huggingface(path)
     else:
         directory, kind = find_iteration(where, world)
-        if kind == DCP:
-            description, model = _describe_dcp(directory, where.like), partial(open_dcp, where, directory, world)
-        elif kind == TORCH_DIST:
-            description, model = (
-                _describe_torch_dist(directory, like),
-                partial(open_torch_dist, where, directory, world),
-            )
-        else:
+        if kind == TORCH:  # whose headers are read once
             found, shards = read_shards(directory, world)
             description = _describe_torch(directory, shards)
-            model = partial(open_torch, where, directory, world, found, shards)
+        elif kind == TORCH_DIST:
+            description = _describe_torch_dist(directory, like)
+        else:
+            description = _describe_dcp(directory, where.like)
     try:
-        warnings = _check(settled(model(), where, world), world)
+        if shards:
+            model: Model = settled(open_torch(where, directory, world, found, shards), where, world)
+        else:
+            model = open_settled(where, world)
+        warnings = _check(model, world)
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
     return description | ({"warnings": warnings} if warnings else {})
@@ -212,8 +209,11 @@ def _model(args: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts),
         "positions": architecture.max_positions,
         "rope_theta": architecture.rope_theta,
-        "rope_scaling": "llama3" if architecture.rope_scaling else None,
+        "rope_scaling": _SCALINGS[type(architecture.rope_scaling)],
     }
+
+
+_SCALINGS = {type(None): None, RopeScaling: "llama3", YarnScaling: "yarn"}
 
 
 def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
@@ -228,10 +228,10 @@ def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]
 
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
-    config = read_config(path)
-    named = find_weights(path)
-    present = [name for name in named if (path / name).is_file()]
-    tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
+    with below(path):
+        config, named = read_config(path), find_weights(path)
+        present = [name for name in named if (path / name).is_file()]
+        tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope |= config[key] if isinstance(config.get(key), dict) else {}

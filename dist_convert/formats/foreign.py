@@ -77,6 +77,12 @@ DIRECTORIES = (
         "load it with the Megatron-LM that saved it, and save it with --ckpt-format torch_dist",
     ),
     Foreign(
+        "weights of another framework than PyTorch: MLX, ONNX, TensorFlow, Flax or OpenVINO",
+        ("weights*.npz", "weights.*.safetensors", "*.onnx", "onnx/*.onnx", "tf_model*.h5", "flax_model*.msgpack",
+         "openvino_model*.bin"),
+        "give the model that it was made from, with its model*.safetensors or pytorch_model*.bin",
+    ),
+    Foreign(
         "rank directories with model_rng.pt, as Megatron-LM of 2022 and 2023 saved with a distributed optimizer",
         ("mp_rank_*/model_rng.pt",),
         "they hold what model_optim_rng.pt holds: make a directory with links of that name to them, one in each "
@@ -93,8 +99,8 @@ TENSORS = (
         "ms-swift: --merge_lora true), save the model, then give the result",
     ),
     Foreign(
-        "weights quantised by GPTQ or AWQ",
-        (".qweight", ".qzeros"),
+        "weights quantised by GPTQ, AWQ or MLX",
+        (".qweight", ".qzeros", ".biases"),
         "give the model that they were made from; or load it dequantised, save it in bfloat16, and give that",
     ),
 )

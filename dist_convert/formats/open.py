@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, InconsistentShards
+from dist_convert.errors import CheckpointNotFound, InconsistentShards, below
 from dist_convert.formats.dcp.open import open_dcp
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.carried import read_carried
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.hub import local_directory, revision_on_hub
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import CONFIG_FILE, is_huggingface, read_config
@@ -29,6 +30,7 @@ from dist_convert.formats.torch.open import TorchModel, open_torch, read_shards
 from dist_convert.formats.torch_dist.contents import is_torch_dist
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.options import CONVERT, DCP, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, TORCH_DIST, Options
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
@@ -122,13 +124,16 @@ def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
     """The content of the config.json that `--like` names, as rank 0 reads it; it may name the file or its directory.
 
     Raises:
-        CheckpointNotFound, CorruptFile: there is none, or it is damaged.
+        CheckpointNotFound, CorruptFile, UnsupportedModel: there is none, or it is damaged or no model's.
     """
     if path is None:
         return None
     mine = None
     if world.rank == 0:
-        mine = read_json(path) if path.is_file() else read_config(path)
+        directory, name = (path, CONFIG_FILE) if path.is_dir() else (path.parent, path.name)
+        with below(directory, name):  # which is known here alone
+            mine = read_config(path) if path.is_dir() else read_json(path)
+            architecture_from_config({**mine, MTP_KEY.config: 0}, zero_output_bias=True)
     shared: Mapping[str, Any] = gather_objects(world, mine)[0]
     return shared
 

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 
 from dist_convert.errors import BudgetTooSmall, UsageError
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_json, config_like, special_token_ids
-from dist_convert.formats.open import open_settled
-from dist_convert.models.catalog import Catalog, Where
+from dist_convert.formats.huggingface.carried import carried_configs, configs_of
+from dist_convert.formats.huggingface.config import TORCH_NAMES, config_of_copy, with_special_ids
+from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.formats.huggingface.read import CONFIG_FILE
+from dist_convert.formats.megatron.args import not_its_vocab
+from dist_convert.formats.open import open_settled, where_of
+from dist_convert.formats.tokenizer.record import style_of
+from dist_convert.models.catalog import Catalog
+from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.boxes import read_box
 from dist_convert.read.buffers import Buffer, make_buffer
@@ -41,21 +47,22 @@ _Reader = tuple[FileReader, Buffer]
 _NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 
 
-def open_weights(where: Where, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu") -> Weights:
-    """See `dist_convert.open`."""
+def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.device | str) -> Weights:
+    """See `dist_convert.open`; `job` is a conversion to Hugging Face, whose target nobody makes."""
+    where = where_of(job, Path(job.source), alone(), job.ckpt_dir_name)
     refuse_unfinished(where.path, where.ckpt_dir_name)
     model = open_settled(where, alone())
+    check_applies(job, model.format)
+    if model.args is None and job.true_vocab_size not in (None, model.vocab):
+        raise not_its_vocab(job.true_vocab_size, model.vocab)
     catalog, _ = model.catalog()
-    config = dict(model.config or {})
-    if model.args is not None:
-        bos, eos = special_token_ids(
-            catalog.architecture.family, catalog.architecture.vocab, model.tokenizer, instruct=False
-        )
-        stored = _safetensors_name(dtype) or catalog.params_dtype
-        if model.config is None:
-            config = config_json(catalog.architecture, stored) | {"bos_token_id": bos, "eos_token_id": eos}
-        else:
-            config = config_like(model.config, catalog.architecture, stored)
+    stored = _safetensors_name(dtype) or catalog.params_dtype
+    if isinstance(model, HuggingFaceModel):
+        config = config_of_copy(model.config or {}, catalog.architecture, stored)
+    else:
+        config, theirs = configs_of(model, catalog.architecture, stored, carried_configs(model), job.like)
+        style = style_of(model.tokenizer, config, job)
+        config = (theirs or with_special_ids(config, {}, model.tokenizer, style))[CONFIG_FILE]
     return Weights(model.directory, config, catalog, model.found, _safetensors_name(dtype), torch.device(device))
 
 

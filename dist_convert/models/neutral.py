@@ -8,7 +8,10 @@ from dist_convert.models.schema import Pin
 
 _ROUTER = "num_experts"
 _MULTIPLIERS = "transformers multiplies neither embeddings nor residuals or logits"
-_SAY_SCALING = "the scaling of rotary frequencies is said in words of a fork, and not in Megatron's"
+_SAY_SCALING = (
+    "a fork's own scaling of rotary frequencies, for which Megatron has no words, or of which versions of transformers "
+    "make different ones; --like CONFIG says which the model has"
+)
 
 NEUTRAL = (
     Pin("position_embedding_type", ("rope", "yarn"), "the family has rotary positions only", is_written=True),

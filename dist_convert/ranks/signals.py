@@ -70,6 +70,9 @@ def rank_and_size() -> tuple[int, int]:
     port = os.environ.get("MASTER_PORT", "1")
     if size > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
         raise UsageError("MASTER_PORT is no port", found=repr(port[:40]), remedy=_LAUNCH)
+    for name in _PRINTED_BY_TORCH if size > 1 else ():
+        if not (value := os.environ.get(name, "")).isprintable():
+            raise UsageError(f"{name} holds characters that nobody can read", found=repr(value[:40]), remedy=_LAUNCH)
     return rank, size
 
 
@@ -80,6 +83,8 @@ def node_number() -> str | None:
     return os.environ.get("GROUP_RANK", worked_out)
 
 
+#: Of which torch says, as they are, that ranks cannot meet there.
+_PRINTED_BY_TORCH = ("MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCHELASTIC_RESTART_COUNT")
 _LAUNCH = "start with torchrun or --ranks, or unset what a launcher has left: RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"
 
 

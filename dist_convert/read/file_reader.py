@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from isal import isal_zlib
 
-from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel
+from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel, below
 from dist_convert.read.buffers import Buffer
 from dist_convert.read.decode import are_numbers, decoded, has_finite_products
 from dist_convert.read.source import Checksums, Listing, check_unchanged, open_to_read, reading, source_error
@@ -100,6 +100,10 @@ class FileReader:
             UnsupportedModel: the elements of a row lie farther apart than the scratch buffer is long.
             PlanError: the buffer is too small.
         """
+        with below(self._root):
+            return self._read(view, target_dtype, add, target, offset_bytes)
+
+    def _read(self, view: View, target_dtype: str, add: int, target: Buffer, offset_bytes: int) -> Mapping[str, int]:
         size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
         if offset_bytes + size_bytes > len(target.memory):  # a slice would be shorter without a word
             raise PlanError(

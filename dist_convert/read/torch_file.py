@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Tensor, load
-from dist_convert.read.source import reading, source_error
+from dist_convert.read.source import open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes, names
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
@@ -107,7 +108,7 @@ class _StretchFile(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path, stretch: Stretch | None) -> Iterator[BinaryIO]:
-    with path.open("rb") if stretch is None else io.BufferedReader(_StretchFile(stretch)) as file:
+    with os.fdopen(open_to_read(path), "rb") if stretch is None else io.BufferedReader(_StretchFile(stretch)) as file:
         yield file
 
 
@@ -122,8 +123,12 @@ def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Co
     Raises:
         CorruptFile: not a zip, cut short, or with entries that torch never writes.
     """
+    size_bytes = 0
     try:
-        size_bytes = stretch.size_bytes if stretch else path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # of a device zipfile would read without an end
+            raise ValueError("a pipe, a device or the like")
+        size_bytes = stretch.size_bytes if stretch else found.st_size
         with _opened(path, stretch) as file:
             _check_directory(file)
         with _opened(path, stretch) as file, zipfile.ZipFile(file) as archive:

@@ -71,7 +71,7 @@ def write_record_checksums(root: Path, name: str, known: Sequence[KnownRange]) -
     container = open_container(root / name, name)
     starts = data_offsets_bytes(container, [record for record in container.records if record.startswith("data/")])
     central = dict(_central_headers(container))
-    with writing(name), opened(root, name, os.O_RDWR) as descriptor:
+    with writing(root / name), opened(root, name, os.O_RDWR) as descriptor:
         for storage, start in starts.items():
             record = container.records[storage]
             end = start + record.size_bytes

@@ -165,7 +165,7 @@ class FileWriter:
             )
         window = Window.of(view)
         checksum = 0 if window.runs == 1 else None
-        with writing(view.file):
+        with writing(self._root / local_name(view.file)):
             for run in range(window.runs):
                 line = packed[run * window.run_bytes : (run + 1) * window.run_bytes]
                 checksum = self._write_at(view.file, line, window.offset_bytes + run * window.stride_bytes, checksum)
@@ -228,11 +228,12 @@ def write_file(root: Path, name: str, content: bytes) -> None:
         _write_new(root, name, content)
 
 
-def _write_new(root: Path, name: str, content: bytes, *, is_forced: bool = False) -> None:
+def _write_new(root: Path, name: str, content: bytes | Iterable[bytes], *, is_forced: bool = False) -> None:
     with opened(root, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        for piece in (content,) if isinstance(content, bytes) else content:
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(descriptor, left) :]
         if is_forced:
             os.fsync(descriptor)
 
@@ -245,7 +246,7 @@ def reserve_file(root: Path, name: str) -> bool:
     Returns:
         Whether the file system can promise that. Where it cannot, its free space has been compared before.
     """
-    with writing(name), opened(root, name, os.O_WRONLY) as descriptor:
+    with writing(root / name), opened(root, name, os.O_WRONLY) as descriptor:
         size_bytes = os.fstat(descriptor).st_size
         call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
         if not size_bytes:
@@ -272,12 +273,15 @@ def replace_text(path: Path, text: str) -> None:
     replace_files(path.parent, {path.name: text.encode()})
 
 
-def replace_files(directory: Path, contents: Mapping[str, bytes], scratch: Path | None = None) -> None:
-    """Replace small files, or add them; none before all are written and forced to the disk, and none in part.
+def replace_files(
+    directory: Path, contents: Mapping[str, bytes | Iterable[bytes]], scratch: Path | None = None
+) -> None:
+    """Replace files, or add them; none before all are written and forced to the disk, and none in part.
 
     Args:
         directory: may be reached by a link.
-        contents: by name. A link that has the name is replaced as well, and what it leads to is left alone.
+        contents: by name, of large files in pieces. A link that has the name is replaced as well, and what it leads to
+            is left alone.
         scratch: a directory of the same file system in which they are written first; `directory` without it. There
             something named `*.partial` stays if the process is killed.
     """

@@ -103,7 +103,7 @@ class Journal:
         try:
             yield
         except OSError as error:
-            self._failure = target_error(error, file)
+            self._failure = target_error(error, str(self._partial / file))
             with contextlib.suppress(TargetError):  # the same disk may refuse this too
                 self.lost(file, with_this_run=True)
             raise self._failure from error

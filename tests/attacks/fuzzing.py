@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,17 +29,25 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dist_convert.errors import ConversionError
-from dist_convert.formats.huggingface.config import architecture_from_config
-from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header
+from dist_convert.errors import ConversionError, CorruptFile
+from dist_convert.formats.huggingface.carried import carried_configs, configs_of
+from dist_convert.formats.huggingface.config import architecture_from_config, config_json
+from dist_convert.formats.huggingface.quantised import quantisation_of, with_scales
+from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header, read_safetensors_shard
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
 from dist_convert.formats.meta.params import args_of_params
+from dist_convert.formats.open import open_checkpoint
+from dist_convert.formats.tokenizer.huggingface import read_huggingface
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
 from dist_convert.formats.torch_dist.run_config import args_of_run_config
+from dist_convert.models.catalog import Where
+from dist_convert.ranks.collectives import alone
 from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
+from dist_convert.write.journal import history_of, read_journal
+from dist_convert.write.manifest import what_differs
 from tests.attacks.damage import (
     Way,
     with_other_bytes,
@@ -54,6 +63,7 @@ from tests.to_megatron import config_of
 
 #: No file of a few kilobytes costs more: processor time, and address space beyond what the program has at first.
 MOST_SECONDS, MOST_MEMORY_BYTES = 5.0, 512 << 20
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32]}
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,36 @@ def _read_pickle(path: Path) -> None:
     _read_shard(path.with_suffix(".pt"))
 
 
+def _read_codes(config: dict[str, Any] | Path, weights: Path) -> None:
+    """The headers of a quantised model."""
+    said = read_json(config) if isinstance(config, Path) else config
+    header = read_safetensors_header(weights, weights.name)
+    with_scales(header, quantisation_of(said), (frozenset({weights.name}),))
+
+
+def _read_carried(model: Any, path: Path) -> None:
+    model = replace(model, directory=path.parent)
+    configs_of(model, model.catalog()[0].architecture, "BF16", carried_configs(model), None)
+
+
+def _read_journal(path: Path) -> None:
+    """As the lines of a journal, each with the checksum that it should have."""
+    found = json.loads(path.read_bytes())
+    texts = [json.dumps(one).encode() for one in (found.values() if isinstance(found, dict) else found)]
+    journal = path.parent / ".journal/run-00001-rank-00000"
+    journal.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
+    said = read_journal(path.parent, journal.name, [("host", "boot")])
+    if said is None:
+        raise CorruptFile("a damaged journal")
+    history_of([said])
+
+
+def _read_manifest(path: Path) -> None:
+    facts = {"format": 1, "source": {"files": {}}, "flags": {}, "plan": "", "settings": {}, "conversion": ""}
+    if what_differs(path.parent, facts) is None:
+        raise CorruptFile("a damaged manifest")
+
+
 def _read_blobs(chunks: list[tuple[str, str, Chunk]], path: Path) -> None:
     for key, dtype, chunk in chunks:  # one by one: the first damaged blob would hide the others
         place_chunks(path.parent, path.name, [(key, dtype, replace(chunk, blob=replace(chunk.blob, file=path.name)))])
@@ -124,6 +164,24 @@ def _make_files(directory: Path) -> None:
     shutil.copyfile(Path(__file__).parents[1] / "torch_dist/run_config.yaml", directory / "run_config.yaml")
     (directory / "config.json").write_text(config_of(Model(experts=2)).to_json_string())
     (directory / "params.json").write_text(json.dumps(params_of(MODEL, "3.1") | {"head_dim": 8, "sliding_window": 9}))
+    codes = {"a.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(2, 2)}
+    save_file(codes, directory / "codes.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(directory / "codes.safetensors", directory / "sound.safetensors")
+    (directory / "codes.json").write_text(json.dumps({"quantization_config": FP8}))
+    boxes = json.dumps({name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in weights.items()})
+    save_file(weights, directory / "boxes.safetensors", metadata={"DCP_SHARDING_INFO": boxes})
+    named = {"model": {"vocab": {"<s>": 0, "</s>": 1}}, "added_tokens": [{"id": 2, "content": "<pad>"}]}
+    (directory / "tokenizer.json").write_text(json.dumps(named))
+    roles = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "added_tokens_decoder": {"2": {"content": "<pad>"}}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(roles))
+    (directory / ".journal").mkdir()
+    wrote = {"wrote": [["model.safetensors", 8, 16, 32, 2, 1], ["model.safetensors", 99, 1, 1, 1, None]]}
+    head = {"run": 1, "rank": 0, "host": "host", "boot": "boot"}
+    changed = {"overflowed": ["model.safetensors", "a", 0, 1, 1, 2]}
+    lost = {"lost": "model.safetensors", "until": 0}
+    (directory / "journal.json").write_text(json.dumps([head, wrote, {"mark": 9}, changed, lost]))
+    manifest = {"format": 1, "source": {"files": {"a": {"size_bytes": 1, "modified_ns": 1, "header": ""}}}, "flags": {}}
+    (directory / "conversion.json").write_text(json.dumps(manifest | {"files": {"config.json": {"size_bytes": 1}}}))
     (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
 
 
@@ -132,6 +190,11 @@ def targets(directory: Path) -> list[Target]:
     _make_files(directory)
     saved = read_metadata(directory / ".metadata").tensors.items()
     chunks = [(key, tensor.dtype, chunk) for key, tensor in saved for chunk in tensor.chunks]
+    checkpoint = open_checkpoint(Where(directory / "distributed"), alone())
+    carried = {"config.json": config_json(checkpoint.catalog()[0].architecture, "BF16"), "generation_config.json": {}}
+    (directory / "huggingface_configs.json").write_text(json.dumps(carried))
+    values = (with_other_bytes, with_other_values, with_other_values)
+    quantised = {"quantization_config": FP8}
     kinds: dict[str, tuple[tuple[Way, ...], Callable[[Path], Any]]] = {
         "data.pkl": ((with_other_bytes, with_other_instructions, with_other_instructions), _read_pickle),
         "shard.pt": ((with_other_bytes, with_other_fields, with_other_fields), _read_shard),
@@ -155,8 +218,16 @@ def targets(directory: Path) -> list[Target]:
             (with_other_bytes, with_other_values),
             lambda path: read_index_file(path.parent, path.name),
         ),
-        "config.json": ((with_other_bytes, with_other_values, with_other_values), _read_config),
-        "params.json": ((with_other_bytes, with_other_values, with_other_values), _read_params),
+        "config.json": (values, _read_config),
+        "params.json": (values, _read_params),
+        "codes.safetensors": ((with_other_bytes, with_other_header), partial(_read_codes, quantised)),
+        "codes.json": (values, lambda path: _read_codes(path, path.with_name("sound.safetensors"))),
+        "boxes.safetensors": ((with_other_header,), lambda path: read_safetensors_shard(path, path.name)),
+        "huggingface_configs.json": (values, partial(_read_carried, checkpoint)),
+        "tokenizer.json": (values, lambda path: read_huggingface(path.parent)),
+        "tokenizer_config.json": (values, lambda path: read_huggingface(path.parent)),
+        "journal.json": ((with_other_values,), _read_journal),
+        "conversion.json": (values, _read_manifest),
         "args.json": ((with_other_values,), lambda path: _describe(read_json(path), path.name)),
     }
     files = {name: (directory / name).read_bytes() for name in kinds}
@@ -193,6 +264,7 @@ def fuzz(target: Target, directory: Path, examples: int, chosen_seed: int) -> Co
         answers[answer(target, directory / target.name, damaged)] += 1
 
     once()
+    (directory / target.name).write_bytes(target.data)
     return answers
 
 

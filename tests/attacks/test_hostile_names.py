@@ -80,7 +80,7 @@ PLACES: dict[str, tuple[Callable[[Path], list[str]], int]] = {
     "a source's path": (lambda root: to_hf(megatron(in_hostile(root)), root / "out"), 0),
     "a target's path": (lambda root: to_hf(megatron(root), root / DIRECTORY), 0),
     "a target's path, in a dry run": (lambda root: to_hf(megatron(root), root / DIRECTORY, "--dry-run"), 0),
-    "a path that is not there": (lambda root: ["inspect", str(root / DIRECTORY)], 2),
+    "a path that is not there": (lambda root: ["inspect", str(root / DIRECTORY)], 1),
     "an inspected path": (lambda root: ["inspect", str(megatron(in_hostile(root)))], 0),
     "a verified path": (lambda root: ["verify", str(megatron(in_hostile(root))), str(root / DIRECTORY / "in")], 0),
     "a flag": (lambda root: ["inspect", str(root), f"--{HOSTILE}"], 2),

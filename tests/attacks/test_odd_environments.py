@@ -49,6 +49,14 @@ def assert_one_error(found: Run, what: str, exit_code: int) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE\n"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "abc"}, "MASTER_PORT is no port\n"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "99999"}, "MASTER_PORT is no port\n"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a\x1b[2Jb", "MASTER_PORT": "1"},
+            "MASTER_ADDR holds characters that nobody can read\n  found:    'a\\x1b[2Jb'\n",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "a\nb"},
+            "GLOO_SOCKET_IFNAME holds characters that nobody can read\n",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "nothing says where the ranks meet\n  found:    no MASTER_ADDR and no "),
     ],
 )  # fmt: skip
@@ -127,6 +135,20 @@ def test_where_torch_has_no_room_the_limit_is_named(place: Path, tmp_path: Path)
     done = subprocess.run(words, cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, check=False, env=env)
     assert_one_error(Run(done.returncode, done.stdout, done.stderr), "(ulimit -v unlimited)", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("more", "what"), [(1 << 20, "start no further thread\n"), (13 << 20, "out of memory\n")])
+def test_where_memory_or_threads_end_the_limit_is_named(more: int, what: str, place: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, dist_convert.move.convert, dist_convert.compare.verify; from dist_convert.__main__ import main;"
+        "used = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmData:')) << 10;"
+        f"resource.setrlimit(resource.RLIMIT_DATA, (used + {more}, resource.RLIM_INFINITY));"
+        f"sys.exit(main({['convert', str(place / 'in'), 'out', '--to', 'huggingface']!r}))"
+    )
+    found = Process(["-c", code], os.environ, tmp_path).finish()
+    assert_one_error(found, what, 1)
+    assert "  found:    ulimit -d " in found.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_current_directory_is_a_target_where_it_is_empty(place: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 from tests.attacks.harmless import MOST_MEMORY_BYTES, MOST_SECONDS, SECRET, assert_harmless, run
 from tests.attacks.watched import Seen, Watcher
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
+from tests.meta_checkpoints import make_meta
 from tests.to_megatron import make_hf
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SHARD = "iter_0000004/mp_rank_00/model_optim_rng.pt"
+SHARD_OF_DCP = "shard-00001-model-00001-of-00001.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "vocab.txt")
 MEGATRON_FILES = (TRACKER, SHARD, *(f"tokenizer/{name}" for name in TOKENIZER_FILES))
 HF_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -88,6 +90,19 @@ def test_a_special_file_in_a_hugging_face_directory_keeps_nobody_waiting(
     for seen in (watched.run("inspect", str(tmp_path / "source")), run(watched, "hf-to-megatron", tmp_path)):
         assert_answered(seen)
         assert_harmless(seen, tmp_path)
+
+
+@pytest.mark.parametrize("special", ["a pipe", "a link to a device"])
+@pytest.mark.parametrize("file", ["consolidated.00.pth", "params.json", ".metadata", "__0_0.distcp", SHARD_OF_DCP])
+def test_a_special_file_in_files_of_meta_or_of_torch_keeps_nobody_waiting(
+    file: str, special: str, watched: Watcher, tmp_path: Path
+) -> None:
+    (make_meta if file in ("consolidated.00.pth", "params.json") else make_hf)(tmp_path / "source")
+    put(tmp_path / "source" / file, special)
+    (tmp_path / "source" / "model.safetensors").unlink(missing_ok=True)
+    seen = watched.run("inspect", str(tmp_path / "source"))
+    assert_answered(seen)
+    assert seen.exit_code == 1
 
 
 @pytest.mark.parametrize("file", [TRACKER, SHARD])

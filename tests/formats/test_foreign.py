@@ -79,6 +79,15 @@ def gptq(root: Path) -> None:
     save_file(tensors | {name + "qweight": torch.ones(2, 16, dtype=torch.int32)}, root / "model.safetensors")
 
 
+def mlx(root: Path) -> None:
+    """mlx-lm packs eight codes into a number, with scales and biases of 64 each beside them."""
+    make_hf(root, LLAMA)
+    tensors, name = read_tensors(root), "model.layers.0.self_attn.q_proj."
+    packed = {name + "weight": torch.ones(16, 2, dtype=torch.uint32)}
+    beside = {name + what: torch.ones(16, 1, dtype=torch.bfloat16) for what in ("scales", "biases")}
+    save_file({**tensors, **packed, **beside}, root / "model.safetensors", metadata={"format": "mlx"})
+
+
 def renamed(change: Callable[[State], State]) -> Callable[[Path], None]:
     """A `torch` checkpoint whose model has other names."""
 
@@ -121,7 +130,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "PEFT": (peft, "a LoRA adapter without its model", "merge_and_unload()"),
     "GGUF": (gguf, "a GGUF file", "gguf_file"),
-    "GPTQ": (gptq, "weights quantised by GPTQ or AWQ", "dequantised"),
+    "GPTQ": (gptq, "weights quantised by GPTQ, AWQ or MLX", "dequantised"),
+    "MLX": (files("weights.npz", "config.json"), "MLX, ONNX, TensorFlow", "model*.safetensors"),
+    "ONNX": (files("model.onnx", "model.onnx_data", "config.json"), "MLX, ONNX, TensorFlow", "model*.safetensors"),
+    "MLX, quantised": (mlx, "weights quantised by GPTQ, AWQ or MLX", "dequantised"),
     "diffusers": (files("model_index.json", "unet/config.json"), "a diffusers pipeline", "Llama"),
     "zarr": (zarr, "a distributed checkpoint of the format zarr", "--ckpt-format torch_dist"),
     "zarr with metadata": (newer_zarr, "a distributed checkpoint of another kind", "--ckpt-format torch_dist"),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import dist_convert
+from dist_convert.errors import Problems
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 
@@ -80,6 +82,17 @@ def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pyt
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "nowhere")) == 1
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "directory"])
+def test_what_is_wrong_with_it_names_its_own_path(is_file: bool, tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    (tmp_path / "like").mkdir()
+    (tmp_path / "like" / "config.json").write_text('{"model_type": "llama", "vocab_size": [[]]}')
+    path = tmp_path / "like" / "config.json"
+    with pytest.raises(Problems) as caught:
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", like=path if is_file else path.parent)
+    assert {problem.file for problem in caught.value.problems} == {str(path)}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,55 @@ def test_rotary_scaling_in_the_words_of_forks_is_read(args: dict[str, Any], tmp_
     assert config["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
 
 
+#: As ms-swift takes it over from transformers; 64 positions are the model's.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (YARN, {"beta_fast": 32.0, "beta_slow": 1.0}),
+        ({**YARN, "type": "yarn", "beta_fast": 16, "rope_theta": 500000.0}, {"beta_fast": 16, "beta_slow": 1.0}),
+        ({**YARN, "truncate": False, "attention_factor": None}, {"truncate": False}),
+    ],
+    ids=["plain", "of transformers 5", "not rounded"],
+)
+def test_yarn_in_the_words_of_ms_swift_is_read(said: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    scaling = config_of(with_args(tmp_path, rope_scaling=said), tmp_path / "hf")["rope_scaling"]
+    assert {**scaling, **YARN, **expected} == scaling
+
+
+def test_no_scaling_in_the_words_of_transformers_5_is_none(tmp_path: Path) -> None:
+    said = {"rope_type": "default", "rope_theta": 500000.0}
+    assert config_of(with_args(tmp_path, rope_scaling=said), tmp_path / "hf")["rope_scaling"] is None
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"rope_scaling": {**YARN, "factor": 2.0}},  # of which some versions of transformers make 64 / 16
+        {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"rope_scaling": {**YARN, "rope_theta": 10000.0}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}},
+        {**MINDSPEED, "high_freq_factor": 8.0},
+        {"rope_scaling_type": "yarn"},
+    ],
+    ids=["ratio", "mscale", "theta", "theta alone", "llama3", "MindSpeed-LLM", "MindSpeed-LLM's yarn"],
+)
+def test_a_fork_s_scaling_that_is_not_sure_is_refused_with_the_flag_that_says_it(
+    args: dict[str, Any], tmp_path: Path
+) -> None:
+    make(tmp_path / "plain" / "megatron", MODEL)
+    config_of(tmp_path / "plain" / "megatron", tmp_path / "like")
+    source = with_args(tmp_path, **args)
+    with pytest.raises(ConversionError, match=r"--rope-scaling(-type)? has a value") as caught:
+        config_of(source, tmp_path / "hf")
+    assert "--like CONFIG says which the model has" in caught.value.remedy
+    dist_convert.convert(source, tmp_path / "hf", to="huggingface", like=tmp_path / "like")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"] is None
+
+
 @pytest.mark.parametrize(
     ("args", "name"),
     [

@@ -214,7 +214,11 @@ def test_scales_that_are_not_one_for_each_block_are_an_error_with_their_name(cas
     change_tensors(tmp_path / "fp8", {f"{DOWN}_scale_inv": scales})
     error = refusal(tmp_path / "fp8")
     assert error.what == "a quantised weight without one scale for each block"
-    assert (error.tensor, error.file, error.found) == (f"{DOWN}_scale_inv", "model.safetensors", found)
+    assert (error.tensor, error.file, error.found) == (
+        f"{DOWN}_scale_inv",
+        str(tmp_path / "fp8/model.safetensors"),
+        found,
+    )
     assert error.expected.startswith("shape [2, 5] in F32, BF16, F16, F8_E8M0, U8: ")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,11 +243,11 @@ def test_shards_of_different_runs_are_refused_naming_both_files(
 ) -> None:
     made = shards(architecture(), TP2)
     with pytest.raises(InconsistentShards, match=f"disagree about {what}") as error:
-        check_same_run([made[FIRST], change(made[SECOND])])
-    assert error.value.file == SECOND
-    assert error.value.expected.endswith(f"as in {FIRST}")
+        check_same_run([made[FIRST], change(made[SECOND])], Path("in"))
+    assert error.value.file == f"in/{SECOND}"
+    assert error.value.expected.endswith(f"as in in/{FIRST}")
     assert error.value.found == found
 
 
 def test_shards_of_one_run_agree() -> None:
-    check_same_run(shards(architecture(), TP2).values())
+    check_same_run(shards(architecture(), TP2).values(), Path("in"))

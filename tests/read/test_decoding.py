@@ -159,7 +159,7 @@ def test_a_code_that_is_no_number_is_an_error_with_the_weights_name(code: int, t
     write(tmp_path, codes)
     with pytest.raises(CorruptFile, match="no finite number") as error:
         read(tmp_path, VIEW)
-    assert (error.value.tensor, error.value.file) == ("w", "weights")
+    assert (error.value.tensor, error.value.file) == ("w", str(tmp_path / "weights"))
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_a_scale_that_is_no_number_is_an_error_with_its_name(dtype: str, scale: 
     write(tmp_path, scales=scales.to(TORCH[dtype]))
     with pytest.raises(CorruptFile, match="no finite number") as error:
         read(tmp_path, replace(VIEW, scales=scales_of(4, *BLOCK, dtype=dtype)))
-    assert (error.value.tensor, error.value.file) == ("w_scale_inv", "scales")
+    assert (error.value.tensor, error.value.file) == ("w_scale_inv", str(tmp_path / "scales"))
 
 
 def test_scales_that_end_early_are_an_error_with_their_name(tmp_path: Path) -> None:
     write(tmp_path, scales=SCALES[:2])
     with pytest.raises(CorruptFile, match="ends inside a tensor") as error:
         read(tmp_path, VIEW)
-    assert (error.value.tensor, error.value.file) == ("w_scale_inv", "scales")
+    assert (error.value.tensor, error.value.file) == ("w_scale_inv", str(tmp_path / "scales"))
 
 
 def test_scales_that_change_while_they_are_read_are_an_error(tmp_path: Path) -> None:
@@ -189,4 +189,4 @@ def test_scales_that_change_while_they_are_read_are_an_error(tmp_path: Path) -> 
     (tmp_path / "scales").write_bytes(bytes(100))
     with pytest.raises(SourceChanged) as error:
         FileReader(tmp_path, make_buffer(65536), known).read(VIEW, "BF16", 0, make_buffer(65536), 0)
-    assert (error.value.tensor, error.value.file) == ("w_scale_inv", "scales")
+    assert (error.value.tensor, error.value.file) == ("w_scale_inv", str(tmp_path / "scales"))

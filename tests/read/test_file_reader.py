@@ -116,7 +116,7 @@ def test_elements_too_far_apart_for_the_buffer_are_refused_by_name(tmp_path: Pat
     write(tmp_path, VALUES.float())
     with pytest.raises(UnsupportedModel, match="too far apart") as caught:
         read(reader(tmp_path, 400), view_of(3, 3, 2000, 600), "F32")
-    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
 
 
 @pytest.mark.parametrize(("stored", "target"), [("F32", "F32"), ("BF16", "BF16"), ("F16", "BF16"), ("F32", "F16")])
@@ -158,7 +158,7 @@ def test_a_file_that_ends_inside_a_tensor_is_named(window: str, tmp_path: Path) 
     os.truncate(tmp_path / FILE, START + span * 4 - 1)
     with pytest.raises(CorruptFile, match="ends inside a tensor") as caught:
         read(reader(tmp_path), view_of(*WINDOWS[window]), "F32")
-    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32"])
@@ -166,13 +166,13 @@ def test_values_that_do_not_fit_into_their_buffer_are_not_read(dtype: str, tmp_p
     write(tmp_path, VALUES)
     with pytest.raises(PlanError, match="what is read does not fit into its buffer") as caught:
         reader(tmp_path).read(view_of(2, 4, 4, 1, "F64"), dtype, 0, make_buffer(16), 0)
-    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot read the source") as caught:
         read(reader(tmp_path), view_of(2, 2, 2, 1), "F32")
-    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
     assert caught.value.found == "No such file or directory"
 
 
@@ -183,7 +183,7 @@ def test_a_pipe_that_has_come_in_a_files_place_keeps_nobody_waiting(tmp_path: Pa
     os.mkfifo(tmp_path / FILE)
     with pytest.raises(SourceChanged, match="a source file has changed while it was read") as caught:
         read(FileReader(tmp_path, make_buffer(65536), known), view_of(2, 2, 2, 1), "F32")
-    assert (caught.value.tensor, caught.value.file) == (NAME, FILE)
+    assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
     assert changed_files(tmp_path, known) == [FILE]
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dist_convert.__main__ import main
+from dist_convert.errors import UnsupportedModel
+from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
+from dist_convert.options import TokenizerJob
 from tests.checkpoints import Model, make
-from tests.converting import convert
+from tests.converting import assert_same, convert, read_tensors
 from tests.tokenizer.pieces import train
 from tests.tokenizer.test_finding import tiktoken_lines
 from tests.tokenizer.test_huggingface_directory import files_of, make_tokenizer
@@ -64,7 +68,7 @@ def test_the_conversion_started_again_keeps_the_tokenizer_and_asks_for_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = converted(tmp_path)
-    assert "the target has no tokenizer; its special ids are those of its family" in capsys.readouterr().err
+    assert "the target has no tokenizer; its special ids are its family's" in capsys.readouterr().err
     assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target), "--instruct"]) == 0
     before = files_of(target)
     assert convert(tmp_path / "in", target) == 0
@@ -86,9 +90,9 @@ def test_of_several_ranks_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_settings_of_an_instruct_model_that_are_there_stay(tmp_path: Path) -> None:
     source = tiktoken_lines(tmp_path / "source")
-    target = converted(tmp_path, TINY_LLAMA3, "--instruct")
+    target = converted(tmp_path, TINY_LLAMA3, "--instruct", "--tokenizer", str(source))
     before = json.loads((target / "generation_config.json").read_text())
-    assert main(["tokenizer", str(source), str(target)]) == 0
+    assert main(["tokenizer", str(source), str(target), "--overwrite"]) == 0
     assert json.loads((target / "generation_config.json").read_text()) == before
     assert before["eos_token_id"] == [128001, 128008, 128009]
 
@@ -138,6 +142,57 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_a_warning_with_every_number(
     assert main(["tokenizer", str(make_tokenizer(tmp_path / "tokenizer")), str(target)]) == 0
     warning = "sizes disagree: tokenizer 29, args 20, embedding 20 rows; 20 are written. The tokenizer's ids from 20 on"
     assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("size", ["5GB", "3KB"])
+def test_padding_that_nobody_knew_of_is_named_and_cut_as_by_a_conversion_with_the_tokenizer(
+    size: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, model = make_tokenizer(tmp_path / "source"), Model(layers=1, tied=tied)
+    target = converted(tmp_path, model, "--max-shard-size", size, vocab_size=None)
+    at_once = ("--max-shard-size", size, "--tokenizer", str(source))
+    assert convert(tmp_path / "in", tmp_path / "at once", *at_once) == 0
+    assert main(["tokenizer", str(source), str(target)]) == 0
+    assert "32 rows for 29 tokens of the tokenizer; --true-vocab-size 29 cuts what is" in capsys.readouterr().err
+    assert main(["tokenizer", str(source), str(target), "--true-vocab-size", "29", "--overwrite"]) == 0
+    assert_same(read_tensors(target), read_tensors(tmp_path / "at once"))
+    found, expected = files_of(target), files_of(tmp_path / "at once")
+    whole = ("config.json", "generation_config.json", *(["model.safetensors"] if size == "5GB" else []))
+    assert {name: found[name] for name in whole} == {name: expected[name] for name in whole}
+    assert AutoModelForCausalLM.from_pretrained(target).get_input_embeddings().weight.shape == (29, 16)
+    manifest = json.loads(found["conversion.json"])["files"]
+    assert {name: one["size_bytes"] for name, one in manifest.items()} == {
+        name: len(content) for name, content in found.items() if name != "conversion.json"
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("40", "--true-vocab-size is not the model's\n  expected: vocab_size 29\n  found:    40\n"),
+        ("28", "--true-vocab-size cuts rows of tokens\n"),
+    ],
+)
+def test_neither_more_rows_than_there_are_nor_fewer_than_tokens_can_be_kept(
+    size: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    before = files_of(target)
+    source = str(make_tokenizer(tmp_path / "source"))
+    assert main(["tokenizer", source, str(target), "--true-vocab-size", size]) == 2
+    assert words in capsys.readouterr().err
+    assert files_of(target) == before
+
+
+@pytest.mark.parametrize("size", ["abc", [1], float("inf"), -1])
+def test_a_config_whose_vocabulary_is_no_size_is_one_error(size: Any, tmp_path: Path) -> None:
+    target = converted(tmp_path)
+    config = json.loads((target / "config.json").read_text()) | {"vocab_size": size}
+    (target / "config.json").write_text(json.dumps(config))
+    source = make_tokenizer(tmp_path / "source")
+    with pytest.raises(UnsupportedModel, match="vocab_size is no size"):
+        add_tokenizer(TokenizerJob(source, target))
 
 
 def test_a_failure_leaves_a_whole_tokenizer_and_nothing_half_made(

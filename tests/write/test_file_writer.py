@@ -60,12 +60,12 @@ def test_fewer_or_more_bytes_than_the_view_has_are_not_written(tmp_path: Path, w
 
 
 def test_a_disk_that_takes_nothing_and_gives_no_reason_is_an_error(
-    writer: FileWriter, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, writer: FileWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(TargetError) as caught:
         writer.write(view(0, 1, 4), memoryview(b"abcd"))
-    assert (caught.value.file, caught.value.found) == ("a", "nothing of it was written")
+    assert (caught.value.file, caught.value.found) == (str(tmp_path / "a"), "nothing of it was written")
 
 
 def test_written_bytes_add_up_over_files(tmp_path: Path, writer: FileWriter) -> None:
@@ -98,7 +98,7 @@ def test_closing_leaves_no_file_open(tmp_path: Path, writer: FileWriter) -> None
 def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path, writer: FileWriter) -> None:
     with pytest.raises(TargetError) as caught:
         writer.write(view(0, 1, 1, file="absent"), memoryview(b"x"))
-    assert (caught.value.file, caught.value.found) == ("absent", "No such file or directory")
+    assert (caught.value.file, caught.value.found) == (str(tmp_path / "absent"), "No such file or directory")
     assert not (tmp_path / "absent").exists()
 
 
@@ -109,4 +109,4 @@ def test_a_full_file_system_is_told_from_other_refusals(make_disk: Callable[[str
     with pytest.raises(NotEnoughSpace) as caught:
         writer.write(view(0, 1, 20_000, file="full"), memoryview(bytes(20_000)))
     writer.close()
-    assert (caught.value.file, caught.value.found) == ("full", "No space left on device")
+    assert (caught.value.file, caught.value.found) == (str(disk / "full"), "No space left on device")

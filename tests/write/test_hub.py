@@ -114,6 +114,8 @@ def test_of_paths_only_names_are_uploaded_unless_a_flag_keeps_them(client: Clien
     args = json.loads(before["source_megatron_args.json"])
     args |= {"save": "/home/alice/secret/run 7", "data_path": ["0.5", "/data/corpus_text"], "note": "see ~/plans/a.md"}
     (client.place / "model" / "source_megatron_args.json").write_text(json.dumps(args))
+    config = json.loads(before["config.json"]) | {"_name_or_path": "/home/alice/models/llama"}
+    (client.place / "model" / "config.json").write_text(json.dumps(config))
     assert client.run("push", "model", "org/name").returncode == 0
     files = client.hub.repositories["org/name"].files
     found = json.loads(files["source_megatron_args.json"])
@@ -122,8 +124,18 @@ def test_of_paths_only_names_are_uploaded_unless_a_flag_keeps_them(client: Clien
     assert manifest["source"]["path"] == "iter_0000004"
     assert manifest["files"]["source_megatron_args.json"]["size_bytes"] == len(files["source_megatron_args.json"])
     assert str(client.place).encode() not in b"".join(files.values())
-    others = set(before) - {"source_megatron_args.json", "conversion.json"}
+    assert json.loads(files["config.json"])["_name_or_path"] == "llama"
+    others = set(before) - {"source_megatron_args.json", "conversion.json", "config.json"}
     assert {name: files[name] for name in others} == {name: before[name] for name in others}
+
+
+@pytest.mark.parametrize("flags", [(), ("--keep-paths",)], ids=["names", "paths"])
+def test_what_a_link_leads_to_elsewhere_is_not_uploaded(flags: tuple[str, ...], client: Client) -> None:
+    (client.place / "private").write_text("secret")
+    (client.place / "model" / "notes.txt").symlink_to(client.place / "private")
+    printed = client.refuse("push", "model", "org/name", *flags)
+    assert "notes.txt is a link to a file outside the directory" in printed
+    assert client.hub.repositories == {}
 
 
 def test_a_name_of_ones_own_needs_no_organisation(client: Client) -> None:

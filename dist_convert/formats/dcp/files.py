@@ -142,7 +142,7 @@ class PlannedFiles:
     def seal(self, partial: Path, files: Iterable[TargetFile], known: Mapping[str, Sequence[KnownRange]]) -> None:
         """Write the checksum of each chunk of some files to both places that hold it."""
         for name in (file.name for file in files):
-            with writing(name), opened(partial, name, os.O_RDWR) as descriptor:
+            with writing(partial / name), opened(partial, name, os.O_RDWR) as descriptor:
                 for chunk in (blob for blob in self.blobs[name] if blob.dtype):
                     template, first_byte = self.templates[chunk.dtype, chunk.sizes], chunk.place.offset_bytes
                     start = first_byte + template.data_offset_bytes

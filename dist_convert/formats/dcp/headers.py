@@ -110,9 +110,9 @@ def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tup
         for chunk in tensor.chunks:
             chunks_of.setdefault(chunk.blob.file, []).append((key, tensor.dtype, chunk))
     seen = [file for file in sorted(chunks_of) if (directory / file).is_file()]
-    found = discover(
-        world, directory, seen, partial(_read_header, directory, chunks_of), expected=f"{', '.join(chunks_of)[:200]}"
-    )
+    with below(directory):
+        read_header = partial(_read_header, directory, chunks_of)
+        found = discover(world, directory, seen, read_header, expected=f"{', '.join(chunks_of)[:200]}")
     missing = sorted(chunks_of.keys() - found.headers.keys())
     if missing:
         raise MissingShard(
@@ -151,8 +151,7 @@ def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, st
 
 def _in_safetensors(path: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:
     """The same as `place_chunks`, of blobs that are one safetensors file together, where their offsets say nothing."""
-    with below(path.parent):
-        tensors, offsets = read_safetensors_shard(path, file)
+    tensors, offsets = read_safetensors_shard(path, file)
     for key, dtype, chunk in chunks:
         tensor = tensors.get(key)
         found = (tensor.dtype, tensor.shape, offsets.get(key)) if tensor else "no such tensor"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards, MissingArguments
+from dist_convert.errors import InconsistentShards, MissingArguments, below
 from dist_convert.formats.dcp.headers import find_chunks, read_by_one, read_shards, shards_of, sort_out
 from dist_convert.formats.dcp.names import find_prefix, huggingface_tensors, is_of_torchtitan, reason_to_leave
 from dist_convert.formats.huggingface.config import architecture_from_config
@@ -66,7 +66,8 @@ def open_dcp(where: Where, directory: Path, world: World) -> HuggingFaceModel:
         twice = names(sorted(key for key, tensor in stored.items() if tensor not in chunks.values()))
         raise InconsistentShards("tensors are stored twice", file=str(directory / METADATA_FILE), found=twice)
     if is_of_torchtitan(chunks):
-        chunks = huggingface_tensors(chunks, architecture_from_config(config))
+        with below(directory):
+            chunks = huggingface_tensors(chunks, architecture_from_config(config))
     return HuggingFaceModel(
         directory,
         config,

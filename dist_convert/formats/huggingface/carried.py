@@ -5,12 +5,15 @@ Special ids, sampling defaults and keys that only transformers reads come back w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.config import config_json, config_like, describes, published
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
 from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.models.schema import Architecture
 from dist_convert.read.source import read_json
 
 
@@ -38,3 +41,27 @@ def read_carried(directory: Path) -> dict[str, dict[str, Any]]:
     path = directory / CARRIED_FILE
     found = read_json(path) if path.is_file() else {}
     return {name: found[name] for name in (CONFIG_FILE, GENERATION_FILE) if isinstance(found.get(name), dict)}
+
+
+def configs_of(
+    model: Model, architecture: Architecture, dtype: str, carried: Mapping[str, Any], like: Path | None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The config.json that a model of another format gets.
+
+    Args:
+        model, architecture: the model.
+        dtype: safetensors name of most weights.
+        carried: see `carried_configs`.
+        like: a config.json of such a model, or its directory.
+
+    Returns:
+        The content before a tokenizer's special ids; and both configs that are taken over as they are, if they are:
+        see `published`.
+    """
+    is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), architecture)
+    given = carried[CONFIG_FILE] if is_carried else model.config
+    config = config_like(given, architecture, dtype) if given else config_json(architecture, dtype)
+    directory = model.tokenizer.path if like is None else like if like.is_dir() else like.parent
+    if is_carried and directory is None and GENERATION_FILE in carried:
+        return config, {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
+    return config, published(config, directory)

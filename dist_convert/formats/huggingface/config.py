@@ -35,8 +35,8 @@ from dist_convert.models.schema import (
 from dist_convert.read.source import read_json
 
 #: The scaling of rotary frequencies that Megatron-Core has, with constants of its own; the factor may be another.
-_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-_FACTOR, _PARTIAL, _ORIGINAL = "factor", "partial_rotary_factor", "original_max_position_embeddings"
+LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_FACTOR, _PARTIAL, ORIGINAL = "factor", "partial_rotary_factor", "original_max_position_embeddings"
 #: Of YaRN's in the order of `YarnScaling`, with the values that they have where they are absent. DeepSeek's own code
 #: and versions of transformers differ in two of them, which have to be given.
 _YARN: dict[str, Any] = {
@@ -247,9 +247,9 @@ def _rope(read: _Config) -> tuple[float, RotaryScaling | None]:
     partial, whole = [style.get(_PARTIAL) for style in (config, v4, v5)], read.family.config_pins.get(_PARTIAL, 1)
     if not all(share in (None, whole) for share in partial):
         read.refuse("another part of each head is rotated", expected=f"{_PARTIAL}={whole}", found=partial)
-    positions, scaling = config.get(_ORIGINAL), v5 or v4
-    if positions is not None and scaling.get(_ORIGINAL) not in (None, positions):
-        _refuse_both(read, f"{_ORIGINAL}={positions}", f"{_ORIGINAL}={scaling[_ORIGINAL]} in {dict(scaling)}")
+    positions, scaling = config.get(ORIGINAL), v5 or v4
+    if positions is not None and scaling.get(ORIGINAL) not in (None, positions):
+        _refuse_both(read, f"{ORIGINAL}={positions}", f"{ORIGINAL}={scaling[ORIGINAL]} in {dict(scaling)}")
     if scaling.get("mscale_all_dim") and scaling.get("mscale") is None:
         read.refuse("transformers ignores mscale_all_dim without mscale", expected="both or none", found=dict(scaling))
     return read.number("rope_theta", theta), _read_scaling(read, scaling)
@@ -267,7 +267,7 @@ def _refuse_both(read: _Config, old: str, new: str) -> None:
 def _kind(rope: Mapping[str, Any]) -> tuple[object, ...]:
     """What decides the scaling: its type, and the numbers of Llama 3.1's."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*_LLAMA3, *_YARN, *_YARN_PINS)))
+    return (kind,) if kind == "default" else (kind, rope.get(_FACTOR), *map(rope.get, (*LLAMA3, *_YARN, *_YARN_PINS)))
 
 
 def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RotaryScaling | None:
@@ -289,11 +289,11 @@ def _read_scaling(read: _Config, rope: Mapping[str, Any]) -> RotaryScaling | Non
         read.misread("rope_scaling holds no numbers", ", ".join(_YARN), said)
         return None
     factor = rope.get(_FACTOR)
-    if kind == "llama3" and any(rope.get(name) != value for name, value in _LLAMA3.items()):
+    if kind == "llama3" and any(rope.get(name) != value for name, value in LLAMA3.items()):
         read.refuse(
             "Megatron-Core's scaling of rotary frequencies has constants of its own",
-            expected=", ".join(f"{name}={value}" for name, value in _LLAMA3.items()),
-            found=", ".join(f"{name}={rope.get(name)}" for name in _LLAMA3),
+            expected=", ".join(f"{name}={value}" for name, value in LLAMA3.items()),
+            found=", ".join(f"{name}={rope.get(name)}" for name in LLAMA3),
         )
     elif not isinstance(factor, int | float) or not is_number(factor) or factor < 1:
         read.misread("the factor of rope_scaling is no number", "a number of at least 1", factor)
@@ -338,8 +338,8 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 #: Tokens that end a turn of an instruct model: end_of_text, eom_id, eot_id.
 _LLAMA3_INSTRUCT_EOS = [128001, 128008, 128009]
-_LLAMA3_VOCAB = 128000
-_LLAMA3_ROWS = 128256
+#: Llamas with a larger vocabulary have another tokenizer than Llama 2's: Llama 3's or any.
+_MOST_LLAMA2_ROWS = 65_536
 
 
 def special_token_ids(
@@ -353,19 +353,13 @@ def special_token_ids(
         tokenizer: as found.
         instruct: whether the tokens that end a turn of Llama 3 end the text, too.
     """
-    bos, eos, is_llama3 = tokenizer.bos, tokenizer.eos, tokenizer.is_llama3
-    if tokenizer.kind == "none":
-        is_llama3 = _has_llama3_ids(family, vocab, tokenizer)
-        known = FAMILIES[family].special_ids if family in FAMILIES else (None, None)
-        bos, eos = (_LLAMA3_VOCAB, _LLAMA3_VOCAB + 1) if is_llama3 else known
-    ends = [*_LLAMA3_INSTRUCT_EOS, eos] if is_llama3 and instruct else [eos]
+    bos, eos = tokenizer.bos, tokenizer.eos
+    if tokenizer.kind == "none" and family in FAMILIES and not (family == "llama" and vocab > _MOST_LLAMA2_ROWS):
+        bos, eos = FAMILIES[family].special_ids
+    ends = [*_LLAMA3_INSTRUCT_EOS, eos] if tokenizer.is_llama3 and instruct else [eos]
     inside = list(dict.fromkeys(end for end in ends if end is not None and end < vocab))
     begin = bos if bos is not None and bos < vocab else None
     return begin, inside if len(inside) > 1 else next(iter(inside), None)
-
-
-def _has_llama3_ids(family: str | None, rows: int, tokenizer: Tokenizer) -> bool:
-    return tokenizer.is_llama3 or (tokenizer.kind == "none" and family == "llama" and rows == _LLAMA3_ROWS)
 
 
 def published(config: Mapping[str, Any], directory: Path | None) -> dict[str, dict[str, Any]]:
@@ -403,7 +397,7 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     elif isinstance(architecture.rope_scaling, LinearScaling):
         scaling = {"rope_type": "linear", _FACTOR: architecture.rope_scaling.factor}
     elif architecture.rope_scaling is not None:
-        named = zip((_FACTOR, *_LLAMA3), astuple(architecture.rope_scaling), strict=True)
+        named = zip((_FACTOR, *LLAMA3), astuple(architecture.rope_scaling), strict=True)
         scaling = {"rope_type": "llama3", **dict(named)}
     types = family.layer_types
     layer_types = {"layer_types": [types[n % len(types)] for n in range(architecture.layers)]} if types else {}
@@ -461,6 +455,6 @@ def with_special_ids(
     generates |= {"_from_model_config": False, "bos_token_id": bos, "eos_token_id": eos}
     generates |= {} if pad is None else {"pad_token_id": pad}
     # What Llama 3's makers say of its instruct models; others say nothing, or other things.
-    if style.instruct and _has_llama3_ids(config.get("model_type"), rows, tokenizer):
+    if style.instruct and tokenizer.is_llama3:
         generates |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     return {CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos}, GENERATION_FILE: generates}

@@ -14,6 +14,7 @@ from dist_convert.errors import UnsupportedModel
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog
 from dist_convert.formats.huggingface.names import published
+from dist_convert.formats.huggingface.read import WEIGHTS_KINDS
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.schema import Architecture, alias_shape, copies_of, entries, parts_of
@@ -23,6 +24,8 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSp
 #: like offsets: processors copy at half their speed where the file's is a few bytes further. The format wants eight.
 _DATA_ALIGNMENT_BYTES = 4096
 _LENGTH_BYTES = 8
+#: Says in which of several files each tensor is.
+INDEX_FILE = WEIGHTS_KINDS[0][0]
 
 
 def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec]:
@@ -79,10 +82,11 @@ def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tup
     groups += [current] if current else []
     total = len(groups)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    return tuple(map(_target_file, names if total > 1 else ["model.safetensors"], groups))
+    return tuple(map(target_file, names if total > 1 else ["model.safetensors"], groups))
 
 
-def _target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
+def target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
+    """A weights file of some tensors."""
     # Readers view the data in place, so wider elements come first and every tensor is aligned to its own.
     ordered = sorted(specs, key=lambda spec: -DTYPE_BYTES[spec[1]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -21,21 +21,23 @@ import torch
 from dist_convert.errors import shown_line
 from dist_convert.formats.dcp.files import PlannedFiles, lay_out_chunks
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import carried_configs
+from dist_convert.formats.huggingface.carried import carried_configs, configs_of
 from dist_convert.formats.huggingface.config import (
     TORCH_NAMES,
-    config_json,
-    config_like,
     config_of_copy,
-    describes,
-    published,
     with_special_ids,
 )
-from dist_convert.formats.huggingface.files import catalog_of_files, index_json, lay_out_files, target_tensors
+from dist_convert.formats.huggingface.files import (
+    INDEX_FILE,
+    catalog_of_files,
+    index_json,
+    lay_out_files,
+    target_tensors,
+)
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
-from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE, WEIGHTS_KINDS, check_inside
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside
 from dist_convert.formats.huggingface.upload import Upload, check_upload
-from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, true_vocab
+from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, not_its_vocab, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
     Tokenizer,
@@ -63,7 +65,6 @@ from dist_convert.write.places import find_places
 from dist_convert.write.task import Task
 
 CARD_FILE = "README.md"
-INDEX_FILE = WEIGHTS_KINDS[0][0]
 #: What may lie beside the weights and belongs to the model: configs, tokenizer, card, license, code, templates.
 _SUFFIXES = ("", ".json", ".jsonl", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".py", ".yaml", ".yml")
 _NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS))
@@ -259,9 +260,12 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError: all that the headers show to be wrong.
+        UsageError: flags that contradict the source.
         UploadError: what can be known now of an upload that would not start.
         TargetError, UsageError: see `find_places`.
     """
+    if model.args is None and job.true_vocab_size not in (None, model.vocab):
+        raise not_its_vocab(job.true_vocab_size, model.vocab)
     notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(Upload(job.target, job.push_to_hub, job.private, job.keep_paths)))
@@ -325,13 +329,7 @@ def _layout(
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
     carried: dict[str, dict[str, Any]] = gather_objects(world, carried_configs(model) if world.rank == 0 else {})[0]
-    is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), source.architecture)
-    like = carried[CONFIG_FILE] if is_carried else model.config
-    config = config_like(like, source.architecture, dtype) if like else config_json(source.architecture, dtype)
-    directory = model.tokenizer.path if job.like is None else job.like if job.like.is_dir() else job.like.parent
-    theirs = published(config, directory) if world.rank == 0 else {}
-    if is_carried and directory is None and GENERATION_FILE in carried:
-        theirs = {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
+    config, theirs = configs_of(model, source.architecture, dtype, carried, job.like)
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]
 

@@ -128,23 +128,25 @@ def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) 
     Raises:
         CheckpointNotFound, SourceError: there is none, a damaged file, or files that are not those of the index.
     """
-    weights = find_weights(directory)
-    config = read_config(directory)
-    found = discover(
-        world,
-        directory,
-        [file for file in weights if (directory / file).is_file()],
-        lambda file: {file: header_to_json(read_weights_header(directory / file, file))},
-        expected=f"safetensors or pytorch_model files in {directory}",
-    )
-    headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
-    refuse_foreign_tensors(headers, directory)
-    if (index := read_index(directory)[1]) is not None:
-        check_index(index, headers)
-    stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
-    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored.values())
-    quantisation = quantisation_of(config)
-    stored = with_scales(stored, quantisation, found.visible)
+    with below(directory):
+        weights = find_weights(directory)
+        config = read_config(directory)
+        found = discover(
+            world,
+            directory,
+            [file for file in weights if (directory / file).is_file()],
+            lambda file: {file: header_to_json(read_weights_header(directory / file, file))},
+            expected="safetensors or pytorch_model files",
+        )
+        headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
+        refuse_foreign_tensors(headers, directory)
+        if (index := read_index(directory)[1]) is not None:
+            check_index(index, headers)
+        stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
+        listed = stored.values()
+        found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in listed)
+        quantisation = quantisation_of(config)
+        stored = with_scales(stored, quantisation, found.visible)
     config = {name: value for name, value in config.items() if name != QUANTISED_BY}
     return HuggingFaceModel(directory, config, found, stored, drops_mtp=drops_mtp, quantisation=quantisation)
 
@@ -198,8 +200,8 @@ def _check_equal(
     raise InconsistentShards(
         what,
         tensor=copy.name,
-        file=copy.file,
-        expected=f"the same values as {own[0].replicas[0].tensor} in {own[0].replicas[0].file}",
+        file=str(model.directory / copy.file),
+        expected=f"the same values as {own[0].replicas[0].tensor} in {model.directory / own[0].replicas[0].file}",
         found=found,
         remedy=remedy,
     )

@@ -27,7 +27,7 @@ from dist_convert.errors import (
     raise_together,
 )
 from dist_convert.formats.megatron.iterations import is_checkpoint, meant_below
-from dist_convert.read.source import check_values, no_directory, read_json, reading
+from dist_convert.read.source import check_values, no_directory, open_to_read, read_json, reading
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
 
@@ -128,9 +128,13 @@ def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
 
 
 def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
-    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such."""
-    with reading(file), path.open("rb") as stream:
-        size_bytes = path.stat().st_size
+    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such.
+
+    Raises:
+        CorruptFile, UnsupportedModel, SourceError: see `read_safetensors_header`.
+    """
+    with reading(file), os.fdopen(open_to_read(path), "rb") as stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
         most = min(MAX_HEADER_BYTES, size_bytes - 8)
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length) if 2 <= length <= most else b""

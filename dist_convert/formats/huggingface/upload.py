@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_convert.errors import UploadError, UsageError, shown_line
+from dist_convert.errors import UploadError, UsageError, quoted, shown_line
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
-from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, find_weights
+from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, check_inside, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, has_tokenizer_files
 from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.read.source import no_directory, read_json
@@ -73,7 +72,10 @@ def _check_directory(directory: Path) -> int:
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     paths = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    return sum((directory / path).stat().st_size for path in filter_repo_objects(paths, ignore_patterns=_IGNORED))
+    sent = list(filter_repo_objects(paths, ignore_patterns=_IGNORED))
+    for path in sent:
+        check_inside(directory, path)
+    return sum((directory / path).stat().st_size for path in sent)
 
 
 #: How long one answer is waited for, before the upload itself, which takes as long as it takes.
@@ -121,7 +123,7 @@ class Upload:
         """The command line that uploads the finished directory, or what is missing of it."""
         flags = {"--private": self.private, "--keep-paths": self.keep_paths}
         given = (flag for flag, is_given in flags.items() if is_given)
-        return shlex.join(["dist-convert", "push", str(self.directory), self.repository, *given])
+        return " ".join(map(quoted, ["dist-convert", "push", str(self.directory), self.repository, *given]))
 
 
 def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> str:
@@ -211,10 +213,12 @@ def _without_paths(directory: Path) -> Iterator[Path]:
             link = folder / path.relative_to(directory)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
-        changed = [name for name in (ARGS_FILE, MANIFEST_FILE) if (directory / name).is_file()]
+        named = (ARGS_FILE, MANIFEST_FILE, CONFIG_FILE)
+        contents = {name: read_json(directory / name) for name in named if (directory / name).is_file()}
+        changed = [name for name, content in contents.items() if _shortened(content) != content]
         for name in changed:
             (folder / name).unlink()
-            (folder / name).write_text(json.dumps(_shortened(read_json(directory / name)), indent=2) + "\n")
+            (folder / name).write_text(json.dumps(_shortened(contents[name]), indent=2) + "\n")
         renew_manifest(folder, gone=(), fresh=[name for name in changed if name != MANIFEST_FILE])
         yield folder
 

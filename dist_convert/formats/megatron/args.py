@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
+from dist_convert.formats.huggingface.config import LLAMA3, ORIGINAL
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import architecture_of, check_computed_alike, fits_signs, of_arg, pins_of
 from dist_convert.models.schema import (
@@ -43,14 +44,13 @@ _NUMBERS = dict.fromkeys(
 )
 
 
-#: Rotary scaling in MindSpeed-LLM's arguments, and in transformers' words, which ms-swift has as a dict or JSON.
-_FORK_SCALING = (
-    "rope_scaling_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "rope_scaling_original_max_position_embeddings",
-)
-_DICT_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+#: MindSpeed-LLM's arguments for what transformers calls "llama3", and how that calls them.
+_FORK_SCALING = {
+    "rope_scaling_factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "rope_scaling_original_max_position_embeddings": "original_max_position_embeddings",
+}  # fmt: skip
+#: Where forks say how rotary frequencies are scaled.
+FORKS_SCALING = ("rope_scaling", "rope_scaling_type")
 
 
 def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,18 +70,46 @@ def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(said, str):
         with suppress(ValueError, RecursionError):
             said = json.loads(said)
-    of_dict = said if isinstance(said, Mapping) else {}
     if found.get("rope_scaling_type") == "llama3":
-        values = [found.get(name) for name in _FORK_SCALING]
-    elif of_dict.get("rope_type", of_dict.get("type")) == "llama3":
-        values = [of_dict.get(name) for name in _DICT_SCALING]
-    else:
-        return found
-    factor, *others = values
-    if is_number(factor) and others == [1, 4, 8192]:  # Megatron's constants
-        found |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
-        found |= {name: None for name in ("rope_scaling", "rope_scaling_type") if name in found}
+        said = {"type": "llama3", **{theirs: found.get(name) for name, theirs in _FORK_SCALING.items()}}
+    if isinstance(said, Mapping) and (words := _of_transformers(said, found)) is not None:
+        found |= {name: None for name in FORKS_SCALING if name in found} | words
     return found
+
+
+def _of_transformers(said: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Megatron's words for a scaling in transformers', which ms-swift computes by transformers' own functions.
+
+    None where Megatron has none, or where versions of transformers compute another one.
+    """
+    beside = {"rope_theta": args.get("rotary_base"), "partial_rotary_factor": args.get("partial_rotary_factor")}
+    told = {name: value for name, value in said.items() if value is not None and value != beside.get(name)}
+    kinds = {told.pop(name) for name in ("rope_type", "type") if isinstance(told.get(name), str)}
+    factor = told.pop("factor", None)
+    if kinds == {"default"} and factor is None and not told:
+        return {}
+    if kinds == {"llama3"} and is_number(factor) and told == LLAMA3:
+        return {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    rounded, numbers = told.pop("truncate", True), {"rotary_scaling_factor": factor}
+    numbers |= {name: told.pop(name) for name in (ORIGINAL, "beta_fast", "beta_slow") if name in told}
+    is_plain = kinds == {"yarn"} and not told and isinstance(rounded, bool) and all(map(is_number, numbers.values()))
+    # Latent attention is scaled besides, and some versions of transformers take this ratio for the factor.
+    is_sure = args.get("multi_latent_attention") in (None, False) and args.get(ORIGINAL) is None
+    if is_plain and is_sure and factor * numbers.get(ORIGINAL, 0) == args.get("max_position_embeddings"):
+        yarn = {f"{PLAIN_YARN}{name}": value for name, value in numbers.items()}
+        return {"position_embedding_type": "yarn", ROUNDED: rounded, **yarn}
+    return None
+
+
+#: Arguments of YaRN in the order of `YarnScaling`, with the defaults of Megatron's command line.
+YARN: dict[str, Any] = {
+    "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
+    "mscale": 1.0, "mscale_all_dim": 0.0,
+}  # fmt: skip
+#: Before their names where positions, and not latent attention, are YaRN's; and whether its range is rounded.
+PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
+#: Those that core 0.19 takes from the arguments of latent attention for positions, too.
+SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 
 def check_sizes(args: Mapping[str, Any], file: str) -> None:
@@ -114,15 +142,6 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
     check_experts(args.get("num_layers") or 0, args.get("num_experts") or 0, file)
 
 
-#: Arguments of YaRN in the order of `YarnScaling`, with the defaults of Megatron's command line.
-YARN: dict[str, Any] = {
-    "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
-    "mscale": 1.0, "mscale_all_dim": 0.0,
-}  # fmt: skip
-#: Before their names where positions, and not latent attention, are YaRN's; and whether its range is rounded.
-PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
-#: Those that core 0.19 takes from the arguments of latent attention for positions, too.
-SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 #: Kinds of load balancing that also decide which experts are taken, or their weights.
 _OTHER_ROUTINGS = ("sinkhorn", "quantile_balancing")
 #: What Megatron's own scripts train with; most versions ignore the argument.
@@ -316,6 +335,16 @@ def true_vocab(
             remedy="give the right size with --true-vocab-size",
         )
     return size, who
+
+
+def not_its_vocab(said: int | None, vocab: int | None) -> UsageError:
+    """The error about a flag that contradicts a source which says its vocabulary itself."""
+    return UsageError(
+        "--true-vocab-size is not the model's",
+        expected=f"vocab_size {vocab}",
+        found=said,
+        remedy="leave --true-vocab-size out",
+    )
 
 
 def model_type_from_args(args: Mapping[str, Any]) -> str | None:

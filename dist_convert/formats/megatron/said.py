@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import architecture_from_config, describes
-from dist_convert.formats.megatron.args import architecture_from_args, families_of_args
+from dist_convert.formats.megatron.args import FORKS_SCALING, architecture_from_args, families_of_args
 from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
@@ -72,7 +72,8 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         # Configs count layers of multi-token prediction that are not there: the args say how many there are.
         like = architecture_from_config({**where.like, MTP_KEY.config: 0}, zero_output_bias=True)
         family, trusts_factor = FAMILIES[like.family], True
-        flags = {"rotary_base": like.rope_theta, **_scaling(like, args)} | flags
+        forks = dict.fromkeys(name for name in FORKS_SCALING if isinstance(args.get(name), Mapping | str))
+        flags = {"rotary_base": like.rope_theta, **forks, **_scaling(like, args)} | flags
         silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
         corrected = {**args, **silent}
     elif where.family is not None:

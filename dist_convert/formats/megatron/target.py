@@ -18,6 +18,7 @@ from dist_convert.errors import (
     UsageError,
     raise_together,
 )
+from dist_convert.formats.megatron.args import not_its_vocab
 from dist_convert.formats.megatron.grid import (
     Chunk,
     Grid,
@@ -88,9 +89,6 @@ def check_model_size(model_size: str | None, architecture: Architecture) -> None
             found=f"{found}",
             remedy="give the right source, or leave --model-size out",
         )
-
-
-_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -165,15 +163,7 @@ def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tu
     architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
     problems: list[ConversionError] = []
     if own is None and job.true_vocab_size not in (None, given.vocab):
-        problems.append(
-            UsageError(
-                "--true-vocab-size is not the model's",
-                file=_CONFIG,
-                expected=f"vocab_size {given.vocab}",
-                found=job.true_vocab_size,
-                remedy="leave --true-vocab-size out",
-            )
-        )
+        problems.append(not_its_vocab(job.true_vocab_size, given.vocab))
     layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
     keeps_pipeline = own is not None and not cuts_pipeline(job)
     with _collected(problems):

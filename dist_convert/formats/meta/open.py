@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards, MissingShard, UsageError, below
+from dist_convert.errors import InconsistentShards, MissingShard, below
 from dist_convert.formats.dcp.names import huggingface_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
+from dist_convert.formats.megatron.args import not_its_vocab
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.meta.chunks import Headers, tensors_of
 from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
@@ -122,11 +123,10 @@ def open_meta(where: Where, world: World) -> MetaModel:
         content, left_behind = open_catalog(whole, architecture, chunks=chunks)
     if dropped := [held[DROPPED].size_bytes for held in headers.values() if DROPPED in held]:
         left_behind = (*left_behind, ("rotary frequencies", len(dropped), sum(dropped)))
-    vocab, shown = architecture.vocab, str(where.path / PARAMS_FILE)
-    tokenizer, wanted = shared_tokenizer(where, args, where.path, world, padded=vocab, file=shown)
+    vocab, file = architecture.vocab, str(where.path / PARAMS_FILE)
+    tokenizer, wanted = shared_tokenizer(where, args, where.path, world, padded=vocab, file=file)
     if wanted != vocab:
-        what, remedy = "--true-vocab-size is not the model's", "leave --true-vocab-size out"
-        raise UsageError(what, file=shown, expected=f"{vocab}, as the embedding has", found=wanted, remedy=remedy)
+        raise not_its_vocab(wanted, vocab)
     config = said.config
     if config is None:
         bos, eos = special_token_ids(family, vocab, tokenizer, instruct=False)

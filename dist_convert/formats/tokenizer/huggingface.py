@@ -72,7 +72,7 @@ def _parsing(path: Path) -> Iterator[dict[str, Any]]:
     """The content of a file, or nothing where there is none; what cannot be understood in it names the file."""
     try:
         yield read_json(path, most_values=_MOST_VALUES) if path.is_file() else {}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptFile(
             "a file of the tokenizer is damaged",
             file=str(path),

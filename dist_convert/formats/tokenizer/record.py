@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_convert.errors import quoted
 from dist_convert.options import Options, TokenizerJob
 
 #: A directory that is copied; one that is copied and lacks tokenizer.json, which is built; tiktoken's lines or a
@@ -105,9 +105,9 @@ def how_to_add_tokenizer(target: Path, *, instruct: bool, model_type: str | None
     """The line that ends a conversion without a tokenizer."""
     flags = " --instruct" if instruct else ""
     flags += f" --source-model-type {model_type}" if model_type else ""
-    command = f"dist-convert tokenizer PATH {shlex.quote(str(target))}{flags}"
-    what = "the target has no tokenizer; its special ids are those of its family, or of the model that it was made from"
-    return f"{what}; add one, a directory or a tokenizer.model, with: {command}"
+    ids = "its special ids are its family's, those of the model that it was made from, or none"
+    how = f"add one, a directory or a tokenizer.model, with: dist-convert tokenizer PATH {quoted(str(target))}{flags}"
+    return f"the target has no tokenizer; {ids}; {how}"
 
 
 def vocabulary_warnings(claims: Mapping[str, int | None], rows: int, kept: int) -> list[str]:

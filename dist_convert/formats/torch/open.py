@@ -146,9 +146,9 @@ def open_torch(
         SourceError: the shards are not of one run, or their args say no model.
     """
     refuse_foreign_tensors({file: stored_names(shard) for file, shard in shards.items()}, directory)
+    check_same_run(shards.values(), directory)
     file = min(shards)
     with below(directory):
-        check_same_run(shards.values())
         args, on_rows = with_stored_rows(shards[file].args, shards)
         said = said_of(where, args, file)
         padded = said.architecture(vocab=None, file=file).padded_vocab

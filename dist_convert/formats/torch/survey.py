@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from dist_convert.errors import (
     ConversionError,
@@ -48,8 +49,8 @@ _SAME_IN_ALL = (
 )  # fmt: skip
 
 
-def check_same_run(shards: Iterable[Shard]) -> None:
-    """Refuse shards whose iteration or sizes differ.
+def check_same_run(shards: Iterable[Shard], directory: Path) -> None:
+    """Refuse shards of an iteration's directory whose iteration or sizes differ.
 
     Raises:
         InconsistentShards: naming the first file and the one that differs from it.
@@ -68,8 +69,8 @@ def check_same_run(shards: Iterable[Shard]) -> None:
         problems += [
             InconsistentShards(
                 f"two shards disagree about {name}",
-                file=shard.file,
-                expected=f"{expected!r} as in {first.file}",
+                file=str(directory / shard.file),
+                expected=f"{expected!r} as in {directory / first.file}",
                 found=repr(found),
                 remedy="shards of different runs or iterations were mixed; copy this one again",
             )

@@ -134,7 +134,7 @@ class TorchTarget:
         for file in files:
             name = local_name(file.name)
             tensors = {tensor.name: tensor for tensor in file.tensors}
-            with writing(name), opened(partial, name, os.O_WRONLY) as descriptor:
+            with writing(partial / name), opened(partial, name, os.O_WRONLY) as descriptor:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
             write_record_checksums(partial, name, known.get(file.name, ()))

@@ -116,7 +116,8 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
     with below(directory):
         known = said_of(where, stored_args(args, stored), args_file)
         padded = known.architecture(vocab=None, file=args_file).padded_vocab
-    tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=args_file)
+    shown = str(directory / args_file)
+    tokenizer, vocab = shared_tokenizer(where, known.args, directory, world, padded=padded, file=shown)
     classes = notes_on_classes(said["foreign_classes"])
     notes = (*notes, *classes, *known.notes)
     return DistModel(
