@@ -140,7 +140,8 @@ def test_where_torch_has_no_room_the_limit_is_named(place: Path, tmp_path: Path)
 @pytest.mark.parametrize(("more", "what"), [(1 << 20, "start no further thread\n"), (13 << 20, "out of memory\n")])
 def test_where_memory_or_threads_end_the_limit_is_named(more: int, what: str, place: Path, tmp_path: Path) -> None:
     code = (
-        "import resource, sys, dist_convert.move.convert, dist_convert.compare.verify; from dist_convert.__main__ import main;"
+        "import resource, sys, dist_convert.move.convert, dist_convert.compare.verify;"
+        "from dist_convert.__main__ import main;"
         "used = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmData:')) << 10;"
         f"resource.setrlimit(resource.RLIMIT_DATA, (used + {more}, resource.RLIM_INFINITY));"
         f"sys.exit(main({['convert', str(place / 'in'), 'out', '--to', 'huggingface']!r}))"
