@@ -34,7 +34,7 @@ from dist_convert.move.report import (
 )
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
-from dist_convert.plan.plan import NOTHING_DONE, Done, Plan, divide, schedule_digest
+from dist_convert.plan.plan import NOTHING_DONE, Done, Plan, check_groups, divide, schedule_digest
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
@@ -126,7 +126,8 @@ def _divide(task: Task, world: World, done: Done) -> Plan:
     distributed checkpoints, which belong to no tensor parallel set; else they work alone.
     """
     reach_all = len(set(task.source.found.visible)) == len(set(task.places)) == 1
-    may_gather = world.device.type != "cpu" and task.source.format not in (TORCH_DIST, DCP)
+    on_accelerator, is_chunked = world.device.type != "cpu", task.source.format in (TORCH_DIST, DCP)
+    may_gather = on_accelerator and not is_chunked
     usual = "gather" if may_gather or not reach_all else "direct"
     plan = divide(
         task.content,
@@ -134,9 +135,11 @@ def _divide(task: Task, world: World, done: Done) -> Plan:
         placement=usual if task.job.placement == "auto" else task.job.placement,
         budget_bytes=task.job.max_memory_per_rank_bytes,
         writable=task.writable,
-        on_accelerator=world.device.type != "cpu",
+        on_accelerator=on_accelerator,
         done=done,
     )
+    if on_accelerator and is_chunked:
+        check_groups(plan)
     agree(world, schedule_digest(plan))
     return plan
 

@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
-from dist_convert.errors import BudgetTooSmall
+from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.plan.content import Content, digest
 from dist_convert.plan.copies import Ends, Transfer
 from dist_convert.plan.limits import Limits, largest_send_bytes, limits
 from dist_convert.plan.teams import Team, form_teams
-from dist_convert.records import Window, __version__, human_bytes
+from dist_convert.records import Window, __version__, counted, human_bytes
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,20 @@ def schedule_digest(plan: Plan) -> str:
             "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }
     )
+
+
+def check_groups(plan: Plan) -> None:
+    """Refuse to gather by more ranks than a weight has pieces, as an accelerator would bring each rank what all read.
+
+    Raises:
+        UsageError: with the largest group.
+    """
+    pieces = max(len(found) for transfer in plan.content.transfers for found, _ in transfer.stretches)
+    largest = max(len(team.ranks) for team in plan.teams)
+    if largest > pieces:
+        raise UsageError(
+            "the nodes' own disks hold chunks in an order that ranks on accelerators cannot gather",
+            expected=f"groups of at most {counted(pieces, 'rank')}, as a weight has so many pieces",
+            found=f"a group of {largest}",
+            remedy="put the checkpoint on a file system that all nodes share, or pass --device cpu",
+        )

@@ -14,6 +14,7 @@ from dist_convert.errors import MissingShard, UsageError
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
 from dist_convert.plan.limits import Limits
+from dist_convert.plan.plan import check_groups
 from dist_convert.plan.steps import bytes_of, messages, received_bytes
 from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan
@@ -113,6 +114,15 @@ def test_nodes_that_hold_one_tensor_rank_each_gather_with_each_other() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     assert [team.ranks for team in plan(LLAMA, ranks, "gather").teams] == [(0, 1)]
+
+
+def test_a_group_of_more_ranks_than_a_weight_has_pieces_can_be_refused() -> None:
+    one, other, third, fourth = files_of(LLAMA)  # both tensor ranks of each stage
+    check_groups(plan(LLAMA, [frozenset([one, third]), frozenset([other, fourth])], "gather"))
+    scattered = [frozenset([one, fourth]), frozenset([other]), frozenset([third])]
+    with pytest.raises(UsageError, match="the nodes' own disks hold chunks") as caught:
+        check_groups(plan(LLAMA, scattered, "gather"))
+    assert (caught.value.found, "at most 2 ranks" in caught.value.expected) == ("a group of 3", True)
 
 
 def test_a_team_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
