@@ -111,10 +111,14 @@ def _path(path: str | os.PathLike[str]) -> Path:
 
 def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, Any]:
     """The options of a command by the names of their fields; those besides are none of its function's."""
-    known = {plain_name(one.name): one for one, _ in options_of(command) if one.name not in besides}
-    values = {}
+    its = [(one, told) for one, told in options_of(command) if one.name not in besides]
+    known = {plain_name(one.name): one for one, _ in its}
+    also = {short.removeprefix("--").replace("-", "_"): one for one, told in its for short in told.short}
+    values: dict[str, Any] = {}
     for name, value in given.items():
-        one = known.get(plain_name(name))
+        one = known.get(plain_name(name)) or also.get(name)
+        if one is not None and one.name in values:
+            raise TypeError(f"{command}() got {name!r} besides another name of the same option")
         if one is None:
             raise TypeError(f"{command}() has no option {name!r}; it has {', '.join(known)}")
         if kind_of(one) == "path" and value is not None:

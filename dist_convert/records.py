@@ -14,7 +14,7 @@ from operator import mul
 
 from dist_convert.errors import PlanError, UsageError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,14 @@ def test_an_option_that_does_not_exist_is_a_type_error(tmp_path: Path) -> None:
         dist_convert.convert("/nowhere", tmp_path / "out", to="pytorch")
 
 
+@pytest.mark.parametrize("name", ["tp", "tensor_model_parallel_size", "target_tensor_parallel_size"])
+def test_an_option_has_the_names_of_its_flag(name: str, llama: Made, tmp_path: Path) -> None:
+    report = dist_convert.convert(llama[0], tmp_path / "out", to="torch", dry_run=True, **{name: 1})
+    assert "TP1 PP2" in report.plan
+    with pytest.raises(TypeError, match="besides another name of the same option"):
+        dist_convert.convert(llama[0], tmp_path / "out", to="torch", pp=1, **{name: 1}, pipeline_model_parallel_size=2)
+
+
 def test_what_is_cancelled_goes_on_with_the_same_call(llama: Made, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", cancel=lambda: True)
