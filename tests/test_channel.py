@@ -60,6 +60,11 @@ def test_a_rank_without_memory_does_not_blame_another() -> None:
     assert "memory" in caught.value.found
 
 
+def test_a_mistake_of_its_own_in_a_collective_blames_no_other_rank() -> None:
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"), named_loss():
+        torch.zeros(3).view(2, 2)
+
+
 def test_a_single_rank_works_and_returns() -> None:
     worked: list[str] = []
     channel = Channel(0, 1)

@@ -230,7 +230,6 @@ def test_options_that_exclude_each_other_are_told_at_once(capsys: pytest.Capture
         ("--shard-size", "--max-shard-size"),
         ("--dry-rum", "--dry-run"),
         ("--output-dir", "DST"),
-        ("--force", "--overwrite"),
     ],
 )
 def test_an_unknown_flag_gets_the_one_that_was_meant(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,8 +237,12 @@ def test_an_unknown_flag_gets_the_one_that_was_meant(flag: str, meant: str, caps
     assert capsys.readouterr().err.endswith(f"; perhaps {meant} for {flag}\n")
 
 
-@pytest.mark.parametrize("flag", ["--frobnicate", "--optimizer"])
-def test_a_flag_like_no_other_gets_no_suggestion(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "flag", ["--frobnicate", "--optimizer", "--overwrit", "--force", "--accept-differing-copy", "--allow-overflows"]
+)
+def test_a_flag_like_no_other_or_like_one_that_removes_or_accepts_something_gets_no_suggestion(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", "/in", "/out", "--to", "torch", flag]) == 2
     assert "perhaps" not in capsys.readouterr().err
 

@@ -123,7 +123,7 @@ OTHER_NAMES = {"compare": "verify", "diff": "verify", "check": "verify", "info":
 OTHER_FLAGS = {
     "--input": "source", "--input-dir": "source", "--model": "source", "--load": "source",
     "--output": "target", "--output-dir": "target", "--out": "target", "--save": "target",
-    "--format": "to", "--nproc-per-node": "ranks", "--force": "overwrite",
+    "--format": "to", "--nproc-per-node": "ranks",
 }  # fmt: skip
 
 #: Flag -> why it means nothing any more, and what argparse is to know of its values.

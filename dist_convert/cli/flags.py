@@ -51,8 +51,14 @@ _SAME_FLAGS = {
 
 
 def suggestion(unknown: Iterable[str], parser: ArgumentParser) -> str:
-    """What to add to a remedy: the command's name for what others call otherwise, or a flag spelt alike."""
-    shown = [flag for action in parser._actions if action.help != SUPPRESS for flag in action.option_strings]
+    """What to add to a remedy: the command's name for what others call otherwise, or a flag spelt alike.
+
+    None that removes or accepts something, which nobody is to take over without a thought.
+    """
+    actions = [action for action in parser._actions if action.help != SUPPRESS and action.dest != "overwrite"]
+    shown = [
+        flag for action in actions for flag in action.option_strings if not flag.startswith(("--accept", "--allow"))
+    ]
     meant = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
         parts = set(flag[2:].split("-"))

@@ -228,14 +228,14 @@ def _check_sights(task: Task) -> None:
 def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
     found = differences(outcome)
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    state, again = f"{task.partial.name} is kept for a look and never gets its name; the source", "convert again"
+    remedy = f"{task.partial.name} is kept for a look and never gets its name: convert again"
     if directory == task.target:
-        state, again = "it may have been changed since it was made, or the source", "convert again with --overwrite"
+        remedy = "it or the source may have been changed since it was made: convert again with another target"
     return DifferentModel(
         "what was written (B) is not the model that was read (A)",
         file=str(directory),
         expected="every tensor and config field alike",
         found=counted(len(found), "difference"),
-        remedy=f"{state} or the target may lie on a failing disk: {again}, and report it if it stays",
+        remedy=f"{remedy}, and report it if it stays",
         lines=[*found[:_SHOWN], *more],
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -174,19 +175,25 @@ def _exchange(world: World, mine: Any) -> list[Any]:
     return [json.loads(text) for text in texts]
 
 
+#: gloo's, NCCL's and HCCL's errors, where they are nothing more special than a RuntimeError.
+_OF_A_BACKEND = re.compile(r"gloo|nccl|hccl|connect|socket|peer|pipe|timed? ?out", re.IGNORECASE)
+
+
 @contextmanager
 def named_loss() -> Iterator[None]:
-    """Say plainly what a backend's error means: another rank is gone, or silent for too long."""
+    """Say plainly what a backend's error means: another rank is gone, or silent for too long; other errors stay."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        found = str(error).splitlines()[0]
+        found = str(error).partition("\n")[0]
         if "memory" in found and not isinstance(error, dist.DistError):  # of this rank's own, on any device
             raise ConversionError(
                 "this rank has no memory left for what it sends or receives",
                 found=found,
                 remedy="start fewer ranks on this machine, or lower --max-memory-per-rank",
             ) from error
+        if not isinstance(error, dist.DistError) and not _OF_A_BACKEND.search(found):
+            raise
         raise lost_contact(found) from error
 
 

@@ -226,6 +226,23 @@ def test_a_small_file_costs_little_memory_and_time(bomb: str, tmp_path: Path) ->
     assert int(peak_memory_bytes) < 300 << 20
 
 
+@pytest.mark.parametrize(
+    ("item", "size_bytes"),
+    [(b"\x8f", 8 << 20), pytest.param(b"]", 60 << 20, marks=pytest.mark.slow)],
+    ids=["sets", "lists"],
+)
+def test_a_large_pickle_costs_at_most_eight_times_its_size_and_64_mib(
+    item: bytes, size_bytes: int, tmp_path: Path
+) -> None:
+    peaks = []
+    for name, made in (("bomb", b"(" + item * size_bytes + b"l"), ("nothing", b"N")):
+        write_container(tmp_path / name, {"archive/data.pkl": checkpoint(made)})
+        command = [sys.executable, "-c", CHILD, str(tmp_path / name)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+        peaks.append(int(ended.stdout.split()[1]))
+    assert peaks[0] - peaks[1] <= 8 * size_bytes + (64 << 20)
+
+
 @functools.cache
 def small_file() -> dict[str, bytes]:
     """The records of a checkpoint file with two tensors."""

@@ -12,7 +12,13 @@ from tests.distributed.launching import environment, start_ranks
 from tests.to_megatron import make_hf
 
 MIXTRAL = Model(experts=2, layers=2)
-_IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.device_mesh", "safetensors")
+_IMPORTED = (
+    "accelerate",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.device_mesh",
+    "safetensors",
+)
 
 
 def train(ranks: int, *arguments: str) -> None:
@@ -26,7 +32,7 @@ def train(ranks: int, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`, a model of transformers, and `plain`, `safetensors` and `shards`, which three ranks have saved of it."""
+    """`hf`, a model of transformers, and what three ranks have saved of it: `pytorch_model_fsdp_0` by accelerate."""
     directory = tmp_path_factory.mktemp("trained")
     make_hf(directory / "hf", MIXTRAL)
     train(3, "save", str(directory / "hf/model.safetensors"), str(directory))

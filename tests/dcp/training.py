@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import save_fsdp_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
@@ -51,6 +53,8 @@ def save(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
     writer = FileSystemWriter(directory / "safetensors", serialization_format=SerializationFormat.SAFETENSORS)
     dcp.save(model.state_dict(), storage_writer=writer)
     dcp.save(model.state_dict(), storage_writer=HuggingFaceStorageWriter(directory / "shards", save_distributed=True))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    save_fsdp_model(plugin, Accelerator(cpu=True, fsdp_plugin=plugin), model, str(directory))
 
 
 def load(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
