@@ -139,7 +139,7 @@ def open(
     """Open a checkpoint of any kind; only headers are read. Use it as `safetensors.safe_open`.
 
     Args:
-        path: root or iteration of a Megatron checkpoint, Hugging Face directory, or any other source of `convert`.
+        path: root or iteration of a Megatron checkpoint, Hugging Face directory, DCP or Meta's files; no hub id.
         dtype: of all tensors, "bfloat16" or `torch.bfloat16`; None: as they are stored.
         device: where tensors are put.
         options: those of `convert` that say how a source is read, whatever becomes of it: `ckpt_dir_name`, `like`,

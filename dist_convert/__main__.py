@@ -299,7 +299,7 @@ def importing() -> Iterator[None]:
         ConversionError: torch has no room here.
     """
     limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if 0 <= limit_bytes < _LEAST_ADDRESSES_BYTES:  # unlimited is -1
+    if limit_bytes != resource.RLIM_INFINITY and limit_bytes < _LEAST_ADDRESSES_BYTES:
         raise ConversionError(
             "torch has no room in the address space that is left to a process",
             expected=f"at least {human_bytes(_LEAST_ADDRESSES_BYTES)}",
@@ -339,7 +339,11 @@ def _of_limit(error: BaseException) -> ConversionError | None:
     if not is_memory and (isinstance(error, OSError) or not any(words in str(error) for words in _NO_THREAD)):
         return None
     limits = {flag: resource.getrlimit(number)[0] for flag, number in _LIMITS.items()}
-    shown = [f"ulimit {flag} {n if flag == '-u' else human_bytes(n)}" for flag, n in limits.items() if n >= 0]
+    shown = [
+        f"ulimit {flag} {n if flag == '-u' else human_bytes(n)}"
+        for flag, n in limits.items()
+        if n != resource.RLIM_INFINITY and not (is_memory and flag == "-u")
+    ]
     return ConversionError(
         "out of memory" if is_memory else "this process may start no further thread",
         found=", ".join(shown),

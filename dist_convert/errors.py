@@ -61,10 +61,6 @@ def quoted(word: str) -> str:
     return f"$'{''.join(octets)}'"
 
 
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
-
-
 class ConversionError(Exception):
     """An error whose text is meant for the person who started the conversion.
 

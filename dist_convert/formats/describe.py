@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from dist_convert.errors import ConversionError, below, shown_line
 from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface.carried import read_carried
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.huggingface.read import (
@@ -45,7 +46,7 @@ from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
-from dist_convert.models.schema import RopeScaling, Row, YarnScaling, entries, part_shape
+from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, Row, YarnScaling, entries, part_shape
 from dist_convert.options import DCP, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
@@ -85,9 +86,12 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
             description = _describe_dcp(directory, where.like)
     try:
         if shards:
-            model: Model = settled(open_torch(where, directory, world, found, shards), where, world)
+            carried = replace(where, carried=read_carried(directory).get(CONFIG_FILE))
+            model: Model = settled(open_torch(carried, directory, world, found, shards), where, world)
         else:
             model = open_settled(where, world)
+        if description["kind"] == "megatron":  # as --like and carried configs have it, too
+            description |= _facts(model.catalog()[0].architecture)
         warnings = _check(model, world)
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
@@ -199,9 +203,12 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
 def _model(args: Mapping[str, Any]) -> dict[str, Any]:
     """Family and parameters, of a model that has them."""
     try:
-        architecture = architecture_from_args(args, vocab=None, file="")
+        return _facts(architecture_from_args(args, vocab=None, file=""))
     except ConversionError:
         return {"family": None, "parameters": None}
+
+
+def _facts(architecture: Architecture) -> dict[str, Any]:
     rows = [entry for entry, _, _ in entries(FAMILIES[architecture.family], architecture) if isinstance(entry, Row)]
     sizes = architecture.sizes()
     return {
@@ -213,7 +220,7 @@ def _model(args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_SCALINGS = {type(None): None, RopeScaling: "llama3", YarnScaling: "yarn"}
+_SCALINGS = {type(None): None, RopeScaling: "llama3", YarnScaling: "yarn", LinearScaling: "linear"}
 
 
 def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:

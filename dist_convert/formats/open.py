@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, InconsistentShards, below
+from dist_convert.errors import CheckpointNotFound, InconsistentShards, UsageError, below
 from dist_convert.formats.dcp.open import open_dcp
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.format import Model
@@ -124,12 +124,14 @@ def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
     """The content of the config.json that `--like` names, as rank 0 reads it; it may name the file or its directory.
 
     Raises:
-        CheckpointNotFound, CorruptFile, UnsupportedModel: there is none, or it is damaged or no model's.
+        UsageError, CorruptFile, UnsupportedModel: there is none, or it is damaged or no model's.
     """
     if path is None:
         return None
     mine = None
     if world.rank == 0:
+        if not path.exists():
+            raise UsageError("what --like names is not there", file=str(path), remedy="check the path")
         directory, name = (path, CONFIG_FILE) if path.is_dir() else (path.parent, path.name)
         with below(directory, name):  # which is known here alone
             mine = read_config(path) if path.is_dir() else read_json(path)

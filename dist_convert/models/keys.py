@@ -174,7 +174,13 @@ def _layers_without_rope(key: Key, value: object, layers: int, file: str) -> tup
 
 
 def _window(key: Key, value: object, file: str) -> int:
-    if isinstance(value, Sequence) and value and type(value[0]) is int and value[0] > 0 and value[1:] in ([0], []):
+    if (
+        isinstance(value, Sequence)
+        and value
+        and type(value[0]) is int
+        and value[0] > 0
+        and list(value[1:]) in ([0], [])
+    ):
         return value[0] + 1  # Megatron counts the tokens to the left, transformers the token itself as well
     raise _unsupported(key, "the number of tokens to the left, and 0", value, file)
 

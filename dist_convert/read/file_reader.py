@@ -135,7 +135,8 @@ class FileReader:
             return
         with contextlib.suppress(OSError):  # reading it says what is wrong
             descriptor = self._descriptor(view.file)
-            if not _is_cached(descriptor, view.offset_bytes):
+            middle = (view.offset_bytes + end_bytes) // 2  # both ends may be there for what lies beside them
+            if not _is_cached(descriptor, middle):
                 for start in range(view.offset_bytes, end_bytes, _AHEAD_BYTES):
                     size_bytes = min(_AHEAD_BYTES, end_bytes - start)
                     os.posix_fadvise(descriptor, start, size_bytes, os.POSIX_FADV_WILLNEED)

@@ -68,6 +68,12 @@ def test_a_phi_3_gets_its_projections_in_one_tensor(tmp_path: Path) -> None:
     assert len(found) == 15  # six in each layer, and embedding, norm and head
 
 
+def test_a_window_that_the_args_do_not_tell_is_that_of_the_config(tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(_like(tmp_path / "like", sliding_window=16))) == 0
+    assert _config(tmp_path / "out")["sliding_window"] == 16
+
+
 def test_it_may_name_the_file_or_its_directory(tmp_path: Path) -> None:
     make(tmp_path / "in", MODEL)
     like = _like(tmp_path / "like")
@@ -79,8 +85,9 @@ def test_it_may_name_the_file_or_its_directory(tmp_path: Path) -> None:
 
 def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", MODEL)
-    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "nowhere")) == 1
-    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "nowhere")) == 2
+    said = f"what --like names is not there\n  file:     {tmp_path / 'nowhere'}\n"
+    assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / "out").exists()
 
 

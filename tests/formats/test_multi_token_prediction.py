@@ -38,7 +38,8 @@ def test_a_megatron_model_with_further_layers_is_refused_with_the_flag_that_leav
     [last] = shards[max(shards)]
     last["mtp.layers.0.enorm.weight"] = torch.ones(16, dtype=torch.bfloat16)
     last["embedding.word_embeddings.weight"] = torch.zeros(32, 16, dtype=torch.bfloat16)
-    save(tmp_path / "in", shards, training_args(MODEL, Grid(pp=2), mtp_num_layers=1))
+    layout = {"pipeline_model_parallel_layout": "Et|tmL", "mtp_use_repeated_layer": True}
+    save(tmp_path / "in", shards, training_args(MODEL, Grid(pp=2), mtp_num_layers=1, **layout))
     assert convert(tmp_path / "in", tmp_path / "out") == 1
     assert "--drop-mtp" in capsys.readouterr().err
     assert convert(tmp_path / "in", tmp_path / "out", "--drop-mtp") == 0
@@ -47,6 +48,10 @@ def test_a_megatron_model_with_further_layers_is_refused_with_the_flag_that_leav
     assert "1 x embedding (the copy that multi-token prediction reads), 1.02 kB" in err
     assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == sorted(tensors)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+    target = ["convert", str(tmp_path / "in"), str(tmp_path / "again"), "--to", "torch", "--drop-mtp"]
+    assert main(target) == 0
+    again = torch.load(next((tmp_path / "again").rglob("mp_rank_00_000/*.pt")), weights_only=False)["args"]
+    assert (again.mtp_num_layers, again.pipeline_model_parallel_layout) == (None, "Et|tL")
 
 
 def test_a_copy_of_the_config_counts_no_further_layers(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     kept, contents = job.true_vocab_size or rows, dict[str, bytes | Iterable[bytes]]()
     if kept < (needed := min(rows, tokenizer.size or rows)):
         what, remedy = "--true-vocab-size cuts rows of tokens", "keep a row for each token of the tokenizer"
+        if not tokenizer.size:
+            what, remedy = "the tokenizer does not tell how many tokens it has", "leave --true-vocab-size out"
         raise UsageError(what, file=str(job.target), expected=f"{needed} or more", found=kept, remedy=remedy)
     if kept != rows:
         from dist_convert.formats.huggingface.cut_rows import cut_vocabulary  # needs torch, which takes seconds

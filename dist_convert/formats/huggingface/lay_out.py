@@ -328,8 +328,11 @@ def _layout(
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    carried: dict[str, dict[str, Any]] = gather_objects(world, carried_configs(model) if world.rank == 0 else {})[0]
-    config, theirs = configs_of(model, source.architecture, dtype, carried, job.like)
+    # Of rank 0, as a tokenizer's or another path may be there only.
+    of_first: tuple[dict[str, Any], dict[str, dict[str, Any]]] = ({}, {})
+    if world.rank == 0:
+        of_first = configs_of(model, source.architecture, dtype, carried_configs(model), job.like)
+    config, theirs = gather_objects(world, of_first)[0]
     target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]
 

@@ -5,6 +5,7 @@ Arguments do not tell every family from every other, and some tools leave values
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from dist_convert.models.schema import Architecture, Family, Key, RopeScaling, i
 _LIKE = "--like"
 _FACTOR, _POSITIONS = "rope_scaling_factor", "position_embedding_type"
 #: Facts for which a config of `--like` stands where the args say something else.
+_LAYOUT = "pipeline_model_parallel_layout"
 _CORRECTED = ("rope_theta", "vocab", MTP_KEY.field)
 
 
@@ -104,7 +106,9 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
             _check_rows(like, args, file)
         notes.append(f"vocabulary: {like.vocab} tokens according to {_LIKE}, as the args do not say how many")
     if where.drops_mtp:
-        corrected = {**corrected, MTP_KEY.arg: None}
+        layout = corrected.get(_LAYOUT)
+        without = {_LAYOUT: re.sub(r"m(\*\d+)?", "", layout)} if isinstance(layout, str) else {}
+        corrected = {**corrected, MTP_KEY.arg: None, **without}
     said = Said({**corrected, **flags}, family, where.like, trusts_factor, where.drops_mtp, tuple(notes))
     if where.like is not None:
         _check_like(said, like, file)
