@@ -133,7 +133,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(
     err = capsys.readouterr().err
     assert err.startswith("not enough free space for the target\n")
     assert f"file:     {small_disk}/out" in err
-    assert "found:    16384 bytes free" in err
+    assert "found:    16.4 kB free (16,384 bytes)" in err
     assert "remedy:   free space" in err
     assert everything_below(small_disk) == []
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dist_convert
 from dist_convert.__main__ import main
@@ -15,7 +16,7 @@ from tests.converting import assert_same, read_tensors
 from tests.to_megatron import make_hf
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E3M2", "F6_E2M3"])
+@pytest.mark.parametrize("dtype", ["F4", "F6_E3M2", "F6_E2M3", "F8_E5M2FNUZ"])
 def test_a_newer_dtype_is_named_and_no_damage(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
@@ -30,6 +31,15 @@ def test_a_newer_dtype_is_named_and_no_damage(dtype: str, tmp_path: Path, capsys
     assert "a dtype that no weight of these families has" in message
     assert dtype in message
     assert "model.norm.weight" in message
+
+
+def test_complex_weights_are_named_by_their_dtype_and_no_damage(tmp_path: Path) -> None:
+    tensors = make_hf(tmp_path / "hf")
+    norm = tensors["model.norm.weight"].to(torch.complex64)
+    save_file(tensors | {"model.norm.weight": norm}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(dist_convert.ConversionError, match="a weight of an unexpected dtype") as caught:
+        dist_convert.convert(tmp_path / "hf", tmp_path / "out", to="torch")
+    assert (caught.value.tensor, caught.value.found) == ("model.norm.weight", "C64")
 
 
 def test_args_that_were_saved_as_a_dict_are_args(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.checkpoints import Grid, Model, make
-from tests.converting import convert, read_tensors
+import dist_convert
+from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
+from tests.converting import assert_same, convert, read_tensors
 from tests.to_megatron import make_hf, to_megatron
 
 LAYER = Model(layers=1)  # 29 tokens in 32 rows; the rows of padding hold 7.0
@@ -177,3 +178,20 @@ def test_a_tokenizer_with_ids_that_have_no_row_is_told_of_on_the_way_to_megatron
     tokenizer = tokenizer_of(tmp_path / "tokenizer", tokens)
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--tokenizer-model", str(tokenizer)) == 0
     assert ("The tokenizer's ids from 29 on have no row" in capsys.readouterr().err) is is_told
+
+
+@pytest.mark.parametrize("sizes", [(512, 256), (256, 512)], ids=str)
+def test_stages_that_say_other_padded_sizes_are_a_warning_that_says_both(
+    sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """As Habana's importer of 1.23 and 1.24 writes them: the rows of one shard in place of all."""
+    model, grid = Model(layers=2, vocab=512, padded_vocab=512), Grid(tp=2, pp=2)
+    hf = hf_tensors(model)
+    for file, chunks in megatron_shards(model, hf, grid).items():
+        args = training_args(model, grid, padded_vocab_size=sizes[file.endswith("_001")])
+        save(tmp_path / "in", {file: chunks}, args)
+    report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
+    warning = f"warning: the args say padded_vocab_size {sizes[0]} and {sizes[1]}, the embedding has 512 rows, which count"
+    assert [note for note in report.notes if note.startswith("warning")] == [warning]
+    assert rows_of(tmp_path / "out") == (512, 512, 512)
+    assert_same(read_tensors(tmp_path / "out"), hf)

@@ -11,7 +11,7 @@ from dist_convert.formats.huggingface.read import CONFIG_FILE, WEIGHTS_KINDS
 from dist_convert.formats.megatron.grid import is_rank_directory
 from dist_convert.formats.megatron.iterations import is_checkpoint, is_distributed, rank_files
 from dist_convert.formats.meta.params import weights_files
-from dist_convert.records import names
+from dist_convert.records import counted, names
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,6 @@ def refuse_foreign_tensors(names_of: Mapping[str, Iterable[str]], directory: Pat
                 f"not read: {foreign.name}",
                 tensor=name,
                 file=str(directory / file),
-                found=f"{len(found)} such {'name' if len(found) == 1 else 'names'}",
+                found=counted(len(found), "such name"),
                 remedy=foreign.remedy,
             )

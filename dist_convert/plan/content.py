@@ -18,7 +18,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, PlanError, raise_together
 from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.plan.copies import Ends, Stored, Transfer, bands_of, stored, transfer_of
-from dist_convert.records import TargetFile, View, cover_fault, human_bytes, names
+from dist_convert.records import TargetFile, View, counted, cover_fault, human_bytes, names
 
 #: So many are remembered: where chunks are spread over files at random, no two tensors lie alike.
 _MOST_GEOMETRIES = 1024
@@ -258,7 +258,7 @@ def notes_on_content(content: Content) -> list[str]:
             "(--target-params-dtype keep leaves them as they are)"
         )
     if content.target_dtype and kept:
-        notes.append(f"{len(kept)} tensors are not stored in {stored_dtype} and keep their dtype: {names(kept)}")
+        notes.append(f"{counted(len(kept), 'tensor')} kept in another dtype than {stored_dtype}: {names(kept)}")
     for reason, count, size_bytes in content.left_behind:
         notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
     return notes

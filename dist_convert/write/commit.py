@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
-from dist_convert.records import counted, names
+from dist_convert.records import counted, human_bytes, names
 from dist_convert.write.files import replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, manifest_of, unknown_files
@@ -109,8 +109,8 @@ def check_target(
         raise NotEnoughSpace(
             "not enough free space for the target",
             file=file,
-            expected=f"{needed_bytes} bytes",
-            found=f"{free_bytes} bytes free",
+            expected=f"{human_bytes(needed_bytes)} ({needed_bytes:,} bytes)",
+            found=f"{human_bytes(free_bytes)} free ({free_bytes:,} bytes)",
             remedy=f"free space, or {another}",
         )
     return free_bytes

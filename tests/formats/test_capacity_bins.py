@@ -87,6 +87,20 @@ def test_bins_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(found, value_of("bins_usage", 3, 0, 0, 0).to(dtype))
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str)
+def test_a_bin_of_another_dtype_is_refused_by_name(
+    dtype: torch.dtype, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_with_bins(tmp_path / "in", Grid(), dtype)
+    assert convert(tmp_path / "in", tmp_path / "out", "--save-capacity-bins") == 1
+    message = capsys.readouterr().err
+    assert "capacity bins of an unexpected dtype\n" in message
+    assert "tensor:   decoder.layers.0.mlp.router.capacity_bins." in message
+    assert f"file:     {tmp_path}/in/iter_0000004/mp_rank_00/model_optim_rng.pt\n" in message
+    assert f"found:    {name}\n" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_bins_are_left_behind_and_named_unless_they_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,3 +171,25 @@ def test_where_args_do_not_say_it_a_head_is_tied_only_if_it_is_the_embedding(
     assert json.loads((tmp_path / "target" / "config.json").read_text())["tie_word_embeddings"] is is_equal
     assert ("lm_head.weight" in read_tensors(tmp_path / "target")) is not is_equal
     assert main(["verify", str(tmp_path / "source"), str(tmp_path / "target")]) == 0
+
+
+def test_accepted_copies_are_told_in_the_log_and_the_manifest_and_are_another_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "decoder.layers.1.input_layernorm.weight"
+    warning = f"warning: copies differ, and the lowest rank's are taken: {name}"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # so that headers and plan would be the same
+    try:
+        for case, change in (("one", lambda _: None), ("same", lambda _: None), ("other", add_to("mp_rank_01", name))):
+            changed(tmp_path / case, LLAMA, Grid(tp=2), change)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    made, printed = {}, {}
+    for case in ("one", "same", "other"):
+        assert convert(tmp_path / case, ACCEPT) == 0
+        made[case] = json.loads((tmp_path / case / "target/conversion.json").read_text())
+        printed[case] = capsys.readouterr().err
+    assert made["one"]["plan"] == made["same"]["plan"] != made["other"]["plan"]
+    assert (made["one"]["warnings"], made["other"]["warnings"]) == ([], [warning])
+    assert (warning in printed["one"], warning in printed["other"]) == (False, True)

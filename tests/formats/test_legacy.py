@@ -86,6 +86,23 @@ def test_the_bytes_are_those_of_the_twin_with_core_names(year: int, grid: str, t
         assert twin.read_bytes() == path.read_bytes()
 
 
+def flat(model: State, before: str = "") -> State:
+    """The same in one dict: `language_model.encoder.layers.0.self_attention.dense.weight`."""
+    found: State = OrderedDict()
+    for name, value in model.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("year", [2021, 2023])
+def test_the_same_names_in_one_flat_dict_are_read_too(year: int, tied: bool, tmp_path: Path) -> None:
+    model = Model(tied=tied)
+    hf = make_both(tmp_path, model, GRIDS["PP2 VPP2"], lambda chunk: flat(legacy(chunk, year, tied=tied)))
+    dist_convert.convert(tmp_path / "legacy", tmp_path / "out", to="huggingface")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+
+
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
     def other_head(chunk: State) -> State:
         found = legacy(chunk, 2023, tied=True)

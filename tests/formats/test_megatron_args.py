@@ -196,6 +196,7 @@ def test_arguments_of_older_versions_may_be_absent(tmp_path: Path) -> None:
         "position_embedding_type", "rotary_percent", "rotary_interleaved", "use_rope_scaling", "add_qkv_bias",
         "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
         "num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size", "tokenizer_model",
+        "params_dtype", "padded_vocab_size", "kv_channels",
     ):  # fmt: skip
         delattr(args, name)
     save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), args)

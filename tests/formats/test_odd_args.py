@@ -169,6 +169,18 @@ def test_directories_of_two_grids_are_an_error_of_ours_where_args_lack_the_sizes
         config_of(source, tmp_path / "hf")
 
 
+def test_where_a_rank_has_another_name_nothing_is_advised_that_would_lose_its_shard(tmp_path: Path) -> None:
+    source = with_args(tmp_path, grid=Grid(tp=2))
+    (source / "iter_0000004" / "mp_rank_01").rename(source / "iter_0000004" / "mp_rank_01_000")
+    with pytest.raises(ConversionError, match="rank directories that the checkpoint's own args do not name") as caught:
+        config_of(source, tmp_path / "hf")
+    # Nothing is to be removed or left out: the other directory may be this one's lost shard.
+    assert caught.value.remedy == (
+        "two checkpoints may share this directory: copy the one that is meant to a directory of its own, complete, "
+        "from where it was saved"
+    )
+
+
 @pytest.mark.parametrize("rows", [64, 100], ids=str)
 def test_a_head_of_another_shape_is_no_copy_of_the_embedding_that_args_tie_it_to(rows: int, tmp_path: Path) -> None:
     tied = Model(layers=2, tied=True)

@@ -111,6 +111,19 @@ def test_a_file_without_vectors_of_bins_is_refused(
     assert "no capacity bins in the file" in capsys.readouterr().err
 
 
+def test_bins_of_another_dtype_in_the_file_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_and_convert(tmp_path, Grid())
+    file = tmp_path / "hf" / "capacity_bins.pt"
+    torch.save({"bins_usage": {3: {0: {0: {0: torch.ones(2, dtype=torch.uint8)}}}}}, file)
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+    message = capsys.readouterr().err
+    assert "capacity bins of an unexpected dtype\n" in message
+    assert f"tensor:   bins_usage of layer 3\n  file:     {file}\n" in message
+    assert "found:    torch.uint8\n" in message
+
+
 @pytest.mark.parametrize("model", [Model(), MOE], ids=["dense", "dynamic experts"])
 def test_bins_are_refused_where_training_has_no_place_for_them(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -175,7 +175,7 @@ def test_output_biases_of_zeros_have_no_say_in_the_dtype_of_most(
     assert {str(value.dtype) for name, value in chunks[0].items() if "embedding" not in name} == {"torch.float16"}
     assert chunks[0]["embedding.word_embeddings.weight"].dtype == torch.float32
     said = capsys.readouterr().err
-    assert "1 tensors are not stored in BF16 and keep their dtype: model.embed_tokens.weight\n" in said
+    assert "1 tensor kept in another dtype than BF16: model.embed_tokens.weight\n" in said
 
 
 def test_output_biases_that_are_not_zeros_are_not_taken_for_zeros_however_they_are_stored(

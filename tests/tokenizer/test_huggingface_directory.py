@@ -282,3 +282,17 @@ def test_a_chat_template_that_is_there_needs_no_warning(
     make(tmp_path / "in", LAYER)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source), "--dry-run", "--instruct") == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_makers_generation_config_and_special_ids_beside_a_tokenizer_are_taken_over_whole(tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    ids = {"bos_token_id": 3, "eos_token_id": [27, 28], "pad_token_id": 5}
+    generation = {**ids, "do_sample": True, "top_p": 0.8, "repetition_penalty": 1.05, "transformers_version": "4.37.0"}
+    (source / "config.json").write_text(json.dumps({**ids, "hidden_size": 4096, "model_type": "qwen2"}))
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {**config, **ids, "hidden_size": 16, "model_type": "llama"} == config
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [27, 28]

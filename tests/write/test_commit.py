@@ -136,8 +136,8 @@ def test_a_directory_beside_the_checkpoint_with_a_longer_name_is_no_part_of_it(s
 def test_a_file_system_that_is_too_small_is_told_with_both_sizes(target: Path, source: Path) -> None:
     with pytest.raises(NotEnoughSpace) as caught:
         check(target, source, needed_bytes=1 << 60)
-    assert caught.value.expected == "1152921504606846976 bytes"
-    assert caught.value.found.endswith(" bytes free")
+    assert caught.value.expected == "1.15e+06 TB (1,152,921,504,606,846,976 bytes)"
+    assert caught.value.found.endswith(" bytes)")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -42,6 +42,11 @@ INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _NUMBERS = dict.fromkeys(
     ["layernorm_epsilon", "rope_scaling_factor", INTERPOLATION, *(key.arg for key in _KEYS if key.kind == "number")]
 )
+#: Arguments of which only the truth counts.
+_FLAGS = dict.fromkeys(
+    ["group_query_attention", "use_rope_scaling", "apply_layernorm_1p"]
+    + [key.arg for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "flag"]
+)
 
 
 #: MindSpeed-LLM's arguments for what transformers calls "llama3", and how that calls them.
@@ -113,7 +118,7 @@ SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 
 def check_sizes(args: Mapping[str, Any], file: str) -> None:
-    """Refuse arguments that are no numbers of a model, before anything is computed with them.
+    """Refuse arguments that are no numbers or truth values of a model, before anything is computed with them.
 
     Raises:
         Problems, or the one problem there is: UnsupportedModel.
@@ -127,14 +132,15 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
         map(is_number, coefficient if isinstance(coefficient, list) else [coefficient])
     ):
         wrong["moe_aux_loss_coeff"] = "a number, or several"
+    wrong |= {name: "True or False" for name in _FLAGS if args.get(name) not in (None, True, False)}
     raise_together(
         [
             UnsupportedModel(
-                f"the argument {name} is no size of a model",
+                f"the argument {name} is no {'truth value' if name in _FLAGS else 'size of a model'}",
                 file=file,
                 expected=expected,
                 found=repr(args[name])[:80],
-                remedy="the file is damaged; copy it again from where it was saved",
+                remedy="if the file is damaged, copy it again; if a program saves this, save it there with a plain value",
             )
             for name, expected in wrong.items()
         ]

@@ -14,6 +14,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, MissingShard, UnsupportedModel, UsageError, raise_together
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import MOST_RANKS, Architecture, is_size
+from dist_convert.records import counted
 from dist_convert.records import names as some
 
 SHARD_FILE = "model_optim_rng.pt"
@@ -160,7 +161,7 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
                 "shards: then save again with a newer Megatron-Core"
             )
         raise MissingShard(
-            f"{len(missing)} rank {'directory' if len(missing) == 1 else 'directories'} of {grid} missing",
+            f"{counted(len(missing), 'rank directory', 'rank directories')} of {grid} missing",
             expected=f"{SHARD_FILE} in {some(missing, 6)}",
             found=some(sorted(names), 6) or "none",
             remedy=remedy,
@@ -511,7 +512,7 @@ def stage_layers(
         if not reasons:
             return (tuple(count // virtual for count in ranks),) * virtual
     raise UsageError(
-        f"{layers} layers cannot be divided over {pipeline} pipeline ranks"
+        f"{counted(layers, 'layer')} cannot be divided over {counted(pipeline, 'pipeline rank')}"
         + (f" with {virtual} virtual stages each" if virtual != 1 else ""),
         found="; ".join(reasons),
         remedy="choose sizes that divide the layers, or say where they go: "
@@ -539,8 +540,9 @@ def virtual_stages(layers: int, pipeline: int, layers_each: int) -> int:
         UsageError: they do not come out even.
     """
     if layers % (pipeline * layers_each):
+        ranks = counted(pipeline, "pipeline rank")
         raise UsageError(
-            f"{layers} layers cannot be divided over {pipeline} pipeline ranks in virtual stages of {layers_each}",
+            f"{counted(layers, 'layer')} cannot be divided over {ranks} in virtual stages of {layers_each}",
             expected=f"a multiple of {pipeline * layers_each} layers",
             found=layers,
             remedy="choose another --num-layers-per-virtual-pipeline-stage",

@@ -20,7 +20,7 @@ from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, lay
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
-from dist_convert.records import DTYPE_BYTES, StoredTensor, local_name
+from dist_convert.records import DTYPE_BYTES, StoredTensor, counted, local_name
 from dist_convert.write.files import write_file
 
 FILE = "capacity_bins.pt"
@@ -47,14 +47,7 @@ def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
 
 def _read(directory: Path, tensor: StoredTensor) -> list[float]:
     if tensor.dtype not in _DTYPES:
-        raise UnsupportedModel(
-            "capacity bins of an unexpected dtype",
-            tensor=tensor.name,
-            file=tensor.file,
-            expected=", ".join(_DTYPES),
-            found=tensor.dtype,
-            remedy="leave --save-capacity-bins out",
-        )
+        raise _unexpected(tensor.dtype, tensor.name, str(directory / tensor.file), "--save-capacity-bins")
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     with (directory / tensor.file).open("rb") as file:
         file.seek(tensor.offset_bytes)
@@ -62,6 +55,17 @@ def _read(directory: Path, tensor: StoredTensor) -> list[float]:
     stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])
     values: list[float] = stored.as_strided(tensor.shape, tensor.strides).flatten().tolist()
     return values
+
+
+def _unexpected(dtype: str, name: str, file: str, flag: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        "capacity bins of an unexpected dtype",
+        tensor=name,
+        file=file,
+        expected=", ".join(_DTYPES),
+        found=dtype,
+        remedy=f"leave {flag} out",
+    )
 
 
 def write_bins(target: Path, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
@@ -93,13 +97,14 @@ def load_bins(path: Path) -> Bins:
     Raises:
         CheckpointNotFound: there is no such file.
         CorruptFile: it is not of the nesting that `write_bins` writes.
+        UnsupportedModel: bins of another dtype.
     """
     if not path.is_file():
         raise CheckpointNotFound(f"no {FILE}", file=str(path), remedy="leave --load-capacity-bins out")
     names = {dtype: name for name, dtype in _DTYPES.items()}
     try:
         found = {
-            (layer, pipeline, expert, tensor, name): (names[values.dtype], values.tolist())
+            (layer, pipeline, expert, tensor, name): (names.get(values.dtype) or str(values.dtype), values.tolist())
             for name, layers in torch.load(path, weights_only=True).items()
             for layer, pipelines in layers.items()
             for pipeline, experts in pipelines.items()
@@ -109,6 +114,9 @@ def load_bins(path: Path) -> Bins:
         }
     except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise CorruptFile("damaged capacity bins", file=str(path), found=f"{type(error).__name__}: {error}") from error
+    for (layer, *_, name), (dtype, _) in found.items():
+        if dtype not in _DTYPES:
+            raise _unexpected(dtype, f"{name} of layer {layer}", str(path), "--load-capacity-bins")
     if not found:
         raise CorruptFile(
             "no capacity bins in the file",
@@ -140,8 +148,8 @@ def place_bins(
         raise UsageError(
             "the capacity bins are of another parallel grid",
             file=FILE,
-            expected=f"bins of each of the {len(wanted)} ranks of {grid}",
-            found=f"bins of {len(held)} ranks, {len(astray)} layers on other stages",
+            expected=f"bins of {counted(len(wanted), 'rank')} of {grid}",
+            found=f"bins of {counted(len(held), 'rank')}, {counted(len(astray), 'layer')} on other stages",
             remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
         )
     found: dict[tuple[str, int], dict[str, tuple[str, list[float]]]] = {}

@@ -31,6 +31,7 @@ from dist_convert.models.schema import MOST_RANKS, is_size
 from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
+from dist_convert.records import names
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def with_stored_rows(args: Mapping[str, Any], shards: Mapping[str, Shard]) -> tu
     tensor, tensor_parallel = next(found, None), args.get("tensor_model_parallel_size") or 1
     if tensor is None or not is_size(tensor_parallel, MOST_RANKS):
         return args, ()
-    rows, said = tensor.shape[0] * tensor_parallel, args.get("padded_vocab_size")
-    if said == rows:
-        return args, ()
+    rows = tensor.shape[0] * tensor_parallel
+    sizes = dict.fromkeys(str(shard.args.get("padded_vocab_size") or rows) for shard in shards.values())
+    said = names(sizes, between=" and ")
     warning = f"warning: the args say padded_vocab_size {said}, the embedding has {rows} rows, which count"
-    return {**args, "padded_vocab_size": rows}, (warning,) if said else ()
+    return {**args, "padded_vocab_size": rows}, () if said == str(rows) else (warning,)
 
 
 def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
