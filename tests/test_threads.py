@@ -1,4 +1,4 @@
-"""How many threads a rank's torch has: its share of the cores that it may run on, which a container or taskset limits."""
+"""How many threads a rank's torch has: its share of the cores that it may run on, as taskset and containers limit them."""
 
 from __future__ import annotations
 

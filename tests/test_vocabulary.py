@@ -191,7 +191,9 @@ def test_stages_that_say_other_padded_sizes_are_a_warning_that_says_both(
         args = training_args(model, grid, padded_vocab_size=sizes[file.endswith("_001")])
         save(tmp_path / "in", {file: chunks}, args)
     report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
-    warning = f"warning: the args say padded_vocab_size {sizes[0]} and {sizes[1]}, the embedding has 512 rows, which count"
+    warning = (
+        f"warning: the args say padded_vocab_size {sizes[0]} and {sizes[1]}, the embedding has 512 rows, which count"
+    )
     assert [note for note in report.notes if note.startswith("warning")] == [warning]
     assert rows_of(tmp_path / "out") == (512, 512, 512)
     assert_same(read_tensors(tmp_path / "out"), hf)

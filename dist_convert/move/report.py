@@ -157,7 +157,9 @@ def report_text(report: Report, *, verbose: bool = False) -> str:
         return shown_line(f"done: {report.target} is complete already, by an earlier run of this conversion")
     lines = _lines_of_times(report) if verbose else []
     if report.overflowed:
-        lines.append(f"{counted(sum(report.overflowed.values()), 'value')} became infinite in {names(report.overflowed)}")
+        lines.append(
+            f"{counted(sum(report.overflowed.values()), 'value')} became infinite in {names(report.overflowed)}"
+        )
     if report.rounded_norms:
         lines.append(
             f"adding 1 was rounded in {counted(sum(report.rounded_norms.values()), 'value')} of norms "

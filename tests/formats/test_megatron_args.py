@@ -190,6 +190,25 @@ def test_a_checkpoint_without_args_is_refused_with_what_it_holds(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("absent", "tensor"),
+    [
+        (("ffn_hidden_size",), "mlp.linear_fc1.weight"),
+        (("num_query_groups", "group_query_attention"), "self_attention.linear_qkv.weight"),
+    ],
+    ids=str,
+)
+def test_an_absent_size_that_has_another_default_is_a_shape_that_does_not_fit(
+    absent: tuple[str, ...], tensor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = training_args(LLAMA)
+    for name in absent:
+        delattr(args, name)
+    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    assert f"wrong shape for decoder.layers.0.{tensor}\n" in capsys.readouterr().err
+
+
 def test_arguments_of_older_versions_may_be_absent(tmp_path: Path) -> None:
     args = training_args(LLAMA)
     for name in (

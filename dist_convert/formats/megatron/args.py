@@ -140,7 +140,7 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
                 file=file,
                 expected=expected,
                 found=repr(args[name])[:80],
-                remedy="if the file is damaged, copy it again; if a program saves this, save it there with a plain value",
+                remedy="copy the file again if it is damaged; a program that saves this must save a plain value",
             )
             for name, expected in wrong.items()
         ]
