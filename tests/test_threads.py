@@ -1,4 +1,4 @@
-"""How many threads a rank's torch has: its share of the cores that it may run on, as taskset and containers limit them."""
+"""How many threads a rank's torch has: its share of the cores that it may run on, which taskset or Docker limits."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def test_values_that_became_infinite_before_a_kill_are_not_forgotten(runs: Runs,
     accepted = runs.do([*flags, "--allow-overflow"])
     assert accepted.exit_codes == [0]
     count = sum(int(tensor.half().isinf().sum()) for tensor in large.values())
-    assert f"{count} values became infinite" in accepted.printed
+    assert f"{count:,} values became infinite" in accepted.printed
 
 
 def test_a_conversion_at_work_is_named_to_a_second_one(runs: Runs, source: Path) -> None:
