@@ -324,7 +324,7 @@ def test_verify_finds_what_has_become_of_a_target_that_was_complete(runs: Runs, 
     run = runs.do(to_hf(source, "--verify"))
     assert run.exit_codes == [1]
     assert "lm_head.weight: A and B differ in 1 element, first at [199, 63]" in run.printed
-    assert "convert again with --overwrite" in run.printed
+    assert "convert again with another target" in run.printed
     assert hashes_below(source.parent) == before
 
 
