@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from dist_convert.__main__ import main
 from dist_convert.errors import Problems, UnsupportedModel
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json, config_vocab
 from dist_convert.models.schema import Architecture, RopeScaling
@@ -277,6 +280,38 @@ def test_another_model_is_refused_by_name(keys: dict[str, Any], found: str) -> N
         read(LLAMA | keys)
     assert "llama (LlamaForCausalLM); dist-convert models lists all" in error.value.expected
     assert found in error.value.found
+
+
+VISION = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"model_type": "olmo2"}, "its norms come behind attention and MLP"),
+        ({"model_type": "olmoe"}, "its norms of queries and keys go over all heads"),
+        ({"model_type": "gemma2"}, "its layers have four norms"),
+        ({"model_type": "gemma3"}, "its layers have four norms"),
+        ({"model_type": "gemma3_text"}, "its layers have four norms"),
+        ({"model_type": "granite"}, "its embedding, attention, residuals and logits have multipliers"),
+        ({"model_type": "granitemoe"}, "its embedding, attention, residuals and logits have multipliers"),
+        ({"model_type": "qwen3_next"}, "most of its layers have linear attention"),
+        (VISION, "it has a vision tower beside its language model"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_family_that_is_never_converted_is_refused_with_its_reason_in_inspect_too(
+    keys: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LLAMA | {"architectures": None} | keys
+    with pytest.raises(UnsupportedModel, match=f"not a model that can be converted: {why}"):
+        read(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) != 0
+    said = "".join(capsys.readouterr())
+    assert f"not a model that can be converted: {why}" in " ".join(said.split())
+    assert f"model_type='{keys['model_type']}'" in said
 
 
 def test_all_reasons_are_reported_together() -> None:
