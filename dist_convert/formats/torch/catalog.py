@@ -138,7 +138,7 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         return found[:1]
     if catalog.with_tied_copies:
         found += _tied_replicas(catalog, parameter, shard)
-    if len({tuple((row, view.rows) for row, _, view in replica) for replica in found}) > 1:
+    if len(found) > 1 and len({tuple((row, view.rows) for row, _, view in replica) for replica in found}) > 1:
         raise InconsistentShards(
             "equal copies are stored in different layouts",
             tensor=parameter.name,
@@ -201,12 +201,10 @@ def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, .
 
 
 def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, columns: int) -> Replica | None:
-    if any(piece.name not in stored for piece in spelling.pieces):
-        return None
     found = []
     for piece in spelling.pieces:
-        piece_rows = rows // piece.parts
-        seen = megatron_names.view(piece, stored[piece.name], piece_rows, columns)
+        piece_rows, tensor = rows // piece.parts, stored.get(piece.name)
+        seen = megatron_names.view(piece, tensor, piece_rows, columns) if tensor else None
         if seen is None:
             return None
         found.append((piece.part * piece_rows, 0, seen))
@@ -217,7 +215,8 @@ def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) ->
     """The spellings whose pieces a file stores in fitting shapes, and where."""
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
     size = shard_size_of(catalog, parameter)
-    found = ((spelling, _views(stored, spelling, *size)) for spelling in _spellings(catalog, parameter))
+    spelled = [spelling for spelling in _spellings(catalog, parameter) if spelling.pieces[0].name in stored]
+    found = ((spelling, _views(stored, spelling, *size)) for spelling in spelled)
     return {spelling: views for spelling, views in found if views is not None}
 
 
