@@ -382,6 +382,14 @@ def test_the_help_says_when_imported_experts_are_to_be_read_so(capsys: pytest.Ca
     assert "never on one that was trained since" in text
 
 
+def test_a_number_of_thousands_of_digits_in_a_job_file_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(f"tp: 0x{'f' * 5000}\n")
+    assert main(["convert", "--config", str(tmp_path / "job.yaml"), "/in", "/out", "--to", "torch"]) == 2
+    assert capsys.readouterr().err.startswith("a number with more than 64 bits\n")
+
+
 @pytest.mark.parametrize("dash", ["-", "_"])
 def test_a_job_file_may_hold_any_flag_with_dashes_or_underscores(dash: str, tmp_path: Path) -> None:
     text = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,25 @@ def test_a_target_that_holds_files_of_others_is_not_overwritten(
     (tmp_path / "out" / "evaluation.json").unlink()
     assert convert(tmp_path / "in", tmp_path / "out", "--overwrite", *["--dry-run"] * dry_run) == 0
     assert f"warning: replaces {tmp_path}/out, which an earlier conversion has made\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a link", "a pipe", "runs/logs", "resumable", ".journal/notes"])
+def test_nor_is_one_that_holds_anything_else_of_others(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", SMALL)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    path = tmp_path / "out" / name
+    if name == "a link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif name == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name == "runs/logs" else path.write_text("mine")
+    assert convert(tmp_path / "in", tmp_path / "out", "--overwrite") == 1
+    assert f"found:    {name.split('/')[0]}" in capsys.readouterr().err
+    assert os.path.lexists(path)
 
 
 def test_a_directory_that_is_no_model_is_not_even_overwritten(

@@ -31,6 +31,9 @@ def flags_of_file(
         if isinstance(value, list | dict):  # of which aliases may make far more than the file has bytes
             problems.append(UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path)))
             continue
+        if any(isinstance(one, int) and one.bit_length() > 64 for one in (key, value)):  # their digits are not printed
+            problems.append(UsageError("a number with more than 64 bits", file=str(path)))
+            continue
         found = f"{key}: {'true' if value is True else value}"
         flag = "--" + str(key).replace("_", "-")
         word, what, remedy = flag if value is True else f"{flag}={value}", "", ""

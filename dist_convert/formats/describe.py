@@ -46,7 +46,16 @@ from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
-from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, Row, YarnScaling, entries, part_shape
+from dist_convert.models.schema import (
+    Architecture,
+    LinearScaling,
+    RopeScaling,
+    Row,
+    YarnScaling,
+    entries,
+    is_size,
+    part_shape,
+)
 from dist_convert.options import DCP, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
@@ -161,7 +170,7 @@ def _chunks(directory: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
 def _saved_grid(args: Mapping[str, Any]) -> Grid | None:
     """The grid that training ran with; None where the args describe none."""
     try:
-        return grid_of_args(args, args.get("num_layers") or 0)[0]
+        return grid_of_args(args, args["num_layers"] if is_size(args.get("num_layers")) else 0)[0]
     except ConversionError:
         return None
 

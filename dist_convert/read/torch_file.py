@@ -291,6 +291,8 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
     for name, tensor in tensors.items():
         key, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
         record, item_bytes = container.records[key], DTYPE_BYTES[dtype]
+        if any(number.bit_length() > 63 for number in (tensor.offset, *tensor.shape, *tensor.strides)):
+            raise CorruptFile("a tensor has sizes that no file has", tensor=name, file=container.label)
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
         end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
         if end_bytes > record.size_bytes:
@@ -318,7 +320,7 @@ def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
     """
     container, saved = open_saved(path, file)
     others = [
-        f"{name}: {type(value).__name__}"
+        f"{type(name).__name__ if isinstance(name, int) and name.bit_length() > 63 else name}: {type(value).__name__}"
         for name, value in saved.items()
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]

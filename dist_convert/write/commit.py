@@ -76,13 +76,6 @@ def check_target(
             found=", ".join(there[:6]),
             remedy=another,
         )
-    if there and (others := unknown_files(target)):
-        raise TargetExists(
-            "the target holds files that no conversion has made, so it is not replaced",
-            file=file,
-            found=names(others),
-            remedy=f"move them away, or {another}",
-        )
     for used in (target, partial_of(target), aside_of(target)):
         if source.resolve().is_relative_to(used.resolve()):
             remedy = f"{another}; its name, and its name with .partial and .replaced, are written to"
@@ -91,6 +84,13 @@ def check_target(
     if target.resolve().is_relative_to(source.resolve()):
         expected = f"a directory outside of {source}"
         raise UsageError("the target lies in its own source", file=file, expected=expected, remedy=another)
+    if there and (others := unknown_files(target)):
+        raise TargetExists(
+            "the target holds files that no conversion has made, so it is not replaced",
+            file=file,
+            found=names(others),
+            remedy=f"move them away, or {another}",
+        )
     if os.path.lexists(aside_of(target)) and (there or not is_moved_aside(target, partial_of(target))):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",

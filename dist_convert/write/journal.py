@@ -147,6 +147,10 @@ class Journal:
                 os.fdatasync(self._descriptor)
 
 
+#: A line has the windows of one step, or one fact; of a longer one each part is a torn line.
+_MOST_LINE_BYTES = 16 << 20
+
+
 def read_lines(partial: Path, name: str) -> Iterator[tuple[int, Any]]:
     """The whole lines of a journal, each with the position of its end in bytes; torn ones are passed over.
 
@@ -155,7 +159,7 @@ def read_lines(partial: Path, name: str) -> Iterator[tuple[int, Any]]:
     """
     end_bytes = 0
     with os.fdopen(open_below(partial, f"{JOURNAL_DIRECTORY}/{name}"), "rb") as file:
-        for line in file:
+        while line := file.readline(_MOST_LINE_BYTES):
             end_bytes += len(line)
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
@@ -16,8 +16,8 @@ from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
 from dist_convert.write.files import Written, opened, replace_text, write_file, writing
-from dist_convert.write.journal import History, fields, from_fields, joined
-from dist_convert.write.partial import differences_of_complete, files_below
+from dist_convert.write.journal import JOURNAL_DIRECTORY, History, fields, from_fields, joined
+from dist_convert.write.partial import RESUMABLE, differences_of_complete, files_below, is_ours
 
 MANIFEST_FILE = "conversion.json"
 
@@ -85,8 +85,13 @@ def manifest_of(target: Path) -> dict[str, Any]:
 
 
 def unknown_files(target: Path) -> list[str]:
-    """The files of a converted directory that its manifest does not name."""
-    return sorted(files_below(target) - {MANIFEST_FILE} - manifest_of(target)["files"].keys())
+    """All in a converted directory that its manifest does not name, links, pipes and empty directories, too."""
+    known = {MANIFEST_FILE, *manifest_of(target)["files"]}
+    known |= {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*")} - known
+    if is_ours(target):  # a run ended between giving it its name and removing its journal
+        found = {name for name in found if name != RESUMABLE and name.split("/")[0] != JOURNAL_DIRECTORY}
+    return sorted(found)
 
 
 def what_differs(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> str | None:

@@ -172,8 +172,14 @@ def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
         return "the record of what it is made from cannot be read"
 
 
+#: Far more than any has: args of a few hundred names, and a digest for each file of the source.
+_MOST_IDENTITY_BYTES = 16 << 20
+
+
 def _read_identity(directory: Path) -> Mapping[str, Any]:
     with os.fdopen(open_below(directory, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}"), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MOST_IDENTITY_BYTES:
+            raise ValueError("larger than any")
         try:
             return dict(json.load(file))
         except RecursionError as error:
