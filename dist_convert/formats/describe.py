@@ -99,26 +99,26 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
             model: Model = settled(open_torch(carried, directory, world, found, shards), where, world)
         else:
             model = open_settled(where, world)
+        architecture, warnings = _check(model, world)
         if description["kind"] == "megatron":  # as --like and carried configs have it, too
-            description |= _facts(model.catalog()[0].architecture)
-        warnings = _check(model, world)
+            description |= _facts(architecture)
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
     return description | ({"warnings": warnings} if warnings else {})
 
 
-def _check(model: Model, world: World) -> list[str]:
-    """Check what a conversion checks of its source besides; returns its warnings.
+def _check(model: Model, world: World) -> tuple[Architecture, list[str]]:
+    """Check what a conversion checks of its source besides; the model's sizes, and its warnings.
 
     Raises:
         SourceError: all that the headers show to be wrong, or a head that is not the embedding it is tied to.
     """
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
-        check_tied(model, model.catalog()[0], world)
-    else:
-        model.catalog()
-    return warnings_of(model.notes)
+    catalog, _ = model.catalog()
+    if isinstance(model, HuggingFaceModel):
+        check_tied(model, catalog, world)
+    return catalog.architecture, warnings_of(model.notes)
 
 
 def _describe_torch_dist(directory: Path, like: Path | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dist_convert.formats.huggingface.carried import carried_configs, configs_of
 from dist_convert.formats.huggingface.config import TORCH_NAMES, config_of_copy, with_special_ids
 from dist_convert.formats.huggingface.open import HuggingFaceModel
 from dist_convert.formats.huggingface.read import CONFIG_FILE
-from dist_convert.formats.megatron.args import not_its_vocab
+from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.open import open_settled, where_of
 from dist_convert.formats.tokenizer.record import style_of
 from dist_convert.models.catalog import Catalog
@@ -53,8 +53,8 @@ def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.de
     refuse_unfinished(where.path, where.ckpt_dir_name)
     model = open_settled(where, alone())
     check_applies(job, model.format)
-    if model.args is None and job.true_vocab_size not in (None, model.vocab):
-        raise not_its_vocab(job.true_vocab_size, model.vocab)
+    if model.args is None:
+        check_own_vocab(job.true_vocab_size, model.vocab)
     catalog, _ = model.catalog()
     stored = _safetensors_name(dtype) or catalog.params_dtype
     if isinstance(model, HuggingFaceModel):

@@ -292,7 +292,13 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
         key, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
         record, item_bytes = container.records[key], DTYPE_BYTES[dtype]
         if any(number.bit_length() > 63 for number in (tensor.offset, *tensor.shape, *tensor.strides)):
-            raise CorruptFile("a tensor has sizes that no file has", tensor=name, file=container.label)
+            raise CorruptFile(
+                "a tensor has sizes that no file has",
+                tensor=name,
+                file=container.label,
+                expected="numbers of at most 63 bits",
+                remedy="the file is damaged; copy it again from where it was saved",
+            )
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
         end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
         if end_bytes > record.size_bytes:

@@ -103,11 +103,12 @@ def test_what_a_torch_module_saves_is_a_flat_dict(tmp_path: Path) -> None:
     [
         ({"model": {"a": torch.zeros(1)}, "epoch": 3}, UnsupportedModel, "model: dict, epoch: int"),
         ({"a": torch.zeros(1), 0: torch.zeros(1)}, UnsupportedModel, "0: Tensor"),
+        ({"a": torch.zeros(1), 1 << 20_000: torch.zeros(1)}, UnsupportedModel, "int: Tensor"),
         ([torch.zeros(1)], CorruptFile, "list"),
         (torch.zeros(1), CorruptFile, "Tensor"),
         ({"a": torch.nn.Linear(1, 1)}, UnsafePickle, "torch.nn.modules.linear.Linear"),
     ],
-    ids=["nested", "numbered", "a list", "a tensor", "a module"],
+    ids=["nested", "numbered", "with a huge number", "a list", "a tensor", "a module"],
 )
 def test_a_pickled_file_of_anything_but_tensors_by_name_is_refused(
     content: object, error: type[ConversionError], found: str, tmp_path: Path

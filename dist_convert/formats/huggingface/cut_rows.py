@@ -10,7 +10,7 @@ from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, target_file, target_tensors
 from dist_convert.formats.huggingface.open import open_huggingface
 from dist_convert.formats.huggingface.read import SAFETENSORS
-from dist_convert.formats.megatron.args import not_its_vocab
+from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.source import reading
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec
@@ -29,7 +29,7 @@ def cut_vocabulary(directory: Path, rows: int) -> dict[str, Iterable[bytes]]:
     catalog, _ = model.catalog(with_tied_copies=True)
     architecture = catalog.architecture
     if rows > architecture.vocab:
-        raise not_its_vocab(rows, architecture.vocab)
+        check_own_vocab(rows, architecture.vocab)
     if model.quantisation or not all(one.file.endswith(SAFETENSORS) for one in model.stored.values()):
         what, remedy = "rows are cut from plain safetensors only", "convert it with --to huggingface first"
         raise UnsupportedModel(what, file=str(directory), remedy=remedy)

@@ -37,7 +37,7 @@ from dist_convert.formats.huggingface.files import (
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside
 from dist_convert.formats.huggingface.upload import Upload, check_upload
-from dist_convert.formats.megatron.args import is_of_habana, model_type_from_args, not_its_vocab, true_vocab
+from dist_convert.formats.megatron.args import check_own_vocab, is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
     Tokenizer,
@@ -264,8 +264,8 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         UploadError: what can be known now of an upload that would not start.
         TargetError, UsageError: see `find_places`.
     """
-    if model.args is None and job.true_vocab_size not in (None, model.vocab):
-        raise not_its_vocab(job.true_vocab_size, model.vocab)
+    if model.args is None:
+        check_own_vocab(job.true_vocab_size, model.vocab)
     notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(Upload(job.target, job.push_to_hub, job.private, job.keep_paths)))

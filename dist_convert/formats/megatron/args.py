@@ -343,14 +343,19 @@ def true_vocab(
     return size, who
 
 
-def not_its_vocab(said: int | None, vocab: int | None) -> UsageError:
-    """The error about a flag that contradicts a source which says its vocabulary itself."""
-    return UsageError(
-        "--true-vocab-size is not the model's",
-        expected=f"vocab_size {vocab}",
-        found=said,
-        remedy="leave --true-vocab-size out",
-    )
+def check_own_vocab(said: int | None, vocab: int | None) -> None:
+    """Refuse a flag that contradicts a source which says its vocabulary itself.
+
+    Raises:
+        UsageError
+    """
+    if said not in (None, vocab):
+        raise UsageError(
+            "--true-vocab-size is not the model's",
+            expected=f"vocab_size {vocab}",
+            found=said,
+            remedy="leave --true-vocab-size out",
+        )
 
 
 def model_type_from_args(args: Mapping[str, Any]) -> str | None:

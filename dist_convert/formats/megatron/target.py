@@ -18,7 +18,7 @@ from dist_convert.errors import (
     UsageError,
     raise_together,
 )
-from dist_convert.formats.megatron.args import not_its_vocab
+from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.megatron.grid import (
     Chunk,
     Grid,
@@ -162,8 +162,9 @@ def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tu
     divisible_by = job.make_vocab_size_divisible_by or own_divisor or 128
     architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
     problems: list[ConversionError] = []
-    if own is None and job.true_vocab_size not in (None, given.vocab):
-        problems.append(not_its_vocab(job.true_vocab_size, given.vocab))
+    with _collected(problems):
+        if own is None:
+            check_own_vocab(job.true_vocab_size, given.vocab)
     layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
     keeps_pipeline = own is not None and not cuts_pipeline(job)
     with _collected(problems):

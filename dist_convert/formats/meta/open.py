@@ -14,7 +14,7 @@ from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_ca
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
-from dist_convert.formats.megatron.args import not_its_vocab
+from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.meta.chunks import Headers, tensors_of
 from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
@@ -125,8 +125,7 @@ def open_meta(where: Where, world: World) -> MetaModel:
         left_behind = (*left_behind, ("rotary frequencies", len(dropped), sum(dropped)))
     vocab, file = architecture.vocab, str(where.path / PARAMS_FILE)
     tokenizer, wanted = shared_tokenizer(where, args, where.path, world, padded=vocab, file=file)
-    if wanted != vocab:
-        raise not_its_vocab(wanted, vocab)
+    check_own_vocab(wanted, vocab)
     config = said.config
     if config is None:
         bos, eos = special_token_ids(family, vocab, tokenizer, instruct=False)
