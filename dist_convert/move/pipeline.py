@@ -36,6 +36,9 @@ from dist_convert.write.journal import Journal
 #: Steps that are read, or being read, before they are gathered.
 _READING = 2
 
+#: Steps that are planned and read ahead, at most: 4 GiB of blocks, whatever number is given.
+_MOST_AHEAD = 1024
+
 #: Steps that are planned at a time, at most: after each read and write the processor's cache has forgotten the planner.
 _PLANNED_AHEAD = 8
 
@@ -146,7 +149,7 @@ def move(
             writing.append(writes.submit(write, step, slot))
 
         steps = _planned_ahead(steps_of(plan, world.rank))
-        upcoming = deque(islice(steps, read_ahead))
+        upcoming = deque(islice(steps, min(read_ahead, _MOST_AHEAD)))
         later = tuple(upcoming)
         number = 0
         while upcoming or reading or gathering:

@@ -61,6 +61,10 @@ def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
 
     monkeypatch.setattr(FileReader, "read_ahead", noting)
     monkeypatch.setattr(FileReader, "read", counting)
+    assert convert(tmp_path / "in", tmp_path / "more", "--read-ahead", "9" * 30) == 0
+    assert min(ahead) == 0
+    asked.clear()
+    ahead.clear()
     assert convert(tmp_path / "in", tmp_path / "out", "--read-ahead", "2") == 0
     assert len(ahead) == len(asked) > 4
     assert max(ahead) >= 2
