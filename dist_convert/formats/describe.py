@@ -169,8 +169,9 @@ def _chunks(directory: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
 
 def _saved_grid(args: Mapping[str, Any]) -> Grid | None:
     """The grid that training ran with; None where the args describe none."""
+    layers = args.get("num_layers")
     try:
-        return grid_of_args(args, args["num_layers"] if is_size(args.get("num_layers")) else 0)[0]
+        return grid_of_args(args, layers if layers and is_size(layers) else 0)[0]
     except ConversionError:
         return None
 
