@@ -17,8 +17,6 @@
     └── Problems
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """A conversion in ranks of their own, for a program that must not be forked: the command, and what its log says."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 Habana's `convert.py` has flags that command lines in use today still have; here is what they mean.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The flags of every command, on the command line and in YAML files, and their checked values."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError

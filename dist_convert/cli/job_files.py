@@ -1,7 +1,5 @@
 """Job files: the flags of a command in YAML, read and written."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path

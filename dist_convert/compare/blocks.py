@@ -5,8 +5,6 @@ whole is cut further, until each part, and each copy of it, is with a rank that 
 different nodes are then compared with the other checkpoint and not with each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,7 +73,7 @@ class Amount:
     copies_a_bytes: int = 0
     copies_b_bytes: int = 0
 
-    def __add__(self, other: Amount) -> Amount:
+    def __add__(self, other: "Amount") -> "Amount":
         return Amount(*(first + second for first, second in zip(astuple(self), astuple(other), strict=True)))
 
 

@@ -1,7 +1,5 @@
 """Reads blocks of both checkpoints and compares their bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -71,7 +69,7 @@ class _Side:
     other: Buffer
 
     @staticmethod
-    def of(letter: str, checkpoint: Checkpoint) -> _Side:
+    def of(letter: str, checkpoint: Checkpoint) -> "_Side":
         reader = FileReader(checkpoint.path, make_buffer(2 * BLOCK_BYTES))
         return _Side(letter, checkpoint, reader, *(make_buffer(BLOCK_BYTES) for _ in range(3)))
 

@@ -6,8 +6,6 @@ located once more, from the tables and the stored shapes alone, by what docs/for
 query-group interleave", "MLP and the gate-up interleave" and "Experts".
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

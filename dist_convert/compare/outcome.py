@@ -1,7 +1,5 @@
 """What a verification found, as data, as text and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ read headers -> name every tensor and where it lies -> deal blocks to ranks -> r
 Files of one name on the disks of several nodes are each a copy of its own, and compared where they lie.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """One screen about a checkpoint of either kind, from its headers, and whether a conversion of it would start."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace

@@ -1,7 +1,5 @@
 """Checkpoints of other programs, and parts of one: each is known by name, with what to do about it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

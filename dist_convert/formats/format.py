@@ -1,7 +1,5 @@
 """What a command asks of a checkpoint of any format: what its headers say."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Opens a checkpoint of whatever format it is, from the headers of its files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ torch lays the container out in memory, and the pickle is made without a memo: n
 objects happen to be one object. Keys: docs/formats.md, "Keys of the file"; container: docs/formats.md, "Storages".
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import math

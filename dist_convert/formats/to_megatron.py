@@ -1,7 +1,5 @@
 """What becomes a Megatron checkpoint, of either format: what is read, what is written, and what is said about it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

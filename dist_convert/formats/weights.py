@@ -3,8 +3,6 @@
 Only headers are read on opening. A tensor is put together from its shards when it is asked for.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import deque
@@ -47,7 +45,7 @@ _Reader = tuple[FileReader, Buffer]
 _NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 
 
-def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.device | str) -> Weights:
+def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.device | str) -> "Weights":
     """See `dist_convert.open`; `job` is a conversion to Hugging Face, whose target nobody makes."""
     where = where_of(job, Path(job.source), alone(), job.ckpt_dir_name)
     refuse_unfinished(where.path, where.ckpt_dir_name)
@@ -102,7 +100,7 @@ class Weights:
         self._reader: _Reader | None = None
         self._process = os.getpid()
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> "Weights":
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -127,7 +125,7 @@ class Weights:
         """The names of all tensors, in the order of the layers."""
         return list(self._catalog.tensors)
 
-    def get_slice(self, name: str) -> Slice:
+    def get_slice(self, name: str) -> "Slice":
         """A tensor of which parts can be read, as `safetensors.safe_open` has it.
 
         Raises:

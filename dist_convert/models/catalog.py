@@ -6,8 +6,6 @@ format's business: a format says of each box of a tensor where it is stored, and
 conversion is the intersection of two such catalogs (`plan.copies`), a verification their comparison.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

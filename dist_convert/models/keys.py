@@ -1,7 +1,5 @@
 """The facts of a model as training arguments and as config.json have them, by the keys of its family."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

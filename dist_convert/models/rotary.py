@@ -3,8 +3,6 @@
 So row j of the first half of a head of d rows is row 2j of Meta's, and row j of its second half row 2j + 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

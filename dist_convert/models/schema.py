@@ -6,8 +6,6 @@ and the training arguments call one fact (`models.keys`). Names are templates wi
 numbers); dimensions are size names of `Architecture.sizes`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache

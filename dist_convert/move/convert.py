@@ -6,8 +6,6 @@
 both ends and deals the copies to ranks, `move` carries them out, `write` makes the target and gives it its name.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence

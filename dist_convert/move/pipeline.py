@@ -6,8 +6,6 @@ crosses in them: members of a team need not be equally far. It is waited for whe
 main thread takes part in collectives, in the order of the plan.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

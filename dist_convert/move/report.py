@@ -1,7 +1,5 @@
 """What a conversion says of itself: notes before it, a dry run's plan, at its end what was done and where time went."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections import Counter
@@ -56,7 +54,7 @@ def rows_of(plan: Plan, loads: Sequence[Sequence[int]]) -> tuple[dict[str, int],
 _MOVED = ("read_bytes", "received_bytes", "written_bytes")
 
 
-def describe_plan(plan: Plan, free_bytes: int, report: Report, partial: Path | None = None) -> str:
+def describe_plan(plan: Plan, free_bytes: int, report: "Report", partial: Path | None = None) -> str:
     """A dry run's answer: files, and what each rank would read, gather and write, which the report has.
 
     `partial` is what an earlier run has left, with which this one would go on.
@@ -85,7 +83,7 @@ def describe_plan(plan: Plan, free_bytes: int, report: Report, partial: Path | N
     return "\n".join(map(shown_line, lines))
 
 
-def start_line(plan: Plan, report: Report, nodes: int) -> str:
+def start_line(plan: Plan, report: "Report", nodes: int) -> str:
     """What a conversion says first: what is made of what, by whom."""
     who = f"{counted(len(plan.visible), 'rank')} on {counted(nodes, 'node')}, {plan.placement} placement"
     ends = f"{report.source} ({report.source_format}) -> {report.target} ({report.target_format})"
@@ -139,7 +137,7 @@ class Report:
     ranks: tuple[Mapping[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
-    def with_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> Report:
+    def with_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> "Report":
         """The same with what the ranks did, and what earlier runs left, added up."""
         found: dict[str, Any] = {"peak_memory_bytes": max(outcome.get("peak_memory_bytes", 0) for outcome in outcomes)}
         for name in ("read_bytes", "gathered_bytes", "written_bytes"):

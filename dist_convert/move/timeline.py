@@ -5,8 +5,6 @@ document of that name by the Catapult project): one event a line, "X" for a stre
 microseconds. The closing bracket may be missing, so that what a failed conversion leaves can be looked at too.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -31,7 +29,7 @@ PHASES = ("read", "gather", "place", "write", "wait")
 class Timeline:
     """Adds up what each phase takes, and puts every stretch of it into a trace, if there is one."""
 
-    def __init__(self, trace: _Trace | None = None) -> None:
+    def __init__(self, trace: "_Trace | None" = None) -> None:
         self._trace = trace
         self._spent: dict[tuple[str, int], float] = defaultdict(float)
 

@@ -6,8 +6,6 @@ Layers and experts repeat each other: what follows from where a tensor lies at b
 whose boxes, strides, distances in a file and order of files are the same (a `_Geometry`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

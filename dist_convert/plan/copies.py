@@ -4,8 +4,6 @@ Copies are expanded when they are needed, and never all at once: a model of 256 
 is kept of them is a `Transfer` for each group of tensors that lie in one stored tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -56,7 +54,7 @@ class Transfer:
         """Of the copies, counting every equal target."""
         return sum(self.target_bytes)
 
-    def renamed(self, names: tuple[str, ...], files: Mapping[str, str]) -> Transfer:
+    def renamed(self, names: tuple[str, ...], files: Mapping[str, str]) -> "Transfer":
         """The same of other tensors, in files that are called otherwise."""
         sources = tuple(tuple(files[file] for file in alike) for alike in self.source_files)
         targets = tuple(files[file] for file in self.target_files)

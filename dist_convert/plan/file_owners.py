@@ -7,8 +7,6 @@ several nodes becomes a part for each of them, so that every node can read for i
 Pure: integers and strings. A place is a directory as some ranks see it; nodes that share a disk share a place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby

@@ -1,7 +1,5 @@
 """How large each rank's buffers are, and who reads what within a team: both follow from the budget and the shards."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence

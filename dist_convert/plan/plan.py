@@ -4,8 +4,6 @@ Pure: integers and strings, no torch, no files, no process groups. Every rank ma
 headers; one digest of it is compared before any byte moves.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -33,7 +31,7 @@ class Done:
     size_bytes: int = 0
 
     @staticmethod
-    def of(windows: Iterable[Window]) -> Done:
+    def of(windows: Iterable[Window]) -> "Done":
         """Join windows, in any order and as often as they come."""
         distinct = frozenset(windows)
         gapped = frozenset(window for window in distinct if window.runs > 1)

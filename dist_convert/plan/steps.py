@@ -5,8 +5,6 @@ its columns), or whose targets do, crosses in a gather step, in which every memb
 derive the same gather steps in the same order; what each moves alone comes in between, in an order of its own.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ cut along its columns is gathered by a team. Teams are disjoint, so a rank is in
 `direct` placement every team is a single rank and nothing is gathered.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -9,8 +9,6 @@ Inside a program that has called a function (`Embedded`) there is nothing of thi
 caught, no process ended, and ranks tell each other only what their collectives do.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 Without a launcher there is one rank, no process group, and every function answers for that rank alone.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

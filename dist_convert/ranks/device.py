@@ -1,7 +1,5 @@
 """The one place that knows devices: which accelerator is there, its backend for collectives, and how it is set up."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.util

@@ -3,8 +3,6 @@
 It moves no bytes itself. What ranks find in their environment is what torchrun would tell them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math

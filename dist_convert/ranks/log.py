@@ -1,7 +1,5 @@
 """What a command says while it works: text for people, or JSON for programs."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

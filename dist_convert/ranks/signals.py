@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT: answered at once, or noted for any thread, even while the main one is inside a collective."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

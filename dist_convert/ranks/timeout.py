@@ -1,7 +1,5 @@
 """An answer that is waited for so long and no longer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Thread

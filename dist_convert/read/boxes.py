@@ -1,7 +1,5 @@
 """A box of a logical tensor, put together from the regions that hold it, whatever format they are stored in."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The memory of the data path: page-aligned buffers, and what accelerators gather through; made once, used always."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The value of a code times the scale of its block, in float32; rounding to the target's dtype comes after that, once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

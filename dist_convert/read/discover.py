@@ -1,7 +1,5 @@
 """What all ranks together see of a source: who can read which file, and every header, read once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from array import array
@@ -35,7 +33,7 @@ class Discovery:
     identity: dict[str, tuple[int, int, str]]
     checksums: Checksums = field(default_factory=dict)
 
-    def with_checksums(self, records: Iterable[tuple[str, int, int, int | None]]) -> Discovery:
+    def with_checksums(self, records: Iterable[tuple[str, int, int, int | None]]) -> "Discovery":
         """The same with those records, (file, offset, size in bytes, CRC-32), that have a checksum."""
         found: dict[str, array[int]] = {}
         for file, offset_bytes, size_bytes, checksum in records:

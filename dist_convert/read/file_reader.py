@@ -1,7 +1,5 @@
 """Positioned reads of exactly the bytes that a view names, packed as target values."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math

@@ -7,8 +7,6 @@ of the standard library decodes the opcodes; what they do is written down here, 
 much memory it is going to take.
 """
 
-from __future__ import annotations
-
 import _compat_pickle
 import pickle
 import pickletools
@@ -152,7 +150,7 @@ class Inert:
         self.arguments = arguments
         self.state: Any = None
 
-    def __call__(self, *arguments: Any) -> Inert:
+    def __call__(self, *arguments: Any) -> "Inert":
         return Inert(self.class_name, arguments)
 
 

@@ -1,7 +1,5 @@
 """A source's files: opened, read whole where they are small, known again, and what is said where that fails."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ Format: https://docs.pytorch.org/docs/stable/notes/serialization.html and PKWARE
 docs/formats.md, "Storages".
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -5,8 +5,6 @@ the data. Nothing in torch checks them; `unzip -t` does, and with them tests the
 APPNOTE.TXT, 4.3.7 (local header), 4.3.9 (data descriptor) and 4.3.12 (central directory).
 """
 
-from __future__ import annotations
-
 import os
 import zipfile
 from bisect import bisect_left

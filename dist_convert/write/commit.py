@@ -1,7 +1,5 @@
 """The target directory: whether it can be made, and how it gets its name when it is complete."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Files of a target: made in their final size, written at positions, replaced as a whole, forced to the disk."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

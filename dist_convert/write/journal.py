@@ -10,8 +10,6 @@ A line is a CRC-32 in eight hexadecimal digits, a blank, and JSON: a line that w
 whose checksum is right and that says something else than a journal does is no accident, and nothing is believed then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

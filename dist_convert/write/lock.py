@@ -5,8 +5,6 @@ pass it on, so the file also says who holds it, and a thread touches it every fe
 another machine, a file that is touched while he looks on is alive, and no clocks need agree.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

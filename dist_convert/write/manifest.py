@@ -3,8 +3,6 @@
 Nothing in it depends on the ranks, or on when or how often the conversion was started.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence

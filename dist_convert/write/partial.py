@@ -14,8 +14,6 @@ Only a directory with an identity is ever taken up or emptied, and never read as
 user owns or can write. It is its owner's alone until it is complete, and no link in it is followed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

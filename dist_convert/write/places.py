@@ -4,8 +4,6 @@ Rank 0 makes what is no weight and spreads it to the other places, because only 
 is made from: a tokenizer, for instance.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -8,8 +8,6 @@ The mark `resumable` says to job scripts that starting the same command again ma
 whoever is killed. A rank that ends with an error takes it away where somebody has to do something first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys

@@ -3,8 +3,6 @@
 All ranks write any file, but where a file system takes a file from one node only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tensors that are stored in chunks, each a box of the tensor with a place of its own, and the regions they make up."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,7 +51,7 @@ class Stored:
                 parts.setdefault(first + number, []).append(StoredChunk(tuple(rest), part))
         return parts
 
-    def at(self, index: Sequence[int]) -> Stored:
+    def at(self, index: Sequence[int]) -> "Stored":
         """What lies at an index of the leading axes, as a tensor of its own."""
         if not index:
             return self

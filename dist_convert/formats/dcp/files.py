@@ -1,7 +1,5 @@
 """The files of a distributed checkpoint before any data, and what completes them: blobs, checksums, `.metadata`."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

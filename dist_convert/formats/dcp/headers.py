@@ -1,7 +1,5 @@
 """The headers of a distributed checkpoint: `.metadata`, read by one rank, and those of the chunks, dealt by file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -4,8 +4,6 @@ Training saves a nested dict, whose path is in front of the names: `model.` in {
 docs/formats.md, "Plain DCP".
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import product

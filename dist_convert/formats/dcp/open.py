@@ -1,7 +1,5 @@
 """Opens a plain distributed checkpoint, such as FSDP2 saves: a model with Hugging Face's names, in chunks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The classes are those of torch.distributed.checkpoint, which are named and not imported. Opcodes: CPython's pickletools.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

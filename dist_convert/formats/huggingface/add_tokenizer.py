@@ -1,7 +1,5 @@
 """`dist-convert tokenizer`: gives a converted model its tokenizer, or another one, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -3,8 +3,6 @@
 Special ids, sampling defaults and keys that only transformers reads come back when the checkpoint is converted again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model with Hugging Face's names as a catalog: every tensor lies whole in one file, or in chunks in several."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ transformers 4.49 and 5, and written by hand because what transformers 5 saves i
 (docs/formats.md, "config.json").
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from pathlib import Path

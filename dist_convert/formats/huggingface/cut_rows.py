@@ -1,7 +1,5 @@
 """Cuts the padding of a model's vocabulary, once its true size is known: files that hold some are written anew."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

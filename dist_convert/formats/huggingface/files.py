@@ -3,8 +3,6 @@
 File format: https://huggingface.co/docs/safetensors ("Format"); names and index: docs/formats.md, "Shards and index".
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

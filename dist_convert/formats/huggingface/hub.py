@@ -4,8 +4,6 @@ huggingface_hub does the work, and its own settings hold: HF_HOME, HF_TOKEN, HF_
 (https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables).
 """
 
-from __future__ import annotations
-
 import errno
 import glob
 import os

@@ -5,8 +5,6 @@ no date and no path, so that the same checkpoint gives the same card on every ma
 is named.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -12,8 +12,6 @@ and E experts:
 Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor names for Llama and Mixtral".
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 

@@ -6,8 +6,6 @@ that is stored, transformers 5 warns and keeps it where its values differ, so it
 queries, keys and values have biases; Megatron has no place for it where only those have them, and zeros need none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ The files are believed, not what a config lists as left out: codes need scales, 
 and rules: docs/formats.md, "Quantised weights".
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -5,8 +5,6 @@ Names of files and the index: docs/formats.md, "Shards and index"; headers: http
 "Format".
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

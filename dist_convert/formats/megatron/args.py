@@ -3,8 +3,6 @@
 Which argument means what, and why some values are refused: docs/formats.md, "Arguments that decide the model".
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

@@ -3,8 +3,6 @@
 Facts: docs/formats.md, "Attention and the query-group interleave" and "MLP and the gate-up interleave".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Integers and strings only. Facts: docs/formats.md, "Rank directories" and "Splitting over ranks".
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Facts: docs/formats.md, "Rank directories" and "The tracker file".
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile

@@ -6,8 +6,6 @@ and looked up, never parsed. Names that no table has are described to people at 
 and their spellings" and "Experts".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ A parameter is a row of a family's table at one layer and expert, and is stored 
 `torch` keeps it whole or as halves, `torch_dist` has one shard of each parameter and cuts it into boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache

@@ -3,8 +3,6 @@
 Arguments do not tell every family from every other, and some tools leave values in them that the model does not have.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

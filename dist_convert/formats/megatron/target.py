@@ -1,7 +1,5 @@
 """A Megatron target whatever its format: what flags, files and the source say of it, its args, and notes on it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence

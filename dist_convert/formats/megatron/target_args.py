@@ -5,8 +5,6 @@ the model (config.json), from the flags, from a file of the training that the mo
 and from defaults.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Meta's files as chunks of tensors: of each matrix a file has some rows or some columns, of the norms all."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
 

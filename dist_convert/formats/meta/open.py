@@ -1,7 +1,5 @@
 """Opens Meta's files: their headers, what params.json says, and whether they belong together."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice

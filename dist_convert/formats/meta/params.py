@@ -4,8 +4,6 @@ It leaves open what the weights' shapes tell, and what the code that loads it ha
 "Meta's files".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

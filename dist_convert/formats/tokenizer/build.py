@@ -4,8 +4,6 @@ Llama 2, Mistral and Mixtral have the former (the message is google/sentencepiec
 3 the latter. Formats and special tokens: docs/formats.md, "Tokenizer files".
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

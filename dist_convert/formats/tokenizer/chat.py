@@ -7,8 +7,6 @@ Mixtral in mistralai/mistral-common `InstructTokenizerV1`, `V2`, `V3` and `V7`. 
 has them.
 """
 
-from __future__ import annotations
-
 from textwrap import dedent
 
 

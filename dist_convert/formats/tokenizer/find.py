@@ -4,8 +4,6 @@
 is looked for beside the checkpoint, under the same name.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

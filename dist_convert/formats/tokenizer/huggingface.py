@@ -6,8 +6,6 @@ transformers 5 cuts text another way then and leaves out begin-of-text, and serv
 is built, from the model and the directory's own settings.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a conversion knows of a tokenizer before it writes one, and what it says about it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ They are written as `capacity_bins.pt` in the nesting that Habana's converter us
 `{name: {global layer: {pipeline: {expert: {tensor: tensor}}}}}` (docs/formats.md, "Capacity bins").
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 It serves a source, from the headers of its files, and a target, from those that its files will have (`survey`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

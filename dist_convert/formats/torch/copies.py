@@ -6,8 +6,6 @@ which reads nothing. Others are compared by their first, middle and last bytes. 
 place is told by its directory's name alone; headers show of some that they were copied twice or swapped.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing

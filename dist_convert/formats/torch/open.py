@@ -1,7 +1,5 @@
 """Opens a checkpoint of Megatron's `torch` format: which iteration, which rank sees which file, and every header."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Only headers are read: the pickle and the zip's directory. The optimizer's bytes
 docs/formats.md, "Keys of the file".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Every parameter is found and every stored tensor accounted for. All that the hea
 together: missing, unknown and misshapen tensors, with their files.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A checkpoint of rank files that is to be made: each file before any data, and a `Target` of them all."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

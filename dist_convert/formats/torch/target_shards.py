@@ -3,8 +3,6 @@
 Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from dist_convert.formats.megatron import names as megatron_names

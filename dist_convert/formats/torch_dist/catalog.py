@@ -1,7 +1,5 @@
 """The catalog of a `torch_dist` checkpoint: where each box of each tensor is stored, in which blobs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What the small files of a `torch_dist` checkpoint say: `.metadata`, the args and the iteration. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

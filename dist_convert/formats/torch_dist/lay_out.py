@@ -4,8 +4,6 @@ They follow from the target's grid alone: the boxes are those that training at t
 for each of its model parallel ranks. Loading reads whole chunks, so that chunks cut like this cost it least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Keys are generated and looked up, never parsed. Layers and experts are a leading
 are alike, and numbers in the key where they are not.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dist_convert.formats.megatron.names import is_of_mtp, normalise, reason_to_drop, synonyms

@@ -1,7 +1,5 @@
 """Opens a checkpoint of Megatron-Core's `torch_dist` format: `.metadata`, the args, and the headers of all blobs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """A `torch_dist` checkpoint that is to be made; a `Target`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
