@@ -1,9 +1,10 @@
 """Compares conversions with copying the same bytes: `python tests/benchmarks/bench.py`, about a quarter of an hour.
 
 Makes a Llama of random weights in every format, and then, round by round in shuffled order, times of every pair of
-formats one `cp --reflink=never` of what the conversion makes, and the conversion with one rank and with two. Ratios are
-of the medians of one run. Besides, from `torch` to Hugging Face: ranks that see their own shards only and gather over
-gloo, and fp32 weights that become bf16, whose ratio is of seconds for a byte read.
+Megatron's and Hugging Face's formats, and of the others with Hugging Face, one `cp --reflink=never` of what the
+conversion makes, and the conversion with one rank and with two. Ratios are of the medians of one run. Besides, from
+`torch` to Hugging Face: ranks that see their own shards only and gather over gloo, and fp32 weights that become bf16,
+whose ratio is of seconds for a byte read.
 
 *Data* is from the first byte moved to the last byte written, *whole* the command as a user gives it, with the start of
 Python and the final sync. Sources are in the page cache. Before each sample as many bytes as it writes are written and
@@ -28,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,10 +37,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks.chart import chart
-from tests.benchmarks.sources import hand_out, make_megatron, model_near, parse_grid, weights_bytes
+from tests.benchmarks.sources import hand_out, make_megatron, make_metas, model_near, parse_grid, weights_bytes
 from tests.distributed.launching import environment
 
 FORMATS = ("torch", "torch_dist", "huggingface")
+PAIRS = (*product(FORMATS, FORMATS), ("dcp", "huggingface"), ("huggingface", "dcp"), ("meta", "huggingface"))
 GRID, TARGET_GRID = "TP4xPP2", ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2")
 NOT_QUIET = 3
 
@@ -157,7 +160,7 @@ def run(way: Way, target: Path) -> Sample:
 
 def command(source: Path, to: str, *flags: str) -> tuple[str, ...]:
     """A conversion that lacks its target's path, which comes last."""
-    grid = () if to == "huggingface" else TARGET_GRID
+    grid = TARGET_GRID if to.startswith("torch") else ()
     line = (sys.executable, "-m", "dist_convert", "convert", "--json", "-q", "--device", "cpu", "--to", to)
     return (*line, *grid, *flags, str(source))
 
@@ -168,13 +171,15 @@ def make_sources(directory: Path, size_bytes: int, dtype: str = "bf16") -> tuple
     model = model_near("llama", size_bytes, grid, dtype)
     weights = weights_bytes(model, dtype)
     root = directory / f"llama-{dtype}-{weights}"
-    found = {name: root / name for name in (FORMATS if dtype == "bf16" else ("torch",))}
+    found = {name: root / name for name in ((*FORMATS, "dcp", "meta") if dtype == "bf16" else ("torch",))}
     if not root.exists():
         making = root.with_suffix(".making")
         shutil.rmtree(making, ignore_errors=True)
         make_megatron(making / "torch", model, grid, dtype)
-        for name in list(found)[1:]:
+        for name in list(found)[1:-1]:
             run_command([*command(making / "torch", name, *file_size(weights, name)), str(making / name)])
+        if "meta" in found:
+            make_metas(making / "meta", model, making / "huggingface")
         making.rename(root)
     return found, weights
 
@@ -188,23 +193,22 @@ def ways_of(directory: Path, size_bytes: int) -> Iterator[Way]:
     """All ways; of each pair `cp` comes first."""
     sources, weights = make_sources(directory, size_bytes)
     wide, wide_weights = make_sources(directory, size_bytes, "fp32")
-    for source in FORMATS:
-        for to in FORMATS:
-            pair, copied, flags = f"{source} to {to}", directory / f"{source}-{to}", file_size(weights, to)
-            most = 0.8 if to == "huggingface" != source else 0.9
-            if not copied.exists():
-                run_command([*command(sources[source], to, *flags), str(copied)])
-            yield Way(pair, "cp", ("cp", "-r", "--reflink=never", str(copied)), copied, weights)
-            for ranks, limit in (("1", 1.0), ("2", most)):
-                line = command(sources[source], to, *flags, "--ranks", ranks)
-                yield Way(pair, f"{ranks} rank{'s' * (ranks != '1')}", line, copied, weights, limit)
-            if (source, to) == ("torch", "huggingface"):
-                (iteration,) = sources["torch"].glob("iter_*")
-                seen = hand_out(iteration, 2, sources["torch"] / "seen")
-                line = command(seen, to, *flags, "--ranks", "2", "--placement", "gather")
-                yield Way(pair, "2 ranks, gather over gloo", line, copied, weights, 0.85)
-                line = command(wide["torch"], to, *flags, "--target-params-dtype", "bf16", "--ranks", "2")
-                yield Way(pair, "2 ranks, fp32 to bf16, for a byte read", line, copied, wide_weights, 0.9)
+    for source, to in PAIRS:
+        pair, copied, flags = f"{source} to {to}", directory / f"{source}-{to}", file_size(weights, to)
+        most = 1.0 if {"dcp", "meta"} & {source, to} else 0.8 if to == "huggingface" != source else 0.9
+        if not copied.exists():
+            run_command([*command(sources[source], to, *flags), str(copied)])
+        yield Way(pair, "cp", ("cp", "-r", "--reflink=never", str(copied)), copied, weights)
+        for ranks, limit in (("1", 1.0), ("2", most)):
+            line = command(sources[source], to, *flags, "--ranks", ranks)
+            yield Way(pair, f"{ranks} rank{'s' * (ranks != '1')}", line, copied, weights, limit)
+        if (source, to) == ("torch", "huggingface"):
+            (iteration,) = sources["torch"].glob("iter_*")
+            seen = hand_out(iteration, 2, sources["torch"] / "seen")
+            line = command(seen, to, *flags, "--ranks", "2", "--placement", "gather")
+            yield Way(pair, "2 ranks, gather over gloo", line, copied, weights, 0.85)
+            line = command(wide["torch"], to, *flags, "--target-params-dtype", "bf16", "--ranks", "2")
+            yield Way(pair, "2 ranks, fp32 to bf16, for a byte read", line, copied, wide_weights, 0.9)
 
 
 def read_through(directory: Path) -> None:

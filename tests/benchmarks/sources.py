@@ -11,12 +11,14 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models.schema import Architecture
 from tests import checkpoints
 from tests.checkpoints import State, hf_shapes, training_args
 from tests.full_size import model_of
+from tests.meta_checkpoints import make_meta
 from tests.plan.headers import Shapes, architecture, chunk_shapes, directory, written_pairs
 
 GRIDS = {"llama": "TP4xPP2", "mixtral": "TP2xEP4"}
@@ -104,6 +106,20 @@ def make_megatron(
             weights = sum(tensor.numel() for state in states for tensor in state.values())
             extra = {"optimizer": {"state": torch.zeros(3 * weights)}} if with_optimizer else {}
             checkpoints.save(root, {directory(grid, pipeline, tensor, expert): states}, args, **extra)
+
+
+def make_metas(root: Path, model: Architecture, huggingface: Path) -> None:
+    """Write a Hugging Face model as Meta publishes it, in two files; the memory of both is needed at once.
+
+    Args:
+        root: to be made.
+        model: a Llama whose feed-forward layers are four times as wide as it is.
+        huggingface: the model's directory.
+    """
+    state = {
+        name: tensor for file in sorted(huggingface.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    make_meta(root, 2, "3", model_of(model), state, ffn_dim_multiplier=1.5, multiple_of=256)
 
 
 def _filled(shapes: Shapes, dtype: torch.dtype, shard: int, expert_shard: int) -> State:

@@ -143,6 +143,16 @@ def test_the_ids_that_end_a_text_are_those_of_generation_too(tmp_path: Path) -> 
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, [8, 9])
 
 
+def test_the_ids_of_a_config_of_another_name_are_its_own(tmp_path: Path) -> None:
+    make(tmp_path / "in", MODEL)
+    like = _like(tmp_path / "like", eos_token_id=9)
+    (like / "other.json").write_text(json.dumps(MISTRAL | {"eos_token_id": 11}))
+    (like / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like / "other.json")) == 0
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (_config(tmp_path / "out")["eos_token_id"], generation["eos_token_id"]) == (11, 11)
+
+
 @pytest.mark.parametrize(
     ("arg", "key", "value"),
     [

@@ -68,9 +68,9 @@ def test_nothing_but_the_tokenizer_is_copied(tmp_path: Path) -> None:
     make(tmp_path / "in", LAYER)
     source = make_tokenizer(tmp_path / "tokenizer")
     for name in ("config.json", "model.safetensors", "pytorch_model.bin", "README.md"):
-        (source / name).write_text("of another model")
+        (source / name).write_text('{"hidden_size": 5}')
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
-    assert [name for name, content in files_of(tmp_path / "out").items() if content == b"of another model"] == []
+    assert [name for name, content in files_of(tmp_path / "out").items() if content == b'{"hidden_size": 5}'] == []
 
 
 def test_the_copied_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
@@ -296,3 +296,25 @@ def test_the_makers_generation_config_and_special_ids_beside_a_tokenizer_are_tak
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {**config, **ids, "hidden_size": 16, "model_type": "llama"} == config
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [27, 28]
+
+
+def test_the_special_ids_of_a_config_beside_a_tokenizer_are_those_of_generation_too(tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    ids = {"bos_token_id": 3, "eos_token_id": [27, 28], "pad_token_id": 5}
+    (source / "config.json").write_text(json.dumps({**ids, "hidden_size": 4096, "model_type": "qwen2"}))
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {**config, **ids, "hidden_size": 16, "model_type": "llama"} == config
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [27, 28]
+
+
+@pytest.mark.parametrize("eos", [29, [2, 29], "2", None], ids=str)
+def test_special_ids_of_a_config_that_are_no_tokens_of_the_model_are_not_taken_over(eos: Any, tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    make(tmp_path / "in", LAYER)
+    assert convert(tmp_path / "in", tmp_path / "without", "--tokenizer", str(source)) == 0
+    (source / "config.json").write_text(json.dumps({"eos_token_id": eos, "model_type": "qwen2"}))
+    assert convert(tmp_path / "in", tmp_path / "with", "--tokenizer", str(source)) == 0
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "with" / name).read_text() == (tmp_path / "without" / name).read_text()

@@ -75,10 +75,8 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         notes.append(f"{padding}; --true-vocab-size {tokenizer.size} cuts what is padding")
     print(*map(shown_line, notes), sep="\n", file=sys.stderr)
 
-    generation = job.target / GENERATION_FILE
-    changed = published(config, tokenizer.path) or with_special_ids(
-        config, read_json(generation) if generation.is_file() else {}, tokenizer, style
-    )
+    generation = read_json(job.target / GENERATION_FILE) if (job.target / GENERATION_FILE).is_file() else {}
+    changed = published(config, tokenizer.path, generation) or with_special_ids(config, generation, tokenizer, style)
     with tempfile.TemporaryDirectory() as scratch:
         names = write_tokenizer(tokenizer, style, Path(scratch))
         contents |= {name: (Path(scratch) / name).read_bytes() for name in names}

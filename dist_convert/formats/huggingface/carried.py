@@ -59,7 +59,7 @@ def configs_of(
     is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), architecture)
     given = carried[CONFIG_FILE] if is_carried else model.config
     config = config_like(given, architecture, dtype) if given else config_json(architecture, dtype)
-    directory = model.tokenizer.path if like is None else like if like.is_dir() else like.parent
-    if is_carried and directory is None and GENERATION_FILE in carried:
+    path = like or model.tokenizer.path
+    if is_carried and path is None and GENERATION_FILE in carried:
         return config, {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
-    return config, published(config, directory)
+    return config, published(config, path)

@@ -309,6 +309,11 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def _have_rows(config: Mapping[str, Any], rows: int) -> bool:
+    """Whether each special id of a config is one of that many tokens."""
+    return all(type(one) is int and one < rows for name in _IDS for one in _listed(config.get(name)))
+
+
 def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
     """Whether a config is of this model, but for what training and conversions may change.
 
@@ -318,8 +323,7 @@ def describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
         theirs = architecture_from_config({**config, MTP_KEY.config: 0})
     except ConversionError:
         return False
-    special_ids = [one for name in _IDS for one in _listed(config.get(name))]
-    if any(type(one) is not int or one >= architecture.vocab for one in special_ids):
+    if not _have_rows(config, architecture.vocab):
         return False
     predicted = {name: fact for name, fact in architecture.facts.items() if name == MTP_KEY.field}
     return architecture == replace(
@@ -360,21 +364,37 @@ def special_token_ids(
     return begin, inside if len(inside) > 1 else next(iter(inside), None)
 
 
-def published(config: Mapping[str, Any], directory: Path | None) -> dict[str, dict[str, Any]]:
-    """File name to content: both configs as the makers of a model have them in a directory, as far as they are there.
+def published(
+    config: Mapping[str, Any], path: Path | None, generation: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """File name to content: both configs as the makers of a model have them, if they are there and fit.
 
     Args:
         config: of the model, which gets the special ids that theirs has.
-        directory: of a tokenizer, or of a model like this one.
+        path: a tokenizer, or the directory or the config of a model like this one.
+        generation: of the model so far, which gets those ids where the makers have no generation_config.json.
+
+    Raises:
+        CorruptFile: a file is a link to somewhere else, or no JSON object.
     """
-    if directory is None or not (directory / GENERATION_FILE).is_file():
+    if path is None:
         return {}
-    check_inside(directory, GENERATION_FILE)
-    theirs = read_config(directory) if (directory / CONFIG_FILE).is_file() else {}
-    ids: dict[str, Any] = {
-        name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs
-    }
-    return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: read_json(directory / GENERATION_FILE)}
+    file = path / CONFIG_FILE if path.is_dir() else path
+    theirs: dict[str, Any] = {}
+    if file.suffix == ".json" and file.is_file():
+        theirs = read_config(file.parent) if file.name == CONFIG_FILE else read_json(file)
+    beside = file.with_name(GENERATION_FILE)
+    ids = {name: theirs[name] for name in _IDS if name in theirs}
+    if not _have_rows(ids, config["vocab_size"]):
+        return {}
+    if file.name == CONFIG_FILE and beside.is_file():
+        check_inside(file.parent, GENERATION_FILE)
+        return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: read_json(beside)}
+    if ids.get("eos_token_id") is None:
+        return {}
+    told = {name: value for name, value in ids.items() if value is not None}
+    generates = {**(generation or {}), "_from_model_config": not generation, **told}
+    return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: generates}
 
 
 def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
