@@ -13,15 +13,17 @@ from typing import Any
 
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.huggingface.names import published
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import alias_shape, copies_of, entries, parts_of
+from dist_convert.options import HUGGINGFACE, TORCH_DIST
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.write.task import Task
-from tests.full_size import write_sparse_files
+from tests.full_size import LLAMA_31_CONFIG, write_sparse_files
 
 _QWEN3 = {
     "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
@@ -81,6 +83,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072, "rope_theta": 1000000, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
         "attention_bias": True, "use_qk_norm": False, "num_nextn_predict_layers": 1,
     },
+    "llama-3.1-405b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248,
+        "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, **LLAMA_31_CONFIG,
+    },
+    "mixtral-8x22b": {
+        "model_type": "mixtral", "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384,
+        "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "rope_theta": 1000000.0, "max_position_embeddings": 65536,
+        "tie_word_embeddings": False, "sliding_window": None, "rms_norm_eps": 1e-5,
+    },
     "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
     "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
 }  # fmt: skip
@@ -105,9 +118,10 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
 
 
 def task_of(words: Sequence[str]) -> Task:
-    """What a command line to Megatron would do."""
+    """What a command line would do."""
     job, world, channel = options_from_flags(parse(words)), alone(), Channel(0, 1)
-    task = to_megatron(job, open_source(job, world, channel), world)
+    lay_out = to_huggingface if job.to == HUGGINGFACE else to_megatron
+    task = lay_out(job, open_source(job, world, channel), world)
     channel.close()
     return task
 
@@ -117,4 +131,6 @@ def make_published_megatron(words: Sequence[str]) -> None:
     task = task_of(words)
     task.target.mkdir(parents=True)
     task.layout.make_files(task.target, task.files, is_first=True)
+    if task.job.to == TORCH_DIST:
+        task.layout.complete(task.target, (), {}, is_first=True)  # .metadata; no checksums of holes
     (task.target.parent / "latest_checkpointed_iteration.txt").write_text("1")
