@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -147,7 +148,7 @@ def plan_for(content: Content, placement: str, ranks: int) -> Plan:
 
 
 def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """For each rank of a team, the bytes of `Load` from `read` to `files`."""
+    """For each rank of a team, the numbers of `Load`."""
     team = plan.teams[number]
     members = len(team.ranks)
     read, written, received, calls = ([0] * members for _ in range(4))
@@ -187,20 +188,15 @@ def show(source: Path, name: str, to: str, placements: Sequence[str], of_ranks: 
 
 
 def memory_bytes(source: Path, name: str, to: str) -> int:
-    """What planning for the most ranks adds to the memory of a process."""
+    """What planning for the most ranks adds to the memory of a process, of a fresh one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_added_bytes, source, name, to).result()
 
-    def measure(answer: multiprocessing.SimpleQueue[int]) -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        plan_for(planned(source, name, to), "direct", 1024)
-        answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 
-    context = multiprocessing.get_context("fork")
-    answer: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
-    child = context.Process(target=measure, args=(answer,))
-    child.start()
-    found = answer.get()
-    child.join()
-    return found
+def _added_bytes(source: Path, name: str, to: str) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan_for(planned(source, name, to), "direct", 1024)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
 
 
 def main() -> None:
