@@ -26,42 +26,41 @@ def flags_of_file(
     words: list[str] = []
     problems: list[ConversionError] = []
     for key, value in _read(path).items():
-        if isinstance(value, list | dict):  # of which aliases may make far more than the file has bytes
-            problems.append(UsageError(f"{key} cannot be a {type(value).__name__}", file=str(path)))
-            continue
-        if any(isinstance(one, int) and one.bit_length() > 64 for one in (key, value)):  # their digits are not printed
-            problems.append(UsageError("a number with more than 64 bits", file=str(path)))
-            continue
-        found = f"{key}: {'true' if value is True else value}"
-        flag = "--" + str(key).replace("_", "-")
-        word, what, remedy = flag if value is True else f"{flag}={value}", "", ""
-        if flag == "--config":
-            what = "a job file cannot name another one"
-        elif value is None or value is False:
-            continue
-        else:
-            what, remedy = _wrong(parser, key, word, suggestion)
-        if what:
-            problems.append(UsageError(what, file=str(path), found=found, remedy=remedy))
-        else:
-            words.append(word)
+        try:
+            words += _words(parser, key, value, suggestion)
+        except UsageError as error:
+            error.file = str(path)
+            problems.append(error)
     try:
         return vars(parser.parse_args(words)), problems  # together, as some exclude each other
     except UsageError as error:
         return {}, [*problems, UsageError(error.what, file=str(path), remedy=error.remedy)]
 
 
-def _wrong(parser: ArgumentParser, key: object, word: str, suggestion: Callable[[str], str]) -> tuple[str, str]:
-    """What is wrong with one flag of a file, and the remedy; "" for nothing."""
+def _words(parser: ArgumentParser, key: object, value: object, suggestion: Callable[[str], str]) -> list[str]:
+    """What the command line would have for one key of a file; raises UsageError for what is wrong with it."""
+    if isinstance(value, list | dict):  # of which aliases may make far more than the file has bytes
+        raise UsageError(f"{key} cannot be a {type(value).__name__}")
+    if any(isinstance(one, int) and one.bit_length() > 64 for one in (key, value)):  # their digits are not printed
+        raise UsageError("a number with more than 64 bits")
+    flag = "--" + str(key).replace("_", "-")
+    found = f"{key}: {'true' if value is True else value}"
+    if flag == "--config":
+        raise UsageError("a job file cannot name another one", found=found)
+    if value is None or value is False:
+        return []
+    word = flag if value is True else f"{flag}={value}"
     try:
         _, unknown = parser.parse_known_args([word])
     except UsageError as error:
+        what = error.what if "=" in word else f"{key} needs a value"
         if "ignored explicit argument" in error.what:
-            return f"{key} must be true or false", error.remedy
-        return (error.what if "=" in word else f"{key} needs a value"), error.remedy
+            what = f"{key} must be true or false"
+        raise UsageError(what, found=found, remedy=error.remedy) from error
     if unknown:
-        return f"{parser.prog} has no flag for the key {key}", f"see {parser.prog} --help{suggestion(word)}"
-    return "", ""
+        remedy = f"see {parser.prog} --help{suggestion(word)}"
+        raise UsageError(f"{parser.prog} has no flag for the key {key}", found=found, remedy=remedy)
+    return [word]
 
 
 #: A flag a line; YAML takes many times its size in memory.
@@ -95,8 +94,7 @@ def job_file(job: Options, **besides: object) -> str:
     found: dict[str, object] = {"to": job.to, "source": job.source, "target": str(job.target), **besides}
     for one, _ in given(job):
         value = getattr(job, one.name)
-        shown = (
-            f"{value}B" if kind_of(one) == "size" else value if isinstance(value, bool | int | float) else str(value)
-        )
-        found[flag_of(one)[2:]] = shown
+        if kind_of(one) == "size":
+            value = f"{value}B"
+        found[flag_of(one)[2:]] = value if isinstance(value, bool | int | float) else str(value)
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)

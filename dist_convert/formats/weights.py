@@ -14,13 +14,11 @@ from typing import Any
 import torch
 
 from dist_convert.errors import BudgetTooSmall, UsageError
-from dist_convert.formats.huggingface.carried import carried_configs, configs_of
-from dist_convert.formats.huggingface.config import TORCH_NAMES, config_of_copy, with_special_ids
-from dist_convert.formats.huggingface.open import HuggingFaceModel
+from dist_convert.formats.huggingface.carried import configs_of
+from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.open import open_settled, where_of
-from dist_convert.formats.tokenizer.record import style_of
 from dist_convert.models.catalog import Catalog
 from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
@@ -55,12 +53,7 @@ def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.de
         check_own_vocab(job.true_vocab_size, model.vocab)
     catalog, _ = model.catalog()
     stored = _safetensors_name(dtype) or catalog.params_dtype
-    if isinstance(model, HuggingFaceModel):
-        config = config_of_copy(model.config or {}, catalog.architecture, stored)
-    else:
-        config, theirs = configs_of(model, catalog.architecture, stored, carried_configs(model), job.like)
-        style = style_of(model.tokenizer, config, job)
-        config = (theirs or with_special_ids(config, {}, model.tokenizer, style))[CONFIG_FILE]
+    config = configs_of(model, catalog.architecture, stored, job)[CONFIG_FILE]
     return Weights(model.directory, config, catalog, model.found, _safetensors_name(dtype), torch.device(device))
 
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError, CorruptFile
-from dist_convert.formats.huggingface.carried import carried_configs, configs_of
+from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json
 from dist_convert.formats.huggingface.quantised import quantisation_of, with_scales
 from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header, read_safetensors_shard
@@ -42,6 +42,7 @@ from dist_convert.formats.tokenizer.huggingface import read_huggingface
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
 from dist_convert.formats.torch_dist.run_config import args_of_run_config
 from dist_convert.models.catalog import Where
+from dist_convert.options import Options
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
@@ -113,7 +114,7 @@ def _read_codes(config: dict[str, Any] | Path, weights: Path) -> None:
 
 def _read_carried(model: Any, path: Path) -> None:
     model = replace(model, directory=path.parent)
-    configs_of(model, model.catalog()[0].architecture, "BF16", carried_configs(model), None)
+    configs_of(model, model.catalog()[0].architecture, "BF16", Options("huggingface"))
 
 
 def _read_journal(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
+import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, megatron_shards, save, training_args
 from tests.converting import convert
@@ -60,6 +61,7 @@ def test_a_copy_of_the_config_counts_no_further_layers(tmp_path: Path) -> None:
     flags = ("--to", "huggingface", "--drop-mtp")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), *flags]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert dist_convert.open(tmp_path / "hf", drop_mtp=True).config["num_nextn_predict_layers"] == 0
 
 
 def test_layers_that_config_json_does_not_count_are_not_taken_for_multi_token_prediction(

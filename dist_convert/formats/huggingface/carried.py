@@ -3,15 +3,25 @@
 Special ids, sampling defaults and keys that only transformers reads come back when the checkpoint is converted again.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.config import config_json, config_like, describes, published
+from dist_convert.formats.huggingface.config import (
+    config_json,
+    config_like,
+    config_of_copy,
+    describes,
+    published,
+    with_special_ids,
+)
+from dist_convert.formats.huggingface.open import HuggingFaceModel
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
 from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.formats.tokenizer.record import style_of
+from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture
+from dist_convert.options import Options
 from dist_convert.read.source import read_json
 
 
@@ -41,25 +51,26 @@ def read_carried(directory: Path) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in (CONFIG_FILE, GENERATION_FILE) if isinstance(found.get(name), dict)}
 
 
-def configs_of(
-    model: Model, architecture: Architecture, dtype: str, carried: Mapping[str, Any], like: Path | None
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The config.json that a model of another format gets.
+def configs_of(model: Model, architecture: Architecture, dtype: str, job: Options) -> dict[str, dict[str, Any]]:
+    """File name to content: config.json of what a model becomes and, but for a copy, generation_config.json.
 
     Args:
-        model, architecture: the model.
-        dtype: safetensors name of most weights.
-        carried: see `carried_configs`.
-        like: a config.json of such a model, or its directory.
+        model, architecture: the source.
+        dtype: safetensors name of most weights of the target.
+        job: says what the model is like, and of which style its tokenizer is.
 
-    Returns:
-        The content before a tokenizer's special ids; and both configs that are taken over as they are, if they are:
-        see `published`.
+    Raises:
+        SourceError: a file that the model carries along is damaged.
     """
+    if isinstance(model, HuggingFaceModel):
+        counts = {MTP_KEY.config, *MTP_KEY.aliases} & model.config.keys() if model.drops_mtp else ()
+        return {CONFIG_FILE: config_of_copy({**model.config, **dict.fromkeys(counts, 0)}, architecture, dtype)}
+    carried, tokenizer = carried_configs(model), model.tokenizer
     is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), architecture)
     given = carried[CONFIG_FILE] if is_carried else model.config
     config = config_like(given, architecture, dtype) if given else config_json(architecture, dtype)
-    path = like or model.tokenizer.path
+    path = job.like or tokenizer.path
     if is_carried and path is None and GENERATION_FILE in carried:
-        return config, {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
-    return config, published(config, path)
+        return {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
+    style = style_of(tokenizer, config, job)
+    return published(config, path) or with_special_ids(config, {}, tokenizer, style)
