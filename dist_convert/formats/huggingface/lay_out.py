@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,8 @@ import torch
 from dist_convert.errors import shown_line
 from dist_convert.formats.dcp.files import PlannedFiles, lay_out_chunks
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import carried_configs, configs_of
-from dist_convert.formats.huggingface.config import (
-    TORCH_NAMES,
-    config_of_copy,
-    with_special_ids,
-)
+from dist_convert.formats.huggingface.carried import configs_of
+from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.huggingface.files import (
     INDEX_FILE,
     catalog_of_files,
@@ -38,6 +34,7 @@ from dist_convert.formats.huggingface.upload import Upload, check_upload
 from dist_convert.formats.megatron.args import check_own_vocab, is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
+    Style,
     Tokenizer,
     how_to_add_tokenizer,
     notes_on_tokenizer,
@@ -49,7 +46,6 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
-from dist_convert.models.prediction import MTP_KEY
 from dist_convert.options import DCP, TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, notes_on_places
@@ -76,8 +72,7 @@ class HuggingFaceTarget:
         job: what was asked for.
         content: what is converted.
         model: the source; of one of Hugging Face, all but the weights is taken over as it is.
-        config: the content of config.json, before a tokenizer's special ids.
-        published: file name to content of configs that are taken over from the model's makers, see `config.published`.
+        configs: file name to content of what is written in JSON.
         copied: names of the source's files that are copied.
         bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
         disks: how many hold a part of the target each.
@@ -87,8 +82,7 @@ class HuggingFaceTarget:
     job: Options
     content: Content
     model: Model
-    config: Mapping[str, Any]
-    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]]
     copied: Sequence[str] = ()
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
@@ -98,11 +92,15 @@ class HuggingFaceTarget:
     def settings(self) -> Mapping[str, Any]:
         return {}
 
+    @property
+    def style(self) -> Style:
+        """Of the tokenizer."""
+        return style_of(self.model.tokenizer, self.configs[CONFIG_FILE], self.job)
+
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """See `Target`."""
-        if is_first:
-            tokenizer = self.model.tokenizer  # first, so that what fails here fails early
-            write_tokenizer(tokenizer, style_of(tokenizer, self.config, self.job), partial)
+        if is_first:  # first, so that what fails here fails early
+            write_tokenizer(self.model.tokenizer, self.style, partial)
         if self.planned is not None:
             self.planned.make(partial, files)
             return
@@ -117,20 +115,13 @@ class HuggingFaceTarget:
             self.planned.seal(partial, files, known)
         if not is_first:
             return
-        if isinstance(self.model, HuggingFaceModel):
-            configs: dict[str, Mapping[str, Any]] = {CONFIG_FILE: self.config}
-            for name in self.copied:
-                write_file(partial, name, read_small_file(self.model.directory / name))
-        else:
-            tokenizer = self.model.tokenizer
-            style = style_of(tokenizer, self.config, self.job)
-            found = self.published or with_special_ids(self.config, {}, tokenizer, style)
-            configs = {**found} if self.model.args is None else {**found, ARGS_FILE: self.model.args}
-            if self.planned is None:
-                write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
-            if self.bins is not None:
-                write_bins(partial, *self.bins)
-        for name, config in configs.items():
+        for name in self.copied:
+            write_file(partial, name, read_small_file(self.model.directory / name))
+        if self.planned is None and not isinstance(self.model, HuggingFaceModel):
+            write_file(partial, CARD_FILE, model_card(self.content, self.model).encode())
+        if self.bins is not None:
+            write_bins(partial, *self.bins)
+        for name, config in self.configs.items():
             write_file(partial, name, (json.dumps(config, indent=2) + "\n").encode())
         if self.planned is not None:
             self.planned.write_metadata(partial, has_paths=True)
@@ -312,26 +303,23 @@ def _layout(
     job: Options, model: Model, source: Catalog, content: Content, world: World, *, disks: int
 ) -> tuple[HuggingFaceTarget, list[str]]:
     """What is made beside the weights, and what the user should know of it all."""
-    dtype = content.ends.target.params_dtype
+    # Of rank 0, as a tokenizer's or another path may be there only.
+    dtype, of_first = content.ends.target.params_dtype, dict[str, Any]()
+    if world.rank == 0:
+        of_first = configs_of(model, source.architecture, dtype, job)
+    configs = gather_objects(world, of_first)[0]
     if isinstance(model, HuggingFaceModel):
         copied, others = files_to_copy(model.directory, model.found.identity)
         notes = [*model.notes, *notes_on_content(content)]
         notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        counts = {MTP_KEY.config, *MTP_KEY.aliases} & model.config.keys() if model.drops_mtp else ()
-        given = dict(model.config) | dict.fromkeys(counts, 0)
-        config = config_of_copy(given, source.architecture, dtype)
-        return HuggingFaceTarget(job, content, model, config, copied=copied, disks=disks), notes
+        return HuggingFaceTarget(job, content, model, configs, copied, disks=disks), notes
+    configs |= {} if model.args is None else {ARGS_FILE: model.args}
     bins = None
     if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
         mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
         of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
         bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    # Of rank 0, as a tokenizer's or another path may be there only.
-    of_first: tuple[dict[str, Any], dict[str, dict[str, Any]]] = ({}, {})
-    if world.rank == 0:
-        of_first = configs_of(model, source.architecture, dtype, carried_configs(model), job.like)
-    config, theirs = gather_objects(world, of_first)[0]
-    target = HuggingFaceTarget(job, content, model, config, published=theirs, bins=bins, disks=disks)
+    target = HuggingFaceTarget(job, content, model, configs, bins=bins, disks=disks)
     return target, [*model.notes, *_notes(target)]
 
 
@@ -388,5 +376,4 @@ def _notes(target: HuggingFaceTarget) -> list[str]:
     notes += notes_on_content(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
-    style = style_of(tokenizer, target.config, job)
-    return notes + notes_on_tokenizer(tokenizer, style, said)
+    return notes + notes_on_tokenizer(tokenizer, target.style, said)
