@@ -41,6 +41,7 @@ class Target(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """What the weights files' bytes depend on besides the source, in JSON values."""
+        return {}
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """Make weights files in their final size; `is_first` on one rank, which also makes what may fail early."""
@@ -55,9 +56,11 @@ class Target(Protocol):
 
     def beside(self) -> Mapping[str, bytes]:
         """Files that are replaced in the directory that holds the target, in this order, once it has its name."""
+        return {}
 
     def to_do(self) -> str:
         """What is left for the user to do, for the very end; nothing where nothing is."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
 from dist_convert.write.places import find_places
-from dist_convert.write.task import Task
+from dist_convert.write.task import Target, Task
 
 CARD_FILE = "README.md"
 #: What may lie beside the weights and belongs to the model: configs, tokenizer, card, license, code, templates.
@@ -65,7 +65,7 @@ _NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS
 
 
 @dataclass(frozen=True)
-class HuggingFaceTarget:
+class HuggingFaceTarget(Target):
     """A Hugging Face directory that is to be made, or a distributed checkpoint with the same beside it; a `Target`.
 
     Attributes:
@@ -87,10 +87,6 @@ class HuggingFaceTarget:
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
     planned: PlannedFiles | None = None
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {}
 
     @property
     def style(self) -> Style:
@@ -127,10 +123,6 @@ class HuggingFaceTarget:
             self.planned.write_metadata(partial, has_paths=True)
         elif index := index_json(self.content.files):
             write_file(partial, INDEX_FILE, index.encode())
-
-    def beside(self) -> Mapping[str, bytes]:
-        """See `Target`."""
-        return {}
 
     def to_do(self) -> str:
         """See `Target`; after an upload it is said there."""

@@ -70,14 +70,11 @@ class HuggingFaceModel:
     quantisation: Quantisation | None = None
     chunks: Mapping[str, Stored] = field(default_factory=dict)
     beside: LeftBehind = ()
+    args: None = None
 
     @property
     def format(self) -> str:
         return DCP if self.chunks else HUGGINGFACE
-
-    @property
-    def args(self) -> None:
-        return None
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -48,14 +48,8 @@ class MetaModel:
     config: Mapping[str, Any]
     tokenizer: Tokenizer
     notes: tuple[str, ...] = ()
-
-    @property
-    def format(self) -> str:
-        return META
-
-    @property
-    def args(self) -> None:
-        return None
+    args: None = None
+    format: str = META
 
     @property
     def vocab(self) -> int:

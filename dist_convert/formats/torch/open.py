@@ -61,10 +61,7 @@ class TorchModel:
     pinned: frozenset[str] = frozenset()
     is_untied: bool = False
     notes: tuple[str, ...] = ()
-
-    @property
-    def format(self) -> str:
-        return TORCH
+    format: str = TORCH
 
     @property
     def config(self) -> Mapping[str, Any] | None:

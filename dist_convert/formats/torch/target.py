@@ -23,6 +23,7 @@ from dist_convert.options import Options
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, write_record_checksums
 from dist_convert.write.files import make_file, opened, writing
+from dist_convert.write.task import Target
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ Extras = Mapping[tuple[str, str], bytes]
 
 
 @dataclass(frozen=True)
-class TorchTarget:
+class TorchTarget(Target):
     """A checkpoint of rank files that is to be made; a `Target`.
 
     Attributes:
@@ -142,10 +143,6 @@ class TorchTarget:
     def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""
         return self.target.beside()
-
-    def to_do(self) -> str:
-        """See `Target`."""
-        return ""
 
 
 def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> TorchTarget:

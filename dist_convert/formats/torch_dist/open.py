@@ -61,10 +61,7 @@ class DistModel:
     vocab: int | None
     beside: LeftBehind
     notes: tuple[str, ...] = ()
-
-    @property
-    def format(self) -> str:
-        return TORCH_DIST
+    format: str = TORCH_DIST
 
     @property
     def config(self) -> Mapping[str, Any] | None:

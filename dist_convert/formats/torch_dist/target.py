@@ -19,6 +19,7 @@ from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import make_file, write_file
+from dist_convert.write.task import Target
 
 #: As every version of Megatron-Core from 0.13 on reads it.
 _KIND = {
@@ -30,7 +31,7 @@ _KIND = {
 
 
 @dataclass(frozen=True)
-class DistTarget:
+class DistTarget(Target):
     """What is to be made, and its files before any data."""
 
     target: MegatronTarget
@@ -61,10 +62,6 @@ class DistTarget:
     def beside(self) -> Mapping[str, bytes]:
         """See `Target`."""
         return self.target.beside()
-
-    def to_do(self) -> str:
-        """See `Target`."""
-        return ""
 
 
 def lay_out_torch_dist(target: MegatronTarget) -> DistTarget:
