@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_convert.cli.commands import notes_on_old_flags
-from dist_convert.cli.flags import build_parser, options_from_flags, parse, ranks_to_start, verify_job_from_flags
+from dist_convert.cli.flags import build_parser, job_from_flags, options_from_flags, parse, ranks_to_start
 from dist_convert.cli.job_files import job_file
 from dist_convert.errors import (
     ConversionError,
@@ -100,8 +100,10 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         return _print_models(is_json=flags.json)
     if flags.command == "completion":
         return _print_completion(flags.shell)
-    if getattr(flags, "print_config", False):
-        return _print_config(flags)
+    if getattr(flags, "print_config", False):  # with the paths as they were given
+        besides = {"source": flags.source, "target": flags.target} | ({"ranks": flags.ranks} if flags.ranks else {})
+        print(job_file(options_from_flags(flags), **besides), end="")
+        return 0
     if flags.command in ("tokenizer", "push"):
         stack.close()  # they have files to tidy away
     if flags.command == "tokenizer":
@@ -113,7 +115,7 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         rank_and_size()  # what is wrong with it is said first
         ranks = ranks_to_start(flags)
         if "RANK" not in os.environ:
-            _check_sources(_job(flags))  # and all that is wrong with the job, before torch is imported
+            _check_sources(job_from_flags(flags))  # and all that is wrong with the job, before torch is imported
         if ranks == 1:
             return be_rank(flags, stack)
         return _start_ranks(ranks, lambda: _reported(lambda: be_rank(flags, stack), is_json=is_json))
@@ -123,14 +125,10 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
 
 def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Do a rank's part of a command that several ranks share, or all of it; the exit code."""
-    job = _job(flags)
+    job = job_from_flags(flags)
     if flags.command == "hf-to-megatron" and is_first_rank():
         print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
     return _run(job, stack)
-
-
-def _job(flags: argparse.Namespace) -> Options | VerifyJob:
-    return verify_job_from_flags(flags) if flags.command == "verify" else options_from_flags(flags)
 
 
 def _check_sources(job: Options | VerifyJob) -> None:
@@ -148,14 +146,6 @@ def _check_sources(job: Options | VerifyJob) -> None:
         if PAIRS.get(job.command, ("",))[0] == TORCH:
             raise no_directory(Path(job.source), "checkpoint")
         repository_and_revision(job.source)
-
-
-def _print_config(flags: argparse.Namespace) -> int:
-    """Print the job as a file for `--config`, with the paths as they were given."""
-    job = options_from_flags(flags)
-    besides = {"source": flags.source, "target": flags.target} | ({"ranks": flags.ranks} if flags.ranks else {})
-    print(job_file(job, **besides), end="")
-    return 0
 
 
 def _print_models(*, is_json: bool) -> int:
@@ -251,9 +241,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
 
     rank, size = rank_and_size()
     is_json = isinstance(job, Options) and job.log_format == "json"
-    log = Log()
-    if isinstance(job, Options):
-        log = Log(is_json, job.log_interval_seconds, job.quiet, job.json)
+    log = Log(is_json, job.log_interval_seconds, job.quiet, job.json) if isinstance(job, Options) else Log()
     channel: Channel | None = None
     try:
         control = Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)

@@ -348,12 +348,20 @@ class TokenizerJob:
     overwrite: bool = _target("replace the tokenizer that is there", False)
 
 
+#: What commands that do not convert have of the options of one.
+_SOME = {"inspect": ("ckpt_dir_name", "like"), "push": ("private", "keep_paths"), "models": (), "completion": ()}
+
+
 def options_of(command: str) -> Iterator[tuple[Field[Any], Option]]:
     """The fields that a command has, or the function `open`, and what is known of each."""
-    job = {"verify": VerifyJob, "tokenizer": TokenizerJob}.get(command, Options)
-    for one, known in _known(job):
-        is_of_source = known.group == "source" and not known.to
-        if is_of_source if command == "open" else command not in PAIRS or known.applies(*PAIRS[command]):
+    for one, known in _known({"verify": VerifyJob, "tokenizer": TokenizerJob}.get(command, Options)):
+        if command == "open":
+            is_its = known.group == "source" and not known.to
+        elif command in _SOME:
+            is_its = one.name in _SOME[command]
+        else:
+            is_its = command not in PAIRS or known.applies(*PAIRS[command])
+        if is_its:
             yield one, known
 
 

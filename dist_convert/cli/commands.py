@@ -16,6 +16,7 @@ class Command:
     Attributes:
         usage: its arguments, in one line.
         help: what it does, for the list of commands.
+        paths: their names in its namespace, and what they are.
         examples: of its arguments.
         more: what the description says after that.
         ranks: several ranks can share the work.
@@ -23,6 +24,7 @@ class Command:
 
     usage: str
     help: str
+    paths: Mapping[str, str]
     examples: tuple[str, str, str]
     more: str = ""
     ranks: bool = False
@@ -37,6 +39,11 @@ COMMANDS: Mapping[str, Command] = {
     "convert": Command(
         "SRC DST --to {huggingface,torch,torch_dist,dcp} [FLAG ...]",
         "convert a checkpoint to another format, grid, dtype or size of files",
+        {
+            "source": "root or iteration of a Megatron checkpoint, directory of Hugging Face or PyTorch DCP, Meta's "
+            "files, or a hub id (org/name)",
+            "target": "directory of Hugging Face or DCP, or root of a Megatron checkpoint, to be made",
+        },
         (
             "/ckpts/llama /out/llama-hf --to huggingface --ranks 4",
             "/hf/llama /ckpts/llama --to torch --tp 8 --pp 4 --dry-run",
@@ -48,6 +55,10 @@ COMMANDS: Mapping[str, Command] = {
     "megatron-to-hf": Command(
         "--load-path PATH --save-path PATH [FLAG ...]",
         "convert a Megatron checkpoint to a Hugging Face directory",
+        {
+            "source": "(required) root of the Megatron checkpoint",
+            "target": "(required) Hugging Face directory to be made",
+        },
         (
             "--load-path /ckpts/llama --save-path /out/llama-hf --ranks 4",
             "--load-path /ckpts/llama --save-path /out/llama-hf --ckpt-dir-name iter_0004000 --verify",
@@ -58,6 +69,10 @@ COMMANDS: Mapping[str, Command] = {
     "hf-to-megatron": Command(
         "--load-dir PATH --save-dir PATH [FLAG ...]",
         "convert a Hugging Face model to a Megatron checkpoint at any parallel grid",
+        {
+            "source": "(required) Hugging Face directory, or a hub id (org/name[@revision])",
+            "target": "(required) root of the Megatron checkpoint",
+        },
         (
             "--load-dir /hf/llama --save-dir /ckpts/llama --tp 8 --pp 4",
             "--load-dir org/name --save-dir /ckpts/llama --tp 2 --target-format torch_dist",
@@ -68,6 +83,7 @@ COMMANDS: Mapping[str, Command] = {
     "verify": Command(
         "A B [FLAG ...]",
         "compare two checkpoints of any format: exit code 0 where they hold the same model, 1 where not",
+        {"a": "first checkpoint: what B was made from", "b": "second checkpoint"},
         (
             "/ckpts/llama /out/llama-hf",
             "/ckpts/llama /out/llama-hf --sample --ranks 4",
@@ -80,16 +96,23 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command(
         "PATH [FLAG ...]",
         "describe a checkpoint of any format from its headers",
+        {"path": "Megatron checkpoint, directory of Hugging Face or PyTorch DCP, or Meta's files"},
         ("/ckpts/llama", "/ckpts/llama --ckpt-dir-name iter_0004000", "/hf/llama --json"),
     ),
     "models": Command(
         "[--json]",
         "list the model families that can be converted, and those that are refused, with the reason",
+        {},
         ("> models.txt", "--json", "--json > models.json"),
     ),
     "tokenizer": Command(
         "SRC DST [FLAG ...]",
         "give a converted model its tokenizer, copied or built",
+        {
+            "source": "directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, "
+            "or its directory; or org/name of a model in the hub's cache",
+            "target": "directory of the converted model",
+        },
         (
             "/hf/llama /out/llama-hf",
             "/tokenizers/llama3/tokenizer.model /out/llama-hf --instruct",
@@ -100,11 +123,13 @@ COMMANDS: Mapping[str, Command] = {
     "push": Command(
         "DIRECTORY org/name [FLAG ...]",
         "upload a finished Hugging Face directory, or what is missing of it",
+        {"directory": "finished Hugging Face directory"},
         ("/out/llama-hf org/name", "/out/llama-hf org/name --private", ". org/name"),
     ),
     "completion": Command(
         "{bash,zsh,tcsh}",
         "print a script with which a shell completes commands and flags",
+        {},
         (
             "bash > ~/.local/share/bash-completion/completions/dist-convert",
             "zsh > ~/.zfunc/_dist-convert",

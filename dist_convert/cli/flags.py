@@ -181,9 +181,11 @@ def options_from_flags(flags: argparse.Namespace) -> Options:
     return options
 
 
-def verify_job_from_flags(flags: argparse.Namespace) -> VerifyJob:
-    """The job of `verify`."""
-    return VerifyJob(Path(with_numbers(flags.a)), Path(with_numbers(flags.b)), **_values(flags))
+def job_from_flags(flags: argparse.Namespace) -> Options | VerifyJob:
+    """The job of any command that several ranks share."""
+    if flags.command == "verify":
+        return VerifyJob(Path(with_numbers(flags.a)), Path(with_numbers(flags.b)), **_values(flags))
+    return options_from_flags(flags)
 
 
 def tokenizer_job_from_flags(flags: argparse.Namespace) -> TokenizerJob:
@@ -223,73 +225,45 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="dist-convert")
     for name, said in words.COMMANDS.items():
         examples = "".join(f"\n  dist-convert {name} {one}" for one in said.examples)
-        commands.add_parser(
+        command = commands.add_parser(
             name,
             usage=f"dist-convert {name} {said.usage}",
             help=said.help,
             description=fill(said.description, 100),
             epilog=f"examples:{examples}" + (f"\n\n{_ON_NUMBERS}" if said.ranks else ""),
         )
-    for name in COMMANDS:
-        _add_conversion(commands.choices[name], name)
+        groups = {group: command.add_argument_group(group) for group in ("source", "target", "run")}
+        if name in COMMANDS:
+            _add_ends(command, groups, name)
+        else:  # `parse` looks for what is missing: argparse would not say all that is wrong
+            for dest, text in said.paths.items():
+                shown = {"source": "SRC", "target": "DST"}.get(dest, dest.upper())
+                command.add_argument(dest, metavar=shown, nargs="?", type=expanded_path, help=text)
+        _add_options(groups, name)
+        if said.ranks:
+            groups["run"].add_argument(
+                "--ranks",
+                metavar="N",
+                type=value_of("count"),
+                help="ranks to start on this machine's CPUs; torchrun is for several machines, and for accelerators "
+                "(default: one, or those of torchrun)",
+            )
+        if name in COMMANDS:
+            what = "YAML file with any of these flags; the command line wins"
+            groups["run"].add_argument("--config", metavar="FILE", type=value_of("path"), help=what)
+            what = "print all that is given as such a file, and end (default: off)"
+            groups["run"].add_argument("--print-config", action="store_true", help=what)
     words.add_old_flags(commands.choices["hf-to-megatron"])
-
-    tokenizer = commands.choices["tokenizer"]
-    _add_paths(
-        tokenizer,
-        source="directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, or its "
-        "directory; or org/name of a model in the hub's cache",
-        target="directory of the converted model",
-    )
-    _add_options(_groups(tokenizer), "tokenizer")
-
-    push = commands.choices["push"]
-    _add_paths(push, directory="finished Hugging Face directory")
-    push.add_argument(
+    commands.choices["push"].add_argument(
         "push_to_hub", metavar="org/name", nargs="?", type=value_of("repository"), help="repository, made if need be"
     )
-    _add_switch(push, ("--private",), "make it for members only; a public repository is refused")
-    _add_switch(push, ("--keep-paths",), "upload whole paths of training and conversion, not only names")
-
-    verify = commands.choices["verify"]
-    _add_paths(verify, a="first checkpoint: what B was made from", b="second checkpoint")
-    groups = _groups(verify)
-    _add_options(groups, "verify")
-    _add_ranks(groups["run"])
-
-    inspect = commands.choices["inspect"]
-    _add_paths(inspect, path="Megatron checkpoint, directory of Hugging Face or PyTorch DCP, or Meta's files")
-    inspect.add_argument(
-        "--ckpt-dir-name", metavar="NAME", help="iteration directory (default: what the tracker file says)"
-    )
-    inspect.add_argument(
-        "--like",
-        metavar="PATH",
-        type=value_of("path"),
-        help="config.json of the model, or its directory, for a checkpoint that does not say what it is "
-        "(default: none)",
-    )
-    inspect.add_argument("--json", action="store_true", help="print JSON (default: text)")
-    commands.choices["models"].add_argument("--json", action="store_true", help="print JSON (default: text)")
+    for name in ("inspect", "models"):
+        commands.choices[name].add_argument("--json", action="store_true", help="print JSON (default: text)")
     commands.choices["completion"].add_argument("shell", nargs="?", choices=("bash", "zsh", "tcsh"), help="which shell")
     return parser, commands.choices
 
 
 _ON_NUMBERS = "{rank}, {local_rank} and {node} in paths are replaced by this rank's numbers."
-
-#: What the source and the target of a command that converts are.
-_PATHS = {
-    CONVERT: (
-        "root or iteration of a Megatron checkpoint, directory of Hugging Face or PyTorch DCP, Meta's files, or a hub "
-        "id (org/name)",
-        "directory of Hugging Face or DCP, or root of a Megatron checkpoint, to be made",
-    ),
-    "megatron-to-hf": ("(required) root of the Megatron checkpoint", "(required) Hugging Face directory to be made"),
-    "hf-to-megatron": (
-        "(required) Hugging Face directory, or a hub id (org/name[@revision])",
-        "(required) root of the Megatron checkpoint",
-    ),
-}
 
 #: Flags that stand for a value of an option: its field, the value, what the help says, and the commands that have it.
 _CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
@@ -300,23 +274,15 @@ _CONSTANTS: Mapping[str, tuple[str, str | None, str, Sequence[str]]] = {
 }
 
 
-def _add_paths(parser: ArgumentParser, **helps: str) -> None:
-    """Arguments without flags, which `parse` looks for: argparse would not say all that is wrong."""
-    for name, text in helps.items():
-        shown = {"source": "SRC", "target": "DST"}.get(name, name.upper())
-        parser.add_argument(name, metavar=shown, nargs="?", type=expanded_path, help=text)
-
-
-def _add_conversion(command: ArgumentParser, name: str) -> None:
-    """The flags of a command that converts."""
-    groups = _groups(command)
+def _add_ends(command: ArgumentParser, groups: Mapping[str, Any], name: str) -> None:
+    """Source, target and format of a command that converts; what other commands call them is not in its help."""
     to = FORMATS if name == CONVERT else formats_of(MEGATRON if PAIRS[name][1] == TORCH else HUGGINGFACE)
     shown = dict(zip(("source", "target"), PATH_FLAGS[name], strict=True))
-    for field, text in zip(shown, _PATHS[name], strict=True):
+    for dest, text in words.COMMANDS[name].paths.items():
         if name == CONVERT:
-            groups[field].add_argument(field, metavar=shown[field], nargs="?", default=SUPPRESS, help=text)
+            groups[dest].add_argument(dest, metavar=shown[dest], nargs="?", default=SUPPRESS, help=text)
         else:
-            groups[field].add_argument(shown[field], dest=field, metavar="PATH", default=SUPPRESS, help=text)
+            groups[dest].add_argument(shown[dest], dest=dest, metavar="PATH", default=SUPPRESS, help=text)
     if name == CONVERT:
         shown["to"] = "--to"
         groups["target"].add_argument("--to", choices=to, default=SUPPRESS, help="(required) format of the target")
@@ -326,27 +292,9 @@ def _add_conversion(command: ArgumentParser, name: str) -> None:
         groups["target"].add_argument("--target-format", dest="to", choices=to, default=TORCH, help=how)
     else:
         command.set_defaults(to=HUGGINGFACE)
-    for field, flags in _SAME_FLAGS.items():
-        hidden = [flag for flag in flags if flag != shown.get(field)]
-        command.add_argument(
-            *hidden, dest=field, choices=to if field == "to" else None, default=SUPPRESS, help=SUPPRESS
-        )
-    _add_options(groups, name)
-    _add_ranks(groups["run"])
-    run = groups["run"]
-    run.add_argument(
-        "--config",
-        metavar="FILE",
-        type=value_of("path"),
-        help="YAML file with any of these flags; the command line wins",
-    )
-    run.add_argument(
-        "--print-config", action="store_true", help="print all that is given as such a file, and end (default: off)"
-    )
-
-
-def _groups(parser: ArgumentParser) -> dict[str, Any]:
-    return {group: parser.add_argument_group(group) for group in ("source", "target", "run")}
+    for dest, flags in _SAME_FLAGS.items():
+        hidden = [flag for flag in flags if flag != shown.get(dest)]
+        command.add_argument(*hidden, dest=dest, choices=to if dest == "to" else None, default=SUPPRESS, help=SUPPRESS)
 
 
 def _add_options(groups: Mapping[str, Any], command: str) -> None:
@@ -363,8 +311,10 @@ def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: 
     flag, kind = flag_of(one), kind_of(one)
     default: Any = one.default
     spellings = (*known.short, flag)
-    if kind == "switch":
-        _add_switch(group, spellings, text)
+    if kind == "switch":  # which the command line can switch off again where a job file has it on
+        group.add_argument(*spellings, action="store_true", default=False, help=f"{text} (default: off)")
+        off = f"--no-{flag[2:]}"
+        group.add_argument(off, dest=one.name, action="store_false", default=SUPPRESS, help=SUPPRESS)
         return
     if constants and known.const is None:
         group = group.add_mutually_exclusive_group()
@@ -381,25 +331,6 @@ def _add_option(group: Any, one: Field[Any], known: Option, text: str, command: 
     for constant in constants:
         _, value, meaning, _ = _CONSTANTS[constant]
         group.add_argument(constant, dest=one.name, action="store_const", const=value, default=SUPPRESS, help=meaning)
-
-
-def _add_switch(group: Any, flags: Sequence[str], text: str) -> None:
-    """A flag that is off, and that the command line can switch off again where a job file has it on."""
-    name = flags[-1][2:]
-    group.add_argument(*flags, action="store_true", default=False, help=f"{text} (default: off)")
-    dest = name.replace("-", "_")
-    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=SUPPRESS, help=SUPPRESS)
-
-
-def _add_ranks(group: Any) -> None:
-    """How many ranks the command itself starts."""
-    group.add_argument(
-        "--ranks",
-        metavar="N",
-        type=value_of("count"),
-        help="ranks to start on this machine's CPUs; torchrun is for several machines, and for accelerators (default: "
-        "one, or those of torchrun)",
-    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
