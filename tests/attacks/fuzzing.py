@@ -33,7 +33,7 @@ from dist_convert.errors import ConversionError, CorruptFile
 from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json
 from dist_convert.formats.huggingface.quantised import quantisation_of, with_scales
-from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_header, read_safetensors_shard
+from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_shard, read_weights_header
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
 from dist_convert.formats.megatron.grid import grid_from_args
 from dist_convert.formats.meta.params import args_of_params
@@ -108,7 +108,7 @@ def _read_pickle(path: Path) -> None:
 def _read_codes(config: dict[str, Any] | Path, weights: Path) -> None:
     """The headers of a quantised model."""
     said = read_json(config) if isinstance(config, Path) else config
-    header = read_safetensors_header(weights, weights.name)
+    header = read_weights_header(weights, weights.name)
     with_scales(header, quantisation_of(said), (frozenset({weights.name}),))
 
 
@@ -213,7 +213,7 @@ def targets(directory: Path) -> list[Target]:
         ),
         "model.safetensors": (
             (with_other_bytes, with_other_header, with_other_header),
-            lambda path: read_safetensors_header(path, path.name),
+            lambda path: read_weights_header(path, path.name),
         ),
         "model.safetensors.index.json": (
             (with_other_bytes, with_other_values),

@@ -13,7 +13,7 @@ import pytest
 
 from dist_convert.__main__ import main
 from dist_convert.errors import CorruptFile
-from dist_convert.formats.huggingface.read import read_safetensors_header
+from dist_convert.formats.huggingface.read import read_weights_header
 from dist_convert.read.restricted_pickle import load
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import open_container
@@ -53,7 +53,7 @@ def test_a_million_empty_tensors_are_refused_before_they_are_listed(tmp_path: Pa
     text = b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(290_000)) + b"}"
     (tmp_path / "file").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CorruptFile, match="damaged safetensors header") as caught:
-        read_safetensors_header(tmp_path / "file", "f")
+        read_weights_header(tmp_path / "file", "f.safetensors")
     assert "some 2,030,000 values, of which such files have at most 2,000,000" in caught.value.found
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError, CorruptFile, SourceError
 from dist_convert.formats.huggingface import read as huggingface
-from dist_convert.formats.huggingface.read import read_safetensors_header
+from dist_convert.formats.huggingface.read import read_weights_header
 
 FILE = "model-00001-of-00002.safetensors"
 
@@ -47,7 +47,7 @@ def test_every_tensor_is_where_the_library_put_it(metadata: dict[str, str] | Non
     }  # fmt: skip
     save_file(tensors, tmp_path / "f", metadata)
     data = (tmp_path / "f").read_bytes()
-    header = read_safetensors_header(tmp_path / "f", FILE)
+    header = read_weights_header(tmp_path / "f", FILE)
     assert set(header) == set(tensors)
     for name, tensor in tensors.items():
         found = header[name]
@@ -67,7 +67,7 @@ def test_every_tensor_is_where_the_library_put_it(metadata: dict[str, str] | Non
 )  # fmt: skip
 def test_every_dtype_keeps_its_name(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     save_file({"x": torch.ones(3).to(dtype)}, tmp_path / "f")
-    assert read_safetensors_header(tmp_path / "f", FILE)["x"].dtype == name
+    assert read_weights_header(tmp_path / "f", FILE)["x"].dtype == name
 
 
 LENGTHS = [0, 1, 2**40, 2**63, 2**64 - 1, 100_000_001, 3000]
@@ -78,7 +78,7 @@ def test_a_header_of_impossible_length_is_refused_unread(length: int, tmp_path: 
     path = write(tmp_path / "f", json.dumps({"x": entry()}).encode(), 16, length=length)
     assert refused_by_library(path)
     with pytest.raises(CorruptFile, match="no safetensors header") as caught:
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
     assert caught.value.file == FILE
     assert caught.value.found == f"{length} bytes"
 
@@ -87,16 +87,16 @@ def test_a_header_above_the_limit_is_refused_unread(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(huggingface, "MAX_HEADER_BYTES", 20)
     path = write(tmp_path / "f", json.dumps({"x": entry()}).encode(), 16)
     with pytest.raises(CorruptFile, match="no safetensors header"):
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 20, -17, -16, -1])
 def test_a_truncated_file_is_named(kept: int, tmp_path: Path) -> None:
     path = write(tmp_path / "f", json.dumps({"x": entry()}).encode(), 16)
-    read_safetensors_header(path, FILE)
+    read_weights_header(path, FILE)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CorruptFile) as caught:
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
     assert caught.value.file == FILE
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_header_is_refused(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path / "f", DAMAGED[damage], 32)
     assert refused_by_library(path)
     with pytest.raises(CorruptFile) as caught:
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
     assert caught.value.file == FILE
 
 
@@ -151,7 +151,7 @@ def test_two_tensors_of_one_name_are_refused(second: dict[str, Any], tmp_path: P
     first = json.dumps(entry(shape=(8,), offsets=(0, 32)))
     path = write(tmp_path / "f", f'{{"x":{first},"x":{json.dumps(second)}}}'.encode(), 32)
     with pytest.raises(CorruptFile) as caught:
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
     assert caught.value.file == FILE
 
 
@@ -159,7 +159,7 @@ def test_two_tensors_of_one_name_are_refused(second: dict[str, Any], tmp_path: P
 def test_what_is_no_file_is_named(place: str, tmp_path: Path) -> None:
     path = tmp_path if place == "a directory" else tmp_path / "gone"
     with pytest.raises(SourceError) as caught:
-        read_safetensors_header(path, FILE)
+        read_weights_header(path, FILE)
     assert caught.value.file == FILE
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_file_raises_nothing_untyped(
         data[at : at + len(value)] = value
     path.write_bytes(data)
     try:
-        tensors = read_safetensors_header(path, FILE).values()
+        tensors = read_weights_header(path, FILE).values()
     except ConversionError:
         return
     assert all(8 < tensor.offset_bytes <= tensor.offset_bytes + tensor.size_bytes <= len(data) for tensor in tensors)

@@ -114,22 +114,15 @@ _LIMIT = 1 << 62
 _METADATA, _SHARDING = "__metadata__", "DCP_SHARDING_INFO"
 
 
-def read_safetensors_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name; messages and the tensors call it `file`.
+def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
+    """Every tensor of the file by name, and its first element in the one that it is a box of, where torch says that.
+
+    Messages and the tensors call the file `file`.
 
     Raises:
         CorruptFile: the header is too large, no JSON, or its tensors overlap, leave holes or lie outside the file.
         UnsupportedModel: a dtype that is not known.
         SourceError: the file cannot be read.
-    """
-    return read_safetensors_shard(path, file)[0]
-
-
-def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
-    """The same, and the first element of each tensor in the one that it is a box of, where torch saved it as such.
-
-    Raises:
-        CorruptFile, UnsupportedModel, SourceError: see `read_safetensors_header`.
     """
     with reading(file), os.fdopen(open_to_read(path), "rb") as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
@@ -297,8 +290,8 @@ def _listing(directory: Path) -> str:
 
 
 def read_weights_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Every tensor of a weights file, by name: see `read_safetensors_header` and `read_pickled_weights`."""
-    return (read_safetensors_header if file.endswith(SAFETENSORS) else read_pickled_weights)(path, file)
+    """Every tensor of a weights file, by name: see `read_safetensors_shard` and `read_pickled_weights`."""
+    return read_safetensors_shard(path, file)[0] if file.endswith(SAFETENSORS) else read_pickled_weights(path, file)
 
 
 def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, StoredTensor]]) -> None:
