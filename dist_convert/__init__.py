@@ -74,7 +74,11 @@ def convert(
         ConversionError: see `dist_convert.errors`; what is not complete never has the target's name.
         TypeError: an option that the command does not have.
     """
-    job = _job(source, target, to, options)
+    if to not in FORMATS:
+        raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
+    job = Options(to, expanded_path(source), Path(os.path.realpath(_path(target))), **_values(CONVERT, options))
+    check_values(job)
+    check_together(job)
     if ranks is not None and group is not None:
         raise errors.UsageError("ranks are started, or those of a group", found="ranks and group", remedy="give one")
     if job.push_to_hub and (ranks is None or ranks < 2):
@@ -93,16 +97,6 @@ def convert(
 
     with contextlib.nullcontext(alone()) if group is None else joined_group(group, job.timeout_seconds) as world:
         return convert_job(job, world, Embedded(world, on_progress, cancel))
-
-
-def _job(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, given: Mapping[str, Any]) -> Options:
-    """The options of a conversion, checked as those of the command line are."""
-    if to not in FORMATS:
-        raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    job = Options(to, expanded_path(source), Path(os.path.realpath(_path(target))), **_values(CONVERT, given))
-    check_values(job)
-    check_together(job)
-    return job
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

@@ -242,7 +242,8 @@ class Problems(ConversionError):
         for problem in self.problems:
             # Tensors are alike; of what concerns none, such as arguments, each says something else.
             said = (problem.what, problem.remedy, *(() if problem.tensor else (problem.expected, problem.found)))
-            alike.setdefault((type(problem), *map(_without_numbers, said)), []).append(problem)
+            kind = type(problem), *(re.sub(r"\b\d+\b", "0", one[:_LONGEST_LINE]) for one in said)
+            alike.setdefault(kind, []).append(problem)
         lines = [self.what]
         for first, *others in list(alike.values())[: self.SHOWN]:
             lines.append(str(first))
@@ -255,10 +256,6 @@ class Problems(ConversionError):
 
 #: What makes tensors be missing or of another shape.
 _CAUSES = (MissingShard, CorruptFile, InconsistentShards, MissingArguments, UnsupportedModel)
-
-
-def _without_numbers(text: str) -> str:
-    return re.sub(r"\b\d+\b", "0", text[:_LONGEST_LINE])
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dist_convert.cli.flags import options_from_flags, parse
-from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.huggingface.names import published
 from dist_convert.formats.open import open_source
@@ -105,7 +104,7 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
     root.mkdir()
     (root / "config.json").write_text(json.dumps(config))
     architecture = architecture_from_config(config)
-    family, sizes = FAMILIES[architecture.family], replace(architecture, vocab=config_vocab(config)).sizes()
+    family, sizes = FAMILIES[architecture.family], architecture.sizes()
     shapes = {
         alias.name.format(layer=layer, expert=expert): alias_shape(part, alias, sizes)
         for entry, layer, expert in entries(family, architecture)

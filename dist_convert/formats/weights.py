@@ -49,9 +49,9 @@ def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.de
     refuse_unfinished(where.path, where.ckpt_dir_name)
     model = open_settled(where, alone())
     check_applies(job, model.format)
-    if model.args is None:
-        check_own_vocab(job.true_vocab_size, model.vocab)
     catalog, _ = model.catalog()
+    if model.args is None:
+        check_own_vocab(job.true_vocab_size, catalog.architecture.vocab)
     stored = _safetensors_name(dtype) or catalog.params_dtype
     config = configs_of(model, catalog.architecture, stored, job)[CONFIG_FILE]
     return Weights(model.directory, config, catalog, model.found, _safetensors_name(dtype), torch.device(device))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dist_convert.__main__ import main
 from dist_convert.errors import Problems, UnsupportedModel
-from dist_convert.formats.huggingface.config import architecture_from_config, config_json, config_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config, config_json
 from dist_convert.models.schema import Architecture, RopeScaling
 
 #: Llama-3.1-8B and Mixtral-8x7B as they lie on the hub, without what decides nothing.
@@ -320,7 +320,3 @@ def test_all_reasons_are_reported_together() -> None:
     assert [problem.found for problem in error.value.problems] == [
         "-1", "attention_bias=False, mlp_bias=True", "dynamic", "gelu",
     ]  # fmt: skip
-
-
-def test_the_vocabulary_can_be_read_before_its_padding_is_known() -> None:
-    assert config_vocab(LLAMA) == 128256

@@ -122,18 +122,6 @@ class _Config:
         return tuple(layer for layer, one in enumerate(said[:layers]) if not one)
 
 
-def config_vocab(config: Mapping[str, Any]) -> int:
-    """Rows of the embedding, without Megatron's padding.
-
-    Raises:
-        UnsupportedModel: not a supported family, or not a size.
-    """
-    read = _Config(config)
-    vocab = read.size("vocab_size")
-    raise_together(read.problems)
-    return vocab
-
-
 def architecture_from_config(config: Mapping[str, Any], *, zero_output_bias: bool = False) -> Architecture:
     """The model that a config.json describes.
 

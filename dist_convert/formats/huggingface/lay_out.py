@@ -245,12 +245,12 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         UploadError: what can be known now of an upload that would not start.
         TargetError, UsageError: see `find_places`.
     """
+    source, left_behind = model.catalog()
     if model.args is None:
-        check_own_vocab(job.true_vocab_size, model.vocab)
+        check_own_vocab(job.true_vocab_size, source.architecture.vocab)
     notes = []
     if job.push_to_hub and world.rank == 0:
         notes.append(check_upload(Upload(job.target, job.push_to_hub, job.private, job.keep_paths)))
-    source, left_behind = model.catalog()
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
     specs = target_tensors(source, target_dtype)

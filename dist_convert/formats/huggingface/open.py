@@ -16,7 +16,7 @@ from dist_convert.errors import InconsistentShards, below
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
-from dist_convert.formats.huggingface.config import architecture_from_config, config_vocab
+from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.names import HEAD, OF_MTP
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, Quantisation, quantisation_of, with_scales
 from dist_convert.formats.huggingface.read import (
@@ -85,8 +85,10 @@ class HuggingFaceModel:
         return Tokenizer("none")  # its files are copied as they are
 
     @property
-    def vocab(self) -> int:
-        return config_vocab(self.config)
+    def vocab(self) -> int | None:
+        """What config.json says; of one that says no size `catalog` tells what is wrong."""
+        said = self.config.get("vocab_size")
+        return said if isinstance(said, int) and is_size(said) else None
 
     def catalog(
         self, vocab: int | None = None, *, with_tied_copies: bool = False
@@ -97,10 +99,9 @@ class HuggingFaceModel:
         has_mtp = not self.drops_mtp and any(name.endswith(OF_MTP) for name in self.stored)
         config = self.config if has_mtp else {**self.config, MTP_KEY.config: 0}
         with below(self.directory):
-            architecture = architecture_from_config(config, zero_output_bias=is_zero)
             catalog, left_behind = open_catalog(
                 self.stored,
-                architecture,
+                architecture_from_config(config, zero_output_bias=is_zero),
                 chunks=self.chunks,
                 with_tied_copies=with_tied_copies,
                 drops_mtp=self.drops_mtp,
