@@ -1,20 +1,25 @@
-"""Opens Meta's files: their headers, what params.json says, and whether they belong together."""
+"""Opens Meta's files: their headers, what params.json says, and whether they belong together.
+
+Of each matrix a file has some rows or some columns, of the norms all.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards, MissingShard, below
+from dist_convert.errors import ConversionError, InconsistentShards, MissingShard, WrongShape, below, raise_together
+from dist_convert.formats.dcp.chunks import Stored, StoredChunk
 from dist_convert.formats.dcp.names import huggingface_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
 from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
 from dist_convert.formats.megatron.args import check_own_vocab
+from dist_convert.formats.megatron.parameters import dtype_problems
 from dist_convert.formats.megatron.said import said_of
-from dist_convert.formats.meta.chunks import Headers, tensors_of
 from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
 from dist_convert.formats.meta.params import PARAMS_FILE, args_of_params, weights_files
 from dist_convert.formats.tokenizer.find import shared_tokenizer
@@ -25,7 +30,10 @@ from dist_convert.options import META
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.source import read_json
-from dist_convert.records import View, names
+from dist_convert.records import StoredTensor, View, names
+
+#: For each file, its tensors by name.
+Headers = Mapping[str, Mapping[str, StoredTensor]]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,45 @@ def open_meta(where: Where, world: World) -> MetaModel:
     if differing := _differing_norms(model, headers, world):
         notes.append(f"warning: norms differ between files, and the first file's are taken: {names(differing)}")
     return replace(model, notes=tuple(notes))
+
+
+def tensors_of(headers: Headers, hidden: int) -> dict[str, Stored]:
+    """The tensors by Meta's names, put together from all files; a vector is the first file's.
+
+    A matrix is cut along its rows if these have the hidden size in each file, else along its columns.
+
+    Raises:
+        Problems, or the one problem there is: pieces that do not fit each other, or are no floats.
+    """
+    found: dict[str, Stored] = {}
+    problems: list[ConversionError] = []
+    for name in dict.fromkeys(name for held in headers.values() for name in held if name != DROPPED):
+        pieces = [held[name] for held in headers.values() if name in held]
+        shapes = [piece.shape for piece in pieces]
+        axis = int(all(shape[1:] and shape[1] != hidden for shape in shapes))
+        alike = {shape if len(shape) == 1 else shape[1 - axis :][:1] for shape in shapes}
+        if len(shapes) < len(headers) or len(shapes[0]) not in (1, 2) or len(alike) > 1 or not all(map(prod, shapes)):
+            problems.append(
+                WrongShape(
+                    "the pieces of a tensor do not fit each other",
+                    tensor=name,
+                    file=next((file for file, held in headers.items() if name not in held), pieces[0].file),
+                    expected="a vector, or as many rows or columns, in every file",
+                    found=", ".join(str(list(shape)) for shape in shapes),
+                    remedy="a file is damaged, or of another model: copy all of them again",
+                )
+            )
+            continue
+        problems += [problem for piece in pieces for problem in dtype_problems(View.of(piece), pieces[0].dtype)]
+        chunks, end = [], 0
+        for piece in pieces if len(shapes[0]) == 2 else pieces[:1]:
+            offsets = (0, end) if axis else (end, 0)[: len(piece.shape)]
+            chunks.append(StoredChunk(offsets, piece))
+            end += piece.shape[axis]
+        shape = (shapes[0][0], end) if axis else (end, *shapes[0][1:])
+        found[name] = Stored(name, pieces[0].dtype, shape, tuple(chunks))
+    raise_together(problems)
+    return found
 
 
 def rows_of(headers: Headers) -> dict[str, int]:
