@@ -265,18 +265,31 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     )
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
-
     places = find_places(
         world,
         job.target,
         is_per_node=job.save_per_node,
         otherwise="--save-per-node if each node is to keep some of the files",
     )
-    of_places: tuple[frozenset[str], ...] = (frozenset(file.name for file in content.files),)
-    is_divided = bool(max(places))
-    if is_divided:
-        of_places = deal_files(content, model.found.visible, places)
-    layout, more_notes = _layout(job, model, source, content, world, disks=len(of_places))
+    all_files = (frozenset(file.name for file in content.files),)
+    of_places = deal_files(content, model.found.visible, places) if max(places) else all_files
+    configs, dtype = dict[str, Mapping[str, Any]](), content.ends.target.params_dtype
+    if world.rank == 0:  # a tokenizer's or another path may be there only
+        configs |= configs_of(model, source.architecture, dtype, job)
+    configs = gather_objects(world, configs)[0] | ({} if model.args is None else {ARGS_FILE: model.args})
+    is_copy = isinstance(model, HuggingFaceModel)
+    copied, others = files_to_copy(model.directory, model.found.identity) if is_copy else ([], [])
+    bins = _bins(job, model, source, world)
+    target = HuggingFaceTarget(job, content, model, configs, copied, bins, len(of_places), planned)
+    notes += [*model.notes, *(notes_on_content(content) if is_copy else _notes(target))]
+    notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
+    if job.save_per_node:
+        listed = [
+            f"weights files {file_numbers(content, held)} of {len(content.files)}, "
+            + human_bytes(sum(file.size_bytes for file in content.files if file.name in held))
+            for held in of_places
+        ]
+        notes += notes_on_places("--save-per-node", places, listed)
     return Task(
         job=job,
         content=content,
@@ -285,47 +298,19 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         rank=world.rank,
         places=places,
         writable=tuple(of_places[place] for place in places),
-        notes=notes + more_notes + _notes_on_places(job, content, places, of_places),
-        layout=replace(layout, planned=planned),
-        is_divided=is_divided,
+        notes=notes,
+        layout=target,
+        is_divided=len(of_places) > 1,
     )
 
 
-def _layout(
-    job: Options, model: Model, source: Catalog, content: Content, world: World, *, disks: int
-) -> tuple[HuggingFaceTarget, list[str]]:
-    """What is made beside the weights, and what the user should know of it all."""
-    # Of rank 0, as a tokenizer's or another path may be there only.
-    dtype, of_first = content.ends.target.params_dtype, dict[str, Any]()
-    if world.rank == 0:
-        of_first = configs_of(model, source.architecture, dtype, job)
-    configs = gather_objects(world, of_first)[0]
-    if isinstance(model, HuggingFaceModel):
-        copied, others = files_to_copy(model.directory, model.found.identity)
-        notes = [*model.notes, *notes_on_content(content)]
-        notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
-        return HuggingFaceTarget(job, content, model, configs, copied, disks=disks), notes
-    configs |= {} if model.args is None else {ARGS_FILE: model.args}
-    bins = None
-    if job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog):
-        mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
-        of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
-        bins = source, [bin for of_rank in of_ranks for bin in of_rank]
-    target = HuggingFaceTarget(job, content, model, configs, bins=bins, disks=disks)
-    return target, [*model.notes, *_notes(target)]
-
-
-def _notes_on_places(
-    job: Options, content: Content, places: Sequence[int], of_places: Sequence[frozenset[str]]
-) -> list[str]:
-    if not job.save_per_node:
-        return []
-    listed = []
-    for files in of_places:
-        size_bytes = sum(file.size_bytes for file in content.files if file.name in files)
-        numbers = f"{file_numbers(content, files)} of {len(content.files)}"
-        listed.append(f"weights files {numbers}, {human_bytes(size_bytes)}")
-    return notes_on_places("--save-per-node", places, listed)
+def _bins(job: Options, model: Model, source: Catalog, world: World) -> tuple[TorchCatalog, list[Bin]] | None:
+    """The capacity bins of all ranks, where they are asked for."""
+    if not (job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog)):
+        return None
+    mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
+    of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
+    return source, [bin for of_rank in of_ranks for bin in of_rank]
 
 
 #: The most positions that a Llama is known to have with a theta of 10000.
