@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_convert.errors import TargetError, TargetExists, UsageError, below, shown_line
 from dist_convert.formats.foreign import refuse_foreign
-from dist_convert.formats.huggingface.config import architecture_from_config, published, with_special_ids
+from dist_convert.formats.huggingface.config import architecture_from_config, with_special_ids
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE, read_config
 from dist_convert.formats.tokenizer.find import named_tokenizer
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
@@ -76,7 +76,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     print(*map(shown_line, notes), sep="\n", file=sys.stderr)
 
     generation = read_json(job.target / GENERATION_FILE) if (job.target / GENERATION_FILE).is_file() else {}
-    changed = published(config, tokenizer.path, generation) or with_special_ids(config, generation, tokenizer, style)
+    changed = with_special_ids(config, generation, tokenizer, style, tokenizer.path)
     with tempfile.TemporaryDirectory() as scratch:
         names = write_tokenizer(tokenizer, style, Path(scratch))
         contents |= {name: (Path(scratch) / name).read_bytes() for name in names}

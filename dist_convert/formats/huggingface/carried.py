@@ -12,7 +12,6 @@ from dist_convert.formats.huggingface.config import (
     config_like,
     config_of_copy,
     describes,
-    published,
     with_special_ids,
 )
 from dist_convert.formats.huggingface.open import HuggingFaceModel
@@ -72,5 +71,4 @@ def configs_of(model: Model, architecture: Architecture, dtype: str, job: Option
     path = job.like or tokenizer.path
     if is_carried and path is None and GENERATION_FILE in carried:
         return {CONFIG_FILE: config, GENERATION_FILE: carried[GENERATION_FILE]}
-    style = style_of(tokenizer, config, job)
-    return published(config, path) or with_special_ids(config, {}, tokenizer, style)
+    return with_special_ids(config, {}, tokenizer, style_of(tokenizer, config, job), path)

@@ -352,39 +352,6 @@ def special_token_ids(
     return begin, inside if len(inside) > 1 else next(iter(inside), None)
 
 
-def published(
-    config: Mapping[str, Any], path: Path | None, generation: Mapping[str, Any] | None = None
-) -> dict[str, dict[str, Any]]:
-    """File name to content: both configs as the makers of a model have them, if they are there and fit.
-
-    Args:
-        config: of the model, which gets the special ids that theirs has.
-        path: a tokenizer, or the directory or the config of a model like this one.
-        generation: of the model so far, which gets those ids where the makers have no generation_config.json.
-
-    Raises:
-        CorruptFile: a file is a link to somewhere else, or no JSON object.
-    """
-    if path is None:
-        return {}
-    file = path / CONFIG_FILE if path.is_dir() else path
-    theirs: dict[str, Any] = {}
-    if file.suffix == ".json" and file.is_file():
-        theirs = read_config(file.parent) if file.name == CONFIG_FILE else read_json(file)
-    beside = file.with_name(GENERATION_FILE)
-    ids = {name: theirs[name] for name in _IDS if name in theirs}
-    if not _have_rows(ids, config["vocab_size"]):
-        return {}
-    if file.name == CONFIG_FILE and beside.is_file():
-        check_inside(file.parent, GENERATION_FILE)
-        return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: read_json(beside)}
-    if ids.get("eos_token_id") is None:
-        return {}
-    told = {name: value for name, value in ids.items() if value is not None}
-    generates = {**(generation or {}), "_from_model_config": not generation, **told}
-    return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: generates}
-
-
 def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config of a model, in the keys of transformers 4 and, where they differ, also of 5; without special ids.
 
@@ -448,9 +415,20 @@ def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: st
 
 
 def with_special_ids(
-    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style
+    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, style: Style, path: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """File name to content: both configs with the special ids and the sampling of a tokenizer, all else as it was."""
+    """File name to content: both configs of a model with its special ids, all else as it was.
+
+    Args:
+        config, generation: the content of both so far.
+        tokenizer, style: say the ids, and how an instruct model samples, where the makers of the model do not.
+        path: theirs: a tokenizer, or the directory or the config of a model like this one.
+
+    Raises:
+        CorruptFile: a file of theirs is a link to somewhere else, or no JSON object.
+    """
+    if path is not None and (theirs := _published(config, generation, path)):
+        return theirs
     rows = int(config.get("vocab_size") or 0)
     ends_turns = style.instruct or isinstance(generation.get("eos_token_id"), list)
     bos, eos = special_token_ids(config.get("model_type"), rows, tokenizer, instruct=ends_turns)
@@ -464,3 +442,25 @@ def with_special_ids(
     if style.instruct and tokenizer.is_llama3:
         generates |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     return {CONFIG_FILE: {**config, "bos_token_id": bos, "eos_token_id": eos}, GENERATION_FILE: generates}
+
+
+def _published(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Both configs as the makers of a model have them, if they are there and fit."""
+    file = path / CONFIG_FILE if path.is_dir() else path
+    theirs: dict[str, Any] = {}
+    if file.suffix == ".json" and file.is_file():
+        theirs = read_config(file.parent) if file.name == CONFIG_FILE else read_json(file)
+    ids = {name: theirs[name] for name in _IDS if name in theirs}
+    if not _have_rows(ids, config["vocab_size"]):
+        return {}
+    beside = file.with_name(GENERATION_FILE)
+    if file.name == CONFIG_FILE and beside.is_file():
+        check_inside(file.parent, GENERATION_FILE)
+        return {CONFIG_FILE: {**config, **ids}, GENERATION_FILE: read_json(beside)}
+    if ids.get("eos_token_id") is None:
+        return {}
+    told = {name: value for name, value in ids.items() if value is not None}
+    return {
+        CONFIG_FILE: {**config, **ids},
+        GENERATION_FILE: {**generation, "_from_model_config": not generation, **told},
+    }
