@@ -18,13 +18,13 @@ from dist_convert.compare.outcome import Outcome, describe_sample, differences, 
 from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError, shown_line
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.read import is_huggingface
-from dist_convert.formats.open import open_checkpoint, read_like, settled, where_of
+from dist_convert.formats.open import open_checkpoint, read_like, settled
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch_dist.catalog import DistCatalog
 from dist_convert.formats.torch_dist.open import DistModel
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Where
+from dist_convert.models.catalog import NOTHING_ASKED, Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
@@ -42,17 +42,16 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
         ConversionError: see `errors`; a checkpoint that is incomplete, damaged or of no supported model.
     """
     check_budget(job.max_memory_per_rank_bytes)
-    like = read_like(job.like, world)
-    wheres = [
-        Where(path, name, imported, job.true_vocab_size, like=like, is_compared=True, name_flag=flag)
-        for path, name, imported, flag in (
-            (job.a, job.ckpt_dir_name_a, job.habana_imported_experts_a, "--ckpt-dir-name-a"),
-            (job.b, job.ckpt_dir_name_b, job.habana_imported_experts_b, "--ckpt-dir-name-b"),
-        )
-    ]
-    for where in wheres:
-        refuse_unfinished(where.path, where.ckpt_dir_name)
-    first, second = _open_both(wheres[0], wheres[1], world)
+    like, asked = read_like(job.like, world), replace(NOTHING_ASKED, true_vocab_size=job.true_vocab_size)
+    of_a = replace(asked, ckpt_dir_name=job.ckpt_dir_name_a, habana_imported_experts=job.habana_imported_experts_a)
+    of_b = replace(asked, ckpt_dir_name=job.ckpt_dir_name_b, habana_imported_experts=job.habana_imported_experts_b)
+    for path, side in ((job.a, of_a), (job.b, of_b)):
+        refuse_unfinished(path, side.ckpt_dir_name)
+    first, second = _open_both(
+        Where(job.a, of_a, like, is_compared=True, name_flag="--ckpt-dir-name-a"),
+        Where(job.b, of_b, like, is_compared=True, name_flag="--ckpt-dir-name-b"),
+        world,
+    )
     a, b = _checkpoints(first, second, world)
     work = work_of(a, b, job.sample)
 
@@ -174,9 +173,9 @@ def prepare_check(job: Options, task: Task, world: World) -> Model | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = where_of(job, task.source.directory, world)
+    where = Where(task.source.directory, replace(job, ckpt_dir_name=None), read_like(job.like, world))
     source = _open("source", where, world)
-    return settled(source, where, world) if where.accept_differing_copies else source
+    return settled(source, where, world) if job.accept_differing_copies else source
 
 
 def compare_with_source(source: Model, task: Task, directory: Path, world: World) -> str:

@@ -43,7 +43,7 @@ from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models import FAMILIES
-from dist_convert.models.catalog import Where
+from dist_convert.models.catalog import NOTHING_ASKED, Where
 from dist_convert.models.schema import (
     Architecture,
     LinearScaling,
@@ -74,7 +74,7 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
         CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments, UnsupportedModel
     """
     path, world = Path(path), alone()
-    where = Where(path, ckpt_dir_name, like=read_like(like, world))
+    where = Where(path, replace(NOTHING_ASKED, ckpt_dir_name=ckpt_dir_name), read_like(like, world))
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
     shards: Mapping[str, Shard] = {}

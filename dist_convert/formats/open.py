@@ -61,7 +61,7 @@ def _open(where: Where, world: World) -> Model:
     if any(gather_objects(world, bool(weights_files(where.path)))):
         return open_meta(where, world)
     if any(gather_objects(world, is_huggingface(where.path))):
-        return open_huggingface(where.path, world, drops_mtp=where.drops_mtp)
+        return open_huggingface(where.path, world, drops_mtp=where.asked.drop_mtp)
     if any(gather_objects(world, where.path.is_dir())):
         return _open_megatron(where, world)
     raise no_directory(where.path, "checkpoint")
@@ -84,7 +84,7 @@ def find_iteration(where: Where, world: World) -> tuple[Path, str]:
         UnsupportedModel: it is of a format that is not read.
     """
     refuse_foreign(where.path)
-    directory = _shared_iteration(where.path, where.ckpt_dir_name, world, where.name_flag)
+    directory = _shared_iteration(where.path, where.asked.ckpt_dir_name, world, where.name_flag)
     refuse_foreign(directory)
     mine = [has_rank_directories(directory), is_distributed(directory), is_torch_dist(directory)]
     is_torch, distributed, is_core = map(any, zip(*gather_objects(world, mine), strict=True))
@@ -107,14 +107,14 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     Raises:
         SourceError: there is none, or all that the headers show to be wrong.
     """
-    where = where_of(job, Path(job.source), world, job.ckpt_dir_name)
-    refuse_unfinished(where.path, where.ckpt_dir_name)
+    where = Where(Path(job.source), job, read_like(job.like, world))
+    refuse_unfinished(where.path, job.ckpt_dir_name)
     refuse_foreign(where.path)
     if any(gather_objects(world, bool(weights_files(where.path)))):
         return open_meta(where, world)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
-        return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.drops_mtp)
+        return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.asked.drop_mtp)
     return settled(_open_megatron(where, world), where, world) if source == TORCH else open_settled(where, world)
 
 
@@ -138,27 +138,11 @@ def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
     return shared
 
 
-def where_of(job: Options, path: Path, world: World, ckpt_dir_name: str | None = None) -> Where:
-    """A conversion's source, or its iteration; raises what `read_like` does."""
-    return Where(
-        path,
-        ckpt_dir_name,
-        job.habana_imported_experts,
-        job.true_vocab_size,
-        job.tokenizer,
-        job.accept_differing_copies,
-        job.accept_shard_order,
-        read_like(job.like, world),
-        rope_theta=job.rope_theta,
-        rope_scaling_factor=job.rope_scaling_factor,
-        drops_mtp=job.drop_mtp,
-    )
-
-
 def settled(model: Model, where: Where, world: World) -> Model:
     """A model whose copies have been compared, where its format has copies."""
     if isinstance(model, TorchModel):
-        return settle_copies(model, world, accept=where.accept_differing_copies, accept_order=where.accept_shard_order)
+        asked = where.asked
+        return settle_copies(model, world, accept=asked.accept_differing_copies, accept_order=asked.accept_shard_order)
     return model
 
 

@@ -18,8 +18,8 @@ from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.megatron.args import check_own_vocab
-from dist_convert.formats.open import open_settled, where_of
-from dist_convert.models.catalog import Catalog
+from dist_convert.formats.open import open_settled, read_like
+from dist_convert.models.catalog import Catalog, Where
 from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.boxes import read_box
@@ -45,8 +45,8 @@ _NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 
 def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.device | str) -> "Weights":
     """See `dist_convert.open`; `job` is a conversion to Hugging Face, whose target nobody makes."""
-    where = where_of(job, Path(job.source), alone(), job.ckpt_dir_name)
-    refuse_unfinished(where.path, where.ckpt_dir_name)
+    where = Where(Path(job.source), job, read_like(job.like, alone()))
+    refuse_unfinished(where.path, job.ckpt_dir_name)
     model = open_settled(where, alone())
     check_applies(job, model.format)
     catalog, _ = model.catalog()

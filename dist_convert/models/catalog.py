@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_convert.models.schema import Architecture
+from dist_convert.options import HUGGINGFACE, Options
 from dist_convert.records import Box, View, intersect
 
 #: The flag that names an iteration, in most commands.
 NAME_FLAG = "--ckpt-dir-name"
+NOTHING_ASKED = Options(HUGGINGFACE)
 
 
 @dataclass(frozen=True)
@@ -24,32 +26,17 @@ class Where:
 
     Attributes:
         path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
-        ckpt_dir_name: the iteration; None asks the tracker file.
-        habana_imported_experts: its experts are those of Habana's importer, not interleaved over ranks.
-        true_vocab_size: tokens without padding; None asks the args, then the tokenizer.
-        tokenizer: its directory, where the args' own path is not here.
-        accept_shard_order: the args' ranks may contradict the directories' names.
-        accept_differing_copies: of parameters whose copies differ, the lowest rank's is taken.
-        like: a config.json of the model, which tells what its args do not.
-        rope_theta, rope_scaling_factor: of the model, whatever its args say.
-        drops_mtp: its layers of multi-token prediction are left out.
+        asked: the options, of which those of a source count.
+        like: the config.json that they name, of such a model, which tells what its args do not.
         family: that it may be of, where its args do not tell.
         carried: a config.json that lies beside it, of the model that it was made from.
         is_compared: it is held against another, and what its args leave open needs no answer.
-        name_flag: that gives `ckpt_dir_name`, for messages.
+        name_flag: that names the iteration, for messages.
     """
 
     path: Path
-    ckpt_dir_name: str | None = None
-    habana_imported_experts: bool = False
-    true_vocab_size: int | None = None
-    tokenizer: Path | None = None
-    accept_differing_copies: bool = False
-    accept_shard_order: bool = False
+    asked: Options = NOTHING_ASKED
     like: Mapping[str, Any] | None = None
-    rope_theta: float | None = None
-    rope_scaling_factor: float | None = None
-    drops_mtp: bool = False
     family: str | None = None
     carried: Mapping[str, Any] | None = None
     is_compared: bool = False

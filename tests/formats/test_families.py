@@ -17,6 +17,7 @@ from dist_convert.formats.megatron.target_args import model_values
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Where
 from dist_convert.models.schema import LinearScaling, YarnScaling
+from dist_convert.options import Options
 from tests.published import PUBLISHED
 
 DENSE: dict[str, Any] = {
@@ -279,13 +280,13 @@ def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None
 
 
 def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
-    where = Where(Path("in"), rope_scaling_factor=8.0)
+    where = Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0))
     with pytest.raises(UsageError, match="this model's is another"):
         said_of(where, args_of("deepseek_v3"), "shard")
 
 
 def test_a_factor_is_refused_where_a_model_like_this_one_has_no_scaling() -> None:
-    where = Where(Path("in"), rope_scaling_factor=8.0, like=config_of("llama"))
+    where = Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0), like=config_of("llama"))
     with pytest.raises(UsageError, match="contradict each other"):
         said_of(where, args_of("llama"), "shard")
 
@@ -299,7 +300,7 @@ def test_linear_scaling_is_told_by_a_model_like_this_one() -> None:
 
 def test_two_scalings_of_rotary_frequencies_at_once_are_refused() -> None:
     args = args_of("llama", rotary_seq_len_interpolation_factor=4)
-    said = said_of(Where(Path("in"), rope_scaling_factor=8.0), args, "shard")
+    said = said_of(Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0)), args, "shard")
     with pytest.raises(UnsupportedModel, match="rotary-seq-len-interpolation-factor"):
         said.architecture(vocab=500, file="shard")
 
@@ -330,7 +331,7 @@ def test_yarn_in_the_arguments_of_core_0_19_is_read(rounded: bool | None, expect
 
 
 def test_a_factor_below_1_is_refused() -> None:
-    said = said_of(Where(Path("in"), rope_scaling_factor=0.5), args_of("llama"), "shard")
+    said = said_of(Where(Path("in"), Options("huggingface", rope_scaling_factor=0.5)), args_of("llama"), "shard")
     with pytest.raises(UnsupportedModel, match="the scaling of rotary frequencies is none"):
         said.architecture(vocab=500, file="shard")
 

@@ -71,7 +71,7 @@ def open_dcp(where: Where, directory: Path, world: World) -> HuggingFaceModel:
         config,
         found,
         {name: replace(tensor.whole, name=name) for name, tensor in chunks.items()},
-        drops_mtp=where.drops_mtp,
+        drops_mtp=where.asked.drop_mtp,
         chunks=chunks,
         beside=tuple(tuple(item) for item in said["beside"]),
     )

@@ -65,8 +65,9 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     """
     corrected: Mapping[str, Any] = args
     notes: list[str] = []
-    scaling = {} if where.rope_scaling_factor is None else {_FACTOR: where.rope_scaling_factor}
-    flags: dict[str, Any] = scaling | ({} if where.rope_theta is None else {"rotary_base": where.rope_theta})
+    asked = where.asked
+    scaling = {} if asked.rope_scaling_factor is None else {_FACTOR: asked.rope_scaling_factor}
+    flags: dict[str, Any] = scaling | ({} if asked.rope_theta is None else {"rotary_base": asked.rope_theta})
     family, trusts_factor = None, bool(scaling) or where.is_compared
     if where.like is not None:
         # Configs count layers of multi-token prediction that are not there: the args say how many there are.
@@ -100,14 +101,14 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         if (args.get(name) or None) != (value or None) and (args.get(name) or name not in (_FACTOR, _POSITIONS)):
             notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
     if where.like is not None and "vocab_size" in silent:
-        if where.true_vocab_size is None:
+        if asked.true_vocab_size is None:
             _check_rows(like, args, file)
         notes.append(f"vocabulary: {like.vocab} tokens according to {_LIKE}, as the args do not say how many")
-    if where.drops_mtp:
+    if asked.drop_mtp:
         layout = corrected.get(_LAYOUT)
         without = {_LAYOUT: re.sub(r"m(\*\d+)?", "", layout)} if isinstance(layout, str) else {}
         corrected = {**corrected, MTP_KEY.arg: None, **without}
-    said = Said({**corrected, **flags}, family, where.like, trusts_factor, where.drops_mtp, tuple(notes))
+    said = Said({**corrected, **flags}, family, where.like, trusts_factor, asked.drop_mtp, tuple(notes))
     if where.like is not None:
         _check_like(said, like, file)
     elif family is None and len(fitting := families_of_args(args)) > 1:

@@ -156,9 +156,9 @@ def shared_tokenizer(
     Returns:
         The tokenizer, and the tokens without padding, of which nobody may say how many there are.
     """
-    found = find_tokenizer(where.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
+    found = find_tokenizer(where.asked.tokenizer, args, directory) if world.rank == 0 else Tokenizer("none")
     shared = gather_objects(world, asdict(replace(found, path=None)))[0]
     tokenizer = Tokenizer(**{**shared, "path": found.path})
-    flag = where.true_vocab_size
+    flag = where.asked.true_vocab_size
     vocab, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=padded, file=file)
     return tokenizer, None if who == "padded size" else vocab

@@ -162,7 +162,7 @@ def open_torch(
         said,
         tokenizer,
         vocab,
-        where.habana_imported_experts,
+        where.asked.habana_imported_experts,
         beside,
         notes=(*on_rows, *notes),
     )

@@ -103,7 +103,7 @@ def open_torch_dist(where: Where, directory: Path, world: World) -> DistModel:
         notes = (*notes, "warning: there are no args: --like says what the model is, and norms are as they are stored")
     found, stored = find_chunks(directory, said["tensors"], world)
     beside = [tuple(item) for item in said["beside"]]
-    if where.drops_mtp:
+    if where.asked.drop_mtp:
         dropped = [tensor for key, tensor in stored.items() if is_of_mtp(normalise(key))]
         stored = {key: tensor for key, tensor in stored.items() if not is_of_mtp(normalise(key))}
         size_bytes = sum(DTYPE_BYTES[tensor.dtype] * prod(tensor.shape) for tensor in dropped)
