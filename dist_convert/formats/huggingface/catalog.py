@@ -50,11 +50,9 @@ class HuggingFaceCatalog:
         return bytes_of.most_common(1)[0][0]
 
     def regions(self, name: str) -> Sequence[Region]:
-        """See `Catalog`."""
         return regions_of(self.views[name], self.chunks)
 
     def padding(self, name: str) -> Sequence[Region]:
-        """See `Catalog`."""
         return ()
 
 

@@ -66,7 +66,7 @@ _NOT_COPIED = (CONFIG_FILE, MANIFEST_FILE, *(index for index, _ in WEIGHTS_KINDS
 
 @dataclass(frozen=True)
 class HuggingFaceTarget(Target):
-    """A Hugging Face directory that is to be made, or a distributed checkpoint with the same beside it; a `Target`.
+    """A Hugging Face directory that is to be made, or a distributed checkpoint with the same beside it.
 
     Attributes:
         job: what was asked for.
@@ -94,7 +94,6 @@ class HuggingFaceTarget(Target):
         return style_of(self.model.tokenizer, self.configs[CONFIG_FILE], self.job)
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
-        """See `Target`."""
         if is_first:  # first, so that what fails here fails early
             write_tokenizer(self.model.tokenizer, self.style, partial)
         if self.planned is not None:

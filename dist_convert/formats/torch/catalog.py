@@ -73,7 +73,6 @@ class TorchCatalog:
         return tuple(self._stored(parameter, self._places[key]))
 
     def padding(self, name: str) -> Sequence[Region]:
-        """See `Catalog`."""
         if name not in self.parameters:
             return ()
         parameter, _ = self.parameters[name]

@@ -104,7 +104,7 @@ Extras = Mapping[tuple[str, str], bytes]
 
 @dataclass(frozen=True)
 class TorchTarget(Target):
-    """A checkpoint of rank files that is to be made; a `Target`.
+    """A checkpoint of rank files that is to be made.
 
     Attributes:
         target: what is to be made.
@@ -122,7 +122,6 @@ class TorchTarget(Target):
         return self.target.settings | ({BINS_FILE: bins} if self.extras else {})
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
-        """See `Target`."""
         for name in (local_name(file.name) for file in files):
             write_skeleton(partial, name, self.target.args.values, self.target.iteration or 0, self.files[name])
 
@@ -141,7 +140,6 @@ class TorchTarget(Target):
             self.target.write_carried(partial)
 
     def beside(self) -> Mapping[str, bytes]:
-        """See `Target`."""
         return self.target.beside()
 
 

@@ -69,7 +69,6 @@ class DistCatalog:
         return f"{FAMILIES[self.architecture.family].hf_class}, torch_dist in {self.files} files"
 
     def regions(self, name: str) -> Sequence[Region]:
-        """See `Catalog`."""
         if name not in self.parameters:
             return (Region(self.tensors[name].box, ()),)
         parameter, number = self.parameters[name]
@@ -78,7 +77,6 @@ class DistCatalog:
         return tuple(stored_regions(wanted, lambda _: (self.replicas[parameter.name],), add))
 
     def padding(self, name: str) -> Sequence[Region]:
-        """See `Catalog`."""
         if name not in self.parameters:
             return ()
         parameter, _ = self.parameters[name]

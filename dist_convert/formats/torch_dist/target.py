@@ -42,7 +42,6 @@ class DistTarget(Target):
         return self.target.settings
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
-        """See `Target`."""
         self.files.make(partial, files)
 
     def complete(
@@ -60,7 +59,6 @@ class DistTarget(Target):
         self.files.write_metadata(partial)
 
     def beside(self) -> Mapping[str, bytes]:
-        """See `Target`."""
         return self.target.beside()
 
 
