@@ -29,7 +29,7 @@ from dist_convert.errors import (
     raise_together,
     shown_line,
 )
-from dist_convert.options import PAIRS, TORCH, Options, VerifyJob
+from dist_convert.options import HUGGINGFACE, PAIRS, TORCH, Options, VerifyJob
 from dist_convert.ranks.log import Log, as_json_line
 from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
 from dist_convert.records import human_bytes
@@ -109,7 +109,8 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     if flags.command == "tokenizer":
         return _add_tokenizer(flags)
     if flags.command == "push":
-        return _upload(Path(flags.directory), flags)
+        wanted = {"push_to_hub": flags.push_to_hub, "private": flags.private, "keep_paths": flags.keep_paths}
+        return _upload(Options(HUGGINGFACE, target=Path(flags.directory), **wanted))
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first
@@ -215,18 +216,16 @@ def _add_tokenizer(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _upload(directory: Path, asked: argparse.Namespace | Options) -> int:
-    from dist_convert.formats.huggingface.upload import Upload, upload
+def _upload(job: Options) -> int:
+    from dist_convert.formats.huggingface.upload import push_command, upload
     from dist_convert.formats.tokenizer.huggingface import has_tokenizer_files
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if is_first_rank():
-        planned = Upload(directory, str(asked.push_to_hub), asked.private, asked.keep_paths)
-        print(shown_line(f"{directory}: uploaded as {upload(planned)}"), file=sys.stderr)
-        if not has_tokenizer_files(directory):
-            said = (asked.instruct, asked.source_model_type) if isinstance(asked, Options) else (False, None)
-            how = how_to_add_tokenizer(directory, instruct=said[0], model_type=said[1])
-            print(shown_line(f"{how}; then upload it with: {planned.command}"), file=sys.stderr)
+        print(shown_line(f"{job.target}: uploaded as {upload(job)}"), file=sys.stderr)
+        if not has_tokenizer_files(job.target):
+            how = f"{how_to_add_tokenizer(job)}; then upload it with: {push_command(job)}"
+            print(shown_line(how), file=sys.stderr)
     return 0
 
 
@@ -263,7 +262,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         channel = None  # an upload may take hours, for which no other rank waits,
         stack.close()  # and which signals end
         if isinstance(job, Options) and job.push_to_hub and not job.dry_run:
-            _upload(job.target, job)
+            _upload(job)
         return exit_code
     except KeyboardInterrupt:
         raise

@@ -32,10 +32,12 @@ _CHECK = """
 import sys
 from pathlib import Path
 from dist_convert.errors import ConversionError
-from dist_convert.formats.huggingface.upload import Upload, check_upload
+from dist_convert.formats.huggingface.upload import check_upload
+from dist_convert.options import Options
 
 try:
-    check_upload(Upload(Path("out"), sys.argv[1], private=True, keep_paths=False), float(sys.argv[2]))
+    job = Options("huggingface", target=Path("out"), push_to_hub=sys.argv[1], private=True)
+    check_upload(job, float(sys.argv[2]))
 except ConversionError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """

@@ -30,7 +30,7 @@ from dist_convert.formats.huggingface.files import (
 )
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside
-from dist_convert.formats.huggingface.upload import Upload, check_upload
+from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import check_own_vocab, is_of_habana, model_type_from_args, true_vocab
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
 from dist_convert.formats.tokenizer.record import (
@@ -131,8 +131,7 @@ class HuggingFaceTarget(Target):
         if disks > 1:
             lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
         if not isinstance(self.model, HuggingFaceModel) and not has_tokenizer_files(job.target):
-            how = how_to_add_tokenizer(job.target, instruct=job.instruct, model_type=job.source_model_type)
-            lines.append(how)
+            lines.append(how_to_add_tokenizer(job))
         return "\n".join(map(shown_line, lines))
 
 
@@ -249,7 +248,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         check_own_vocab(job.true_vocab_size, source.architecture.vocab)
     notes = []
     if job.push_to_hub and world.rank == 0:
-        notes.append(check_upload(Upload(job.target, job.push_to_hub, job.private, job.keep_paths)))
+        notes.append(check_upload(job))
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
     specs = target_tensors(source, target_dtype)

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.hub import check_endpoint, hub_errors
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, check_inside, find_weights
 from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, has_tokenizer_files
+from dist_convert.options import Options, given_flags
 from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.read.source import no_directory, read_json
 from dist_convert.records import human_bytes, names
@@ -102,31 +102,13 @@ def check_repository_name(text: str) -> str:
     raise UsageError("not the name of a repository", expected="org/name or user/name", found=found)
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What goes where.
-
-    Attributes:
-        directory: what a conversion to Hugging Face makes.
-        repository: `org/name`, made if it is not there.
-        private: whether it must be private.
-        keep_paths: paths in what describes training and conversion go as they are, and not only their last names.
-    """
-
-    directory: Path
-    repository: str
-    private: bool
-    keep_paths: bool
-
-    @property
-    def command(self) -> str:
-        """The command line that uploads the finished directory, or what is missing of it."""
-        flags = {"--private": self.private, "--keep-paths": self.keep_paths}
-        given = (flag for flag, is_given in flags.items() if is_given)
-        return " ".join(map(quoted, ["dist-convert", "push", str(self.directory), self.repository, *given]))
+def push_command(job: Options) -> str:
+    """The command line that uploads the finished target of a conversion, or what is missing of it."""
+    flags = [flag for flag in given_flags(job) if flag in ("--private", "--keep-paths")]
+    return " ".join(map(quoted, ["dist-convert", "push", str(job.target), str(job.push_to_hub), *flags]))
 
 
-def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> str:
+def check_upload(job: Options, answer_seconds: float = _ANSWER_SECONDS) -> str:
     """Find out, without a trace on the hub, what would keep an upload from starting; waits so long for each answer.
 
     Returns:
@@ -138,16 +120,16 @@ def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> st
     """
     from huggingface_hub import HfApi, constants
 
-    repository = planned.repository
-    with _explained(repository, f"or convert without --push-to-hub, and upload later with: {planned.command}"):
+    repository = str(job.push_to_hub)
+    with _explained(repository, f"or convert without --push-to-hub, and upload later with: {push_command(job)}"):
         _check_settings()
         asked = f"asking {constants.ENDPOINT} whether the model can go to {repository}"
         print(shown_line(asked), file=sys.stderr, flush=True)
         api = HfApi()
         _check_permission(call_with_timeout(answer_seconds, api.whoami), repository)
-        is_there = call_with_timeout(answer_seconds, lambda: _check_privacy(api, repository, planned.private))
-    kind = "private repository" if planned.private else "repository"
-    paths = "whole, as --keep-paths says" if planned.keep_paths else "as names (--keep-paths leaves them whole)"
+        is_there = call_with_timeout(answer_seconds, lambda: _check_privacy(api, repository, job.private))
+    kind = "private repository" if job.private else "repository"
+    paths = "whole, as --keep-paths says" if job.keep_paths else "as names (--keep-paths leaves them whole)"
     return (
         f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
         + (f"a {kind} that is there already" if is_there else f"a new {kind}")
@@ -155,8 +137,8 @@ def check_upload(planned: Upload, answer_seconds: float = _ANSWER_SECONDS) -> st
     )
 
 
-def upload(planned: Upload) -> str:
-    """Upload a finished directory; what the hub has of it already is not sent again.
+def upload(job: Options) -> str:
+    """Upload a finished target; what the hub has of it already is not sent again.
 
     Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
     files where the directory has a tokenizer; other files stay. Hidden files are not sent.
@@ -167,7 +149,7 @@ def upload(planned: Upload) -> str:
     Raises:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
     """
-    directory, repository = planned.directory, planned.repository
+    directory, repository = job.target, str(job.push_to_hub)
     size_bytes, has_tokenizer = _check_directory(directory), has_tokenizer_files(directory)
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging as hub_logging
@@ -177,19 +159,20 @@ def upload(planned: Upload) -> str:
         disable_progress_bars()
         if "HF_HUB_VERBOSITY" not in os.environ:
             hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
-    remedy, where = f"then go on with: {planned.command}", f"{constants.ENDPOINT}/{repository}"
+    command, where = push_command(job), f"{constants.ENDPOINT}/{repository}"
+    remedy = f"then go on with: {command}"
     with _explained(repository, remedy):
         _check_settings()
-    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {planned.command}"
+    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {command}"
     print(shown_line(work), file=sys.stderr)
     if not has_tokenizer:
         print(shown_line(f"warning: {directory} has no tokenizer and is uploaded without one"), file=sys.stderr)
     api = HfApi()
-    is_private = True if planned.private else None  # None: public, or what is usual in the organisation
+    is_private = True if job.private else None  # None: public, or what is usual in the organisation
     with _explained(repository, remedy, directory):
         call_with_timeout(_ANSWER_SECONDS, lambda: api.create_repo(repository, private=is_private, exist_ok=True))
-        call_with_timeout(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, planned.private))
-        with nullcontext(directory) if planned.keep_paths else _without_paths(directory) as folder:
+        call_with_timeout(_ANSWER_SECONDS, lambda: _check_privacy(api, repository, job.private))
+        with nullcontext(directory) if job.keep_paths else _without_paths(directory) as folder:
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,

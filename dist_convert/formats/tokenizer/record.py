@@ -99,13 +99,13 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 
-def how_to_add_tokenizer(target: Path, *, instruct: bool, model_type: str | None) -> str:
+def how_to_add_tokenizer(job: Options) -> str:
     """The line that ends a conversion without a tokenizer."""
-    flags = " --instruct" if instruct else ""
-    flags += f" --source-model-type {model_type}" if model_type else ""
+    flags = " --instruct" if job.instruct else ""
+    flags += f" --source-model-type {job.source_model_type}" if job.source_model_type else ""
     ids = "its special ids are its family's, those of the model that it was made from, or none"
-    how = f"add one, a directory or a tokenizer.model, with: dist-convert tokenizer PATH {quoted(str(target))}{flags}"
-    return f"the target has no tokenizer; {ids}; {how}"
+    how = f"dist-convert tokenizer PATH {quoted(str(job.target))}{flags}"
+    return f"the target has no tokenizer; {ids}; add one, a directory or a tokenizer.model, with: {how}"
 
 
 def vocabulary_warnings(claims: Mapping[str, int | None], rows: int, kept: int) -> list[str]:
