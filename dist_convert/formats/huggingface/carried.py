@@ -64,7 +64,7 @@ def configs_of(model: Model, architecture: Architecture, dtype: str, job: Option
     if isinstance(model, HuggingFaceModel):
         counts = {MTP_KEY.config, *MTP_KEY.aliases} & model.config.keys() if model.drops_mtp else ()
         return {CONFIG_FILE: config_of_copy({**model.config, **dict.fromkeys(counts, 0)}, architecture, dtype)}
-    carried, tokenizer = carried_configs(model), model.tokenizer
+    carried, tokenizer = read_carried(model.directory), model.tokenizer
     is_carried = model.config is None and describes(carried.get(CONFIG_FILE, {}), architecture)
     given = carried[CONFIG_FILE] if is_carried else model.config
     config = config_like(given, architecture, dtype) if given else config_json(architecture, dtype)
