@@ -37,9 +37,6 @@ from dist_convert.records import human_bytes
 if TYPE_CHECKING:
     from dist_convert.ranks.channel import Channel
 
-#: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
-_SILENT_SHARE = 0.9
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -243,8 +240,9 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
     log = Log(is_json, job.log_interval_seconds, job.quiet, job.json) if isinstance(job, Options) else Log()
     channel: Channel | None = None
     try:
-        control = Channel(rank, size, stack.enter_context(noted()), _SILENT_SHARE * job.timeout_seconds, log)
+        control = Channel(rank, size, stack.enter_context(noted()), job.timeout_seconds, log)
         channel = control
+        control.meet()
         # Comparing gathers nothing but reports, which need no accelerator.
         world = join_world("cpu" if isinstance(job, VerifyJob) else job.device, job.timeout_seconds)
         limit_threads(world.local_size)
@@ -293,7 +291,7 @@ def importing() -> Iterator[None]:
             found=human_bytes(limit_bytes),
             remedy="lift the limit (ulimit -v unlimited); a cgroup limits memory without ending torch",
         )
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its words on lost connections are pages of C++ frames
     gc.disable()
     try:
         yield

@@ -10,7 +10,6 @@ caught, no process ended, and ranks tell each other only what their collectives 
 """
 
 import json
-import math
 import os
 import socket
 import sys
@@ -29,6 +28,7 @@ from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_c
 from dist_convert.ranks.collectives import World, barrier, named_loss
 from dist_convert.ranks.log import Log
 from dist_convert.ranks.timeout import call_with_timeout
+from dist_convert.records import names
 
 BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.3
@@ -38,37 +38,78 @@ _PATIENCE_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
 #: How long a failed rank 0 that serves the store stays for ranks that may still be starting.
 _STARTING_SECONDS = 20.0
+#: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
+_SILENT_SHARE = 0.9
+_STORE_ANSWERS_WITHIN = timedelta(seconds=60)
 
 
-def store_of_ranks(*, is_served_here: bool, meeting: socket.socket | None = None) -> Store:
-    """The store where the ranks meet, at the address in the environment; each restart has its own keys.
-
-    Args:
-        is_served_here: this process serves it, or else is a client of it.
-        meeting: a socket that listens already, for ranks of this machine; it becomes the store's own.
+def serve_store(meeting: socket.socket | None = None) -> Store:
+    """Serve the store where the ranks meet: at MASTER_PORT, or on a socket that listens already and becomes its own.
 
     Raises:
-        LostRank: the ranks cannot meet.
+        LostRank: the port is not free.
     """
-    address, port = meeting.getsockname() if meeting else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    address, port = meeting.getsockname() if meeting else ("127.0.0.1", int(os.environ["MASTER_PORT"]))
     try:
+        # Of the address it only uses the port, and asks itself there; whether others reach it is theirs to find out.
         store = TCPStore(
             address,
             port,
-            is_master=is_served_here,
+            is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=60),
+            timeout=_STORE_ANSWERS_WITHIN,
             master_listen_fd=meeting.detach() if meeting else None,
         )
     except DistError as error:
-        where = ", ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise LostRank(
             "the ranks cannot meet",
-            expected=f"a free port of rank 0's machine, which all ranks reach: {where}",
+            expected=f"a free port of rank 0's machine: MASTER_PORT={port}",
             found=str(error).splitlines()[0],
-            remedy="give another MASTER_PORT, or look why other ranks have not started",
+            remedy="give another MASTER_PORT",
         ) from error
+    return _of_this_start(store)
+
+
+def _of_this_start(store: Store) -> Store:
+    """Each restart by torchrun has its own keys."""
     return PrefixStore(f"dist_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def reach_store(rank: int, size: int, timeout_seconds: float, heed_signals: Callable[[], None]) -> Store:
+    """The store where the ranks meet, at the address in the environment.
+
+    Args:
+        rank, size: of the world.
+        timeout_seconds: how long it may take.
+        heed_signals: is called several times a second meanwhile; what it raises ends the wait.
+
+    Raises:
+        LostRank: nothing there answers as the store does.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline, found = time.monotonic() + timeout_seconds, ["no answer"]
+
+    def reach() -> Store:
+        while time.monotonic() < deadline:
+            try:  # in Python, which says why; what torch tries again and again cannot be ended
+                socket.create_connection((address, port), timeout=_PATIENCE_SECONDS).close()
+            except OSError as error:
+                found[0] = error.strerror or str(error)
+                time.sleep(_POLL_SECONDS)
+                continue
+            found[0] = "something listens there, and does not answer as rank 0 does"
+            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_STORE_ANSWERS_WITHIN)
+        raise TimeoutError
+
+    try:
+        return _of_this_start(call_with_timeout(timeout_seconds, reach, heed_signals))
+    except (TimeoutError, DistError) as error:
+        raise LostRank(
+            f"rank {rank} of {size} does not reach rank 0",
+            expected=f"it listens at MASTER_ADDR={address}, MASTER_PORT={port}",
+            found=f"{found[0]}, in {timeout_seconds:g} s",
+            remedy="check both on every node and whether rank 0 has started, or allow more time with --timeout",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -154,11 +195,13 @@ class Channel:
     Args:
         rank, size: of the world.
         take_signal: tells the number of a signal that has come and ends the conversion; see `signals.noted`.
-        silent_seconds: after which a rank that is not heard of, or stays in one step, has failed.
+        timeout_seconds: within which all ranks must meet. One that is later not heard of, or stays in one step, for
+            nine tenths of it has failed: before its silence breaks a collective.
         log: for what rank 0 says.
 
     Raises:
-        LostRank: the ranks cannot meet.
+        LostRank: rank 0 cannot be reached.
+        Interrupted: a signal has come before.
     """
 
     def __init__(
@@ -166,7 +209,7 @@ class Channel:
         rank: int,
         size: int,
         take_signal: Callable[[], int | None] = lambda: None,
-        silent_seconds: float = math.inf,
+        timeout_seconds: float = _STARTING_SECONDS,
         log: Log | None = None,
     ) -> None:
         self._rank = rank
@@ -181,16 +224,19 @@ class Channel:
         self._beats = 0
         self._beat_at = 0.0
         self._beat_keys = [f"beat/{rank}" for rank in range(size)]
-        self._watchdog = Watchdog(silent_seconds)
+        self._watchdog = Watchdog(_SILENT_SHARE * timeout_seconds)
         self._printer_is_silent = False
         self._size = size
         # Whether what has started the ranks serves the store, so that it outlives any of them.
         self._has_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._starting_until = time.monotonic() + _STARTING_SECONDS
         self._served: Store | None = None
         if size > 1 and not self._has_launcher:
-            self._served = store_of_ranks(is_served_here=True) if rank == 0 else None
+            self._served = serve_store() if rank == 0 else None
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
-        self._store = store_of_ranks(is_served_here=False) if size > 1 else None
+        self._timeout_seconds = timeout_seconds
+        self._given_up_at = time.monotonic() + timeout_seconds
+        self._store = reach_store(rank, size, timeout_seconds, self._heed_signal) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -198,8 +244,33 @@ class Channel:
     def doing(self, what: str) -> None:
         """Note what the main thread does from now on; raises `Interrupted` where the work is to end."""
         self._doing = what
-        if (number := self._signal()) is not None:
-            raise Interrupted(number)
+        self._heed_signal()
+
+    def meet(self) -> None:
+        """Wait until all ranks have come, before a collective would.
+
+        Raises:
+            LostRank: naming those that have not.
+            Interrupted: a signal has come.
+        """
+        if self._store is None:
+            return
+        pause_seconds = 0.005
+        with named_loss():
+            while not self._store.check(self._beat_keys):
+                if time.monotonic() > self._given_up_at:
+                    self._starting_until = 0.0  # whoever has not come by now is not waited for
+                    missing = [rank for rank, key in enumerate(self._beat_keys) if not self._store.check([key])]
+                    raise LostRank(
+                        f"{self._size - len(missing)} of {self._size} ranks have come",
+                        expected=f"all of them within {self._timeout_seconds:g} s",
+                        found=f"nothing of rank {names(map(str, missing))}",
+                        remedy="look at the log of the first of these: has it started, with the same MASTER_ADDR, "
+                        "MASTER_PORT and WORLD_SIZE? Allow more time with --timeout",
+                    )
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
+                self._heed_signal()
 
     def say(self, event: str, text: str, **details: Any) -> None:
         """Tell the user, on rank 0: an event's kind, its text for people, and JSON values for programs."""
@@ -274,7 +345,8 @@ class Channel:
         self._watcher.join(timeout=_PATIENCE_SECONDS)  # Python must not end while a thread is in the store's C++
         try:
             is_first = failures.post(message, exit_code, self._stopped_by)
-            failures.await_print(0.0 if self._printer_is_silent else _PATIENCE_SECONDS, prints=self._rank == 0)
+            prints_soon = failures.store.check(self._beat_keys[:1]) and not self._printer_is_silent
+            failures.await_print(_PATIENCE_SECONDS if prints_soon else 0.0, prints=self._rank == 0)
             if is_first:
                 failures.print_once()  # rank 0 has not
             posted = failures.read()
@@ -287,8 +359,9 @@ class Channel:
 
     def _leave(self, store: Store) -> None:
         """Have read the failure; who serves the store stays until all others have."""
-        patience_seconds = 3 * _POLL_SECONDS if self._heard(store) else _STARTING_SECONDS
-        gone, deadline = store.add("gone", 1), time.monotonic() + patience_seconds
+        gone, deadline = store.add("gone", 1), time.monotonic() + 3 * _POLL_SECONDS
+        if self._stopped_by is None and not self._heard(store):
+            deadline = max(deadline, self._starting_until)
         while self._served is not None and gone < self._size and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             gone = store.add("gone", 0)
@@ -314,8 +387,8 @@ class Channel:
 
     def _heard_twice(self, store: Store) -> tuple[list[Beat], list[Beat]]:
         """Every rank's last beat, and again when each has had the time for another."""
-        before = self._heard(store)
-        time.sleep(2.5 * BEAT_SECONDS)
+        if before := self._heard(store):
+            time.sleep(2.5 * BEAT_SECONDS)
         return before, self._heard(store)
 
     def _heard(self, store: Store) -> list[Beat]:
@@ -369,6 +442,10 @@ class Channel:
         with self._lock:
             self._stopped_by = self._stopped_by or self._take_signal()
             return self._stopped_by
+
+    def _heed_signal(self) -> None:
+        if (number := self._signal()) is not None:
+            raise Interrupted(number)
 
     def _beat(self, store: Store, failures: Failures) -> None:
         """Beat, if it is time; on rank 0, show progress, and look which ranks have not moved for too long."""

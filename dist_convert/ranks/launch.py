@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 from dist_convert.errors import RESUME, ConversionError, LostRank
-from dist_convert.ranks.channel import Failures, store_of_ranks
+from dist_convert.ranks.channel import Failures, serve_store
 from dist_convert.ranks.signals import CAUGHT, handled_by
 
 #: From the end of a rank that failed until the others, which should have ended by themselves, are killed.
@@ -53,7 +53,7 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
         ]
         try:
             with _forwarding(processes) as forwarded:
-                failures = Failures(store_of_ranks(is_served_here=True, meeting=meeting))
+                failures = Failures(serve_store(meeting))
                 exit_code = _wait(processes, failures, forwarded)
                 if (posted := failures.read()) and not failures.is_printed():
                     print(posted["message"], file=sys.stderr)  # who posted it was killed before it could
