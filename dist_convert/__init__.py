@@ -118,7 +118,8 @@ def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, 
         if kind_of(one) == "path" and value is not None:
             value = _path(value)
         elif kind_of(one) == "size" and isinstance(value, str):
-            value = parse_bytes(value)
+            with contextlib.suppress(errors.UsageError):  # which `check_values` raises with the option's name
+                value = parse_bytes(value)
         values[one.name] = value
     return values
 

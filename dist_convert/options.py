@@ -58,6 +58,9 @@ VIRTUAL_STAGE_FLAGS = (
 SAMPLE = Fraction(1, 16)
 #: What is far larger does not fit into the libraries' counters.
 MOST_SECONDS = 1_000_000
+#: Larger than any grid, any vocabulary, any disk and any base of rotary frequencies: an oversight, which no header and
+#: no loop is to learn of.
+MOST_COUNT, MOST_BYTES, MOST_NUMBER = 10_000_000, 10**18, 10**12
 
 Group = Literal["source", "target", "run"]
 Kind = Literal["text", "path", "count", "iteration", "size", "seconds", "switch", "repository", "share", "number"]
@@ -412,9 +415,15 @@ KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
     "repository": ("text", lambda value: isinstance(value, str)),
     "path": ("a path", lambda value: isinstance(value, Path)),
     "switch": ("True or False", lambda value: isinstance(value, bool)),
-    "number": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 1e300),
-    "count": ("a positive whole number", lambda value: type(value) is int and value > 0),
-    "size": ("bytes, or text with a unit", lambda value: type(value) is int and value > 0),
+    "number": (
+        f"a number above 0, up to {MOST_NUMBER}",
+        lambda value: type(value) in (int, float) and 0 < value <= MOST_NUMBER,
+    ),
+    "count": (f"a whole number from 1 to {MOST_COUNT}", lambda value: type(value) is int and 0 < value <= MOST_COUNT),
+    "size": (
+        "bytes, or text with a unit, up to an exabyte",
+        lambda value: type(value) is int and 0 < value <= MOST_BYTES,
+    ),
     "seconds": (f"whole seconds up to {MOST_SECONDS}", lambda value: type(value) is int and 0 < value <= MOST_SECONDS),
     "iteration": (
         f"a whole number of 0 or more and at most 18 digits, or {RELEASE!r}",

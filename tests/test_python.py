@@ -102,7 +102,7 @@ def test_an_error_is_the_exception_that_it_is_on_the_command_line(
         ({"target_tensor_parallel_size": 0}, "target_tensor_parallel_size"),
         ({"iteration": -1}, "iteration"),
         ({"overwrite": "yes"}, "overwrite"),
-        ({"max_shard_size": "5XB"}, "not a size"),
+        ({"max_shard_size": "5XB"}, "max_shard_size_bytes has a wrong value"),
         ({"private": True}, "nothing is uploaded"),
     ],
 )

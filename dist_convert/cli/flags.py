@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
@@ -71,6 +72,11 @@ def _whole_number(text: str) -> int:
     return int(text) if text.isdecimal() else -1
 
 
+def _share(text: str) -> Fraction | None:
+    """Of a few digits: what an exponent stands for may have billions of them."""
+    return Fraction(text) if re.fullmatch("[0-9./]{1,20}", text) else None
+
+
 def _text(text: str) -> str:
     """A name, or a path in which ~ is the home directory."""
     if not text:
@@ -93,7 +99,7 @@ _TEXTS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
     "seconds": (_whole_number, "SECONDS"),
     "iteration": (lambda text: RELEASE if text == RELEASE else _whole_number(text), "N"),
     "size": (parse_bytes, "SIZE"),
-    "share": (Fraction, "SHARE"),
+    "share": (_share, "SHARE"),
     "repository": (_repository, "org/name"),
 }
 

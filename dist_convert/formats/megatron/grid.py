@@ -569,14 +569,14 @@ def _ranks(
         reasons.append(f"{rest}{remain} layers are not divisible by {others}{remain} pipeline ranks")
     elif others > 0 and rest == 0:
         reasons.append(f"no layers are left for {others} of the pipeline ranks")
-    share = rest // others if others > 0 else 0
-    ranks = [share] * max(0, others)
-    ranks = ([first] if first is not None else []) + ranks + ([last] if last is not None else [])
     # With an uneven rest the shares mean nothing; what was given is checked all the same.
-    for count in dict.fromkeys(given if others > 0 and rest % others else ranks):
-        if virtual > 1 and count % virtual:
+    share = rest // others if others > 0 and rest % others == 0 else None
+    for count in dict.fromkeys((first, share, last)):
+        if count is not None and virtual > 1 and count % virtual:
             reasons.append(f"the {count} layers of a pipeline rank are not divisible by {virtual} virtual stages")
-    return ranks
+    if reasons:
+        return []
+    return [count for count in (first, *[share] * max(0, others), last) if count is not None]
 
 
 def _parse(layout: str, reasons: list[str]) -> list[str]:
