@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,40 @@ def test_a_lost_rank_is_no_smaller_grid_where_args_lack_it(tmp_path: Path) -> No
         config_of(source, tmp_path / "hf")
 
 
-def test_directories_of_two_grids_are_an_error_of_ours_where_args_lack_the_sizes(tmp_path: Path) -> None:
-    lacking = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    source = with_args(tmp_path, grid=Grid(tp=2), drop=lacking)
-    (source / "iter_0000004" / "mp_rank_01").rename(source / "iter_0000004" / "mp_rank_01_000")
-    with pytest.raises(ConversionError):
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        (
+            Grid(tp=4),
+            Grid(tp=2),
+            "[16, 16] in mp_rank_00, mp_rank_01; [8, 16] in mp_rank_02, mp_rank_03",
+        ),
+        (
+            Grid(tp=2, pp=2),
+            Grid(pp=2),
+            "[32, 16] in mp_rank_00_000; [16, 16] in mp_rank_01_000",
+        ),
+        (
+            Grid(tp=2),
+            Grid(pp=2),
+            "names with 1 number in mp_rank_00, mp_rank_01; names with 2 numbers in mp_rank_00_000, mp_rank_00_001",
+        ),
+    ],
+    ids=str,
+)
+def test_directories_of_two_grids_are_named_where_args_lack_the_sizes(
+    first: Grid, second: Grid, found: str, tmp_path: Path
+) -> None:
+    lacking = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_tensor_parallel_size")
+    model = Model(layers=2, groups=4)
+    with_args(tmp_path / "second", model, second, lacking)
+    source = with_args(tmp_path, model, first, lacking)
+    shutil.copytree(tmp_path / "second" / "megatron", source, dirs_exist_ok=True)
+    with pytest.raises(ConversionError, match="rank directories of two grids") as caught:
         config_of(source, tmp_path / "hf")
+    assert caught.value.file == str(source / "iter_0000004")
+    assert caught.value.found == found
+    assert caught.value.tensor == ("" if "number" in found else "embedding.word_embeddings.weight")
 
 
 def test_where_a_rank_has_another_name_nothing_is_advised_that_would_lose_its_shard(tmp_path: Path) -> None:

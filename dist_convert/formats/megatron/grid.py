@@ -16,6 +16,7 @@ from dist_convert.records import counted
 from dist_convert.records import names as some
 
 SHARD_FILE = "model_optim_rng.pt"
+COPY_ONE = "copy the one that is meant to a directory of its own, complete, from where it was saved"
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ def is_rank_directory(name: str) -> bool:
     return (prefix, rank) == ("mp", "rank") and 1 <= len(parts) <= 3 and all(part.isdecimal() for part in parts)
 
 
+def rank_numbers(file: str) -> tuple[int, ...]:
+    """The numbers in the name of the rank directory in which a file lies."""
+    return tuple(map(int, file.partition("/")[0].split("_")[2:]))
+
+
 def sizes_of_directories(files: Iterable[str], args: Mapping[str, Any]) -> dict[str, int]:
     """The parallel sizes that args lack and the names of all rank directories tell, by their arguments.
 
     Of two numbers the second one is the pipeline's, but where experts are divided.
     """
-    ranks = [tuple(map(int, file.partition("/")[0].split("_")[2:])) for file in files]
+    ranks = [rank_numbers(file) for file in files]
     if len(set(map(len, ranks))) > 1:
         return {}  # of several grids, which is told where the files are counted
     has_pipeline = len(ranks[0]) > 2 or (args.get("expert_model_parallel_size") or 1) == 1
@@ -148,8 +154,7 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
             "rank directories that the checkpoint's own args do not name",
             expected=f"the directories of {grid}" + (f", of which are missing: {some(missing, 6)}" if missing else ""),
             found=some(foreign, 6),
-            remedy="two checkpoints may share this directory: copy the one that is meant to a directory of its own, "
-            "complete, from where it was saved",
+            remedy=f"two checkpoints may share this directory: {COPY_ONE}",
         )
     if missing:
         remedy = "copy the missing directories beside the others"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import below
+from dist_convert.errors import InconsistentShards, below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
-from dist_convert.formats.megatron.grid import SHARD_FILE, sizes_of_directories
+from dist_convert.formats.megatron.grid import COPY_ONE, SHARD_FILE, rank_numbers, sizes_of_directories
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
 from dist_convert.formats.megatron.names import TIED, normalise
 from dist_convert.formats.megatron.said import Said, said_of
@@ -29,7 +29,7 @@ from dist_convert.models.schema import MOST_RANKS, is_size
 from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.records import names
+from dist_convert.records import counted, names
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,47 @@ def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Sha
             world, directory, files, lambda file: shard_to_json(read_shard(directory / file, file)), expected=expected
         )
     shards = {file: shard_from_json(header) for file, header in found.headers.items()}
-    sizes = sizes_of_directories(shards, shards[min(shards)].args)
+    args = shards[min(shards)].args
+    if args.get("tensor_model_parallel_size") is None:
+        _check_one_grid(shards, directory)
+    sizes = sizes_of_directories(shards, args)
     return found, {file: replace(shard, args={**shard.args, **sizes}) for file, shard in shards.items()}
+
+
+def _check_one_grid(shards: Mapping[str, Shard], directory: Path) -> None:
+    """Refuse rank directories that hold parts of two grids, where no args but their names tell the grid.
+
+    Raises:
+        InconsistentShards: names of two forms, or a tensor of several shapes on the tensor parallel ranks of a stage.
+    """
+    forms: dict[str, list[str]] = {}
+    stages: dict[tuple[int, ...], list[Shard]] = {}
+    for file, shard in sorted(shards.items()):
+        _, *stage = rank_numbers(file)
+        forms.setdefault(f"names with {counted(len(stage) + 1, 'number')}", []).append(file)
+        stages.setdefault(tuple(stage), []).append(shard)
+    _check_alike(forms, directory, "")
+    for ranks in stages.values():
+        shapes: dict[str, dict[str, list[str]]] = {}
+        for shard in ranks:
+            for name, tensor in ((name, tensor) for chunk in shard.chunks for name, tensor in chunk.items()):
+                shapes.setdefault(name, {}).setdefault(str(list(tensor.shape)), []).append(shard.file)
+        for name, files in shapes.items():
+            _check_alike(files, directory, name)
+
+
+def _check_alike(files: Mapping[str, Sequence[str]], directory: Path, tensor: str) -> None:
+    """Refuse files of several kinds; `files` are those of each kind."""
+    if len(files) > 1:
+        shown = [f"{what} in {names(file.partition('/')[0] for file in which)}" for what, which in files.items()]
+        raise InconsistentShards(
+            "rank directories of two grids, and the args do not say which one is meant",
+            tensor=tensor,
+            file=str(directory),
+            expected="directories of one grid, with equal shares of every tensor",
+            found="; ".join(shown),
+            remedy=COPY_ONE,
+        )
 
 
 def open_torch(

@@ -171,7 +171,7 @@ def _place_layers(
             file=min(first_file.values()),
             expected=f"num_layers={architecture.layers}",
             found=f"{found} ({by_stage})" if found else listed or "models without tensors",
-            remedy="a pipeline stage is incomplete or of another run: copy it again from where it was saved"
+            remedy="a pipeline stage is incomplete, or of another run or grid: copy it again from where it was saved"
             if found
             else "look for the weights elsewhere: a save failed here, or a tool has put them under other names",
         )
