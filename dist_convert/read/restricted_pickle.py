@@ -449,6 +449,11 @@ class _Unpickler:
         return _checked_key(key)
 
 
+def class_of(value: object) -> str:
+    """The name of the class of a value of `load`, for an error."""
+    return value.class_name if isinstance(value, Inert) else type(value).__name__
+
+
 def is_foreign(class_name: str) -> bool:
     """Whether a class is of a package that no checkpoint needs: not of Megatron, Python, torch or numpy."""
     package = class_name.partition(".")[0]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
-from dist_convert.read.restricted_pickle import Tensor, load
+from dist_convert.read.restricted_pickle import Tensor, class_of, load
 from dist_convert.read.source import open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes, names
 
@@ -273,7 +273,7 @@ def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
     """
     container, saved = open_object(path, file)
     if not isinstance(saved, Mapping):
-        raise CorruptFile("not a checkpoint file", file=file, expected="a dict", found=type(saved).__name__)
+        raise CorruptFile("not a checkpoint file", file=file, expected="a dict", found=class_of(saved))
     return container, saved
 
 
@@ -324,7 +324,7 @@ def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
     """
     container, saved = open_saved(path, file)
     others = [
-        f"{type(name).__name__ if isinstance(name, int) and name.bit_length() > 63 else name}: {type(value).__name__}"
+        f"{type(name).__name__ if isinstance(name, int) and name.bit_length() > 63 else name}: {class_of(value)}"
         for name, value in saved.items()
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]

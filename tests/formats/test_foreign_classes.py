@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,21 +55,72 @@ def test_an_object_in_an_argument_that_decides_the_model_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_of_another_package_s_class_is_refused_by_its_name_and_class(tmp_path: Path) -> None:
-    class Quantised(torch.Tensor):
-        pass
+class Quantised(torch.Tensor):
+    """A weight that another package keeps in its own way."""
 
-    Quantised.__qualname__, Quantised.__module__ = "Quantised", "torchao.quantised"
+
+class Wrapped:
+    """What holds a weight, and is none."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+
+def quantised(weight: torch.Tensor) -> torch.Tensor:
+    return weight.as_subclass(Quantised)
+
+
+@pytest.mark.parametrize(
+    ("made", "replaced"),
+    [
+        (quantised, [NAME]),
+        (Wrapped, [NAME]),
+        (quantised, ["embedding.word_embeddings.weight"]),
+        (quantised, None),
+    ],
+    ids=["a weight", "an object", "the embedding", "every weight"],
+)
+def test_the_class_is_all_that_is_said_of_objects_where_tensors_are_needed(
+    made: Callable[[torch.Tensor], object], replaced: list[str] | None, tmp_path: Path
+) -> None:
     shards = megatron_shards(LAYER, hf_tensors(LAYER))
     [chunk] = shards["mp_rank_00"]
-    chunk[NAME] = chunk[NAME].as_subclass(Quantised)
-    with importable(Quantised, "torchao.quantised"):
-        save(tmp_path / "in", shards, training_args(LAYER))
+    weights = {name: weight for name, weight in chunk.items() if weight is not None}
+    changed: dict[str, Any] = {name: made(weights[name]) for name in replaced or weights}
+    with named(Quantised, "torchao.quantised"), named(Wrapped, "torchao.wrapped"):
+        save(tmp_path / "in", {"mp_rank_00": [{**chunk, **changed}]}, training_args(LAYER))
     with pytest.raises(ConversionError) as caught:
         dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
-    assert f"tensor:   {NAME}\n" in str(caught.value)
-    assert "found:    an entry of class torchao.quantised.Quantised\n" in str(caught.value)
+    text = str(caught.value)
+    package = "torchao.wrapped.Wrapped" if made is Wrapped else "torchao.quantised.Quantised"
+    first = next(iter(changed))
+    assert (
+        f"an object of class {package}, which is not imported, among the model's tensors\n  tensor:   {first}\n" in text
+    )
+    assert "no tensor for" not in text
+    assert "has no place" not in text
     assert not (tmp_path / "out").exists()
+
+
+def test_the_class_of_what_stands_where_the_model_should_be_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "in", megatron_shards(LAYER, hf_tensors(LAYER)), training_args(LAYER))
+    file = tmp_path / "in/iter_0000004/mp_rank_00/model_optim_rng.pt"
+    saved = torch.load(file, weights_only=False)
+    with named(Wrapped, "torchao.wrapped"):
+        torch.save({**saved, "model": Wrapped(torch.ones(1))}, file)
+    with pytest.raises(ConversionError, match="the file holds no model") as caught:
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert "model: torchao.wrapped.Wrapped" in caught.value.found
+
+
+@contextmanager
+def named(kind: type, module: str) -> Iterator[None]:
+    """Within it a class is pickled as one of another package."""
+    before = kind.__module__
+    kind.__module__ = module
+    with importable(kind, module):
+        yield
+    kind.__module__ = before
 
 
 def save_with(root: Path, argument: str) -> dict[str, torch.Tensor]:

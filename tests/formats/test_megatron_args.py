@@ -185,7 +185,7 @@ def test_a_checkpoint_without_args_is_refused_with_what_it_holds(
     assert err.startswith("the checkpoint has no args\n")
     assert "/mp_rank_00/model_optim_rng.pt\n" in err
     assert "expected: an argparse.Namespace or a dict under the key 'args'\n" in err
-    assert "found:    checkpoint_version, iteration, model\n" in err
+    assert "found:    checkpoint_version: float, iteration: int, model: dict\n" in err
     assert "remedy:   " in err
     assert not (tmp_path / "out").exists()
 

@@ -188,13 +188,13 @@ def test_extra_state_and_capacity_bins_are_left_behind_and_counted() -> None:
     )
 
 
-def test_an_entry_that_is_no_tensor_and_has_no_place_is_told_with_its_class() -> None:
+def test_an_entry_that_is_no_tensor_is_told_with_its_class() -> None:
     made = shards(architecture())
     made[FIRST] = replace(made[FIRST], opaque=({"decoder.layers.0.mlp.linear_fc1.scale": "builtins.float"},))
     (problem,) = refused(made, architecture())
-    assert isinstance(problem, UnknownTensor)
+    assert isinstance(problem, UnsupportedModel)
     assert (problem.tensor, problem.file) == ("decoder.layers.0.mlp.linear_fc1.scale", FIRST)
-    assert problem.found == "an entry of class builtins.float"
+    assert problem.what == "an object of class builtins.float, which is not imported, among the model's tensors"
 
 
 @pytest.mark.parametrize(

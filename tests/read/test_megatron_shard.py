@@ -172,7 +172,7 @@ def test_the_version_of_a_checkpoint_of_megatron_core_does_not_matter(version: d
     [
         ([1], CorruptFile, "not a checkpoint file"),
         ({}, MissingArguments, "an empty dict"),
-        ({"model": {}}, MissingArguments, "found:    model"),
+        ({"model": {}}, MissingArguments, "found:    model: dict"),
         ({"args": [1], "model": {}}, MissingArguments, "argparse.Namespace"),
         ({"args": Namespace(num_layers=1), "model": OLD_NAMES}, UnsupportedModel, "older than version 2"),
         (

@@ -186,19 +186,13 @@ def dtype_problems(view: View, expected: str) -> list[ConversionError]:
     ]
 
 
-def unknown_tensor(family: Family, file: str, name: str, kind: str | None = None) -> UnknownTensor:
-    """The error about what has no place in a model.
-
-    Args:
-        family: of the model.
-        file, name: of the entry.
-        kind: its class, where it is no tensor.
-    """
+def unknown_tensor(family: Family, file: str, name: str) -> UnknownTensor:
+    """The error about a tensor that has no place in a model."""
     return UnknownTensor(
         f"{name} has no place in a {family.name} model",
         tensor=name,
         file=file,
         expected=f"only parameters of {family.hf_class}",
-        found=f"an entry of class {kind}" if kind else describe_homeless(normalise(name)),
+        found=describe_homeless(normalise(name)),
         remedy="nothing is dropped silently: convert with a family that has this parameter",
     )

@@ -14,7 +14,7 @@ from dist_convert.formats.huggingface.read import header_from_json, header_to_js
 from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.names import holds_no_weights
-from dist_convert.read.restricted_pickle import Inert, Tensor, foreign_classes, inside, plain_dict
+from dist_convert.read.restricted_pickle import Inert, Tensor, class_of, foreign_classes, inside, plain_dict
 from dist_convert.read.source import reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor
@@ -75,7 +75,7 @@ def read_shard(path: Path, file: str) -> Shard:
             "the checkpoint has no args",
             file=file,
             expected="an argparse.Namespace or a dict under the key 'args'",
-            found=", ".join(map(str, saved)) or "an empty dict",
+            found=_listed(saved) or "an empty dict",
             remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
         )
     models = _models(saved, file)
@@ -97,6 +97,10 @@ def read_shard(path: Path, file: str) -> Shard:
 
 #: Keys of a file that describe its model or hold it; with virtual stages there is model0, model1 and so on.
 _OF_MODEL = ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", "model")
+
+
+def _listed(saved: Mapping[Any, Any]) -> str:
+    return ", ".join(f"{name}: {class_of(value)}" for name, value in saved.items())
 
 
 def _is_beside(name: str) -> bool:
@@ -131,7 +135,7 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
             "the file holds no model",
             file=file,
             expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
-            found=", ".join(map(str, saved)),
+            found=_listed(saved),
         )
     return tuple(_flat(model, file) for model in models)
 
@@ -172,7 +176,7 @@ def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The entries that are no tensors, and what they are."""
     for name, value in model.items():
         if not isinstance(value, Tensor):
-            yield name, value.class_name if isinstance(value, Inert) else type(value).__name__
+            yield name, class_of(value)
 
 
 def stored_names(shard: Shard) -> list[str]:

@@ -5,7 +5,7 @@ together: missing, unknown and misshapen tensors, with their files.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +99,7 @@ def open_catalog(
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
     """
+    raise_together(list(_no_tensors(shards.values())))
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=imported_experts)
     files = _find_files(grid, shards)
@@ -127,6 +128,19 @@ def open_catalog(
         surveyed,
         add_to_norms=added_to_norms(first.args, min(shards), is_fused=any(map(megatron_names.has_fused_norm, listed))),
     ), left_behind
+
+
+def _no_tensors(shards: Iterable[Shard]) -> Iterator[UnsupportedModel]:
+    """Errors about objects among the tensors, which else would be missed by their names."""
+    for shard in shards:
+        for name, kind in (entry for opaque in shard.opaque for entry in opaque.items()):
+            if megatron_names.reason_to_drop(megatron_names.normalise(name)) is None:
+                yield UnsupportedModel(
+                    f"an object of class {kind}, which is not imported, among the model's tensors",
+                    tensor=name,
+                    file=shard.file,
+                    remedy="load the checkpoint with the program that saved it, and save plain tensors",
+                )
 
 
 def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:
@@ -266,7 +280,7 @@ def _leftovers(
             for name, size_bytes in {**sizes, **dict.fromkeys(opaque, 0)}.items():
                 reason = _reason_to_drop(catalog, megatron_names.normalise(name))
                 if reason is None:
-                    unknown.append(unknown_tensor(catalog.family, shard.file, name, opaque.get(name)))
+                    unknown.append(unknown_tensor(catalog.family, shard.file, name))
                 elif reason == _TIED_HEAD and name in unused and unused[name].shape != _rows_of_embedding(catalog):
                     unknown.append(_other_head(catalog, unused[name]))
                 else:
