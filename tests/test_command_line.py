@@ -382,12 +382,12 @@ def test_the_help_says_when_imported_experts_are_to_be_read_so(capsys: pytest.Ca
     assert "never on one that was trained since" in text
 
 
-def test_a_number_of_thousands_of_digits_in_a_job_file_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "job.yaml").write_text(f"tp: 0x{'f' * 5000}\n")
-    assert main(["convert", "--config", str(tmp_path / "job.yaml"), "/in", "/out", "--to", "torch"]) == 2
-    assert capsys.readouterr().err.startswith("a number with more than 64 bits\n")
+def test_a_job_files_values_are_the_texts_that_stand_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML 1.1 would read the names of directories as a number, a number in base 8, one in base 60 and a date."""
+    for name in ("1_000", "0777", "1:30", "2026-1-2"):
+        (tmp_path / "job.yaml").write_text(f"source: {name}\n")
+        assert main(["convert", "--config", str(tmp_path / "job.yaml"), "--to", "torch", "--target", "out"]) == 2
+        assert f"file:     {name}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, SourceError, UsageError
 from dist_convert.options import Options, flag_of, given, kind_of
-from dist_convert.read.source import read_small_file
+from dist_convert.read.yaml_file import read_yaml
 
 
 def flags_of_file(
@@ -37,13 +37,11 @@ def flags_of_file(
         return {}, [*problems, UsageError(error.what, file=str(path), remedy=error.remedy)]
 
 
-def _words(parser: ArgumentParser, key: object, value: object, suggestion: Callable[[str], str]) -> list[str]:
+def _words(parser: ArgumentParser, key: str, value: object, suggestion: Callable[[str], str]) -> list[str]:
     """What the command line would have for one key of a file; raises UsageError for what is wrong with it."""
-    if isinstance(value, list | dict):  # of which aliases may make far more than the file has bytes
+    if isinstance(value, list | dict):
         raise UsageError(f"{key} cannot be a {type(value).__name__}")
-    if any(isinstance(one, int) and one.bit_length() > 64 for one in (key, value)):  # their digits are not printed
-        raise UsageError("a number with more than 64 bits")
-    flag = "--" + str(key).replace("_", "-")
+    flag = "--" + key.replace("_", "-")
     found = f"{key}: {'true' if value is True else value}"
     if flag == "--config":
         raise UsageError("a job file cannot name another one", found=found)
@@ -67,20 +65,14 @@ def _words(parser: ArgumentParser, key: object, value: object, suggestion: Calla
 _MAX_JOB_BYTES = 100_000
 
 
-def _read(path: Path) -> dict[Any, Any]:
-    import yaml  # only here: most runs have no job file
-
+def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(read_small_file(path, _MAX_JOB_BYTES).decode("utf-8"))
-    except (SourceError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = error.found if isinstance(error, SourceError) else error
+        return read_yaml(path, _MAX_JOB_BYTES, numbers=False)
+    except SourceError as error:
+        remedy = "check --config on every node"
         raise UsageError(
-            "cannot read the job file", file=str(path), found=str(reason), remedy="check --config on every node"
+            "cannot read the job file", file=str(path), expected=error.expected, found=error.found, remedy=remedy
         ) from error
-    if not isinstance(data, dict):
-        expected = "flag: value, a line each"
-        raise UsageError("not a job file", file=str(path), expected=expected, found=type(data).__name__)
-    return data
 
 
 def job_file(job: Options, **besides: object) -> str:

@@ -111,12 +111,12 @@ JOB_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "too large": (lambda path: path.write_text("# a comment\n" * 10**4), "120 kB"),
     "nested": (lambda path: path.write_text("[" * 1500), "recursion"),
     "nested, and closed": (lambda path: path.write_text("a: " + "[" * 1500 + "]" * 1500), "recursion"),
-    "a number of 5,000 digits": (lambda path: path.write_text("tp: " + "9" * 5000), "Exceeds the limit"),
+    "a number of 5,000 digits": (lambda path: path.write_text("tp: " + "9" * 5000), "not a positive whole number"),
     "a list that holds a list of lists": (
         lambda path: path.write_text(
             "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
         ),
-        "a0 cannot be a list",
+        "line 1: an alias",
     ),
 }
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CorruptFile, MissingArguments
-from dist_convert.read.source import reading
+from dist_convert.errors import MissingArguments
+from dist_convert.read.yaml_file import read_yaml
 
 RUN_CONFIG_FILE = "run_config.yaml"
-#: Ten times what Megatron-Bridge writes, and three times as deep.
-_MOST_BYTES, _DEEPEST = 1 << 17, 20
+#: Ten times what Megatron-Bridge writes.
+_MOST_BYTES = 1 << 17
 #: Argument -> the field that says the same.
 _RENAMED = {
     "num_experts": "num_moe_experts",
@@ -37,11 +37,11 @@ def args_of_run_config(directory: Path) -> dict[str, Any]:
     """The training arguments that say what `run_config.yaml` says; sizes are compared with the tensors' later.
 
     Raises:
-        CorruptFile: it is no YAML, or too large, or has aliases.
+        CorruptFile: it is no YAML of plain values, or too large.
         MissingArguments: a field that decides the model is absent.
     """
     path = directory / RUN_CONFIG_FILE
-    model = _plain_yaml(path).get("model")
+    model = read_yaml(path, _MOST_BYTES, numbers=True).get("model")
     fields: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
     absent = [name for name in _NEEDED if name not in fields]
     if absent:
@@ -62,42 +62,3 @@ def args_of_run_config(directory: Path) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
         "group_query_attention": fields["num_query_groups"] is not None,
     }
-
-
-def _plain_yaml(path: Path) -> Mapping[str, Any]:
-    """A YAML file of plain values.
-
-    Raises:
-        CorruptFile
-    """
-    import yaml  # only here: other checkpoints have none
-
-    with reading(path), path.open("rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    values: object = None
-    try:
-        found = f"{len(data)} bytes or more" if len(data) > _MOST_BYTES else _costly(data)
-        values = None if found else yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError) as error:
-        found = f"{type(error).__name__}: {error}"[:200]
-    if isinstance(values, Mapping):
-        return values
-    raise CorruptFile(
-        "damaged run_config.yaml",
-        file=str(path),
-        expected=f"a mapping of plain values in YAML, without aliases, of at most {_MOST_BYTES} bytes",
-        found=found or type(values).__name__,
-        remedy="copy the file again from where it was saved",
-    )
-
-
-def _costly(data: bytes) -> str:
-    """What in a YAML text takes more time or memory than its size tells; "" if nothing does."""
-    import yaml
-
-    depth = 0
-    for token in yaml.scan(data):
-        depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
-        if isinstance(token, yaml.AliasToken) or depth > _DEEPEST:
-            return "an alias" if isinstance(token, yaml.AliasToken) else f"more than {_DEEPEST} levels"
-    return ""
