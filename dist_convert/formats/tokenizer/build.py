@@ -7,7 +7,8 @@ Llama 2, Mistral and Mixtral have the former (the message is google/sentencepiec
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from dist_convert.read.source import read_small_file
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 _SPACE = "▁"
+#: Four times the largest model file that is published, and four times what the squares of its tokens' lengths add up to
+#: for each byte.
+_MOST_BYTES, _MOST_WORK = 16_000_000, 16
+_ANOTHER = "copy it again, or give another one with --tokenizer"
 
 
 def is_sentencepiece(start: bytes) -> bool:
@@ -25,8 +30,8 @@ def is_sentencepiece(start: bytes) -> bool:
     return len(start) > 2 and start[0] == 0x0A and start[2] == 0x0A
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """Size and special ids.
+def read_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, int]]:
+    """Size and special ids of a model, and its pieces with their ids.
 
     Raises:
         CorruptFile: not a SentencePiece model.
@@ -34,12 +39,12 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         MissingPackage: protobuf is not installed.
     """
     proto = _read(path)
-    _refuse_others(proto, path)
     control, chat = _pieces(proto, _CONTROL), None
     if {"[INST]", "[/INST]"} <= set(control):  # as in Mistral's models from the second version on
         chat = "mistral v7" if {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"} <= set(control) else "mistral v3"
     bos, eos, pad = _roles(proto)
-    return Tokenizer("sentencepiece", path, len(proto.pieces), bos, eos, pad, chat=chat)
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    return Tokenizer("sentencepiece", path, len(ids), bos, eos, pad, chat=chat), ids
 
 
 def _pieces(proto: Any, *types: int) -> list[str]:
@@ -52,27 +57,8 @@ def _roles(proto: Any) -> list[int | None]:
     return [number if 0 <= number < len(proto.pieces) else None for number in ids]
 
 
-def _refuse_others(proto: Any, path: Path) -> None:
-    """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
-    user_defined = _pieces(proto, _USER_DEFINED)
-    moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
-    faults = (
-        (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
-        (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
-        (bool(_pieces(proto, _UNUSED)), "unused pieces"),
-        (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
-    )
-    found = [what for is_there, what in faults if is_there]
-    if found:
-        raise UnsupportedModel(
-            "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted",
-            file=str(path),
-            found=", ".join(found),
-            remedy="give the directory of a Hugging Face tokenizer",
-        )
-
-
 def _read(path: Path) -> Any:
+    """The message, of a model that sentencepiece loads and tokenizer.json expresses exactly."""
     try:
         from google.protobuf.message import DecodeError
     except ImportError as error:
@@ -85,15 +71,70 @@ def _read(path: Path) -> Any:
 
     message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
     try:
-        message.ParseFromString(read_small_file(path))
+        message.ParseFromString(read_small_file(path, _MOST_BYTES))
+        damage = _damage(message)
     except DecodeError as error:
-        raise CorruptFile(
-            "not a SentencePiece model",
-            file=str(path),
-            found=str(error),
-            remedy="copy it again, or give another one with --tokenizer",
-        ) from error
+        damage = str(error)
+    if damage:
+        raise CorruptFile("not a SentencePiece model", file=str(path), found=damage, remedy=_ANOTHER)
+    _refuse_others(message, path)
+    _refuse_long(_pieces(message, _NORMAL), message.ByteSize(), path)
     return message
+
+
+def _damage(proto: Any) -> str:
+    """Why sentencepiece itself does not load a model (`InitializePieces` in its src/model_interface.cc)."""
+    ids: dict[str, int] = {}
+    for number, piece in enumerate(proto.pieces):
+        text = piece.piece
+        if not isinstance(text, str) or not text or "\0" in text:
+            return f"piece {number} is no text: {text[:60]!r}"
+        if ids.setdefault(text, number) != number:
+            return f"pieces {ids[text]} and {number} are both {text[:60]!r}"
+    if (unknown := len(_pieces(proto, _UNKNOWN))) != 1:
+        return f"{unknown} pieces for what is unknown, not 1"
+    expected = {f"<0x{byte:02X}>" for byte in range(256)} if proto.trainer_spec.byte_fallback else set()
+    if set(_pieces(proto, _BYTE)) != expected:
+        return f"other pieces for bytes than its {len(expected)}"
+    return ""
+
+
+def _refuse_others(proto: Any, path: Path) -> None:
+    """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
+    user_defined = _pieces(proto, _USER_DEFINED)
+    moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
+    faults = (
+        (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
+        (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
+        (bool(_pieces(proto, _UNUSED)), "unused pieces"),
+        (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
+        (any(isnan(piece.score) for piece in proto.pieces), "scores that are no numbers"),
+    )
+    found = [what for is_there, what in faults if is_there]
+    if found:
+        raise UnsupportedModel(
+            "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted",
+            file=str(path),
+            found=", ".join(found),
+            remedy="give the directory of a Hugging Face tokenizer",
+        )
+
+
+def _refuse_long(tokens: Iterable[str | bytes], size_bytes: int, path: Path) -> None:
+    """Refuse tokens so long that to try all ways to cut them takes time, and the merges memory, beyond a file's size.
+
+    Raises:
+        CorruptFile
+    """
+    lengths = [len(token) for token in tokens]
+    if sum(length**2 for length in lengths) > _MOST_WORK * size_bytes:
+        raise CorruptFile(
+            "the tokens of the tokenizer are too long",
+            file=str(path),
+            expected=f"tokens whose squared lengths add up to {_MOST_WORK} times the file's size, or less",
+            found=f"{len(lengths)} tokens of up to {max(lengths)} in {size_bytes} bytes",
+            remedy=_ANOTHER,
+        )
 
 
 def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
@@ -103,13 +144,13 @@ def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
     proto = _read(path)
     pieces, user_defined = proto.pieces, _pieces(proto, _USER_DEFINED)
     bos, eos, pad = (None if number is None else pieces[number].piece for number in _roles(proto))
-    unknown = next(iter(_pieces(proto, _UNKNOWN)), None)
+    (unknown,) = _pieces(proto, _UNKNOWN)
     model = models.BPE(
         {piece.piece: number for number, piece in enumerate(pieces)},
         _merges_by_score({piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}),
         unk_token=unknown,
         fuse_unk=True,
-        byte_fallback=bool(_pieces(proto, _BYTE)),
+        byte_fallback=proto.trainer_spec.byte_fallback,
     )
     tokenizer: Any = Tokenizer(model)
     tokenizer.normalizer = _normalizer(proto.normalizer_spec, user_defined)
@@ -214,7 +255,8 @@ def read_tiktoken(path: Path) -> Tokenizer:
 def _ids_of(path: Path) -> dict[bytes, int]:
     """The tokens and their ids. tiktoken's own reader keeps a copy by path, which may be of another file by now."""
     ids: dict[bytes, int] = {}
-    for number, line in enumerate(read_small_file(path).splitlines()):
+    content = read_small_file(path, _MOST_BYTES)
+    for number, line in enumerate(content.splitlines()):
         text, _, id_ = line.partition(b" ")
         try:
             token = base64.b64decode(text, validate=True) if id_ == b"%d" % number else b""
@@ -226,7 +268,7 @@ def _ids_of(path: Path) -> dict[bytes, int]:
                 file=str(path),
                 expected=f"line {number + 1}: a token in base64 and its id, {number}",
                 found=repr(line[:60]) + (f", the token of id {ids[token]}" if token in ids else ""),
-                remedy="copy it again, or give another one with --tokenizer",
+                remedy=_ANOTHER,
             )
         ids[token] = number
     if len(ids) != BASE_TOKENS:
@@ -237,6 +279,7 @@ def _ids_of(path: Path) -> dict[bytes, int]:
             found=len(ids),
             remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
         )
+    _refuse_long(ids, len(content), path)
     return ids
 
 

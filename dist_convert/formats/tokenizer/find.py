@@ -133,7 +133,7 @@ def _at(path: Path) -> Tokenizer | None:
             start = opened.read(512)  # both kinds are called tokenizer.model
         if is_tiktoken(start):
             return read_tiktoken(file)
-        return read_sentencepiece(file) if is_sentencepiece(start) else None
+        return read_sentencepiece(file)[0] if is_sentencepiece(start) else None
     except OSError as error:
         name = str(error.filename or path)
         raise SourceError("the tokenizer cannot be read", file=name, found=error.strerror or str(error)) from error

@@ -8,13 +8,15 @@ is built, from the model and the directory's own settings.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CorruptFile, SourceError
+from dist_convert.errors import CorruptFile
+from dist_convert.formats.huggingface.config import published
 from dist_convert.formats.huggingface.read import check_inside
 from dist_convert.formats.tokenizer.build import (
     around_texts,
@@ -61,23 +63,94 @@ def has_tokenizer_files(directory: Path) -> bool:
     return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
 
 
-#: A vocabulary of 600,000 tokens and their merges, which are pairs.
-_MOST_VALUES = 5_000_000
+#: A vocabulary of 600,000 tokens and their merges, which are pairs; tokens a line each; what a library's ids can be.
+_MOST_VALUES, _MOST_WORDS_BYTES, _MOST_IDS = 5_000_000, 16_000_000, 1 << 32
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+#: What else is read of tokenizer_config.json.
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "tokenizer_class": ("a text", (str,)),
+    "chat_template": ("a text, or several", (str, list, dict)),
+    "extra_special_tokens": ("tokens", (list, dict)),
+    "added_tokens_decoder": ("tokens by id", (dict,)),
+    **dict.fromkeys(("legacy", "add_bos_token", "add_eos_token"), ("true or false", (bool,))),
+}
 
 
-@contextmanager
-def _parsing(path: Path) -> Iterator[dict[str, Any]]:
-    """The content of a file, or nothing where there is none; what cannot be understood in it names the file."""
-    try:
-        yield read_json(path, most_values=_MOST_VALUES) if path.is_file() else {}
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CorruptFile(
-            "a file of the tokenizer is damaged",
-            file=str(path),
-            expected="what Hugging Face's tokenizers write",
-            found=f"{type(error).__name__}: {error}",
-            remedy="copy it again, or give another directory with --tokenizer",
-        ) from error
+@dataclass(frozen=True)
+class _Settings:
+    """What the small files of a tokenizer's directory say, with the types that they should have.
+
+    Attributes:
+        config: the content of tokenizer_config.json.
+        roles: for each of `_ROLES` that is named, the token's text, or None, and the file that says so.
+        added: the tokens that were added to the model's, by id, each with its text and flags.
+    """
+
+    config: Mapping[str, Any]
+    roles: Mapping[str, tuple[str | None, Path]]
+    added: Mapping[int, Mapping[str, Any]]
+
+
+def _damaged(path: Path, key: str, expected: str, found: object) -> CorruptFile:
+    return CorruptFile(
+        "a file of the tokenizer is damaged",
+        file=str(path),
+        expected=f"{key}: {expected}",
+        found=reprlib.repr(found),
+        remedy="copy it again, or give another directory with --tokenizer",
+    )
+
+
+def _text(path: Path, key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise _damaged(path, key, "a text", value)
+
+
+def _id(path: Path, key: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_IDS:
+        return value
+    raise _damaged(path, key, "an id", value)
+
+
+def _settings(directory: Path) -> _Settings:
+    """The settings in a directory, whose links have been checked.
+
+    Raises:
+        CorruptFile: naming file and key.
+    """
+    contents = {name: _read_settings(directory / name) for name in (CONFIG, _SPECIAL_TOKENS, _ADDED_FILE)}
+    config, path, roles = contents[CONFIG], directory / CONFIG, {}
+    for key, (expected, types) in _TYPES.items():
+        if config.get(key) is not None and not isinstance(config[key], types):
+            raise _damaged(path, key, expected, config[key])
+    for role, name in product(_ROLES, (_SPECIAL_TOKENS, CONFIG)):  # the latter wins
+        if role in contents[name]:
+            token = contents[name][role]
+            text = token.get("content") if isinstance(token, dict) else token
+            roles[role] = (None if token is None else _text(directory / name, role, text), directory / name)
+    added: dict[int, dict[str, Any]] = {}
+    for text, number in contents[_ADDED_FILE].items():
+        added[_id(directory / _ADDED_FILE, text, number)] = {"content": text}
+    for number, token in (config.get("added_tokens_decoder") or {}).items():
+        key = f"added_tokens_decoder, {number}"
+        if not isinstance(token, dict) or not all(isinstance(token.get(flag, False), bool) for flag in _FLAGS):
+            raise _damaged(path, key, "a token", token)
+        id_ = _id(path, key, int(number) if number.isascii() and number.isdecimal() else number)
+        added[id_] = {**token, "content": _text(path, key, token.get("content"))}
+    return _Settings(config, roles, added)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """An object from a file, nothing where there is none, whose texts can be written again."""
+    content = read_json(path) if path.is_file() else {}
+    for key, value in content.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _damaged(path, key, "characters", error.object[error.start : error.end]) from error
+    return content
 
 
 def read_huggingface(directory: Path) -> Tokenizer:
@@ -89,27 +162,25 @@ def read_huggingface(directory: Path) -> Tokenizer:
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    added = _added(directory)
-    if is_slow(directory):
-        model = replace(read_sentencepiece(directory / MODEL_FILE), kind="slow", path=directory, chat=None)
-        ids, size = {}, model.size or 0
-        for expected, number in enumerate(sorted(number for number in added if number >= size), start=size):
-            if number != expected:
-                raise SourceError(
-                    "added tokens of the tokenizer leave ids out",
-                    file=str(directory),
-                    expected=f"id {expected}",
-                    found=f"id {number}: {added[number]['content']!r}",
-                )
+    published({}, directory)  # what is damaged there is to be known before anything is written
+    said = _settings(directory)
+    is_built = is_slow(directory)
+    if is_built:
+        model, ids = read_sentencepiece(directory / MODEL_FILE)
+        model = replace(model, kind="slow", path=directory, chat=None)
+        _check_added(directory, ids, said)
     else:
         model, ids = Tokenizer("huggingface", directory), _vocabulary(directory)
-        size = max(ids.values(), default=-1) + 1
-    ids |= {token["content"]: number for number, token in added.items()}
-    bos, eos, pad = _special_ids(directory, ids)
-    has_template, warnings = _notes_on(directory)
+    size = max(ids.values(), default=-1) + 1
+    ids |= {token["content"]: number for number, token in said.added.items()}
+    bos, eos, pad = (ids.get(said.roles[role][0] or "") if role in said.roles else None for role in _ROLES[:3])
+    if not is_built and not {"bos_token", "eos_token"} & said.roles.keys():
+        usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
+        bos, eos = usual[0] if usual else (None, None)
+    has_template, warnings = _notes_on(directory, said.config)
     return replace(
         model,
-        size=max([size, *(number + 1 for number in added)]) if size else None,
+        size=max([size, *(number + 1 for number in said.added)]) if size else None,
         bos=model.bos if bos is None else bos,
         eos=model.eos if eos is None else eos,
         pad=model.pad if pad is None else pad,
@@ -119,59 +190,74 @@ def read_huggingface(directory: Path) -> Tokenizer:
     )
 
 
+def _check_added(directory: Path, pieces: Mapping[str, int], said: _Settings) -> None:
+    """Refuse what cannot be added to a model's pieces, in the order of the ids, under these ids.
+
+    Raises:
+        CorruptFile
+    """
+    ids = dict(pieces)
+    for number, token in sorted(said.added.items()):
+        text = token["content"]
+        if not text or (expected := ids.setdefault(text, len(ids))) != number:
+            raise CorruptFile(
+                "added tokens of the tokenizer leave ids out, or are there already",
+                file=str(directory),
+                expected=f"id {expected}" if text else "a text",
+                found=f"id {number}: {text!r}",
+            )
+    for role, (named, file) in said.roles.items():
+        if named and named not in ids:
+            raise _damaged(file, role, "a token of the model, or an added one", named)
+
+
 def _vocabulary(directory: Path) -> dict[str, int]:
     """The tokens by text: of tokenizer.json, or of what a class reads: words and numbers, or a word a line."""
-    if (directory / _FAST_FILE).is_file():
-        with _parsing(directory / _FAST_FILE) as tokenizer:
-            model = tokenizer.get("model")
-            vocab = model.get("vocab") if isinstance(model, dict) else None
-            if isinstance(vocab, list):  # Unigram: [piece, score] pairs
-                vocab = {str(pair[0]): number for number, pair in enumerate(vocab)}
-            found = dict(vocab) if isinstance(vocab, dict) else {}
-            found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-            return {str(token): int(number) for token, number in found.items()}
-    with _parsing(directory / "vocab.json") as words:
-        ids = {str(word): int(number) for word, number in words.items()}
-    if not ids and (directory / "vocab.txt").is_file():
-        text = read_small_file(directory / "vocab.txt").decode("utf-8", errors="replace")
-        lines = text.removesuffix("\n").split("\n")
-        ids = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
-    return ids
+    path = directory / _FAST_FILE
+    if path.is_file():
+        content = read_json(path, most_values=_MOST_VALUES)
+        model = content.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, list):  # Unigram: [piece, score] pairs
+            texts = (pair[0] if isinstance(pair, list) and pair else pair for pair in vocab)
+            ids = {_text(path, "model, vocab", text): number for number, text in enumerate(texts)}
+        elif isinstance(vocab, dict):
+            ids = {text: _id(path, f"model, vocab, {text}", number) for text, number in vocab.items()}
+        else:
+            raise _damaged(path, "model, vocab", "the tokens", vocab)
+        added = content.get("added_tokens") or []
+        if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+            raise _damaged(path, "added_tokens", "a list of tokens", added)
+        return ids | {
+            _text(path, "added_tokens", token.get("content")): _id(path, "added_tokens", token.get("id"))
+            for token in added
+        }
+    path = directory / "vocab.json"
+    if path.is_file() and (words := read_json(path, most_values=_MOST_VALUES)):
+        return {word: _id(path, word, number) for word, number in words.items()}
+    path = directory / "vocab.txt"
+    if not path.is_file():
+        return {}
+    text = read_small_file(path, _MOST_WORDS_BYTES).decode("utf-8", errors="replace")
+    return {line.removesuffix("\r"): number for number, line in enumerate(text.removesuffix("\n").split("\n"))}
 
 
-def _notes_on(directory: Path) -> tuple[bool, tuple[str, ...]]:
+def _notes_on(directory: Path, config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Whether there is a chat template, and what a copy of the directory may not do as the original does."""
-    found = []
-    with _parsing(directory / CONFIG) as config:
-        name, is_fast = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file()
-        has_template = bool(config.get("chat_template"))
-        if config.get("auto_map"):
-            found.append("the tokenizer's auto_map names Python code, which is not copied")
-        if name in _LLAMA_CLASSES and is_fast:
-            found.append(
-                f"transformers 5 may cut leading spaces in another way than 4 with the tokenizer's class {name}, "
-                "which is copied as it is"
-            )
-        if not name and not is_fast:
-            found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
+    name, is_fast, found = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file(), []
+    has_template = bool(config.get("chat_template"))
+    if config.get("auto_map"):
+        found.append("the tokenizer's auto_map names Python code, which is not copied")
+    if name in _LLAMA_CLASSES and is_fast:
+        found.append(
+            f"transformers 5 may cut leading spaces in another way than 4 with the tokenizer's class {name}, "
+            "which is copied as it is"
+        )
+    if not name and not is_fast:
+        found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
     if others := sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)}):
         found.append(f"vocabulary files that are not copied: {', '.join(others)}")
     return has_template or any((directory / name).is_file() for name in _TEMPLATE_FILES), tuple(found)
-
-
-def _special_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int | None, int | None, int | None]:
-    """Ids of the tokens that begin, end and pad a text, as the directory names them.
-
-    Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
-    """
-    with _parsing(directory / CONFIG) as config, _parsing(directory / _SPECIAL_TOKENS) as tokens:
-        named = [config.get(role, tokens.get(role)) for role in ("bos_token", "eos_token", "pad_token")]
-        texts = [token.get("content") if isinstance(token, dict) else token for token in named]
-        bos, eos, pad = (ids.get(text) if isinstance(text, str) else None for text in texts)
-        if not {"bos_token", "eos_token"} & (config.keys() | tokens.keys()):
-            usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
-            bos, eos = usual[0] if usual else (None, None)
-    return bos, eos, pad
 
 
 def files_of(directory: Path) -> tuple[str, ...]:
@@ -188,33 +274,24 @@ def files_of(directory: Path) -> tuple[str, ...]:
     return found
 
 
-def _contents_of(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files by name, byte for byte, but for a config that versions of transformers read differently."""
-    files = {name: read_small_file(directory / name) for name in files_of(directory)}
-    config = _for_both_versions(directory)
-    return files if config is None else {**files, CONFIG: config}
-
-
 def _for_both_versions(directory: Path) -> bytes | None:
     """The config for transformers 4 and 5, where they would read it differently; None where it can stay as it is.
 
     They do where transformers 5 saved it, and where it names no class: then the model's type decides, and transformers
     4 would put Llama's `<s>` in front, whatever tokenizer.json says.
     """
-    with _parsing(directory / CONFIG) as config:
-        name = config.get("tokenizer_class")
-        extra = config.get("extra_special_tokens")
-        of_both = _CLASSES_OF_5.get(name) if name else (_FAST_CLASS if (directory / _FAST_FILE).is_file() else None)
-        if of_both is None and not isinstance(extra, list):
-            return None
-        changed = dict(config)
-        if of_both is not None:
-            changed["tokenizer_class"] = of_both
-            changed.setdefault("model_input_names", _INPUT_NAMES)
-        if isinstance(extra, list):
-            del changed["extra_special_tokens"]
-            changed.setdefault("additional_special_tokens", extra)  # its name in transformers 4, which 5 reads too
-        return _json(changed)
+    config = dict(_settings(directory).config)
+    name, extra = config.get("tokenizer_class"), config.get("extra_special_tokens")
+    of_both = _CLASSES_OF_5.get(name) if name else (_FAST_CLASS if (directory / _FAST_FILE).is_file() else None)
+    if of_both is None and not isinstance(extra, list):
+        return None
+    if of_both is not None:
+        config["tokenizer_class"] = of_both
+        config.setdefault("model_input_names", _INPUT_NAMES)
+    if isinstance(extra, list):
+        del config["extra_special_tokens"]
+        config.setdefault("additional_special_tokens", extra)  # its name in transformers 4, which 5 reads too
+    return _json(config)
 
 
 #: Settings of the class LlamaTokenizer that the built tokenizer.json has taken over.
@@ -234,34 +311,22 @@ def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     """A `tokenizers.Tokenizer` of a directory that has been read, and its tokenizer_config.json for it."""
     from tokenizers import AddedToken, pre_tokenizers
 
-    config = read_json(directory / CONFIG)
+    said = _settings(directory)
     tokenizer, special = build_llama2(directory / MODEL_FILE)
-    for number, token in sorted(_added(directory).items()):
-        if number < tokenizer.get_vocab_size():
-            continue
-        known = ("lstrip", "normalized", "rstrip", "single_word", "special")
-        added = AddedToken(token["content"], **{key: bool(token[key]) for key in known if key in token})
-        (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([added])
-    if config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
+    for number, token in sorted(said.added.items()):
+        if number >= tokenizer.get_vocab_size():
+            added = AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS if flag in token})
+            (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([added])
+    if said.config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    named = {role: config[role] for role in special if config.get(role)}
-    special |= {role: token["content"] if isinstance(token, Mapping) else token for role, token in named.items()}
-    begin = [special["bos_token"]] if config.get("add_bos_token", True) and "bos_token" in special else []
-    end = [special["eos_token"]] if config.get("add_eos_token", False) and "eos_token" in special else []
+    special |= {role: text for role, (text, _) in said.roles.items() if text}
+    begin = [special["bos_token"]] if said.config.get("add_bos_token", True) and "bos_token" in special else []
+    end = [special["eos_token"]] if said.config.get("add_eos_token", False) and "eos_token" in special else []
     tokenizer.post_processor = around_texts(tokenizer, begin, end)
-    kept = {key: value for key, value in config.items() if key not in _TAKEN_OVER}
+    kept = {key: value for key, value in said.config.items() if key not in _TAKEN_OVER}
     ours = {"tokenizer_class": _FAST_CLASS, "added_tokens_decoder": _added_to(tokenizer)}
     return tokenizer, {**special, "model_input_names": _INPUT_NAMES, **kept, **ours}
-
-
-def _added(directory: Path) -> dict[int, dict[str, Any]]:
-    """The tokens that were added to the model's, by id, each with its text and flags."""
-    with _parsing(directory / _ADDED_FILE) as ids:
-        found: dict[int, dict[str, Any]] = {int(number): {"content": str(token)} for token, number in ids.items()}
-    with _parsing(directory / CONFIG) as config:
-        listed = config.get("added_tokens_decoder", {})
-        return found | {int(number): {**token, "content": str(token["content"])} for number, token in listed.items()}
 
 
 def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
@@ -275,11 +340,15 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
     path = tokenizer.path
     if path is None:
         return ()
+    files: dict[str, bytes | None] = {}
+    if tokenizer.kind in ("huggingface", "slow"):
+        files = dict.fromkeys(files_of(path))  # of which the content is read when it is written
     if tokenizer.kind == "huggingface":
-        files = _contents_of(path)
+        changed = _for_both_versions(path)
+        files |= {} if changed is None else {CONFIG: changed}
     elif tokenizer.kind == "slow":
         built, config = _build_slow(path)
-        files = _contents_of(path) | {_FAST_FILE: built.to_str(pretty=True).encode(), CONFIG: _json(config)}
+        files |= {_FAST_FILE: built.to_str(pretty=True).encode(), CONFIG: _json(config)}
     else:
         if tokenizer.kind == "tiktoken":
             built, special = build_llama3(path, style.model_type), roles(style.model_type, instruct=style.instruct)
@@ -301,14 +370,13 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         if tokenizer.kind == "sentencepiece":
             files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
     for name, content in files.items():
-        write_file(target, name, content)
+        write_file(target, name, read_small_file(path / name) if content is None else content)
     return tuple(files)
 
 
 def _added_to(built: Any) -> dict[str, dict[str, Any]]:
-    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = sorted(built.get_added_tokens_decoder().items())
-    return {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added}
+    return {str(number): {key: getattr(token, key) for key in ("content", *_FLAGS)} for number, token in added}
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
