@@ -141,7 +141,11 @@ def test_any_value_under_any_key_makes_a_tokenizer_or_an_error_that_names_file_a
         ("bos_token", "nowhere", "bos_token: a token of the model, or an added one"),
         ("bos_token", 5, "bos_token: a text"),
         ("chat_template", LONE, "chat_template: characters"),
-        ("added_tokens_decoder", {"29": {"content": "x", "lstrip": 1}}, "added_tokens_decoder, 29: a token"),
+        (
+            "added_tokens_decoder",
+            {"29": {"content": "x", "lstrip": 1}},
+            "added_tokens_decoder, 29, lstrip: true or false",
+        ),
         ("legacy", "no", "legacy: true or false"),
     ],
 )
@@ -225,3 +229,13 @@ def test_runs_of_one_letter_as_long_as_real_ones_are_cut_as_sentencepiece_cuts_t
     built = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for length in (1, 2, 7, 64, 65, 200):
         assert built.encode("a" * length, add_special_tokens=False).ids == witness.encode("a" * length)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_file_whose_link_leads_nowhere_is_not_left_out_silently(name: str, tmp_path: Path) -> None:
+    """As in a hub's cache of which a part was removed."""
+    put(tmp_path / "source", FAST)
+    (tmp_path / "source" / name).unlink(missing_ok=True)
+    (tmp_path / "source" / name).symlink_to("gone")
+    with pytest.raises(CorruptFile, match=f"{name} is no plain file, or a link to none"):
+        named_tokenizer(tmp_path / "source", "SRC")

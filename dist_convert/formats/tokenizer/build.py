@@ -7,10 +7,10 @@ Llama 2, Mistral and Mixtral have the former (the message is google/sentencepiec
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 from dist_convert.errors import CorruptFile, MissingPackage, UnsupportedModel
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
@@ -177,18 +177,19 @@ def around_texts(tokenizer: Any, begin: Sequence[str], end: Sequence[str] = ()) 
     )
 
 
+def _cut(token: AnyStr, known: Container[AnyStr]) -> list[tuple[AnyStr, AnyStr]]:
+    """All ways to cut a token in two that are known."""
+    ways = ((token[:at], token[at:]) for at in range(1, len(token)))
+    return [(left, right) for left, right in ways if left in known and right in known]
+
+
 def _merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Which pairs become which piece, in the order of the pieces' scores.
 
     A piece has one score, however it is put together: where its ways overlap, SentencePiece takes the leftmost. Longer
     left parts first, so that runs of one character are cut alike (transformers' own converter has that order too).
     """
-    ways = [
-        (-score, -cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
+    ways = [(-score, -len(left), left, right) for piece, score in scores.items() for left, right in _cut(piece, scores)]
     return [(left, right) for _, _, left, right in sorted(ways)]
 
 
@@ -320,12 +321,7 @@ def build_llama3(path: Path, model_type: str) -> Any:
 
 def _merges_by_id(ids: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """All ways to cut each token in two tokens, by its id; ways of one token by the ids of the parts."""
-    merges = []
-    for token in ids:
-        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        found = [(left, right) for left, right in ways if left in ids and right in ids]
-        merges += sorted(found, key=lambda way: (ids[way[0]], ids[way[1]]))
-    return merges
+    return [way for token in ids for way in sorted(_cut(token, ids), key=lambda way: (ids[way[0]], ids[way[1]]))]
 
 
 def _letters() -> list[str]:

@@ -8,11 +8,13 @@ is built, from the model and the directory's own settings.
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from dist_convert.errors import CorruptFile
@@ -67,14 +69,12 @@ def has_tokenizer_files(directory: Path) -> bool:
 _MOST_VALUES, _MOST_WORDS_BYTES, _MOST_IDS = 5_000_000, 16_000_000, 1 << 32
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-#: What else is read of tokenizer_config.json.
-_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
-    "tokenizer_class": ("a text", (str,)),
-    "chat_template": ("a text, or several", (str, list, dict)),
-    "extra_special_tokens": ("tokens", (list, dict)),
-    "added_tokens_decoder": ("tokens by id", (dict,)),
-    **dict.fromkeys(("legacy", "add_bos_token", "add_eos_token"), ("true or false", (bool,))),
-}
+#: What else is read of tokenizer_config.json; null is as if it were not there.
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "tokenizer_class": (str,), "chat_template": (str, list, dict), "extra_special_tokens": (list, dict),
+    "added_tokens_decoder": (dict,), "legacy": (bool,), "add_bos_token": (bool,), "add_eos_token": (bool,),
+}  # fmt: skip
+_CALLED = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -83,33 +83,29 @@ class _Settings:
 
     Attributes:
         config: the content of tokenizer_config.json.
-        roles: for each of `_ROLES` that is named, the token's text, or None, and the file that says so.
+        roles: for each of `_ROLES` that is named, the token's text, or None.
         added: the tokens that were added to the model's, by id, each with its text and flags.
     """
 
     config: Mapping[str, Any]
-    roles: Mapping[str, tuple[str | None, Path]]
+    roles: Mapping[str, str | None]
     added: Mapping[int, Mapping[str, Any]]
 
 
 def _damaged(path: Path, key: str, expected: str, found: object) -> CorruptFile:
-    return CorruptFile(
-        "a file of the tokenizer is damaged",
-        file=str(path),
-        expected=f"{key}: {expected}",
-        found=reprlib.repr(found),
-        remedy="copy it again, or give another directory with --tokenizer",
-    )
+    what, remedy = "a file of the tokenizer is damaged", "copy it again, or give another directory with --tokenizer"
+    return CorruptFile(what, file=str(path), expected=f"{key}: {expected}", found=reprlib.repr(found), remedy=remedy)
 
 
-def _text(path: Path, key: str, value: Any) -> str:
-    if isinstance(value, str):
+def _typed(path: Path, key: str, value: Any, *types: type) -> Any:
+    """The value under a key, of one of the types that JSON gives; a bool is no int."""
+    if type(value) in types:
         return value
-    raise _damaged(path, key, "a text", value)
+    raise _damaged(path, key, " or ".join(_CALLED[one] for one in types if one is not NoneType), value)
 
 
 def _id(path: Path, key: str, value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_IDS:
+    if type(value) is int and 0 <= value < _MOST_IDS:
         return value
     raise _damaged(path, key, "an id", value)
 
@@ -120,25 +116,24 @@ def _settings(directory: Path) -> _Settings:
     Raises:
         CorruptFile: naming file and key.
     """
-    contents = {name: _read_settings(directory / name) for name in (CONFIG, _SPECIAL_TOKENS, _ADDED_FILE)}
-    config, path, roles = contents[CONFIG], directory / CONFIG, {}
-    for key, (expected, types) in _TYPES.items():
-        if config.get(key) is not None and not isinstance(config[key], types):
-            raise _damaged(path, key, expected, config[key])
-    for role, name in product(_ROLES, (_SPECIAL_TOKENS, CONFIG)):  # the latter wins
-        if role in contents[name]:
-            token = contents[name][role]
+    paths = [directory / name for name in (_SPECIAL_TOKENS, CONFIG, _ADDED_FILE)]
+    tokens, config, ids = map(_read_settings, paths)
+    for key, types in _TYPES.items():
+        _typed(paths[1], key, config.get(key), *types, NoneType)
+    roles: dict[str, str | None] = {}
+    for (path, content), role in product(zip(paths, (tokens, config), strict=False), _ROLES):  # the latter file wins
+        if role in content:
+            token = content[role]
             text = token.get("content") if isinstance(token, dict) else token
-            roles[role] = (None if token is None else _text(directory / name, role, text), directory / name)
-    added: dict[int, dict[str, Any]] = {}
-    for text, number in contents[_ADDED_FILE].items():
-        added[_id(directory / _ADDED_FILE, text, number)] = {"content": text}
+            roles[role] = None if token is None else _typed(path, role, text, str)
+    added: dict[int, dict[str, Any]] = {_id(paths[2], text, number): {"content": text} for text, number in ids.items()}
     for number, token in (config.get("added_tokens_decoder") or {}).items():
         key = f"added_tokens_decoder, {number}"
-        if not isinstance(token, dict) or not all(isinstance(token.get(flag, False), bool) for flag in _FLAGS):
-            raise _damaged(path, key, "a token", token)
-        id_ = _id(path, key, int(number) if number.isascii() and number.isdecimal() else number)
-        added[id_] = {**token, "content": _text(path, key, token.get("content"))}
+        _typed(paths[1], key, token, dict)
+        _typed(paths[1], f"{key}, content", token.get("content"), str)
+        for flag in _FLAGS:
+            _typed(paths[1], f"{key}, {flag}", token.get(flag, False), bool)
+        added[_id(paths[1], key, int(number) if re.fullmatch("[0-9]{1,10}", number) else number)] = token
     return _Settings(config, roles, added)
 
 
@@ -156,16 +151,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def read_huggingface(directory: Path) -> Tokenizer:
     """Size and special ids of the tokenizer in a directory, added tokens included.
 
+    Where it names neither begin nor end, Llama's usual tokens are taken, if the tokenizer has them.
+
     Raises:
         SourceError: a file of it is damaged, or added tokens leave ids out.
         MissingPackage: protobuf is not installed, and there is a SentencePiece model alone.
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    published({}, directory)  # what is damaged there is to be known before anything is written
+    published({}, directory)  # so that what is damaged there is known before anything is written
     said = _settings(directory)
-    is_built = is_slow(directory)
-    if is_built:
+    if is_slow(directory):
         model, ids = read_sentencepiece(directory / MODEL_FILE)
         model = replace(model, kind="slow", path=directory, chat=None)
         _check_added(directory, ids, said)
@@ -173,17 +169,18 @@ def read_huggingface(directory: Path) -> Tokenizer:
         model, ids = Tokenizer("huggingface", directory), _vocabulary(directory)
     size = max(ids.values(), default=-1) + 1
     ids |= {token["content"]: number for number, token in said.added.items()}
-    bos, eos, pad = (ids.get(said.roles[role][0] or "") if role in said.roles else None for role in _ROLES[:3])
-    if not is_built and not {"bos_token", "eos_token"} & said.roles.keys():
-        usual = [(ids[begin], ids[end]) for begin, end in _USUAL if begin in ids and end in ids]
-        bos, eos = usual[0] if usual else (None, None)
+    special = {"bos_token": model.bos, "eos_token": model.eos, "pad_token": model.pad}
+    usual = next((pair for pair in _USUAL if ids.keys() >= set(pair)), None)
+    if model.kind != "slow" and usual and said.roles.keys().isdisjoint(("bos_token", "eos_token")):
+        special |= {"bos_token": ids[usual[0]], "eos_token": ids[usual[1]]}
+    special |= {role: ids[text] for role, text in said.roles.items() if text in ids}
     has_template, warnings = _notes_on(directory, said.config)
     return replace(
         model,
         size=max([size, *(number + 1 for number in said.added)]) if size else None,
-        bos=model.bos if bos is None else bos,
-        eos=model.eos if eos is None else eos,
-        pad=model.pad if pad is None else pad,
+        bos=special["bos_token"],
+        eos=special["eos_token"],
+        pad=special["pad_token"],
         is_llama3=ids.get("<|end_of_text|>") == 128001 and ids.get("<|eot_id|>") == 128009,
         has_template=has_template,
         warnings=warnings,
@@ -191,7 +188,7 @@ def read_huggingface(directory: Path) -> Tokenizer:
 
 
 def _check_added(directory: Path, pieces: Mapping[str, int], said: _Settings) -> None:
-    """Refuse what cannot be added to a model's pieces, in the order of the ids, under these ids.
+    """Refuse what cannot be added to a model's pieces in the order of the ids, and roles of no token.
 
     Raises:
         CorruptFile
@@ -199,16 +196,18 @@ def _check_added(directory: Path, pieces: Mapping[str, int], said: _Settings) ->
     ids = dict(pieces)
     for number, token in sorted(said.added.items()):
         text = token["content"]
-        if not text or (expected := ids.setdefault(text, len(ids))) != number:
+        expected = ids.setdefault(text, len(ids))
+        if expected != number or not text:
             raise CorruptFile(
                 "added tokens of the tokenizer leave ids out, or are there already",
                 file=str(directory),
-                expected=f"id {expected}" if text else "a text",
+                expected=f"id {expected}",
                 found=f"id {number}: {text!r}",
             )
-    for role, (named, file) in said.roles.items():
-        if named and named not in ids:
-            raise _damaged(file, role, "a token of the model, or an added one", named)
+    for role, text in said.roles.items():
+        if text and text not in ids:
+            name = CONFIG if role in said.config else _SPECIAL_TOKENS
+            raise _damaged(directory / name, role, "a token of the model, or an added one", text)
 
 
 def _vocabulary(directory: Path) -> dict[str, int]:
@@ -216,22 +215,16 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     path = directory / _FAST_FILE
     if path.is_file():
         content = read_json(path, most_values=_MOST_VALUES)
-        model = content.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
+        model, key = _typed(path, "model", content.get("model"), dict), "model, vocab"
+        vocab = _typed(path, key, model.get("vocab"), dict, list)
         if isinstance(vocab, list):  # Unigram: [piece, score] pairs
-            texts = (pair[0] if isinstance(pair, list) and pair else pair for pair in vocab)
-            ids = {_text(path, "model, vocab", text): number for number, text in enumerate(texts)}
-        elif isinstance(vocab, dict):
-            ids = {text: _id(path, f"model, vocab, {text}", number) for text, number in vocab.items()}
-        else:
-            raise _damaged(path, "model, vocab", "the tokens", vocab)
-        added = content.get("added_tokens") or []
-        if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-            raise _damaged(path, "added_tokens", "a list of tokens", added)
-        return ids | {
-            _text(path, "added_tokens", token.get("content")): _id(path, "added_tokens", token.get("id"))
-            for token in added
-        }
+            texts = (next(iter(_typed(path, key, pair, list)), None) for pair in vocab)
+            vocab = {_typed(path, key, text, str): number for number, text in enumerate(texts)}
+        ids, key = {text: _id(path, key, number) for text, number in vocab.items()}, "added_tokens"
+        for token in _typed(path, key, content.get(key) or [], list):
+            text = _typed(path, key, _typed(path, key, token, dict).get("content"), str)
+            ids[text] = _id(path, f"{key}, {text}", token.get("id"))
+        return ids
     path = directory / "vocab.json"
     if path.is_file() and (words := read_json(path, most_values=_MOST_VALUES)):
         return {word: _id(path, word, number) for word, number in words.items()}
@@ -264,13 +257,15 @@ def files_of(directory: Path) -> tuple[str, ...]:
     """Names of the tokenizer's files in a directory, the directory of further chat templates included.
 
     Raises:
-        CorruptFile: one is a link to somewhere else, whose content would be copied into the target.
+        CorruptFile: one is no plain file, or a link to somewhere else, whose content would be copied into the target.
     """
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))
     names = (*FILES, *(f"{TEMPLATES}/{path.name}" for path in templates))
-    found = tuple(name for name in names if (directory / name).is_file())
+    found = tuple(name for name in names if os.path.lexists(directory / name))
     for name in found:
         check_inside(directory, name)
+        if not (directory / name).is_file():  # such as a link of the hub's cache to what is gone
+            raise CorruptFile(f"{name} is no plain file, or a link to none", file=str(directory / name))
     return found
 
 
@@ -320,7 +315,7 @@ def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     if said.config.get("legacy") is False:  # a space in front of the text only, not behind special tokens
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    special |= {role: text for role, (text, _) in said.roles.items() if text}
+    special |= {role: text for role, text in said.roles.items() if text}
     begin = [special["bos_token"]] if said.config.get("add_bos_token", True) and "bos_token" in special else []
     end = [special["eos_token"]] if said.config.get("add_eos_token", False) and "eos_token" in special else []
     tokenizer.post_processor = around_texts(tokenizer, begin, end)
