@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "pad_token": "<unk>",
     "unk_token": "<unk>",
 }
-SMALL = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(chr(0x100 + number) for number in range(23))]
+SMALL = ["<unk>", "<s>", "</s>", "a", "b", "a:b", *(chr(0x100 + number) for number in range(23))]
 FILES: dict[str, Any] = {
     "tokenizer_config.json": SETTINGS,
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<a>"},
@@ -51,7 +51,7 @@ FILES: dict[str, Any] = {
 }
 FAST = {
     "tokenizer.json": {
-        "model": {"type": "BPE", "vocab": {text: n for n, text in enumerate(SMALL)}, "merges": [["a", "b"]]},
+        "model": {"type": "BPE", "vocab": {text: n for n, text in enumerate(SMALL)}, "merges": []},
         "added_tokens": [{"content": "<a>", "id": 29}],
     },
     **FILES,
@@ -138,8 +138,9 @@ def test_any_value_under_any_key_makes_a_tokenizer_or_an_error_that_names_file_a
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("bos_token", "nowhere", "bos_token: a token of the model, or an added one"),
+        ("bos_token", "nowhere", "bos_token: a token of the model, or an added one, without colons"),
         ("bos_token", 5, "bos_token: a text"),
+        ("eos_token", "a:b", "eos_token: a token of the model, or an added one, without colons"),
         ("chat_template", LONE, "chat_template: characters"),
         (
             "added_tokens_decoder",

@@ -101,7 +101,7 @@ def _damage(proto: Any) -> str:
 
 def _refuse_others(proto: Any, path: Path) -> None:
     """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
-    user_defined = _pieces(proto, _USER_DEFINED)
+    user_defined, ids = _pieces(proto, _USER_DEFINED), _roles(proto)[:2]
     moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
     faults = (
         (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
@@ -109,6 +109,10 @@ def _refuse_others(proto: Any, path: Path) -> None:
         (bool(_pieces(proto, _UNUSED)), "unused pieces"),
         (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
         (any(isnan(piece.score) for piece in proto.pieces), "scores that are no numbers"),
+        (
+            not all(can_begin(proto.pieces[number].piece) for number in ids if number is not None),
+            "colons in begin or end",
+        ),
     )
     found = [what for is_there, what in faults if is_there]
     if found:
@@ -164,6 +168,11 @@ def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
         tokenizer.post_processor = around_texts(tokenizer, [bos])
     named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unknown}
     return tokenizer, {role: token for role, token in named.items() if token is not None}
+
+
+def can_begin(token: str) -> bool:
+    """Whether a template of `tokenizers` can name a token, as one that begins or ends a text."""
+    return ":" not in token and not token.startswith("$")
 
 
 def around_texts(tokenizer: Any, begin: Sequence[str], end: Sequence[str] = ()) -> Any:

@@ -24,6 +24,7 @@ from dist_convert.formats.tokenizer.build import (
     around_texts,
     build_llama2,
     build_llama3,
+    can_begin,
     is_sentencepiece,
     read_sentencepiece,
     roles,
@@ -205,9 +206,9 @@ def _check_added(directory: Path, pieces: Mapping[str, int], said: _Settings) ->
                 found=f"id {number}: {text!r}",
             )
     for role, text in said.roles.items():
-        if text and text not in ids:
+        if text and (text not in ids or not can_begin(text)):
             name = CONFIG if role in said.config else _SPECIAL_TOKENS
-            raise _damaged(directory / name, role, "a token of the model, or an added one", text)
+            raise _damaged(directory / name, role, "a token of the model, or an added one, without colons", text)
 
 
 def _vocabulary(directory: Path) -> dict[str, int]:
