@@ -216,7 +216,7 @@ def test_pieces_that_would_take_more_than_their_files_size_are_refused(kind: str
 def test_a_line_of_tiktoken_that_would_take_more_than_its_files_size_is_refused(tmp_path: Path) -> None:
     path = tiktoken_lines(tmp_path / "m")
     lines = path.read_bytes().splitlines()
-    lines[-1] = b"A" * 8_000_000 + b" 127999"
+    lines[-1] = b"A" * 4_000_000 + b" 127999"
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(CorruptFile, match="the tokens of the tokenizer are too long"):
         named_tokenizer(path, "SRC")

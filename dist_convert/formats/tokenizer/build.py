@@ -19,9 +19,8 @@ from dist_convert.read.source import read_small_file
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 _SPACE = "▁"
-#: Four times the largest model file that is published, and four times what the squares of its tokens' lengths add up to
-#: for each byte.
-_MOST_BYTES, _MOST_WORK = 16_000_000, 16
+#: Twice the largest model file that is published, and what its tokens' squared lengths add up to for each byte.
+_MOST_BYTES, _MOST_WORK = 8_000_000, 8
 _ANOTHER = "copy it again, or give another one with --tokenizer"
 
 
