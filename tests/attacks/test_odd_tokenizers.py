@@ -167,6 +167,19 @@ def test_an_odd_tokenizer_that_nobody_asked_for_leaves_the_weights_alone(
     assert not (tmp_path / "asked").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_damaged_configs_beside_a_tokenizer_that_nobody_asked_for_leave_the_weights_alone(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", Model(layers=1))
+    put(tmp_path / "in" / "tokenizer", FAST)
+    (tmp_path / "in" / "tokenizer" / name).write_text("[]")
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert (
+        f"no tokenizer files are written: not a JSON object: {tmp_path}/in/tokenizer/{name}" in capsys.readouterr().err
+    )
+
+
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WRONG: dict[str, tuple[list[Any], list[int], dict[str, Any]]] = {
     "a piece twice": ([*SMALL, "a"], [2, 3, 3], {}),

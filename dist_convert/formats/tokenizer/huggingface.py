@@ -18,8 +18,7 @@ from types import NoneType
 from typing import Any
 
 from dist_convert.errors import CorruptFile
-from dist_convert.formats.huggingface.config import published
-from dist_convert.formats.huggingface.read import check_inside
+from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
 from dist_convert.formats.tokenizer.build import (
     around_texts,
     build_llama2,
@@ -160,7 +159,10 @@ def read_huggingface(directory: Path) -> Tokenizer:
         OSError: a file of it cannot be read.
     """
     files_of(directory)  # refuses links before any is read
-    published({}, directory)  # so that what is damaged there is known before anything is written
+    for name in (CONFIG_FILE, GENERATION_FILE):  # whose ids the model gets: what is damaged is to be known now
+        if (directory / name).is_file():
+            check_inside(directory, name)
+            read_json(directory / name)
     said = _settings(directory)
     if is_slow(directory):
         model, ids = read_sentencepiece(directory / MODEL_FILE)
