@@ -253,3 +253,15 @@ def test_a_file_whose_link_leads_nowhere_is_not_left_out_silently(name: str, tmp
     (tmp_path / "source" / name).symlink_to("gone")
     with pytest.raises(CorruptFile, match=f"{name} is no plain file, or a link to none"):
         named_tokenizer(tmp_path / "source", "SRC")
+
+
+def test_a_role_that_only_the_map_of_special_tokens_names_is_also_the_built_tokenizers(tmp_path: Path) -> None:
+    config = {key: value for key, value in SETTINGS.items() if key != "eos_token"}
+    put(
+        tmp_path / "source", {**FILES, "tokenizer_config.json": config, "special_tokens_map.json": {"eos_token": "<a>"}}
+    )
+    pieces(tmp_path / "source" / "tokenizer.model", SMALL)
+    found = outcome(tmp_path / "source", tmp_path / "target")
+    assert isinstance(found, Record)
+    written = json.loads((tmp_path / "target" / "tokenizer_config.json").read_text())
+    assert (found.bos, found.eos, written["bos_token"], written["eos_token"]) == (1, 29, "<s>", "<a>")
