@@ -53,7 +53,7 @@ def read_args(args: dict[str, Any]) -> tuple[object, ...]:
     return (
         architecture_from_args(args, vocab=None, file="f"),
         grid_from_args(args, 1, imported_experts=False),
-        true_vocab(flag=None, args=args, tokenizer=None, padded=32, file="f"),
+        true_vocab(flag=None, args=args, tokenizer=None, padded=512, file="f"),
         dialect_of_args(args),
     )
 

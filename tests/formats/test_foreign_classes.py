@@ -40,6 +40,10 @@ def test_an_object_in_an_argument_that_nothing_needs_is_inert_and_listed(tmp_pat
         ("add_qkv_bias", "the argument add_qkv_bias is no truth value"),
         ("use_rope_scaling", "the argument use_rope_scaling is no truth value"),
         ("apply_layernorm_1p", "the argument apply_layernorm_1p is no truth value"),
+        (
+            "yarn_correction_range_round_to_int",
+            "the argument yarn_correction_range_round_to_int is no truth value",
+        ),
         ("swiglu", "--swiglu has a value that the target cannot express"),
         ("tensor_model_parallel_size", "a parallel grid of impossible sizes"),
     ],

@@ -11,12 +11,13 @@ from typing import Any
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import LLAMA3, ORIGINAL
 from dist_convert.models import FAMILIES
-from dist_convert.models.keys import architecture_of, check_computed_alike, fits_signs, of_arg, pins_of
+from dist_convert.models.keys import architecture_of, check_computed_alike, fits_signs, is_set, of_arg, pins_of
 from dist_convert.models.schema import (
     MOST,
     Architecture,
     Family,
     LinearScaling,
+    Pin,
     RopeScaling,
     RotaryScaling,
     YarnScaling,
@@ -40,9 +41,11 @@ INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _NUMBERS = dict.fromkeys(
     ["layernorm_epsilon", "rope_scaling_factor", INTERPOLATION, *(key.arg for key in _KEYS if key.kind == "number")]
 )
+#: Before YaRN's arguments where positions, and not latent attention, have them; and whether its range is rounded.
+PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
 #: Arguments of which only the truth counts.
 _FLAGS = dict.fromkeys(
-    ["group_query_attention", "use_rope_scaling", "apply_layernorm_1p"]
+    ["group_query_attention", "use_rope_scaling", "apply_layernorm_1p", ROUNDED]
     + [key.arg for family in FAMILIES.values() for key in family.keys if key.arg and key.kind == "flag"]
 )
 
@@ -109,8 +112,6 @@ YARN: dict[str, Any] = {
     "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
     "mscale": 1.0, "mscale_all_dim": 0.0,
 }  # fmt: skip
-#: Before their names where positions, and not latent attention, are YaRN's; and whether its range is rounded.
-PLAIN_YARN, ROUNDED = "yarn_", "yarn_correction_range_round_to_int"
 #: Those that core 0.19 takes from the arguments of latent attention for positions, too.
 SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
@@ -180,6 +181,11 @@ def architecture_from_args(
     """
     check_sizes(args, file)
     family = family or families_of_args(args)[0]
+    pins = pins_of(family)
+    read = {*(key.arg for key in family.keys), *(pin.arg for pin in pins)}
+    # What tells another family, and nothing of this one reads, would be dropped without a word.
+    signs = [name for name, is_there in family.signs.items() if not is_there and name not in read]
+    pins += tuple(Pin(name, (None,), f"no {family.name} has it") for name in signs if is_set(args.get(name)))
     problems: list[ConversionError] = [
         UnsupportedModel(
             f"--{pin.arg.replace('_', '-')} has a value that the target cannot express",
@@ -188,7 +194,7 @@ def architecture_from_args(
             found=repr(args[pin.arg]),
             remedy=pin.why,
         )
-        for pin in pins_of(family)
+        for pin in pins
         if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
         if not (pin.arg == INTERPOLATION and trusts_factor and _is_linear(args, family))
     ]
