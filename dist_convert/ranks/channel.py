@@ -10,6 +10,7 @@ caught, no process ended, and ranks tell each other only what their collectives 
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -41,6 +42,15 @@ _STARTING_SECONDS = 20.0
 #: Of the time that ranks wait for a silent one, after so much it is given up, before their collectives fail.
 _SILENT_SHARE = 0.9
 _STORE_ANSWERS_WITHIN = timedelta(seconds=60)
+
+
+def _looks(seconds: float = math.inf) -> Iterator[float]:
+    """The times at which to look again for what others do, ever less often, until so many seconds have passed."""
+    began, pause_seconds = time.monotonic(), 0.005  # most of it is short
+    while (now := time.monotonic()) < began + seconds:
+        yield now
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
 
 
 def serve_store(meeting: socket.socket | None = None) -> Store:
@@ -141,11 +151,11 @@ class Failures:
 
     def await_print(self, seconds: float, *, prints: bool = False) -> None:
         """Wait so long at most until the message has been printed, by this process where that is its part."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.is_printed():
+        for _ in _looks(seconds):
+            if self.is_printed():
+                return
             if prints and self.read() is not None:
                 self.print_once()
-            time.sleep(_POLL_SECONDS / 3)
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,6 @@ class Channel:
             self._served = serve_store() if rank == 0 else None
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins there, too
         self._timeout_seconds = timeout_seconds
-        self._given_up_at = time.monotonic() + timeout_seconds
         self._store = reach_store(rank, size, timeout_seconds, self._heed_signal) if size > 1 else None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -255,22 +264,22 @@ class Channel:
         """
         if self._store is None:
             return
-        pause_seconds = 0.005
         with named_loss():
-            while not self._store.check(self._beat_keys):
-                if time.monotonic() > self._given_up_at:
-                    self._starting_until = 0.0  # whoever has not come by now is not waited for
-                    missing = [rank for rank, key in enumerate(self._beat_keys) if not self._store.check([key])]
-                    raise LostRank(
-                        f"{self._size - len(missing)} of {self._size} ranks have come",
-                        expected=f"all of them within {self._timeout_seconds:g} s",
-                        found=f"nothing of rank {names(map(str, missing))}",
-                        remedy="look at the log of the first of these: has it started, with the same MASTER_ADDR, "
-                        "MASTER_PORT and WORLD_SIZE? Allow more time with --timeout",
-                    )
-                time.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
+            for _ in _looks(self._timeout_seconds):
+                if self._store.check(self._beat_keys):
+                    return
                 self._heed_signal()
+            missing = [rank for rank, key in enumerate(self._beat_keys) if not self._store.check([key])]
+        if not missing:  # the last has come at the last moment
+            return
+        self._starting_until = 0.0  # whoever has not come by now is not waited for
+        raise LostRank(
+            f"{self._size - len(missing)} of {self._size} ranks have come",
+            expected=f"all of them within {self._timeout_seconds:g} s",
+            found=f"nothing of rank {names(map(str, missing))}",
+            remedy="look at the log of the first of these: has it started, with the same MASTER_ADDR, MASTER_PORT and "
+            "WORLD_SIZE? Allow more time with --timeout",
+        )
 
     def say(self, event: str, text: str, **details: Any) -> None:
         """Tell the user, on rank 0: an event's kind, its text for people, and JSON values for programs."""
@@ -359,11 +368,12 @@ class Channel:
 
     def _leave(self, store: Store) -> None:
         """Have read the failure; who serves the store stays until all others have."""
-        gone, deadline = store.add("gone", 1), time.monotonic() + 3 * _POLL_SECONDS
+        gone, seconds = store.add("gone", 1), 3 * _POLL_SECONDS
         if self._stopped_by is None and not self._heard(store):
-            deadline = max(deadline, self._starting_until)
-        while self._served is not None and gone < self._size and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            seconds = max(seconds, self._starting_until - time.monotonic())
+        for _ in _looks(seconds if self._served is not None else 0.0):
+            if gone == self._size:
+                return
             gone = store.add("gone", 0)
 
     def explain(self, error: LostRank) -> None:
@@ -477,11 +487,9 @@ def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_second
     """
     asked = time.monotonic()
     signs = dict.fromkeys(ranks, (0, asked))
-    pause_seconds = 0.005  # most of it is short
-    while not store.check([f"{name}/{rank}/done" for rank in ranks]):
-        time.sleep(pause_seconds)
-        pause_seconds = min(2 * pause_seconds, _POLL_SECONDS)
-        now = time.monotonic()
+    for now in _looks():
+        if store.check([f"{name}/{rank}/done" for rank in ranks]):
+            return
         if now - asked < timeout_seconds / 4:
             continue
         asked = now
