@@ -2,10 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
+from dist_convert.errors import NotEnoughSpace, SourceError, TargetError, TargetExists, UsageError
+from dist_convert.read.source import read_small_file
 from dist_convert.records import counted, human_bytes, names
 from dist_convert.write.files import replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
@@ -195,30 +198,62 @@ def _check_same(target: Path, place: Path, replaces: str) -> None:
         )
 
 
-def check_beside(target: Path, names: Iterable[str]) -> None:
-    """Check that files in the directory that holds a target can be replaced at the end.
+@dataclass(frozen=True)
+class Beside:
+    """A small file beside a target, which all targets of a directory share, so that the last one replaces it.
+
+    Attributes:
+        content: of the file.
+        replaces: a regular expression for all of what it may replace.
+    """
+
+    content: bytes
+    replaces: bytes
+
+
+_MOST_BESIDE_BYTES = 16 << 20
+
+
+def check_beside(target: Path, files: Mapping[str, Beside]) -> None:
+    """Check that files in the directory that holds a target can be replaced, by name.
 
     Raises:
-        TargetExists: something else has such a name.
+        TargetExists: something of somebody else's has such a name.
     """
-    for path in (target.absolute().parent / name for name in names):
-        if path.is_dir() and not path.is_symlink():
-            raise TargetExists(
-                "a directory has the name of a file that is to be written",
-                file=str(path),
-                expected="a file, or nothing",
-                found="a directory",
-                remedy="move it away, or choose another target",
-            )
+    for name, file in files.items():
+        path, found = target.absolute().parent / name, "a link"
+        if not os.path.lexists(path):
+            continue
+        if not path.is_symlink():
+            try:
+                content = read_small_file(path, _MOST_BESIDE_BYTES)
+            except SourceError as error:
+                found = error.found
+            else:
+                if re.fullmatch(file.replaces, content, re.DOTALL):
+                    continue
+                found = "something else"
+        raise TargetExists(
+            "what no conversion has made has the name of a file that is to be written, and is not replaced",
+            file=str(path),
+            expected="nothing, or what Megatron or a conversion leaves there",
+            found=found,
+            remedy="move it away, then start the same command again; or choose another target",
+        )
 
 
-def publish(target: Path, files: Mapping[str, bytes]) -> None:
+def publish(target: Path, files: Mapping[str, Beside]) -> None:
     """Replace files in the directory that holds a target, which has its name.
 
     They are written in the target's journal first: whatever a killed run leaves of them is removed with it.
+
+    Raises:
+        TargetExists: see `check_beside`; all stay.
     """
+    check_beside(target, files)
     root = target.absolute().parent
-    replace_files(root, files, target / JOURNAL_DIRECTORY if is_ours(target) else root)
+    contents = {name: file.content for name, file in files.items()}
+    replace_files(root, contents, target / JOURNAL_DIRECTORY if is_ours(target) else root)
 
 
 def remove_leftovers(target: Path) -> str:

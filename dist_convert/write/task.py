@@ -15,6 +15,7 @@ from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
+from dist_convert.write.commit import Beside
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER, file_system_type
 
@@ -54,7 +55,7 @@ class Target(Protocol):
         `known` are, by file, the ranges whose checksums were taken when they were written.
         """
 
-    def beside(self) -> Mapping[str, bytes]:
+    def beside(self) -> Mapping[str, Beside]:
         """Files that are replaced in the directory that holds the target, in this order, once it has its name."""
         return {}
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 import dist_convert.move.convert
-from dist_convert.write.commit import publish
+from dist_convert.write.commit import Beside, publish
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
 from tests.converting import convert
 from tests.distributed.interrupting import hashes_below
 from tests.file_systems import mounted
-from tests.to_megatron import make_hf, to_megatron
+from tests.to_megatron import TRACKER, make_hf, to_megatron
 
 NOBODY = 65534
 TEXT = "the only copy\n"
+ARGS = "target_megatron_args.json"
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file to another user needs root")
 
@@ -159,24 +160,101 @@ def test_links_in_a_partial_directory_are_refused_by_name_and_overwrite_starts_a
 def test_names_of_temporary_files_cannot_be_prepared(source: Path, target: Path, victim: Path, tmp_path: Path) -> None:
     make_hf(tmp_path / "hf", MODEL)
     (target / "x").mkdir(parents=True)
-    names = ("latest_checkpointed_iteration.txt", "target_megatron_args.json")
-    for name in (*names, *(f"{name}.new" for name in names)):
-        (target / name).symlink_to(victim)
+    for name in (TRACKER, ARGS):
+        (target / f"{name}.new").symlink_to(victim)
     assert to_megatron(tmp_path / "hf", target) == 0
     assert victim.read_text() == TEXT
-    assert (target / names[0]).read_text() == "1"
-    assert not any((target / name).is_symlink() for name in names)
+    assert (target / TRACKER).read_text() == "1"
+
+
+def make_text(path: Path, victim: Path) -> None:
+    path.write_text(TEXT)
+
+
+def make_json(path: Path, victim: Path) -> None:
+    path.write_text('{"tensor_model_parallel_size": 1}')
+
+
+def make_pipe(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_directory(path: Path, victim: Path) -> None:
+    own(path)
+
+
+def make_large(path: Path, victim: Path) -> None:
+    path.touch()
+    os.truncate(path, 3 << 30)
+
+
+def make_second_name(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+@pytest.mark.parametrize(
+    ("name", "make_other", "found"),
+    [
+        (TRACKER, make_text, "something else"), (ARGS, make_json, "something else"),
+        (TRACKER, make_pipe, "a pipe, a device or the like"), (ARGS, make_directory, "Is a directory"),
+        (TRACKER, make_large, "3.22 GB"), (ARGS, symbolic, "a link"), (ARGS, make_second_name, "something else"),
+    ],
+)  # fmt: skip
+def test_what_no_conversion_has_made_beside_a_target_stays(
+    name: str, make_other: Callable[[Path, Path], None], found: str, target: Path, victim: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    make_hf(tmp_path / "hf", MODEL)
+    target.mkdir()
+    make_other(target / name, victim)
+    assert to_megatron(tmp_path / "hf", target, "--overwrite") == 1
+    error = capsys.readouterr().err
+    assert f"  file:     {target / name}\n" in error
+    assert f"  found:    {found}\n" in error
+    assert os.listdir(target) == [name]
+    assert victim.read_text() == TEXT
+
+
+def test_what_gets_a_name_beside_a_target_during_the_run_stays_and_moved_away_lets_it_end(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+    commit = dist_convert.move.convert.commit
+
+    def hours_later(partial: Path, place: Path, *, replaces: str) -> None:
+        commit(partial, place, replaces=replaces)
+        (target / ARGS).write_text(TEXT)
+
+    monkeypatch.setattr(dist_convert.move.convert, "commit", hours_later)
+    assert to_megatron(tmp_path / "hf", target) == 1
+    assert f"  file:     {target / ARGS}\n" in capsys.readouterr().err
+    assert (target / ARGS).read_text() == TEXT
+    monkeypatch.undo()
+    (target / ARGS).rename(target / "mine")
+    assert to_megatron(tmp_path / "hf", target) == 0
+    assert sorted(os.listdir(target)) == ["iter_0000001", TRACKER, "mine", ARGS]
+    assert (target / "mine").read_text() == TEXT
+    assert not (target / "iter_0000001" / ".journal").exists()
+
+
+@pytest.mark.parametrize("text", ["500\n", "release", ""])
+def test_a_tracker_of_training_is_replaced(text: str, target: Path, tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+    target.mkdir()
+    (target / TRACKER).write_text(text)
+    assert to_megatron(tmp_path / "hf", target, "--iteration", "2") == 0
+    assert (target / TRACKER).read_text() == "2"
 
 
 def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         for _ in range(100):
-            publish(tmp_path / "iter_0000001", {"tracker": b"1"})
+            publish(tmp_path / "iter_0000001", {"tracker": Beside(b"1", rb"[0-9]+")})
         os._exit(0)
     found = set()
     for _ in range(100):
-        publish(tmp_path / "iter_0000002", {"tracker": b"1234567"})
+        publish(tmp_path / "iter_0000002", {"tracker": Beside(b"1234567", rb"[0-9]+")})
         found.add((tmp_path / "tracker").read_bytes())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert found <= {b"1", b"1234567"}

@@ -29,6 +29,7 @@ from dist_convert.formats.megatron.grid import (
 )
 from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
+    ORIGINS,
     PIPELINE_LAYOUT,
     MegatronSource,
     Settings,
@@ -51,7 +52,8 @@ from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.plan.file_owners import notes_on_places
 from dist_convert.records import local_name
-from dist_convert.write.files import write_file
+from dist_convert.write.commit import Beside
+from dist_convert.write.files import opened, write_file
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -123,11 +125,14 @@ class MegatronTarget:
         args: dict[str, Any] = json.loads(args_json(self.args))
         return args | {"iteration": self.iteration}
 
-    def beside(self) -> dict[str, bytes]:
+    def beside(self) -> dict[str, Beside]:
         """What describes this iteration in the root, and names it as the newest."""
         newest = RELEASE if self.iteration is None else str(self.iteration)
         described = target_args_json(self.args, training_flags(self.architecture))
-        return {ARGS_FILE: described.encode(), TRACKER_FILE: newest.encode()}
+        return {
+            ARGS_FILE: Beside(described.encode(), rb'\{.*"%s": \{.*\}\s*' % ORIGINS.encode()),
+            TRACKER_FILE: Beside(newest.encode(), rb"\s*([0-9]+|%s)?\s*" % RELEASE.encode()),
+        }
 
     def write_carried(self, partial: Path) -> None:
         """Write what it carries of a Hugging Face model, if anything."""
@@ -324,7 +329,8 @@ def _on_tracker(target: MegatronTarget) -> list[str]:
     """What training loads from this root changes, where the tracker file names another iteration."""
     tracker = target.root / TRACKER_FILE
     try:
-        old = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
+        with opened(target.root.resolve(), TRACKER_FILE) as descriptor:
+            old = os.read(descriptor, 40).decode(errors="replace").strip()
     except OSError:
         return []
     new = RELEASE if target.iteration is None else str(target.iteration)

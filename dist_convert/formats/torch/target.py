@@ -22,6 +22,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, write_record_checksums
+from dist_convert.write.commit import Beside
 from dist_convert.write.files import make_file, opened, writing
 from dist_convert.write.task import Target
 
@@ -139,7 +140,7 @@ class TorchTarget(Target):
         if is_first:
             self.target.write_carried(partial)
 
-    def beside(self) -> Mapping[str, bytes]:
+    def beside(self) -> Mapping[str, Beside]:
         return self.target.beside()
 
 

@@ -18,6 +18,7 @@ from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
+from dist_convert.write.commit import Beside
 from dist_convert.write.files import make_file, write_file
 from dist_convert.write.task import Target
 
@@ -58,7 +59,7 @@ class DistTarget(Target):
         write_file(partial, KIND_FILE, json.dumps(_KIND).encode())
         self.files.write_metadata(partial)
 
-    def beside(self) -> Mapping[str, bytes]:
+    def beside(self) -> Mapping[str, Beside]:
         return self.target.beside()
 
 
