@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -27,6 +26,7 @@ from dist_convert.errors import (
     UsageError,
     error_details,
     raise_together,
+    remedy_of,
     shown_line,
 )
 from dist_convert.options import HUGGINGFACE, PAIRS, TORCH, Options, VerifyJob
@@ -300,17 +300,6 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-_REMEDIES = {
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ELOOP: "give a path without links that lead to themselves",
-    errno.EMFILE: "allow more open files (ulimit -n)",
-    errno.ENFILE: "allow this machine more open files",
-    errno.ENOENT: "check that the path and the current directory are still there",
-    errno.ENOSPC: "free space",
-    errno.EACCES: "allow this user to read and write there",
-}
-
-
 #: What Python and torch say where a process gets no more memory, or no more threads.
 _NO_MEMORY = ("annot allocate memory", "an't allocate memory", "failed to map segment")
 _NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
@@ -354,8 +343,7 @@ def _explained(error: BaseException) -> ConversionError | None:
         "the operating system refuses",
         file=str(error.filename or ""),
         found=(error.strerror or str(error)) + where,
-        remedy=_REMEDIES.get(error.errno or 0, "check the disk or network file system")
-        + ", then start the same command again",
+        remedy=f"{remedy_of(error)}, then start the same command again",
     )
 
 

@@ -17,6 +17,7 @@
     └── Problems
 """
 
+import errno
 import os
 import re
 import shlex
@@ -57,6 +58,25 @@ def quoted(word: str) -> str:
         return shlex.quote(word)
     octets = (chr(octet) if octet in _PLAIN_OCTETS else f"\\x{octet:02x}" for octet in os.fsencode(word))
     return f"$'{''.join(octets)}'"
+
+
+_FULL, _FORBIDDEN = "free space", "allow this user to read and write there"
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path without links that lead to themselves",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow this machine more open files",
+    errno.ENOENT: "check that the path and the current directory are still there",
+    errno.EFBIG: "lift the limit on the size of files (ulimit -f)",
+    errno.EBUSY: "unmount what is mounted there",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+}
+
+
+def remedy_of(error: OSError) -> str:
+    """What helps against a refusal of the operating system, as a command without its end."""
+    return _REMEDIES.get(error.errno or 0, "check the disk or network file system")
 
 
 class ConversionError(Exception):

@@ -160,15 +160,23 @@ def read_json(path: Path, most_bytes: int = MAX_BYTES, most_values: int = _MOST_
         CorruptFile: it holds something else, or too much.
         SourceError: it cannot be read.
     """
-    content = read_small_file(path, most_bytes)
+    return parse_json(read_small_file(path, most_bytes), str(path), most_values)
+
+
+def parse_json(content: bytes, file: str, most_values: int = _MOST_VALUES) -> dict[str, Any]:
+    """A JSON object from the content of a file, named so in messages.
+
+    Raises:
+        CorruptFile: it holds something else, or too much.
+    """
     try:
         check_values(content, most_values)
         data = json.loads(content.decode("utf-8"))
         _check_levels(data)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile("not valid JSON", file=str(path), found=str(error)) from error
+        raise CorruptFile("not valid JSON", file=file, found=str(error)) from error
     if not isinstance(data, dict):
-        raise CorruptFile("not a JSON object", file=str(path), found=type(data).__name__)
+        raise CorruptFile("not a JSON object", file=file, found=type(data).__name__)
     return data
 
 

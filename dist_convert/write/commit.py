@@ -24,10 +24,10 @@ from dist_convert.write.partial import (
     is_ours,
     look,
     partial_of,
-    remove,
     set_note,
     used_bytes,
 )
+from dist_convert.write.trees import existing_parent, mount_points, remove
 
 
 def check_target(
@@ -47,13 +47,20 @@ def check_target(
     """
     file, another = str(target), "choose another target"
     for place in (target, partial_of(target)):
-        if place.is_dir() and not place.is_symlink() and is_mount_point(place):
+        mounted = mount_points(place) if place.is_dir() and not place.is_symlink() else []
+        if "" in mounted:
             raise TargetError(
                 "the target is a mount point, and is to get its name by renaming, which is not possible there",
                 file=str(place),
                 expected="a new or empty directory on the file system of the directory that holds it",
                 found="a mount point",
                 remedy=f"choose a target inside of it, such as {target / 'model'}",
+            )
+        if mounted and (overwrite or place != target):
+            raise TargetError(
+                "a file system is mounted inside of what is to be replaced or removed",
+                file=str(place / mounted[0]),
+                remedy=f"unmount it, then start the same command again; or {another}",
             )
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if os.path.lexists(target) and not there and (target.is_symlink() or not target.is_dir()):
@@ -121,27 +128,6 @@ def _lies_around(target: Path, source: Path) -> bool:
     """Whether a target holds the source or the current directory, or lies in the source."""
     place, origin = target.resolve(), source.resolve()
     return place.is_relative_to(origin) or any(one.is_relative_to(place) for one in (origin, Path.cwd()))
-
-
-def existing_parent(target: Path) -> Path:
-    """The nearest thing above a path that is there: a directory, or what is in its way."""
-    return next(parent for parent in target.absolute().parents if os.path.lexists(parent))
-
-
-_MOUNTS = Path("/proc/self/mountinfo")
-
-
-def is_mount_point(path: Path) -> bool:
-    """Whether a directory is where a file system is mounted, or a part of one that renaming does not leave."""
-    if path.stat().st_dev != path.absolute().parent.stat().st_dev:
-        return True
-    try:
-        lines = _MOUNTS.read_bytes().splitlines()
-    except OSError:
-        return False
-    # A bind mount has the device of what it shows. Blanks are octal there (see `places.types_by_device`).
-    points = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines}
-    return os.fsencode(path.resolve()) in points
 
 
 def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:

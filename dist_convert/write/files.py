@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
+from dist_convert.errors import NotEnoughSpace, PlanError, TargetError, remedy_of
 from dist_convert.records import View, Window, local_name
 
 #: Of every descriptor: no link is followed, and nobody waits for the other end of a pipe.
@@ -58,7 +59,7 @@ def open_below(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
         descriptor = os.open(last, flags | _PLAIN, 0o666, dir_fd=holder)
         if not is_plain(os.fstat(descriptor)):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "a link, a pipe or a file with a second name is in its place")
+            raise OSError(errno.EEXIST, "a link, a pipe or a file with a second name is in its place")
         return descriptor
 
 
@@ -98,16 +99,17 @@ def sync_parent(path: Path) -> None:
 def target_error(error: OSError, file: str) -> TargetError:
     """The error of ours for an operating system's refusal to write."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    what = "make it writable" if is_forbidden else "free space" if is_full else "check the disk or network file system"
-    if error.errno == errno.EFBIG:
-        what = "lift the limit on the size of files (ulimit -f)"
+    what = "move away what is there" if error.errno in _IN_THE_WAY else remedy_of(error)
     return (NotEnoughSpace if is_full else TargetError)(
         "cannot write the target",
         file=file,
         found=error.strerror or str(error),
-        remedy=f"{what}, or choose another target",
+        remedy=f"{what}, then start the same command again; or choose another target",
     )
+
+
+#: The system's refusals where something else has the name of a file or directory of the target.
+_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
 
 
 @contextmanager
@@ -264,6 +266,8 @@ def reserve_file(root: Path, name: str) -> bool:
 
 #: Ends the names of what is not complete yet.
 PARTIAL_SUFFIX = ".partial"
+#: The names of files that are about to replace others.
+TEMPORARY = re.compile(r"\.dist_convert-[0-9a-f]{16}\.partial")
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -281,10 +285,10 @@ def replace_files(
         contents: by name, of large files in pieces. A link that has the name is replaced as well, and what it leads to
             is left alone.
         scratch: a directory of the same file system in which they are written first; `directory` without it. There
-            something named `*.partial` stays if the process is killed.
+            a `TEMPORARY` one stays if the process is killed.
     """
     root, made_in = directory.resolve(), (scratch or directory).resolve()
-    fresh = {name: f".{Path(name).name[:150]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}" for name in contents}
+    fresh = {name: f".dist_convert-{secrets.token_hex(8)}{PARTIAL_SUFFIX}" for name in contents}
     try:
         for name, content in contents.items():
             with writing(root / name):

@@ -35,6 +35,8 @@ JOURNAL_DIRECTORY = ".journal"
 _MARK_SECONDS = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _JOURNAL = re.compile(r"run-[0-9]{5,9}-rank-[0-9]{5,9}")
+#: Of one journal: the longest have a window for each block of 4 MiB, and a hundred bytes for each window.
+_MOST_RUNS, _MOST_BYTES, _MOST_WINDOWS = 999_999_999, 256 << 20, 4_000_000
 
 
 def this_boot() -> tuple[str, str]:
@@ -170,23 +172,24 @@ def read_lines(partial: Path, name: str) -> Iterator[tuple[int, Any]]:
 def _is_record(record: Any) -> bool:
     """Whether a whole line says something that a journal says."""
     match record:
-        case {"wrote": [*windows]}:
-            return all(_is_written(window) for window in windows)
-        case {"run": int(), "rank": int(), "host": str(), "boot": str()}:
-            return True
-        case {"mark": int()} | {"lost": str(), "until": int()}:
-            return True
-        case {"overflowed": [str(), str(), int(), int(), int(), int()]}:
-            return True
-        case {"rounded_norms": [str(), str(), int(), int(), int(), int()]}:
-            return True
+        case {"wrote": [*windows], **rest}:
+            return not rest and all(_is_written(window) for window in windows)
+        case {"run": int(), "rank": int(), "host": str(), "boot": str(), **rest}:
+            return not rest
+        case {"mark": int(), **rest} | {"lost": str(), "until": int(), **rest}:
+            return not rest
+        case {"overflowed": [str(), str(), int(), int(), int(), int()], **rest}:
+            return not rest
+        case {"rounded_norms": [str(), str(), int(), int(), int(), int()], **rest}:
+            return not rest
     return False
 
 
 def _is_written(values: Any) -> bool:
     match values:
-        case [str(), int(offset), int(run), int(stride), int(runs), int() | None]:
-            return min(offset, run, stride) >= 0 and runs > 0
+        case [str(), int(offset), int(run), int(stride), int(runs), int() | None as checksum]:
+            is_window = min(offset, run, stride) >= 0 and runs > 0 and max(offset, run, stride, runs) <= sys.maxsize
+            return is_window and 0 <= (checksum or 0) < 1 << 32
     return False
 
 
@@ -227,32 +230,29 @@ def has_written(partial: Path, runs_before: int) -> bool:
 
 
 def read_journal(partial: Path, name: str, boots: Iterable[Sequence[str]]) -> dict[str, Any] | None:
-    """What counts of one journal, in JSON values; None where a line of it is whole and yet no journal's.
+    """What counts of one journal, in JSON values; None where a line is whole and yet no journal's, or no end of them.
 
     `boots` are (host, boot) of the machines of this run's ranks.
     """
+    is_same_boot, safe_bytes, written, lost = False, 0, list[tuple[int, Written]](), []
+    changed: dict[str, list[Any]] = {kind: [] for kind in CHANGES}
+    if last_run([name]) >= _MOST_RUNS or os.lstat(partial / JOURNAL_DIRECTORY / name).st_size > _MOST_BYTES:
+        return None
     try:
-        lines = list(read_lines(partial, name))
+        for number, (end_bytes, record) in enumerate(read_lines(partial, name)):
+            if not _is_record(record) or len(written) > _MOST_WINDOWS:
+                return None
+            if number == 0 and record.get("boot"):
+                is_same_boot = any([record["host"], record["boot"]] == list(boot) for boot in boots)
+            safe_bytes = max(safe_bytes, record.get("mark", 0))
+            written += [(end_bytes, from_fields(values)) for values in record.get("wrote", ())]
+            lost += [[record["lost"], record["until"]]] if "lost" in record else []
+            for kind in changed.keys() & record.keys():
+                changed[kind].append(record[kind])
     except ValueError:
         return None
-    if not all(_is_record(record) for _, record in lines):
-        return None
-    head = lines[0][1] if lines and "run" in lines[0][1] else {}
-    safe_bytes = max((record["mark"] for _, record in lines if "mark" in record), default=0)
-    began = [head.get("host"), head.get("boot")]
-    is_same_boot = bool(head.get("boot")) and any(began == list(boot) for boot in boots)
-    written = [
-        from_fields(values)
-        for end_bytes, record in lines
-        if is_same_boot or end_bytes <= safe_bytes
-        for values in record.get("wrote", ())
-    ]
-    return {
-        "run": last_run([name]),
-        "wrote": [fields(one) for one in joined(written)],
-        "lost": [[record["lost"], record["until"]] for _, record in lines if "lost" in record],
-        **{kind: [record[kind] for _, record in lines if kind in record] for kind in CHANGES},
-    }
+    counted = (one for end_bytes, one in written if is_same_boot or end_bytes <= safe_bytes)
+    return {"run": last_run([name]), "wrote": [fields(one) for one in joined(counted)], "lost": lost, **changed}
 
 
 def fields(written: Written) -> list[Any]:

@@ -91,7 +91,7 @@ class Lock:
 
 def check_unlocked(path: Path, label: str) -> None:
     """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
-    with contextlib.suppress(FileNotFoundError), opened(path.parent, path.name, os.O_RDWR) as descriptor:
+    with writing(path), contextlib.suppress(FileNotFoundError), opened(path.parent, path.name, os.O_RDWR) as descriptor:
         _refuse_held(descriptor, label)
 
 

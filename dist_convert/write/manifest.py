@@ -5,8 +5,9 @@ Nothing in it depends on the ranks, or on when or how often the conversion was s
 
 import json
 import os
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import CorruptFile, SourceError
@@ -16,6 +17,7 @@ from dist_convert.write.checksums import KnownRange, checksum_of
 from dist_convert.write.files import Written, opened, replace_text, write_file, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, History, fields, from_fields, joined
 from dist_convert.write.partial import RESUMABLE, differences_of_complete, files_below, is_ours
+from dist_convert.write.trees import found_below
 
 MANIFEST_FILE = "conversion.json"
 
@@ -84,12 +86,17 @@ def manifest_of(target: Path) -> dict[str, Any]:
 
 def unknown_files(target: Path) -> list[str]:
     """All in a converted directory that its manifest does not name, links, pipes and empty directories, too."""
-    known = {MANIFEST_FILE, *manifest_of(target)["files"]}
-    known |= {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
-    found = {path.relative_to(target).as_posix() for path in target.rglob("*")} - known
+    known = sorted({MANIFEST_FILE, *manifest_of(target)["files"]})
+    found = found_below(target).keys() - known
     if is_ours(target):  # a run ended between giving it its name and removing its journal
         found = {name for name in found if name != RESUMABLE and name.split("/")[0] != JOURNAL_DIRECTORY}
-    return sorted(found)
+    return sorted(name for name in found if not _is_above_any(f"{name}/", known))
+
+
+def _is_above_any(directory: str, names: Sequence[str]) -> bool:
+    """Whether one of so many names, in ascending order, is below a directory, which ends with a slash."""
+    place = bisect(names, directory)
+    return place < len(names) and names[place].startswith(directory)
 
 
 def what_differs(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> str | None:

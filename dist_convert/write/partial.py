@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -27,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import ResumeRefused, SourceError, TargetExists
+from dist_convert.read.source import parse_json
 from dist_convert.records import human_bytes, names
 from dist_convert.write.files import (
     PARTIAL_SUFFIX,
+    TEMPORARY,
     is_plain,
-    open_below,
     opened,
     replace_text,
     sync,
@@ -41,6 +41,7 @@ from dist_convert.write.files import (
 )
 from dist_convert.write.journal import JOURNAL_DIRECTORY, journals
 from dist_convert.write.lock import Lock, check_unlocked
+from dist_convert.write.trees import found_below, make_parents, remove
 
 #: Of the digests in an identity and in a manifest: 2 since copies are the intersection of two catalogs.
 FORMAT = 2
@@ -126,7 +127,7 @@ def aside_of(target: Path) -> Path:
 
 def files_below(directory: Path) -> set[str]:
     """The names of a target's files in the directory where it is made."""
-    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    files = {name for name, found in found_below(directory).items() if stat.S_ISREG(found.st_mode)}
     return {name for name in files - {RESUMABLE} if not name.startswith(JOURNAL_DIRECTORY + "/")}
 
 
@@ -166,7 +167,7 @@ def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
 def _differences(directory: Path, identity: Mapping[str, Any]) -> str:
     try:
         return differences(_read_identity(directory), identity)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+    except (OSError, SourceError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return "the record of what it is made from cannot be read"
 
 
@@ -175,13 +176,8 @@ _MOST_IDENTITY_BYTES = 16 << 20
 
 
 def _read_identity(directory: Path) -> Mapping[str, Any]:
-    with os.fdopen(open_below(directory, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}"), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _MOST_IDENTITY_BYTES:
-            raise ValueError("larger than any")
-        try:
-            return dict(json.load(file))
-        except RecursionError as error:
-            raise ValueError(str(error)) from error
+    with opened(directory, name := f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}") as descriptor:
+        return parse_json(os.pread(descriptor, _MOST_IDENTITY_BYTES, 0), str(directory / name))
 
 
 def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> None:
@@ -261,7 +257,7 @@ def _is_new(partial: Path) -> bool:
     if JOURNAL_DIRECTORY in names:
         if journal.is_symlink() or not journal.is_dir():
             return False
-        if not all(name == _LOCK or name.startswith(f".{IDENTITY_FILE}.") for name in os.listdir(journal)):
+        if not all(name == _LOCK or TEMPORARY.fullmatch(name) for name in os.listdir(journal)):
             return False
     return names <= {JOURNAL_DIRECTORY, RESUMABLE}
 
@@ -275,8 +271,8 @@ def _obstacle(partial: Path, identity: Mapping[str, Any], sizes: Mapping[str, in
             found=different,
             remedy="to go on with it, start it as it was begun; or start anew with --overwrite",
         )
-    for path in sorted(partial.rglob("*")):
-        name, found = path.relative_to(partial).as_posix(), path.lstat()
+    for name, found in found_below(partial).items():
+        path = partial / name
         if stat.S_ISDIR(found.st_mode):
             if name in sizes or path.parent.name == JOURNAL_DIRECTORY:
                 return damaged(path, "a directory in a file's place")
@@ -303,7 +299,7 @@ def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, i
     if is_made_of(target, identity):  # only the last steps are missing
         return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
     with writing(partial):
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(partial)
         with contextlib.suppress(FileExistsError):
             partial.mkdir(mode=0o700)
         check_partial(target, identity, sizes, overwrite=overwrite)
@@ -342,11 +338,6 @@ def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
     sync_parent(partial)
 
 
-def remove(path: Path) -> None:
-    """Remove something of ours, whatever it is; what a link leads to stays."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def forget(partial: Path) -> None:
     """Remove the journals, so that nothing counts of what has been written."""
     for name in journals(partial):
@@ -365,10 +356,9 @@ def look(target: Path) -> str:
     """What a target is at this moment: its inode, and a digest of what lies in it; "" where there is nothing."""
     if not os.path.lexists(target):
         return ""
-    found = [(path, path.lstat()) for path in sorted(target.rglob("*"))]
+    found = found_below(target) if target.is_dir() else {}
     lines = [
-        [path.relative_to(target).as_posix(), one.st_mode, *([one.st_size, one.st_mtime_ns] if is_plain(one) else [])]
-        for path, one in found
+        [name, one.st_mode, *([one.st_size, one.st_mtime_ns] if is_plain(one) else [])] for name, one in found.items()
     ]
     return f"{target.lstat().st_ino} {hashlib.sha256(json.dumps(lines).encode()).hexdigest()}"
 
@@ -382,7 +372,7 @@ def used_bytes(partial: Path) -> int:
     """What a directory of ours has on its disk already, and is free for its successor."""
     if not is_ours(partial):
         return 0
-    return sum(path.lstat().st_blocks * 512 for path in partial.rglob("*"))
+    return sum(found.st_blocks * 512 for found in found_below(partial).values())
 
 
 def refuse_unfinished(path: Path, name: str | None = None) -> None:
@@ -397,15 +387,14 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     """
     for place in _places(path, name):
         if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
-            try:
-                flags = dict(_read_identity(place)["flags"])
-            except (OSError, ValueError, LookupError, TypeError):
-                flags = {}
-            source = flags.get("source") or flags.get("load_path") or flags.get("load_dir")
+            found = "what a conversion has made so far"
+            with contextlib.suppress(OSError, SourceError, LookupError, TypeError):
+                if place.stat().st_uid == os.geteuid():
+                    found = f"what a conversion of {_read_identity(place)['flags']['source']} has made so far"
             raise SourceError(
                 "an unfinished conversion, which is no checkpoint yet",
                 file=str(place),
-                found=f"what a conversion of {source} has made so far",
+                found=found,
                 remedy="wait for that conversion if it is at work, else start its command again: it goes on where it "
                 "stopped",
             )

@@ -164,7 +164,7 @@ def begin(task: Task, world: World) -> tuple[History, Journal]:
         _forget_what_is_void(task, world)
         run, read, odd = _read_journals(task, world)
     if odd:
-        raise damaged(Path(odd[0]), "a journal that says what none does, with a right checksum")
+        raise damaged(Path(odd[0]), "a journal that says what none does, or more than any")
     broken = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
     history = history_of(read, {file for of_rank in gather_objects(world, broken) for file in of_rank})
     if task.is_first:

@@ -17,7 +17,8 @@ from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import Beside
 from dist_convert.write.partial import partial_of
-from dist_convert.write.places import ONE_WRITER, file_system_type
+from dist_convert.write.places import ONE_WRITER
+from dist_convert.write.trees import file_system_type
 
 
 class Source(Protocol):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,20 @@ def appended(content: bytes) -> Callable[[Path], None]:
     def damage(left: Path) -> None:
         with (left / JOURNAL).open("ab") as file:
             file.write(content)
+
+    return damage
+
+
+def rewritten(content: bytes) -> Callable[[Path], None]:
+    def damage(left: Path) -> None:
+        (left / JOURNAL).write_bytes(content)
+
+    return damage
+
+
+def renamed(name: str) -> Callable[[Path], None]:
+    def damage(left: Path) -> None:
+        (left / JOURNAL).rename(left / ".journal" / name)
 
     return damage
 
@@ -91,6 +106,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a lost file that is a number": (appended(line({"lost": 5, "until": "x"})), JOURNAL),
     "a mark that is a text": (appended(line({"mark": "x"})), JOURNAL),
     "a change that is a number": (appended(line({"overflowed": 5})), JOURNAL),
+    "a window of 10^30 bytes": (appended(2 * line({"wrote": [["model.safetensors", 0, 10**30, 0, 1, 1]]})), JOURNAL),
+    "a checksum of 10^30": (
+        appended(line({"wrote": [["x", 0, 1, 0, 1, 10**30], ["x", 1, 1, 0, 1, 10**30]]})), JOURNAL),
+    "a mark that is a text, in a record of windows": (appended(line({"wrote": [], "mark": "x"})), JOURNAL),
+    "a lost file without a run, in a record of windows": (appended(line({"wrote": [], "lost": "x"})), JOURNAL),
+    "a machine without a name, in a record of windows": (rewritten(line({"wrote": [], "boot": "x"})), JOURNAL),
+    "the last journal that can be": (renamed("run-999999999-rank-00000"), ".journal/run-999999999-rank-00000"),
+    "an identity of 17 MiB": (lambda left: os.truncate(left / ".journal" / "identity.json", 17 << 20), ""),
+    "an identity of 4,000,000 values": (identity("[" + "{}," * 4_000_000 + "{}]"), ""),
     "a line that is no JSON": (appended(raw(b"{")), JOURNAL),
     "a nested line": (appended(raw(b"[" * 100_000)), JOURNAL),
     "a pipe as journal": (pipe_instead(JOURNAL), JOURNAL),
@@ -122,6 +146,35 @@ def test_what_was_damaged_is_named_and_left_and_overwrite_starts_anew(
     assert "there already" not in error
     assert sorted(path.name for path in left.parent.iterdir()) == ["out"]
     assert json.loads((left.with_name("out") / "conversion.json").read_text())["format"] == 2
+
+
+def test_a_journal_of_3_gb_is_named_and_not_read(
+    left: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.truncate(left / JOURNAL, 3 << 30)
+    began = time.monotonic()
+    assert go_on(unfinished, left) == 1
+    assert f"  file:     {left / JOURNAL}\n" in capsys.readouterr().err
+    assert go_on(unfinished, left, "--overwrite") == 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("make_other", [Path.mkdir, os.mkfifo], ids=["a directory", "a pipe"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=str)
+def test_what_is_in_the_lock_s_place_is_named_and_moved_away_lets_the_conversion_end(
+    more: tuple[str, ...], make_other: Callable[[Path], None], left: Path, unfinished: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    lock = left / ".journal" / "lock"
+    lock.unlink()
+    make_other(lock)
+    assert go_on(unfinished, left, *more) == 1
+    error = capsys.readouterr().err
+    assert f"  file:     {lock}\n" in error
+    assert "  remedy:   move away what is there, then start the same command again;" in error
+    lock.rename(left.parent / "moved")
+    assert go_on(unfinished, left, *more) == 0
+    assert "are there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.json", "conversion.json"])

@@ -12,6 +12,7 @@ import pytest
 
 import dist_convert.move.convert
 from dist_convert.write.commit import Beside, publish
+from dist_convert.write.trees import remove
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
 from tests.converting import convert
@@ -329,6 +330,30 @@ def test_a_target_that_is_a_file_system_of_its_own_is_told_before_the_first_byte
         assert os.listdir(target.parent) == ["out"]
     with mounted("-t", "tmpfs", "dist-convert-test", str(target)):
         assert convert(source, target / "model") == 0
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_what_is_mounted_inside_of_what_would_be_replaced_stays_and_unmounted_lets_it_be_replaced(
+    name: str, left: Path, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own(tmp_path / "mine")
+    assert go_on(unfinished, left) == 0
+    shutil.copytree(unfinished / "place" / "out.partial", left)
+    (left / "resumable").unlink()
+    inside = left.with_name(name) / "config.json"
+    inside.unlink()
+    inside.mkdir()
+    with mounted("--bind", str(tmp_path / "mine"), str(inside)):
+        for more in ([], ["--dry-run"]):
+            assert go_on(unfinished, left, "--overwrite", "--target-params-dtype", "fp32", *more) == 1
+            error = capsys.readouterr().err
+            assert f"  file:     {inside}\n" in error
+            assert "  remedy:   unmount it, then start the same command again" in error
+        with pytest.raises(OSError, match="is mounted there"):
+            remove(left.with_name(name))
+    assert (tmp_path / "mine" / "diary").read_text() == TEXT
+    assert go_on(unfinished, left, "--overwrite", "--target-params-dtype", "fp32") == 0
+    assert os.listdir(left.parent) == ["out"]
 
 
 @pytest.mark.parametrize("leads_to", ["nothing", "an empty directory"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,5 +77,6 @@ def interrupted_runs() -> Iterator[Runs]:
 
 def hashes_below(root: Path) -> dict[str, str]:
     """SHA-256 of every file below a root, but for empty ones that a rank was killed over while it looked around."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith(".dist_convert-")]
+    looking = re.compile(r"\.dist_convert-[0-9a-f]+")
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not looking.fullmatch(path.name)]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.write.places import file_system_type, types_by_device
+from dist_convert.write.trees import file_system_type, types_by_device
 from tests.file_systems import mounted
 
 LISTED: dict[str, tuple[str, dict[str, str]]] = {

@@ -1,0 +1,99 @@
+"""Directories as a whole: made, listed and removed, and what is mounted at them or inside of them."""
+
+import errno
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest thing above a path that is there: a directory, or what is in its way."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def make_parents(path: Path) -> None:
+    """Make the directories above a path that are not there, however many."""
+    there = existing_parent(path)
+    for parent in reversed(path.absolute().parents):
+        if len(parent.parts) > len(there.parts):
+            parent.mkdir(exist_ok=True)
+
+
+def found_below(directory: Path) -> dict[str, os.stat_result]:
+    """All that lies below a directory, by name in ascending order; no link is followed."""
+    found, waiting = {}, [""]
+    while waiting:
+        above = waiting.pop()
+        with os.scandir(directory / above) as entries:
+            for entry in entries:
+                name = above + entry.name
+                found[name] = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(found[name].st_mode):
+                    waiting.append(f"{name}/")
+    return dict(sorted(found.items()))
+
+
+def remove(path: Path) -> None:
+    """Remove something of ours, whatever it is; what a link leads to stays, and so does what is mounted inside.
+
+    Raises:
+        OSError: the operating system's, or something is mounted there.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if mount_points(path):
+        raise OSError(errno.EBUSY, "a file system is mounted there", str(path))
+    try:
+        shutil.rmtree(path)
+    except RecursionError as error:
+        raise OSError(errno.ENAMETOOLONG, "directories are nested too deep", str(path)) from error
+
+
+def mount_points(directory: Path) -> list[str]:
+    """What below a directory is a mount point, which renaming does not leave; "" is the directory itself."""
+    place = str(directory.resolve())
+    is_device = directory.stat().st_dev != directory.absolute().parent.stat().st_dev
+    points = {point for _, point, _ in _mounts(_mountinfo()) if point == place or point.startswith(f"{place}/")}
+    return sorted({point[len(place) + 1 :] for point in points} | ({""} if is_device else set()))
+
+
+def file_system_type(path: Path) -> str:
+    """The type of the file system that holds a path, or the nearest thing above it; "" where nobody says."""
+    holder = path if os.path.lexists(path) else existing_parent(path)
+    try:
+        device = os.stat(holder).st_dev
+    except OSError:
+        return ""
+    return types_by_device(_mountinfo()).get(f"{os.major(device)}:{os.minor(device)}", "")
+
+
+def types_by_device(mountinfo: str) -> dict[str, str]:
+    """The types of mounted file systems by their device, `major:minor`, which all mounts of one file system share."""
+    return {device: kind for device, _, kind in _mounts(mountinfo)}
+
+
+def _mountinfo() -> str:
+    try:
+        return _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def _mounts(mountinfo: str) -> Iterator[tuple[str, str, str]]:
+    """Device, mount point and type of each mount.
+
+    Args:
+        mountinfo: number, parent, device, root, mount point and options of each mount, any number of optional fields, a
+            hyphen, type, source and more options; blanks inside of a field are octal
+            (https://www.kernel.org/doc/html/latest/filesystems/proc.html, "/proc/<pid>/mountinfo").
+    """
+    for mount, _, kind in (line.partition(" - ") for line in mountinfo.splitlines()):
+        if kind:
+            _, _, device, _, point, *_ = mount.split(" ")
+            yield device, re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point), kind.split()[0]
