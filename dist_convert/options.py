@@ -459,12 +459,24 @@ def expanded_path(path: str | os.PathLike[str]) -> str:
     if not text:
         raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
     try:
-        is_path = b"\0" not in os.fsencode(text)
+        octets = os.fsencode(text)
     except UnicodeEncodeError:
-        is_path = False
-    if not is_path:
+        octets = b"\0"
+    if b"\0" in octets:
         raise UsageError("a path has letters that no path can have", found=repr(text), remedy="give another path")
+    if (longest := max(map(len, octets.split(b"/")))) > _NAME_BYTES or len(octets) >= _PATH_BYTES:
+        raise UsageError(
+            "a path is longer than any can be",
+            file=text,
+            expected=f"less than {_PATH_BYTES:,} bytes, and at most {_NAME_BYTES} between slashes",
+            found=f"{len(octets):,} bytes, and {longest:,} between slashes",
+            remedy="give a shorter path",
+        )
     return os.path.expanduser(text)
+
+
+#: Linux' limits: of a path with the zero behind it, and of a name in it.
+_PATH_BYTES, _NAME_BYTES = 4096, 255
 
 
 def check_together(options: Options) -> None:

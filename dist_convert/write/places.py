@@ -18,6 +18,8 @@ from dist_convert.write.partial import ASIDE_SUFFIX, files_below
 from dist_convert.write.trees import existing_parent
 
 _PROBE = ".dist_convert-"
+#: For ".partial" and the longest path below a target: a tokenizer's file may have any name.
+_BELOW_BYTES = 512
 #: What is so much older than a run's own probe was left by a rank that was killed. By the file system's own clock.
 _LEFT_BEHIND_SECONDS = 24 * 3600.0
 
@@ -38,13 +40,16 @@ def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str
     """
     parent = existing_parent(target) if target.name else target
     parent = parent if parent.is_dir() else parent.parent
+    name_bytes, path_bytes = len(os.fsencode(target.name)), len(os.fsencode(target.absolute()))
     longest_bytes = os.pathconf(parent, "PC_NAME_MAX") - len(ASIDE_SUFFIX)
-    if not 0 < len(os.fsencode(target.name)) <= longest_bytes:
+    longest_path_bytes = os.pathconf(parent, "PC_PATH_MAX") - _BELOW_BYTES
+    if not 0 < name_bytes <= longest_bytes or path_bytes > longest_path_bytes:
         raise UsageError(
             "the target's name cannot be given to a directory",
             file=str(target),
-            expected=f"1 to {longest_bytes} bytes, so that one can be made beside it with a longer name",
-            found=f"{len(os.fsencode(target.name))} bytes",
+            expected=f"1 to {longest_bytes} bytes, in a path of at most {longest_path_bytes:,}, which leaves room for "
+            "longer names beside it and for files below",
+            found=f"{name_bytes} bytes, in a path of {path_bytes:,}",
             remedy="choose another target",
         )
     if world.size == 1:

@@ -200,12 +200,33 @@ def test_an_empty_name_of_an_iteration_is_told_as_one(place: Path, tmp_path: Pat
     assert_one_error(run(words, tmp_path), "a name is empty: is a variable unset?", 2)
 
 
-@pytest.mark.parametrize("length", [4097], ids=str)
-def test_a_path_that_is_too_long_is_told_with_what_helps(length: int, place: Path, tmp_path: Path) -> None:
-    found = run(["inspect", "a/" * (length // 2)], tmp_path)
-    assert found.returncode != 0
-    assert "Traceback" not in found.stderr
-    assert "check the disk" not in found.stderr
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["inspect", "a/" * 2500], "5,000 bytes, and 1 between slashes"),
+        (["verify", "{place}/in", "a/" * 2500], "5,000 bytes, and 1 between slashes"),
+        (["convert", "é" * 128, "out", "--to", "huggingface"], "256 bytes, and 256 between slashes"),
+        (["convert", "{place}/in", "out", "--to", "huggingface", "--like", "b" * 256], "and 256 between slashes"),
+        (["convert", "{place}/in", "out", "--to", "huggingface", "--ckpt-dir-name", "b" * 256], "256 between slashes"),
+        (["convert", "{place}/in", "b" * 256 + "/out", "--to", "huggingface"], "256 between slashes"),
+        (["convert", "{place}/hf", "a/" * 1900, "--to", "torch"], "in a path of at most 3,584"),
+        (["convert", "{place}/in", "a/" * 1900, "--to", "huggingface"], "in a path of at most 3,584"),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_too_long_is_told_with_what_helps(
+    words: list[str], what: str, place: Path, tmp_path: Path
+) -> None:
+    found = run([word.replace("{place}", str(place)) for word in words], tmp_path)
+    assert_one_error(found, what, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_below_more_directories_than_python_has_frames_is_made(place: Path, tmp_path: Path) -> None:
+    directory = tmp_path / ("a/" * 1500)
+    code = run(["convert", str(place / "in"), str(directory), "--to", "huggingface"], tmp_path).returncode
+    is_made = (directory / "conversion.json").exists()
+    subprocess.run(["rm", "-r", tmp_path / "a"], check=True)  # which pytest cannot
+    assert (code, is_made) == (0, True)
 
 
 def test_a_conversion_whose_log_s_disk_is_full_does_its_work(place: Path, tmp_path: Path) -> None:
