@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_convert.errors import NotEnoughSpace, SourceError, TargetError, TargetExists, UsageError
 from dist_convert.read.source import read_small_file
 from dist_convert.records import counted, human_bytes, names
-from dist_convert.write.files import replace_files, sync, sync_parent, writing
+from dist_convert.write.files import holding, replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, manifest_of, unknown_files
 from dist_convert.write.partial import (
@@ -155,7 +155,7 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
         files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
             sync(path)
-        (partial / RESUMABLE).unlink(missing_ok=True)
+        remove(partial, RESUMABLE)
         sync(partial)
         moves = target.is_symlink() or (target.exists() and any(target.iterdir()))
         if moves:
@@ -165,6 +165,12 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
         try:
             if moves:
                 _check_same(target, aside, replaces)
+            if not is_ours(partial):
+                raise TargetError(
+                    "what was made was exchanged for something else, which does not get the target's name",
+                    file=str(partial),
+                    remedy="move it away, then start the same command again; or put back what was there",
+                )
             partial.rename(target)
         except BaseException:
             if moves:
@@ -239,7 +245,7 @@ def publish(target: Path, files: Mapping[str, Beside]) -> None:
     check_beside(target, files)
     root = target.absolute().parent
     contents = {name: file.content for name, file in files.items()}
-    replace_files(root, contents, target / JOURNAL_DIRECTORY if is_ours(target) else root)
+    replace_files(root.resolve(), contents, (target, JOURNAL_DIRECTORY) if is_ours(target) else None)
 
 
 def remove_leftovers(target: Path) -> str:
@@ -248,31 +254,31 @@ def remove_leftovers(target: Path) -> str:
     Returns:
         What is left for the user to remove, in a sentence.
     """
-    aside, journal, kept = aside_of(target), target / JOURNAL_DIRECTORY, ""
+    aside, kept = aside_of(target), ""
     with writing(target):
         if has_note(target, REPLACES) and os.path.lexists(aside):
             if is_moved_aside(target, target):
-                aside.rename(journal / aside.name)  # so that it is known as what may go, whatever is left of it
+                with holding(target, f"{JOURNAL_DIRECTORY}/{aside.name}") as (holder, name):
+                    os.rename(aside, name, dst_dir_fd=holder)  # so that it may go, whatever is left of it
             else:
                 kept = f"warning: {aside} was changed since it was moved aside, and is kept"
-        if journal.is_dir() and not journal.is_symlink():
-            for path in journal.iterdir():
-                if path.name != IDENTITY_FILE:
-                    remove(path)
-            with contextlib.suppress(FileNotFoundError):
+        if is_ours(target):
+            with holding(target, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}") as (holder, identity):
+                for name in set(os.listdir(holder)) - {identity}:
+                    remove(target, f"{JOURNAL_DIRECTORY}/{name}")
                 # Until here the directory was its owner's alone; now others have of it what they have of its files.
-                usual = (journal / IDENTITY_FILE).stat().st_mode & 0o666
+                usual = os.stat(identity, dir_fd=holder).st_mode & 0o666
                 with contextlib.suppress(PermissionError):  # of file systems without modes
                     target.chmod(target.stat().st_mode & 0o7000 | 0o700 | usual | (usual & 0o444) >> 2)
-                (journal / IDENTITY_FILE).unlink()
-            remove_journal(target)
+                os.unlink(identity, dir_fd=holder)
+    remove_journal(target)
     return kept
 
 
 def remove_journal(target: Path) -> None:
-    """Remove the journal's directory.
+    """Remove the journal's directory, where nothing is left in it.
 
     Network file systems keep a file that is removed while it is open, as the lock is: call it once more when it is not.
     """
-    with contextlib.suppress(OSError):
-        (target / JOURNAL_DIRECTORY).rmdir()
+    with contextlib.suppress(OSError), holding(target, JOURNAL_DIRECTORY) as (holder, name):
+        os.rmdir(name, dir_fd=holder)

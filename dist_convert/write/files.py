@@ -270,35 +270,38 @@ PARTIAL_SUFFIX = ".partial"
 TEMPORARY = re.compile(r"\.dist_convert-[0-9a-f]{16}\.partial")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one, and nothing between."""
-    replace_files(path.parent, {path.name: text.encode()})
-
-
 def replace_files(
-    directory: Path, contents: Mapping[str, bytes | Iterable[bytes]], scratch: Path | None = None
+    root: Path, contents: Mapping[str, bytes | Iterable[bytes]], scratch: tuple[Path, str] | None = None
 ) -> None:
     """Replace files, or add them; none before all are written and forced to the disk, and none in part.
 
     Args:
-        directory: may be reached by a link.
+        root: see `holding`.
         contents: by name, of large files in pieces. A link that has the name is replaced as well, and what it leads to
             is left alone.
-        scratch: a directory of the same file system in which they are written first; `directory` without it. There
-            a `TEMPORARY` one stays if the process is killed.
+        scratch: a root and the name of a directory in it, on the same file system, in which they are written first;
+            each beside its place without it. There a `TEMPORARY` one stays if the process is killed.
     """
-    root, made_in = directory.resolve(), (scratch or directory).resolve()
-    fresh = {name: f".dist_convert-{secrets.token_hex(8)}{PARTIAL_SUFFIX}" for name in contents}
+    fresh_root, fresh = root, dict[str, str]()
+    for name in contents:
+        directory = scratch[1] if scratch else name.rpartition("/")[0]
+        fresh[name] = f"{directory}/.dist_convert-{secrets.token_hex(8)}{PARTIAL_SUFFIX}".lstrip("/")
+    if scratch:
+        fresh_root = scratch[0]
     try:
         for name, content in contents.items():
             with writing(root / name):
-                _write_new(made_in, fresh[name], content, is_forced=True)
+                _write_new(fresh_root, fresh[name], content, is_forced=True)
         for name in contents:
-            with writing(root / name), holding(root, name, makes=True) as (holder, last):
-                os.rename(made_in / fresh[name], last, dst_dir_fd=holder)
+            with (
+                writing(root / name),
+                holding(fresh_root, fresh[name]) as (made_in, made),
+                holding(root, name) as (holder, last),
+            ):
+                os.rename(made, last, src_dir_fd=made_in, dst_dir_fd=holder)
                 os.fsync(holder)
     except BaseException:
-        for made in fresh.values():
-            with suppress(OSError):
-                (made_in / made).unlink()
+        for name in fresh.values():
+            with suppress(OSError), holding(fresh_root, name) as (made_in, made):
+                os.unlink(made, dir_fd=made_in)
         raise

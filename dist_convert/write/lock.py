@@ -30,7 +30,8 @@ class Lock:
     """Holds a file for this process until it is released.
 
     Args:
-        path, label: of the file, which is made where it is not there, and what messages call it.
+        path, label: of the file, which is made where it is not there, as the journal directory that holds it is, and
+            what messages call it. No link is followed below what holds that directory.
         stale_seconds: how long another machine's holder is watched.
         fresh_seconds: how long one is waited for who has made the file, and has not said yet who he is.
 
@@ -45,10 +46,10 @@ class Lock:
         is_new = True
         with writing(path):
             try:
-                self._descriptor = open_below(path.parent, path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 is_new = False
-                self._descriptor = open_below(path.parent, path.name, os.O_RDWR)
+                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR)
         try:
             holder = _refuse_held(self._descriptor, label)
             if not is_new and holder is None:
@@ -91,8 +92,12 @@ class Lock:
 
 def check_unlocked(path: Path, label: str) -> None:
     """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
-    with writing(path), contextlib.suppress(FileNotFoundError), opened(path.parent, path.name, os.O_RDWR) as descriptor:
+    with writing(path), contextlib.suppress(FileNotFoundError), opened(*_root_and_name(path), os.O_RDWR) as descriptor:
         _refuse_held(descriptor, label)
+
+
+def _root_and_name(path: Path) -> tuple[Path, str]:
+    return path.parent.parent, f"{path.parent.name}/{path.name}"
 
 
 def _refuse_held(descriptor: int, label: str) -> dict[str, Any] | None:

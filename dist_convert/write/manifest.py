@@ -14,7 +14,7 @@ from dist_convert.errors import CorruptFile, SourceError
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
-from dist_convert.write.files import Written, opened, replace_text, write_file, writing
+from dist_convert.write.files import Written, opened, replace_files, write_file, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, History, fields, from_fields, joined
 from dist_convert.write.partial import RESUMABLE, differences_of_complete, files_below, is_ours
 from dist_convert.write.trees import found_below
@@ -68,7 +68,8 @@ def renew_manifest(target: Path, *, gone: Iterable[str], fresh: Iterable[str]) -
         )
     files = {name: record for name, record in manifest["files"].items() if name not in set(gone)}
     files |= {name: file_record(target.resolve(), name) for name in fresh}
-    replace_text(target / MANIFEST_FILE, _text({**manifest, "files": dict(sorted(files.items()))}))
+    renewed = _text({**manifest, "files": dict(sorted(files.items()))})
+    replace_files(target.resolve(), {MANIFEST_FILE: renewed.encode()})
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
@@ -87,7 +88,7 @@ def manifest_of(target: Path) -> dict[str, Any]:
 def unknown_files(target: Path) -> list[str]:
     """All in a converted directory that its manifest does not name, links, pipes and empty directories, too."""
     known = sorted({MANIFEST_FILE, *manifest_of(target)["files"]})
-    found = found_below(target).keys() - known
+    found = found_below(target.resolve()).keys() - known
     if is_ours(target):  # a run ended between giving it its name and removing its journal
         found = {name for name in found if name != RESUMABLE and name.split("/")[0] != JOURNAL_DIRECTORY}
     return sorted(name for name in found if not _is_above_any(f"{name}/", known))

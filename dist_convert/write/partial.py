@@ -31,9 +31,10 @@ from dist_convert.records import human_bytes, names
 from dist_convert.write.files import (
     PARTIAL_SUFFIX,
     TEMPORARY,
+    holding,
     is_plain,
     opened,
-    replace_text,
+    replace_files,
     sync,
     sync_parent,
     write_file,
@@ -138,9 +139,9 @@ def is_ours(directory: Path) -> bool:
 
 def has_note(directory: Path, note: str) -> bool:
     """Whether a run has left a note in a directory of ours."""
-    path = directory / JOURNAL_DIRECTORY / note
     try:
-        return is_plain(path.lstat()) and not path.parent.is_symlink()
+        with holding(directory, f"{JOURNAL_DIRECTORY}/{note}") as (holder, last):
+            return is_plain(os.stat(last, dir_fd=holder, follow_symlinks=False))
     except OSError:
         return False
 
@@ -156,7 +157,7 @@ def read_note(directory: Path, note: str) -> str:
 
 def set_note(directory: Path, note: str, text: str = "") -> None:
     """Note something for later runs."""
-    replace_text(directory / JOURNAL_DIRECTORY / note, text)
+    replace_files(directory, {f"{JOURNAL_DIRECTORY}/{note}": text.encode()})
 
 
 def is_made_of(directory: Path, identity: Mapping[str, Any]) -> bool:
@@ -303,8 +304,6 @@ def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, i
         with contextlib.suppress(FileExistsError):
             partial.mkdir(mode=0o700)
         check_partial(target, identity, sizes, overwrite=overwrite)
-        with contextlib.suppress(FileExistsError):
-            (partial / JOURNAL_DIRECTORY).mkdir()
         lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
         try:
             _restore_aside(target)
@@ -326,14 +325,14 @@ def _mark_resumable(partial: Path) -> None:
 
 def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
     """Begin in a directory that is new, or empty one of ours: its journals first, which speak of all else in it."""
-    kept = (JOURNAL_DIRECTORY, IDENTITY_FILE, _LOCK, VOID)
+    kept = {JOURNAL_DIRECTORY, *(f"{JOURNAL_DIRECTORY}/{name}" for name in (IDENTITY_FILE, _LOCK, VOID))}
     forget(partial)
-    for path in sorted([*(partial / JOURNAL_DIRECTORY).iterdir(), *partial.iterdir()]):
-        if path.name not in kept:
-            remove(path)
-    (partial / JOURNAL_DIRECTORY / VOID).unlink(missing_ok=True)
+    for name in found_below(partial).keys() - kept:
+        if name.removeprefix(f"{JOURNAL_DIRECTORY}/").count("/") == 0:
+            remove(partial, name)
+    remove(partial, f"{JOURNAL_DIRECTORY}/{VOID}")
     _mark_resumable(partial)
-    replace_text(partial / JOURNAL_DIRECTORY / IDENTITY_FILE, json.dumps(identity, indent=1))
+    set_note(partial, IDENTITY_FILE, json.dumps(identity, indent=1))
     sync(partial)
     sync_parent(partial)
 
@@ -341,7 +340,7 @@ def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
 def forget(partial: Path) -> None:
     """Remove the journals, so that nothing counts of what has been written."""
     for name in journals(partial):
-        remove(partial / JOURNAL_DIRECTORY / name)
+        remove(partial, f"{JOURNAL_DIRECTORY}/{name}")
     sync(partial / JOURNAL_DIRECTORY)
 
 
@@ -356,7 +355,7 @@ def look(target: Path) -> str:
     """What a target is at this moment: its inode, and a digest of what lies in it; "" where there is nothing."""
     if not os.path.lexists(target):
         return ""
-    found = found_below(target) if target.is_dir() else {}
+    found = found_below(target.resolve()) if target.is_dir() else {}
     lines = [
         [name, one.st_mode, *([one.st_size, one.st_mtime_ns] if is_plain(one) else [])] for name, one in found.items()
     ]

@@ -68,6 +68,7 @@ from dist_convert.write.partial import (
     set_note,
 )
 from dist_convert.write.task import Task
+from dist_convert.write.trees import remove
 
 
 def identity_of(task: Task) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _forget_what_is_void(task: Task, world: World) -> None:
             forget(task.partial)
         gather_objects(world, None)  # the note goes last: until then, the next run finds it
         if task.is_first:
-            (task.partial / JOURNAL_DIRECTORY / VOID).unlink(missing_ok=True)
+            remove(task.partial, f"{JOURNAL_DIRECTORY}/{VOID}")
             sync(task.partial / JOURNAL_DIRECTORY)
 
 
@@ -304,4 +305,4 @@ def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
         set_note(partial, VOID)
     may_pass = isinstance(error.__cause__, OSError) and has_written(partial, runs_before)
     if not may_pass and not isinstance(error, Interrupted | LostRank):
-        (partial / RESUMABLE).unlink(missing_ok=True)
+        remove(partial, RESUMABLE)

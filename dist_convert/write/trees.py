@@ -3,10 +3,12 @@
 import errno
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from dist_convert.write.files import holding
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -24,12 +26,12 @@ def make_parents(path: Path) -> None:
             parent.mkdir(exist_ok=True)
 
 
-def found_below(directory: Path) -> dict[str, os.stat_result]:
-    """All that lies below a directory, by name in ascending order; no link is followed."""
-    found, waiting = {}, [""]
+def found_below(root: Path, directory: str = "") -> dict[str, os.stat_result]:
+    """All that lies below a directory, by name below the root, in ascending order; no link is followed."""
+    found, waiting = {}, [f"{directory}/".lstrip("/")]
     while waiting:
         above = waiting.pop()
-        with os.scandir(directory / above) as entries:
+        with holding(root, f"{above}.") as (holder, _), os.scandir(holder) as entries:
             for entry in entries:
                 name = above + entry.name
                 found[name] = entry.stat(follow_symlinks=False)
@@ -38,21 +40,24 @@ def found_below(directory: Path) -> dict[str, os.stat_result]:
     return dict(sorted(found.items()))
 
 
-def remove(path: Path) -> None:
-    """Remove something of ours, whatever it is; what a link leads to stays, and so does what is mounted inside.
+def remove(root: Path, name: str) -> None:
+    """Remove something of ours below a directory, if it is there, whatever it is.
+
+    What a link leads to stays, wherever the link is below the root or in its place, and what is mounted inside.
 
     Raises:
         OSError: the operating system's, or something is mounted there.
     """
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-        return
-    if mount_points(path):
-        raise OSError(errno.EBUSY, "a file system is mounted there", str(path))
-    try:
-        shutil.rmtree(path)
-    except RecursionError as error:
-        raise OSError(errno.ENAMETOOLONG, "directories are nested too deep", str(path)) from error
+    with suppress(FileNotFoundError):
+        with holding(root, name) as (holder, last):
+            found = {name: os.stat(last, dir_fd=holder, follow_symlinks=False)}
+        if stat.S_ISDIR(found[name].st_mode):
+            if mount_points(root / name):
+                raise OSError(errno.EBUSY, "a file system is mounted there", str(root / name))
+            found |= found_below(root, name)
+        for one in reversed(found):
+            with holding(root, one) as (holder, last):
+                (os.rmdir if stat.S_ISDIR(found[one].st_mode) else os.unlink)(last, dir_fd=holder)
 
 
 def mount_points(directory: Path) -> list[str]:

@@ -350,7 +350,7 @@ def test_what_is_mounted_inside_of_what_would_be_replaced_stays_and_unmounted_le
             assert f"  file:     {inside}\n" in error
             assert "  remedy:   unmount it, then start the same command again" in error
         with pytest.raises(OSError, match="is mounted there"):
-            remove(left.with_name(name))
+            remove(left.parent, name)
     assert (tmp_path / "mine" / "diary").read_text() == TEXT
     assert go_on(unfinished, left, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert os.listdir(left.parent) == ["out"]

@@ -87,7 +87,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         names = write_tokenizer(tokenizer, style, Path(scratch))
         contents |= {name: (Path(scratch) / name).read_bytes() for name in names}
     contents |= {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in changed.items()}
-    replace_files(job.target, contents)
+    replace_files(job.target.resolve(), contents)
     renew_manifest(job.target, gone=old, fresh=(*names, *changed, *cut))
     _remove(job.target, [name for name in old if name not in names])
     return (*names, *changed, *cut)
