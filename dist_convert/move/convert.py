@@ -41,6 +41,7 @@ from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, publish, remove_journal, remove_leftovers, sync_files
 from dist_convert.write.files import target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
+from dist_convert.write.partial import refuse_exchanged
 from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
     begin,
@@ -173,6 +174,8 @@ def _make(
 
         channel.doing("completing files")
         known = known_ranges(world, moved.windows, history)
+        if task.is_first:
+            refuse_exchanged(directory)
         try:
             task.layout.complete(directory, task.share, known, is_first=world.rank == 0)
         except OSError as error:

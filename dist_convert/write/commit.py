@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,11 @@ from dist_convert.write.partial import (
     is_ours,
     look,
     partial_of,
+    refuse_exchanged,
     set_note,
     used_bytes,
 )
-from dist_convert.write.trees import existing_parent, mount_points, remove
+from dist_convert.write.trees import existing_parent, found_below, mount_points, remove
 
 
 def check_target(
@@ -99,6 +101,14 @@ def check_target(
             found=names(others),
             remedy=f"move them away, or {another}",
         )
+    if there and not _is_removable(target):
+        raise TargetError(
+            "the target is not this user's to replace",
+            file=file,
+            expected=f"directories that user {os.geteuid()} can rename and empty",
+            found=f"some of user {target.stat().st_uid}",
+            remedy=f"have that user replace it, or {another}",
+        )
     if os.path.lexists(aside_of(target)) and (there or not is_moved_aside(target, partial_of(target))):
         raise TargetExists(
             "what an interrupted replacement moved aside is still there",
@@ -124,6 +134,15 @@ def check_target(
     return free_bytes
 
 
+def _is_removable(target: Path) -> bool:
+    """Whether this user may rename a directory, and remove what lies in it."""
+    parent = target.absolute().parent.stat()
+    is_kept = bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, parent.st_uid, target.lstat().st_uid)
+    below = found_below(target.resolve())
+    directories = (target / name for name, found in below.items() if stat.S_ISDIR(found.st_mode))
+    return not is_kept and all(os.access(path, os.W_OK | os.X_OK) for path in (target, *directories))
+
+
 def _lies_around(target: Path, source: Path) -> bool:
     """Whether a target holds the source or the current directory, or lies in the source."""
     place, origin = target.resolve(), source.resolve()
@@ -147,10 +166,11 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
         replaces: what `look` said at the start of a target that may be replaced; "" where there was none.
 
     Raises:
-        TargetExists: the target is another than at the start; both are kept.
+        TargetExists: the target or the partial directory is another than at the start; both are kept.
         TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
     aside = aside_of(target)
+    refuse_exchanged(partial)
     with writing(target):
         files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
@@ -165,12 +185,7 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
         try:
             if moves:
                 _check_same(target, aside, replaces)
-            if not is_ours(partial):
-                raise TargetError(
-                    "what was made was exchanged for something else, which does not get the target's name",
-                    file=str(partial),
-                    remedy="move it away, then start the same command again; or put back what was there",
-                )
+            refuse_exchanged(partial)
             partial.rename(target)
         except BaseException:
             if moves:

@@ -197,18 +197,28 @@ def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str,
     if not os.path.lexists(partial):
         return
     _refuse_others(partial)
+    if _is_new(partial):
+        return
+    refuse_exchanged(partial)
+    check_unlocked(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
+    if not overwrite and (refused := _obstacle(partial, identity, sizes)):
+        raise refused
+
+
+def refuse_exchanged(partial: Path) -> None:
+    """Refuse what no conversion has begun in, as where a directory was exchanged for another one during the run.
+
+    Raises:
+        TargetExists
+    """
     if not is_ours(partial):
-        if _is_new(partial):
-            return
         raise TargetExists(
             "what lies where the target is made was not left by a conversion",
             file=str(partial),
             expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{IDENTITY_FILE}",
-            remedy="move it away, or choose another target",
+            found="" if os.path.lexists(partial) else "nothing any more",
+            remedy="move it away, then start the same command again; or choose another target",
         )
-    check_unlocked(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
-    if not overwrite and (refused := _obstacle(partial, identity, sizes)):
-        raise refused
 
 
 def is_gone_on_with(partial: Path, identity: Mapping[str, Any], sizes: Mapping[str, int], *, overwrite: bool) -> bool:
@@ -306,6 +316,8 @@ def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, i
         check_partial(target, identity, sizes, overwrite=overwrite)
         lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
         try:
+            if not _is_new(partial):
+                refuse_exchanged(partial)
             _restore_aside(target)
             if not overwrite and is_ours(partial) and (refused := _obstacle(partial, identity, sizes)):
                 raise refused

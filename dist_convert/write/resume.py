@@ -65,6 +65,7 @@ from dist_convert.write.partial import (
     is_ours,
     lock_target,
     look,
+    refuse_exchanged,
     set_note,
 )
 from dist_convert.write.task import Task
@@ -156,6 +157,8 @@ def notes_on_replacing(task: Task) -> list[str]:
 def begin(task: Task, world: World) -> tuple[History, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
     partial, files = task.partial, task.files
+    if task.is_first:
+        refuse_exchanged(partial)
     _forget_what_is_void(task, world)
     run, read, odd = _read_journals(task, world)
     if odd and task.job.overwrite:
@@ -287,7 +290,7 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
         if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
             error.resume = RESUME
         with contextlib.suppress(OSError, TargetError):  # the same disk may refuse this too
-            if is_here:
+            if is_here and is_ours(task.partial):
                 _leave(task.partial, error, runs_before)
         raise
     finally:

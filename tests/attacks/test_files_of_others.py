@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +117,41 @@ def test_a_partial_directory_that_others_can_write_is_refused_by_name(
     assert "may be somebody else's" in (error := capsys.readouterr().err)
     assert "mode 777" in error
     assert hashes_below(left) == before
+
+
+def as_nobody(convert_it: Callable[[], int]) -> tuple[int, str]:
+    """The exit code and the standard error of a conversion by another user."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        with os.fdopen(writes, "w") as error, redirect_stderr(error):
+            code = convert_it()
+        os._exit(code)
+    os.close(writes)
+    with os.fdopen(reads) as error:
+        printed = error.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+
+
+@needs_root
+@pytest.mark.parametrize("is_sticky", [False, True])
+def test_a_target_of_another_user_is_not_replaced_though_others_may_write_beside_it(is_sticky: bool) -> None:
+    with tempfile.TemporaryDirectory() as root:  # pytest's are for their owner alone
+        os.chmod(root, 0o755)
+        make(source := Path(root, "in"), MODEL, Grid(tp=2))
+        (place := Path(root, "place")).mkdir()
+        place.chmod(0o1777 if is_sticky else 0o777)
+        assert convert(source, target := place / "out") == 0
+        if is_sticky:
+            target.chmod(0o777)
+        before = hashes_below(place)
+        code, printed = as_nobody(lambda: convert(source, target, "--overwrite", "--target-params-dtype", "fp32"))
+        assert (code, hashes_below(place)) == (1, before)
+        assert "the target is not this user's to replace" in printed
+        assert as_nobody(lambda: convert(source, place / "other"))[0] == 0
 
 
 def test_a_link_in_place_of_the_partial_directory_is_refused_by_name(
@@ -299,6 +338,46 @@ def test_a_target_that_is_changed_during_its_replacement_is_kept_beside_the_new_
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert (target / "conversion.json").exists()
     assert not target.with_name("out.replaced").exists()
+
+
+def by_a_link(partial: Path, mine: Path) -> None:
+    partial.symlink_to(mine)
+
+
+def by_a_directory(partial: Path, mine: Path) -> None:
+    shutil.copytree(mine, partial)
+
+
+@pytest.mark.parametrize(
+    "step", ["move.convert.begin", "move.convert.known_ranges", "move.convert.commit", "write.partial.Lock"]
+)
+@pytest.mark.parametrize("exchange", [by_a_link, by_a_directory])
+def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_moved_away_lets_it_be_made(
+    exchange: Callable[[Path, Path], None], step: str, source: Path, target: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    mine, partial = tmp_path / "mine", target.with_name("out.partial")
+    (mine / ".journal").mkdir(parents=True)
+    for name in ("config.json", "conversion.json", "resumable", "model.safetensors", ".journal/void", "diary"):
+        (mine / name).write_text(TEXT)
+    before = hashes_below(mine)
+    module, name = step.rsplit(".", 1)
+    original = getattr(importlib.import_module(f"dist_convert.{module}"), name)
+
+    def hours_later(*words: Any, **more: Any) -> Any:
+        partial.rename(tmp_path / "taken")
+        exchange(partial, mine)
+        return original(*words, **more)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(f"dist_convert.{step}", hours_later)
+        assert convert(source, target) == 1
+    assert str(partial) in capsys.readouterr().err
+    assert hashes_below(mine) == before
+    partial.rename(tmp_path / "moved")
+    assert {name: known for name, known in hashes_below(tmp_path / "moved").items() if name in before} == before
+    assert convert(source, target) == 0
+    assert os.listdir(target.parent) == ["out"]
 
 
 def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
