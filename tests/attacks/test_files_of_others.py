@@ -144,7 +144,8 @@ def test_a_target_of_another_user_is_not_replaced_though_others_may_write_beside
         make(source := Path(root, "in"), MODEL, Grid(tp=2))
         (place := Path(root, "place")).mkdir()
         place.chmod(0o1777 if is_sticky else 0o777)
-        assert convert(source, target := place / "out") == 0
+        target = place / "out"
+        assert convert(source, target) == 0
         if is_sticky:
             target.chmod(0o777)
         before = hashes_below(place)
