@@ -51,7 +51,7 @@ def check_tensor(catalog: _Megatron, name: str, elements: Iterable[tuple[int, in
         shard, inside, across = shard_element(parameter, number, sizes, row, column)
         found = _in_regions(regions, row, column)
         if isinstance(catalog, DistCatalog):
-            places = _in_chunks(catalog.replicas[parameter.name], inside, across)
+            places = _in_chunks(catalog.replicas[parameter.name][0][0], inside, across)
         else:
             if shard not in shards:
                 files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
@@ -104,7 +104,7 @@ def shard_element(
     turns = 1
     if table.by_query_group:
         turns = sizes["query_groups"]
-    elif parameter.is_per_shard and len(table.parts) > 1:
+    elif parameter.cut.is_per_shard and len(table.parts) > 1:
         turns = shards
     heights = [part_size(part, sizes)[0] // turns for part in table.parts]  # of each tensor in a turn
     turn, within = divmod(row, heights[number])

@@ -6,7 +6,7 @@ and the training arguments call one fact (`models.keys`). Names are templates wi
 numbers); dimensions are size names of `Architecture.sizes`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import groupby
@@ -379,19 +379,19 @@ def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry,
     """All table entries that apply, with layer and expert numbers, in the order in which tensors are written."""
     for entry in family.before:
         yield entry, None, None
+    of_kind = {
+        has_experts: [entry for entry in (*family.layer, *further) if entry.applies_to(architecture)]
+        for has_experts, further in ((False, family.dense), (True, family.moe))
+    }
     for layer in range(architecture.layers):
-        listed = (*family.layer, *(family.moe if architecture.has_experts(layer) else family.dense))
-        for entry, expert in _entries_of_layer(listed, architecture.experts):
-            if entry.applies_to(architecture):
-                yield entry, layer, expert
+        for entry, expert in _entries_of_layer(of_kind[architecture.has_experts(layer)], architecture.experts):
+            yield entry, layer, expert
     for number in range(architecture.fact("mtp_layers")):
         # They are what the last layer is.
-        kind = family.moe if architecture.has_experts(architecture.layers - 1) else family.dense
-        rows = [row for row in (*family.prediction, *family.layer, *kind) if isinstance(row, Row)]
-        numbered = tuple(in_prediction(row, architecture.layers + number, number) for row in rows)
-        for entry, expert in _entries_of_layer(numbered, architecture.experts):
-            if entry.applies_to(architecture):
-                yield entry, None, expert
+        kind = of_kind[architecture.has_experts(architecture.layers - 1)]
+        rows = [row for row in (*family.prediction, *kind) if isinstance(row, Row)]
+        numbered = [in_prediction(row, architecture.layers + number, number) for row in rows]
+        yield from ((entry, None, expert) for entry, expert in _entries_of_layer(numbered, architecture.experts))
     for entry in family.after:
         if entry.applies_to(architecture):
             yield entry, None, None
@@ -433,7 +433,7 @@ def copies_of(family: Family, architecture: Architecture) -> dict[str, tuple[str
     return found
 
 
-def _entries_of_layer(listed: tuple[Entry, ...], experts: int) -> Iterator[tuple[Entry, int | None]]:
+def _entries_of_layer(listed: Sequence[Entry], experts: int) -> Iterator[tuple[Entry, int | None]]:
     """The entries of one layer with the expert number of each, one expert after the other."""
     for has_expert, group in groupby(listed, key=lambda entry: isinstance(entry, Row) and "{expert}" in entry.megatron):
         alike = tuple(group)

@@ -7,8 +7,7 @@ and their spellings" and "Experts".
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dist_convert.models.schema import Row
@@ -25,7 +24,8 @@ class Piece:
     """One stored tensor that holds all or some rows of a canonical shard.
 
     Attributes:
-        name: the stored tensor's name, normalised.
+        name: the stored tensor's name, normalised; in a row's `spellings` a template with `{layer}`, its number in the
+            file, and an expert's numbers in the model, `{expert}`, and in its rank, `{local}`.
         storage: see `Storage`.
         index, count: which of how many stacked or grouped experts.
         part, parts: which of how many equal row ranges of the canonical shard it holds.
@@ -40,20 +40,30 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """A parameter's layer within its file; its expert in the model and in its rank, and how many a rank holds."""
+
+    layer: int | None = None
+    expert: int | None = None
+    local: int = 0
+    per_rank: int = 1
+
+    def named(self, template: str) -> str:
+        """A template's name with these numbers."""
+        return template.format(layer=self.layer, expert=self.expert, local=self.local)
+
+
+@dataclass(frozen=True)
 class Spelling:
     """One way to store a canonical parameter: a dialect's name, and the pieces that make it up."""
 
     dialect: str
     pieces: tuple[Piece, ...]
 
-
-@dataclass(frozen=True)
-class ExpertNumber:
-    """An expert's number in the model and within its expert parallel rank, and how many such a rank holds."""
-
-    overall: int
-    local: int
-    per_rank: int
+    def at(self, numbers: Numbers) -> tuple[Piece, ...]:
+        """The pieces of one parameter, where the spelling is that of its row."""
+        index, count = numbers.local, numbers.per_rank
+        return tuple(replace(one, name=numbers.named(one.name), index=index, count=count) for one in self.pieces)
 
 
 #: Ends of names that hold no weights.
@@ -144,30 +154,23 @@ def synonyms(row: Row) -> tuple[tuple[str, str], ...]:
     return (("canonical", row.megatron), *((dialect, name) for dialect, name in others if name))
 
 
-@lru_cache(maxsize=8)  # it is asked for again for each file, and for each tensor that is stacked
-def spellings(row: Row, layer: int | None, expert: ExpertNumber | None) -> tuple[Spelling, ...]:
-    """Every way in which a parameter may be stored.
-
-    Args:
-        row: of the table.
-        layer: number of the layer within the file, for templates with `{layer}`.
-        expert: for templates with `{expert}`.
-    """
-    if expert is None:
-        return tuple(Spelling(dialect, (Piece(name.format(layer=layer)),)) for dialect, name in synonyms(row))
-    before, tail = row.megatron.format(layer=layer, expert="{expert}").split("{expert}.")
+def spellings(row: Row) -> tuple[Spelling, ...]:
+    """Every way in which the parameters of a row may be stored, of all layers and experts."""
+    if "{expert}" not in row.megatron:
+        return tuple(Spelling(dialect, (Piece(name),)) for dialect, name in synonyms(row))
+    before, tail = row.megatron.split("{expert}.")
     linear, kind = tail.split(".")
     found = [
-        Spelling("sequential", (Piece(f"{before}local_experts.{expert.local}.{tail}"),)),
-        Spelling("te-grouped", (Piece(f"{before}{tail}{expert.local}"),)),
-        Spelling("te-single", (Piece(f"{before}{tail}", "stacked", expert.local, expert.per_rank),)),
+        Spelling("sequential", (Piece(f"{before}local_experts.{{local}}.{tail}"),)),
+        Spelling("te-grouped", (Piece(f"{before}{tail}{{local}}"),)),
+        Spelling("te-single", (Piece(f"{before}{tail}", "stacked"),)),
     ]
     if kind != "weight":
         return tuple(found)
     grouped = "weight1" if linear == "linear_fc1" else "weight2"
-    dynamic = f"{before}local_expert_{expert.overall}_{linear}"
+    dynamic = f"{before}local_expert_{{expert}}_{linear}"
     found += [
-        Spelling("grouped", (Piece(f"{before}{grouped}", "grouped", expert.local, expert.per_rank),)),
+        Spelling("grouped", (Piece(f"{before}{grouped}", "grouped"),)),
         Spelling("habana-dynamic", (Piece(f"{dynamic}_weight"),)),
         Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
     ]

@@ -4,14 +4,15 @@ A parameter is a row of a family's table at one layer and expert, and is stored 
 `torch` keeps it whole or as halves, `torch_dist` has one shard of each parameter and cuts it into boxes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
+from typing import Protocol
 
 from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape
-from dist_convert.formats.megatron.geometry import Place, cover_faults, shard_count, shard_size
+from dist_convert.formats.megatron.geometry import Place, cover_faults, padding_places, places, shard_count, shard_size
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.megatron.names import describe_homeless, normalise
+from dist_convert.formats.megatron.names import Spelling, describe_homeless, normalise, spellings
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture, Family, Row, entries, part_shape, parts_of
@@ -22,106 +23,140 @@ Replica = tuple[tuple[int, int, View], ...]
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One Megatron parameter: a table row at one layer and expert, in `shards` different shards.
+class CutRow:
+    """A table row on a grid, in `shards` different shards: what its parameters of all layers and experts share.
 
-    `is_per_shard`: see `geometry.places`.
+    `sizes` are those of the `Architecture`; `is_per_shard`: see `geometry.places`.
     """
 
     row: Row
-    layer: int | None
-    expert: int | None
+    sizes: Mapping[str, int]
     shards: int
     is_per_shard: bool = True
 
-    @property
-    def name(self) -> str:
-        """Canonical name with global numbers."""
-        return self.row.megatron.format(layer=self.layer, expert=self.expert)
-
-    def shard_size(self, architecture: Architecture) -> tuple[int, int]:
+    @cached_property
+    def shard_size(self) -> tuple[int, int]:
         """Rows and columns of each shard."""
-        return shard_size(self.row, architecture.sizes(), self.shards, is_per_shard=self.is_per_shard)
+        return shard_size(self.row, self.sizes, self.shards, is_per_shard=self.is_per_shard)
+
+    @cached_property
+    def places(self) -> tuple[tuple[Place, ...], ...]:
+        """For each of its tensors, see `geometry.places`."""
+        numbers = range(len(self.row.parts))
+        is_per_shard = self.is_per_shard
+        return tuple(
+            tuple(places(self.row, number, self.sizes, self.shards, is_per_shard=is_per_shard)) for number in numbers
+        )
+
+    @cached_property
+    def padding(self) -> tuple[Place, ...]:
+        """See `geometry.padding_places`."""
+        return tuple(padding_places(self.row, self.sizes, self.shards))
+
+    @cached_property
+    def spellings(self) -> tuple[Spelling, ...]:
+        """See `names.spellings`."""
+        return spellings(self.row)
 
 
-@cache
-def _whole(row: Row) -> Row:
-    return replace(row, split="replicated")
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter: a table row at one layer and expert, and its canonical name with global numbers."""
 
+    name: str
+    cut: CutRow
+    layer: int | None
+    expert: int | None
 
-def parameter_of(
-    row: Row,
-    layer: int | None,
-    expert: int | None,
-    grid: Grid,
-    *,
-    imported_experts: bool = False,
-    whole_latents: bool = False,
-) -> Parameter:
-    """A table row at one layer and expert, on a grid.
+    @property
+    def row(self) -> Row:
+        return self.cut.row
 
-    Args:
-        row, layer, expert, grid: the row, global numbers, and the grid.
-        imported_experts: see `survey.open_catalog`.
-        whole_latents: parameters that Transformer Engine's modules do not cut are whole on every rank.
-    """
-    if whole_latents and row.is_whole_in_te:
-        row = _whole(row)
-    shards = shard_count(row, grid.tensor if expert is None else grid.expert_tensor)
-    return Parameter(row, layer, expert, shards, is_per_shard=expert is None or not imported_experts)
+    @property
+    def shards(self) -> int:
+        return self.cut.shards
 
 
 def parameters_of(
     architecture: Architecture, grid: Grid, *, imported_experts: bool = False, whole_latents: bool = False
-) -> Iterator[Parameter]:
-    """All parameters of a model on a grid; see `parameter_of`."""
-    for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
-        if isinstance(entry, Row):
-            yield parameter_of(
-                entry, layer, expert, grid, imported_experts=imported_experts, whole_latents=whole_latents
-            )
-
-
-def stored_regions(
-    wanted: Iterable[Place], replicas_of: Callable[[int], tuple[Replica, ...]], add: int = 0
-) -> Iterator[Region]:
-    """A region for each stored piece of each place of a tensor.
+) -> list[Parameter]:
+    """All parameters of a model on a grid, in the order of the table.
 
     Args:
-        wanted: the places.
-        replicas_of: where a shard is stored, once for every equal copy, in the same pieces.
-        add: see `Region`.
+        architecture, grid: the model and the grid.
+        imported_experts: see `survey.open_catalog`.
+        whole_latents: parameters that Transformer Engine's modules do not cut are whole on every rank.
     """
-    found: dict[int, tuple[Replica, ...]] = {}
+    sizes, cuts = architecture.sizes(), dict[int, CutRow]()
+    found = []
+    for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
+        if isinstance(entry, Row):
+            if id(entry) not in cuts:
+                row = replace(entry, split="replicated") if whole_latents and entry.is_whole_in_te else entry
+                shards = shard_count(row, grid.tensor if expert is None else grid.expert_tensor)
+                cuts[id(entry)] = CutRow(row, sizes, shards, expert is None or not imported_experts)
+            name = entry.megatron.format(layer=layer, expert=expert)
+            found.append(Parameter(name, cuts[id(entry)], layer, expert))
+    return found
+
+
+class Holder(Protocol):
+    """A catalog of Megatron's parameters.
+
+    `parameters` has for each stored tensor the parameter that it is stacked into, and its number there; `replicas` for
+    each parameter, by name, and each of its shards where that is stored, once for every equal copy, in the same pieces.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, TensorMeta]: ...
+    @property
+    def parameters(self) -> Mapping[str, tuple[Parameter, int]]: ...
+    @property
+    def replicas(self) -> Mapping[str, Sequence[Sequence[Replica]]]: ...
+    @property
+    def add_to_norms(self) -> int: ...
+
+
+def held_regions(catalog: Holder, name: str) -> tuple[Region, ...]:
+    """See `Catalog.regions`; what has no parameter is zeros."""
+    if name not in catalog.parameters:
+        return (Region(catalog.tensors[name].box, ()),)
+    parameter, number = catalog.parameters[name]
+    add = catalog.add_to_norms if parameter.row.is_norm else 0
+    return tuple(_regions(parameter.cut.places[number], catalog.replicas[parameter.name], add))
+
+
+def held_padding(catalog: Holder, name: str) -> tuple[Region, ...]:
+    """See `Catalog.padding`."""
+    if name not in catalog.parameters:
+        return ()
+    parameter, _ = catalog.parameters[name]
+    return tuple(_regions(parameter.cut.padding, catalog.replicas[parameter.name], 0))
+
+
+def _regions(wanted: Iterable[Place], shards: Sequence[Sequence[Replica]], add: int) -> Iterator[Region]:
+    """A region for each stored piece of each place of a tensor."""
     for place in wanted:
-        if place.shard not in found:
-            found[place.shard] = replicas_of(place.shard)
-        for number, (row, column, view) in enumerate(found[place.shard][0]):
-            inside = intersect(place.inside, Box(row, column, view.rows, view.columns))
+        replicas, at = shards[place.shard], place.inside
+        if len(replicas[0]) == 1:  # the shard in one piece
+            yield Region(place.box, tuple([view.window(at) for ((_, _, view),) in replicas]), add)
+            continue
+        for number, (row, column, view) in enumerate(replicas[0]):
+            inside = intersect(at, Box(row, column, view.rows, view.columns))
             if inside is not None:
                 window = Box(inside.row - row, inside.column - column, inside.rows, inside.columns)
-                box = Box(
-                    place.box.row + inside.row - place.inside.row,
-                    place.box.column + inside.column - place.inside.column,
-                    inside.rows,
-                    inside.columns,
-                )
-                yield Region(box, tuple(replica[number][2].window(window) for replica in found[place.shard]), add)
+                first = place.box.row + inside.row - at.row, place.box.column + inside.column - at.column
+                box = Box(*first, inside.rows, inside.columns)
+                yield Region(box, tuple(replica[number][2].window(window) for replica in replicas), add)
 
 
 def tensors_of(
-    architecture: Architecture,
-    grid: Grid,
-    dtypes: Mapping[str, str],
-    params_dtype: str,
-    *,
-    imported_experts: bool = False,
-    whole_latents: bool = False,
+    architecture: Architecture, parameters: Iterable[Parameter], dtypes: Mapping[str, str], params_dtype: str
 ) -> tuple[dict[str, TensorMeta], dict[str, tuple[Parameter, int]]]:
     """Every tensor of the tables; and those that are stored, with the parameter that each is stacked into.
 
     Args:
-        architecture, grid, imported_experts, whole_latents: see `parameters_of`.
+        architecture, parameters: the model, and all of `parameters_of`.
         dtypes: of each parameter, by its canonical name.
         params_dtype: of what is not stored.
 
@@ -131,42 +166,33 @@ def tensors_of(
     Raises:
         PlanError: two rows name one tensor.
     """
-    sizes = architecture.sizes()
+    sizes, following = architecture.sizes(), iter(parameters)
     tensors: dict[str, TensorMeta] = {}
     stacked: dict[str, tuple[Parameter, int]] = {}
+    known: dict[tuple[int, str], TensorMeta] = {}  # which layers and experts share
     for entry, layer, expert in entries(FAMILIES[architecture.family], architecture):
-        parameter = None
-        if isinstance(entry, Row):
-            parameter = parameter_of(
-                entry, layer, expert, grid, imported_experts=imported_experts, whole_latents=whole_latents
-            )
+        parameter = next(following) if isinstance(entry, Row) else None
+        dtype = dtypes[parameter.name] if parameter else params_dtype
         for number, part in enumerate(parts_of(entry)):
             name = part.name.format(layer=layer, expert=expert)
             if name in tensors:
                 raise PlanError("two rows of the table name one tensor", tensor=name)
-            dtype = dtypes[parameter.name] if parameter else params_dtype
-            tensors[name] = TensorMeta(part_shape(part, sizes), dtype, part.dtype)
+            if (id(part), dtype) not in known:
+                known[id(part), dtype] = TensorMeta(part_shape(part, sizes), dtype, part.dtype)
+            tensors[name] = known[id(part), dtype]
             if parameter:
                 stacked[name] = (parameter, number)
     return tensors, stacked
 
 
-def cover_problems(
-    architecture: Architecture, grid: Grid, *, imported_experts: bool = False, whole_latents: bool = False
-) -> Iterator[PlanError]:
-    """Parameters whose places do not cover their tensors and shards exactly.
-
-    Layers and experts repeat the geometry of a row, which depends on nothing else.
-    """
-    checked: dict[tuple[int, int], list[str]] = {}
-    listed = parameters_of(architecture, grid, imported_experts=imported_experts, whole_latents=whole_latents)
-    for parameter in listed:
-        row, shards = parameter.row, parameter.shards
-        key = (id(row), shards)
-        if key not in checked:
-            sizes = architecture.sizes()
-            checked[key] = list(cover_faults(row, sizes, shards, is_per_shard=parameter.is_per_shard))
-        for fault in checked[key]:
+def cover_problems(parameters: Iterable[Parameter]) -> Iterator[PlanError]:
+    """Parameters whose places do not cover their tensors and shards exactly."""
+    checked: dict[int, list[str]] = {}
+    for parameter in parameters:
+        cut = parameter.cut
+        if id(cut) not in checked:
+            checked[id(cut)] = list(cover_faults(cut.row, cut.sizes, cut.shards, is_per_shard=cut.is_per_shard))
+        for fault in checked[id(cut)]:
             yield PlanError("the plan does not cover a tensor exactly", tensor=parameter.name, found=fault)
 
 

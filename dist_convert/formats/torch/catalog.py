@@ -3,16 +3,15 @@
 It serves a source, from the headers of its files, and a target, from those that its files will have (`survey`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.geometry import Place, padding_places, places, shard_size
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
-from dist_convert.formats.megatron.names import ExpertNumber, Piece, Spelling
-from dist_convert.formats.megatron.parameters import Parameter, Replica, parameters_of, stored_regions
+from dist_convert.formats.megatron.names import Numbers, Piece, Spelling
+from dist_convert.formats.megatron.parameters import Parameter, Replica, held_padding, held_regions, parameters_of
 from dist_convert.models.catalog import Region, TensorMeta
 from dist_convert.models.schema import Architecture, Family
 from dist_convert.records import StoredTensor, View
@@ -28,14 +27,14 @@ class TorchCatalog:
         files: which files hold which shard.
         stored: each tensor by file and virtual stage, then by its normalised name.
         imported_experts: see `survey.open_catalog`.
-        whole_latents: see `parameters.parameter_of`.
+        whole_latents: see `parameters.parameters_of`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         add_to_norms: 1 where norms are stored as gamma - 1.
         pinned: parameters whose copies differ; that of the lowest rank is taken.
         drops_mtp: layers of multi-token prediction are left out.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
         tensors: the logical tensors.
-        parameters: of each tensor, the parameter that it is stacked into, and its number there; without one, zeros.
+        parameters, replicas: see `parameters.Holder`.
         params_dtype: in which most bytes are stored.
     """
 
@@ -54,6 +53,7 @@ class TorchCatalog:
     drops_mtp: bool = False
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
+    replicas: Mapping[str, Sequence[Sequence[Replica]]] = field(default_factory=dict)
     params_dtype: str = ""
 
     @property
@@ -62,21 +62,10 @@ class TorchCatalog:
 
     def regions(self, name: str) -> Sequence[Region]:
         """See `Catalog`; replicas are in the order of their files' ranks."""
-        meta = self.tensors[name]
-        if name not in self.parameters:
-            return (Region(meta.box, ()),)
-        parameter, number = self.parameters[name]
-        row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
-        key = (id(row), shards, is_per_shard, number)
-        if key not in self._places:
-            self._places[key] = tuple(places(row, number, self.sizes, shards, is_per_shard=is_per_shard))
-        return tuple(self._stored(parameter, self._places[key]))
+        return held_regions(self, name)
 
     def padding(self, name: str) -> Sequence[Region]:
-        if name not in self.parameters:
-            return ()
-        parameter, _ = self.parameters[name]
-        return tuple(self._stored(parameter, tuple(padding_places(parameter.row, self.sizes, parameter.shards))))
+        return held_padding(self, name)
 
     def checksum(self, view: View) -> int | None:
         """What the file tells of a stored tensor, where all of it is one copy or several."""
@@ -92,35 +81,9 @@ class TorchCatalog:
         return f"{self.family.hf_class}, {self.grid}"
 
     @cached_property
-    def sizes(self) -> Mapping[str, int]:
-        """See `Architecture.sizes`."""
-        return self.architecture.sizes()
-
-    @cached_property
-    def known_sizes(self) -> dict[tuple[int, int, bool], tuple[int, int]]:
-        """What `shard_size_of` has found, by a row of the table and how it is cut: for all layers and experts."""
-        return {}
-
-    @cached_property
-    def _places(self) -> dict[tuple[int, int, bool, int], tuple[Place, ...]]:
-        """Those of a row's tensors, which are the same for all layers and experts too."""
-        return {}
-
-    @cached_property
-    def _latest(self) -> dict[int, dict[int, tuple[Replica, ...]]]:
-        """The shards of the parameter that was asked for last: the tensors stacked into it follow each other."""
-        return {}
-
-    def _stored(self, parameter: Parameter, wanted: Sequence[Place]) -> Iterator[Region]:
-        add = self.add_to_norms if parameter.row.is_norm else 0
-        found = self._latest.get(id(parameter))
-        if found is None:
-            self._latest.clear()
-            found = self._latest[id(parameter)] = {}
-        for place in wanted:
-            if place.shard not in found:
-                found[place.shard] = equal_replicas(self, parameter, place.shard)
-        return stored_regions(wanted, found.__getitem__, add)
+    def chunk_of_layer(self) -> tuple[Chunk, ...]:
+        """For each layer, the virtual pipeline stage that holds it."""
+        return tuple(chunk for chunk in self.chunks for _ in range(chunk.layers))
 
 
 def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -144,7 +107,7 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     return found
 
 
-def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
+def parameters(catalog: TorchCatalog) -> list[Parameter]:
     """All Megatron parameters of the model."""
     return parameters_of(
         catalog.architecture,
@@ -152,16 +115,6 @@ def parameters(catalog: TorchCatalog) -> Iterator[Parameter]:
         imported_experts=catalog.imported_experts,
         whole_latents=catalog.whole_latents,
     )
-
-
-def shard_size_of(catalog: TorchCatalog, parameter: Parameter) -> tuple[int, int]:
-    """Rows and columns of each shard of a parameter."""
-    row, shards, is_per_shard = parameter.row, parameter.shards, parameter.is_per_shard
-    known = catalog.known_sizes
-    key = (id(row), shards, is_per_shard)
-    if key not in known:
-        known[key] = shard_size(row, catalog.sizes, shards, is_per_shard=is_per_shard)
-    return known[key]
 
 
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
@@ -178,8 +131,7 @@ def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[s
 def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
     """The virtual pipeline stage that holds a parameter."""
     if parameter.layer is not None:
-        layer = parameter.layer
-        return next(c for c in catalog.chunks if c.first_layer <= layer < c.first_layer + c.layers)
+        return catalog.chunk_of_layer[parameter.layer]
     # An explicit layout may put embedding and head on any stage, so their names are looked for.
     name = "mtp.layers.0.enorm.weight" if megatron_names.is_of_mtp(parameter.name) else parameter.name
     holders = [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
@@ -187,19 +139,18 @@ def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
     return (holders or catalog.chunks)[outermost]
 
 
-def _spellings(catalog: TorchCatalog, parameter: Parameter) -> tuple[Spelling, ...]:
-    chunk = _chunk(catalog, parameter)
-    layer = None if parameter.layer is None else parameter.layer - chunk.first_layer
-    number = None
-    if parameter.expert is not None:
-        per_rank = catalog.architecture.experts // catalog.grid.expert
-        number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
-    return megatron_names.spellings(parameter.row, layer, number)
+def _numbers(catalog: TorchCatalog, parameter: Parameter) -> Numbers:
+    """Of a parameter in its file and rank."""
+    layer = None if parameter.layer is None else parameter.layer - _chunk(catalog, parameter).first_layer
+    if parameter.expert is None:
+        return Numbers(layer)
+    per_rank = catalog.architecture.experts // catalog.grid.expert
+    return Numbers(layer, parameter.expert, parameter.expert % per_rank, per_rank)
 
 
-def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, columns: int) -> Replica | None:
+def _views(stored: Mapping[str, StoredTensor], pieces: Sequence[Piece], rows: int, columns: int) -> Replica | None:
     found = []
-    for piece in spelling.pieces:
+    for piece in pieces:
         piece_rows, tensor = rows // piece.parts, stored.get(piece.name)
         seen = megatron_names.view(piece, tensor, piece_rows, columns) if tensor else None
         if seen is None:
@@ -208,13 +159,13 @@ def _views(stored: Mapping[str, StoredTensor], spelling: Spelling, rows: int, co
     return tuple(found)
 
 
-def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> dict[Spelling, Replica]:
+def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Spelling, Replica]]:
     """The spellings whose pieces a file stores in fitting shapes, and where."""
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    size = shard_size_of(catalog, parameter)
-    spelled = [spelling for spelling in _spellings(catalog, parameter) if spelling.pieces[0].name in stored]
-    found = ((spelling, _views(stored, spelling, *size)) for spelling in spelled)
-    return {spelling: views for spelling, views in found if views is not None}
+    numbers, size = _numbers(catalog, parameter), parameter.cut.shard_size
+    spelled = [one for one in parameter.cut.spellings if numbers.named(one.pieces[0].name) in stored]
+    found = [(spelling, _views(stored, spelling.at(numbers), *size)) for spelling in spelled]
+    return [(spelling, views) for spelling, views in found if views is not None]
 
 
 def replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -223,32 +174,37 @@ def replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[R
     Raises:
         MissingTensor, WrongShape: naming the tensor and the file.
     """
-    found = []
-    for file in files_of(catalog, parameter, shard):
-        fitting = fitting_spellings(catalog, parameter, file)
-        found.append(fitting[_chosen(catalog, parameter, file, fitting)])
-    return tuple(found)
+    return tuple(_chosen(catalog, parameter, file)[1] for file in files_of(catalog, parameter, shard))
 
 
-def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str, fitting: Mapping[Spelling, Replica]) -> Spelling:
-    spelling = megatron_names.choose(fitting, permuted=catalog.permuted_experts)
-    if spelling is None:
-        raise _not_found(catalog, parameter, file)
-    return spelling
+def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str) -> tuple[Spelling, Replica]:
+    fitting = fitting_spellings(catalog, parameter, file)
+    chosen = megatron_names.choose([spelling for spelling, _ in fitting], permuted=catalog.permuted_experts)
+    for spelling, views in fitting:
+        if spelling is chosen:
+            return spelling, views
+    raise _not_found(catalog, parameter, file)
 
 
 def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor, int, int]]:
     """The stored tensors that hold a shard of a parameter in one file, and how many rows and columns of it each."""
-    rows, columns = parameter.shard_size(catalog.architecture)
-    spelling = _chosen(catalog, parameter, file, fitting_spellings(catalog, parameter, file))
+    rows, columns = parameter.cut.shard_size
+    spelling, _ = _chosen(catalog, parameter, file)
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in spelling.pieces]
+    pieces = spelling.at(_numbers(catalog, parameter))
+    return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in pieces]
+
+
+def _all_names(catalog: TorchCatalog, parameter: Parameter) -> list[str]:
+    """Under which a parameter may be stored, in part or as a whole."""
+    numbers = _numbers(catalog, parameter)
+    return [numbers.named(piece.name) for spelling in parameter.cut.spellings for piece in spelling.pieces]
 
 
 def stored_as(catalog: TorchCatalog, parameter: Parameter, shard: int) -> set[tuple[str, str]]:
     """(file, tensor) of everything that any spelling of a shard names, whether it fits or not."""
     virtual = _chunk(catalog, parameter).virtual
-    names = [piece.name for spelling in _spellings(catalog, parameter) for piece in spelling.pieces]
+    names = _all_names(catalog, parameter)
     return {
         (file, catalog.stored[file, virtual][name].name)
         for file in files_of(catalog, parameter, shard)
@@ -267,7 +223,7 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         copy = original  # multi-token prediction reads it
     elif not catalog.architecture.tied:
         return ()
-    rows, columns = parameter.shard_size(catalog.architecture)
+    rows, columns = parameter.cut.shard_size
     found = []
     for file in catalog.files.dense[last.pipeline, shard]:
         stored = catalog.stored[file, last.virtual].get(copy)
@@ -279,16 +235,18 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
 
 def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> ConversionError:
     stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    spelled = _spellings(catalog, parameter)
-    present = [stored[piece.name] for s in spelled for piece in s.pieces if piece.name in stored]
-    rows, columns = parameter.shard_size(catalog.architecture)
+    present = [stored[name] for name in _all_names(catalog, parameter) if name in stored]
+    rows, columns = parameter.cut.shard_size
     shape = [rows] if columns == 1 else [rows, columns]
     if not present:
+        spelled = list(
+            dict.fromkeys(_numbers(catalog, parameter).named(one.pieces[0].name) for one in parameter.cut.spellings)
+        )
         return MissingTensor(
             f"no tensor for {parameter.name}",
-            tensor=spelled[0].pieces[0].name,
+            tensor=spelled[0],
             file=file,
-            expected=f"shape {shape}, under one of {', '.join(dict.fromkeys(s.pieces[0].name for s in spelled))}",
+            expected=f"shape {shape}, under one of {', '.join(spelled)}",
             found="nothing",
             remedy="the shard is incomplete or of another model; copy it again",
         )

@@ -19,7 +19,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import TIED, is_of_expert, normalise
 from dist_convert.formats.megatron.parameters import Parameter
-from dist_convert.formats.torch.catalog import TorchCatalog, equal_replicas, parameters
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
@@ -279,9 +279,8 @@ def _has_head(model: TorchModel) -> bool:
 
 def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
     """Everything of which there are several copies."""
-    for parameter in parameters(catalog):
-        for shard in range(parameter.shards):
-            found = equal_replicas(catalog, parameter, shard)
+    for parameter in {id(parameter): parameter for parameter, _ in catalog.parameters.values()}.values():
+        for shard, found in enumerate(catalog.replicas[parameter.name]):
             for number in range(len(found[0]) if len(found) > 1 else 0):
                 yield _Copies(parameter, shard, tuple(replica[number][2] for replica in found))
 

@@ -5,7 +5,7 @@ together: missing, unknown and misshapen tensors, with their files.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,13 @@ from dist_convert.errors import (
 from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, find_shards, grid_from_args, place_chunks
-from dist_convert.formats.megatron.parameters import cover_problems, dtype_problems, tensors_of, unknown_tensor
+from dist_convert.formats.megatron.parameters import (
+    Replica,
+    cover_problems,
+    dtype_problems,
+    tensors_of,
+    unknown_tensor,
+)
 from dist_convert.formats.torch.catalog import (
     TorchCatalog,
     equal_replicas,
@@ -216,9 +222,9 @@ def _experts_are_permuted(catalog: TorchCatalog, flag: bool) -> bool:
     for parameter in parameters(catalog):
         if parameter.expert is not None:
             for file in files_of(catalog, parameter, 0):
-                fitting = list(fitting_spellings(catalog, parameter, file))
-                if len(fitting) == 1 and fitting[0].dialect.startswith("habana-dynamic"):
-                    return "transposed" not in fitting[0].dialect
+                dialects = [spelling.dialect for spelling, _ in fitting_spellings(catalog, parameter, file)]
+                if len(dialects) == 1 and dialects[0].startswith("habana-dynamic"):
+                    return "transposed" not in dialects[0]
             if parameter.expert:
                 break  # the first expert's two matrices have been seen
     return flag
@@ -230,7 +236,9 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
     dtypes: dict[str, str] = {}
     used: set[tuple[str, str]] = set()
     bytes_of: Counter[str] = Counter()
-    for parameter in parameters(catalog):
+    listed, replicas = parameters(catalog), dict[str, list[Sequence[Replica]]]()
+    for parameter in listed:
+        replicas[parameter.name] = []
         for shard in range(parameter.shards):
             try:
                 found = equal_replicas(catalog, parameter, shard)
@@ -238,6 +246,7 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
                 problems.append(problem)
                 used |= stored_as(catalog, parameter, shard)
                 continue
+            replicas[parameter.name].append(found)
             if parameter.name in catalog.pinned:
                 used |= stored_as(catalog, parameter, shard)
             own = len(files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
@@ -248,20 +257,11 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
             bytes_of[found[0][0][2].dtype] += sum(view.size_bytes for _, _, view in found[0])
     left_behind, unknown = _leftovers(catalog, shards, used)
     raise_together(problems + unknown)
-    imported, params_dtype = catalog.imported_experts, bytes_of.most_common(1)[0][0]
-    whole = catalog.whole_latents
-    raise_together(
-        list(cover_problems(catalog.architecture, catalog.grid, imported_experts=imported, whole_latents=whole))
-    )
-    tensors, stacked = tensors_of(
-        catalog.architecture,
-        catalog.grid,
-        dtypes,
-        params_dtype,
-        imported_experts=imported,
-        whole_latents=whole,
-    )
-    return replace(catalog, tensors=tensors, parameters=stacked, params_dtype=params_dtype), left_behind
+    params_dtype = bytes_of.most_common(1)[0][0]
+    raise_together(list(cover_problems(listed)))
+    tensors, stacked = tensors_of(catalog.architecture, listed, dtypes, params_dtype)
+    surveyed = replace(catalog, tensors=tensors, parameters=stacked, replicas=replicas, params_dtype=params_dtype)
+    return surveyed, left_behind
 
 
 def _leftovers(

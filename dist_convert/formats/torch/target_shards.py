@@ -4,13 +4,14 @@ Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, rank_directory, written_ranks
-from dist_convert.formats.megatron.names import ExpertNumber
-from dist_convert.formats.megatron.parameters import Parameter, parameter_of
+from dist_convert.formats.megatron.names import Numbers, Piece
+from dist_convert.formats.megatron.parameters import CutRow, parameters_of
 from dist_convert.formats.megatron.target_args import TargetDialect
-from dist_convert.models.schema import Architecture, Family, Row, entries
+from dist_convert.models.schema import Architecture, Family
 from dist_convert.records import TensorSpec
 
 
@@ -30,17 +31,24 @@ def lay_out_shards(
         dialect: how norms and experts are spelled.
         dtypes: safetensors name of each parameter's dtype, by canonical name.
     """
-    chunk_of = {c.first_layer + n: c for c in chunks for n in range(c.layers)}
+    chunk_of_layer = [chunk for chunk in chunks for _ in range(chunk.layers)]
+    per_rank = max(1, architecture.experts // grid.expert)
     specs: dict[tuple[Chunk, int], list[TensorSpec]] = {(c, rank): [] for c in chunks for rank in range(grid.expert)}
-    for entry, layer, expert in entries(family, architecture):
-        if not isinstance(entry, Row):
-            continue
-        parameter = parameter_of(entry, layer, expert, grid, whole_latents=dialect.norms == "transformer_engine")
-        outermost = chunks[0] if entry in family.before else chunks[-1]
-        chunk = outermost if layer is None else chunk_of[layer]
-        found = _specs(parameter, architecture, grid, chunk, dialect, dtypes[parameter.name])
-        for rank in range(grid.expert) if expert is None else (expert // (architecture.experts // grid.expert),):
-            specs[chunk, rank] += found
+    written: dict[int, list[tuple[Piece, tuple[int, ...]]]] = {}  # of each row, for all layers and experts
+    for parameter in parameters_of(architecture, grid, whole_latents=dialect.norms == "transformer_engine"):
+        cut, layer, expert = parameter.cut, parameter.layer, parameter.expert
+        if id(cut) not in written:
+            written[id(cut)] = _pieces(cut, per_rank, dialect)
+        outermost = chunks[0] if cut.row in family.before else chunks[-1]
+        chunk = outermost if layer is None else chunk_of_layer[layer]
+        rank, local = divmod(expert or 0, per_rank)
+        numbers = Numbers(None if layer is None else layer - chunk.first_layer, expert, local)
+        dtype = dtypes[parameter.name]
+        # Stacked and grouped experts share one tensor.
+        listed = [one for one in written[id(cut)] if not local or one[0].storage in ("plain", "transposed")]
+        found = [(numbers.named(piece.name), dtype, shape) for piece, shape in listed]
+        for holder in range(grid.expert) if expert is None else (rank,):
+            specs[chunk, holder] += found
     original, copy = megatron_names.TIED
     has_mtp = bool(architecture.fact("mtp_layers"))  # which reads the embedding on the last stage
     copy = original if has_mtp else copy
@@ -60,22 +68,17 @@ def lay_out_shards(
     }
 
 
-def _specs(
-    parameter: Parameter, architecture: Architecture, grid: Grid, chunk: Chunk, dialect: TargetDialect, dtype: str
-) -> list[TensorSpec]:
-    layer = None if parameter.layer is None else parameter.layer - chunk.first_layer
-    number = None
-    if parameter.expert is not None:
-        per_rank = architecture.experts // grid.expert
-        number = ExpertNumber(parameter.expert, parameter.expert % per_rank, per_rank)
-    spelling = megatron_names.spelling_for(
-        megatron_names.spellings(parameter.row, layer, number),
-        norms=dialect.norms,
-        experts=dialect.experts,
-    )
-    rows, columns = parameter.shard_size(architecture)
-    is_vector = len(parameter.row.parts[0].dims) == 1
-    found = [piece for piece in spelling.pieces if piece.index == 0]  # stacked and grouped experts share one tensor
-    names = [megatron_names.with_mtp_name(piece.name, dialect.mtp) for piece in found]
-    shapes = [megatron_names.stored_shape(p, rows // p.parts, columns, is_vector=is_vector) for p in found]
-    return [(name, dtype, shape) for name, shape in zip(names, shapes, strict=True)]
+def _pieces(cut: CutRow, per_rank: int, dialect: TargetDialect) -> list[tuple[Piece, tuple[int, ...]]]:
+    """What is stored of each parameter of a row, with templates of names, and the shapes."""
+    spelling = megatron_names.spelling_for(cut.spellings, norms=dialect.norms, experts=dialect.experts)
+    rows, columns = cut.shard_size
+    is_vector = len(cut.row.parts[0].dims) == 1
+    return [
+        (
+            replace(piece, name=megatron_names.with_mtp_name(piece.name, dialect.mtp)),
+            megatron_names.stored_shape(
+                replace(piece, count=per_rank), rows // piece.parts, columns, is_vector=is_vector
+            ),
+        )
+        for piece in spelling.pieces
+    ]

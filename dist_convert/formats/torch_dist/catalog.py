@@ -15,7 +15,6 @@ from dist_convert.errors import (
 )
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.megatron.args import added_to_norms
-from dist_convert.formats.megatron.geometry import padding_places, places
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import TIED, has_fused_norm, is_tied_copy, normalise
 from dist_convert.formats.megatron.parameters import (
@@ -23,8 +22,9 @@ from dist_convert.formats.megatron.parameters import (
     Replica,
     cover_problems,
     dtype_problems,
+    held_padding,
+    held_regions,
     parameters_of,
-    stored_regions,
     tensors_of,
     unknown_tensor,
 )
@@ -43,16 +43,15 @@ class DistCatalog:
 
     Attributes:
         architecture: the model.
-        replicas: where each parameter is stored, by its canonical name.
         add_to_norms: 1 where norms are stored as gamma - 1.
         files: how many files there are.
         tensors: the logical tensors.
-        parameters: of each stored tensor, the parameter that it is stacked into, and its number there.
+        parameters, replicas: see `parameters.Holder`; each parameter is one shard, stored once.
         params_dtype: in which most bytes are stored.
     """
 
     architecture: Architecture
-    replicas: Mapping[str, Replica]
+    replicas: Mapping[str, Sequence[Sequence[Replica]]]
     add_to_norms: int
     files: int
     tensors: Mapping[str, TensorMeta]
@@ -69,19 +68,10 @@ class DistCatalog:
         return f"{FAMILIES[self.architecture.family].hf_class}, torch_dist in {self.files} files"
 
     def regions(self, name: str) -> Sequence[Region]:
-        if name not in self.parameters:
-            return (Region(self.tensors[name].box, ()),)
-        parameter, number = self.parameters[name]
-        wanted = places(parameter.row, number, self.architecture.sizes(), 1)
-        add = self.add_to_norms if parameter.row.is_norm else 0
-        return tuple(stored_regions(wanted, lambda _: (self.replicas[parameter.name],), add))
+        return held_regions(self, name)
 
     def padding(self, name: str) -> Sequence[Region]:
-        if name not in self.parameters:
-            return ()
-        parameter, _ = self.parameters[name]
-        wanted = padding_places(parameter.row, self.architecture.sizes(), 1)
-        return tuple(stored_regions(wanted, lambda _: (self.replicas[parameter.name],)))
+        return held_padding(self, name)
 
 
 def open_catalog(
@@ -103,11 +93,12 @@ def open_catalog(
         if (other := by_name.setdefault(normalise(key), tensor)) is not tensor:
             raise InconsistentShards(f"{other.key} is stored twice", tensor=key, file=file, found=f"{other.key}, {key}")
     problems: list[ConversionError] = []
-    replicas: dict[str, Replica] = {}
+    replicas: dict[str, Sequence[Sequence[Replica]]] = {}
     dtypes: dict[str, str] = {}
     used: set[str] = set()
     bytes_of: Counter[str] = Counter()
-    for parameter in parameters_of(architecture, _WHOLE):
+    parameters = parameters_of(architecture, _WHOLE)
+    for parameter in parameters:
         spelled = keys(parameter.row, parameter.layer, parameter.expert)
         present = [pieces for pieces in spelled if all(piece.key in by_name for piece in pieces)]
         used |= {piece.key for pieces in present for piece in pieces}
@@ -119,7 +110,7 @@ def open_catalog(
                 problems.append(problem)
             continue
         found.sort(key=lambda piece: piece[:2])  # regions are in the order of their rows
-        replicas[parameter.name] = tuple(found)
+        replicas[parameter.name] = ((tuple(found),),)
         dtypes[parameter.name] = found[0][2].dtype
         for _, _, view in found:
             problems += dtype_problems(view, dtypes[parameter.name])
@@ -127,9 +118,9 @@ def open_catalog(
     family = FAMILIES[architecture.family]
     problems += [unknown_tensor(family, file, tensor.key) for name, tensor in by_name.items() if name not in used]
     raise_together(problems)
-    raise_together(list(cover_problems(architecture, _WHOLE)))
+    raise_together(list(cover_problems(parameters)))
     params_dtype = bytes_of.most_common(1)[0][0]
-    tensors, stacked = tensors_of(architecture, _WHOLE, dtypes, params_dtype)
+    tensors, stacked = tensors_of(architecture, parameters, dtypes, params_dtype)
     files = len({chunk.place.file for tensor in stored.values() for chunk in tensor.chunks})
     # The local modules' norms have the same keys as those that Transformer Engine fuses.
     is_fused = args.get("transformer_impl") != "local" and any(map(has_fused_norm, by_name))
@@ -194,7 +185,7 @@ def _stored_piece(
         PlanError: its chunks do not make it up.
     """
     tensor, axes = by_name[piece.key], len(piece.index)
-    rows, columns = parameter.shard_size(architecture)
+    rows, columns = parameter.cut.shard_size
     rows //= piece.parts
     whole = leading_axes(parameter, architecture, axes)
     if tensor.shape not in ([(*whole, rows, columns)] + [(*whole, rows)] * (columns == 1)):

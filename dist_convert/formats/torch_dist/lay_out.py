@@ -10,7 +10,7 @@ from dataclasses import replace
 from dist_convert.errors import UnsupportedModel
 from dist_convert.formats.dcp.files import PlannedFiles
 from dist_convert.formats.megatron.grid import Grid, written_ranks
-from dist_convert.formats.megatron.parameters import Parameter, parameters_of
+from dist_convert.formats.megatron.parameters import CutRow, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.torch_dist.catalog import leading_axes
 from dist_convert.formats.torch_dist.names import extra_states, target_key
@@ -34,6 +34,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
         planned.add(files[0], key)
     dtypes: dict[str, str] = {}
+    boxes: dict[int, list[tuple[int, Box]]] = {}  # of each row, for all layers and experts
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row, layer, expert, architecture, norms=norms)
@@ -41,8 +42,11 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))
         dimensions = len(row.parts[0].dims)
-        rows, columns = replace(parameter, shards=1).shard_size(architecture)
-        planned.shapes[piece.key] = (*axes, *(rows, columns)[:dimensions])
+        if id(parameter.cut) not in boxes:
+            boxes[id(parameter.cut)] = list(_boxes(parameter.cut))
+        listed = boxes[id(parameter.cut)]
+        whole = listed[-1][1].row_end, listed[-1][1].column_end
+        planned.shapes[piece.key] = (*axes, *whole[:dimensions])
         dtype = target.dtypes[parameter.name]
         if (first := dtypes.setdefault(piece.key, dtype)) != dtype:
             raise UnsupportedModel(
@@ -53,7 +57,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
                 found=dtype,
                 remedy="save the model in one dtype, or convert it with --to torch",
             )
-        for shard, box in _boxes(parameter, rows, columns, architecture):
+        for shard, box in listed:
             files = holders[stage, expert_rank, shard]
             # Dense chunks go round the files of a stage's expert parallel ranks, which all hold them.
             file = files[0] if expert_rank is not None else files[number % len(files)]
@@ -89,19 +93,19 @@ def _rank_of(expert: int | None, architecture: Architecture, grid: Grid) -> int 
     return None if expert is None else expert // (architecture.experts // grid.expert)
 
 
-def _boxes(parameter: Parameter, rows: int, columns: int, architecture: Architecture) -> Iterator[tuple[int, Box]]:
-    """The shards' boxes of a whole parameter of `rows` x `columns`: of tensors stacked in it, a box of each."""
-    row, shards = parameter.row, parameter.shards
+def _boxes(cut: CutRow) -> Iterator[tuple[int, Box]]:
+    """The shards' boxes of a whole parameter, in its order: of tensors stacked in it, a box of each."""
+    row, shards = cut.row, cut.shards
+    rows, columns = replace(cut, shards=1).shard_size
     if row.split == "replicated":
         yield 0, Box(0, 0, rows, columns)
     elif row.split == "columns":
         width = columns // shards
         yield from ((shard, Box(0, shard * width, rows, width)) for shard in range(shards))
     else:
-        sizes = architecture.sizes()
-        stacked = [rows] if row.by_query_group or len(row.parts) == 1 else [part_size(p, sizes)[0] for p in row.parts]
+        is_one = row.by_query_group or len(row.parts) == 1
         first = 0
-        for part_rows in stacked:
+        for part_rows in [rows] if is_one else [part_size(part, cut.sizes)[0] for part in row.parts]:
             height = part_rows // shards
             yield from ((shard, Box(first + shard * height, 0, height, columns)) for shard in range(shards))
             first += part_rows
