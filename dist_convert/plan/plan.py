@@ -156,8 +156,8 @@ def schedule_digest(plan: Plan) -> str:
             "version": __version__,
             "content": plan.content.digest,
             "placement": plan.placement,
-            "teams": [astuple(team) for team in plan.teams],
-            "limits": [astuple(limit) for limit in plan.limits],
+            "teams": repr(plan.teams),
+            "limits": repr(plan.limits),
             "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }
     )

@@ -174,5 +174,8 @@ def forward(chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | N
                 chunk.set_input_tensor(None if chunk.pre_process else hidden.clone())
                 output = chunk(input_ids, positions, future)
                 hidden = hidden if chunk.post_process else output
+            rows = torch.tensor([len(hidden)])  # a stage of multi-token prediction passes several tokens' rows on
+            dist.broadcast(rows, group=group, group_src=stage)
+            hidden = hidden if len(hidden) == rows else hidden.new_empty(int(rows), *hidden.shape[1:])
             dist.broadcast(hidden, group=group, group_src=stage)
     return output if chunks[-1].post_process else None

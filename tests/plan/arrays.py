@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
+from dist_convert.formats.torch.survey import open_catalog
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import bands
 from dist_convert.records import Copy, StoredTensor, View
@@ -29,9 +30,10 @@ _GAP = np.full(3, np.nan, np.float32)
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint in memory: its plan, its files, and the Hugging Face tensors that it was made from."""
+    """A checkpoint in memory: its plan, itself as a target, its files, and the Hugging Face tensors of its model."""
 
     content: Content
+    target: TorchCatalog
     source: Image
     expected: dict[str, np.ndarray]
 
@@ -55,7 +57,8 @@ def make(
     source, shards = _stored_back_to_front(saved, args)
     architecture = architecture_from_args(args, vocab=None, file="")
     content = plan_to_huggingface(shards, architecture, max_shard_size_bytes=max_shard_size_bytes)
-    return Made(content, source, {name: tensor.numpy() for name, tensor in hf.items()})
+    target, _ = open_catalog(shards, architecture, with_tied_copies=True)
+    return Made(content, target, source, {name: tensor.numpy() for name, tensor in hf.items()})
 
 
 def _stored_back_to_front(

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.plan.content import plan_content
 from dist_convert.plan.copies import Ends, bands, blocks_of_band
 from dist_convert.records import Block
@@ -37,14 +36,9 @@ MIXTRAL_GRIDS = [
 EXPERTS = ["sequential", "te-grouped", "te-single", "grouped", "dynamic", "dynamic-transposed"]
 
 
-def as_target(made: Made) -> TorchCatalog:
-    """The last stage's copy of a tied embedding is written too."""
-    return replace(arrays.shards_of(made), with_tied_copies=True)
-
-
 def planned(source: Made, target: Made) -> list[Block]:
     """All blocks between the files of two checkpoints."""
-    made = plan_content(arrays.shards_of(source), as_target(target), ())
+    made = plan_content(arrays.shards_of(source), target.target, ())
     found = [(transfer, band) for transfer in made.transfers for band in bands(made.ends, transfer.names)]
     return [block for transfer, band in found for block in blocks_of_band(band, transfer.target_files)]
 

@@ -39,8 +39,8 @@ class Stored:
         return StoredTensor(self.key, file, self.dtype, self.shape, row_major(self.shape), 0)
 
     @cached_property
-    def _parts(self) -> Mapping[int, Sequence[StoredChunk]]:
-        """What the chunks hold at each index of the first axis: of layers or experts, a chunk may hold several."""
+    def _entries(self) -> Mapping[int, "Stored"]:
+        """What lies at each index of the first axis: of layers or experts, a chunk may hold several."""
         parts: dict[int, list[StoredChunk]] = {}
         for chunk in self.chunks:
             (first, *rest), place = chunk.offsets, chunk.place
@@ -49,15 +49,17 @@ class Stored:
                 offset_bytes = place.offset_bytes + number * step_bytes
                 part = StoredTensor(place.name, place.file, self.dtype, *lines, offset_bytes)
                 parts.setdefault(first + number, []).append(StoredChunk(tuple(rest), part))
-        return parts
+        return {number: self._entry(number, chunks) for number, chunks in parts.items()}
+
+    def _entry(self, number: int, chunks: Sequence[StoredChunk]) -> "Stored":
+        return Stored(chunk_name(self.key, [number]), self.dtype, self.shape[1:], tuple(chunks))
 
     def at(self, index: Sequence[int]) -> "Stored":
         """What lies at an index of the leading axes, as a tensor of its own."""
-        if not index:
-            return self
-        first, *rest = index
-        chunks = tuple(self._parts.get(first, ()))
-        return Stored(chunk_name(self.key, [first]), self.dtype, self.shape[1:], chunks).at(rest)
+        found = self
+        for number in index:
+            found = found._entries.get(number) or found._entry(number, ())
+        return found
 
     def pieces(self) -> Iterator[tuple[int, int, View]]:
         """First row, first column and place of each chunk of a matrix or vector.

@@ -247,6 +247,12 @@ def place_chunks(grid: Grid, layers_of: Mapping[tuple[int, int], int]) -> tuple[
     return tuple(chunks)
 
 
+def chunk_of_mtp(chunks: Sequence[Chunk], layout: object) -> Chunk:
+    """The chunk that holds the layers of multi-token prediction: the one where a layout has them, else the last."""
+    stages = _parse(layout, []) if isinstance(layout, str) else []
+    return next((chunk for chunk, stage in zip(chunks, stages, strict=False) if "m" in stage), chunks[-1])
+
+
 def grid_of_args(args: Mapping[str, Any], layers: int) -> tuple[Grid, tuple[Chunk, ...]]:
     """The grid that training ran with and its chunks, as its args describe them, where no file shows them.
 
@@ -612,8 +618,10 @@ def _wrong_layout(stages: Sequence[str], layers: int, mtp: int, pipeline: int, v
         reasons.append(f"the layout has {letters.count('t')} layers (t), the model {layers}")
     if letters.count("m") != mtp:
         reasons.append(f"the layout has {letters.count('m')} layers of multi-token prediction (m), the model {mtp}")
-    elif mtp and not stages[-1].endswith("m" * mtp + "L"):
-        reasons.append("layers of multi-token prediction (m) are read and written at the end of the last stage alone")
+    elif mtp and ("t" in letters[letters.index("m") :] or sum("m" in stage for stage in stages) > 1):
+        reasons.append("all layers of multi-token prediction (m) are in one stage, behind the last layer (t)")
+    elif mtp and not any("m" in stage for stage in stages[-pipeline:]):
+        reasons.append("layers of multi-token prediction (m) are in the last virtual stage of a pipeline rank")
     if letters.count("E") != 1 or not stages[0].startswith("E"):
         reasons.append("the layout needs one E, at the beginning of its first stage")
     if letters.count("L") != 1 or not stages[-1].endswith("L"):

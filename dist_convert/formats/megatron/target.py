@@ -21,6 +21,7 @@ from dist_convert.formats.megatron.grid import (
     Chunk,
     Grid,
     check_target,
+    chunk_of_mtp,
     layout_stages,
     notes_on_target,
     place_chunks,
@@ -118,6 +119,11 @@ class MegatronTarget:
     def directory(self) -> Path:
         """Of the iteration."""
         return self.root / (RELEASE if self.iteration is None else f"iter_{self.iteration:07d}")
+
+    @property
+    def mtp_chunk(self) -> Chunk:
+        """See `chunk_of_mtp`."""
+        return chunk_of_mtp(self.chunks, self.args.values.get("pipeline_model_parallel_layout"))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -132,11 +132,17 @@ def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
     """The virtual pipeline stage that holds a parameter."""
     if parameter.layer is not None:
         return catalog.chunk_of_layer[parameter.layer]
-    # An explicit layout may put embedding and head on any stage, so their names are looked for.
-    name = "mtp.layers.0.enorm.weight" if megatron_names.is_of_mtp(parameter.name) else parameter.name
-    holders = [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
-    outermost = 0 if parameter.row in catalog.family.before else -1
-    return (holders or catalog.chunks)[outermost]
+    name = _OF_MTP if megatron_names.is_of_mtp(parameter.name) else parameter.name
+    return (_holders(catalog, name) or catalog.chunks)[0 if parameter.row in catalog.family.before else -1]
+
+
+#: What the stage holds that has the layers of multi-token prediction.
+_OF_MTP = "mtp.layers.0.enorm.weight"
+
+
+def _holders(catalog: TorchCatalog, name: str) -> list[Chunk]:
+    """The virtual pipeline stages that store what belongs to no layer: a layout may put that on any of them."""
+    return [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
 
 
 def _numbers(catalog: TorchCatalog, parameter: Parameter) -> Numbers:
@@ -214,20 +220,20 @@ def stored_as(catalog: TorchCatalog, parameter: Parameter, shard: int) -> set[tu
 
 
 def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
-    """The copies of the embedding's shard that the last pipeline stage holds, as it does where it is another one."""
-    original, copy = megatron_names.TIED
-    last = catalog.chunks[-1]
-    if parameter.name != original:
+    """The copies of the embedding's shard that another stage holds: the last one, or that of multi-token prediction."""
+    name, holder = megatron_names.TIED[1], catalog.chunks[-1]
+    if parameter.name != megatron_names.TIED[0]:
         return ()
-    if catalog.architecture.fact("mtp_layers") and last != catalog.chunks[0]:
-        copy = original  # multi-token prediction reads it
+    predicts = _holders(catalog, _OF_MTP) if catalog.architecture.fact("mtp_layers") else []
+    if predicts and predicts[0] != catalog.chunks[0]:
+        name, holder = parameter.name, predicts[0]  # multi-token prediction reads it
     elif not catalog.architecture.tied:
         return ()
     rows, columns = parameter.cut.shard_size
     found = []
-    for file in catalog.files.dense[last.pipeline, shard]:
-        stored = catalog.stored[file, last.virtual].get(copy)
-        seen = megatron_names.view(Piece(copy), stored, rows, columns) if stored else None
+    for file in catalog.files.dense[holder.pipeline, shard]:
+        stored = catalog.stored[file, holder.virtual].get(name)
+        seen = megatron_names.view(Piece(name), stored, rows, columns) if stored else None
         if seen is not None:
             found.append(((0, 0, seen),))
     return tuple(found)

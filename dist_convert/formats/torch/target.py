@@ -155,7 +155,9 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
     architecture, grid, chunks, dialect, args = (
         target.architecture, target.grid, target.chunks, target.dialect, target.args,
     )  # fmt: skip
-    files = lay_out_shards(architecture, FAMILIES[architecture.family], grid, chunks, dialect, target.dtypes)
+    files = lay_out_shards(
+        architecture, FAMILIES[architecture.family], grid, chunks, dialect, target.dtypes, target.mtp_chunk
+    )
     if not job.load_capacity_bins:
         return TorchTarget(target, files, {})
     if not architecture.experts or dialect.experts == "habana-dynamic":

@@ -22,6 +22,7 @@ def lay_out_shards(
     chunks: Sequence[Chunk],
     dialect: TargetDialect,
     dtypes: Mapping[str, str],
+    mtp_chunk: Chunk,
 ) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
     """The tensors of every rank file, by file and virtual stage, in the order of Megatron's own state dicts.
 
@@ -30,7 +31,9 @@ def lay_out_shards(
         chunks: where the layers go, in the order in which a token meets them.
         dialect: how norms and experts are spelled.
         dtypes: safetensors name of each parameter's dtype, by canonical name.
+        mtp_chunk: where layers of multi-token prediction go, if there are any.
     """
+    has_mtp = bool(architecture.fact("mtp_layers"))
     chunk_of_layer = [chunk for chunk in chunks for _ in range(chunk.layers)]
     per_rank = max(1, architecture.experts // grid.expert)
     specs: dict[tuple[Chunk, int], list[TensorSpec]] = {(c, rank): [] for c in chunks for rank in range(grid.expert)}
@@ -39,23 +42,29 @@ def lay_out_shards(
         cut, layer, expert = parameter.cut, parameter.layer, parameter.expert
         if id(cut) not in written:
             written[id(cut)] = _pieces(cut, per_rank, dialect)
-        outermost = chunks[0] if cut.row in family.before else chunks[-1]
-        chunk = outermost if layer is None else chunk_of_layer[layer]
+        if layer is not None:
+            chunk = chunk_of_layer[layer]
+        elif megatron_names.is_of_mtp(parameter.name):
+            chunk = mtp_chunk
+        elif cut.row.is_norm and has_mtp:  # the last one, which Megatron-Core then has behind the last layer
+            chunk = chunk_of_layer[-1]
+        else:
+            chunk = chunks[0] if cut.row in family.before else chunks[-1]
         rank, local = divmod(expert or 0, per_rank)
         numbers = Numbers(None if layer is None else layer - chunk.first_layer, expert, local)
         dtype = dtypes[parameter.name]
         # Stacked and grouped experts share one tensor.
         listed = [one for one in written[id(cut)] if not local or one[0].storage in ("plain", "transposed")]
         found = [(numbers.named(piece.name), dtype, shape) for piece, shape in listed]
-        for holder in range(grid.expert) if expert is None else (rank,):
-            specs[chunk, holder] += found
+        for holding in range(grid.expert) if expert is None else (rank,):
+            specs[chunk, holding] += found
     original, copy = megatron_names.TIED
-    has_mtp = bool(architecture.fact("mtp_layers"))  # which reads the embedding on the last stage
-    copy = original if has_mtp else copy
-    if (architecture.tied or has_mtp) and chunks[-1] != chunks[0]:  # the last stage keeps a copy
+    # Layers of multi-token prediction read the embedding; the last stage of a tied model has it as its head.
+    copy, holder = (original, mtp_chunk) if has_mtp else (copy, chunks[-1])
+    if (architecture.tied or has_mtp) and holder != chunks[0]:
         [embedding] = [spec for spec in specs[chunks[0], 0] if spec[0] == original]
         for rank in range(grid.expert):
-            specs[chunks[-1], rank].append((copy, *embedding[1:]))
+            specs[holder, rank].append((copy, *embedding[1:]))
     in_stage = {
         stage: sorted((chunk for chunk in chunks if chunk.pipeline == stage), key=lambda chunk: chunk.virtual)
         for stage in range(grid.pipeline)

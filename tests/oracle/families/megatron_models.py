@@ -188,7 +188,7 @@ def shard(weight: Weight, full: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: GPTModel, args: Namespace, input_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """`logits` and perhaps `mtp_logits` [batch, sequence, vocabulary] on the last stage's ranks, None on others."""
+    """`logits` [batch, sequence, vocabulary] and perhaps `mtp_logits` [layers, ...] on the last stage's ranks."""
     if not (args.mtp_num_layers and model.post_process):
         found = forward([model], input_ids)
         return None if found is None else {"logits": found[..., : args.vocab_size]}
@@ -202,4 +202,5 @@ def logits(model: GPTModel, args: Namespace, input_ids: torch.Tensor) -> dict[st
     model.forward = functools.partial(model.forward, labels=input_ids)
     forward([model], input_ids)
     hook.remove()
-    return {"logits": seen[-1][..., : args.vocab_size], "mtp_logits": seen[0][..., : args.vocab_size]}
+    *ahead, logits = (found[..., : args.vocab_size] for found in seen)
+    return {"logits": logits, "mtp_logits": torch.stack(ahead)}

@@ -111,6 +111,7 @@ MODELS: tuple[TinyModel, ...] = (
     }),
     TinyModel("glm45", "glm4_moe", _GLM45 | _rope(1e6, partial_rotary_factor=0.5, **_LINEAR)),
     TinyModel("glm45-mtp", "glm4_moe", _GLM45, mtp_layers=1, layout="Ettt|tmL"),
+    TinyModel("glm45-two-mtp", "glm4_moe", _GLM45, mtp_layers=2, layout="Ettttmm|L"),
     TinyModel("glm45-tied-mtp", "glm4_moe", _GLM45 | {"tie_word_embeddings": True}, mtp_layers=1),
     TinyModel("gpt-oss", "gpt_oss", _DENSE | {
         "intermediate_size": 48, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,
