@@ -247,6 +247,11 @@ def place_chunks(grid: Grid, layers_of: Mapping[tuple[int, int], int]) -> tuple[
     return tuple(chunks)
 
 
+def layer_chunks(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
+    """For each layer, the chunk that holds it."""
+    return tuple(chunk for chunk in chunks for _ in range(chunk.layers))
+
+
 def chunk_of_mtp(chunks: Sequence[Chunk], layout: object) -> Chunk:
     """The chunk that holds the layers of multi-token prediction: the one where a layout has them, else the last."""
     stages = _parse(layout, []) if isinstance(layout, str) else []

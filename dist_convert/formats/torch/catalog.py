@@ -9,7 +9,7 @@ from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles
+from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, layer_chunks
 from dist_convert.formats.megatron.names import Numbers, Piece, Spelling
 from dist_convert.formats.megatron.parameters import Parameter, Replica, held_padding, held_regions, parameters_of
 from dist_convert.models.catalog import Region, TensorMeta
@@ -83,7 +83,7 @@ class TorchCatalog:
     @cached_property
     def chunk_of_layer(self) -> tuple[Chunk, ...]:
         """For each layer, the virtual pipeline stage that holds it."""
-        return tuple(chunk for chunk in self.chunks for _ in range(chunk.layers))
+        return layer_chunks(self.chunks)
 
 
 def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:

@@ -18,7 +18,6 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.formats.torch.target_shards import lay_out_shards
-from dist_convert.models import FAMILIES
 from dist_convert.options import Options
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, write_record_checksums
@@ -152,24 +151,20 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
         directory: of the source, for its capacity bins.
         target: what is to be made.
     """
-    architecture, grid, chunks, dialect, args = (
-        target.architecture, target.grid, target.chunks, target.dialect, target.args,
-    )  # fmt: skip
-    files = lay_out_shards(
-        architecture, FAMILIES[architecture.family], grid, chunks, dialect, target.dtypes, target.mtp_chunk
-    )
+    architecture, grid, args = target.architecture, target.grid, target.args
+    files = lay_out_shards(target)
     if not job.load_capacity_bins:
         return TorchTarget(target, files, {})
-    if not architecture.experts or dialect.experts == "habana-dynamic":
+    if not architecture.experts or target.dialect.experts == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
             expected="experts, in another layout than habana-dynamic",
-            found=f"--expert-layout {dialect.experts}" if architecture.experts else "a model without experts",
+            found=f"--expert-layout {target.dialect.experts}" if architecture.experts else "a model without experts",
             remedy="leave --load-capacity-bins out",
         )
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
-    for (file, virtual), tensors in place_bins(bins, grid, chunks).items():
+    for (file, virtual), tensors in place_bins(bins, grid, target.chunks).items():
         specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
         models = files[file]
         files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])

@@ -3,38 +3,23 @@
 Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dist_convert.formats.megatron import names as megatron_names
-from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, rank_directory, written_ranks
+from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, layer_chunks, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import Numbers, Piece
 from dist_convert.formats.megatron.parameters import CutRow, parameters_of
+from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.megatron.target_args import TargetDialect
-from dist_convert.models.schema import Architecture, Family
+from dist_convert.models import FAMILIES
 from dist_convert.records import TensorSpec
 
 
-def lay_out_shards(
-    architecture: Architecture,
-    family: Family,
-    grid: Grid,
-    chunks: Sequence[Chunk],
-    dialect: TargetDialect,
-    dtypes: Mapping[str, str],
-    mtp_chunk: Chunk,
-) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
-    """The tensors of every rank file, by file and virtual stage, in the order of Megatron's own state dicts.
-
-    Args:
-        architecture, family, grid: what is written, and how it is split.
-        chunks: where the layers go, in the order in which a token meets them.
-        dialect: how norms and experts are spelled.
-        dtypes: safetensors name of each parameter's dtype, by canonical name.
-        mtp_chunk: where layers of multi-token prediction go, if there are any.
-    """
+def lay_out_shards(target: MegatronTarget) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
+    """The tensors of every rank file, by file and virtual stage, in the order of Megatron's own state dicts."""
+    architecture, grid, chunks, dialect = target.architecture, target.grid, target.chunks, target.dialect
     has_mtp = bool(architecture.fact("mtp_layers"))
-    chunk_of_layer = [chunk for chunk in chunks for _ in range(chunk.layers)]
+    before, chunk_of_layer = FAMILIES[architecture.family].before, layer_chunks(chunks)
     per_rank = max(1, architecture.experts // grid.expert)
     specs: dict[tuple[Chunk, int], list[TensorSpec]] = {(c, rank): [] for c in chunks for rank in range(grid.expert)}
     written: dict[int, list[tuple[Piece, tuple[int, ...]]]] = {}  # of each row, for all layers and experts
@@ -45,14 +30,14 @@ def lay_out_shards(
         if layer is not None:
             chunk = chunk_of_layer[layer]
         elif megatron_names.is_of_mtp(parameter.name):
-            chunk = mtp_chunk
+            chunk = target.mtp_chunk
         elif cut.row.is_norm and has_mtp:  # the last one, which Megatron-Core then has behind the last layer
             chunk = chunk_of_layer[-1]
         else:
-            chunk = chunks[0] if cut.row in family.before else chunks[-1]
+            chunk = chunks[0] if cut.row in before else chunks[-1]
         rank, local = divmod(expert or 0, per_rank)
         numbers = Numbers(None if layer is None else layer - chunk.first_layer, expert, local)
-        dtype = dtypes[parameter.name]
+        dtype = target.dtypes[parameter.name]
         # Stacked and grouped experts share one tensor.
         listed = [one for one in written[id(cut)] if not local or one[0].storage in ("plain", "transposed")]
         found = [(numbers.named(piece.name), dtype, shape) for piece, shape in listed]
@@ -60,7 +45,7 @@ def lay_out_shards(
             specs[chunk, holding] += found
     original, copy = megatron_names.TIED
     # Layers of multi-token prediction read the embedding; the last stage of a tied model has it as its head.
-    copy, holder = (original, mtp_chunk) if has_mtp else (copy, chunks[-1])
+    copy, holder = (original, target.mtp_chunk) if has_mtp else (copy, chunks[-1])
     if (architecture.tied or has_mtp) and holder != chunks[0]:
         [embedding] = [spec for spec in specs[chunks[0], 0] if spec[0] == original]
         for rank in range(grid.expert):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dist_convert.errors import UnsupportedModel
 from dist_convert.formats.dcp.files import PlannedFiles
-from dist_convert.formats.megatron.grid import Grid, written_ranks
+from dist_convert.formats.megatron.grid import Grid, layer_chunks, written_ranks
 from dist_convert.formats.megatron.parameters import CutRow, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.torch_dist.catalog import leading_axes
@@ -27,18 +27,20 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
         UnsupportedModel: layers or experts of different dtypes.
     """
     architecture, grid, norms = target.architecture, target.grid, target.dialect.norms
-    holders = _holders(grid)
+    holders, chunk_of_layer = _holders(grid), layer_chunks(target.chunks)
     every = [file for files in holders.values() for file in files]
     planned = PlannedFiles(dict.fromkeys(every, 0), {file: [] for file in every})
     for key, layer, expert in extra_states(architecture, norms=norms):
-        files = holders[_stage(target, layer, is_before=False), _rank_of(expert, architecture, grid), 0]
+        stage = target.chunks[-1].pipeline if layer is None else chunk_of_layer[layer].pipeline
+        files = holders[stage, _rank_of(expert, architecture, grid), 0]
         planned.add(files[0], key)
     dtypes: dict[str, str] = {}
     boxes: dict[int, list[tuple[int, Box]]] = {}  # of each row, for all layers and experts
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row, layer, expert, architecture, norms=norms)
-        stage = _stage(target, layer, is_before=row in FAMILIES[architecture.family].before)
+        outermost = target.chunks[0 if row in FAMILIES[architecture.family].before else -1]
+        stage = (outermost if layer is None else chunk_of_layer[layer]).pipeline
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))
         dimensions = len(row.parts[0].dims)
@@ -79,13 +81,6 @@ def _holders(grid: Grid) -> dict[tuple[int, int | None, int], tuple[str, ...]]:
         ):
             holders[held] = (*holders.get(held, ()), file)
     return holders
-
-
-def _stage(target: MegatronTarget, layer: int | None, *, is_before: bool) -> int:
-    """The pipeline rank of a layer, of what comes before all layers, or of what comes after them."""
-    if layer is None:
-        return target.chunks[0 if is_before else -1].pipeline
-    return next(c.pipeline for c in target.chunks if c.first_layer <= layer < c.first_layer + c.layers)
 
 
 def _rank_of(expert: int | None, architecture: Architecture, grid: Grid) -> int | None:
