@@ -177,10 +177,6 @@ class _Common:
         """Whether a row of it is only a part of a stored row, on either side."""
         return self.box.columns < max(self.source.box.columns, self.target.box.columns)
 
-    def copy(self, first: int, end: int) -> Copy:
-        """The copy of some of its rows, counted from the tensor."""
-        return self.copy_of(Box(first, self.box.column, end - first, self.box.columns))
-
     def copy_of(self, box: Box) -> Copy:
         """The copy of a part of it, counted from the tensor."""
         return Copy(self.source.window(box), self.target.window(box), self.source.add - self.target.add)
@@ -209,19 +205,19 @@ def _intersection(source: Sequence[Region], target: Sequence[Region]) -> Iterato
 
 def _common_bands(source: Sequence[Region], target: Sequence[Region]) -> Iterator[Block]:
     found = list(_intersection(source, target))
-    yield from ((common.copy(common.box.row, common.box.row_end),) for common in found if not common.is_wide)
+    yield from ((common.copy_of(common.box),) for common in found if not common.is_wide)
     wide = [common for common in found if common.is_wide]
     borders = sorted({row for common in wide for row in (common.box.row, common.box.row_end)})
     for first, end in pairwise(borders):
-        band: list[_Common] = []
+        listed: list[list[_Common]] = []
         within = [common for common in wide if common.box.row < end and first < common.box.row_end]
         for common in sorted(within, key=lambda common: common.box.column):
-            if band and band[-1].source is not common.source and band[-1].target is not common.target:
-                yield tuple(one.copy(first, end) for one in band)
-                band = []
-            band.append(common)
-        if band:
-            yield tuple(one.copy(first, end) for one in band)
+            last = listed[-1][-1] if listed else None
+            if last is None or (last.source is not common.source and last.target is not common.target):
+                listed.append([])
+            listed[-1].append(common)
+        for band in listed:
+            yield tuple(one.copy_of(replace(one.box, row=first, rows=end - first)) for one in band)
 
 
 def _bands_in_turn(listed: Sequence[Stored]) -> Iterator[Block]:

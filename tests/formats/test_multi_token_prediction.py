@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, megatron_shards, save, training_args
-from tests.converting import convert
+from tests.converting import assert_same, convert, read_tensors
 from tests.to_megatron import make_hf, to_megatron
 
 MODEL = Model(layers=2)
@@ -230,3 +230,24 @@ def test_a_copy_of_the_embedding_that_differs_is_found_in_a_megatron_checkpoint(
     torch.save(content, file)
     assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again"), "--to", "huggingface"]) == 1
     assert "embedding.word_embeddings.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "last_stage"),
+    [
+        ("Et|tmL", {"decoder.layers", "decoder.final_layernorm", "mtp.layers", "embedding", "output_layer"}),
+        ("Ett|mL", {"mtp.layers", "embedding", "output_layer"}),
+        ("Ettm|L", {"output_layer"}),
+    ],
+)
+def test_a_layout_says_where_they_are_and_the_last_norm_is_behind_the_last_layer(
+    layout: str, last_stage: set[str], tmp_path: Path
+) -> None:
+    made = glm(tmp_path / "hf")
+    words = ("--pipeline-model-parallel-layout", layout, "--verify")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), *TWO_STAGES, *words]) == 0
+    ends = (".word_embeddings.weight", ".weight")
+    found = {name.removesuffix(ends[0]).removesuffix(ends[1]) for name in stage(tmp_path / "megatron")}
+    assert {".".join(name.split(".")[:2]) for name in found} == last_stage
+    assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "back"), *BACK]) == 0
+    assert_same(read_tensors(tmp_path / "back"), made)

@@ -129,7 +129,7 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("qwen3-yarn", _TP_PP, "torch_dist", _TE),
     _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
     _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
-    _case("glm45-two-mtp", _TP_PP, "torch", _TE),
+    _case("glm45-two-mtp", _TP_PP, "torch_dist", _TE),
     _case("glm45-tied-mtp", _TP_EP, "torch_dist", _LOCAL),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
