@@ -5,13 +5,12 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dist_convert.errors import NotEnoughSpace, SourceError, TargetError, TargetExists, UsageError
 from dist_convert.read.source import read_small_file
 from dist_convert.records import counted, human_bytes, names
-from dist_convert.write.files import holding, replace_files, sync, sync_parent, writing
+from dist_convert.write.files import Beside, holding, replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
 from dist_convert.write.manifest import MANIFEST_FILE, manifest_of, unknown_files
 from dist_convert.write.partial import (
@@ -203,19 +202,6 @@ def _check_same(target: Path, place: Path, replaces: str) -> None:
             expected="what was there when the conversion began" if replaces else "nothing, as when it began",
             remedy=f"move it away, then start the same command again: {partial_of(target)} is complete",
         )
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A small file beside a target, which all targets of a directory share, so that the last one replaces it.
-
-    Attributes:
-        content: of the file.
-        replaces: a regular expression for all of what it may replace.
-    """
-
-    content: bytes
-    replaces: bytes
 
 
 _MOST_BESIDE_BYTES = 16 << 20

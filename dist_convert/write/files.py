@@ -8,6 +8,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from isal import isal_zlib
@@ -17,6 +18,19 @@ from dist_convert.records import View, Window, local_name
 
 #: Of every descriptor: no link is followed, and nobody waits for the other end of a pipe.
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A small file beside a target, which all targets of a directory share, so that the last one replaces it.
+
+    Attributes:
+        content: of the file.
+        replaces: a regular expression for all of what it may replace.
+    """
+
+    content: bytes
+    replaces: bytes
 
 
 @contextmanager

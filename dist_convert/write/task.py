@@ -15,7 +15,7 @@ from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import Beside
+from dist_convert.write.files import Beside
 from dist_convert.write.partial import partial_of
 from dist_convert.write.places import ONE_WRITER
 from dist_convert.write.trees import file_system_type

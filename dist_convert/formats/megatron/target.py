@@ -53,8 +53,7 @@ from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.plan.file_owners import notes_on_places
 from dist_convert.records import local_name
-from dist_convert.write.commit import Beside
-from dist_convert.write.files import opened, write_file
+from dist_convert.write.files import Beside, opened, write_file
 
 ARGS_FILE = "target_megatron_args.json"
 

@@ -21,8 +21,7 @@ from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.options import Options
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
 from dist_convert.write.checksums import KnownRange, write_record_checksums
-from dist_convert.write.commit import Beside
-from dist_convert.write.files import make_file, opened, writing
+from dist_convert.write.files import Beside, make_file, opened, writing
 from dist_convert.write.task import Target
 
 

@@ -18,8 +18,7 @@ from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import Beside
-from dist_convert.write.files import make_file, write_file
+from dist_convert.write.files import Beside, make_file, write_file
 from dist_convert.write.task import Target
 
 #: As every version of Megatron-Core from 0.13 on reads it.
