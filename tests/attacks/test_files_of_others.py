@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import dist_convert.move.convert
-from dist_convert.write.commit import Beside, publish
+from dist_convert.write.commit import publish
+from dist_convert.write.files import Beside
 from dist_convert.write.trees import remove
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
