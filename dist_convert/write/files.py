@@ -284,19 +284,6 @@ PARTIAL_SUFFIX = ".partial"
 TEMPORARY = re.compile(r"\.dist_convert-[0-9a-f]{16}\.partial")
 
 
-@dataclass(frozen=True)
-class Beside:
-    """A small file beside a target, which all targets of a directory share, so that the last one replaces it.
-
-    Attributes:
-        content: of the file.
-        replaces: a regular expression for all of what it may replace.
-    """
-
-    content: bytes
-    replaces: bytes
-
-
 def replace_files(
     root: Path, contents: Mapping[str, bytes | Iterable[bytes]], scratch: tuple[Path, str] | None = None
 ) -> None:

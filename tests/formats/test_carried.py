@@ -152,3 +152,17 @@ def test_a_generation_config_without_the_config_of_this_model_is_not_taken_over(
     carried.write_text(json.dumps(config | {"generation_config.json": {"eos_token_id": 9}}))
     dist_convert.convert(place / "megatron", place / "back", to="huggingface")
     assert read(place / "back" / "generation_config.json")["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("to", ["torch", "huggingface"])
+def test_the_number_of_experts_has_its_name_of_every_version_of_transformers(to: str, tmp_path: Path) -> None:
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    make_published(tmp_path / "hf", "qwen3-30b-a3b", files=1, **SMALL, **sizes)
+    config = read(tmp_path / "hf" / "config.json")
+    config["num_local_experts"] = config.pop("num_experts")  # as transformers 5 saves it
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    dist_convert.convert(tmp_path / "hf", tmp_path / "made", to=to)
+    if to == "torch":
+        dist_convert.convert(tmp_path / "made", tmp_path / "back", to="huggingface")
+    after = read(tmp_path / ("back" if to == "torch" else "made") / "config.json")
+    assert (after["num_experts"], after["num_local_experts"]) == (8, 8)

@@ -398,8 +398,14 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
 def config_of_copy(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
     """A config with the dtype that is stored, and what only one version of transformers would find in it."""
     ours = config_json(architecture, dtype)
-    rope = {name: ours[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name not in config}
-    return {**config, **rope, "torch_dtype": ours["torch_dtype"], "dtype": ours["dtype"]}
+    names = ("rope_theta", "rope_scaling", "rope_parameters", *_known_by_aliases(config, architecture))
+    missing = {name: ours[name] for name in names if name not in config}
+    return {**config, **missing, "torch_dtype": ours["torch_dtype"], "dtype": ours["dtype"]}
+
+
+def _known_by_aliases(config: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    """The keys that a config has under the names of another version of transformers."""
+    return [key.config for key in FAMILIES[architecture.family].keys if not config.keys().isdisjoint(key.aliases)]
 
 
 def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -411,7 +417,7 @@ def config_like(config: Mapping[str, Any], architecture: Architecture, dtype: st
     own = ("vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", MTP_KEY.config)
     left = ("auto_map", QUANTISED_BY, *MTP_KEY.aliases)
     theirs = {name: value for name, value in config.items() if name not in left}
-    return theirs | {name: ours[name] for name in own if name in ours}
+    return theirs | {name: ours[name] for name in (*own, *_known_by_aliases(theirs, architecture)) if name in ours}
 
 
 def with_special_ids(
