@@ -112,6 +112,22 @@ class Machine:
         self.quickest_seconds = min(self.quickest_seconds, seconds)
         return seconds
 
+    def described(self) -> str:
+        """What it is, in a sentence."""
+        with Path("/proc/meminfo").open() as file:
+            memory_gb = int(file.readline().split()[1]) / 1e6
+        line = ["df", "--output=fstype", str(self.directory)]
+        file_system = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()[-1]
+        return (
+            f"{os.cpu_count()} cores, {memory_gb:.0f} GB, Linux {os.uname().release}, {file_system}; "
+            f"Python {sys.version.split()[0]}, torch {version('torch')}."
+        )
+
+    def steadiness(self) -> str:
+        """How many samples began where it was not ready, in a sentence."""
+        said = "samples began where a write of as many bytes took more than"
+        return f"{self.slow_samples} {said} {_SLOW} times the quickest one."
+
     def noise(self) -> str:
         """Why the machine is not quiet; "" where it is."""
         before = _idle_and_all()
@@ -279,23 +295,14 @@ def ratio(samples: Mapping[Way, Sequence[Sample]], way: Way) -> float:
 def described(machine: Machine, samples: Mapping[Way, Sequence[Sample]]) -> str:
     """The machine in a line, and how steady it was."""
     cp = [sample.data_seconds for way, of_way in samples.items() if way.name == "cp" for sample in of_way]
-    with Path("/proc/meminfo").open() as file:
-        memory_gb = int(file.readline().split()[1]) / 1e6
-    found = subprocess.run(
-        ["df", "--output=fstype", str(machine.directory)], capture_output=True, text=True, check=True
-    )
-    return (
-        f"{os.cpu_count()} cores, {memory_gb:.0f} GB, Linux {os.uname().release}, {found.stdout.split()[-1]}; "
-        f"Python {sys.version.split()[0]}, torch {version('torch')}. Of {len(cp)} times `cp` "
-        f"took {min(cp):.2f} to {max(cp):.2f} s. {machine.slow_samples} samples began where a write of as many bytes "
-        f"took more than {_SLOW} times the quickest one."
-    )
+    steady = f"Of {len(cp)} times `cp` took {min(cp):.2f} to {max(cp):.2f} s. {machine.steadiness()}"
+    return f"{machine.described()} {steady}"
 
 
-def fill(path: Path, text: str) -> None:
+def fill(path: Path, text: str, mark: str = "bench") -> None:
     """Put a text between the marks of a page."""
     before = path.read_text()
-    after = re.sub(r"(?s)(<!-- bench -->\n).*?(<!-- end -->)", lambda found: found[1] + text + found[2], before)
+    after = re.sub(rf"(?s)(<!-- {mark} -->\n).*?(<!-- end -->)", lambda found: found[1] + text + found[2], before)
     path.write_text(after)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-_WIDTH, _LABELS, _NUMBERS = 860, 230, 150
+_WIDTH, _LABELS, _NUMBERS = 860, 230, 190
 _BARS = _WIDTH - _LABELS - _NUMBERS
 _BAR, _ROW, _GAP, _TITLE = 16, 23, 12, 26
 
@@ -17,13 +17,15 @@ _STYLE = """
     text { fill: #f0f6fc } .note { fill: #9198a1 } .ours { fill: #589bff } .other { fill: #e5756e }
   }
 """
+_NOTE = "seconds from the first byte read to the last byte written: shorter is better"
 
 
-def chart(cases: Mapping[str, Sequence[tuple[str, float]]]) -> str:
+def chart(cases: Mapping[str, Sequence[tuple[str, float]]], note: str = _NOTE) -> str:
     """A picture of all cases below each other.
 
     Args:
         cases: by title, the name and the seconds of each way; what the others are compared with comes first.
+        note: what the bars are.
     """
     most = max(seconds for ways in cases.values() for _, seconds in ways)
     lines: list[str] = []
@@ -31,7 +33,6 @@ def chart(cases: Mapping[str, Sequence[tuple[str, float]]]) -> str:
     for title, ways in cases.items():
         lines += _case(title, ways, top, most)
         top += _TITLE + _ROW * len(ways) + _GAP
-    note = "seconds from the first byte read to the last byte written: shorter is better"
     lines.append(f'<text class="note" x="{_LABELS}" y="{top + 8}">{note}</text>')
     frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top + 16}" role="img">'
     return "\n".join([frame, f"<style>{_STYLE}</style>", *lines, "</svg>", ""])
@@ -41,7 +42,7 @@ def _case(title: str, ways: Sequence[tuple[str, float]], top: int, most: float) 
     yield f'<text class="title" x="0" y="{top + 17}">{escape(title)}</text>'
     for row, (name, seconds) in enumerate(ways):
         y = top + _TITLE + _ROW * row + (_ROW - _BAR) / 2
-        kind = "cp" if name == "cp" else "ours" if "rank" in name else "other"
+        kind = "cp" if name == "cp" else "ours" if "rank" in name or name == "dist_convert" else "other"
         numbers = f"{seconds:.2f} s, {seconds / ways[0][1]:.2f} x {ways[0][0]}"
         yield f'<text x="{_LABELS - 8}" y="{y + _BAR - 4}" text-anchor="end">{escape(name)}</text>'
         width = _BARS * seconds / most
