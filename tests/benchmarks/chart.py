@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-_WIDTH, _LABELS, _NUMBERS = 860, 230, 190
+_WIDTH, _LABELS, _NUMBERS = 860, 230, 200
 _BARS = _WIDTH - _LABELS - _NUMBERS
 _BAR, _ROW, _GAP, _TITLE = 16, 23, 12, 26
 
