@@ -11,19 +11,17 @@ Bytes and numbers are of the rank that has most. What a rank receives over gloo 
 An accelerator's all-gather brings it all that its group gathers. `calls` are reads and writes, a window with gaps
 counts once, and `MB` is their mean. `files` are opened for data; besides, all ranks together open each source file once
 for its header, and each target file is made, given its size, synced and, with its directory, renamed once. `memory` is
-the most that planning adds to a process, `plan` its seconds of one core, from the first header to the rank's own steps.
+what planning takes of it at most, `plan` its seconds of one core, from the first header to the rank's own steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -188,15 +186,12 @@ def show(source: Path, name: str, to: str, placements: Sequence[str], of_ranks: 
 
 
 def memory_bytes(source: Path, name: str, to: str) -> int:
-    """What planning for the most ranks adds to the memory of a process, of a fresh one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_added_bytes, source, name, to).result()
-
-
-def _added_bytes(source: Path, name: str, to: str) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most that planning for 1,024 ranks holds at once, as `tracemalloc` counts it."""
+    tracemalloc.start()
     plan_for(planned(source, name, to), "direct", 1024)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak_bytes
 
 
 def main() -> None:
