@@ -7,7 +7,7 @@ and their spellings" and "Experts".
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from dist_convert.models.schema import Row
@@ -62,8 +62,8 @@ class Spelling:
 
     def at(self, numbers: Numbers) -> tuple[Piece, ...]:
         """The pieces of one parameter, where the spelling is that of its row."""
-        index, count = numbers.local, numbers.per_rank
-        return tuple(replace(one, name=numbers.named(one.name), index=index, count=count) for one in self.pieces)
+        index, count, named = numbers.local, numbers.per_rank, numbers.named
+        return tuple([Piece(named(one.name), one.storage, index, count, one.part, one.parts) for one in self.pieces])
 
 
 #: Ends of names that hold no weights.
