@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.formats.megatron import geometry
+from dist_convert.formats.megatron import geometry, parameters
 from dist_convert.formats.megatron.geometry import Place
-from dist_convert.formats.torch import catalog
 from dist_convert.models.schema import Row
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
@@ -92,7 +91,7 @@ def test_a_mistake_in_the_plan_is_found_and_the_target_stays_without_its_name(
 ) -> None:
     tensors = make(tmp_path / "megatron", Model(), Grid(tp=2))
     make_hf(tmp_path / "hf", Model(), tensors)
-    monkeypatch.setattr(catalog, "places", gate_and_up_exchanged)
+    monkeypatch.setattr(parameters, "places", gate_and_up_exchanged)
     target = tmp_path / "out" if direction == "to hf" else tmp_path / "out" / "iter_0000001"
     if direction == "to hf":
         code = convert(tmp_path / "megatron", target, "--verify")
