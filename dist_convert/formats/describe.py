@@ -26,6 +26,7 @@ from dist_convert.formats.megatron.args import architecture_from_args, dialect_o
 from dist_convert.formats.megatron.grid import (
     SHARD_FILE,
     Grid,
+    foreign_directories,
     grid_from_args,
     grid_of_args,
     grid_ranks,
@@ -187,7 +188,7 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
     directories = {file.partition("/")[0] for file in shards}
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
-    foreign = sorted(directories - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
+    foreign = foreign_directories(grid, directories)
     return {
         "path": str(directory),
         "kind": "megatron",

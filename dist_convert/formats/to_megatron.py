@@ -1,6 +1,5 @@
 """What becomes a Megatron checkpoint, of either format: what is read, what is written, and what is said about it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.carried import carried_configs
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.megatron.args import dialect_of_args
-from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_places, grid_of_args
+from dist_convert.formats.megatron.grid import files_of_places, grid_of_args
 from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
 from dist_convert.formats.megatron.target import (
     cuts_pipeline,
@@ -76,7 +75,11 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         of_places, extras = (frozenset(file.name for file in files),), frozenset[tuple[str, str]]()
     else:
         layout = lay_out_torch(job, model.directory, target)
-        of_places = _files_of_places(job, settings.grid, given, frozenset(layout.files), places, world.nodes)
+        of_places = (frozenset(layout.files),)
+        if max(places) and job.target_ranks_per_node:  # under names that tell places apart
+            training_args = own.args if own else given.training_args
+            held = files_of_places(settings.grid, places, world.nodes, job.target_ranks_per_node, training_args)
+            of_places = tuple(frozenset(name_at(place, file) for file in at) for place, at in enumerate(held))
         planned = sorted(frozenset[str]().union(*of_places))
         catalog, files = torch_catalog(layout, planned)
         extras = frozenset((file, name) for file in planned for of, name in layout.extras if of == local_name(file))
@@ -161,14 +164,3 @@ def _given(job: Options, model: Model, own: MegatronSource | None, world: World)
         mine.append(find_tokenizer(None, {"tokenizer_model": mine[1]}, model.directory).size if mine[1] else None)
     training_args, tokenizer_model, tokenizer_type, carried, tokens = gather_objects(world, mine)[0]
     return TargetInputs(training_args, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)
-
-
-def _files_of_places(
-    job: Options, grid: Grid, given: TargetInputs, files: frozenset[str], places: Sequence[int], nodes: Sequence[int]
-) -> tuple[frozenset[str], ...]:
-    """For each place the rank files that are made there, under names that tell places apart."""
-    if not max(places) or not job.target_ranks_per_node:
-        return (files,)
-    check_rank_order(given.own.args if given.own else given.training_args)
-    held = files_of_places(grid, places, nodes, job.target_ranks_per_node)
-    return tuple(frozenset(name_at(place, file) for file in at) for place, at in enumerate(held))

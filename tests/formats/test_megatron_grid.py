@@ -63,19 +63,19 @@ def test_other_names_are_no_rank_directories(name: str) -> None:
 
 
 def test_two_suffixes_are_pipeline_ranks_where_the_args_say_so() -> None:
-    found = find_shards(Grid(pipeline=2), ["mp_rank_00_000", "mp_rank_00_001"])
+    found = find_shards(Grid(pipeline=2), map(held, ["mp_rank_00_000", "mp_rank_00_001"]))
     assert found.dense == {(0, 0): (held("mp_rank_00_000"),), (1, 0): (held("mp_rank_00_001"),)}
 
 
 def test_two_suffixes_are_expert_ranks_where_the_args_say_so() -> None:
-    found = find_shards(Grid(expert=2), ["mp_rank_00_000", "mp_rank_00_001"])
+    found = find_shards(Grid(expert=2), map(held, ["mp_rank_00_000", "mp_rank_00_001"]))
     assert found.dense == {(0, 0): (held("mp_rank_00_000"), held("mp_rank_00_001"))}
     assert found.experts == {(0, 0, 0): (held("mp_rank_00_000"),), (0, 1, 0): (held("mp_rank_00_001"),)}
 
 
 def test_with_etp_1_a_file_holds_a_dense_shard_by_its_tensor_rank_and_whole_experts_by_its_expert_rank() -> None:
     names = ["mp_rank_00_000", "mp_rank_01_001", "mp_rank_00_002", "mp_rank_01_003"]
-    found = find_shards(Grid(tensor=2, expert=4, expert_tensor=1), names)
+    found = find_shards(Grid(tensor=2, expert=4, expert_tensor=1), map(held, names))
     assert found.dense == {
         (0, 0): (held("mp_rank_00_000"), held("mp_rank_00_002")),
         (0, 1): (held("mp_rank_01_001"), held("mp_rank_01_003")),
@@ -90,7 +90,7 @@ def test_with_etp_1_a_file_holds_a_dense_shard_by_its_tensor_rank_and_whole_expe
 
 def test_with_etp_2_of_tp_4_the_expert_tensor_rank_is_the_tensor_rank_modulo_2() -> None:
     names = ["mp_rank_00_000", "mp_rank_01_000", "mp_rank_02_001", "mp_rank_03_001"]
-    found = find_shards(Grid(tensor=4, expert=2, expert_tensor=2), names)
+    found = find_shards(Grid(tensor=4, expert=2, expert_tensor=2), map(held, names))
     assert found.experts == {
         (0, 0, 0): (held("mp_rank_00_000"),),
         (0, 0, 1): (held("mp_rank_01_000"),),
@@ -101,7 +101,7 @@ def test_with_etp_2_of_tp_4_the_expert_tensor_rank_is_the_tensor_rank_modulo_2()
 
 def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_says_why() -> None:
     with pytest.raises(MissingShard) as error:
-        find_shards(Grid(tensor=8, expert=1, expert_tensor=1), ["mp_rank_00"])
+        find_shards(Grid(tensor=8, expert=1, expert_tensor=1), map(held, ["mp_rank_00"]))
     assert str(error.value) == (
         "7 rank directories of TP8 PP1 VPP1 EP1 ETP1 missing\n"
         "  expected: model_optim_rng.pt in mp_rank_01, mp_rank_02, mp_rank_03, mp_rank_04, mp_rank_05, mp_rank_06 "
@@ -114,28 +114,31 @@ def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_say
 
 def test_the_same_grid_is_whole_where_a_newer_megatron_wrote_all_tensor_ranks() -> None:
     names = [f"mp_rank_{rank:02d}" for rank in range(8)]
-    found = find_shards(Grid(tensor=8, expert=1, expert_tensor=1), names)
+    found = find_shards(Grid(tensor=8, expert=1, expert_tensor=1), map(held, names))
     assert len(found.dense) == 8
     assert found.experts == {(0, 0, 0): tuple(held(name) for name in names)}
 
 
 def test_a_missing_stage_is_named() -> None:
     with pytest.raises(MissingShard) as error:
-        find_shards(Grid(tensor=2, pipeline=2, expert_tensor=2), ["mp_rank_00_000", "mp_rank_01_000", "mp_rank_00_001"])
+        find_shards(
+            Grid(tensor=2, pipeline=2, expert_tensor=2),
+            map(held, ["mp_rank_00_000", "mp_rank_01_000", "mp_rank_00_001"]),
+        )
     assert error.value.expected == "model_optim_rng.pt in mp_rank_01_001"
     assert error.value.remedy == "copy the missing directories beside the others"
 
 
 def test_a_directory_that_the_args_do_not_name_is_refused() -> None:
     with pytest.raises(MissingShard) as error:
-        find_shards(Grid(tensor=2, expert_tensor=2), ["mp_rank_00", "mp_rank_01", "mp_rank_02"])
+        find_shards(Grid(tensor=2, expert_tensor=2), map(held, ["mp_rank_00", "mp_rank_01", "mp_rank_02"]))
     assert error.value.found == "mp_rank_02"
     assert error.value.expected == "the directories of TP2 PP1 VPP1 EP1 ETP2"
 
 
 def test_directories_of_another_grid_are_told_together_with_those_that_are_missing() -> None:
     with pytest.raises(MissingShard) as error:
-        find_shards(Grid(tensor=2, expert_tensor=2), ["mp_rank_00_000", "mp_rank_01_000"])
+        find_shards(Grid(tensor=2, expert_tensor=2), map(held, ["mp_rank_00_000", "mp_rank_01_000"]))
     assert error.value.found == "mp_rank_00_000, mp_rank_01_000"
     assert "missing: mp_rank_00, mp_rank_01" in error.value.expected
 
@@ -184,8 +187,7 @@ def test_the_flag_of_extended_tensor_parallelism_means_nothing_to_versions_that_
 
 
 def test_layers_of_uneven_stages_are_numbered_as_they_are_counted() -> None:
-    counted = {(0, 0): 2, (1, 0): 5, (2, 0): 0, (3, 0): 1}
-    assert place_chunks(Grid(pipeline=4), counted) == (
+    assert place_chunks([[2, 5, 0, 1]]) == (
         Chunk(pipeline=0, virtual=0, first_layer=0, layers=2),
         Chunk(pipeline=1, virtual=0, first_layer=2, layers=5),
         Chunk(pipeline=2, virtual=0, first_layer=7, layers=0),
@@ -194,8 +196,7 @@ def test_layers_of_uneven_stages_are_numbered_as_they_are_counted() -> None:
 
 
 def test_virtual_stages_are_passed_one_after_the_other_each_through_all_pipeline_ranks() -> None:
-    counted = dict.fromkeys([(0, 0), (0, 1), (1, 0), (1, 1)], 2)
-    assert place_chunks(Grid(pipeline=2, virtual_pipeline=2), counted) == (
+    assert place_chunks([[2, 2], [2, 2]]) == (
         Chunk(pipeline=0, virtual=0, first_layer=0, layers=2),
         Chunk(pipeline=1, virtual=0, first_layer=2, layers=2),
         Chunk(pipeline=0, virtual=1, first_layer=4, layers=2),

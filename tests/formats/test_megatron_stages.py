@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from dist_convert.errors import Problems, UsageError
-from dist_convert.formats.megatron.grid import Grid, check_target, layout_stages, notes_on_target, stage_layers
+from dist_convert.formats.megatron.grid import Cut, Grid, check_target, stage_layers
 from dist_convert.models.schema import Architecture
 
 
 def stages(layers: int, pipeline: int, virtual: int = 1, **uneven: Any) -> tuple[tuple[int, ...], ...]:
-    return stage_layers(layers, pipeline, virtual, **({"first": None, "last": None, "layout": None} | uneven))
+    mtp = uneven.pop("mtp", 0)
+    return stage_layers(layers, pipeline, Cut(virtual=virtual, **uneven), mtp=mtp)
 
 
 #: layers, pipeline, virtual, how it is uneven -> layers of each virtual stage and pipeline rank.
@@ -48,6 +49,11 @@ def test_layers_are_counted_by_virtual_stage_and_then_by_pipeline_rank(
     layers: int, pipeline: int, virtual: int, uneven: dict[str, Any], expected: tuple[tuple[int, ...], ...]
 ) -> None:
     assert stages(layers, pipeline, virtual, **uneven) == expected
+
+
+def test_virtual_stages_follow_from_their_layers_and_embedding_and_loss_may_stand_in_for_one() -> None:
+    assert stages(8, 2, layers_each=2) == ((2, 2), (2, 2))
+    assert stages(6, 2, layers_each=2, with_embedding=True, with_loss=True) == ((1, 2), (2, 1))
 
 
 #: Prints what megatron-core builds for each case: its own config, asked for every stage.
@@ -93,13 +99,12 @@ def test_megatron_core_builds_the_same_number_of_layers_in_every_chunk() -> None
         (2, 4, 1, {}, "2 layers are not divisible by 4 pipeline ranks"),
         (8, 4, 4, {}, "the 2 layers of a pipeline rank are not divisible by 4 virtual stages"),
         (8, 1, 2, {}, "virtual stages need at least 2 pipeline ranks"),
-        (8, 0, 1, {}, "parallel sizes are at least 1, not 0 and 1"),
+        (8, 4, 1, {"layers_each": 3}, "virtual stages of 3 need a multiple of 12 layers"),
         (8, 4, 1, {"first": 3, "last": 1, "layout": "E|t|t|L"}, "--pipeline-model-parallel-layout excludes"),
         (8, 4, 1, {"first": 1, "last": 2}, "5 remaining layers are not divisible by 2 remaining pipeline ranks"),
         (8, 4, 1, {"first": 9}, "the first and last ranks alone would hold 9 layers"),
         (8, 4, 1, {"first": 4, "last": 4}, "no layers are left for 2 of the pipeline ranks"),
         (8, 2, 1, {"first": 3, "last": 4}, "1 layers are left and no rank between the first and the last"),
-        (8, 4, 1, {"first": 0}, "are at least 1"),
         (8, 1, 1, {"last": 8}, "need at least 2 pipeline ranks"),
         (16, 3, 2, {"first": 5, "last": 7}, "the 5 layers of a pipeline rank are not divisible by 2 virtual stages"),
         (4, 2, 1, {"layout": "Ett|tL"}, "the layout has 3 layers (t), the model 4"),
@@ -128,9 +133,9 @@ def test_a_pipeline_that_cannot_be_is_refused_with_its_reason(
 
 def test_a_wrong_pipeline_is_refused_with_all_reasons_at_once_and_a_remedy() -> None:
     with pytest.raises(UsageError) as error:
-        stages(4, 2, 2, layout="ttE|ttt")
+        stages(4, 4, layout="ttE|ttt")
     assert str(error.value) == (
-        "4 layers cannot be divided over 2 pipeline ranks with 2 virtual stages each\n"
+        "4 layers cannot be divided over 4 pipeline ranks\n"
         "  found:    the layout has 2 stages, the parallel sizes 4; the layout has 5 layers (t), the model 4; "
         "the layout needs one E, at the beginning of its first stage; "
         "the layout needs one L, at the end of its last stage\n"
@@ -141,12 +146,6 @@ def test_a_wrong_pipeline_is_refused_with_all_reasons_at_once_and_a_remedy() -> 
 
 def test_the_layout_of_the_remedy_can_be_read() -> None:
     assert stages(10, 4, layout="Ett|(ttt|)*2ttL") == ((2, 3, 3, 2),)
-
-
-def test_a_layout_says_how_many_stages_it_has() -> None:
-    assert layout_stages("Et*3|(tt|)*2tL") == 4
-    with pytest.raises(UsageError, match="cannot be read"):
-        layout_stages("Et|x")
 
 
 LLAMA = Architecture(
@@ -178,12 +177,10 @@ def test_a_target_that_can_exist_is_not_refused(model: Architecture, grid: Grid)
         ({"ffn": 90}, Grid(tensor=4), "the columns of the MLP cannot be divided over the tensor"),
         ({"padded_vocab": 250}, Grid(tensor=4), "the rows of the padded vocabulary cannot be divided over the tensor"),
         ({"heads": 24, "query_groups": 6}, Grid(tensor=4), "the query groups cannot be divided over the tensor"),
-        ({}, Grid(pipeline=3), "8 layers cannot be divided over 3 pipeline ranks"),
         ({}, Grid(expert=2), "a model without experts has no expert parallel ranks"),
         ({"experts": 8}, Grid(expert=3), "the experts cannot be divided over the expert parallel ranks"),
         ({"experts": 8}, Grid(tensor=2, expert_tensor=4), "two expert tensor parallel ranks would share the name"),
         ({"experts": 8, "ffn": 98}, Grid(4, expert_tensor=4), "the columns of an expert cannot be divided over"),
-        ({}, Grid(tensor=0), "parallel sizes are at least 1"),
     ],
 )
 def test_a_target_that_cannot_exist_is_refused(change: dict[str, Any], grid: Grid, reason: str) -> None:
@@ -195,14 +192,13 @@ def test_a_target_that_cannot_exist_is_refused(change: dict[str, Any], grid: Gri
 
 def test_a_target_is_refused_with_all_reasons_at_once() -> None:
     with pytest.raises(Problems) as error:
-        check_target(MIXTRAL, Grid(tensor=3, pipeline=3, expert=5, expert_tensor=6), last=3)
+        check_target(MIXTRAL, Grid(tensor=3, pipeline=3, expert=5, expert_tensor=6))
     assert [problem.what.split(" cannot")[0] for problem in error.value.problems] == [
         "the attention heads",
         "the rows of the padded vocabulary",
         "the query groups",
         "the experts",
         "two expert tensor parallel ranks would share the name of one file",
-        "8 layers",
     ]
     assert [problem.remedy for problem in error.value.problems[:4]] == [
         "choose a --target-tensor-parallel-size that divides 4",
@@ -219,15 +215,3 @@ def test_the_remedy_of_a_refused_size_is_a_size_that_is_accepted() -> None:
     assert error.value.remedy == "choose a --target-tensor-parallel-size that divides 8"
     for size in (1, 2, 4, 8):
         check_target(model, Grid(tensor=size))
-
-
-def test_the_uneven_pipeline_that_was_asked_for_is_what_is_checked() -> None:
-    check_target(LLAMA, Grid(pipeline=3), first=2, last=2)
-    with pytest.raises(UsageError, match="8 layers"):
-        check_target(LLAMA, Grid(pipeline=3), layout="Et*8|L")
-
-
-def test_fewer_query_groups_than_tensor_parallel_ranks_need_a_new_megatron_core_and_the_user_is_told() -> None:
-    (note,) = notes_on_target(LLAMA, Grid(tensor=8))
-    assert note.startswith("4 query groups on 8 tensor parallel ranks: only Megatron-Core 0.16")
-    assert notes_on_target(LLAMA, Grid(tensor=4)) == ()

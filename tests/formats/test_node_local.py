@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from dist_convert.errors import UsageError
-from dist_convert.formats.megatron.grid import Grid, check_rank_order, files_of_nodes, files_of_places
+from dist_convert.formats.megatron.grid import Grid, files_of_places
 from dist_convert.records import local_name, name_at
 
 
 def directories(grid: Grid, nodes: int, ranks_per_node: int) -> list[list[str]]:
-    return [sorted(file.split("/")[0] for file in files) for files in files_of_nodes(grid, nodes, ranks_per_node)]
+    found = files_of_places(grid, range(nodes), range(nodes), ranks_per_node, None)
+    return [sorted(file.split("/")[0] for file in files) for files in found]
 
 
 @pytest.mark.parametrize(
@@ -36,20 +37,19 @@ def test_processes_fill_tensor_then_expert_and_data_then_pipeline_ranks(
 
 def test_processes_that_hold_no_whole_replica_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
-        files_of_nodes(Grid(tensor=4, pipeline=2, expert_tensor=4), nodes=3, ranks_per_node=4)
+        directories(Grid(tensor=4, pipeline=2, expert_tensor=4), nodes=3, ranks_per_node=4)
     assert (caught.value.expected, caught.value.found) == ("a multiple of 8 processes", "12 processes")
 
 
 def test_another_order_of_ranks_is_refused() -> None:
-    check_rank_order(None)
-    check_rank_order({"use_tp_pp_dp_mapping": False})
+    assert len(files_of_places(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": False})) == 2
     with pytest.raises(UsageError, match="use_tp_pp_dp_mapping puts other rank directories on a node"):
-        check_rank_order({"use_tp_pp_dp_mapping": True})
+        files_of_places(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": True})
 
 
 def test_nodes_that_share_a_disk_put_their_directories_together() -> None:
     grid = Grid(pipeline=4, expert_tensor=1)
-    found = files_of_places(grid, place_of_rank=[0, 0, 1, 1], node_of_rank=[0, 1, 2, 3], ranks_per_node=1)
+    found = files_of_places(grid, [0, 0, 1, 1], [0, 1, 2, 3], ranks_per_node=1, args=None)
     names = [sorted(file.split("/")[0] for file in files) for files in found]
     assert names == [["mp_rank_00_000", "mp_rank_00_001"], ["mp_rank_00_002", "mp_rank_00_003"]]
 

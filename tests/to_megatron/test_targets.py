@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     ),
     "layers of virtual stages": (
         Model(), "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
-        ["4 layers cannot be divided over 2 pipeline ranks in virtual stages of 3", "a multiple of 6 layers"],
+        ["4 layers cannot be divided over 2 pipeline ranks", "virtual stages of 3 need a multiple of 6 layers"],
     ),
     "virtual stages said twice": (
         Model(), "--target-virtual-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",

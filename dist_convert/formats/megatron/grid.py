@@ -12,7 +12,7 @@ from typing import Any
 from dist_convert.errors import ConversionError, MissingShard, UnsupportedModel, UsageError, raise_together
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import MOST_RANKS, Architecture, is_size
-from dist_convert.records import counted
+from dist_convert.records import counted, local_name
 from dist_convert.records import names as some
 
 SHARD_FILE = "model_optim_rng.pt"
@@ -136,19 +136,20 @@ class ShardFiles:
     experts: Mapping[tuple[int, int, int], tuple[str, ...]]
 
 
-def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
-    """Place the rank directories that are present in the grid.
+def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
+    """Place the rank files that are there in the grid.
 
     Args:
         grid: from the args.
-        present: names of rank directories that hold a `model_optim_rng.pt`.
+        files: each `model_optim_rng.pt`; of one at several places, all are equal copies (see `records.name_at`).
 
     Raises:
         MissingShard: a directory that the grid does not name, or a shard that no directory holds.
     """
-    names = set(present)
-    missing = missing_directories(grid, names)
-    foreign = sorted(names - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
+    at: dict[str, list[str]] = {}
+    for file in sorted(files):
+        at.setdefault(local_name(file).partition("/")[0], []).append(file)
+    missing, foreign = missing_directories(grid, at), foreign_directories(grid, at)
     if foreign:
         raise MissingShard(
             "rank directories that the checkpoint's own args do not name",
@@ -166,11 +167,10 @@ def find_shards(grid: Grid, present: Iterable[str]) -> ShardFiles:
         raise MissingShard(
             f"{counted(len(missing), 'rank directory', 'rank directories')} of {grid} missing",
             expected=f"{SHARD_FILE} in {some(missing, 6)}",
-            found=some(sorted(names), 6) or "none",
+            found=some(sorted(at), 6) or "none",
             remedy=remedy,
         )
-    dense, experts = _holders(grid, names)
-    return ShardFiles(dense, experts)
+    return _holders(grid, at)
 
 
 def grid_ranks(grid: Grid) -> list[Rank]:
@@ -185,32 +185,33 @@ def written_ranks(grid: Grid) -> list[Rank]:
     return [Rank(pipeline, tensor, expert) for pipeline in range(grid.pipeline) for tensor, expert in sorted(pairs)]
 
 
-def _holders(
-    grid: Grid, names: set[str]
-) -> tuple[dict[tuple[int, int], tuple[str, ...]], dict[tuple[int, int, int], tuple[str, ...]]]:
-    """Files by dense shard and by expert shard; the expert tensor rank is the tensor rank modulo ETP."""
+def _holders(grid: Grid, at: Mapping[str, Sequence[str]]) -> ShardFiles:
+    """The files of each shard, of those `at` some rank directories."""
     dense: dict[tuple[int, int], tuple[str, ...]] = {}
     experts: dict[tuple[int, int, int], tuple[str, ...]] = {}
     for rank in grid_ranks(grid):
-        name = rank_directory(grid, rank)
-        if name in names:
-            file = f"{name}/{SHARD_FILE}"
-            shard = (rank.pipeline, rank.tensor)
-            expert_shard = (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)
-            dense[shard] = (*dense.get(shard, ()), file)
-            experts[expert_shard] = (*experts.get(expert_shard, ()), file)
-    return dense, experts
+        if files := at.get(rank_directory(grid, rank), ()):
+            shard, expert_shard = _shards_of(grid, rank)
+            dense[shard] = (*dense.get(shard, ()), *files)
+            experts[expert_shard] = (*experts.get(expert_shard, ()), *files)
+    return ShardFiles(dense, experts)
 
 
-def missing_directories(grid: Grid, names: set[str]) -> list[str]:
+def _shards_of(grid: Grid, rank: Rank) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """The dense shard and the expert shard in a file; the expert tensor rank is the tensor rank modulo ETP."""
+    return (rank.pipeline, rank.tensor), (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)
+
+
+def missing_directories(grid: Grid, names: Iterable[str]) -> list[str]:
     """Rank directories that are absent and whose shards no other directory holds."""
-    dense, experts = _holders(grid, names)
-    return [
-        rank_directory(grid, rank)
-        for rank in grid_ranks(grid)
-        if (rank.pipeline, rank.tensor) not in dense
-        or (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor) not in experts
-    ]
+    held = _holders(grid, {name: (name,) for name in names})
+    shards = ((rank, _shards_of(grid, rank)) for rank in grid_ranks(grid))
+    return [rank_directory(grid, r) for r, (d, e) in shards if d not in held.dense or e not in held.experts]
+
+
+def foreign_directories(grid: Grid, names: Iterable[str]) -> list[str]:
+    """Rank directories that the grid does not name."""
+    return sorted(set(names) - {rank_directory(grid, rank) for rank in grid_ranks(grid)})
 
 
 @dataclass(frozen=True)
@@ -230,18 +231,15 @@ class Chunk:
     layers: int
 
 
-def place_chunks(grid: Grid, layers_of: Mapping[tuple[int, int], int]) -> tuple[Chunk, ...]:
-    """Number the layers over all chunks, in the order in which a token meets them: by virtual stage, then pipeline.
+def place_chunks(stages: Sequence[Sequence[int]]) -> tuple[Chunk, ...]:
+    """Number the layers over all chunks, in the order in which a token meets them.
 
     Args:
-        grid: the parallel sizes.
-        layers_of: (pipeline, virtual) -> layers counted in that chunk's keys. Counting serves even and uneven stages,
-            embeddings that stand in for a layer, and explicit layouts alike.
+        stages: layers of each chunk, by virtual stage, then by pipeline rank.
     """
     chunks, first_layer = [], 0
-    for virtual in range(grid.virtual_pipeline):
-        for pipeline in range(grid.pipeline):
-            layers = layers_of[pipeline, virtual]
+    for virtual, stage in enumerate(stages):
+        for pipeline, layers in enumerate(stage):
             chunks.append(Chunk(pipeline, virtual, first_layer, layers))
             first_layer += layers
     return tuple(chunks)
@@ -271,33 +269,16 @@ def grid_of_args(args: Mapping[str, Any], layers: int) -> tuple[Grid, tuple[Chun
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     tensor, pipeline, expert = (_count(args, name) or 1 for name in names)
     expert_tensor = _count(args, "expert_tensor_parallel_size") if args.get("num_experts") else None
-    layout = args.get("pipeline_model_parallel_layout")
-    layout = layout if isinstance(layout, str) else None
-    first, last = (_count(args, f"decoder_{which}_pipeline_num_layers") for which in ("first", "last"))
-    virtual = _count(args, "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank") or 1
-    with_embedding, with_loss = (bool(args.get(f"account_for_{what}_in_pipeline_split")) for what in _COUNTED)
     try:
-        if layout:
-            virtual = max(1, layout_stages(layout) // pipeline)
-        elif each := _count(args, "num_layers_per_virtual_pipeline_stage"):
-            virtual = virtual_stages(layers + with_embedding + with_loss, pipeline, each)
-        counted, mtp = layers + with_embedding + with_loss, _count(args, MTP_KEY.arg) or 0
-        stages = stage_layers(counted, pipeline, virtual, first=first, last=last, layout=layout, mtp=mtp)
+        stages = stage_layers(layers, pipeline, cut_of_args(args), mtp=_count(args, MTP_KEY.arg) or 0)
     except UsageError as error:
         raise UnsupportedModel(
             "the args describe no pipeline of this model",
             expected=f"{layers} layers in {pipeline} stages",
             found=str(error),
-            remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
+            remedy=SAY_STAGES,
         ) from error
-    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor or tensor)
-    counts = {(p, v): stages[v][p] for v in range(virtual) for p in range(pipeline)}
-    counts[0, 0] -= with_embedding
-    counts[pipeline - 1, virtual - 1] -= with_loss
-    return grid, place_chunks(grid, counts)
-
-
-_COUNTED = ("embedding", "loss")
+    return Grid(tensor, pipeline, len(stages), expert, expert_tensor or tensor), place_chunks(stages)
 
 
 def _count(args: Mapping[str, Any], *names: str) -> int | None:
@@ -306,20 +287,35 @@ def _count(args: Mapping[str, Any], *names: str) -> int | None:
     return next((value for value in found if type(value) is int and 0 < value <= MOST_RANKS), None)
 
 
-def files_of_nodes(grid: Grid, nodes: int, ranks_per_node: int) -> tuple[frozenset[str], ...]:
-    """For each node, the rank files that its training processes load.
+def files_of_places(
+    grid: Grid,
+    place_of_rank: Sequence[int],
+    node_of_rank: Sequence[int],
+    ranks_per_node: int,
+    args: Mapping[str, Any] | None,
+) -> tuple[frozenset[str], ...]:
+    """For each place, the rank files that the training processes of all its nodes load.
 
     Training numbers its processes node by node, and places them in Megatron's default order: tensor parallel first,
     then expert and data parallel, pipeline last (docs/formats.md, "Rank directories").
 
     Args:
         grid: of the target.
-        nodes: of training, the same as those of the conversion.
+        place_of_rank, node_of_rank: where each rank of the conversion writes, and runs; training has the same nodes.
         ranks_per_node: training processes on each.
+        args: of the training, if there are any.
 
     Raises:
-        UsageError: so many processes cannot hold whole replicas of the model.
+        UsageError: so many processes cannot hold whole replicas of the model, or they are numbered in another order.
     """
+    if args is not None and args.get("use_tp_pp_dp_mapping"):
+        raise UsageError(
+            "training with use_tp_pp_dp_mapping puts other rank directories on a node",
+            expected="Megatron's default order of ranks",
+            found="use_tp_pp_dp_mapping in the margs file",
+            remedy="set it to false there, or convert to a shared directory and copy the directories to their nodes",
+        )
+    nodes = max(node_of_rank) + 1
     processes = nodes * ranks_per_node
     in_stage = math.lcm(grid.tensor, grid.expert_tensor * grid.expert)
     if processes % (in_stage * grid.pipeline):
@@ -330,49 +326,92 @@ def files_of_nodes(grid: Grid, nodes: int, ranks_per_node: int) -> tuple[frozens
             remedy="give the training processes of each node with --target-ranks-per-node, and start the conversion "
             "on the nodes that train",
         )
-    per_stage = processes // grid.pipeline
-    listed = [
-        Rank(number // per_stage, number % grid.tensor, number // grid.expert_tensor % grid.expert)
-        for number in range(processes)
+    of_places: list[set[str]] = [set() for _ in range(max(place_of_rank) + 1)]
+    for place, node in set(zip(place_of_rank, node_of_rank, strict=True)):
+        for number in range(node * ranks_per_node, (node + 1) * ranks_per_node):
+            pipeline = number // (processes // grid.pipeline)
+            rank = Rank(pipeline, number % grid.tensor, number // grid.expert_tensor % grid.expert)
+            of_places[place].add(f"{rank_directory(grid, rank)}/{SHARD_FILE}")
+    return tuple(map(frozenset, of_places))
+
+
+def check_target(architecture: Architecture, grid: Grid, expert_layout: str = "sequential") -> None:
+    """Refuse a target that cannot exist, whatever its pipeline is like (see `stage_layers`).
+
+    Args:
+        architecture: the model.
+        grid: parallel sizes of the target.
+        expert_layout: spelling of its experts.
+
+    Raises:
+        UsageError: with the reason; all reasons are reported together.
+    """
+    a = architecture
+    groups = ("the query groups", a.query_groups, "tensor")
+    if grid.tensor % a.query_groups == 0:  # they divide the ranks instead, which share the rows of a group
+        groups = ("the rows of queries, keys and values", (a.heads + 2 * a.query_groups) * a.head_dim, "tensor")
+    ffn, shared_ffn = 0 if a.experts and not a.is_mixed else a.ffn, a.fact("shared_ffn")
+    experts, expert_width = a.experts, a.expert_width if a.experts else 0
+    divided = (
+        ("the attention heads", a.heads, "tensor"),
+        ("the rows of the padded vocabulary", a.padded_vocab, "tensor"),
+        groups,
+        ("the experts", experts, "expert"),
+        ("the columns of an expert", expert_width, "expert-tensor"),
+        ("the columns of the MLP", ffn, "tensor"),
+        ("the columns of the shared experts", shared_ffn, "tensor"),
+    )
+    ranks_of = {"tensor": grid.tensor, "expert": grid.expert, "expert-tensor": grid.expert_tensor}
+    allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
+        "tensor": math.gcd(a.heads, a.query_groups, ffn, shared_ffn),  # the vocabulary is padded for any
+        "expert": experts,
+        "expert-tensor": math.gcd(expert_width, grid.tensor),
+    }
+    problems: list[ConversionError] = [
+        UsageError(
+            f"{what} cannot be divided over the {axis} parallel ranks",
+            expected=f"a multiple of {ranks_of[axis]}",
+            found=size,
+            remedy=f"choose a --target-{axis}-parallel-size that divides {allowed[axis]}",
+        )
+        for what, size, axis in divided
+        if size % ranks_of[axis]
     ]
-    return tuple(
-        frozenset(
-            f"{rank_directory(grid, rank)}/{SHARD_FILE}"
-            for rank in listed[node * ranks_per_node : (node + 1) * ranks_per_node]
-        )
-        for node in range(nodes)
+    has_biases = experts and a.linear_bias
+    refused = (
+        (
+            experts and grid.tensor % grid.expert_tensor,
+            "two expert tensor parallel ranks would share the name of one file",
+            f"--target-expert-tensor-parallel-size divides the tensor parallel size {grid.tensor}",
+            grid.expert_tensor,
+        ),
+        (
+            has_biases and grid.expert_tensor > 1,
+            "Megatron does not cut experts that have biases",
+            "--target-expert-tensor-parallel-size 1",
+            grid.expert_tensor,
+        ),
+        (
+            has_biases and expert_layout not in ("sequential", "te-grouped"),
+            "this layout of experts has no place for their biases",
+            "--expert-layout sequential or te-grouped",
+            expert_layout,
+        ),
+        (
+            not experts and grid.expert > 1,
+            "a model without experts has no expert parallel ranks",
+            "1: leave out --target-expert-parallel-size",
+            grid.expert,
+        ),
+        (
+            a.fact(MTP_KEY.field) and a.tied and grid.pipeline > 1,
+            "Megatron-Core loads no layers of multi-token prediction beside tied embeddings from several stages",
+            "--target-pipeline-parallel-size 1, or --drop-mtp",
+            grid.pipeline,
+        ),
     )
-
-
-def check_rank_order(args: Mapping[str, Any] | None) -> None:
-    """Refuse training arguments that number processes in another order than `files_of_nodes` does.
-
-    Raises:
-        UsageError: pipeline ranks are numbered before data parallel ones.
-    """
-    if args is not None and args.get("use_tp_pp_dp_mapping"):
-        raise UsageError(
-            "training with use_tp_pp_dp_mapping puts other rank directories on a node",
-            expected="Megatron's default order of ranks",
-            found="use_tp_pp_dp_mapping in the margs file",
-            remedy="set it to false there, or convert to a shared directory and copy the directories to their nodes",
-        )
-
-
-def files_of_places(
-    grid: Grid, place_of_rank: Sequence[int], node_of_rank: Sequence[int], ranks_per_node: int
-) -> tuple[frozenset[str], ...]:
-    """For each place, the rank files of all its nodes.
-
-    Raises:
-        UsageError: see `files_of_nodes`.
-    """
-    of_nodes = files_of_nodes(grid, max(node_of_rank) + 1, ranks_per_node)
-    pairs = list(zip(place_of_rank, node_of_rank, strict=True))
-    return tuple(
-        frozenset[str]().union(*(of_nodes[node] for of_rank, node in pairs if of_rank == place))
-        for place in range(max(place_of_rank) + 1)
-    )
+    problems += [UsageError(what, expected=needed, found=found) for is_so, what, needed, found in refused if is_so]
+    raise_together(problems)
 
 
 #: Letters of a layout: embedding, transformer layer, loss (head); `|` ends a stage.
@@ -381,187 +420,88 @@ _LETTERS = "EtmL|"
 _LONGEST_LAYOUT = 100_000
 _FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 _LAYOUT = "--pipeline-model-parallel-layout"
+#: What to do where a Megatron source's stages cannot be kept.
+SAY_STAGES = "say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers"
 
 
-def check_target(
-    architecture: Architecture,
-    grid: Grid,
-    *,
-    first: int | None = None,
-    last: int | None = None,
-    layout: str | None = None,
-    kept: tuple[tuple[int, ...], ...] | None = None,
-) -> None:
-    """Refuse a target that cannot exist.
+@dataclass(frozen=True)
+class Cut:
+    """How a pipeline is cut into stages: evenly, where nothing else is said.
 
-    Args:
-        architecture: the model.
-        grid: parallel sizes of the target.
-        first, last, layout: see `stage_layers`.
-        kept: the layers of each chunk where a source's stay as they are, which needs no other arguments.
-
-    Raises:
-        UsageError: with the reason; all reasons are reported together.
+    Attributes:
+        first, last: layers of the first and the last rank over all their virtual stages; the others share the rest.
+        layout: stages one by one, such as `Et*3|(tt|)*2tL`, instead of all else.
+        virtual: virtual stages of each rank; 1 is none.
+        layers_each: layers of a virtual stage, instead of their number.
+        with_embedding, with_loss: whether these count as a layer of the first and of the last stage.
     """
-    a = architecture
-    if min(grid.tensor, grid.pipeline, grid.virtual_pipeline, grid.expert, grid.expert_tensor) < 1:
-        raise UsageError("parallel sizes are at least 1", found=str(grid))
-    divided = [("the attention heads", a.heads, "tensor", grid.tensor)]
-    divided += [("the rows of the padded vocabulary", a.padded_vocab, "tensor", grid.tensor)]
-    if grid.tensor % a.query_groups:
-        divided += [("the query groups", a.query_groups, "tensor", grid.tensor)]
-    else:  # fewer groups than ranks divide them instead, and ranks share the rows of a group
-        qkv_rows = (a.heads + 2 * a.query_groups) * a.head_dim
-        divided += [("the rows of queries, keys and values", qkv_rows, "tensor", grid.tensor)]
-    if a.experts:
-        divided += [("the experts", a.experts, "expert", grid.expert)]
-        divided += [("the columns of an expert", a.expert_width, "expert-tensor", grid.expert_tensor)]
-    widths = {"the columns of the MLP": 0 if a.experts and not a.is_mixed else a.ffn}
-    widths["the columns of the shared experts"] = a.fact("shared_ffn")
-    divided += [(what, width, "tensor", grid.tensor) for what, width in widths.items() if width]
-    allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
-        "tensor": math.gcd(a.heads, a.query_groups, *widths.values()),  # the vocabulary is padded for any
-        "expert": a.experts,
-        "expert-tensor": math.gcd(a.expert_width, grid.tensor),
-    }
-    problems: list[ConversionError] = [
-        UsageError(
-            f"{what} cannot be divided over the {axis} parallel ranks",
-            expected=f"a multiple of {ranks}",
-            found=size,
-            remedy=f"choose a --target-{axis}-parallel-size that divides {allowed[axis]}",
-        )
-        for what, size, axis, ranks in divided
-        if size % ranks
-    ]
-    if a.experts and grid.tensor % grid.expert_tensor:
-        problems.append(
-            UsageError(
-                "two expert tensor parallel ranks would share the name of one file",
-                expected=f"--target-expert-tensor-parallel-size divides the tensor parallel size {grid.tensor}",
-                found=grid.expert_tensor,
-            )
-        )
-    if a.experts and a.linear_bias and grid.expert_tensor > 1:
-        problems.append(
-            UsageError(
-                "Megatron does not cut experts that have biases",
-                expected="--target-expert-tensor-parallel-size 1",
-                found=grid.expert_tensor,
-            )
-        )
-    if not a.experts and grid.expert > 1:
-        problems.append(
-            UsageError(
-                "a model without experts has no expert parallel ranks",
-                expected=1,
-                found=grid.expert,
-                remedy="leave out --target-expert-parallel-size",
-            )
-        )
-    mtp = a.fact(MTP_KEY.field)
-    if mtp and a.tied and grid.pipeline > 1:
-        problems.append(
-            UsageError(
-                "Megatron-Core loads no layers of multi-token prediction beside tied embeddings from several stages",
-                expected="--target-pipeline-parallel-size 1, or --drop-mtp",
-                found=grid.pipeline,
-            )
-        )
-    try:
-        if kept is None:
-            stage_layers(a.layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout, mtp=mtp)
-    except UsageError as problem:
-        problems.append(problem)
-    raise_together(problems)
+
+    first: int | None = None
+    last: int | None = None
+    layout: str | None = None
+    virtual: int = 1
+    layers_each: int | None = None
+    with_embedding: bool = False
+    with_loss: bool = False
 
 
-def notes_on_target(architecture: Architecture, grid: Grid) -> tuple[str, ...]:
-    """What the user should know about a target that can exist: one sentence each."""
-    if architecture.query_groups >= grid.tensor:
-        return ()
-    return (
-        f"{architecture.query_groups} query groups on {grid.tensor} tensor parallel ranks: only Megatron-Core 0.16 and "
-        "newer load such a checkpoint",
+def cut_of_args(args: Mapping[str, Any]) -> Cut:
+    """How training cut its pipeline."""
+    layout = args.get("pipeline_model_parallel_layout")
+    return Cut(
+        _count(args, "decoder_first_pipeline_num_layers"),
+        _count(args, "decoder_last_pipeline_num_layers"),
+        layout if layout and isinstance(layout, str) else None,
+        _count(args, "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank") or 1,
+        _count(args, "num_layers_per_virtual_pipeline_stage"),
+        bool(args.get("account_for_embedding_in_pipeline_split")),
+        bool(args.get("account_for_loss_in_pipeline_split")),
     )
 
 
-def stage_layers(
-    layers: int,
-    pipeline: int,
-    virtual: int,
-    *,
-    first: int | None,
-    last: int | None,
-    layout: str | None,
-    mtp: int = 0,
-) -> tuple[tuple[int, ...], ...]:
+def stage_layers(layers: int, pipeline: int, cut: Cut, *, mtp: int = 0) -> tuple[tuple[int, ...], ...]:
     """Layers of each chunk, by virtual stage, then by pipeline rank: the order in which a token meets them.
 
     Args:
         layers: of the model.
-        pipeline, virtual: parallel sizes; 1 is none.
-        first, last: layers of the first and the last pipeline rank over all its virtual stages; the other ranks share
-            the rest evenly. None: the same as the others.
-        layout: a string such as `Et*3|(tt|)*2tL`, instead of `first` and `last`.
+        pipeline: ranks.
+        cut: what is said of its stages.
         mtp: layers of multi-token prediction, which only a layout names (`m`).
 
     Raises:
         UsageError: no such pipeline exists; its text gives all reasons.
     """
     reasons: list[str] = []
-    if min(pipeline, virtual) < 1:
-        reasons.append(f"parallel sizes are at least 1, not {pipeline} and {virtual}")
-    elif layout is not None:
-        if (first, last) != (None, None):
+    total, virtual = layers + cut.with_embedding + cut.with_loss, cut.virtual
+    stages: list[list[int]] = []
+    if cut.layout is not None:
+        if (cut.first, cut.last) != (None, None):
             reasons.append(f"{_LAYOUT} excludes {_FIRST} and {_LAST}")
-        stages = _parse(layout, reasons)
+        letters = _parse(cut.layout, reasons)
+        virtual = max(1, len(letters) // pipeline)
         if not reasons:
-            reasons += _wrong_layout(stages, layers, mtp, pipeline, virtual)
-        if not reasons:
-            counts = [stage.count("t") for stage in stages]
-            return tuple(tuple(counts[v * pipeline : (v + 1) * pipeline]) for v in range(virtual))
+            reasons += _wrong_layout(letters, total, mtp, pipeline, virtual)
+            counts = [stage.count("t") for stage in letters]
+            stages = [counts[v * pipeline : (v + 1) * pipeline] for v in range(virtual)]
     else:
-        ranks = _ranks(layers, pipeline, virtual, first, last, reasons)
-        if not reasons:
-            return (tuple(count // virtual for count in ranks),) * virtual
-    raise UsageError(
-        f"{counted(layers, 'layer')} cannot be divided over {counted(pipeline, 'pipeline rank')}"
-        + (f" with {virtual} virtual stages each" if virtual != 1 else ""),
-        found="; ".join(reasons),
-        remedy="choose sizes that divide the layers, or say where they go: "
-        f"{_FIRST} and {_LAST}, or {_LAYOUT}, e.g. Ett|(ttt|)*2ttL",
-    )
-
-
-def layout_stages(layout: str) -> int:
-    """How many stages a layout has: the pipeline size times the virtual one.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    reasons: list[str] = []
-    stages = _parse(layout, reasons)
+        each = pipeline * (cut.layers_each or 0)
+        if each and total % each:
+            reasons.append(f"virtual stages of {cut.layers_each} need a multiple of {each} layers")
+        elif each:
+            virtual = max(1, total // each)
+        ranks = _ranks(total, pipeline, virtual, cut.first, cut.last, reasons)
+        stages = [[count // virtual for count in ranks] for _ in range(virtual)]
     if reasons:
-        raise UsageError(f"{_LAYOUT} cannot be read", found="; ".join(reasons), remedy="e.g. Ett|(ttt|)*2ttL")
-    return len(stages)
-
-
-def virtual_stages(layers: int, pipeline: int, layers_each: int) -> int:
-    """How many virtual stages of so many layers each pipeline rank has.
-
-    Raises:
-        UsageError: they do not come out even.
-    """
-    if layers % (pipeline * layers_each):
-        ranks = counted(pipeline, "pipeline rank")
         raise UsageError(
-            f"{counted(layers, 'layer')} cannot be divided over {ranks} in virtual stages of {layers_each}",
-            expected=f"a multiple of {pipeline * layers_each} layers",
-            found=layers,
-            remedy="choose another --num-layers-per-virtual-pipeline-stage",
+            f"{counted(total, 'layer')} cannot be divided over {counted(pipeline, 'pipeline rank')}"
+            + (f" with {virtual} virtual stages each" if virtual != 1 else ""),
+            found="; ".join(reasons),
+            remedy="choose sizes that divide the layers, or say where they go: "
+            f"{_FIRST} and {_LAST}, or {_LAYOUT}, e.g. Ett|(ttt|)*2ttL",
         )
-    return layers // (pipeline * layers_each)
+    stages[0][0] -= cut.with_embedding
+    stages[-1][-1] -= cut.with_loss
+    return tuple(map(tuple, stages))
 
 
 def _ranks(
@@ -573,8 +513,6 @@ def _ranks(
     if pipeline == 1 and (first, last) != (None, None):
         reasons.append(f"{_FIRST} and {_LAST} need at least 2 pipeline ranks")
     given = [count for count in (first, last) if count is not None]
-    if any(count < 1 for count in given):
-        reasons.append(f"{_FIRST} and {_LAST} are at least 1")
     rest, others = layers - sum(given), pipeline - len(given)
     if rest < 0:
         reasons.append(f"the first and last ranks alone would hold {sum(given)} layers")

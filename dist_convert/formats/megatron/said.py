@@ -136,9 +136,10 @@ def _scaling(like: Architecture, args: Mapping[str, Any]) -> dict[str, object]:
 def _check_rows(like: Architecture, args: Mapping[str, Any], file: str) -> None:
     """Refuse a vocabulary that training would have padded to other rows than the embedding has."""
     rows, divisible_by = args.get("padded_vocab_size"), args.get("make_vocab_size_divisible_by")
-    if not rows or not is_size(divisible_by) or not divisible_by:
+    tensor = args.get("tensor_model_parallel_size") or 1
+    if not rows or not divisible_by or not is_size(divisible_by) or not is_size(tensor):
         return
-    padded = padded_vocab(like.vocab, divisible_by, args.get("tensor_model_parallel_size") or 1)
+    padded = padded_vocab(like.vocab, divisible_by, tensor)
     if padded != rows:
         raise UnsupportedModel(
             f"{_LIKE} is of another model than the checkpoint, by vocab_size",

@@ -18,15 +18,15 @@ from dist_convert.errors import (
 )
 from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.megatron.grid import (
+    SAY_STAGES,
     Chunk,
+    Cut,
     Grid,
     check_target,
     chunk_of_mtp,
-    layout_stages,
-    notes_on_target,
+    cut_of_args,
     place_chunks,
     stage_layers,
-    virtual_stages,
 )
 from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
 from dist_convert.formats.megatron.target_args import (
@@ -169,22 +169,6 @@ def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tu
     own_divisor = _size(own.args, "make_vocab_size_divisible_by") if own else None
     divisible_by = job.make_vocab_size_divisible_by or own_divisor or 128
     architecture = replace(source, padded_vocab=padded_vocab(source.vocab, divisible_by, tensor))
-    problems: list[ConversionError] = []
-    with _collected(problems):
-        if own is None:
-            check_own_vocab(job.true_vocab_size, given.vocab)
-    layout, virtual = job.pipeline_model_parallel_layout, job.target_virtual_pipeline_parallel_size or 1
-    keeps_pipeline = own is not None and not cuts_pipeline(job)
-    with _collected(problems):
-        check_model_size(job.model_size, architecture)
-    with _collected(problems):
-        if layout:
-            virtual = max(1, layout_stages(layout) // pipeline)
-        elif job.num_layers_per_virtual_pipeline_stage:
-            virtual = virtual_stages(architecture.layers, pipeline, job.num_layers_per_virtual_pipeline_stage)
-        elif own and keeps_pipeline:
-            virtual = own.grid.virtual_pipeline
-    stages_are_known = not problems
     expert, expert_tensor = job.target_expert_parallel_size or 1, tensor
     if architecture.experts:
         theirs_grid = own.grid if own else Grid()
@@ -192,61 +176,63 @@ def settle_target(job: Options, source: Architecture, given: TargetInputs) -> tu
         usual = 1 if architecture.linear_bias else tensor  # experts that have biases are not cut
         expert = job.target_expert_parallel_size or theirs_grid.expert
         expert_tensor = job.target_expert_tensor_parallel_size or (theirs_grid.expert_tensor if is_apart else usual)
-    grid = Grid(tensor, pipeline, virtual, expert, expert_tensor)
-    first, last = job.decoder_first_pipeline_num_layers, job.decoder_last_pipeline_num_layers
-    kept = _kept_stages(own, architecture.layers) if own and keeps_pipeline else None
-    with _collected(problems):
-        check_target(architecture, grid, first=first, last=last, layout=layout if stages_are_known else None, kept=kept)
-    raise_together(problems)
-    mtp = architecture.fact(MTP_KEY.field)
-    stages = kept or stage_layers(
-        architecture.layers, pipeline, virtual, first=first, last=last, layout=layout, mtp=mtp
-    )
     spelled = own.dialect if own else TargetDialect()
     dialect = TargetDialect(
         job.saver_transformer_impl or spelled.norms,
         job.expert_layout or spelled.experts,
         job.mtp_layer_name or spelled.mtp,
     )
-    if architecture.experts and architecture.linear_bias and dialect.experts not in ("sequential", "te-grouped"):
-        raise UsageError(
-            "this layout of experts has no place for their biases",
-            expected="--expert-layout sequential or te-grouped",
-            found=dialect.experts,
-        )
+    grid = Grid(tensor, pipeline, 1, expert, expert_tensor)
+    keeps_pipeline = own is not None and not cuts_pipeline(job)
+    chunks: tuple[Chunk, ...] = ()
+    problems: list[ConversionError] = []
+    with _collected(problems):
+        if own is None:
+            check_own_vocab(job.true_vocab_size, given.vocab)
+    with _collected(problems):
+        check_model_size(job.model_size, architecture)
+    with _collected(problems):
+        check_target(architecture, grid, dialect.experts)
+    with _collected(problems):
+        chunks = _kept_chunks(own, architecture) if own and keeps_pipeline else _cut_chunks(job, architecture, pipeline)
+    raise_together(problems)
     iteration = own.iteration if own else 1
     if job.iteration is not None:
         iteration = None if job.iteration == RELEASE else int(job.iteration)
-    return architecture, Settings(iteration, divisible_by, dialect, grid, stages, keeps_pipeline)
+    grid = replace(grid, virtual_pipeline=chunks[-1].virtual + 1)
+    return architecture, Settings(iteration, divisible_by, dialect, grid, chunks, keeps_pipeline)
 
 
-def _kept_stages(own: MegatronSource, layers: int) -> tuple[tuple[int, ...], ...]:
-    """The layers of a Megatron source's chunks by virtual stage and pipeline rank, as its files and args have them."""
-    grid = own.grid
-    stages = tuple(
-        tuple(chunk.layers for chunk in own.chunks if chunk.virtual == virtual)
-        for virtual in range(grid.virtual_pipeline)
+def _cut_chunks(job: Options, architecture: Architecture, pipeline: int) -> tuple[Chunk, ...]:
+    """The chunks of a pipeline that is cut as the flags say."""
+    cut = Cut(
+        job.decoder_first_pipeline_num_layers,
+        job.decoder_last_pipeline_num_layers,
+        job.pipeline_model_parallel_layout,
+        job.target_virtual_pipeline_parallel_size or 1,
+        job.num_layers_per_virtual_pipeline_stage,
     )
-    first, last = (_size(own.args, f"decoder_{which}_pipeline_num_layers") for which in ("first", "last"))
-    layout = own.args.get("pipeline_model_parallel_layout")
-    layout = layout if isinstance(layout, str) else None
-    if layout is None and first is None and last is None:
-        return stages
+    return place_chunks(stage_layers(architecture.layers, pipeline, cut, mtp=architecture.fact(MTP_KEY.field)))
+
+
+def _kept_chunks(own: MegatronSource, architecture: Architecture) -> tuple[Chunk, ...]:
+    """The chunks of a Megatron source, as its files have them; its args do, too, where they say anything of stages."""
+    cut = replace(cut_of_args(own.args), virtual=own.grid.virtual_pipeline, layers_each=None)
+    if (cut.first, cut.last, cut.layout) == (None, None, None):
+        return own.chunks
     try:
         mtp = _size(own.args, MTP_KEY.arg) or 0
-        said = stage_layers(
-            layers, grid.pipeline, grid.virtual_pipeline, first=first, last=last, layout=layout, mtp=mtp
-        )
-        if said == stages:
-            return stages
-        found = f"layers {said}, by the args"
+        said = place_chunks(stage_layers(architecture.layers, own.grid.pipeline, cut, mtp=mtp))
+        if said == own.chunks:
+            return own.chunks
+        found = f"layers {[chunk.layers for chunk in said]}, by the args"
     except ConversionError as error:
         found = str(error)
     raise InconsistentShards(
         "the args describe other pipeline stages than the files have",
-        expected=f"layers {stages}, as in the files, by virtual stage and pipeline rank",
+        expected=f"layers {[chunk.layers for chunk in own.chunks]}, as in the files",
         found=found,
-        remedy="say how the target's pipeline is cut: --target-pipeline-parallel-size, and the flags of its layers",
+        remedy=SAY_STAGES,
     )
 
 
@@ -276,12 +262,17 @@ def plan_target(
     dtypes: Mapping[str, str],
 ) -> MegatronTarget:
     """The target, with its args."""
-    grid, stages = settings.grid, settings.stages
     args = target_args(job, given, architecture, settings, params_dtype)
-    layers_of = {(p, v): stages[v][p] for v in range(grid.virtual_pipeline) for p in range(grid.pipeline)}
-    chunks = place_chunks(grid, layers_of)
     return MegatronTarget(
-        job.target, settings.iteration, architecture, grid, chunks, args, settings.dialect, dtypes, given.carried
+        job.target,
+        settings.iteration,
+        architecture,
+        settings.grid,
+        settings.chunks,
+        args,
+        settings.dialect,
+        dtypes,
+        given.carried,
     )
 
 
@@ -297,7 +288,13 @@ def notes_to_megatron(
     writable: Sequence[frozenset[str]],
 ) -> list[str]:
     """All notes on a target."""
-    notes = [*notes_on_target(target.architecture, target.grid), *_on_spelling(job, target)]
+    notes = _on_spelling(job, target)
+    groups, ranks = target.architecture.query_groups, target.grid.tensor
+    if groups < ranks:
+        notes.append(
+            f"{groups} query groups on {ranks} tensor parallel ranks: only Megatron-Core 0.16 and newer load such a "
+            "checkpoint"
+        )
     flags = [] if given.own else training_flags(target.architecture)
     if flags:
         notes.append(f"training needs, beside --use-checkpoint-args, which does not restore it: {' '.join(flags)}")

@@ -110,15 +110,15 @@ class Settings:
         divisible_by: what the padded vocabulary is a multiple of, on each tensor parallel rank.
         dialect: how norms and experts are spelled.
         grid: its parallel sizes.
-        stages: layers of each chunk, see `stage_layers`.
-        keeps_pipeline: the stages are those of a Megatron source, and so are the arguments that describe them.
+        chunks: its layers by chunk.
+        keeps_pipeline: they are those of a Megatron source, and so are the arguments that describe them.
     """
 
     iteration: int | None
     divisible_by: int
     dialect: TargetDialect
     grid: Grid
-    stages: tuple[tuple[int, ...], ...]
+    chunks: tuple[Chunk, ...]
     keeps_pipeline: bool = False
 
 
@@ -253,7 +253,7 @@ def parallel_values(job: Options, a: Architecture, settings: Settings, given: Co
             f"flag {says_virtual}",
             virtual_pipeline_model_parallel_size=virtual,
             # Megatron-LM takes the one where stages are even and the other where they are not, and never both.
-            num_layers_per_virtual_pipeline_stage=settings.stages[0][0] if virtual and is_even else None,
+            num_layers_per_virtual_pipeline_stage=settings.chunks[0].layers if virtual and is_even else None,
             num_virtual_stages_per_pipeline_rank=virtual if not is_even and layout is None else None,
         )
         | _all_from("flag --target-expert-parallel-size", expert_model_parallel_size=grid.expert)
@@ -502,17 +502,7 @@ def describe_origins(args: TargetArgs) -> list[str]:
 
 
 def padded_vocab(vocab: int, divisible_by: int, tensor: int) -> int:
-    """Rows of the embedding in Megatron: `vocab` rounded up to a multiple of `divisible_by` x `tensor`.
-
-    Raises:
-        UsageError: not a multiple that can be.
-    """
-    if min(divisible_by, tensor) < 1:
-        raise UsageError(
-            "the vocabulary cannot be padded",
-            expected="--make-vocab-size-divisible-by and --target-tensor-parallel-size of 1 or more",
-            found=f"{divisible_by} and {tensor}",
-        )
+    """Rows of the embedding in Megatron: `vocab` rounded up to a multiple of `divisible_by` x `tensor`."""
     return -(-vocab // (divisible_by * tensor)) * divisible_by * tensor
 
 

@@ -42,7 +42,7 @@ from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.catalog import LeftBehind
 from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture, Row, part_shape
-from dist_convert.records import StoredTensor, TargetFile, local_name, names
+from dist_convert.records import StoredTensor, TargetFile, names
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go. The padded
 #: vocabulary is not among them: the embedding tells its rows, and Habana's importer writes others on other stages.
@@ -108,7 +108,7 @@ def open_catalog(
     raise_together(list(_no_tensors(shards.values())))
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=imported_experts)
-    files = _find_files(grid, shards)
+    files = find_shards(grid, shards)
     stored = {
         (shard.file, virtual): {megatron_names.normalise(name): tensor for name, tensor in chunk.items()}
         for shard in shards.values()
@@ -157,18 +157,6 @@ def files_of_headers(shards: Mapping[str, Shard]) -> tuple[TargetFile, ...]:
     )
 
 
-def _find_files(grid: Grid, found: Iterable[str]) -> ShardFiles:
-    """The files of each shard: those at several places are equal copies."""
-    at: dict[str, list[str]] = {}
-    for file in sorted(found):
-        at.setdefault(local_name(file), []).append(file)
-    files = find_shards(grid, [file.partition("/")[0] for file in at])
-    return ShardFiles(
-        {shard: tuple(name for file in holding for name in at[file]) for shard, holding in files.dense.items()},
-        {shard: tuple(name for file in holding for name in at[file]) for shard, holding in files.experts.items()},
-    )
-
-
 def _place_layers(
     architecture: Architecture,
     grid: Grid,
@@ -195,7 +183,8 @@ def _place_layers(
             if found
             else "look for the weights elsewhere: a save failed here, or a tool has put them under other names",
         )
-    return place_chunks(grid, layers_of)
+    stages = range(grid.virtual_pipeline)
+    return place_chunks([[layers_of[p, v] for p in range(grid.pipeline)] for v in stages])
 
 
 def count_layers(listed: Iterable[str]) -> int:
