@@ -139,7 +139,7 @@ def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
         case "experts_wide":
             width = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size") or 1
             if not isinstance(value or 0, int) or (value or 0) % width:
-                raise _unsupported(key, f"a multiple of {width}, the width of an expert", value, file)
+                raise cannot_express(key.arg, file, f"a multiple of {width}, the width of an expert", value)
             return (value or 0) // width
     if key.kind == "flag":
         return bool(value) != (key.codec == "opposite")
@@ -155,9 +155,9 @@ def _dense_layers(key: Key, value: object, layers: int, file: str) -> tuple[int,
     elif isinstance(value, list) and len(value) == layers and all(one in (0, 1) for one in value):
         dense = tuple(layer for layer, one in enumerate(value) if not one)
     else:
-        raise _unsupported(key, expected, value, file)
+        raise cannot_express(key.arg, file, expected, value)
     if key.codec == "leading_dense" and dense != tuple(range(len(dense))):
-        raise _unsupported(key, "layers without experts at the beginning only", value, file)
+        raise cannot_express(key.arg, file, "layers without experts at the beginning only", value)
     return dense
 
 
@@ -167,7 +167,7 @@ def _layers_without_rope(key: Key, value: object, layers: int, file: str) -> tup
     if type(value) is int and value > 0 and layers % value == 0:
         value = [*[0] * (value - 1), 1] * (layers // value)
     if not isinstance(value, list) or len(value) != layers or any(one not in (0, 1) for one in value):
-        raise _unsupported(key, "a divisor of the layers, or a list with 0 or 1 for each layer", value, file)
+        raise cannot_express(key.arg, file, "a divisor of the layers, or a list with 0 or 1 for each layer", value)
     return tuple(layer for layer, one in enumerate(value) if one)
 
 
@@ -180,13 +180,15 @@ def _window(key: Key, value: object, file: str) -> int:
         and list(value[1:]) in ([0], [])
     ):
         return value[0] + 1  # Megatron counts the tokens to the left, transformers the token itself as well
-    raise _unsupported(key, "the number of tokens to the left, and 0", value, file)
+    raise cannot_express(key.arg, file, "the number of tokens to the left, and 0", value)
 
 
-def _unsupported(key: Key, expected: str, value: object, file: str) -> UnsupportedModel:
+def cannot_express(arg: str, file: str, expected: str, found: object, remedy: str = "") -> UnsupportedModel:
+    """The error about an argument whose value has no place in the target."""
     return UnsupportedModel(
-        f"--{key.arg.replace('_', '-')} has a value that the target cannot express",
+        f"--{arg.replace('_', '-')} has a value that the target cannot express",
         file=file,
         expected=expected,
-        found=repr(value)[:80],
+        found=repr(found)[:80],
+        remedy=remedy,
     )

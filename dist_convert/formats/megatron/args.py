@@ -11,7 +11,15 @@ from typing import Any
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import LLAMA3, ORIGINAL
 from dist_convert.models import FAMILIES
-from dist_convert.models.keys import architecture_of, check_computed_alike, fits_signs, is_set, of_arg, pins_of
+from dist_convert.models.keys import (
+    architecture_of,
+    cannot_express,
+    check_computed_alike,
+    fits_signs,
+    is_set,
+    of_arg,
+    pins_of,
+)
 from dist_convert.models.schema import (
     MOST,
     Architecture,
@@ -187,13 +195,7 @@ def architecture_from_args(
     signs = [name for name, is_there in family.signs.items() if not is_there and name not in read]
     pins += tuple(Pin(name, (None,), f"no {family.name} has it") for name in signs if is_set(args.get(name)))
     problems: list[ConversionError] = [
-        UnsupportedModel(
-            f"--{pin.arg.replace('_', '-')} has a value that the target cannot express",
-            file=file,
-            expected=" or ".join(map(repr, pin.allowed)),
-            found=repr(args[pin.arg]),
-            remedy=pin.why,
-        )
+        cannot_express(pin.arg, file, " or ".join(map(repr, pin.allowed)), args[pin.arg], pin.why)
         for pin in pins
         if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
         if not (pin.arg == INTERPOLATION and trusts_factor and _is_linear(args, family))
@@ -209,17 +211,10 @@ def architecture_from_args(
                 remedy=f"say which it was: --rope-scaling-factor {factor:g}, or {_LLAMA3_FACTOR:g}",
             )
         )
-    balancing = str(args.get("moe_router_load_balancing_type"))
-    if family.moe and any(other in balancing for other in _OTHER_ROUTINGS):
-        problems.append(
-            UnsupportedModel(
-                "--moe-router-load-balancing-type has a value that the target cannot express",
-                file=file,
-                expected="aux_loss or none",
-                found=balancing,
-                remedy="it chooses experts and their weights otherwise than transformers",
-            )
-        )
+    balancing = args.get("moe_router_load_balancing_type")
+    if family.moe and any(other in str(balancing) for other in _OTHER_ROUTINGS):
+        why = "it chooses experts and their weights otherwise than transformers"
+        problems.append(cannot_express("moe_router_load_balancing_type", file, "aux_loss or none", balancing, why))
     if family.moe and (args.get("moe_router_num_groups") or 1) > 1 and not args.get("moe_router_group_topk"):
         problems.append(
             MissingArguments("the checkpoint's args lack moe_router_group_topk beside moe_router_num_groups", file=file)
@@ -234,6 +229,8 @@ def architecture_from_args(
         )
     raise_together(problems)
     heads = args["num_attention_heads"]
+    coefficient = args.get("moe_aux_loss_coeff") if family.moe else None
+    coefficient = coefficient or 0.0  # a list has one for each kind of balancing
     facts: dict[str, Any] = {key.field: key.default for key in family.keys if not key.arg and not key.config}
     facts |= {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
     facts |= {
@@ -246,7 +243,7 @@ def architecture_from_args(
         "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
         "rope_scaling": _scaling(args, file, family),
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
-        "router_aux_loss": _first_number(args.get("moe_aux_loss_coeff")) if family.moe else 0.0,
+        "router_aux_loss": float(coefficient[0] if isinstance(coefficient, list) else coefficient),
     }
     architecture = architecture_of(family, facts)
     check_computed_alike(architecture, file)
@@ -304,19 +301,9 @@ def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None
     scaling = YarnScaling(*(*{**YARN, **said}.values(), not prefix or bool(args.get(ROUNDED))))
     # Latent attention scales its softmax by these two whatever the frequencies are scaled by.
     if kind not in ("rope", "yarn") or (kind == "rope" and scaling.factor > 1 and scaling.mscale_all_dim):
-        raise UnsupportedModel(
-            "--rope-type has a value that the target cannot express",
-            file=file,
-            expected="yarn, or rope with a rotary_scaling_factor of 1 or an mscale_all_dim of 0",
-            found=f"{kind}, {scaling.factor:g}, {scaling.mscale_all_dim:g}",
-        )
+        expected = "yarn, or rope with a rotary_scaling_factor of 1 or an mscale_all_dim of 0"
+        raise cannot_express("rope_type", file, expected, (kind, scaling.factor, scaling.mscale_all_dim))
     return scaling if prefix or (kind == "yarn" and scaling.factor != 1) else None
-
-
-def _first_number(value: Any) -> float:
-    while isinstance(value, list):
-        value = value[0] if value else 0.0
-    return float(value) if is_number(value) else 0.0
 
 
 def true_vocab(
