@@ -18,7 +18,7 @@ from dist_convert.compare.outcome import Outcome, describe_sample, differences, 
 from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError, shown_line
 from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.read import is_huggingface
-from dist_convert.formats.open import open_checkpoint, read_like, settled
+from dist_convert.formats.open import open_checkpoint, read_like
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.formats.torch_dist.catalog import DistCatalog
@@ -173,9 +173,9 @@ def prepare_check(job: Options, task: Task, world: World) -> Model | None:
         return None
     check_budget(job.max_memory_per_rank_bytes)
     _check_sights(task)
-    where = Where(task.source.directory, replace(job, ckpt_dir_name=None), read_like(job.like, world))
-    source = _open("source", where, world)
-    return settled(source, where, world) if job.accept_differing_copies else source
+    asked, like = replace(job, ckpt_dir_name=None), read_like(job.like, world)
+    where = Where(task.source.directory, asked, like, is_compared=not job.accept_differing_copies)
+    return _open("source", where, world)
 
 
 def compare_with_source(source: Model, task: Task, directory: Path, world: World) -> str:

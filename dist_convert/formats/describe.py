@@ -10,8 +10,6 @@ from typing import Any
 from dist_convert.errors import ConversionError, below, shown_line
 from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
-from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import read_carried
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.huggingface.read import (
@@ -33,13 +31,13 @@ from dist_convert.formats.megatron.grid import (
     missing_directories,
     rank_directory,
 )
-from dist_convert.formats.megatron.names import describe_dialect, holds_no_weights, normalise
+from dist_convert.formats.megatron.names import dialect_of, normalise, reason_to_drop
 from dist_convert.formats.meta.names import DROPPED
 from dist_convert.formats.meta.open import read_headers
 from dist_convert.formats.meta.params import weights_files
-from dist_convert.formats.open import find_iteration, open_settled, read_like, settled
+from dist_convert.formats.open import find_iteration, open_checkpoint, open_iteration, read_like
 from dist_convert.formats.tokenizer.find import find_tokenizer
-from dist_convert.formats.torch.open import open_torch, read_shards
+from dist_convert.formats.torch.open import read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
@@ -57,6 +55,7 @@ from dist_convert.models.schema import (
 )
 from dist_convert.options import DCP, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
+from dist_convert.read.discover import Discovery
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
@@ -78,58 +77,49 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     where = Where(path, replace(NOTHING_ASKED, ckpt_dir_name=ckpt_dir_name), read_like(like, world))
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
-    shards: Mapping[str, Shard] = {}
+    headers: tuple[Discovery, Mapping[str, Shard]] | None = None
     if weights_files(path):
         description = _describe_meta(path, world)
     elif is_huggingface(path):
         description = _describe_huggingface(path)
     else:
         directory, kind = find_iteration(where, world)
-        if kind == TORCH:  # whose headers are read once
-            found, shards = read_shards(directory, world)
-            description = _describe_torch(directory, shards)
+        if kind == TORCH:
+            headers = read_shards(directory, world)
+            description = _describe_torch(directory, headers[1])
         elif kind == TORCH_DIST:
             description = _describe_torch_dist(directory, like)
         else:
             description = _describe_dcp(directory, where.like)
     try:
-        if shards:
-            carried = replace(where, carried=read_carried(directory).get(CONFIG_FILE))
-            model: Model = settled(open_torch(carried, directory, world, found, shards), where, world)
-        else:
-            model = open_settled(where, world)
-        architecture, warnings = _check(model, world)
+        model = open_iteration(where, directory, kind, world, headers) if headers else open_checkpoint(where, world)
+        if isinstance(model, HuggingFaceModel):
+            model = with_zero_biases(model, world)
+        catalog, _ = model.catalog()
+        if isinstance(model, HuggingFaceModel):
+            check_tied(model, catalog, world)
         if description["kind"] == "megatron":  # as --like and carried configs have it, too
-            description |= _facts(architecture)
+            description |= _facts(catalog.architecture)
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
+    warnings = warnings_of(model.notes)
     return description | ({"warnings": warnings} if warnings else {})
 
 
-def _check(model: Model, world: World) -> tuple[Architecture, list[str]]:
-    """Check what a conversion checks of its source besides; the model's sizes, and its warnings.
-
-    Raises:
-        SourceError: all that the headers show to be wrong, or a head that is not the embedding it is tied to.
-    """
-    if isinstance(model, HuggingFaceModel):
-        model = with_zero_biases(model, world)
-    catalog, _ = model.catalog()
-    if isinstance(model, HuggingFaceModel):
-        check_tied(model, catalog, world)
-    return catalog.architecture, warnings_of(model.notes)
+def _dialect(norms: str, experts: str) -> str:
+    """How a checkpoint spells its norms and experts, for people."""
+    return f"{norms} norms" + (f", {experts} experts" if experts else "")
 
 
 def _describe_torch_dist(directory: Path, like: Path | None) -> dict[str, Any]:
     contents = read_contents(directory, may_lack_args=like is not None)
     args = contents["args"]
-    norms, experts = dialect_of_args(args)  # their keys are alike
     return {
         "path": str(directory),
         "kind": "megatron",
         "format": TORCH_DIST,
         **_model(args),
-        "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
+        "dialect": _dialect(*dialect_of_args(args)),  # their keys are alike
         "iteration": contents["iteration"],
         "grid": _grid_sizes(_saved_grid(args)),
         **_chunks(directory, contents),
@@ -184,7 +174,7 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=False)
     chunks = [chunk for shard in shards.values() for chunk in shard.chunks]
     stored = [(normalise(name), tensor) for chunk in chunks for name, tensor in chunk.items()]
-    weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not holds_no_weights(name))
+    weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not reason_to_drop(name))
     all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
     directories = {file.partition("/")[0] for file in shards}
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
@@ -194,7 +184,7 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
         "kind": "megatron",
         "format": "torch",
         **_model(first.args),
-        "dialect": describe_dialect(normalise(name) for chunk in first.chunks for name in chunk),
+        "dialect": _dialect(*dialect_of(normalise(name) for chunk in first.chunks for name in chunk)),
         "iteration": first.iteration,
         "grid": _grid_sizes(grid),
         "layers_per_stage": _layers_per_stage(grid, shards),

@@ -24,7 +24,8 @@ from dist_convert.formats.megatron.iterations import (
 from dist_convert.formats.meta.open import open_meta
 from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.torch.copies import settle_copies
-from dist_convert.formats.torch.open import TorchModel, open_torch, read_shards
+from dist_convert.formats.torch.open import open_torch, read_shards
+from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch_dist.contents import is_torch_dist
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import NAME_FLAG, Where
@@ -33,6 +34,7 @@ from dist_convert.options import CONVERT, DCP, HUGGINGFACE, PAIRS, PATH_FLAGS, T
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
+from dist_convert.read.discover import Discovery
 from dist_convert.read.source import no_directory, read_json
 from dist_convert.write.partial import refuse_unfinished
 
@@ -41,38 +43,31 @@ def open_checkpoint(where: Where, world: World) -> Model:
     """Read the headers of a checkpoint; what one rank sees of it tells all which format it has.
 
     Raises:
-        SourceError: all that the headers show to be wrong.
-    """
-    model = _open(where, world)
-    return settle_copies(model, world, accept=None) if isinstance(model, TorchModel) else model
-
-
-def open_settled(where: Where, world: World) -> Model:
-    """The same, after its copies were compared, as a conversion does.
-
-    Raises:
         SourceError: all that the headers show to be wrong, or copies that differ.
     """
-    return settled(_open(where, world), where, world)
-
-
-def _open(where: Where, world: World) -> Model:
     refuse_foreign(where.path)
     if any(gather_objects(world, bool(weights_files(where.path)))):
         return open_meta(where, world)
     if any(gather_objects(world, is_huggingface(where.path))):
         return open_huggingface(where.path, world, drops_mtp=where.asked.drop_mtp)
     if any(gather_objects(world, where.path.is_dir())):
-        return _open_megatron(where, world)
+        return open_iteration(where, *find_iteration(where, world), world)
     raise no_directory(where.path, "checkpoint")
 
 
-def _open_megatron(where: Where, world: World) -> Model:
-    directory, kind = find_iteration(where, world)
+def open_iteration(
+    where: Where, directory: Path, kind: str, world: World, headers: tuple[Discovery, Mapping[str, Shard]] | None = None
+) -> Model:
+    """Read the headers of what `find_iteration` finds, but those of rank files that are read already.
+
+    Raises:
+        SourceError: see `open_checkpoint`.
+    """
     carried = gather_objects(world, read_carried(directory) if world.rank == 0 else {})[0]
     where = replace(where, carried=carried.get(CONFIG_FILE))
     if kind == TORCH:
-        return open_torch(where, directory, world, *read_shards(directory, world))
+        model = open_torch(where, directory, world, *(headers or read_shards(directory, world)))
+        return settle_copies(model, where, world)
     return (open_torch_dist if kind == TORCH_DIST else open_dcp)(where, directory, world)
 
 
@@ -115,7 +110,9 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
         return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.asked.drop_mtp)
-    return settled(_open_megatron(where, world), where, world) if source == TORCH else open_settled(where, world)
+    if source == TORCH:
+        return open_iteration(where, *find_iteration(where, world), world)
+    return open_checkpoint(where, world)
 
 
 def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
@@ -136,14 +133,6 @@ def read_like(path: Path | None, world: World) -> Mapping[str, Any] | None:
             architecture_from_config({**mine, MTP_KEY.config: 0}, zero_output_bias=True)
     shared: Mapping[str, Any] = gather_objects(world, mine)[0]
     return shared
-
-
-def settled(model: Model, where: Where, world: World) -> Model:
-    """A model whose copies have been compared, where its format has copies."""
-    if isinstance(model, TorchModel):
-        asked = where.asked
-        return settle_copies(model, world, accept=asked.accept_differing_copies, accept_order=asked.accept_shard_order)
-    return model
 
 
 def _fetch(job: Options, world: World, channel: Control) -> Path:

@@ -18,7 +18,7 @@ from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import TORCH_NAMES
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.megatron.args import check_own_vocab
-from dist_convert.formats.open import open_settled, read_like
+from dist_convert.formats.open import open_checkpoint, read_like
 from dist_convert.models.catalog import Catalog, Where
 from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
@@ -47,7 +47,7 @@ def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.de
     """See `dist_convert.open`; `job` is a conversion to Hugging Face, whose target nobody makes."""
     where = Where(Path(job.source), job, read_like(job.like, alone()))
     refuse_unfinished(where.path, job.ckpt_dir_name)
-    model = open_settled(where, alone())
+    model = open_checkpoint(where, alone())
     check_applies(job, model.format)
     catalog, _ = model.catalog()
     if model.args is None:

@@ -30,7 +30,7 @@ class Where:
         like: the config.json that they name, of such a model, which tells what its args do not.
         family: that it may be of, where its args do not tell.
         carried: a config.json that lies beside it, of the model that it was made from.
-        is_compared: it is held against another, and what its args leave open needs no answer.
+        is_compared: it is held against another: its copies may differ, and what its args leave open needs no answer.
         name_flag: that names the iteration, for messages.
     """
 

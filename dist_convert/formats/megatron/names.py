@@ -69,7 +69,6 @@ class Spelling:
 #: Ends of names that hold no weights.
 _NO_WEIGHTS = ("._extra_state", ".rotary_pos_emb.inv_freq", ".local_tokens_per_expert")
 CAPACITY_BINS = ".mlp.router.capacity_bins."
-_NO_WEIGHTS_INSIDE = (CAPACITY_BINS,)
 
 
 def capacity_bin(layer: int, name: str) -> str:
@@ -121,21 +120,11 @@ def layer_of(name: str) -> int | None:
 TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def is_tied_copy(name: str) -> bool:
-    """Whether a tensor of a model with tied embeddings is the last stage's copy of the embedding."""
-    return name == TIED[1]
-
-
-def holds_no_weights(name: str) -> bool:
-    """Whether an entry is state that a converted model does not need (FP8 state, counters, capacity bins)."""
-    return f".{name}".endswith(_NO_WEIGHTS) or any(inside in name for inside in _NO_WEIGHTS_INSIDE)
-
-
 def reason_to_drop(name: str) -> str | None:
     """What an entry is that a converted model does not need; None for weights and for what is not known."""
     if CAPACITY_BINS in name:
         return "capacity bins (statistics of training)"
-    return "extra state (no weights)" if holds_no_weights(name) else None
+    return "extra state (no weights)" if f".{name}".endswith(_NO_WEIGHTS) else None
 
 
 def is_of_mtp(name: str) -> bool:
@@ -175,16 +164,14 @@ def spellings(row: Row) -> tuple[Spelling, ...]:
         Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
     ]
     storages: tuple[tuple[Storage, str], ...] = (
-        ("plain", "habana-dynamic"),
-        ("transposed", "habana-dynamic-transposed"),
+        ("plain", "habana-dynamic-unfused"),
+        ("transposed", "habana-dynamic-transposed-unfused"),
     )
-    for storage, dialect in storages:
-        if linear == "linear_fc1":
-            halves = (
-                Piece(f"{dynamic}1_weight", storage, part=0, parts=2),
-                Piece(f"{dynamic}2_weight", storage, part=1, parts=2),
-            )  # gate, up
-            found.append(Spelling(f"{dialect}-unfused", halves))
+    if linear == "linear_fc1":
+        for storage, dialect in storages:
+            gate = Piece(f"{dynamic}1_weight", storage, part=0, parts=2)
+            up = Piece(f"{dynamic}2_weight", storage, part=1, parts=2)
+            found.append(Spelling(dialect, (gate, up)))
     return tuple(found)
 
 
@@ -286,7 +273,7 @@ _HOMELESS = (
 
 def describe_homeless(name: str) -> str:
     """What a parameter is for which no table has a row."""
-    return next((what for part, what in _HOMELESS if part in f"{name}"), "a parameter that no table names")
+    return next((what for part, what in _HOMELESS if part in name), "a parameter that no table names")
 
 
 #: A part of the names of experts -> their spelling.
@@ -308,9 +295,3 @@ def dialect_of(names: Iterable[str]) -> tuple[str, str]:
     listed = list(names)
     experts = [what for mark, what in _EXPERTS.items() if any(mark in name for name in listed)]
     return "transformer_engine" if any(map(has_fused_norm, listed)) else "local", experts[0] if experts else ""
-
-
-def describe_dialect(names: Iterable[str]) -> str:
-    """How a file spells its norms and experts, for people."""
-    norms, experts = dialect_of(names)
-    return f"{norms} norms" + (f", {experts} experts" if experts else "")

@@ -21,6 +21,7 @@ from dist_convert.formats.megatron.names import TIED, is_of_expert, normalise
 from dist_convert.formats.megatron.parameters import Parameter
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
+from dist_convert.models.catalog import Where
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
@@ -235,35 +236,34 @@ class _Copies:
         return self.parameter.name == TIED[0] and not self.views[-1].tensor.endswith(TIED[0])
 
 
-def settle_copies(model: TorchModel, world: World, *, accept: bool | None, accept_order: bool = False) -> TorchModel:
+def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
     """The model, after its copies were compared.
 
     A head beside args that do not say whether it is tied is so only if it is the embedding.
 
     Args:
         model: whose headers are read.
+        where: how it is to be read. Where copies differ and that is accepted, that of the lowest rank is taken, and a
+            head that is not its embedding becomes one of its own. Of what is compared only such a head is looked at.
         world: this rank.
-        accept: where copies differ, take that of the lowest rank, and give a head that is not its embedding a place of
-            its own. None: copies may differ, as whoever asks compares them; only such a head is looked at.
-        accept_order: rank directories may hold others' shards.
 
     Raises:
         InconsistentShards: copies differ, or rank directories hold others' shards, and that is not accepted.
     """
-    is_silent = model.args.get("untie_embeddings_and_output_weights") is None
-    if accept is None and not (is_silent and _has_head(model)):
+    asked, is_silent = where.asked, model.args.get("untie_embeddings_and_output_weights") is None
+    if where.is_compared and not (is_silent and _has_head(model)):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
     notes = list(model.notes)
-    if accept is not None:
+    if not where.is_compared:
         problems = order_problems(model, catalog, world)
-        raise_together([] if accept_order else problems)
+        raise_together([] if asked.accept_shard_order else problems)
         notes += [f"warning: accepted: {one.what}: {one.file}" for one in problems]
     differing = _differing(catalog, model, world)
     is_untied = model.is_untied or any(pair.ends_in_head for pair in differing)
-    if accept is None:
+    if where.is_compared:
         return replace(model, is_untied=is_untied)
-    wrong = [] if accept else [pair for pair in differing if not (is_silent and pair.ends_in_head)]
+    wrong = [] if asked.accept_differing_copies else [one for one in differing if not (is_silent and one.ends_in_head)]
     raise_together([_problem(pair, model, world, is_measured=n < _MEASURED) for n, pair in enumerate(wrong)])
     pinned = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
     if pinned:

@@ -13,7 +13,7 @@ from dist_convert.errors import CorruptFile, MissingArguments, UnsupportedModel
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json
 from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.grid import SHARD_FILE
-from dist_convert.formats.megatron.names import holds_no_weights
+from dist_convert.formats.megatron.names import reason_to_drop
 from dist_convert.read.restricted_pickle import Inert, Tensor, class_of, foreign_classes, inside, plain_dict
 from dist_convert.read.source import reading
 from dist_convert.read.torch_file import Container, open_saved, place_tensors
@@ -156,7 +156,7 @@ def _flat(model: Mapping[Any, Any], file: str) -> dict[str, Any]:
 
 
 def _opened(name: str, value: Any) -> list[tuple[str, Any]]:
-    is_nested = isinstance(value, Mapping) and value and not holds_no_weights(name)
+    is_nested = isinstance(value, Mapping) and value and not reason_to_drop(name)
     return [(f"{name}.{inner}", one) for inner, one in value.items()] if is_nested else [(name, value)]
 
 

@@ -298,7 +298,7 @@ def _other_head(catalog: TorchCatalog, head: StoredTensor) -> WrongShape:
 
 
 def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
-    if megatron_names.is_tied_copy(name) and catalog.architecture.tied:
+    if name == megatron_names.TIED[1] and catalog.architecture.tied:
         is_read = not catalog.architecture.fact("mtp_layers")
         return _TIED_HEAD if is_read else "output layer (which nothing reads beside multi-token prediction)"
     if catalog.drops_mtp and megatron_names.is_of_mtp(name):

@@ -16,7 +16,7 @@ from dist_convert.errors import (
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.megatron.names import TIED, has_fused_norm, is_tied_copy, normalise
+from dist_convert.formats.megatron.names import TIED, has_fused_norm, normalise
 from dist_convert.formats.megatron.parameters import (
     Parameter,
     Replica,
@@ -134,7 +134,7 @@ def with_own_head(architecture: Architecture, args: Mapping[str, Any], stored: M
     Raises:
         InconsistentShards: the args say that both are tied.
     """
-    head = next((key for key in stored if is_tied_copy(normalise(key))), None)
+    head = next((key for key in stored if normalise(key) == TIED[1]), None)
     if head is None or not architecture.tied:
         return architecture
     if args.get("untie_embeddings_and_output_weights") is None:
