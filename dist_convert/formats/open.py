@@ -174,8 +174,6 @@ def _shared_iteration(root: Path, name: str | None, world: World, name_flag: str
                 remedy=f"name the iteration with {name_flag}",
             )
         name = tracked[0] if tracked else None
-    is_here = name is not None and (root / name).is_dir()
-    anywhere = any(gather_objects(world, is_here))
-    if is_here or not anywhere:
+    if name is None or not any(gather_objects(world, (root / name).is_dir())):
         return iteration_directory(root, name, name_flag)
-    return root / name if name else root
+    return root / name

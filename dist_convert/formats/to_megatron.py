@@ -10,9 +10,9 @@ from dist_convert.formats.megatron.args import dialect_of_args
 from dist_convert.formats.megatron.grid import files_of_places, grid_of_args
 from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
 from dist_convert.formats.megatron.target import (
+    MegatronTarget,
     cuts_pipeline,
     notes_to_megatron,
-    plan_target,
     settle_target,
     target_dtypes,
 )
@@ -22,6 +22,7 @@ from dist_convert.formats.megatron.target_args import (
     TargetDialect,
     TargetInputs,
     read_training_args,
+    target_args,
     target_tokenizer,
 )
 from dist_convert.formats.meta.open import MetaModel
@@ -59,7 +60,8 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     wanted = TARGET_DTYPES[job.target_params_dtype or "keep"]
     params_dtype = wanted if own or wanted else source.params_dtype
     dtypes = target_dtypes(source, wanted)
-    target = plan_target(job, given, architecture, settings, params_dtype, dtypes)
+    args = target_args(job, given, architecture, settings, params_dtype)
+    target = MegatronTarget(job.target, architecture, settings, args, dtypes, given.carried)
     places = find_places(
         world,
         target.directory,

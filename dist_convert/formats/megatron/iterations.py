@@ -37,7 +37,10 @@ def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG
     """
     if not root.is_dir():
         raise no_directory(root, "checkpoint")
-    directory = root / (name or _tracked(root, name_flag))
+    named = name or tracked_name(root, name_flag)
+    if named is None:
+        raise not_a_checkpoint(root, name_flag)
+    directory = root / named
     if not directory.is_dir():
         raise CheckpointNotFound(
             "the iteration does not exist",
@@ -49,12 +52,6 @@ def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG
             else f"name an existing iteration with {name_flag}",
         )
     return directory
-
-
-def tracked_name(root: Path, name_flag: str) -> str | None:
-    """The iteration that a tracker file here names; None where there is none, as on all nodes but the first."""
-    has_tracker = root.is_dir() and ((root / TRACKER_FILE).is_file() or rank_files(root))
-    return _tracked(root, name_flag) if has_tracker else None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -85,12 +82,19 @@ def _has_kind(path: Path) -> bool:
         return False
 
 
-def _tracked(root: Path, name_flag: str) -> str:
-    if rank_files(root) or is_distributed(root):
+def tracked_name(root: Path, name_flag: str) -> str | None:
+    """The iteration that a tracker file here names; None where there is none, as on all nodes but the first.
+
+    "." where the directory is an iteration itself.
+
+    Raises:
+        CorruptFile: a tracker that names no iteration.
+    """
+    if root.is_dir() and (rank_files(root) or is_distributed(root)):
         return "."
     tracker = root / TRACKER_FILE
     if not tracker.is_file():
-        raise not_a_checkpoint(root, name_flag)
+        return None
     with reading(tracker), tracker.open(encoding="utf-8", errors="replace") as opened:
         text = opened.read(_MAX_TRACKER_CHARACTERS).strip()
     if text == "release":
@@ -100,15 +104,11 @@ def _tracked(root: Path, name_flag: str) -> str:
             "the tracker file names no iteration",
             file=str(tracker),
             expected="a number, or the word release",
-            found="a link to something else" if _is_link_out(tracker) else repr(text[:40]),
+            # A link that leads out of the checkpoint may lead to a file that is nobody's business.
+            found=repr(text[:40]) if tracker.resolve().is_relative_to(root.resolve()) else "a link to something else",
             remedy=f"name the iteration with {name_flag}",
         )
     return f"iter_{int(text):07d}"
-
-
-def _is_link_out(tracker: Path) -> bool:
-    """Whether a link leads out of the checkpoint, to a file that may be nobody's business."""
-    return not tracker.resolve().is_relative_to(tracker.parent.resolve())
 
 
 def not_a_checkpoint(path: Path, name_flag: str = NAME_FLAG) -> CheckpointNotFound:

@@ -41,7 +41,6 @@ from dist_convert.formats.megatron.target_args import (
     describe_origins,
     is_hub_name,
     padded_vocab,
-    target_args,
     target_args_json,
     training_flags,
 )
@@ -97,46 +96,46 @@ class MegatronTarget:
 
     Attributes:
         root: the checkpoint's, below which the iteration is made.
-        iteration: its number; None for a release.
-        architecture, grid, chunks, args: its model, its parallel sizes, its layers by chunk, its training arguments.
-        dialect: how norms and experts are spelled.
+        architecture, settings, args: its model, what it is to be, and its training arguments.
         dtypes: of each parameter, by canonical name.
         carried: file name to content, see `huggingface.carried`.
     """
 
     root: Path
-    iteration: int | None
     architecture: Architecture
-    grid: Grid
-    chunks: tuple[Chunk, ...]
+    settings: Settings
     args: TargetArgs
-    dialect: TargetDialect
     dtypes: Mapping[str, str]
     carried: Mapping[str, Mapping[str, Any]]
 
     @property
     def directory(self) -> Path:
         """Of the iteration."""
-        return self.root / (RELEASE if self.iteration is None else f"iter_{self.iteration:07d}")
+        iteration = self.settings.iteration
+        return self.root / (RELEASE if iteration is None else f"iter_{iteration:07d}")
 
     @property
     def mtp_chunk(self) -> Chunk:
         """See `chunk_of_mtp`."""
-        return chunk_of_mtp(self.chunks, self.args.values.get("pipeline_model_parallel_layout"))
+        return chunk_of_mtp(self.settings.chunks, self.args.values.get("pipeline_model_parallel_layout"))
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """See `write.task.Target`."""
+    def fingerprint(self) -> dict[str, Any]:
+        """The `settings` of `write.task.Target`."""
         args: dict[str, Any] = json.loads(args_json(self.args))
-        return args | {"iteration": self.iteration}
+        return args | {"iteration": self.settings.iteration}
+
+    @property
+    def tracked(self) -> str:
+        """What the tracker file calls it."""
+        return RELEASE if self.settings.iteration is None else str(self.settings.iteration)
 
     def beside(self) -> dict[str, Beside]:
         """What describes this iteration in the root, and names it as the newest."""
-        newest = RELEASE if self.iteration is None else str(self.iteration)
         described = target_args_json(self.args, training_flags(self.architecture))
         return {
             ARGS_FILE: Beside(described.encode(), rb'\{.*"%s": \{.*\}\s*' % ORIGINS.encode()),
-            TRACKER_FILE: Beside(newest.encode(), rb"\s*([0-9]+|%s)?\s*" % RELEASE.encode()),
+            TRACKER_FILE: Beside(self.tracked.encode(), rb"\s*([0-9]+|%s)?\s*" % RELEASE.encode()),
         }
 
     def write_carried(self, partial: Path) -> None:
@@ -253,29 +252,6 @@ def _size(args: Mapping[str, Any] | None, name: str) -> int | None:
     return theirs if type(theirs) is int and theirs > 0 else None
 
 
-def plan_target(
-    job: Options,
-    given: TargetInputs,
-    architecture: Architecture,
-    settings: Settings,
-    params_dtype: str | None,
-    dtypes: Mapping[str, str],
-) -> MegatronTarget:
-    """The target, with its args."""
-    args = target_args(job, given, architecture, settings, params_dtype)
-    return MegatronTarget(
-        job.target,
-        settings.iteration,
-        architecture,
-        settings.grid,
-        settings.chunks,
-        args,
-        settings.dialect,
-        dtypes,
-        given.carried,
-    )
-
-
 _EXPERT_GRID = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
@@ -288,8 +264,8 @@ def notes_to_megatron(
     writable: Sequence[frozenset[str]],
 ) -> list[str]:
     """All notes on a target."""
-    notes = _on_spelling(job, target)
-    groups, ranks = target.architecture.query_groups, target.grid.tensor
+    notes, grid = _on_spelling(job, target), target.settings.grid
+    groups, ranks = target.architecture.query_groups, grid.tensor
     if groups < ranks:
         notes.append(
             f"{groups} query groups on {ranks} tensor parallel ranks: only Megatron-Core 0.16 and newer load such a "
@@ -299,9 +275,9 @@ def notes_to_megatron(
     if flags:
         notes.append(f"training needs, beside --use-checkpoint-args, which does not restore it: {' '.join(flags)}")
     sizes = {
-        "tensor": (job.target_tensor_parallel_size, target.grid.tensor),
-        "pipeline": (job.target_pipeline_parallel_size, target.grid.pipeline),
-        "expert": (job.target_expert_parallel_size, target.grid.expert),
+        "tensor": (job.target_tensor_parallel_size, grid.tensor),
+        "pipeline": (job.target_pipeline_parallel_size, grid.pipeline),
+        "expert": (job.target_expert_parallel_size, grid.expert),
     }
     taken = [f"{axis} {size}" for axis, (flag, size) in sizes.items() if flag is None and size > 1]
     whose = job.source_margs_file.name if job.source_margs_file else "the source"
@@ -313,7 +289,7 @@ def notes_to_megatron(
             f"warning: nobody says how many tokens the vocabulary has: all {target.architecture.vocab} rows are kept; "
             "give --true-vocab-size if training is to pad it anew"
         )
-    if target.iteration == 0:
+    if target.settings.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
     notes += _on_tracker(target) + notes_on_content(content)
     if job.verbose:
@@ -335,7 +311,7 @@ def _on_tracker(target: MegatronTarget) -> list[str]:
             old = os.read(descriptor, 40).decode(errors="replace").strip()
     except OSError:
         return []
-    new = RELEASE if target.iteration is None else str(target.iteration)
+    new = target.tracked
     return [f"warning: {tracker} names {old!r}, and will name {new!r}"] if old != new else []
 
 
@@ -344,7 +320,7 @@ def _on_spelling(job: Options, target: MegatronTarget) -> list[str]:
         given = {"--expert-layout": job.expert_layout not in (None, "sequential")}
         given["--target-expert-tensor-parallel-size"] = job.target_expert_tensor_parallel_size is not None
         return [f"{flag} has no effect: the model has no experts" for flag, is_given in given.items() if is_given]
-    experts, norms = target.dialect.experts, target.dialect.norms
+    experts, norms = target.settings.dialect.experts, target.settings.dialect.norms
     if (experts, norms) in (("te-grouped", "local"), ("habana-dynamic", "transformer_engine")):
         return [
             f"warning: no version of Megatron has {experts} experts beside the norms of {norms}; te-grouped goes with "
@@ -358,7 +334,7 @@ def _on_training_args(job: Options, target: MegatronTarget, training_args: Mappi
 
     The target's own args describe it as it is; a command line of the earlier training would not fit it.
     """
-    is_taken = job.target_pipeline_parallel_size is None and target.grid.pipeline > 1
+    is_taken = job.target_pipeline_parallel_size is None and target.settings.grid.pipeline > 1
     names = (*(PIPELINE_LAYOUT if is_taken else ()), *(_EXPERT_GRID if target.architecture.experts else ()))
     left = [
         f"{name} {training_args[name]} ({target.args.values.get(name)} here)"

@@ -118,11 +118,12 @@ class TorchTarget(Target):
     @property
     def settings(self) -> Mapping[str, Any]:
         bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
-        return self.target.settings | ({BINS_FILE: bins} if self.extras else {})
+        return self.target.fingerprint | ({BINS_FILE: bins} if self.extras else {})
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         for name in (local_name(file.name) for file in files):
-            write_skeleton(partial, name, self.target.args.values, self.target.iteration or 0, self.files[name])
+            iteration = self.target.settings.iteration or 0
+            write_skeleton(partial, name, self.target.args.values, iteration, self.files[name])
 
     def complete(
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
@@ -150,20 +151,20 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
         directory: of the source, for its capacity bins.
         target: what is to be made.
     """
-    architecture, grid, args = target.architecture, target.grid, target.args
+    architecture, settings, args = target.architecture, target.settings, target.args
     files = lay_out_shards(target)
     if not job.load_capacity_bins:
         return TorchTarget(target, files, {})
-    if not architecture.experts or target.dialect.experts == "habana-dynamic":
+    if not architecture.experts or settings.dialect.experts == "habana-dynamic":
         raise UsageError(
             "the target has no place for capacity bins",
             expected="experts, in another layout than habana-dynamic",
-            found=f"--expert-layout {target.dialect.experts}" if architecture.experts else "a model without experts",
+            found=f"--expert-layout {settings.dialect.experts}" if architecture.experts else "a model without experts",
             remedy="leave --load-capacity-bins out",
         )
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
-    for (file, virtual), tensors in place_bins(bins, grid, target.chunks).items():
+    for (file, virtual), tensors in place_bins(bins, settings.grid, settings.chunks).items():
         specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
         models = files[file]
         files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
@@ -178,7 +179,7 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
 
 def _header(target: TorchTarget, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
-    iteration, values = target.target.iteration or 0, target.target.args.values
+    iteration, values = target.target.settings.iteration or 0, target.target.args.values
     skeleton = lay_out_skeleton(values, iteration, target.files[local_name(file)], file)
     nothing: dict[str, str] = {}
     chunks = skeleton.chunks

@@ -17,7 +17,8 @@ from dist_convert.records import TensorSpec
 
 def lay_out_shards(target: MegatronTarget) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
     """The tensors of every rank file, by file and virtual stage, in the order of Megatron's own state dicts."""
-    architecture, grid, chunks, dialect = target.architecture, target.grid, target.chunks, target.dialect
+    architecture, settings = target.architecture, target.settings
+    grid, chunks, dialect = settings.grid, settings.chunks, settings.dialect
     has_mtp = bool(architecture.fact("mtp_layers"))
     before, chunk_of_layer = FAMILIES[architecture.family].before, layer_chunks(chunks)
     per_rank = max(1, architecture.experts // grid.expert)

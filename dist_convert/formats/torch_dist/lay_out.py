@@ -26,12 +26,12 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     Raises:
         UnsupportedModel: layers or experts of different dtypes.
     """
-    architecture, grid, norms = target.architecture, target.grid, target.dialect.norms
-    holders, chunk_of_layer = _holders(grid), layer_chunks(target.chunks)
+    architecture, grid, norms = target.architecture, target.settings.grid, target.settings.dialect.norms
+    holders, chunk_of_layer = _holders(grid), layer_chunks(target.settings.chunks)
     every = [file for files in holders.values() for file in files]
     planned = PlannedFiles(dict.fromkeys(every, 0), {file: [] for file in every})
     for key, layer, expert in extra_states(architecture, norms=norms):
-        stage = target.chunks[-1].pipeline if layer is None else chunk_of_layer[layer].pipeline
+        stage = target.settings.chunks[-1].pipeline if layer is None else chunk_of_layer[layer].pipeline
         files = holders[stage, _rank_of(expert, architecture, grid), 0]
         planned.add(files[0], key)
     dtypes: dict[str, str] = {}
@@ -39,7 +39,7 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     for number, parameter in enumerate(parameters_of(architecture, grid)):
         row, layer, expert = parameter.row, parameter.layer, parameter.expert
         piece = target_key(row, layer, expert, architecture, norms=norms)
-        outermost = target.chunks[0 if row in FAMILIES[architecture.family].before else -1]
+        outermost = target.settings.chunks[0 if row in FAMILIES[architecture.family].before else -1]
         stage = (outermost if layer is None else chunk_of_layer[layer]).pipeline
         expert_rank = _rank_of(expert, architecture, grid)
         axes = leading_axes(parameter, architecture, len(piece.index))

@@ -39,7 +39,7 @@ class DistTarget(Target):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return self.target.settings
+        return self.target.fingerprint
 
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
         self.files.make(partial, files)
@@ -51,7 +51,7 @@ class DistTarget(Target):
         self.files.seal(partial, files, known)
         if not is_first:
             return
-        content = common_content(self.target.args.values, self.target.iteration or 0, COMMON_FILE)
+        content = common_content(self.target.args.values, self.target.settings.iteration or 0, COMMON_FILE)
         pieces, size_bytes, _ = lay_out_container(pickled(content), [])
         make_file(partial, COMMON_FILE, pieces, size_bytes)
         self.target.write_carried(partial)
@@ -68,7 +68,7 @@ def lay_out_torch_dist(target: MegatronTarget) -> DistTarget:
     Raises:
         UsageError: experts that torch_dist has no keys for.
     """
-    if target.architecture.experts and target.dialect.experts == "habana-dynamic":
+    if target.architecture.experts and target.settings.dialect.experts == "habana-dynamic":
         raise UsageError(
             "Habana's dynamic experts have no keys in torch_dist",
             expected="--expert-layout sequential, te-grouped or grouped, which are saved alike",
