@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     ),
     "expert ranks of a dense model": (
         Model(), "--target-expert-parallel-size 2",
-        ["a model without experts has no expert parallel ranks", "leave out --target-expert-parallel-size"],
+        ["a model without experts has no expert parallel ranks", "no --target-expert-parallel-size"],
     ),
     "layers of virtual stages": (
         Model(), "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",

@@ -54,9 +54,7 @@ def rank_directory(grid: Grid, rank: Rank) -> str:
 
 def is_rank_directory(name: str) -> bool:
     """Whether a directory's name is of the form `mp_rank_N`, `mp_rank_N_N` or `mp_rank_N_N_N`."""
-    prefix, rank, *numbers = name.split("_", 2) if name.count("_") >= 2 else ("", "", "")
-    parts = numbers[0].split("_") if numbers else []
-    return (prefix, rank) == ("mp", "rank") and 1 <= len(parts) <= 3 and all(part.isdecimal() for part in parts)
+    return re.fullmatch(r"mp_rank(_\d+){1,3}", name) is not None
 
 
 def rank_numbers(file: str) -> tuple[int, ...]:
@@ -400,7 +398,7 @@ def check_target(architecture: Architecture, grid: Grid, expert_layout: str = "s
         (
             not experts and grid.expert > 1,
             "a model without experts has no expert parallel ranks",
-            "1: leave out --target-expert-parallel-size",
+            "no --target-expert-parallel-size",
             grid.expert,
         ),
         (

@@ -46,10 +46,11 @@ class Said:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def architecture(self, *, vocab: int | None, file: str) -> Architecture:
-        """See `architecture_from_args`."""
-        return architecture_from_args(
+        """See `architecture_from_args`; of tokens there are at most as many as rows."""
+        found = architecture_from_args(
             self.args, vocab=vocab, file=file, family=self.family, trusts_factor=self.trusts_factor
         )
+        return replace(found, vocab=min(found.vocab, found.padded_vocab))
 
 
 def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:

@@ -76,10 +76,7 @@ class TorchModel:
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
         """See `Model`."""
         with below(self.directory):
-            file = min(self.shards)
-            padded = self.said.architecture(vocab=None, file=file).padded_vocab
-            size = min(self.vocab or vocab or padded, padded)
-            architecture = self.said.architecture(vocab=size, file=file)
+            architecture = self.said.architecture(vocab=self.vocab or vocab, file=min(self.shards))
             catalog, left_behind = open_catalog(
                 self.shards,
                 replace(architecture, tied=False) if self.is_untied else architecture,

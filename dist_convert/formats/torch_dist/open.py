@@ -76,9 +76,7 @@ class DistModel:
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[DistCatalog, LeftBehind]:
         """See `Model`; a tied embedding is stored once."""
         with below(self.directory):
-            padded = self.said.architecture(vocab=None, file=self.args_file).padded_vocab
-            size = min(self.vocab or vocab or padded, padded)
-            architecture = self.said.architecture(vocab=size, file=self.args_file)
+            architecture = self.said.architecture(vocab=self.vocab or vocab, file=self.args_file)
             architecture = with_own_head(architecture, self.args, self.stored)
             return open_catalog(self.stored, architecture, self.args, METADATA_FILE), self.beside
 
