@@ -245,28 +245,21 @@ class Slice:
         if len(indices) > len(self._shape) or any(not isinstance(index, int | slice) for index in indices):
             raise IndexError(f"{self._name} has {len(self._shape)} dimensions; asked for {wanted!r}")
         spans: list[range] = []
-        later: list[int | torch.Tensor] = []
+        inside: list[int | slice] = []  # of the box that is read
         for size, index in zip(self._shape, (*indices, *[slice(None)] * (2 - len(indices))), strict=False):
             if isinstance(index, slice) and index.step is not None and index.step < 1:
                 raise ValueError(f"steps of a slice are 1 or more, not {index.step}")  # as torch says
             chosen = range(size)[index]
             if isinstance(chosen, int):
                 spans.append(range(chosen, chosen + 1))
-                later.append(0)
+                inside.append(0)
             else:  # with steps, all from the first to the last is read
-                first, end = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
-                spans.append(range(first, end))
-                later.append(torch.tensor([number - first for number in chosen], dtype=torch.long))
+                spans.append(range(chosen[0], chosen[-1] + 1) if chosen else range(0))
+                inside.append(slice(None, None, chosen.step))
         rows, columns = spans[0], spans[1] if len(spans) > 1 else range(1)
         found = self._weights.read(self._name, Box(rows.start, columns.start, len(rows), len(columns)))
         found = found if len(spans) > 1 else found[:, 0]
-        for dimension in reversed(range(len(later))):
-            index = later[dimension]
-            if isinstance(index, int):
-                found = found.select(dimension, index)
-            elif len(index) != found.shape[dimension]:
-                found = found.index_select(dimension, index.to(found.device))
-        return found
+        return found[tuple(inside)].contiguous()
 
 
 def _new_buffer(size_bytes: int) -> Buffer:
