@@ -287,7 +287,7 @@ def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
 
 def test_a_factor_is_refused_where_a_model_like_this_one_has_no_scaling() -> None:
     where = Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0), like=config_of("llama"))
-    with pytest.raises(UsageError, match="contradict each other"):
+    with pytest.raises(UsageError, match="this model's is another"):
         said_of(where, args_of("llama"), "shard")
 
 

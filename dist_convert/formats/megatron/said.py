@@ -82,19 +82,12 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         family = _possible(FAMILIES[where.family], args, file)
     else:
         family = _carried(where.carried or {}, args, file)
-    if scaling and where.like is not None and not isinstance(like.rope_scaling, RopeScaling):
-        raise UsageError(
-            f"--rope-scaling-factor and {_LIKE} contradict each other",
-            file=file,
-            expected=f"the scaling of rotary frequencies that {_LIKE} has, which is not Llama 3.1's",
-            remedy="leave the wrong one of both out",
-        )
-    has_another = "llama3" not in (family or families_of_args(args)[0]).scalings
-    if scaling and (has_another or args.get("position_embedding_type") == "yarn"):
+    has_another = "llama3" not in (family or families_of_args(args)[0]).scalings or args.get(_POSITIONS) == "yarn"
+    if scaling and (has_another or (where.like is not None and not isinstance(like.rope_scaling, RopeScaling))):
         raise UsageError(
             "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is another",
             file=file,
-            remedy=f"leave it out; {_LIKE} CONFIG corrects all numbers of YaRN",
+            remedy=f"leave it out; {_LIKE} CONFIG, of such a model, says all numbers of its scaling",
         )
     if scaling:
         flags["use_rope_scaling"] = True

@@ -37,10 +37,10 @@ from dist_convert.formats.megatron.target_args import (
     TargetArgs,
     TargetDialect,
     TargetInputs,
-    args_json,
     describe_origins,
     is_hub_name,
     padded_vocab,
+    plain,
     target_args_json,
     training_flags,
 )
@@ -122,8 +122,7 @@ class MegatronTarget:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The `settings` of `write.task.Target`."""
-        args: dict[str, Any] = json.loads(args_json(self.args))
-        return args | {"iteration": self.settings.iteration}
+        return {**plain(self.args.values), "iteration": self.settings.iteration}
 
     @property
     def tracked(self) -> str:

@@ -423,11 +423,11 @@ def target_args(
             is_theirs = (own is not None or name in TAKEN_SIZES) and name in said and said[name] == value
             origin = _of_flag(flag, flags, whose if is_theirs else f"default of {flag}")
         theirs = found.get(name, (value, DEFAULT))
-        differs = theirs[1] == whose and _plain(theirs[0]) != _plain(value)
+        differs = theirs[1] == whose and plain(theirs[0]) != plain(value)
         found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {whose} says)" if differs else origin
     origins |= {name: origin for name, (_, origin) in found.items()}
     args = TargetArgs({name: found[name][0] for name in sorted(found)}, dict(sorted(origins.items())))
-    family, written = FAMILIES[architecture.family], json.loads(args_json(args))
+    family, written = FAMILIES[architecture.family], plain(args.values)
     described = architecture_from_args(written, vocab=given.vocab, file=whose, family=family, trusts_factor=True)
     # A margs file may know the loss of training better.
     if described != replace(architecture, vocab=described.vocab, router_aux_loss=described.router_aux_loss):
@@ -471,17 +471,13 @@ def _with_dtype(value: Any) -> object:
     return value
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> Any:
+    """Arguments as JSON has them; what that cannot hold is text, `torch.bfloat16`."""
     return json.loads(json.dumps(value, default=str))
 
 
-def args_json(args: TargetArgs) -> str:
-    """Every argument in JSON; what that cannot hold is text, `torch.bfloat16`."""
-    return json.dumps(args.values, default=str)
-
-
 def target_args_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
-    """The content of `target_megatron_args.json`: as `args_json`, and below it where each argument is from.
+    """The content of `target_megatron_args.json`: every argument, and below it where each argument is from.
 
     `flags` are those of `training_flags`, where there are any.
     """
