@@ -28,7 +28,7 @@ from dist_convert.formats.torch.open import open_torch, read_shards
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.formats.torch_dist.contents import is_torch_dist
 from dist_convert.formats.torch_dist.open import open_torch_dist
-from dist_convert.models.catalog import NAME_FLAG, Where
+from dist_convert.models.catalog import Where
 from dist_convert.models.prediction import MTP_KEY
 from dist_convert.options import CONVERT, DCP, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, TORCH_DIST, Options
 from dist_convert.ranks.channel import Control
@@ -79,7 +79,7 @@ def find_iteration(where: Where, world: World) -> tuple[Path, str]:
         UnsupportedModel: it is of a format that is not read.
     """
     refuse_foreign(where.path)
-    directory = _shared_iteration(where.path, where.asked.ckpt_dir_name, world, where.name_flag)
+    directory = _shared_iteration(where, world)
     refuse_foreign(directory)
     mine = [has_rank_directories(directory), is_distributed(directory), is_torch_dist(directory)]
     is_torch, distributed, is_core = map(any, zip(*gather_objects(world, mine), strict=True))
@@ -153,17 +153,14 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
     return local_directory(name, cache_only=True)
 
 
-def _shared_iteration(root: Path, name: str | None, world: World, name_flag: str = NAME_FLAG) -> Path:
+def _shared_iteration(where: Where, world: World) -> Path:
     """The iteration's directory; training leaves the tracker file on one node, so any rank's tracker speaks for all.
-
-    Args:
-        root, name, name_flag: see `iteration_directory`.
-        world: this rank.
 
     Raises:
         InconsistentShards: trackers name different iterations.
         CheckpointNotFound, UnsupportedModel: see `iteration_directory`, where no rank has the directory.
     """
+    root, name, name_flag = where.path, where.asked.ckpt_dir_name, where.name_flag
     if name is None:
         tracked = [named for named in gather_objects(world, tracked_name(root, name_flag)) if named is not None]
         if len(set(tracked)) > 1:

@@ -39,7 +39,7 @@ def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG
         raise no_directory(root, "checkpoint")
     named = name or tracked_name(root, name_flag)
     if named is None:
-        raise not_a_checkpoint(root, name_flag)
+        raise _not_a_checkpoint(root, name_flag)
     directory = root / named
     if not directory.is_dir():
         raise CheckpointNotFound(
@@ -111,13 +111,8 @@ def tracked_name(root: Path, name_flag: str) -> str | None:
     return f"iter_{int(text):07d}"
 
 
-def not_a_checkpoint(path: Path, name_flag: str = NAME_FLAG) -> CheckpointNotFound:
-    """The error about a directory that is no Megatron checkpoint itself, and what was probably meant.
-
-    Args:
-        path: what was given.
-        name_flag: that names an iteration, for messages.
-    """
+def _not_a_checkpoint(path: Path, name_flag: str) -> CheckpointNotFound:
+    """The error about a directory that is no Megatron checkpoint itself, and what was probably meant."""
     here, below = _iterations(path), meant_below(path)
     what, remedy = "no checkpoint", "check the path on every node"
     if here:
