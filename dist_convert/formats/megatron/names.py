@@ -12,7 +12,7 @@ from typing import Literal
 
 from dist_convert.models.schema import Row
 from dist_convert.options import MTP_LAYER_NAMES
-from dist_convert.records import StoredTensor, View
+from dist_convert.records import DTYPE_BYTES, StoredTensor, View
 
 #: plain: as in the table. transposed: columns x rows. stacked: experts along a leading axis. grouped: all experts of
 #: a rank in one matrix whose memory is [expert][column][row].
@@ -222,31 +222,21 @@ def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | 
         rows, columns: of this piece; vectors have one column.
     """
     shape, strides = stored.shape, stored.strides
-    offset, row_stride, column_stride = 0, 0, 0
+    offset, between = 0, (0, 0)  # elements before the first one; between rows, and between columns
     if piece.storage == "plain" and shape == (rows, columns):
-        row_stride, column_stride = strides
+        between = strides[0], strides[1]
     elif piece.storage == "plain" and shape == (rows,) and columns == 1:
-        row_stride, column_stride = strides[0], 1
+        between = strides[0], 1
     elif piece.storage == "transposed" and shape == (columns, rows):
-        column_stride, row_stride = strides
+        between = strides[1], strides[0]
     elif piece.storage == "stacked" and shape == (piece.count, rows, columns):
-        offset = piece.index * strides[0]
-        row_stride, column_stride = strides[1:]
+        offset, between = piece.index * strides[0], (strides[1], strides[2])
     elif piece.storage == "grouped" and _is_grouped(piece, stored, rows, columns):
-        offset = piece.index * rows * columns
-        row_stride, column_stride = 1, rows
+        offset, between = piece.index * rows * columns, (1, rows)
     else:
         return None
-    return View(
-        stored.file,
-        stored.name,
-        stored.dtype,
-        stored.offset_bytes + offset * (stored.size_bytes // max(1, stored.elements)),
-        rows,
-        columns,
-        row_stride,
-        column_stride,
-    )
+    offset_bytes = stored.offset_bytes + offset * DTYPE_BYTES[stored.dtype]
+    return View(stored.file, stored.name, stored.dtype, offset_bytes, rows, columns, *between)
 
 
 def _is_grouped(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> bool:
