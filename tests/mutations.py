@@ -81,8 +81,8 @@ MUTATIONS = (
     ),
     Mutation(
         "grouped-experts-not-transposed",
-        "row_stride, column_stride = 1, rows\n",
-        "row_stride, column_stride = columns, 1\n",
+        "piece.index * rows * columns, (1, rows)\n",
+        "piece.index * rows * columns, (columns, 1)\n",
         GOLDEN,
     ),
     Mutation("cover-check-sees-nothing", "if row != next_row:", "if False:", "tests/test_boxes.py"),

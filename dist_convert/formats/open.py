@@ -74,11 +74,12 @@ def open_iteration(
 def find_iteration(where: Where, world: World) -> tuple[Path, str]:
     """The directory of a checkpoint, or of a Megatron checkpoint's iteration, as this rank sees it, and its format.
 
+    Whether its root is another program's is asked before, by `refuse_foreign`.
+
     Raises:
         SourceError: there is none, or files of two formats.
         UnsupportedModel: it is of a format that is not read.
     """
-    refuse_foreign(where.path)
     directory = _shared_iteration(where, world)
     refuse_foreign(directory)
     mine = [has_rank_directories(directory), is_distributed(directory), is_torch_dist(directory)]
