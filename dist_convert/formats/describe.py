@@ -32,6 +32,7 @@ from dist_convert.formats.megatron.grid import (
     rank_directory,
 )
 from dist_convert.formats.megatron.names import dialect_of, normalise, reason_to_drop
+from dist_convert.formats.megatron.parameters import parameters_of
 from dist_convert.formats.meta.names import DROPPED
 from dist_convert.formats.meta.open import read_headers
 from dist_convert.formats.meta.params import weights_files
@@ -41,15 +42,12 @@ from dist_convert.formats.torch.open import read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
-from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import NOTHING_ASKED, Where
 from dist_convert.models.schema import (
     Architecture,
     LinearScaling,
     RopeScaling,
-    Row,
     YarnScaling,
-    entries,
     is_size,
     part_shape,
 )
@@ -208,8 +206,7 @@ def _model(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(architecture: Architecture) -> dict[str, Any]:
-    rows = [entry for entry, _, _ in entries(FAMILIES[architecture.family], architecture) if isinstance(entry, Row)]
-    sizes = architecture.sizes()
+    sizes, rows = architecture.sizes(), [parameter.row for parameter in parameters_of(architecture, Grid())]
     return {
         "family": architecture.family,
         "parameters": sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts),

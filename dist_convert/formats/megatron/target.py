@@ -29,6 +29,7 @@ from dist_convert.formats.megatron.grid import (
     stage_layers,
 )
 from dist_convert.formats.megatron.iterations import CARRIED_FILE, TRACKER_FILE
+from dist_convert.formats.megatron.parameters import parameters_of
 from dist_convert.formats.megatron.target_args import (
     ORIGINS,
     PIPELINE_LAYOUT,
@@ -44,10 +45,9 @@ from dist_convert.formats.megatron.target_args import (
     target_args_json,
     training_flags,
 )
-from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.models.prediction import MTP_KEY
-from dist_convert.models.schema import Architecture, Row, entries
+from dist_convert.models.schema import Architecture
 from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.plan.file_owners import notes_on_places
@@ -368,22 +368,20 @@ def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:
     """
     problems: list[ConversionError] = []
     found: dict[str, str] = {}
-    for entry, layer, expert in entries(FAMILIES[source.architecture.family], source.architecture):
-        if isinstance(entry, Row):
-            names = [part.name.format(layer=layer, expert=expert) for part in entry.parts]
-            stored = sorted({source.tensors[name].dtype for name in names})
-            if len(stored) > 1:
-                problems.append(
-                    UnsupportedModel(
-                        "tensors that become one Megatron parameter need one dtype",
-                        tensor=", ".join(names),
-                        file=next(view.file for region in source.regions(names[0]) for view in region.replicas),
-                        found=", ".join(stored),
-                        remedy="save the model in one dtype",
-                    )
+    for parameter in parameters_of(source.architecture, Grid()):
+        parts = parameter.row.parts
+        names = [part.name.format(layer=parameter.layer, expert=parameter.expert) for part in parts]
+        stored = sorted({source.tensors[name].dtype for name in names})
+        if len(stored) > 1:
+            problems.append(
+                UnsupportedModel(
+                    "tensors that become one Megatron parameter need one dtype",
+                    tensor=", ".join(names),
+                    file=next(view.file for region in source.regions(names[0]) for view in region.replicas),
+                    found=", ".join(stored),
+                    remedy="save the model in one dtype",
                 )
-            meta = source.tensors[names[0]]
-            name = entry.megatron.format(layer=layer, expert=expert)
-            found[name] = meta.dtype_in(target_dtype, source.params_dtype)
+            )
+        found[parameter.name] = source.tensors[names[0]].dtype_in(target_dtype, source.params_dtype)
     raise_together(problems)
     return found
