@@ -131,6 +131,11 @@ def test_a_pipeline_that_cannot_be_is_refused_with_its_reason(
     assert reason in error.value.found
 
 
+def test_a_pipeline_of_far_more_stages_than_memory_holds_is_refused() -> None:
+    with pytest.raises(UsageError, match="8 layers cannot be divided"):
+        stages(8, 100_000, 100_000)
+
+
 def test_a_wrong_pipeline_is_refused_with_all_reasons_at_once_and_a_remedy() -> None:
     with pytest.raises(UsageError) as error:
         stages(4, 4, layout="ttE|ttt")

@@ -488,7 +488,8 @@ def stage_layers(layers: int, pipeline: int, cut: Cut, *, mtp: int = 0) -> tuple
         elif each:
             virtual = max(1, total // each)
         ranks = _ranks(total, pipeline, virtual, cut.first, cut.last, reasons)
-        stages = [[count // virtual for count in ranks] for _ in range(virtual)]
+        if not reasons:  # else there may be far more stages than layers
+            stages = [[count // virtual for count in ranks] for _ in range(virtual)]
     if reasons:
         raise UsageError(
             f"{counted(total, 'layer')} cannot be divided over {counted(pipeline, 'pipeline rank')}"
