@@ -51,9 +51,8 @@ from dist_convert.models.schema import (
     is_size,
     part_shape,
 )
-from dist_convert.options import DCP, TORCH, TORCH_DIST
+from dist_convert.options import DCP, HUGGINGFACE, META, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
-from dist_convert.read.discover import Discovery
 from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
@@ -75,20 +74,21 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     where = Where(path, replace(NOTHING_ASKED, ckpt_dir_name=ckpt_dir_name), read_like(like, world))
     refuse_unfinished(path, ckpt_dir_name)
     refuse_foreign(path)
-    headers: tuple[Discovery, Mapping[str, Shard]] | None = None
+    directory, headers = path, None
     if weights_files(path):
-        description = _describe_meta(path, world)
+        kind, found = META, _describe_meta(path, world)
     elif is_huggingface(path):
-        description = _describe_huggingface(path)
+        kind, found = HUGGINGFACE, _describe_huggingface(path)
     else:
         directory, kind = find_iteration(where, world)
         if kind == TORCH:
             headers = read_shards(directory, world)
-            description = _describe_torch(directory, headers[1])
+            found = _describe_torch(directory, headers[1])
         elif kind == TORCH_DIST:
-            description = _describe_torch_dist(directory, like)
+            found = _describe_torch_dist(directory, like)
         else:
-            description = _describe_dcp(directory, where.like)
+            found = _describe_dcp(directory, where.like)
+    description = {"path": str(directory), "kind": _KINDS.get(kind, kind), "format": kind, **found}
     try:
         model = open_iteration(where, directory, kind, world, headers) if headers else open_checkpoint(where, world)
         if isinstance(model, HuggingFaceModel):
@@ -104,6 +104,10 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     return description | ({"warnings": warnings} if warnings else {})
 
 
+#: What formats are called that are of one kind with others.
+_KINDS = {TORCH: "megatron", TORCH_DIST: "megatron", DCP: "distributed"}
+
+
 def _dialect(norms: str, experts: str) -> str:
     """How a checkpoint spells its norms and experts, for people."""
     return f"{norms} norms" + (f", {experts} experts" if experts else "")
@@ -113,9 +117,6 @@ def _describe_torch_dist(directory: Path, like: Path | None) -> dict[str, Any]:
     contents = read_contents(directory, may_lack_args=like is not None)
     args = contents["args"]
     return {
-        "path": str(directory),
-        "kind": "megatron",
-        "format": TORCH_DIST,
         **_model(args),
         "dialect": _dialect(*dialect_of_args(args)),  # their keys are alike
         "iteration": contents["iteration"],
@@ -130,9 +131,6 @@ def _describe_dcp(directory: Path, like: Mapping[str, Any] | None) -> dict[str, 
     contents = read_dcp_contents(directory)
     config = like or (read_config(directory) if (directory / CONFIG_FILE).is_file() else {})
     return {
-        "path": str(directory),
-        "kind": "distributed",
-        "format": DCP,
         "family": config.get("model_type"),
         "parameters": sum(prod(shape) for _, shape, _ in contents["tensors"].values()),
         **_chunks(directory, contents),
@@ -178,9 +176,6 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
     foreign = foreign_directories(grid, directories)
     return {
-        "path": str(directory),
-        "kind": "megatron",
-        "format": "torch",
         **_model(first.args),
         "dialect": _dialect(*dialect_of(normalise(name) for chunk in first.chunks for name in chunk)),
         "iteration": first.iteration,
@@ -240,8 +235,6 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         rope |= config[key] if isinstance(config.get(key), dict) else {}
     scaling, quantised = rope.get("rope_type", rope.get("type")), config.get(QUANTISED_BY)
     return {
-        "path": str(path),
-        "kind": "huggingface",
         "format": "safetensors" if named[0].endswith(SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
         "parameters": sum(map(parameters_in, tensors)),
@@ -266,9 +259,6 @@ def _describe_meta(path: Path, world: World) -> dict[str, Any]:
         one for number, of in enumerate(headers.values()) for one in of.values() if number == 0 or len(one.shape) > 1
     ]
     return {
-        "path": str(path),
-        "kind": "meta",
-        "format": "meta",
         "family": "mistral" if "hidden_dim" in params else "llama",
         "parameters": sum(one.elements for one in parts if one.name != DROPPED),
         "layers": params.get("n_layers"),
