@@ -69,14 +69,14 @@ MUTATIONS = (
     ),
     Mutation(
         "layers-of-stages-in-the-order-of-pipeline",
-        "for virtual in range(grid.virtual_pipeline):\n        for pipeline in range(grid.pipeline):",
-        "for pipeline in range(grid.pipeline):\n        for virtual in range(grid.virtual_pipeline):",
+        "for virtual, stage in enumerate(stages):\n        for pipeline, layers in enumerate(stage):",
+        "for pipeline, stage in enumerate(zip(*stages)):\n        for virtual, layers in enumerate(stage):",
         GOLDEN,
     ),
     Mutation(
         "experts-of-the-wrong-rank",
-        "expert_shard = (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)\n            dense",
-        "expert_shard = (rank.pipeline, rank.expert, rank.tensor // grid.expert_tensor)\n            dense",
+        "(rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)\n\n\ndef missing",
+        "(rank.pipeline, rank.expert, rank.tensor // grid.expert_tensor)\n\n\ndef missing",
         GOLDEN,
     ),
     Mutation(
