@@ -5,18 +5,18 @@ are read. Facts: docs/formats.md, "torch_dist"; source:
 https://github.com/pytorch/pytorch/blob/main/torch/distributed/checkpoint/metadata.py and filesystem.py.
 """
 
+import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
-from dist_convert.read.source import open_to_read, read_small_file, reading
+from dist_convert.read.source import opened_source, read_small_file
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES, Stretch, open_object, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
@@ -205,9 +205,10 @@ def read_object(directory: Path, blob: Blob) -> Any:
     Raises:
         CorruptFile, UnsafePickle: see `open_object`.
     """
-    with _opened(directory / blob.file) as descriptor:
-        _check_apart(directory / blob.file, [blob], descriptor)
-        return open_object(directory / blob.file, blob.file, _stretch(descriptor, blob))[1]
+    path = directory / blob.file
+    with opened_source(path, str(path)) as file:
+        _check_apart(path, [blob], file)
+        return open_object(_stretch(file, blob), blob.file, blob.offset_bytes)[1]
 
 
 def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:
@@ -222,10 +223,10 @@ def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Ch
         CorruptFile, UnsafePickle: a blob that is damaged, out of its file, or not what `.metadata` says.
     """
     path, placed = directory / file, []
-    with _opened(path) as descriptor:
-        _check_apart(path, [chunk.blob for _, _, chunk in chunks], descriptor)
+    with opened_source(path, str(path)) as opened:
+        _check_apart(path, [chunk.blob for _, _, chunk in chunks], opened)
         for key, dtype, chunk in chunks:
-            container, saved = open_object(path, file, _stretch(descriptor, chunk.blob))
+            container, saved = open_object(_stretch(opened, chunk.blob), file, chunk.blob.offset_bytes)
             found = (saved.storage.dtype, saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
             if not isinstance(saved, Tensor) or found != (dtype, chunk.sizes):
                 expected = f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}"
@@ -246,23 +247,13 @@ def not_as_listed(path: Path, key: str, expected: object, found: object) -> Corr
     )
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with reading(path):
-        descriptor = open_to_read(path)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _stretch(file: BinaryIO, blob: Blob) -> BinaryIO:
+    return io.BufferedReader(Stretch(file.fileno(), blob.offset_bytes, blob.size_bytes))
 
 
-def _stretch(descriptor: int, blob: Blob) -> Stretch:
-    return Stretch(descriptor, blob.offset_bytes, blob.size_bytes)
-
-
-def _check_apart(path: Path, blobs: Sequence[Blob], descriptor: int) -> None:
+def _check_apart(path: Path, blobs: Sequence[Blob], file: BinaryIO) -> None:
     """Refuse blobs that overlap or reach past their file."""
-    file_bytes = os.fstat(descriptor).st_size
+    file_bytes = os.fstat(file.fileno()).st_size
     ordered = sorted((blob.offset_bytes, blob.offset_bytes + blob.size_bytes) for blob in blobs)
     for (first, end), (following, _) in pairwise([*ordered, (file_bytes, file_bytes)]):
         if end > following:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile, SourceChanged, SourceError
 from dist_convert.records import human_bytes
@@ -74,6 +74,25 @@ def open_to_read(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
+@contextmanager
+def opened_source(path: Path, file: str) -> Iterator[BinaryIO]:
+    """A source file to be read, which messages name as `file`.
+
+    Raises:
+        CorruptFile: it is no plain file, and may have no end.
+        SourceError: it cannot be opened, or read while it is open.
+    """
+    with reading(file), os.fdopen(open_to_read(path), "rb") as opened:
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise CorruptFile(
+                "no plain file",
+                file=file,
+                found="a pipe, a device or the like",
+                remedy="copy the file again from where it was saved",
+            )
+        yield opened
+
+
 def changed_files(directory: Path, known: Listing) -> list[str]:
     """Which files are not what they were; each is opened, which makes network file systems ask their server.
 
@@ -109,8 +128,8 @@ def sample_digest(path: Path, file: str) -> str:
         SourceError: the file, named so in messages, cannot be read.
     """
     digest = hashlib.sha256()
-    with reading(file), path.open("rb") as opened:
-        last_bytes = max(0, path.stat().st_size - _PIECE_BYTES)
+    with opened_source(path, file) as opened:
+        last_bytes = max(0, opened.seek(0, os.SEEK_END) - _PIECE_BYTES)
         for number in range(_PIECES):
             opened.seek(last_bytes * number // (_PIECES - 1))
             digest.update(opened.read(_PIECE_BYTES))
@@ -130,15 +149,15 @@ def read_small_file(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
         CorruptFile: it is larger than that, or no plain file.
         SourceError: it cannot be read.
     """
-    with reading(path), os.fdopen(open_to_read(path), "rb") as file:
-        found = os.fstat(file.fileno())
-        if stat.S_ISREG(found.st_mode) and found.st_size <= most_bytes:
+    with opened_source(path, str(path)) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes <= most_bytes:
             return file.read()
     raise CorruptFile(
-        "a file that is too large for its kind, or no plain file",
+        "a file that is too large for its kind",
         file=str(path),
         expected=f"a file of at most {human_bytes(most_bytes)}",
-        found=human_bytes(found.st_size) if stat.S_ISREG(found.st_mode) else "a pipe, a device or the like",
+        found=human_bytes(size_bytes),
     )
 
 

@@ -8,19 +8,17 @@ docs/formats.md, "Storages".
 import io
 import math
 import os
-import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Tensor, class_of, load
-from dist_convert.read.source import open_to_read, reading, source_error
+from dist_convert.read.source import opened_source
 from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes, names
 
 #: A pickle of args, optimizer groups and a few hundred thousand tensor records stays far below this.
@@ -53,33 +51,29 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The bytes of an open file that hold a container of their own."""
-
-    descriptor: int
-    first_byte: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class Container:
-    """The records of one `.pt` file, or of a stretch of a larger file, by name without the archive's folder.
+    """The records of an open `.pt` file, by name without the archive's folder.
 
-    Messages name the file by its label.
+    Attributes:
+        file: of these bytes, a stretch of a larger file maybe.
+        label: how messages name it.
+        first_byte: where the container begins in the file that the label names.
+        size_bytes: of the container.
+        records: by name.
     """
 
-    path: Path
+    file: BinaryIO
     label: str
+    first_byte: int
     size_bytes: int
     records: dict[str, Record]
-    stretch: Stretch | None = None
 
 
-class _StretchFile(io.RawIOBase):
-    """A stretch as a file of its own."""
+class Stretch(io.RawIOBase):
+    """Some bytes of an open file as a file of their own."""
 
-    def __init__(self, stretch: Stretch) -> None:
-        self._stretch = stretch
+    def __init__(self, descriptor: int, first_byte: int, size_bytes: int) -> None:
+        self._descriptor, self._first_byte, self._size_bytes = descriptor, first_byte, size_bytes
         self._at = 0
 
     def readable(self) -> bool:
@@ -89,54 +83,37 @@ class _StretchFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._stretch.size_bytes}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size_bytes}[whence]
         if start + offset < 0:
             raise ValueError("a place before the first byte")
         self._at = start + offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        size_bytes = min(len(buffer), max(0, self._stretch.size_bytes - self._at))
-        count = os.preadv(
-            self._stretch.descriptor, [memoryview(buffer)[:size_bytes]], self._stretch.first_byte + self._at
-        )
+        size_bytes = min(len(buffer), max(0, self._size_bytes - self._at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:size_bytes]], self._first_byte + self._at)
         self._at += count
         return count
 
 
-@contextmanager
-def _opened(path: Path, stretch: Stretch | None) -> Iterator[BinaryIO]:
-    with os.fdopen(open_to_read(path), "rb") if stretch is None else io.BufferedReader(_StretchFile(stretch)) as file:
-        yield file
-
-
-def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Container:
+def open_container(file: BinaryIO, label: str, first_byte: int = 0) -> Container:
     """List the records of a `.pt` file after checking that they are stored, in bounds and do not overlap.
 
     Args:
-        path: the file on this machine.
-        label: how messages name it.
-        stretch: of the file, where others surround the container.
+        file, label, first_byte: see `Container`.
 
     Raises:
         CorruptFile: not a zip, cut short, or with entries that torch never writes.
     """
-    size_bytes = 0
+    size_bytes = file.seek(0, os.SEEK_END)
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # of a device zipfile would read without an end
-            raise ValueError("a pipe, a device or the like")
-        size_bytes = stretch.size_bytes if stretch else found.st_size
-        with _opened(path, stretch) as file:
-            _check_directory(file)
-        with _opened(path, stretch) as file, zipfile.ZipFile(file) as archive:
+        _check_directory(file)
+        with zipfile.ZipFile(file) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             directory_bytes = archive.start_dir
-    except OSError as error:
-        raise source_error(error, label) from error
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
         if isinstance(error.__context__, OSError):  # as zipfile answers where the end cannot be read
-            raise source_error(error.__context__, label) from error
+            raise error.__context__ from error
         raise CorruptFile(
             "not a complete torch checkpoint file",
             file=label,
@@ -167,7 +144,7 @@ def open_container(path: Path, label: str, stretch: Stretch | None = None) -> Co
             )
         stored_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
         records[name] = Record(entry.header_offset, entry.file_size, limit, stored_name, entry.CRC)
-    return Container(path, label, size_bytes, records, stretch)
+    return Container(file, label, first_byte, size_bytes, records)
 
 
 def _check_directory(file: BinaryIO) -> None:
@@ -197,28 +174,20 @@ def read_small_record(container: Container, name: str) -> bytes:
             found="none" if record is None else human_bytes(record.size_bytes),
             remedy="check that this is a model_optim_rng.pt of Megatron's `torch` format",
         )
-    with reading(container.label), _opened(container.path, container.stretch) as file:
-        file.seek(_data_offset_bytes(container, name, file))
-        content = file.read(record.size_bytes)
+    container.file.seek(data_offset_bytes(container, name))
+    content = container.file.read(record.size_bytes)
     if record.checksum and zlib.crc32(content) != record.checksum:  # 0: torch was told not to work it out
         raise CorruptFile("a record cannot be read", file=container.label, found=f"Bad CRC-32 for file {name!r}")
     return content
 
 
-def data_offsets_bytes(container: Container, records: Iterable[str]) -> dict[str, int]:
-    """Where the data of the named records begins in the container.
-
-    The local headers are read because torch pads each one to align its data.
+def data_offset_bytes(container: Container, name: str) -> int:
+    """Where the data of a record begins in the container: its local header tells, which torch pads to align the data.
 
     Raises:
-        CorruptFile: a record is absent, or its local header is damaged or runs out of the file.
+        CorruptFile: the record is absent, or its local header is damaged or runs out of the file.
     """
-    with reading(container.label), _opened(container.path, container.stretch) as file:
-        return {name: _data_offset_bytes(container, name, file) for name in records}
-
-
-def _data_offset_bytes(container: Container, name: str, file: BinaryIO) -> int:
-    record = container.records.get(name)
+    record, file = container.records.get(name), container.file
     if record is None:
         raise CorruptFile(f"storage {name!r} is absent", file=container.label, remedy="copy the file again")
     file.seek(record.header_offset_bytes)
@@ -247,33 +216,31 @@ def _is_well_formed(extra: bytes) -> bool:
     return at == len(extra)
 
 
-def open_object(path: Path, file: str, stretch: Stretch | None = None) -> tuple[Container, Any]:
-    """The container of a file, and what was saved in it, with inert records in place of objects.
+def open_object(file: BinaryIO, label: str, first_byte: int = 0) -> tuple[Container, Any]:
+    """The container that an open file is, and what was saved in it, with inert records in place of objects.
 
     Args:
-        path: the file on this machine.
-        file: how messages name it.
-        stretch: see `open_container`.
+        file, label, first_byte: see `Container`.
 
     Raises:
         CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`.
         UnsupportedModel: saved on a big-endian machine.
     """
-    container = open_container(path, file, stretch)
+    container = open_container(file, label, first_byte)
     if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
-        raise UnsupportedModel("saved on a big-endian machine", file=file, expected="little endian")
-    return container, load(read_small_record(container, "data.pkl"), file)
+        raise UnsupportedModel("saved on a big-endian machine", file=label, expected="little endian")
+    return container, load(read_small_record(container, "data.pkl"), label)
 
 
-def open_saved(path: Path, file: str) -> tuple[Container, Mapping[str, Any]]:
-    """The container of a file, and the dict that was saved in it; see `open_object`.
+def open_dict(file: BinaryIO, label: str) -> tuple[Container, Mapping[str, Any]]:
+    """The same where a dict was saved.
 
     Raises:
-        CorruptFile: it holds something else than a dict.
+        CorruptFile: it is something else; see `open_object`, too.
     """
-    container, saved = open_object(path, file)
+    container, saved = open_object(file, label)
     if not isinstance(saved, Mapping):
-        raise CorruptFile("not a checkpoint file", file=file, expected="a dict", found=class_of(saved))
+        raise CorruptFile("not a checkpoint file", file=label, expected="a dict", found=class_of(saved))
     return container, saved
 
 
@@ -283,8 +250,8 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
     Raises:
         CorruptFile: a tensor reaches past its storage, or a storage is damaged.
     """
-    offsets_bytes = data_offsets_bytes(container, sorted({f"data/{t.storage.key}" for t in tensors.values()}))
-    first_byte = container.stretch.first_byte if container.stretch else 0
+    records = sorted({f"data/{tensor.storage.key}" for tensor in tensors.values()})
+    offsets_bytes = {name: container.first_byte + data_offset_bytes(container, name) for name in records}
     stored = {}
     for name, tensor in tensors.items():
         key, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
@@ -310,7 +277,7 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
             )
         is_all = (reach + 1) * item_bytes == math.prod(tensor.shape) * item_bytes == record.size_bytes
         checksum = (record.checksum or None) if is_all else None
-        offset_bytes = first_byte + offsets_bytes[key] + tensor.offset * item_bytes
+        offset_bytes = offsets_bytes[key] + tensor.offset * item_bytes
         stored[name] = StoredTensor(name, container.label, dtype, tensor.shape, tensor.strides, offset_bytes, checksum)
     return stored
 
@@ -322,18 +289,19 @@ def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
         CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`; or a tensor outside its storage.
         UnsupportedModel: no flat dict of tensors, or of a big-endian machine.
     """
-    container, saved = open_saved(path, file)
-    others = [
-        f"{type(name).__name__ if isinstance(name, int) and name.bit_length() > 63 else name}: {class_of(value)}"
-        for name, value in saved.items()
-        if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if others:
-        raise UnsupportedModel(
-            "a weights file that holds more than tensors by name",
-            file=file,
-            expected="the flat dict of tensors that save_pretrained writes",
-            found=names(others),
-            remedy="load the model with transformers and save it with save_pretrained",
-        )
-    return place_tensors(saved, container)
+    with opened_source(path, file) as opened:
+        container, saved = open_dict(opened, file)
+        others = [
+            f"{type(key).__name__ if isinstance(key, int) and key.bit_length() > 63 else key}: {class_of(value)}"
+            for key, value in saved.items()
+            if not (isinstance(key, str) and isinstance(value, Tensor))
+        ]
+        if others:
+            raise UnsupportedModel(
+                "a weights file that holds more than tensors by name",
+                file=file,
+                expected="the flat dict of tensors that save_pretrained writes",
+                found=names(others),
+                remedy="load the model with transformers and save it with save_pretrained",
+            )
+        return place_tensors(saved, container)

@@ -14,7 +14,8 @@ from pathlib import Path
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile
-from dist_convert.read.torch_file import Container, data_offsets_bytes, open_container
+from dist_convert.read.source import opened_source
+from dist_convert.read.torch_file import Container, data_offset_bytes, open_container
 from dist_convert.write.files import opened, writing
 
 #: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
@@ -66,9 +67,11 @@ def write_record_checksums(root: Path, name: str, known: Sequence[KnownRange]) -
     Raises:
         CorruptFile: it is not a container that torch wrote.
     """
-    container = open_container(root / name, name)
-    starts = data_offsets_bytes(container, [record for record in container.records if record.startswith("data/")])
-    central = dict(_central_headers(container))
+    with opened_source(root / name, name) as file:
+        container = open_container(file, name)
+        storages = [record for record in container.records if record.startswith("data/")]
+        starts = {storage: data_offset_bytes(container, storage) for storage in storages}
+        central = dict(_central_headers(container))
     with writing(root / name), opened(root, name, os.O_RDWR) as descriptor:
         for storage, start in starts.items():
             record = container.records[storage]
@@ -81,7 +84,7 @@ def write_record_checksums(root: Path, name: str, known: Sequence[KnownRange]) -
 
 def _central_headers(container: Container) -> Iterator[tuple[str, int]]:
     """Record name, and where its header in the central directory begins."""
-    with zipfile.ZipFile(container.path) as archive:
+    with zipfile.ZipFile(container.file) as archive:
         offset_bytes = archive.start_dir
         for entry in archive.infolist():
             name = entry.filename.partition("/")[2]

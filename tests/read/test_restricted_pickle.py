@@ -21,7 +21,7 @@ import torch
 
 from dist_convert.errors import CorruptFile, UnsafePickle
 from dist_convert.read.restricted_pickle import Dtype, Inert, Storage, Tensor, foreign_classes, load
-from dist_convert.read.torch_file import open_container, read_small_record
+from dist_convert.read.torch_file import open_object
 
 #: torch.save writes protocol 2, where builtins are named `__builtin__`; pickle's own default is 4 or 5.
 PROTOCOLS = (2, 3, 4, 5)
@@ -127,7 +127,8 @@ def test_training_state_of_plain_libraries_is_accepted(kind: str, protocol: int)
 
 def test_a_torch_generator_is_accepted(tmp_path: pathlib.Path) -> None:
     torch.save({"rng_state": torch.Generator(), "after": 2}, tmp_path / "file.pt")
-    loaded = load(read_small_record(open_container(tmp_path / "file.pt", "f"), "data.pkl"), "f")
+    with (tmp_path / "file.pt").open("rb") as file:
+        _, loaded = open_object(file, "f")
     assert loaded["rng_state"].class_name == "torch._C.Generator"
     assert loaded["after"] == 2
 

@@ -17,7 +17,7 @@ import torch
 from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.read import torch_file
-from dist_convert.read.torch_file import data_offsets_bytes, open_container, read_small_record
+from dist_convert.read.torch_file import Container, data_offset_bytes, open_container, read_small_record
 
 LABEL = "mp_rank_00/model_optim_rng.pt"
 #: Where fields lie in a central directory header, and in a local one (APPNOTE.TXT, 4.3.12 and 4.3.7).
@@ -31,6 +31,15 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model_optim_rng.pt"
     torch.save({"a": torch.arange(100, dtype=torch.float32), "b": torch.tensor([7, 8, 9], dtype=torch.int32)}, path)
     return path
+
+
+def container_of(path: Path) -> Container:
+    return open_container(io.BytesIO(path.read_bytes()), LABEL)
+
+
+def place_storages(path: Path) -> list[int]:
+    container = container_of(path)
+    return [data_offset_bytes(container, record) for record in ("data/0", "data/1")]
 
 
 def entry(path: Path, record: str) -> zipfile.ZipInfo:
@@ -60,8 +69,8 @@ def write_zip(path: Path, *names: str, compression: int = zipfile.ZIP_STORED) ->
 
 @pytest.mark.parametrize("record", ["data/0", "data/1"])
 def test_the_bytes_of_a_storage_are_at_the_offset_given(saved: Path, record: str) -> None:
-    container = open_container(saved, LABEL)
-    offset = data_offsets_bytes(container, [record])[record]
+    container = container_of(saved)
+    offset = data_offset_bytes(container, record)
     found = saved.read_bytes()[offset : offset + container.records[record].size_bytes]
     with zipfile.ZipFile(saved) as archive:
         assert found == archive.read(entry(saved, record))
@@ -69,18 +78,18 @@ def test_the_bytes_of_a_storage_are_at_the_offset_given(saved: Path, record: str
 
 
 def test_records_are_named_without_the_archive_folder(saved: Path) -> None:
-    assert {"data.pkl", "data/0", "data/1", "byteorder"} <= set(open_container(saved, LABEL).records)
+    assert {"data.pkl", "data/0", "data/1", "byteorder"} <= set(container_of(saved).records)
 
 
 def test_a_small_record_is_read_whole(saved: Path) -> None:
-    assert read_small_record(open_container(saved, LABEL), "byteorder") == b"little"
+    assert read_small_record(container_of(saved), "byteorder") == b"little"
 
 
 @pytest.mark.parametrize("kept", [0, 1, 29, 30, 63, 64, 400, 600, 1000, -300, -64, -23, -22, -21, -1])
 def test_a_truncated_file_is_named_with_what_to_do(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
     with pytest.raises(CorruptFile) as caught:
-        open_container(saved, LABEL)
+        container_of(saved)
     assert caught.value.file == LABEL
     assert "copy the file again" in caught.value.remedy
 
@@ -90,7 +99,7 @@ def test_what_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.pt"
     path.write_bytes(content)
     with pytest.raises(CorruptFile, match="not a complete torch checkpoint"):
-        open_container(path, LABEL)
+        container_of(path)
 
 
 def test_a_zip_without_entries_is_refused(tmp_path: Path) -> None:
@@ -104,14 +113,14 @@ def test_the_format_before_torch_1_6_is_refused_with_what_to_do(tmp_path: Path) 
     path = tmp_path / "file.pt"
     torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CorruptFile) as caught:
-        open_container(path, LABEL)
+        container_of(path)
     assert "old format" in caught.value.remedy
 
 
 def test_compressed_entries_are_refused_by_name(tmp_path: Path) -> None:
     write_zip(tmp_path / "file.pt", "archive/data.pkl", compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(CorruptFile, match=r"'archive/data\.pkl' is not one that torch writes") as caught:
-        open_container(tmp_path / "file.pt", LABEL)
+        container_of(tmp_path / "file.pt")
     assert caught.value.file == LABEL
 
 
@@ -120,7 +129,7 @@ def test_compressed_entries_are_refused_by_name(tmp_path: Path) -> None:
 def test_two_records_of_one_name_are_refused(tmp_path: Path, second: str) -> None:
     write_zip(tmp_path / "file.pt", "archive/data.pkl", second)
     with pytest.raises(CorruptFile, match="is not one that torch writes"):
-        open_container(tmp_path / "file.pt", LABEL)
+        container_of(tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path, second: str) -> Non
 def test_a_directory_entry_that_torch_never_writes_is_refused(saved: Path, field: int, value: bytes) -> None:
     patch_directory(saved, "data/0", field, value)
     with pytest.raises(CorruptFile) as caught:
-        data_offsets_bytes(open_container(saved, LABEL), ["data/0", "data/1"])
+        place_storages(saved)
     assert caught.value.file == LABEL
 
 
@@ -155,27 +164,27 @@ def test_a_directory_entry_that_torch_never_writes_is_refused(saved: Path, field
 def test_a_damaged_local_header_cannot_shift_a_storage(saved: Path, record: str, field: int, value: bytes) -> None:
     patch(saved, entry(saved, record).header_offset + field, value)
     with pytest.raises(CorruptFile) as caught:
-        data_offsets_bytes(open_container(saved, LABEL), [record])
+        data_offset_bytes(container_of(saved), record)
     assert caught.value.file == LABEL
 
 
 def test_a_storage_without_a_record_is_named(saved: Path) -> None:
     with pytest.raises(CorruptFile, match="'data/2' is absent") as caught:
-        data_offsets_bytes(open_container(saved, LABEL), ["data/2"])
+        data_offset_bytes(container_of(saved), "data/2")
     assert caught.value.file == LABEL
 
 
 def test_a_zip_without_a_pickle_is_refused_with_what_is_expected(tmp_path: Path) -> None:
     write_zip(tmp_path / "file.pt", "archive/other")
     with pytest.raises(CorruptFile, match=r"no usable record 'data\.pkl'") as caught:
-        read_small_record(open_container(tmp_path / "file.pt", LABEL), "data.pkl")
+        read_small_record(container_of(tmp_path / "file.pt"), "data.pkl")
     assert "model_optim_rng.pt" in caught.value.remedy
 
 
 def test_an_oversized_pickle_is_refused_before_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
     with pytest.raises(CorruptFile) as caught:
-        read_small_record(open_container(saved, LABEL), "data.pkl")
+        read_small_record(container_of(saved), "data.pkl")
     assert caught.value.expected == "a record of at most 100 B"
 
 
@@ -183,7 +192,7 @@ def test_a_flipped_bit_in_the_pickle_fails_its_checksum(saved: Path) -> None:
     data = saved.read_bytes()
     patch(saved, data.index(b"FloatStorage"), b"f")
     with pytest.raises(CorruptFile, match="cannot be read") as caught:
-        read_small_record(open_container(saved, LABEL), "data.pkl")
+        read_small_record(container_of(saved), "data.pkl")
     assert caught.value.file == LABEL
 
 
@@ -191,7 +200,7 @@ def test_a_flipped_bit_in_the_pickle_fails_its_checksum(saved: Path) -> None:
 def test_a_pickle_stored_in_a_way_that_torch_never_does_is_refused(saved: Path, flags: int) -> None:
     patch_directory(saved, "data.pkl", FLAGS, struct.pack("<H", flags))
     with pytest.raises(CorruptFile) as caught:
-        read_small_record(open_container(saved, LABEL), "data.pkl")
+        read_small_record(container_of(saved), "data.pkl")
     assert caught.value.file == LABEL
 
 
@@ -204,13 +213,13 @@ def test_big_endian_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        open_container(tmp_path, LABEL)
+        read_shard(tmp_path, LABEL)
     assert caught.value.file == LABEL
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        open_container(tmp_path / "gone.pt", LABEL)
+        read_shard(tmp_path / "gone.pt", LABEL)
     assert caught.value.file == LABEL
 
 
@@ -232,6 +241,6 @@ def unreadable(saved: Path) -> Iterator[Path]:
 
 def test_a_file_that_may_not_be_read_is_named(unreadable: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        open_container(unreadable, LABEL)
+        read_shard(unreadable, LABEL)
     assert caught.value.file == LABEL
     assert "denied" in str(caught.value)

@@ -15,7 +15,7 @@ import torch
 
 from dist_convert.errors import CorruptFile
 from dist_convert.formats.torch.target import write_skeleton
-from dist_convert.read.torch_file import data_offsets_bytes, open_container
+from dist_convert.read.torch_file import data_offset_bytes, open_container
 from dist_convert.write.checksums import checksum_of, write_record_checksums
 from dist_convert.write.files import opened
 
@@ -29,9 +29,10 @@ CHECKSUMS = {name: zlib.crc32(data) for name, data in DATA.items()}
 
 def record_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Where the storages lie: record name -> (offset, size)."""
-    container = open_container(path, path.name)
-    offsets = data_offsets_bytes(container, [name for name in container.records if name.startswith("data/")])
-    return {name: (offset, container.records[name].size_bytes) for name, offset in offsets.items()}
+    with path.open("rb") as file:
+        container = open_container(file, path.name)
+        storages = {name: record for name, record in container.records.items() if name.startswith("data/")}
+        return {name: (data_offset_bytes(container, name), record.size_bytes) for name, record in storages.items()}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from dist_convert.formats.huggingface.read import read_safetensors_shard
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.source import read_small_file, reading, stamp
+from dist_convert.read.source import opened_source, read_small_file, stamp
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES
 from dist_convert.records import StoredTensor, names
 
@@ -138,7 +138,7 @@ def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tup
 def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
     """Of each chunk of a file its key, its box, where its elements lie, and their size and checksum."""
     chunks, path = chunks_of[file], directory / file
-    with reading(path), path.open("rb") as opened:
+    with opened_source(path, str(path)) as opened:
         is_safetensors = opened.read(9)[8:] == b"{"  # behind the length of the header; a zip has zeros there
     placed = _in_safetensors(path, file, chunks) if is_safetensors else place_chunks(directory, file, chunks)
     return [

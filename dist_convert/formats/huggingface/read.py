@@ -25,7 +25,7 @@ from dist_convert.errors import (
     raise_together,
 )
 from dist_convert.formats.megatron.iterations import is_checkpoint, meant_below
-from dist_convert.read.source import check_values, no_directory, open_to_read, read_json, reading
+from dist_convert.read.source import check_values, no_directory, opened_source, read_json
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
 
@@ -124,7 +124,7 @@ def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTenso
         UnsupportedModel: a dtype that is not known.
         SourceError: the file cannot be read.
     """
-    with reading(file), os.fdopen(open_to_read(path), "rb") as stream:
+    with opened_source(path, file) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
         most = min(MAX_HEADER_BYTES, size_bytes - 8)
         length = int.from_bytes(stream.read(8), "little")

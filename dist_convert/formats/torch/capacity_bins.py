@@ -18,6 +18,7 @@ from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, lay
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
+from dist_convert.read.source import opened_source
 from dist_convert.records import DTYPE_BYTES, StoredTensor, counted, local_name
 from dist_convert.write.files import write_file
 
@@ -47,7 +48,7 @@ def _read(directory: Path, tensor: StoredTensor) -> list[float]:
     if tensor.dtype not in _DTYPES:
         raise _unexpected(tensor.dtype, tensor.name, str(directory / tensor.file), "--save-capacity-bins")
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    with (directory / tensor.file).open("rb") as file:
+    with opened_source(directory / tensor.file, tensor.file) as file:
         file.seek(tensor.offset_bytes)
         data = bytearray(file.read(span * DTYPE_BYTES[tensor.dtype]))
     stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])

@@ -15,8 +15,8 @@ from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.names import reason_to_drop
 from dist_convert.read.restricted_pickle import Inert, Tensor, class_of, foreign_classes, inside, plain_dict
-from dist_convert.read.source import reading
-from dist_convert.read.torch_file import Container, open_saved, place_tensors
+from dist_convert.read.source import opened_source, reading
+from dist_convert.read.torch_file import Container, open_dict, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor
 
 
@@ -67,32 +67,33 @@ def read_shard(path: Path, file: str) -> Shard:
         MissingArguments: it holds no `args`.
         UnsupportedModel: it is of a format or version that is not read.
     """
-    container, saved = open_saved(path, file)
-    args = saved.get("args")
-    values = args.state if isinstance(args, Inert) else args
-    if not isinstance(values, Mapping):
-        raise MissingArguments(
-            "the checkpoint has no args",
+    with opened_source(path, file) as opened:
+        container, saved = open_dict(opened, file)
+        args = saved.get("args")
+        values = args.state if isinstance(args, Inert) else args
+        if not isinstance(values, Mapping):
+            raise MissingArguments(
+                "the checkpoint has no args",
+                file=file,
+                expected="an argparse.Namespace or a dict under the key 'args'",
+                found=_listed(saved) or "an empty dict",
+                remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the sizes",
+            )
+        models = _models(saved, file)
+        if any("query_key_value" in name for model in models for name in model):
+            _refuse_old_version(saved.get("checkpoint_version"), file)
+        chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
+        iteration = saved.get("iteration")
+        return Shard(
             file=file,
-            expected="an argparse.Namespace or a dict under the key 'args'",
-            found=_listed(saved) or "an empty dict",
-            remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the model's sizes",
+            size_bytes=container.size_bytes,
+            iteration=iteration if isinstance(iteration, int) else None,
+            args=in_megatrons_words(plain_dict(values)),
+            chunks=chunks,
+            opaque=tuple(dict(_opaque(model)) for model in models),
+            others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
+            foreign_classes=foreign_classes(saved),
         )
-    models = _models(saved, file)
-    if any("query_key_value" in name for model in models for name in model):
-        _refuse_old_version(saved.get("checkpoint_version"), file)
-    chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
-    iteration = saved.get("iteration")
-    return Shard(
-        file=file,
-        size_bytes=container.size_bytes,
-        iteration=iteration if isinstance(iteration, int) else None,
-        args=in_megatrons_words(plain_dict(values)),
-        chunks=chunks,
-        opaque=tuple(dict(_opaque(model)) for model in models),
-        others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
-        foreign_classes=foreign_classes(saved),
-    )
 
 
 #: Keys of a file that describe its model or hold it; with virtual stages there is model0, model1 and so on.

@@ -13,8 +13,8 @@ from dist_convert.formats.torch_dist.run_config import RUN_CONFIG_FILE, args_of_
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, Blob, Metadata, SavedTensor, read_metadata, read_object
 from dist_convert.read.restricted_pickle import Inert, foreign_classes, plain_dict
-from dist_convert.read.source import read_json
-from dist_convert.read.torch_file import open_saved
+from dist_convert.read.source import opened_source, read_json
+from dist_convert.read.torch_file import open_dict
 
 COMMON_FILE = "common.pt"
 
@@ -92,7 +92,8 @@ def _args(
     path, args_file = directory / COMMON_FILE, COMMON_FILE
     saved: object = None
     if path.is_file():
-        saved = open_saved(path, str(path))[1]
+        with opened_source(path, str(path)) as file:
+            saved = open_dict(file, str(path))[1]
     else:
         args_file = METADATA_FILE
         for key in filter(common_object, metadata.objects):
