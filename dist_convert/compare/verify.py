@@ -5,7 +5,7 @@ read headers -> name every tensor and where it lies -> deal blocks to ranks -> r
 Files of one name on the disks of several nodes are each a copy of its own, and compared where they lie.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -28,8 +28,7 @@ from dist_convert.models.catalog import NOTHING_ASKED, Where
 from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
-from dist_convert.read.discover import gather_listings
-from dist_convert.read.source import stamp
+from dist_convert.read.source import Listing
 from dist_convert.records import counted, name_at
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.task import Task
@@ -84,12 +83,8 @@ def _open(letter: str, where: Where, world: World) -> Model:
         return open_checkpoint(where, world)
 
 
-def _checkpoints(
-    first: Model, second: Model, world: World, *, is_shared: bool = False
-) -> tuple[Checkpoint, Checkpoint]:
+def _checkpoints(first: Model, second: Model, world: World) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints; one that does not say the size of its vocabulary takes the other's.
-
-    `is_shared` says that all ranks are known to see the same files of the second.
 
     Raises:
         SourceError: tensors that are missing, unknown or of another shape than the config says.
@@ -98,7 +93,7 @@ def _checkpoints(
         a = _checkpoint(first, second.vocab, world)
     with _named("B"):
         b = _checkpoint(second, first.vocab, world)
-    return _with_copies(a, world), b if is_shared else _with_copies(b, world)
+    return _with_copies(a, first.found.listings), _with_copies(b, second.found.listings)
 
 
 @contextmanager
@@ -124,17 +119,15 @@ def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
 
-def _with_copies(checkpoint: Checkpoint, world: World) -> Checkpoint:
+def _with_copies(checkpoint: Checkpoint, listings: Sequence[Listing]) -> Checkpoint:
     """The checkpoint with a name of its own for each different file of one name."""
-    mine = {file: stamp(checkpoint.path / file) for file in sorted(checkpoint.visible[world.rank])}
-    listings = [{file: tuple(found) for file, found in of.items()} for of in gather_listings(world, mine)]
     known: dict[str, dict[tuple[int, ...], str]] = {}
     for file, found in ((file, found) for listing in listings for file, found in listing.items()):
         alike = known.setdefault(file, {})
-        alike.setdefault(found, name_at(len(alike), file))
+        alike.setdefault(tuple(found), name_at(len(alike), file))
     if all(len(alike) == 1 for alike in known.values()):
         return checkpoint
-    visible = tuple(frozenset(known[file][found] for file, found in listing.items()) for listing in listings)
+    visible = tuple(frozenset(known[file][tuple(found)] for file, found in listing.items()) for listing in listings)
     return replace(checkpoint, visible=visible, copies={file: tuple(alike.values()) for file, alike in known.items()})
 
 
@@ -187,7 +180,7 @@ def compare_with_source(source: Model, task: Task, directory: Path, world: World
     """
     family = task.content.ends.source.architecture.family
     target = _open("target", Where(directory, family=family, is_compared=True), world)
-    a, b = _checkpoints(source, target, world, is_shared=not any(task.places))
+    a, b = _checkpoints(source, target, world)
     work = work_of(a, b, SAMPLE if task.job.verify == "sample" else Fraction(1))
     outcome = compare_all(a, b, work, world, lambda _: None)
     if not outcome.is_same:

@@ -5,6 +5,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,24 @@ class Discovery:
 
     Attributes:
         headers: each file's header as JSON, by file.
-        visible: for each rank, the files that it can read.
+        listings: for each rank, the files that it can read.
         headers_of: for each rank, the files whose headers it read.
-        listing: of the files that this rank sees.
+        listing: that of this rank.
         checksums: of each file, the offset, size and CRC-32 of each record that has one, all of them in one array.
         identity: of each file, the size in bytes, the time of the last change in ns, and a digest of the header.
     """
 
     headers: dict[str, Any]
-    visible: tuple[frozenset[str], ...]
+    listings: Sequence[Listing]
     headers_of: tuple[tuple[str, ...], ...]
     listing: Listing
     identity: dict[str, tuple[int, int, str]]
     checksums: Checksums = field(default_factory=dict)
+
+    @cached_property
+    def visible(self) -> tuple[frozenset[str], ...]:
+        """For each rank, the names of the files that it can read."""
+        return tuple(map(frozenset, self.listings))
 
     def with_checksums(self, records: Iterable[tuple[str, int, int, int | None]]) -> "Discovery":
         """The same with those records, (file, offset, size in bytes, CRC-32), that have a checksum."""
@@ -65,12 +71,11 @@ def discover(
     names = sorted(frozenset[str]().union(*listings))
     if not names:
         raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
-    _check_same_files(world, directory, names, listings, read_header)
+    check_same_files(world, directory, listings, read_header)
     headers_of = deal_headers(names, listings)
     read = {file: read_header(file) for file in headers_of[world.rank]}
     headers = {file: header for of_rank in gather_objects(world, read) for file, header in of_rank.items()}
-    visible = tuple(frozenset(seen) for seen in listings)
-    return Discovery(headers, visible, headers_of, mine, _identity(headers, listings))
+    return Discovery(headers, listings, headers_of, mine, _identity(headers, listings))
 
 
 def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[str, tuple[int, int, str]]:
@@ -94,19 +99,18 @@ def gather_listings(world: World, mine: Listing) -> list[Listing]:
     return gather_objects(world, mine)
 
 
-def _check_same_files(
-    world: World,
-    directory: Path,
-    files: Sequence[str],
-    listings: Sequence[Listing],
-    read_header: Callable[[str], Any],
+def check_same_files(
+    world: World, directory: Path, listings: Sequence[Listing], read_header: Callable[[str], Any]
 ) -> None:
     """Refuse different files of one name; copies on several machines are told from them by a sample of their bytes.
 
     Headers are compared too: those of rank files have checksums of their tensors.
+
+    Raises:
+        InconsistentShards: naming the file and two ranks.
     """
     sampled_by: dict[str, list[int]] = {}
-    for file in files:
+    for file in sorted(frozenset[str]().union(*listings)):
         first_of: dict[tuple[int, ...], int] = {}
         for rank, listing in enumerate(listings):
             if file in listing:

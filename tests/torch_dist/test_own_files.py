@@ -73,6 +73,8 @@ def test_a_file_that_no_rank_sees_is_named(outcomes: dict[str, Any]) -> None:
 def test_nodes_with_different_metadata_are_named(outcomes: dict[str, Any]) -> None:
     answer, _, target = outcomes["another metadata on one disk"]
     assert set(answer.exit_codes) == {1}
-    assert "nodes have different files .metadata" in "".join(answer.stderr)
-    assert "another one on rank 3 than on rank 1" in "".join(answer.stderr)
+    assert "two ranks see different files under one name" in "".join(answer.stderr)
+    assert f"{ITERATION}/.metadata" in "".join(answer.stderr)
+    assert "bytes as on rank 1" in "".join(answer.stderr)
+    assert "bytes of other content on rank 3" in "".join(answer.stderr)
     assert not target.exists()

@@ -9,13 +9,13 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import CheckpointNotFound, InconsistentShards, MissingShard, below
+from dist_convert.errors import CheckpointNotFound, MissingShard, below
 from dist_convert.formats.dcp.chunks import Stored, StoredChunk, chunk_name
 from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.read import read_safetensors_shard
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
-from dist_convert.read.discover import Discovery, discover
+from dist_convert.read.discover import Discovery, check_same_files, discover, gather_listings
 from dist_convert.read.source import opened_source, read_small_file, stamp
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES
 from dist_convert.records import StoredTensor, names
@@ -59,28 +59,19 @@ def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, 
     if any(gather_objects(world, bool(shards_of(directory)))):
         return _shared(directory, 0, world, read)
     path = directory / METADATA_FILE
-    stamps: list[list[int] | None] = gather_objects(world, list(stamp(path)) if path.is_file() else None)
-    firsts = {stamps.index(one) for one in stamps if one is not None}
-    if not firsts:
+    listings = gather_listings(world, {METADATA_FILE: stamp(path)} if path.is_file() else {})
+    seeing = [rank for rank, listing in enumerate(listings) if listing]
+    if not seeing:
         raise CheckpointNotFound(
             "no rank sees .metadata, without which the .distcp files cannot be read",
             file=str(path),
             expected="the file that training writes last, on the node of its first rank",
             remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
         )
-    reader = min(firsts)
-    mine = hashlib.sha256(read_small_file(path, MAX_PICKLE_BYTES)).hexdigest() if world.rank in firsts else ""
-    digests: list[str] = gather_objects(world, mine)
-    others = [rank for rank in sorted(firsts) if digests[rank] != digests[reader]]
-    if others:
-        raise InconsistentShards(
-            "nodes have different files .metadata",
-            file=str(path),
-            expected="one checkpoint's on every node that has it",
-            found=f"another one on rank {others[0]} than on rank {reader}",
-            remedy="nodes hold files of different runs or iterations; name the iteration, or copy the right files",
-        )
-    return _shared(directory, reader, world, read)
+    check_same_files(
+        world, directory, listings, lambda _: hashlib.sha256(read_small_file(path, MAX_PICKLE_BYTES)).hexdigest()
+    )
+    return _shared(directory, seeing[0], world, read)
 
 
 def _shared(directory: Path, reader: int, world: World, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
