@@ -89,6 +89,8 @@ class ConversionError(Exception):
     """
 
     exit_code = 1
+    #: What helps where an error of this kind says nothing better.
+    usual_remedy = ""
 
     def __init__(
         self,
@@ -101,8 +103,8 @@ class ConversionError(Exception):
         remedy: str = "",
         lines: Sequence[str] = (),
     ) -> None:
-        self.what, self.tensor, self.file, self.remedy, self.lines = what, tensor, file, remedy, tuple(lines)
-        self.expected, self.found = str(expected), str(found)
+        self.what, self.tensor, self.file, self.lines = what, tensor, file, tuple(lines)
+        self.expected, self.found, self.remedy = str(expected), str(found), remedy or self.usual_remedy
         #: How to go on, where an unfinished target is left that can be gone on with.
         self.resume = ""
         #: Of the rank that met it, where that is another one; None otherwise.
@@ -149,6 +151,8 @@ class InconsistentShards(SourceError):
 
 class CorruptFile(SourceError):
     """Truncated, or not what its header says."""
+
+    usual_remedy = "the file is damaged or cut short: copy the file again from where it was saved"
 
 
 class SourceChanged(SourceError):

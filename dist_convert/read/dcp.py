@@ -187,7 +187,6 @@ def _damaged(file: str, expected: str, found: object) -> CorruptFile:
         file=file,
         expected=expected,
         found=_shown(found),
-        remedy="copy the file again from where it was saved",
     )
 
 
@@ -262,5 +261,4 @@ def _check_apart(path: Path, blobs: Sequence[Blob], file: BinaryIO) -> None:
                 file=str(path),
                 expected=f"the blob at byte {first} ends by byte {following}",
                 found=f"it ends at byte {end}; the file has {file_bytes}",
-                remedy="the file is cut short or of another checkpoint; copy it again",
             )

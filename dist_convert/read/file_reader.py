@@ -202,7 +202,6 @@ class FileReader:
                     file=view.file,
                     expected=expected,
                     found=f"{done} bytes",
-                    remedy="the file is cut short, or its disk does not give all of it; copy it again",
                 )
             done += count
         if view.file in self._checksums:
@@ -230,7 +229,6 @@ class FileReader:
                 file=view.file,
                 expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
                 found=f"{checksum:08x}",
-                remedy="the file or its disk is damaged: copy the file again from where it was saved",
             )
 
     def _end(self, view: View) -> None:

@@ -504,7 +504,6 @@ def load(data: bytes, label: str) -> Any:
             "damaged pickle",
             file=label,
             found=f"{type(error).__name__}: {error}",
-            remedy="copy the file again from the machine that saved it",
         ) from error
 
 

@@ -84,12 +84,7 @@ def opened_source(path: Path, file: str) -> Iterator[BinaryIO]:
     """
     with reading(file), os.fdopen(open_to_read(path), "rb") as opened:
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-            raise CorruptFile(
-                "no plain file",
-                file=file,
-                found="a pipe, a device or the like",
-                remedy="copy the file again from where it was saved",
-            )
+            raise CorruptFile("no plain file", file=file, found="a pipe, a device or the like")
         yield opened
 
 

@@ -140,7 +140,6 @@ def open_container(file: BinaryIO, label: str, first_byte: int = 0) -> Container
                 expected=f"stored, unencrypted, named once, inside bytes {entry.header_offset}..{limit}",
                 found=f"compression {entry.compress_type} to {entry.compress_size} bytes, flags {entry.flag_bits:#x}, "
                 f"{entry.file_size} bytes",
-                remedy="copy the file again from the machine that saved it",
             )
         stored_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_NAME else "cp437")
         records[name] = Record(entry.header_offset, entry.file_size, limit, stored_name, entry.CRC)
@@ -189,13 +188,13 @@ def data_offset_bytes(container: Container, name: str) -> int:
     """
     record, file = container.records.get(name), container.file
     if record is None:
-        raise CorruptFile(f"storage {name!r} is absent", file=container.label, remedy="copy the file again")
+        raise CorruptFile(f"storage {name!r} is absent", file=container.label)
     file.seek(record.header_offset_bytes)
     header = file.read(_LOCAL_HEADER.size)
     whole = len(header) == _LOCAL_HEADER.size and header[:4] == b"PK\x03\x04"
     path_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)[9:] if whole else (0, 0)
     if file.read(path_bytes) != record.path or not _is_well_formed(file.read(extra_bytes)):
-        raise CorruptFile(f"damaged local header of {name!r}", file=container.label, remedy="copy the file again")
+        raise CorruptFile(f"damaged local header of {name!r}", file=container.label)
     offset_bytes = file.tell()
     if offset_bytes + record.size_bytes > record.limit_bytes:
         raise CorruptFile(
@@ -203,7 +202,6 @@ def data_offset_bytes(container: Container, name: str) -> int:
             file=container.label,
             expected=f"data up to byte {record.limit_bytes} at most",
             found=f"{offset_bytes}..{offset_bytes + record.size_bytes}",
-            remedy="copy the file again; this one is damaged",
         )
     return offset_bytes
 
@@ -262,7 +260,6 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
                 tensor=name,
                 file=container.label,
                 expected="numbers of at most 63 bits",
-                remedy="the file is damaged; copy it again from where it was saved",
             )
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
         end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
@@ -273,7 +270,6 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
                 file=container.label,
                 expected=f"at least {end_bytes} bytes in {key}",
                 found=f"{record.size_bytes} bytes",
-                remedy="copy the file again from where it was saved",
             )
         is_all = (reach + 1) * item_bytes == math.prod(tensor.shape) * item_bytes == record.size_bytes
         checksum = (record.checksum or None) if is_all else None

@@ -27,6 +27,8 @@ _LOCAL_FLAGS, _LOCAL_CRC = 6, 14
 _HAS_DESCRIPTOR = 1 << 3
 _DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 
+_CHANGED = "something else has written to the target: let nothing do that, and convert again"
+
 
 def checksum_of(descriptor: int, label: str, start: int, end: int, known: Sequence[KnownRange]) -> int:
     """The checksum of a stretch of a file from byte `start` to `end`; only what no known range covers is read.
@@ -53,7 +55,9 @@ def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: 
     while start < end:
         data = os.pread(descriptor, min(end - start, _READ_BYTES), start)
         if not data:
-            raise CorruptFile("a file of the target has become shorter", file=label, found=f"{start} bytes")
+            raise CorruptFile(
+                "a file of the target has become shorter", file=label, found=f"{start} bytes", remedy=_CHANGED
+            )
         checksum = isal_zlib.crc32(data, checksum)
         start += len(data)
     return checksum
@@ -104,5 +108,11 @@ def _local_place(descriptor: int, header_offset_bytes: int, end_bytes: int, labe
         return header_offset_bytes + _LOCAL_CRC
     found = os.pread(descriptor, 4, end_bytes)
     if found != _DESCRIPTOR_SIGNATURE:
-        raise CorruptFile("no data descriptor behind a record", file=label, expected=_DESCRIPTOR_SIGNATURE, found=found)
+        raise CorruptFile(
+            "no data descriptor behind a record",
+            file=label,
+            expected=_DESCRIPTOR_SIGNATURE,
+            found=found,
+            remedy=_CHANGED,
+        )
     return end_bytes + len(_DESCRIPTOR_SIGNATURE)

@@ -38,7 +38,6 @@ WEIGHTS_KINDS = (
 )
 _MAX_NAME_BYTES = 255
 _MAX_CONFIG_BYTES = 8_000_000
-_AGAIN = "copy or download the file again"
 
 
 def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
@@ -55,11 +54,10 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
             file=index_file,
             expected="an object: tensor -> file",
             found="an empty one" if weight_map == {} else type(weight_map).__name__,
-            remedy=_AGAIN,
         )
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file, remedy=_AGAIN)
+            raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file)
     for name in dict.fromkeys(weight_map.values()):
         check_weights_name(directory, name, index_file)
     return weight_map
@@ -80,7 +78,6 @@ def check_weights_name(directory: Path, name: str, named_by: str) -> None:
             file=named_by,
             expected=f"a relative path inside the directory, ending in {SAFETENSORS} or {PICKLED}",
             found=repr(name[:80]),
-            remedy=_AGAIN,
         )
     check_inside(directory, name)
 
@@ -135,7 +132,6 @@ def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTenso
             file=file,
             expected=f"a header of at most {max(0, most)} bytes",
             found=f"{length} bytes",
-            remedy="copy the file again; this one is cut short or no safetensors file",
         )
     try:
         header = _loads(text)
@@ -154,7 +150,6 @@ def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTenso
                 file=file,
                 expected=f"bytes from {position} on, up to {size_bytes} at most",
                 found=f"{tensor.offset_bytes}..{tensor.offset_bytes + tensor.size_bytes}",
-                remedy="copy the file again; this one is cut short or damaged",
             )
         position += tensor.size_bytes
     return tensors, offsets
@@ -319,7 +314,9 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
         found = holders.get(name, [])
         if file in headers and not found:
             what = "the index names a tensor that no file holds"
-            problems.append(MissingTensor(what, tensor=name, file=file, found="nothing", remedy=_AGAIN))
+            problems.append(
+                MissingTensor(what, tensor=name, file=file, found="nothing", remedy=CorruptFile.usual_remedy)
+            )
         elif file in headers and found != [file]:
             problems.append(
                 InconsistentShards(
