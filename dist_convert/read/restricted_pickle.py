@@ -186,10 +186,8 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, _state: A
     return kind(*arguments) if isinstance(kind, Inert) and is_foreign(kind.class_name) else function(*arguments)
 
 
-def _ordered_dict(items: Sequence[tuple[Any, Any]] = ()) -> dict[Any, Any]:
-    if len(items) > _MAX_ITEMS:  # as torch writes it, they come one by one
-        raise pickle.UnpicklingError("a call with too many arguments")
-    return {_checked_key(key): value for key, value in items}
+def _ordered_dict() -> dict[Any, Any]:
+    return {}  # its items come one by one
 
 
 #: What stands for the few functions and classes that matter.
@@ -207,19 +205,6 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 
 #: Keys of a dict that are cheap to hash and to find.
 _CHEAP_KEYS = frozenset((str, bytes, Inert, Dtype))
-
-
-def _checked_key(key: Any) -> Any:
-    """A dict key that is cheap to hash: hashing a tuple hashes all that it holds, however deep and however often."""
-    waiting, seen = [key], 0
-    while waiting:
-        item = waiting.pop()
-        seen += 1
-        if seen > _MAX_ITEMS:
-            raise pickle.UnpicklingError("a dict key that holds too much")
-        if isinstance(item, tuple):
-            waiting += item
-    return key
 
 
 def _named(module: str, name: str, label: str) -> Any:
@@ -321,7 +306,7 @@ class _Unpickler:
             "TUPLE2": lambda _: push_new(tuple(pop(2))),
             "TUPLE3": lambda _: push_new(tuple(pop(3))),
             "NEWOBJ_EX": lambda _: self._call(*pop(3)[:2]),  # nothing is made from its keyword arguments
-            "OBJ": lambda _: self._call_with_list(pop_to_mark()),
+            "OBJ": lambda _: self._call_listed(*pop_to_mark()),
             "INST": self._make_instance,
             "BUILD": lambda _: self._build(stack.pop()),
             "BINPERSID": lambda _: self._push_storage(pop(1)[0]),
@@ -403,9 +388,8 @@ class _Unpickler:
         arguments = self._stack.pop()
         self._call(self._stack.pop(), arguments)
 
-    def _call_with_list(self, called: list[Any]) -> None:
-        function, *arguments = called
-        self._call(function, tuple(arguments))
+    def _call_listed(self, function: Any, *arguments: Any) -> None:
+        self._call(function, arguments)
 
     def _make_instance(self, names: str) -> None:
         arguments = tuple(self._pop_to_mark())
@@ -446,7 +430,15 @@ class _Unpickler:
         self._other_keys += 1
         if self._other_keys > _MAX_OTHER_KEYS:
             raise pickle.UnpicklingError("too many dict keys that are no texts")
-        return _checked_key(key)
+        waiting, seen = [key], 0
+        while waiting:
+            item = waiting.pop()
+            seen += 1
+            if seen > _MAX_ITEMS:
+                raise pickle.UnpicklingError("a dict key that holds too much")
+            if isinstance(item, tuple):
+                waiting += item
+        return key
 
 
 def class_of(value: object) -> str:

@@ -313,10 +313,8 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
     for name, file in index.items():
         found = holders.get(name, [])
         if file in headers and not found:
-            what = "the index names a tensor that no file holds"
-            problems.append(
-                MissingTensor(what, tensor=name, file=file, found="nothing", remedy=CorruptFile.usual_remedy)
-            )
+            what, remedy = "the index names a tensor that no file holds", "copy or download both files again"
+            problems.append(MissingTensor(what, tensor=name, file=file, found="nothing", remedy=remedy))
         elif file in headers and found != [file]:
             problems.append(
                 InconsistentShards(
