@@ -23,8 +23,6 @@ _ELEMENTS = 64
 
 #: The stored tensors that hold a shard in one file, see `stored_pieces`.
 _Pieces = Sequence[tuple[Piece, StoredTensor, int, int]]
-
-
 #: The catalogs of Megatron's formats.
 _Megatron = TorchCatalog | DistCatalog
 
@@ -85,9 +83,8 @@ def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, l
     for region in regions:
         down, right = row - region.box.row, column - region.box.column
         if 0 <= down < region.box.rows and 0 <= right < region.box.columns:
-            for v in region.replicas:
-                elements = down * v.row_stride + right * v.column_stride
-                found.setdefault(v.file, []).append(v.offset_bytes + elements * DTYPE_BYTES[v.dtype])
+            for view in region.replicas:
+                found.setdefault(view.file, []).append(view.offset_at(down, right))
     return found
 
 

@@ -6,7 +6,8 @@ format's business: a format says of each box of a tensor where it is stored, and
 conversion is the intersection of two such catalogs (`plan.copies`), a verification their comparison.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,15 @@ class Where:
 
 #: What of a checkpoint is no part of the model, or is dropped on purpose: (reason, tensors, bytes).
 LeftBehind = tuple[tuple[str, int, int], ...]
+
+
+def by_reason(left: Iterable[tuple[str, int, int]]) -> LeftBehind:
+    """The same with one entry for each reason."""
+    counts, sizes_bytes = Counter[str](), Counter[str]()
+    for reason, count, size_bytes in left:
+        counts[reason] += count
+        sizes_bytes[reason] += size_bytes
+    return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts))
 
 
 @dataclass(frozen=True)

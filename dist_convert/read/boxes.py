@@ -15,10 +15,6 @@ from dist_convert.records import DTYPE_BYTES, Box, View, alternating, block_tile
 _WIDEST_BYTES = 8
 
 
-#: Views of which the operating system is asked to read before they are due.
-_READ_AHEAD = 8
-
-
 def matrix(buffer: Buffer, dtype: str, rows: int, columns: int) -> torch.Tensor:
     """The beginning of a buffer as rows x columns values."""
     return buffer.tensor[: rows * columns * DTYPE_BYTES[dtype]].view(TORCH_DTYPES[dtype]).view(rows, columns)

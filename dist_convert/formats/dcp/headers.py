@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import add
@@ -13,6 +12,7 @@ from dist_convert.errors import CheckpointNotFound, MissingShard, below
 from dist_convert.formats.dcp.chunks import Stored, StoredChunk, chunk_name
 from dist_convert.formats.foreign import refuse_foreign_tensors
 from dist_convert.formats.huggingface.read import read_safetensors_shard
+from dist_convert.models.catalog import by_reason
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
 from dist_convert.read.discover import Discovery, check_same_files, discover, gather_listings
@@ -29,7 +29,7 @@ def sort_out(metadata: Metadata, reason_of: Callable[[str, SavedTensor | Blob], 
         reason_of: why something under a key is left, "" for tensors of the model.
     """
     tensors: dict[str, Any] = {}
-    counts, sizes_bytes = Counter[str](), Counter[str]()
+    left: list[tuple[str, int, int]] = []
     listed: dict[str, SavedTensor | Blob] = {**metadata.tensors, **metadata.objects}
     for key, saved in listed.items():
         reason = reason_of(key, saved)
@@ -37,10 +37,8 @@ def sort_out(metadata: Metadata, reason_of: Callable[[str, SavedTensor | Blob], 
             chunks = [[c.offsets, c.sizes, c.blob.file, c.blob.offset_bytes, c.blob.size_bytes] for c in saved.chunks]
             tensors[key] = [saved.dtype, saved.shape, chunks]
         else:
-            counts[reason] += 1
-            sizes_bytes[reason] += saved.size_bytes
-    beside = [(reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)]
-    return {"tensors": tensors, "beside": beside}
+            left.append((reason, 1, saved.size_bytes))
+    return {"tensors": tensors, "beside": by_reason(left)}
 
 
 def _tensor_from_json(values: Sequence[Any]) -> SavedTensor:

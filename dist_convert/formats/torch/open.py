@@ -1,6 +1,5 @@
 """Opens a checkpoint of Megatron's `torch` format: which iteration, which rank sees which file, and every header."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from dist_convert.formats.torch.shards import (
     stored_names,
 )
 from dist_convert.formats.torch.survey import check_same_run, open_catalog
-from dist_convert.models.catalog import LeftBehind, Where
+from dist_convert.models.catalog import LeftBehind, Where, by_reason
 from dist_convert.models.schema import MOST_RANKS, is_size
 from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
@@ -206,9 +205,6 @@ def open_torch(
 
 def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:
     """Files in the rank directories that hold no weights, each counted by the rank that read the header beside it."""
-    counts, sizes_bytes = Counter[str](), Counter[str]()
     listings: list[list[dict[str, int]]] = gather_objects(world, [files_beside(directory, file) for file in mine])
-    for name, size_bytes in (item for of_rank in listings for found in of_rank for item in found.items()):
-        counts[name] += 1
-        sizes_bytes[name] += size_bytes
-    return tuple((name, counts[name], sizes_bytes[name]) for name in sorted(counts))
+    found = (item for of_rank in listings for of_directory in of_rank for item in of_directory.items())
+    return by_reason((name, 1, size_bytes) for name, size_bytes in found)

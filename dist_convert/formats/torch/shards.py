@@ -4,7 +4,7 @@ Only headers are read: the pickle and the zip's directory. The optimizer's bytes
 docs/formats.md, "Keys of the file".
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def read_shard(path: Path, file: str) -> Shard:
             iteration=iteration if isinstance(iteration, int) else None,
             args=in_megatrons_words(plain_dict(values)),
             chunks=chunks,
-            opaque=tuple(dict(_opaque(model)) for model in models),
+            opaque=tuple(map(_opaque, models)),
             others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
             foreign_classes=foreign_classes(saved),
         )
@@ -173,11 +173,9 @@ def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container
     return {name: placed[label] for name, label in labels.items()}
 
 
-def _opaque(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _opaque(model: Mapping[str, Any]) -> dict[str, str]:
     """The entries that are no tensors, and what they are."""
-    for name, value in model.items():
-        if not isinstance(value, Tensor):
-            yield name, class_of(value)
+    return {name: class_of(value) for name, value in model.items() if not isinstance(value, Tensor)}
 
 
 def stored_names(shard: Shard) -> list[str]:

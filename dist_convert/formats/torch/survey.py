@@ -39,7 +39,7 @@ from dist_convert.formats.torch.catalog import (
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import MTP_REASON
-from dist_convert.models.catalog import LeftBehind
+from dist_convert.models.catalog import LeftBehind, by_reason
 from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import Architecture, Row, part_shape
 from dist_convert.records import StoredTensor, TargetFile, names
@@ -256,13 +256,10 @@ def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCa
 def _leftovers(
     catalog: TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]]
 ) -> tuple[LeftBehind, list[ConversionError]]:
-    counts: Counter[str] = Counter()
-    sizes_bytes: Counter[str] = Counter()
+    left: list[tuple[str, int, int]] = []
     unknown: list[ConversionError] = []
     for shard in shards.values():
-        for name, (count, size_bytes) in shard.others.items():
-            counts[name] += count
-            sizes_bytes[name] += size_bytes
+        left += [(name, count, size_bytes) for name, (count, size_bytes) in shard.others.items()]
         for chunk, opaque in zip(shard.chunks, shard.opaque, strict=True):
             unused = {name: tensor for name, tensor in chunk.items() if (shard.file, tensor.name) not in used}
             sizes = {name: tensor.size_bytes for name, tensor in unused.items()}
@@ -273,9 +270,8 @@ def _leftovers(
                 elif reason == _TIED_HEAD and name in unused and unused[name].shape != _rows_of_embedding(catalog):
                     unknown.append(_other_head(catalog, unused[name]))
                 else:
-                    counts[reason] += 1
-                    sizes_bytes[reason] += size_bytes
-    return tuple((reason, counts[reason], sizes_bytes[reason]) for reason in sorted(counts)), unknown
+                    left.append((reason, 1, size_bytes))
+    return by_reason(left), unknown
 
 
 _TIED_HEAD = "output layer (equal to the embedding that it is tied to)"
