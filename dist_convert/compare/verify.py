@@ -25,7 +25,7 @@ from dist_convert.formats.torch_dist.catalog import DistCatalog
 from dist_convert.formats.torch_dist.open import DistModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import NOTHING_ASKED, Where
-from dist_convert.options import SAMPLE, Options, VerifyJob
+from dist_convert.options import SAMPLE, TORCH_DIST, Options, VerifyJob
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.read.source import Listing
@@ -109,13 +109,10 @@ def _named(name: str) -> Iterator[None]:
 def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     catalog, _ = model.catalog(vocab, with_tied_copies=True)
     kind = catalog.title.partition(", ")[2]
-    if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
+    if isinstance(model, TorchModel | DistModel) and isinstance(catalog, TorchCatalog | DistCatalog):
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
-        iteration = model.shards[min(model.shards)].iteration
-        kind = f"Megatron {catalog.grid}" + ("" if iteration is None else f", iteration {iteration}")
-    elif isinstance(model, DistModel) and isinstance(catalog, DistCatalog):
-        check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
-        kind = "Megatron torch_dist" + ("" if model.iteration is None else f", iteration {model.iteration}")
+        kind = f"Megatron {catalog.grid}" if isinstance(catalog, TorchCatalog) else f"Megatron {TORCH_DIST}"
+        kind += "" if model.iteration is None else f", iteration {model.iteration}"
     return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
 

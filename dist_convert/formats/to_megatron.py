@@ -129,7 +129,6 @@ def _own(job: Options, model: Model, catalog: Catalog) -> MegatronSource | None:
         grid, chunks = catalog.grid, catalog.chunks
         listed = [name for shard in model.shards.values() for chunk in shard.chunks for name in chunk]
         norms, experts = dialect_of(listed)
-        iteration = model.shards[min(model.shards)].iteration
     elif isinstance(model, DistModel):
         # How its pipeline was cut does not matter where the target's is said.
         cut = (*PIPELINE_LAYOUT, "pipeline_model_parallel_size") if cuts_pipeline(job) else ()
@@ -137,14 +136,13 @@ def _own(job: Options, model: Model, catalog: Catalog) -> MegatronSource | None:
         grid, chunks = grid_of_args(args, catalog.architecture.layers)
         norms, experts = dialect_of_args(model.args)
         listed = list(model.stored)
-        iteration = model.iteration
     else:
         return None
     if job.to == TORCH_DIST:
         norms = dialect_of_args(model.args)[0]  # names do not tell there, and training goes by the args
     is_release = model.directory.resolve().name == RELEASE
     dialect = TargetDialect(norms, experts or "sequential", mtp_name_of(listed))
-    return MegatronSource(model.args, grid, chunks, None if is_release else iteration or 0, dialect)
+    return MegatronSource(model.args, grid, chunks, None if is_release else model.iteration or 0, dialect)
 
 
 def _given(job: Options, model: Model, own: MegatronSource | None, world: World) -> TargetInputs:

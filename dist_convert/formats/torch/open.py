@@ -72,6 +72,11 @@ class TorchModel:
         """The training arguments, as the first file has them, and the user corrects them."""
         return self.said.args
 
+    @property
+    def iteration(self) -> int | None:
+        """Training step, or None."""
+        return self.shards[min(self.shards)].iteration
+
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
         """See `Model`."""
         with below(self.directory):
