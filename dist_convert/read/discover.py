@@ -87,14 +87,13 @@ def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[s
     return found
 
 
-def _digest(header: Any) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def gather_listings(world: World, mine: Listing) -> list[Listing]:
     """Every rank's listing; where all see the same, as on a shared file system, only its digest travels."""
-    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-    if len(set(gather_objects(world, digest))) == 1:
+    if len(set(gather_objects(world, _digest(mine)))) == 1:
         return [mine] * world.size
     return gather_objects(world, mine)
 

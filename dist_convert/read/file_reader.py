@@ -99,32 +99,29 @@ class FileReader:
             PlanError: the buffer is too small.
         """
         with below(self._root):
-            return self._read(view, target_dtype, add, target, offset_bytes)
-
-    def _read(self, view: View, target_dtype: str, add: int, target: Buffer, offset_bytes: int) -> Mapping[str, int]:
-        size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
-        if offset_bytes + size_bytes > len(target.memory):  # a slice would be shorter without a word
-            raise PlanError(
-                "what is read does not fit into its buffer",
-                tensor=view.tensor,
-                file=view.file,
-                expected=f"{size_bytes} bytes at offset {offset_bytes}",
-                found=f"a buffer of {len(target.memory)} bytes",
-            )
-        self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
-        if view.is_dense and view.dtype == target_dtype and not add:
-            self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
-            self._end(view)
-            return {}
-        packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
-        matrix = packed.view(view.rows, view.columns)
-        changed = Counter[str]()
-        for box, values in self._fetch(view) if view.scales is None else self._decoded(view, view.scales):
-            changed += _place(values, matrix[box.row : box.row_end, box.column : box.column_end], add)
-        self._end(view.codes)
-        for kind, count in changed.items():
-            getattr(self.counts, kind)[view.tensor] += count
-        return changed
+            size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
+            if offset_bytes + size_bytes > len(target.memory):  # a slice would be shorter without a word
+                raise PlanError(
+                    "what is read does not fit into its buffer",
+                    tensor=view.tensor,
+                    file=view.file,
+                    expected=f"{size_bytes} bytes at offset {offset_bytes}",
+                    found=f"a buffer of {len(target.memory)} bytes",
+                )
+            self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
+            if view.is_dense and view.dtype == target_dtype and not add:
+                self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
+                self._end(view)
+                return {}
+            packed = target.tensor[offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[target_dtype])
+            matrix = packed.view(view.rows, view.columns)
+            changed = Counter[str]()
+            for box, values in self._fetch(view) if view.scales is None else self._decoded(view, view.scales):
+                changed += _place(values, matrix[box.row : box.row_end, box.column : box.column_end], add)
+            self._end(view.codes)
+            for kind, count in changed.items():
+                getattr(self.counts, kind)[view.tensor] += count
+            return changed
 
     def read_ahead(self, view: View) -> None:
         """Have the operating system begin to read what is read whole soon, unless it has it; it may do so, or not."""

@@ -101,6 +101,8 @@ _REFUSED_PACKAGES = {
 #: Items in a dict key, arguments of a call, dimensions of a tensor. A pickle can name one large tuple a million times,
 #: and each time it would be hashed or copied.
 _MAX_ITEMS = 64
+#: More elements than any file has, and longer numbers than any training keeps: Python does not print them all.
+_NO_SIZE, _MAX_INTEGER_BITS = 1 << 63, 1024
 #: Python finds numbers in a dict by their value, so that a file can choose ones that take long. Small ones cannot, and
 #: texts are found by a secret; of all others a pickle has few.
 _MAX_SMALL_KEY, _MAX_OTHER_KEYS = 1 << 24, 5_000
@@ -156,7 +158,7 @@ class Inert:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     is_whole = len(shape) == len(strides) <= _MAX_ITEMS and all(
-        isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides)
+        isinstance(number, int) and 0 <= number < _NO_SIZE for number in (offset, *shape, *strides)
     )
     if not isinstance(storage, Storage) or not is_whole:
         raise pickle.UnpicklingError("a tensor with impossible sizes")
@@ -233,7 +235,7 @@ def _named(module: str, name: str, label: str) -> Any:
 def _storage(saved_id: Any) -> Storage:
     """A storage reference: ("storage", class, key, location, elements)."""
     match saved_id:
-        case ("storage", Dtype() as kind, str() as key, _, int() as elements):
+        case ("storage", Dtype() as kind, str() as key, _, int() as elements) if 0 <= elements < _NO_SIZE:
             return Storage(key, kind.name, elements)
     raise pickle.UnpicklingError("a damaged storage reference")
 
@@ -334,6 +336,8 @@ class _Unpickler:
 
     def _push_value(self, value: Any) -> None:
         if not isinstance(value, int) or not -5 <= value <= 256:  # Python has each of those once
+            if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+                raise pickle.UnpicklingError(f"a number of {value.bit_length():,} bits")
             self._made_bytes += getsizeof(value) + _HEAP_BYTES
         self._stack.append(value)
 
@@ -508,7 +512,6 @@ _ENUM_MEMBERS: dict[str, dict[Any, str]] = {
 #: Training arguments are some hundred values, a few levels deep. A pickle can share one list a million times.
 _MAX_DEPTH = 16
 _MAX_VALUES = 200_000
-_MAX_INTEGER_BITS = 1024
 _CUT = "..."
 
 
@@ -542,10 +545,8 @@ class _Converter:
         self._left -= 1
         if depth > _MAX_DEPTH or self._left < 0:
             return _CUT
-        if isinstance(value, bool | float | str) or value is None:
+        if isinstance(value, int | float | str) or value is None:
             return value
-        if isinstance(value, int):
-            return value if value.bit_length() <= _MAX_INTEGER_BITS else _CUT
         if isinstance(value, Dtype):
             return value.torch_name
         if isinstance(value, list | tuple | set | frozenset):
@@ -559,10 +560,7 @@ class _Converter:
 
     def text(self, value: Any) -> str:
         """A short text for a key, an enum's value or a part of a path."""
-        if isinstance(value, str):
-            return value
-        is_small = isinstance(value, int) and value.bit_length() <= _MAX_INTEGER_BITS
-        return str(value) if is_small or isinstance(value, float | None) else f"<{type(value).__name__}>"
+        return str(value) if isinstance(value, str | int | float | None) else f"<{type(value).__name__}>"
 
     def _inert(self, value: Inert, depth: int) -> Any:
         short_name = value.class_name.rpartition(".")[2]

@@ -254,13 +254,6 @@ def place_tensors(tensors: Mapping[str, Tensor], container: Container) -> dict[s
     for name, tensor in tensors.items():
         key, dtype = f"data/{tensor.storage.key}", tensor.storage.dtype
         record, item_bytes = container.records[key], DTYPE_BYTES[dtype]
-        if any(number.bit_length() > 63 for number in (tensor.offset, *tensor.shape, *tensor.strides)):
-            raise CorruptFile(
-                "a tensor has sizes that no file has",
-                tensor=name,
-                file=container.label,
-                expected="numbers of at most 63 bits",
-            )
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
         end_bytes = (tensor.offset + reach + 1) * item_bytes if all(tensor.shape) else 0
         if end_bytes > record.size_bytes:
@@ -288,7 +281,7 @@ def read_pickled_weights(path: Path, file: str) -> dict[str, StoredTensor]:
     with opened_source(path, file) as opened:
         container, saved = open_dict(opened, file)
         others = [
-            f"{type(key).__name__ if isinstance(key, int) and key.bit_length() > 63 else key}: {class_of(value)}"
+            f"{key}: {class_of(value)}"
             for key, value in saved.items()
             if not (isinstance(key, str) and isinstance(value, Tensor))
         ]

@@ -199,7 +199,7 @@ def tensor_with(offset: Any = 0, shape: Any = (2,), strides: Any = (1,)) -> byte
     [
         {"offset": -1}, {"offset": 0.5}, {"offset": None}, {"shape": (-1,)}, {"shape": (1.0,)}, {"shape": 3},
         {"shape": ("a",)}, {"strides": (-1,)}, {"strides": (1, 1)}, {"strides": ()}, {"strides": None},
-        {"shape": ((1,),)},
+        {"shape": ((1,),)}, {"offset": 1 << 63}, {"shape": (1 << 63,)}, {"strides": (1 << 63,)},
     ],
     ids=str,
 )  # fmt: skip
@@ -207,6 +207,27 @@ def test_a_tensor_of_impossible_sizes_is_damage(sizes: dict[str, Any]) -> None:
     assert isinstance(load(tensor_with(), "f"), Tensor)
     with pytest.raises(CorruptFile, match="damaged pickle"):
         load(tensor_with(**sizes), "f")
+
+
+@pytest.mark.parametrize("elements", [-1, 1 << 63, 10**5000], ids=["negative", "2^63", "5,000 digits"])
+def test_a_storage_of_more_elements_than_any_file_has_is_damage(elements: int) -> None:
+    class Reference(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return ("storage", torch.FloatStorage, "0", "cpu", elements) if obj == "a storage" else None
+
+    stream = io.BytesIO()
+    Reference(stream, 2).dump({"optimizer": "a storage"})
+    with pytest.raises(CorruptFile, match="damaged pickle"):
+        load(stream.getvalue(), "f")
+
+
+@pytest.mark.parametrize(
+    "saved", [{"iteration": 10**5000}, {10**5000: "a value"}, [(-(10**5000),)]], ids=["value", "key", "negative"]
+)
+def test_a_number_that_python_does_not_print_is_damage(saved: Any) -> None:
+    with pytest.raises(CorruptFile) as caught:
+        load(pickle.dumps(saved, 2), "f")
+    assert caught.value.found == "UnpicklingError: a number of 16,610 bits"
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
