@@ -12,6 +12,7 @@ from typing import Any
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import Checksums, Listing, reading, sample_digest, stamp
+from dist_convert.records import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Discovery:
         """For each rank, the names of the files that it can read."""
         return tuple(map(frozenset, self.listings))
 
-    def with_checksums(self, records: Iterable[tuple[str, int, int, int | None]]) -> "Discovery":
-        """The same with those records, (file, offset, size in bytes, CRC-32), that have a checksum."""
+    def with_checksums(self, stored: Iterable[StoredTensor]) -> "Discovery":
+        """The same with the records of those tensors that have a checksum."""
         found: dict[str, array[int]] = {}
-        for file, offset_bytes, size_bytes, checksum in records:
-            if checksum is not None:
-                found.setdefault(file, array("Q")).extend((offset_bytes, size_bytes, checksum))
+        for one in stored:
+            if one.checksum is not None:
+                found.setdefault(one.file, array("Q")).extend((one.offset_bytes, one.size_bytes, one.checksum))
         return replace(self, checksums=found)
 
 

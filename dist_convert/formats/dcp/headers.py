@@ -109,18 +109,13 @@ def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tup
             found=f"{len(missing)} missing: {names(missing)}",
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
         )
-    found = found.with_checksums(
-        (file, offset_bytes, size_bytes, checksum)
-        for file, header in found.headers.items()
-        for _, _, _, offset_bytes, _, size_bytes, checksum in header
-    )
     placed: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
     for file, header in sorted(found.headers.items()):
-        for key, at, sizes, offset_bytes, strides, _, _ in header:
-            place = StoredTensor(
-                chunk_name(key, at), file, tensors[key].dtype, tuple(sizes), tuple(strides), offset_bytes
-            )
+        for key, at, sizes, offset_bytes, strides, _, checksum in header:
+            lines = tensors[key].dtype, tuple(sizes), tuple(strides)
+            place = StoredTensor(chunk_name(key, at), file, *lines, offset_bytes, checksum)
             placed[key].append(StoredChunk(tuple(at), place))
+    found = found.with_checksums(chunk.place for chunks in placed.values() for chunk in chunks)
     return found, {key: Stored(key, t.dtype, t.shape, tuple(placed[key])) for key, t in tensors.items()}
 
 

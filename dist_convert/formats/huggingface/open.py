@@ -139,8 +139,7 @@ def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) 
         if (index := read_index(directory)[1]) is not None:
             check_index(index, headers)
         stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
-        listed = stored.values()
-        found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in listed)
+        found = found.with_checksums(stored.values())
         quantisation = quantisation_of(config)
         stored = with_scales(stored, quantisation, found.visible)
     config = {name: value for name, value in config.items() if name != QUANTISED_BY}

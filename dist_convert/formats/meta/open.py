@@ -97,8 +97,7 @@ def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, Map
     is_here = (directory / PARAMS_FILE).is_file()
     told = gather_objects(world, read_json(directory / PARAMS_FILE) if is_here else None)
     params = next(one for one in told if one is not None)
-    stored = [one for tensors in headers.values() for one in tensors.values()]
-    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
+    found = found.with_checksums(one for tensors in headers.values() for one in tensors.values())
     inner = params.get("model")
     return found, headers, inner if isinstance(inner, Mapping) else params
 

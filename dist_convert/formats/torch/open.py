@@ -188,8 +188,8 @@ def open_torch(
         args, on_rows = with_stored_rows(shards[file].args, shards)
         said = said_of(where, args, file)
         padded = said.architecture(vocab=None, file=file).padded_vocab
-    stored = [tensor for shard in shards.values() for chunk in shard.chunks for tensor in chunk.values()]
-    found = found.with_checksums((one.file, one.offset_bytes, one.size_bytes, one.checksum) for one in stored)
+    chunks = (chunk for shard in shards.values() for chunk in shard.chunks)
+    found = found.with_checksums(tensor for chunk in chunks for tensor in chunk.values())
     shown = str(directory / file)
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=shown)
     beside = _beside(world, directory, found.headers_of[world.rank])
