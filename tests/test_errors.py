@@ -155,7 +155,7 @@ def test_problems_stay_what_they_are_on_their_way_to_another_rank() -> None:
 )
 def test_a_text_of_others_is_one_line_that_no_terminal_obeys(text: str, printed: str) -> None:
     assert errors.shown(text) == printed
-    assert str(errors.CorruptFile("what", tensor=text)) == f"what\n  tensor:   {printed}"
+    assert str(errors.SourceError("what", tensor=text)) == f"what\n  tensor:   {printed}"
 
 
 def test_a_traceback_keeps_its_lines_of_which_none_looks_like_an_errors() -> None:
