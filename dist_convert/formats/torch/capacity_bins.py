@@ -45,10 +45,11 @@ def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
 
 
 def _read(directory: Path, tensor: StoredTensor) -> list[float]:
+    path = directory / tensor.file
     if tensor.dtype not in _DTYPES:
-        raise _unexpected(tensor.dtype, tensor.name, str(directory / tensor.file), "--save-capacity-bins")
+        raise _unexpected(tensor.dtype, tensor.name, str(path), "--save-capacity-bins")
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    with opened_source(directory / tensor.file, tensor.file) as file:
+    with opened_source(path, str(path)) as file:
         file.seek(tensor.offset_bytes)
         data = bytearray(file.read(span * DTYPE_BYTES[tensor.dtype]))
     stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])
