@@ -82,7 +82,8 @@ def read_shard(path: Path, file: str) -> Shard:
         models = _models(saved, file)
         if any("query_key_value" in name for model in models for name in model):
             _refuse_old_version(saved.get("checkpoint_version"), file)
-        chunks = tuple(_stored_tensors(models, virtual, container) for virtual in range(len(models)))
+        prefixes = model_prefixes(len(models))
+        chunks = tuple(_stored_tensors(*one, container) for one in zip(models, prefixes, strict=True))
         iteration = saved.get("iteration")
         return Shard(
             file=file,
@@ -161,16 +162,14 @@ def _opened(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(f"{name}.{inner}", one) for inner, one in value.items()] if is_nested else [(name, value)]
 
 
-def _label(name: str, virtual: int, chunks: int) -> str:
-    """A name that is unique in its file: virtual stages repeat each other's names."""
-    return name if chunks == 1 else f"model{virtual}.{name}"
+def model_prefixes(count: int) -> list[str]:
+    """What makes names unique in a file of so many models: virtual stages repeat each other's names."""
+    return [""] if count == 1 else [f"model{virtual}." for virtual in range(count)]
 
 
-def _stored_tensors(models: Sequence[Mapping[str, Any]], virtual: int, container: Container) -> dict[str, StoredTensor]:
-    tensors = {name: value for name, value in models[virtual].items() if isinstance(value, Tensor)}
-    labels = {name: _label(name, virtual, len(models)) for name in tensors}
-    placed = place_tensors({labels[name]: tensor for name, tensor in tensors.items()}, container)
-    return {name: placed[label] for name, label in labels.items()}
+def _stored_tensors(model: Mapping[str, Any], prefix: str, container: Container) -> dict[str, StoredTensor]:
+    tensors = {prefix + name: value for name, value in model.items() if isinstance(value, Tensor)}
+    return {name.removeprefix(prefix): tensor for name, tensor in place_tensors(tensors, container).items()}
 
 
 def _opaque(model: Mapping[str, Any]) -> dict[str, str]:
@@ -191,12 +190,9 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
 
 def shard_from_json(data: dict[str, Any]) -> Shard:
     """The inverse of `shard_to_json`."""
-    count = len(data["chunks"])
+    headers = [header_from_json(data["file"], chunk) for chunk in data["chunks"]]
     chunks = tuple(
-        {
-            name: replace(tensor, name=_label(name, virtual, count))
-            for name, tensor in header_from_json(data["file"], chunk).items()
-        }
-        for virtual, chunk in enumerate(data["chunks"])
+        {name: replace(tensor, name=prefix + name) for name, tensor in header.items()}
+        for prefix, header in zip(model_prefixes(len(headers)), headers, strict=True)
     )
     return Shard(**{**data, "chunks": chunks, "opaque": tuple(data["opaque"])})

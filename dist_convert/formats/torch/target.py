@@ -15,7 +15,7 @@ from dist_convert.formats.saved import Pieces, SavedTensor, common_content, lay_
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import load_bins, packed, place_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.shards import Shard
+from dist_convert.formats.torch.shards import Shard, model_prefixes
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.options import Options
@@ -75,24 +75,23 @@ def lay_out_skeleton(
     saved = common_content(args, iteration, file)
     keys = itertools.count()
     models: dict[str, OrderedDict[str, SavedTensor]] = {}
-    for virtual, specs in enumerate(chunks):
+    prefixes = model_prefixes(len(chunks))
+    for prefix, specs in zip(prefixes, chunks, strict=True):
         model = OrderedDict((name, SavedTensor(next(keys), dtype, tuple(shape))) for name, dtype, shape in specs)
         if len(model) < len(specs):
             [(repeated, _)] = Counter(name for name, _, _ in specs).most_common(1)
             raise PlanError("two tensors of one name", tensor=repeated, file=file)
-        models["model" if len(chunks) == 1 else f"model{virtual}"] = model
+        models[prefix.rstrip(".") or "model"] = model
     tensors = [tensor for model in models.values() for tensor in model.values()]
     pieces, size_bytes, offsets_bytes = lay_out_container(
         pickled(saved | models), [tensor.size_bytes for tensor in tensors]
     )
     places = tuple(
         {
-            name: StoredTensor(
-                name if len(chunks) == 1 else f"{key}.{name}", file, t.dtype, t.shape, t.strides, offsets_bytes[t.key]
-            )
+            name: StoredTensor(prefix + name, file, t.dtype, t.shape, t.strides, offsets_bytes[t.key])
             for name, t in model.items()
         }
-        for key, model in models.items()
+        for prefix, model in zip(prefixes, models.values(), strict=True)
     )
     return Skeleton(pieces, size_bytes, places)
 
@@ -168,8 +167,8 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
         specs = tuple((name, dtype, (len(values),)) for name, (dtype, values) in sorted(tensors.items()))
         models = files[file]
         files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
-        label = "" if len(models) == 1 else f"model{virtual}."
-        extras |= {(file, label + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
+        prefix = model_prefixes(len(models))[virtual]
+        extras |= {(file, prefix + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
     lengths = [len(values) for (*_, name), (_, values) in bins.items() if name == "capacity_bins"]
     if lengths:  # without it training makes no buffers for the bins, and refuses the file
         args.values["moe_capacity_bins_num"] = lengths[0]
