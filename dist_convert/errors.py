@@ -152,7 +152,7 @@ class InconsistentShards(SourceError):
 class CorruptFile(SourceError):
     """Truncated, or not what its header says."""
 
-    usual_remedy = "the file is damaged or cut short: copy the file again from where it was saved"
+    usual_remedy = "the file is damaged or cut short: copy the file again from where it was saved, or download it again"
 
 
 class SourceChanged(SourceError):

@@ -185,7 +185,7 @@ def test_hf_token_opens_a_private_model(client: Client) -> None:
         ("org/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched, and the cache", "http://127.0.0.1:9;"),
         ("org/empty", {}, "no weights in the Hugging Face directory", "the directory that save_pretrained made"),
         ("org/partial", {}, "the cache holds only a part of the model", "copy its HF_HOME here"),
-        ("org/hostile", {}, "not the name of a weights file", "download the file again"),
+        ("org/hostile", {}, "not the name of a weights file", "download it again"),
     ],
     ids=[
         "unknown",
