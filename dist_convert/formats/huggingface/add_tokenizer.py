@@ -19,7 +19,7 @@ from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, writ
 from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.options import TokenizerJob
 from dist_convert.ranks.collectives import alone
-from dist_convert.read.source import read_json, reading
+from dist_convert.read.source import opened_source, read_json
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec
 from dist_convert.write.files import replace_files
 from dist_convert.write.manifest import renew_manifest
@@ -129,7 +129,7 @@ def _pieces(directory: Path, file: TargetFile, stored: Mapping[str, StoredTensor
     """A weights file of the first rows of stored tensors."""
     path = directory / file.name
     yield file.header
-    with reading(path), path.open("rb") as opened:
+    with opened_source(path, str(path)) as opened:
         for tensor in file.tensors:
             opened.seek(stored[tensor.name].offset_bytes)
             left_bytes = tensor.size_bytes
