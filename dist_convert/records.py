@@ -432,7 +432,7 @@ def local_name(file: str) -> str:
 
 @dataclass(frozen=True)
 class Message:
-    """A stretch of the sender's buffer that the receiver needs. Sender and receiver are positions in the team."""
+    """A stretch of the sender's buffer that the receiver needs. Sender and receiver are positions in the group."""
 
     sender: int
     receiver: int

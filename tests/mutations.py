@@ -93,10 +93,10 @@ MUTATIONS = (
         "tests/golden tests/plan/test_coverage.py",
     ),
     Mutation(
-        "a-team-gets-less-than-its-share",
+        "a-group-gets-less-than-its-share",
         "end = start + share.size_bytes\n        begun",
         "end = start + share.size_bytes - 1\n        begun",
-        "tests/plan/test_teams.py",
+        "tests/plan/test_gather_groups.py",
     ),
     Mutation(
         "a-step-overfills-its-buffer",

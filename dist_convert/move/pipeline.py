@@ -2,7 +2,7 @@
 
 A reader thread fills the next slot while the main thread gathers one and a writer thread empties the one before. What
 is read is gathered at once. Over gloo a gather goes on while the steps after it are read, and written where nothing
-crosses in them: members of a team need not be equally far. It is waited for when the next gather has begun. Only the
+crosses in them: members of a group need not be equally far. It is waited for when the next gather has begun. Only the
 main thread takes part in collectives, in the order of the plan.
 """
 
@@ -87,9 +87,9 @@ def move(
         ValueOverflow: in the first block with such a value.
         LostRank, Interrupted: another rank has gone, or a signal has come.
     """
-    number, member = plan.place_of(world.rank)
+    number, member = plan.group_of(world.rank)
     limit = plan.limits[number]
-    gatherer = make_gatherer(world, plan.teams[number].ranks, limit.send_bytes)
+    gatherer = make_gatherer(world, plan.groups[number].ranks, limit.send_bytes)
     gathers_on = world.device if gatherer is not None else CPU
     slots = [
         Slot(make_buffer(STEP_BYTES, gathers_on), make_buffer(limit.received_bytes, gathers_on))

@@ -31,7 +31,7 @@ def load_of(plan: Plan, rank: int) -> list[int]:
 
     Each rank works this out for itself: that takes seconds for a large model.
     """
-    number, member = plan.place_of(rank)
+    number, member = plan.group_of(rank)
     load_bytes = [0, 0, 0]
     for step in steps_of(plan, rank):
         read_bytes, written_bytes = bytes_of(step, member)
@@ -44,7 +44,7 @@ def rows_of(plan: Plan, loads: Sequence[Sequence[int]]) -> tuple[dict[str, int],
     """What each rank would do, by the names that `--json` gives it; `loads` are of `load_of`, by rank."""
     rows = []
     for rank, (*moved_bytes, base_bytes) in enumerate(loads):
-        group, _ = plan.place_of(rank)
+        group, _ = plan.group_of(rank)
         buffers_bytes = plan.limits[group].total_bytes
         row = {"rank": rank, "group": group, **dict(zip(_MOVED, moved_bytes, strict=True))}
         rows.append({**row, "buffers_bytes": buffers_bytes, "peak_memory_bytes": base_bytes + buffers_bytes})
@@ -62,7 +62,7 @@ def describe_plan(plan: Plan, free_bytes: int, report: "Report", partial: Path |
     if report.was_complete:
         return report_text(report)
     content = plan.content
-    ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.teams), "group")
+    ranks, groups = counted(len(plan.visible), "rank"), counted(len(plan.groups), "group")
     lines = [
         f"{content.title}, {plan.placement} placement, {ranks} in {groups}, plan {content.digest[:16]}",
         "",

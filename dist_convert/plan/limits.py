@@ -1,4 +1,4 @@
-"""How large each rank's buffers are, and who reads what within a team: both follow from the budget and the shards."""
+"""How large each rank's buffers are, and who reads what within a group: both follow from the budget and the shards."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.plan.copies import BLOCK_BYTES, Transfer
-from dist_convert.plan.teams import Team
+from dist_convert.plan.gather_groups import GatherGroup
 
 #: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
 #: steps do not pay: what was read is written while the processor's cache has it.
@@ -30,7 +30,7 @@ class Limits:
 
     Attributes:
         send_bytes: of what each member sends to a gather.
-        members: of the team.
+        members: of the group.
         on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
     """
 
@@ -74,16 +74,19 @@ def limits(budget_bytes: int, least: Limits) -> Limits:
 
 
 def largest_send_bytes(
-    transfers: Sequence[Transfer], team: Team, visible: Sequence[frozenset[str]], writable: Sequence[frozenset[str]]
+    transfers: Sequence[Transfer],
+    group: GatherGroup,
+    visible: Sequence[frozenset[str]],
+    writable: Sequence[frozenset[str]],
 ) -> int:
     """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
-    if len(team.ranks) == 1:
+    if len(group.ranks) == 1:
         return 0
-    written_by_all = frozenset.intersection(*(writable[rank] for rank in team.ranks))
+    written_by_all = frozenset.intersection(*(writable[rank] for rank in group.ranks))
     largest_bytes = 0
-    shared = [transfers[share.transfer] for share in team.shares]
+    shared = [transfers[share.transfer] for share in group.shares]
     for transfer in {(one.source_files, one.target_files, one.stretches): one for one in shared}.values():
-        readers = readers_of(transfer, team, visible)
+        readers = readers_of(transfer, group, visible)
         if not written_by_all.issuperset(transfer.target_files):
             largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
         for pieces in {pieces for pieces, _ in transfer.stretches if len(pieces) > 1}:
@@ -92,10 +95,10 @@ def largest_send_bytes(
     return aligned(largest_bytes)
 
 
-def readers_of(transfer: Transfer, team: Team, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
+def readers_of(transfer: Transfer, group: GatherGroup, visible: Sequence[frozenset[str]]) -> list[tuple[int, ...]]:
     """For each piece of the source, the members that read it in turn: each member owns as few shards as possible."""
     able = [
-        tuple(member for member, rank in enumerate(team.ranks) if not visible[rank].isdisjoint(files))
+        tuple(member for member, rank in enumerate(group.ranks) if not visible[rank].isdisjoint(files))
         for files in transfer.source_files
     ]
     readers = []

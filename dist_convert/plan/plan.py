@@ -11,8 +11,8 @@ from dataclasses import astuple, dataclass, field
 from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.plan.content import Content, digest
 from dist_convert.plan.copies import Ends, Transfer
+from dist_convert.plan.gather_groups import GatherGroup, form_gather_groups
 from dist_convert.plan.limits import Limits, largest_send_bytes, limits
-from dist_convert.plan.teams import Team, form_teams
 from dist_convert.records import Window, __version__, counted, human_bytes
 
 
@@ -78,8 +78,8 @@ class Plan:
         placement: "gather" or "direct".
         visible: for each rank, the source files that it can read.
         writable: for each rank, the target files that it can write, which may have the names of source files.
-        teams: disjoint groups of ranks with their shares.
-        limits: for each team, its members' buffer sizes.
+        groups: disjoint groups of ranks with their shares.
+        limits: for each group, its members' buffer sizes.
         done: what an earlier run has written, and is left out.
     """
 
@@ -87,13 +87,13 @@ class Plan:
     placement: str
     visible: tuple[frozenset[str], ...]
     writable: tuple[frozenset[str], ...]
-    teams: tuple[Team, ...]
+    groups: tuple[GatherGroup, ...]
     limits: tuple[Limits, ...]
     done: Done = NOTHING_DONE
 
-    def place_of(self, rank: int) -> tuple[int, int]:
-        """A rank's team, and its position in it."""
-        return next((n, team.ranks.index(rank)) for n, team in enumerate(self.teams) if rank in team.ranks)
+    def group_of(self, rank: int) -> tuple[int, int]:
+        """A rank's group, and its position in it."""
+        return next((n, group.ranks.index(rank)) for n, group in enumerate(self.groups) if rank in group.ranks)
 
 
 def divide(
@@ -116,17 +116,17 @@ def divide(
         on_accelerator: the ranks gather through an accelerator's memory, which the budget holds as well.
 
     Raises:
-        BudgetTooSmall: naming the least that all teams can work with.
-        UsageError, MissingShard: see `form_teams`.
+        BudgetTooSmall: naming the least that all groups can work with.
+        UsageError, MissingShard: see `form_gather_groups`.
     """
     visible = _interned(visible)
     writable = _interned(writable or [frozenset(file.name for file in content.files)] * len(visible))
     listed = enumerate(content.transfers)
     finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
-    teams = form_teams(content.transfers, visible, writable, placement, finished)
+    groups = form_gather_groups(content.transfers, visible, writable, placement, finished)
     least = [
-        Limits(largest_send_bytes(content.transfers, team, visible, writable), len(team.ranks), on_accelerator)
-        for team in teams
+        Limits(largest_send_bytes(content.transfers, group, visible, writable), len(group.ranks), on_accelerator)
+        for group in groups
     ]
     least_bytes = max(limit.total_bytes for limit in least)
     if budget_bytes < least_bytes:
@@ -137,7 +137,7 @@ def divide(
             remedy="raise --max-memory-per-rank"
             + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
         )
-    return Plan(content, placement, visible, writable, teams, tuple(limits(budget_bytes, one) for one in least), done)
+    return Plan(content, placement, visible, writable, groups, tuple(limits(budget_bytes, one) for one in least), done)
 
 
 def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
@@ -149,14 +149,14 @@ def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
 def schedule_digest(plan: Plan) -> str:
     """Names who does what in one run; the ranks of the run compare it.
 
-    The version stands for how teams' shares become steps.
+    The version stands for how groups' shares become steps.
     """
     return digest(
         {
             "version": __version__,
             "content": plan.content.digest,
             "placement": plan.placement,
-            "teams": repr(plan.teams),
+            "groups": repr(plan.groups),
             "limits": repr(plan.limits),
             "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
         }
@@ -170,7 +170,7 @@ def check_groups(plan: Plan) -> None:
         UsageError: with the largest group.
     """
     pieces = max(len(found) for transfer in plan.content.transfers for found, _ in transfer.stretches)
-    largest = max(len(team.ranks) for team in plan.teams)
+    largest = max(len(group.ranks) for group in plan.groups)
     if largest > pieces:
         raise UsageError(
             "the nodes' own disks hold chunks in an order that ranks on accelerators cannot gather",

@@ -1,7 +1,7 @@
 """What each rank does, step by step: what it reads, what crosses to other ranks, and what it writes.
 
 A block that one rank both reads and writes stays there. A block whose pieces lie with several ranks (a weight cut along
-its columns), or whose targets do, crosses in a gather step, in which every member of the team takes part. All members
+its columns), or whose targets do, crosses in a gather step, in which every member of the group takes part. All members
 derive the same gather steps in the same order; what each moves alone comes in between, in an order of its own.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import bands, blocks_of_band, part_of
+from dist_convert.plan.gather_groups import Share
 from dist_convert.plan.limits import STEP_BYTES, Limits, aligned, readers_of
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.teams import Share
 from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, in_turn, side_by_side
 
 
@@ -25,7 +25,7 @@ class Read:
         source: what is read.
         dtype: safetensors name of the packed values.
         add: added to each value before the cast.
-        reader: position in the team.
+        reader: position in the group.
         offset_bytes: in the reader's buffer.
     """
 
@@ -81,7 +81,7 @@ def steps_of(plan: Plan, rank: int) -> Iterator[Step]:
     Raises:
         BudgetTooSmall: a single block does not fit.
     """
-    number, member = plan.place_of(rank)
+    number, member = plan.group_of(rank)
     local = _Packer(STEP_BYTES, crosses=False)
     crossing = _Packer(plan.limits[number].send_bytes, crosses=True)
     for block in blocks_of_member(plan, number, member):
@@ -168,20 +168,22 @@ def received_bytes(step: Step, passed: Sequence[Message], member: int, limit: Li
 
 
 def blocks_of_member(plan: Plan, number: int, member: int) -> Iterator[Step]:
-    """The blocks that a member of a team moves alone, between those of the whole team.
+    """The blocks that a member of a group moves alone, between those of the whole group.
 
     What crosses comes in the same order for all members, and each does about an equal part of its own in between, so
-    that none waits long for another. `number` is the team's, `member` a position in its ranks.
+    that none waits long for another. `number` is the group's, `member` a position in its ranks.
     """
-    team = plan.teams[number]
+    group = plan.groups[number]
     own = blocks_alone(plan, number, member)
-    own_bytes, team_bytes = (sum(share.size_bytes for share in shares) for shares in (team.alone[member], team.shares))
-    own_passed_bytes = team_passed_bytes = 0
-    for block in blocks_of_team(plan, number):
-        while own_passed_bytes * team_bytes < team_passed_bytes * own_bytes and (mine := next(own, None)):
+    own_bytes, group_bytes = (
+        sum(share.size_bytes for share in shares) for shares in (group.alone[member], group.shares)
+    )
+    own_passed_bytes = group_passed_bytes = 0
+    for block in blocks_of_group(plan, number):
+        while own_passed_bytes * group_bytes < group_passed_bytes * own_bytes and (mine := next(own, None)):
             own_passed_bytes += _size_bytes(mine)
             yield mine
-        team_passed_bytes += _size_bytes(block)
+        group_passed_bytes += _size_bytes(block)
         yield block
     yield from own
 
@@ -192,15 +194,15 @@ def _size_bytes(block: Step) -> int:
 
 
 def blocks_alone(plan: Plan, number: int, member: int) -> Iterator[Step]:
-    """The blocks that one member of a team both reads and writes, without what is done.
+    """The blocks that one member of a group both reads and writes, without what is done.
 
     They begin elsewhere for each member: a file takes the writes of one at a time. Not with the first, which is where
     what crosses begins.
     """
-    team = plan.teams[number]
-    seen = plan.visible[team.ranks[member]]
-    writable = [plan.writable[rank] for rank in team.ranks]
-    shares, members = team.alone[member], len(team.ranks)
+    group = plan.groups[number]
+    seen = plan.visible[group.ranks[member]]
+    writable = [plan.writable[rank] for rank in group.ranks]
+    shares, members = group.alone[member], len(group.ranks)
     begun_bytes = sum(share.size_bytes for share in shares) * (member + 1) // (members + 1) if members > 1 else 0
     for share in _rotated(shares, begun_bytes):
         for block in _blocks_of_share(plan, share):
@@ -221,25 +223,25 @@ def _rotated(shares: Sequence[Share], begun_bytes: int) -> Iterator[Share]:
         begun_bytes -= share.size_bytes
 
 
-def blocks_of_team(plan: Plan, number: int) -> Iterator[Step]:
-    """What the members of a team move together, in the order of the plan, without what is done.
+def blocks_of_group(plan: Plan, number: int) -> Iterator[Step]:
+    """What the members of a group move together, in the order of the plan, without what is done.
 
     Each copy is read by the member that has read least of those that own its piece of the source, and written by that
     which has written least of those that reach the file.
     """
-    team = plan.teams[number]
-    seen, writable = ([of[rank] for rank in team.ranks] for of in (plan.visible, plan.writable))
+    group = plan.groups[number]
+    seen, writable = ([of[rank] for rank in group.ranks] for of in (plan.visible, plan.writable))
     transfers = plan.content.transfers
 
     def written_of(share: Share) -> int:  # about, counting every equal target
         return share.size_bytes * transfers[share.transfer].written_bytes // transfers[share.transfer].size_bytes
 
-    written_bytes = [sum(map(written_of, shares)) for shares in team.alone]
+    written_bytes = [sum(map(written_of, shares)) for shares in group.alone]
     # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
     read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
-    for share in team.shares:
+    for share in group.shares:
         transfer = transfers[share.transfer]
-        readers = dict(zip(transfer.source_files, readers_of(transfer, team, plan.visible), strict=True))
+        readers = dict(zip(transfer.source_files, readers_of(transfer, group, plan.visible), strict=True))
         for block in _blocks_of_share(plan, share):
             read_of_kind = read_bytes[len(block[0].targets)]
             sources = []

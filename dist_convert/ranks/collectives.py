@@ -242,10 +242,10 @@ class Staging:
 
 @dataclass(frozen=True)
 class Gatherer:
-    """Brings raw bytes from member to member of one team, through the accelerator's memory where there is one.
+    """Brings raw bytes from member to member of one group, through the accelerator's memory where there is one.
 
     Attributes:
-        group: over gloo that of all ranks, on accelerators that of the team.
+        group: over gloo that of all ranks, on accelerators that of the group.
         ranks: the members' numbers in the group.
         member: this rank's place among them.
         staging: the accelerator's memory.
@@ -262,7 +262,7 @@ class Gatherer:
 
 
 def make_gatherer(world: World, ranks: Sequence[int], send_bytes: int) -> Gatherer | None:
-    """Prepare the gathers of a team of ranks, whose members send so many bytes at most; None for a team of one."""
+    """Prepare the gathers of a group of ranks, whose members send so many bytes at most; None for a group of one."""
     if len(ranks) == 1:
         return None
     member, backend = ranks.index(world.rank), BACKENDS[world.device.type]
@@ -287,7 +287,7 @@ def begin_gather(
     this rank does other things: gloo gathers through a hidden copy of everything, and takes three times as long.
 
     Args:
-        gatherer: of the team.
+        gatherer: of the group.
         send: uint8, a multiple of 4 bytes, the same size on every member.
         received: uint8, `members` times as long: every member's bytes, in the order of members. What no message to this
             member names is undefined.

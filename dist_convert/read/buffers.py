@@ -39,7 +39,7 @@ def make_buffer(size_bytes: int, device: torch.device = CPU) -> Buffer:
 
 @dataclass(frozen=True)
 class Slot:
-    """The buffers of one step on its way: what this rank reads, and what its team gathers."""
+    """The buffers of one step on its way: what this rank reads, and what its group gathers."""
 
     data: Buffer
     received: Buffer

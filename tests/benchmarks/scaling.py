@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide, schedule_digest
-from dist_convert.plan.steps import blocks_alone, blocks_of_team, messages, steps_of
+from dist_convert.plan.steps import blocks_alone, blocks_of_group, messages, steps_of
 from tests.published import make_published, make_published_megatron, task_of
 
 FORMATS = ("torch", "torch_dist", "huggingface")
@@ -73,10 +73,10 @@ class Load:
         read, written: of files, by rank.
         received: from others over gloo, by rank.
         gathered: by an accelerator's all-gathers, by rank.
-        buffers: the most that those could bring: the team's buffer for every gather, by rank.
+        buffers: the most that those could bring: the group's buffer for every gather, by rank.
         calls: reads and writes, by rank; a window with gaps counts once.
         files: that are opened, by rank.
-        teams: groups of ranks.
+        groups: groups of ranks.
     """
 
     read: tuple[int, ...]
@@ -86,7 +86,7 @@ class Load:
     buffers: tuple[int, ...]
     calls: tuple[int, ...]
     files: tuple[int, ...]
-    teams: int
+    groups: int
 
     @property
     def filled(self) -> float:
@@ -130,9 +130,9 @@ def visible(content: Content, placement: str, ranks: int) -> list[frozenset[str]
 def load(content: Content, placement: str, ranks: int) -> Load:
     """Divide a content over ranks, and add up what each of them does."""
     plan = plan_for(content, placement, ranks)
-    by_rank = dict(pair for number in range(len(plan.teams)) for pair in _team_load(plan, number))
+    by_rank = dict(pair for number in range(len(plan.groups)) for pair in _group_load(plan, number))
     of_ranks = zip(*(by_rank[rank] for rank in range(ranks)), strict=True)
-    return Load(*of_ranks, teams=len(plan.teams))
+    return Load(*of_ranks, groups=len(plan.groups))
 
 
 def plan_for(content: Content, placement: str, ranks: int) -> Plan:
@@ -145,14 +145,14 @@ def plan_for(content: Content, placement: str, ranks: int) -> Plan:
     return plan
 
 
-def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """For each rank of a team, the numbers of `Load`."""
-    team = plan.teams[number]
-    members = len(team.ranks)
+def _group_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """For each rank of a group, the numbers of `Load`."""
+    group = plan.groups[number]
+    members = len(group.ranks)
     read, written, received, calls = ([0] * members for _ in range(4))
     files: list[set[str]] = [set() for _ in range(members)]
     alone = (block for member in range(members) for block in blocks_alone(plan, number, member))
-    for block in chain(blocks_of_team(plan, number), alone):
+    for block in chain(blocks_of_group(plan, number), alone):
         for one in block.reads:
             read[one.reader] += one.source.size_bytes
             calls[one.reader] += 1
@@ -161,12 +161,12 @@ def _team_load(plan: Plan, number: int) -> Iterator[tuple[int, tuple[int, ...]]]
             written[write.writer] += write.target.size_bytes
             calls[write.writer] += 1
             files[write.writer].add(write.target.file)
-    gathers = [step for step in steps_of(plan, team.ranks[0]) if step.send_bytes] if members > 1 else []
+    gathers = [step for step in steps_of(plan, group.ranks[0]) if step.send_bytes] if members > 1 else []
     for message in (message for step in gathers for message in messages(step)):
         received[message.receiver] += message.size_bytes
     gathered = sum(step.send_bytes for step in gathers) * members
     buffers = len(gathers) * plan.limits[number].received_bytes
-    for member, rank in enumerate(team.ranks):
+    for member, rank in enumerate(group.ranks):
         moved = (read[member], written[member], received[member], gathered, buffers)
         yield rank, (*moved, calls[member], len(files[member]))
 
@@ -223,7 +223,7 @@ def row(placement: str, ranks: int, found: Load, plan_seconds: float) -> str:
     busiest = found.calls.index(max(found.calls))
     call_mb = (found.read[busiest] + found.written[busiest]) / found.calls[busiest] / 1e6
     others += f"  {found.calls[busiest]:7}  {call_mb:5.2f}  {max(found.files):5}"
-    return f"{placement:7} {ranks:5} {found.teams:6} {moved}  {others}  {plan_seconds:6.2f}"
+    return f"{placement:7} {ranks:5} {found.groups:6} {moved}  {others}  {plan_seconds:6.2f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gathers carry raw bytes, in the order of the members, within any team; nobody stands still for a late member."""
+"""Gathers carry raw bytes, in the order of the members, within any group; nobody stands still for a late member."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.checkpoints import Grid, make
 from tests.converting import assert_same, convert, read_tensors
 from tests.distributed.interrupting import Runs
 from tests.distributed.launching import run_ranks
-from tests.distributed.programs.gather_patterns import SIZES_BYTES, TEAMS
+from tests.distributed.programs.gather_patterns import GROUPS, SIZES_BYTES
 from tests.distributed.small_sources import LLAMA
 
 
@@ -23,15 +23,17 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("team", "rank"), [(team, rank) for team, ranks in TEAMS.items() for rank in ranks])
-def test_every_member_receives_every_members_bytes_unchanged_and_in_order(team: str, rank: int, gathered: Path) -> None:
+@pytest.mark.parametrize(("group", "rank"), [(group, rank) for group, ranks in GROUPS.items() for rank in ranks])
+def test_every_member_receives_every_members_bytes_unchanged_and_in_order(
+    group: str, rank: int, gathered: Path
+) -> None:
     first_bytes = {0: 0, 1: 85, 2: 170}
     expected = b"".join(
         bytes((first_bytes[member] + i) % 256 for i in range(size_bytes))
         for size_bytes in SIZES_BYTES
-        for member in TEAMS[team]
+        for member in GROUPS[group]
     )
-    assert (gathered / f"{team}-{rank}").read_bytes() == expected
+    assert (gathered / f"{group}-{rank}").read_bytes() == expected
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -241,14 +241,14 @@ def everyone(made: Content, world: int) -> tuple[frozenset[str], ...]:
 
 
 def steps_by_rank(plan: Plan) -> Iterator[tuple[int, int, list[Step]]]:
-    """(rank, its position in its team, its steps) for every rank, in order."""
+    """(rank, its position in its group, its steps) for every rank, in order."""
     for rank in range(len(plan.visible)):
-        _, member = plan.place_of(rank)
+        _, member = plan.group_of(rank)
         yield rank, member, list(steps_of(plan, rank))
 
 
 def written_intervals(steps: Iterable[Step], member: int) -> Iterator[Interval]:
-    """The byte ranges of target files that a member of a team writes. The parts of each must make it up."""
+    """The byte ranges of target files that a member of a group writes. The parts of each must make it up."""
     for step in steps:
         for target, parts in ((write.target, write.parts) for write in step.writes if write.writer == member):
             reads = [step.reads[part.read] for part in parts]
@@ -293,18 +293,18 @@ def plan(
 
 
 def faults_of(plan: Plan) -> list[str]:
-    """All that is wrong with a division: ranks in no or two teams, bytes not dealt once, readers that see nothing."""
+    """All that is wrong with a division: ranks in no or two groups, bytes not dealt once, readers that see nothing."""
     written: list[Interval] = []
     faults, crossing = [], dict[int, list[Step]]()
-    in_teams = sorted(rank for team in plan.teams for rank in team.ranks)
-    if in_teams != list(range(len(plan.visible))):
-        faults.append(f"ranks in teams: {in_teams}")
+    in_groups = sorted(rank for group in plan.groups for rank in group.ranks)
+    if in_groups != list(range(len(plan.visible))):
+        faults.append(f"ranks in groups: {in_groups}")
     for rank, member, steps in steps_by_rank(plan):
-        number, _ = plan.place_of(rank)
+        number, _ = plan.group_of(rank)
         written += written_intervals(steps, member)
         if crossing.setdefault(number, [s for s in steps if s.send_bytes]) != [s for s in steps if s.send_bytes]:
-            faults.append(f"rank {rank} gathers otherwise than its team")
-        ranks = plan.teams[number].ranks
+            faults.append(f"rank {rank} gathers otherwise than its group")
+        ranks = plan.groups[number].ranks
         read = {(ranks[read.reader], read.source.file) for step in steps for read in step.reads}
         faults += [f"rank {who} does not see {file}" for who, file in read if file not in plan.visible[who]]
         put = {(ranks[write.writer], write.target.file) for step in steps for write in step.writes}

@@ -3,7 +3,7 @@
     python -m tests.plan.scale MODEL PLACEMENT WORLD [RANKS]
 
 A process of its own, so that it can be asked what it has imported. With `gather` each rank sees one shard. RANKS
-limits the ranks whose steps are derived to so many of the first team.
+limits the ranks whose steps are derived to so many of the first group.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def planned(name: str, placement: str, world: int, most_ranks: int | None = None
     schedule_digest(plan)
     plan_seconds = time.process_time() - started
 
-    ranks = range(world) if most_ranks is None else plan.teams[0].ranks[:most_ranks]
+    ranks = range(world) if most_ranks is None else plan.groups[0].ranks[:most_ranks]
     written_bytes, gathers, steps_seconds = [], set(), 0.0
     intervals: list[Interval] = []
     for rank in ranks:
         started = time.process_time()
         steps = list(steps_of(plan, rank))
         steps_seconds = max(steps_seconds, time.process_time() - started)
-        team, member = plan.place_of(rank)
+        group, member = plan.group_of(rank)
         written = list(written_intervals(steps, member))
         written_bytes.append(sum(end - start for _, start, end in written))
         intervals += written
-        gathers.add((team, hash(tuple(step for step in steps if step.send_bytes))))
+        gathers.add((group, hash(tuple(step for step in steps if step.send_bytes))))
     return {
         "plan_seconds": round(plan_seconds, 3),
         "steps_seconds": round(steps_seconds, 3),
-        "teams": len(plan.teams),
-        "teams_seen": len({plan.place_of(rank)[0] for rank in ranks}),
+        "groups": len(plan.groups),
+        "groups_seen": len({plan.group_of(rank)[0] for rank in ranks}),
         "different_gathers": len(gathers),
         "target_bytes": sum(tensor.size_bytes for file in content.files for tensor in file.tensors),
         "written_bytes": written_bytes,

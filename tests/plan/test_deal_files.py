@@ -58,32 +58,32 @@ def test_the_number_of_ranks_on_a_node_changes_nothing(each: int) -> None:
 def test_neighbours_lend_a_rank_each_to_what_crosses_them_and_all_others_gather_within_their_node() -> None:
     places = [rank // 8 for rank in range(32)]
     plan = divided(LLAMA_70B, [STAGES[place] for place in places], places)
-    assert [team.ranks for team in plan.teams] == [
+    assert [group.ranks for group in plan.groups] == [
         (0, 1, 2, 3, 4, 5, 6), (7, 15), (8, 9, 10, 11, 12, 13), (14, 23), (16, 17, 18, 19, 20, 21), (22, 31),
         (24, 25, 26, 27, 28, 29, 30),
     ]  # fmt: skip
     for bridge in (1, 3, 5):
         # A file holds layers of two stages, and there is nothing else that crosses.
-        assert 0 < sum(share.end_byte - share.first_byte for share in plan.teams[bridge].shares) < 5_000_000_000
+        assert 0 < sum(share.end_byte - share.first_byte for share in plan.groups[bridge].shares) < 5_000_000_000
 
 
 @pytest.mark.parametrize("each", [8, 64])
-def test_teams_of_sixteen_nodes_stay_within_the_memory_that_ranks_have_by_default(each: int) -> None:
+def test_groups_of_sixteen_nodes_stay_within_the_memory_that_ranks_have_by_default(each: int) -> None:
     made = headers.content(*FULL_SIZE["Llama-3.1-405B TP8 PP16"])
     stages = [frozenset(file for file in files_of(made) if f"_{stage:03d}/" in file) for stage in range(16)]
     places = [rank // each for rank in range(16 * each)]
     plan = divided(made, [stages[place] for place in places], places)  # else an error: BudgetTooSmall
-    assert max(len(team.ranks) for team in plan.teams) <= each
+    assert max(len(group.ranks) for group in plan.groups) <= each
 
 
 def test_ranks_of_nodes_with_one_each_gather_together() -> None:
-    assert [team.ranks for team in divided(LLAMA_70B, STAGES, range(4)).teams] == [(0, 1, 2, 3)]
+    assert [group.ranks for group in divided(LLAMA_70B, STAGES, range(4)).groups] == [(0, 1, 2, 3)]
 
 
-def test_ranks_of_nodes_that_hold_a_tensor_rank_each_gather_in_teams_of_one_of_each_node() -> None:
+def test_ranks_of_nodes_that_hold_a_tensor_rank_each_gather_in_groups_of_one_of_each_node() -> None:
     ranks = [frozenset(f for f in files_of(small()) if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     plan = divided(small(), [ranks[0], ranks[0], ranks[1], ranks[1]], [0, 0, 1, 1])
-    assert [team.ranks for team in plan.teams] == [(0, 2), (1, 3)]
+    assert [group.ranks for group in plan.groups] == [(0, 2), (1, 3)]
     assert faults_of(plan) == []
 
 

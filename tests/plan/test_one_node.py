@@ -91,7 +91,7 @@ def test_of_a_shared_source_every_byte_is_written_once_and_every_file_by_one_nod
     plan = divided(made, everyone(made, nodes), nodes, placement)
     assert faults_of(plan) == []
     assert all(len(writing) == 1 for writing in nodes_that_write(plan, nodes).values())
-    assert all(len({nodes[rank] for rank in team.ranks}) == 1 for team in plan.teams)  # nothing crosses nodes
+    assert all(len({nodes[rank] for rank in group.ranks}) == 1 for group in plan.groups)  # nothing crosses nodes
 
 
 @given(data=st.data())
@@ -212,6 +212,6 @@ def test_a_part_is_done_when_its_own_files_are() -> None:
         parts, everyone(made, range(2)), placement="direct", budget_bytes=10**9, writable=writable,
         done=Done.of(first),
     )  # fmt: skip
-    (of_first,), (of_second,) = (team.alone for team in plan.teams)
+    (of_first,), (of_second,) = (group.alone for group in plan.groups)
     assert of_first == ()
     assert of_second

@@ -74,21 +74,21 @@ def test_ranks_that_see_all_write_every_byte_once_and_about_equally_many(model: 
 
 
 @pytest.mark.parametrize(("model", "shards"), [(MIXTRAL_8X22B, 64), (MIXTRAL_8X7B, 8)])
-def test_ranks_with_one_shard_each_write_every_byte_once_and_gather_like_their_teams(model: str, shards: int) -> None:
+def test_ranks_with_one_shard_each_write_every_byte_once_and_gather_like_their_groups(model: str, shards: int) -> None:
     found = planned(model, "gather", shards)
     assert sum(found["written_bytes"]) == TARGET_BYTES[model]
     assert found["overlaps"] == 0
     assert found["faults"] == []
-    assert found["different_gathers"] == found["teams"] == found["teams_seen"]
+    assert found["different_gathers"] == found["groups"] == found["groups_seen"]
 
 
-@pytest.mark.parametrize(("model", "teams"), [(LLAMA_405B, 1024 // 8), (MIXTRAL_8X22B, 1024 // 2)])
-def test_a_thousand_ranks_with_one_shard_each_form_teams_as_large_as_a_tensor_parallel_set(
-    model: str, teams: int
+@pytest.mark.parametrize(("model", "groups"), [(LLAMA_405B, 1024 // 8), (MIXTRAL_8X22B, 1024 // 2)])
+def test_a_thousand_ranks_with_one_shard_each_form_groups_as_large_as_a_tensor_parallel_set(
+    model: str, groups: int
 ) -> None:
     found = planned(model, "gather", 1024, 3)
-    assert found["teams"] == teams
-    assert found["different_gathers"] == found["teams_seen"] == 1
+    assert found["groups"] == groups
+    assert found["different_gathers"] == found["groups_seen"] == 1
     assert found["overlaps"] == 0
 
 

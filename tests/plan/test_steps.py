@@ -1,4 +1,4 @@
-"""Steps: every member of a team derives the same gathers, and no buffer is ever too small for them."""
+"""Steps: every member of a group derives the same gathers, and no buffer is ever too small for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
 from dist_convert.plan.limits import ALIGNMENT_BYTES, STEP_BYTES, Limits, limits
 from dist_convert.plan.plan import Plan, schedule_digest
-from dist_convert.plan.steps import Step, blocks_alone, blocks_of_member, blocks_of_team
+from dist_convert.plan.steps import Step, blocks_alone, blocks_of_group, blocks_of_member
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import (
     architecture,
@@ -64,19 +64,19 @@ def crossing(steps: list[Step]) -> list[Step]:
 
 @contents
 @budgets
-def test_all_members_of_a_team_derive_the_same_gathers_in_the_same_order(name: str, budget_bytes: int) -> None:
+def test_all_members_of_a_group_derive_the_same_gathers_in_the_same_order(name: str, budget_bytes: int) -> None:
     for divided in divisions(CONTENTS[name], budget_bytes):
-        by_team: dict[int, list[Step]] = {}
+        by_group: dict[int, list[Step]] = {}
         for rank, _, steps in steps_by_rank(divided):
-            team = divided.place_of(rank)[0]
-            assert by_team.setdefault(team, crossing(steps)) == crossing(steps)
-        assert any(by_team.values())
+            group = divided.group_of(rank)[0]
+            assert by_group.setdefault(group, crossing(steps)) == crossing(steps)
+        assert any(by_group.values())
 
 
 def assert_buffers_suffice(divided: Plan, budget_bytes: int) -> None:
     """Every piece lies in its reader's buffer, at an aligned place of its own, and the buffers in the budget."""
     for rank, member, steps in steps_by_rank(divided):
-        limit = divided.limits[divided.place_of(rank)[0]]
+        limit = divided.limits[divided.group_of(rank)[0]]
         assert limit.total_bytes <= budget_bytes
         for step in steps:
             ends = dict.fromkeys(range(limit.members), 0)
@@ -114,9 +114,9 @@ def movers_of(block: Step) -> set[int]:
 @contents
 def test_a_member_takes_what_all_move_together_in_one_order_and_what_it_moves_alone(name: str) -> None:
     for divided in divisions(CONTENTS[name], 1000 * MB):
-        for number, team in enumerate(divided.teams):
-            together = list(blocks_of_team(divided, number))
-            for member in range(len(team.ranks)):
+        for number, group in enumerate(divided.groups):
+            together = list(blocks_of_group(divided, number))
+            for member in range(len(group.ranks)):
                 taken = list(blocks_of_member(divided, number, member))
                 alone = [block for block in taken if block not in set(together)]
                 assert len(set(taken)) == len(taken)
@@ -126,8 +126,8 @@ def test_a_member_takes_what_all_move_together_in_one_order_and_what_it_moves_al
 
 def test_where_each_shard_is_one_members_only_what_is_cut_along_columns_is_gathered() -> None:
     divided = plan(TP4, own(TP4, 4), "gather")
-    assert [team.ranks for team in divided.teams] == [(0, 1, 2, 3)]
-    together = {read.source.tensor.split(".", 3)[-1] for block in blocks_of_team(divided, 0) for read in block.reads}
+    assert [group.ranks for group in divided.groups] == [(0, 1, 2, 3)]
+    together = {read.source.tensor.split(".", 3)[-1] for block in blocks_of_group(divided, 0) for read in block.reads}
     assert together == {"self_attention.linear_proj.weight", "mlp.linear_fc2.weight"}
 
 
@@ -138,8 +138,8 @@ def test_what_a_member_moves_alone_is_spread_evenly_between_gathers(
     monkeypatch.setattr("dist_convert.plan.copies.BLOCK_BYTES", 64 << 10)
     made = content(replace(MODEL, layers=4, vocab=3200, padded_vocab=3200), Grid(tensor=4, expert_tensor=4))
     divided = plan(made, own(made, world), "gather")
-    for number, team in enumerate(divided.teams):
-        for member in range(len(team.ranks)):
+    for number, group in enumerate(divided.groups):
+        for member in range(len(group.ranks)):
             together_bytes = alone_bytes = 0
             passed: list[tuple[int, int]] = []
             for block in blocks_of_member(divided, number, member):
@@ -222,7 +222,7 @@ def test_the_least_budget_that_a_refusal_names_holds_every_step_whatever_ranks_s
 @pytest.mark.parametrize("members", [2, 3, 7, 64, 1000])
 @pytest.mark.parametrize("shards_of_block", [2, 3, 8, 48])
 @pytest.mark.parametrize("on_accelerator", [False, True], ids=["CPU", "accelerator"])
-def test_the_least_budget_of_any_team_is_accepted(on_accelerator: bool, members: int, shards_of_block: int) -> None:
+def test_the_least_budget_of_any_group_is_accepted(on_accelerator: bool, members: int, shards_of_block: int) -> None:
     least_send_bytes = BLOCK_BYTES // shards_of_block // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     least = Limits(least_send_bytes, members, on_accelerator)
     limit = limits(least.total_bytes, least)

@@ -1,6 +1,6 @@
-"""Every rank's program for three ranks: `gather_patterns DIRECTORY` gathers byte patterns in two teams, then in one.
+"""Every rank's program for three ranks: `gather_patterns DIRECTORY` gathers byte patterns in two groups, then in one.
 
-Each rank writes what it received to `DIRECTORY/TEAM-RANK`.
+Each rank writes what it received to `DIRECTORY/GROUP-RANK`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_convert.records import Message
 
 #: Bytes that each member sends: words of every kind, a single word, and more than one network packet.
 SIZES_BYTES = (256, 4, 1 << 18)
-TEAMS = {"two-of-three": (0, 2), "all": (0, 1, 2)}
+GROUPS = {"two-of-three": (0, 2), "all": (0, 1, 2)}
 
 
 def pattern(rank: int, size_bytes: int) -> torch.Tensor:
@@ -25,31 +25,31 @@ def pattern(rank: int, size_bytes: int) -> torch.Tensor:
     return torch.arange(size_bytes, dtype=torch.int64).add(rank * 85).remainder(256).to(torch.uint8)
 
 
-def gather(world: World, team: Sequence[int]) -> bytes:
-    """This rank's part in the gathers of a team: all that it received."""
-    gatherer = make_gatherer(world, team, max(SIZES_BYTES))
+def gather(world: World, group: Sequence[int]) -> bytes:
+    """This rank's part in the gathers of a group: all that it received."""
+    gatherer = make_gatherer(world, group, max(SIZES_BYTES))
     assert gatherer is not None
     found = b""
     for size_bytes in SIZES_BYTES:
-        received = torch.zeros(size_bytes * len(team), dtype=torch.uint8)
-        members = range(len(team))
+        received = torch.zeros(size_bytes * len(group), dtype=torch.uint8)
+        members = range(len(group))
         everything = [Message(one, other, 0, size_bytes) for one in members for other in members if one != other]
         wait = collectives.begin_gather(gatherer, pattern(world.rank, size_bytes), received, everything)
         assert wait is not None
         wait()
-        own = team.index(world.rank) * size_bytes
+        own = group.index(world.rank) * size_bytes
         received[own : own + size_bytes] = pattern(world.rank, size_bytes)  # which no message brings
         found += bytes(received.numpy())
     return found
 
 
 def main(directory: Path) -> None:
-    """Take part in the teams that have this rank."""
+    """Take part in the groups that have this rank."""
     world = join_world("cpu", 60.0)
     assert make_gatherer(world, (world.rank,), 4) is None
-    for name, team in TEAMS.items():
-        if world.rank in team:
-            (directory / f"{name}-{world.rank}").write_bytes(gather(world, team))
+    for name, group in GROUPS.items():
+        if world.rank in group:
+            (directory / f"{name}-{world.rank}").write_bytes(gather(world, group))
     values = gather_objects(world, {"rank": world.rank, "text": "ü" * world.rank})
     (directory / f"objects-{world.rank}").write_text(repr(values))
     leave_world(world)

@@ -1,8 +1,8 @@
 """Which bytes each rank moves alone, and which ranks gather the others, so that all read and write about equally much.
 
 What lies in one piece of the source, and goes to files that its reader reaches, is moved by one rank; a weight that is
-cut along its columns is gathered by a team. Teams are disjoint, so a rank is in one gather group besides the world. In
-`direct` placement every team is a single rank and nothing is gathered.
+cut along its columns is gathered by a group of ranks. Groups are disjoint: a rank is in one besides the world. In
+`direct` placement every group is a single rank and nothing is gathered.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,7 +34,7 @@ class Share:
         return self.end_byte - self.first_byte
 
 
-#: Some bytes, and what a rank or team must see for them.
+#: Some bytes, and what a rank or group must see for them.
 _Work = tuple[Share, FileSets]
 
 
@@ -49,7 +49,7 @@ def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[
 
 
 @dataclass(frozen=True)
-class Team:
+class GatherGroup:
     """Ranks that gather what none of them can move alone.
 
     Attributes:
@@ -63,20 +63,20 @@ class Team:
     alone: tuple[tuple[Share, ...], ...]
 
 
-def form_teams(
+def form_gather_groups(
     transfers: Sequence[Transfer],
     visible: Sequence[frozenset[str]],
     writable: Sequence[frozenset[str]],
     placement: str,
     finished: frozenset[int] = frozenset(),
-) -> tuple[Team, ...]:
-    """Divide the ranks into teams, and the transfers' bytes over ranks and teams.
+) -> tuple[GatherGroup, ...]:
+    """Divide the ranks into groups, and the transfers' bytes over ranks and groups.
 
     Args:
         transfers: all of the plan.
         visible, writable: for each rank, the source files that it can read, and the target files that it can write.
         placement: "gather" or "direct".
-        finished: numbers of the transfers that need no team any more.
+        finished: numbers of the transfers that need no group any more.
 
     Raises:
         MissingShard: a shard that no rank sees.
@@ -115,7 +115,7 @@ def form_teams(
     of_ranks = _dealt(alone, transfers, singles, able_ranks)
     of_groups = _dealt(together, transfers, groups, _able(groups, visible, bridges))
     return tuple(
-        Team(ranks, shares, tuple(of_ranks[rank] for rank in ranks))
+        GatherGroup(ranks, shares, tuple(of_ranks[rank] for rank in ranks))
         for ranks, shares in zip(groups, of_groups, strict=True)
     )
 
@@ -172,7 +172,7 @@ def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
 
 
 def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
-    """What each of several teams gets of some bytes, in proportion to its weight: position of the team, its share."""
+    """What each of several groups gets of some bytes, in proportion to its weight: position of the group, its share."""
     total_bytes = sum(share.size_bytes for share in whole)
     borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]
     start = 0
@@ -202,8 +202,8 @@ def _gather_groups(
 ) -> tuple[list[_Ranks], list[_Ranks]]:
     """Ranks that see the same files, merged where only several of them together see what they gather.
 
-    Both are split again, for what a rank receives grows with what its team gathers. Where ranks of nodes could do most
-    of it without others, and little crosses the nodes' own disks, each lends some ranks to teams for that: the bridges,
+    Both are split again, for what a rank receives grows with what its group gathers. Where ranks of nodes could do most
+    of it without others, and little crosses the nodes' own disks, each lends some ranks to groups for it: the bridges,
     which are returned on their own as well.
     """
     classes = _classes(range(len(visible)), visible)
@@ -222,8 +222,8 @@ def _gather_groups(
             merged.remove(ranks)
             whole += kept
             bridges += lent
-    split = [team for ranks in whole for team in _split(ranks, sets, visible)]
-    split += [team for ranks in merged for team in _split_merged(ranks, visible)]
+    split = [group for ranks in whole for group in _split(ranks, sets, visible)]
+    split += [group for ranks in merged for group in _split_merged(ranks, visible)]
     return sorted(split + bridges), bridges
 
 
@@ -238,7 +238,7 @@ def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[_R
 def _lend(
     classes: Sequence[_Ranks], work: Sequence[_Work], visible: Sequence[frozenset[str]]
 ) -> tuple[list[_Ranks], list[_Ranks]]:
-    """What classes of a merged team keep, and the teams of ranks that they lend: one for each set of classes that
+    """What classes of a merged group keep, and the groups of ranks that they lend: one for each set of classes that
     together can do what none of them can do alone.
 
     A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that, or
@@ -255,14 +255,14 @@ def _lend(
     kept = {part: part for part in classes}
     lent: list[_Ranks] = []
     for bridged, size_bytes in crossing_bytes.items():
-        team: list[int] = []
+        group: list[int] = []
         for part in bridged:
             through_bytes = sum(size // len(other) for other, size in crossing_bytes.items() if part in other)
             share = size_bytes / len(bridged) / max(1, alone_bytes[part] + through_bytes)
             count = max(1, round(len(part) * share))
-            team += kept[part][-count:]
+            group += kept[part][-count:]
             kept[part] = kept[part][:-count]
-        lent.append(tuple(sorted(team)))
+        lent.append(tuple(sorted(group)))
     if not alone_bytes or not all(kept.values()):
         return [], []
     return list(kept.values()), lent
@@ -281,17 +281,17 @@ def _cover(needs: FileSets, candidates: list[_Ranks], visible: Sequence[frozense
 
 
 def _split(ranks: _Ranks, sets: Sequence[FileSets], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
-    """A team for each set of shards, as far as there are ranks, and no more ranks in a team than shards in a set."""
+    """A group for each set of shards, as far as there are ranks, and no more ranks in a group than shards in a set."""
     served = sum(sees_all(needs, visible[ranks[0]]) for needs in sets)
-    least_teams = -(-len(ranks) // max(len(needs) for needs in sets))
-    return list(_parts(ranks, min(len(ranks), max(least_teams, served))))
+    least_groups = -(-len(ranks) // max(len(needs) for needs in sets))
+    return list(_parts(ranks, min(len(ranks), max(least_groups, served))))
 
 
 def _split_merged(ranks: _Ranks, visible: Sequence[frozenset[str]]) -> list[_Ranks]:
-    """As many teams as can have a rank of each kind: all of them see the same files together."""
+    """As many groups as can have a rank of each kind: all of them see the same files together."""
     classes = _classes(ranks, visible)
-    teams = min(map(len, classes))
-    parted = zip(*(_parts(alike, teams) for alike in classes), strict=True)
+    groups = min(map(len, classes))
+    parted = zip(*(_parts(alike, groups) for alike in classes), strict=True)
     return [tuple(sorted(rank for part in parts for rank in part)) for parts in parted]
 
 

@@ -1,4 +1,4 @@
-"""Who works with whom: whatever each rank sees, teams are disjoint and every byte is dealt exactly once."""
+"""Who works with whom: whatever each rank sees, groups are disjoint and every byte is dealt exactly once."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def test_ranks_that_see_only_their_own_shard_write_every_byte_once_in_any_order_
 
 @contents
 def test_a_rank_with_its_own_shard_is_needed_by_its_tensor_parallel_set_alone(made: Content) -> None:
-    teams = [team.ranks for team in plan(made, own_shards(made, range(4), 4), "gather").teams]
+    groups = [group.ranks for group in plan(made, own_shards(made, range(4), 4), "gather").groups]
     if made is LLAMA:
         # Files by tensor rank, then pipeline rank: 00_000, 00_001, 01_000, 01_001.
-        assert teams == [(0, 2), (1, 3)]
+        assert groups == [(0, 2), (1, 3)]
     elif made is MIXTRAL:
-        assert teams == [(0, 2), (1, 3)]
+        assert groups == [(0, 2), (1, 3)]
     else:
         # Files 00_000, 00_002, 01_001, 01_003: any pair of both tensor ranks holds the dense parameters.
-        assert sorted(rank for team in teams for rank in team) == [0, 1, 2, 3]
+        assert sorted(rank for group in groups for rank in group) == [0, 1, 2, 3]
 
 
 @contents
@@ -106,14 +106,14 @@ def test_nodes_that_hold_whole_tensor_parallel_sets_do_not_gather_with_each_othe
     files = files_of(LLAMA)
     stages = [frozenset(f for f in files if f"_{stage:03d}/" in f) for stage in range(2)]
     visible = [stages[0], stages[1], stages[0], stages[1]]
-    assert [team.ranks for team in plan(LLAMA, visible, "gather").teams] == [(0, 2), (1, 3)]
+    assert [group.ranks for group in plan(LLAMA, visible, "gather").groups] == [(0, 2), (1, 3)]
     assert faults_of(plan(LLAMA, visible, "direct")) == []
 
 
 def test_nodes_that_hold_one_tensor_rank_each_gather_with_each_other() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
-    assert [team.ranks for team in plan(LLAMA, ranks, "gather").teams] == [(0, 1)]
+    assert [group.ranks for group in plan(LLAMA, ranks, "gather").groups] == [(0, 1)]
 
 
 def test_a_group_of_more_ranks_than_a_weight_has_pieces_can_be_refused() -> None:
@@ -125,30 +125,35 @@ def test_a_group_of_more_ranks_than_a_weight_has_pieces_can_be_refused() -> None
     assert (caught.value.found, "at most 2 ranks" in caught.value.expected) == ("a group of 3", True)
 
 
-def test_a_team_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
+def test_a_group_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
-    (team,) = plan(LLAMA, ranks, "gather").teams
-    assert [(share.transfer, share.first_byte, share.end_byte) for share in team.shares] == [
+    (group,) = plan(LLAMA, ranks, "gather").groups
+    assert [(share.transfer, share.first_byte, share.end_byte) for share in group.shares] == [
         (number, 0, one.size_bytes)
         for number, one in enumerate(LLAMA.transfers)
         if one.stretches == (((0, 1), one.size_bytes),)  # each row lies in both shards
     ]
 
 
-def test_ranks_that_see_all_are_split_into_teams_as_large_as_a_tensor_parallel_set() -> None:
-    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 8), "gather").teams] == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 3), "gather").teams] == [(0,), (1, 2)]
-    assert [team.ranks for team in plan(LLAMA, everyone(LLAMA, 1), "gather").teams] == [(0,)]
+def test_ranks_that_see_all_are_split_into_groups_as_large_as_a_tensor_parallel_set() -> None:
+    assert [group.ranks for group in plan(LLAMA, everyone(LLAMA, 8), "gather").groups] == [
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ]
+    assert [group.ranks for group in plan(LLAMA, everyone(LLAMA, 3), "gather").groups] == [(0,), (1, 2)]
+    assert [group.ranks for group in plan(LLAMA, everyone(LLAMA, 1), "gather").groups] == [(0,)]
 
 
-def test_ranks_of_which_several_see_the_same_shard_are_split_into_teams_that_see_a_whole_set_each() -> None:
+def test_ranks_of_which_several_see_the_same_shard_are_split_into_groups_that_see_a_whole_set_each() -> None:
     # Files 00_000, 00_001, 01_000, 01_001: ranks 0 and 4 see the first one, 2 and 6 that of the other tensor rank.
     visible = own_shards(LLAMA, range(8), 8)
-    assert [team.ranks for team in plan(LLAMA, visible, "gather").teams] == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert [group.ranks for group in plan(LLAMA, visible, "gather").groups] == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
-def test_a_rank_that_sees_nothing_has_a_team_and_no_work() -> None:
+def test_a_rank_that_sees_nothing_has_a_group_and_no_work() -> None:
     visible = [frozenset[str](), *everyone(LLAMA, 2)]
     assert faults_of(plan(LLAMA, visible, "gather")) == []
     assert written_bytes(LLAMA, visible, "gather")[0] == 0
@@ -218,7 +223,7 @@ def test_the_more_ranks_see_each_shard_the_less_each_of_them_receives_from_an_al
     for world in (4, 8, 16):
         divided = plan(made, own_shards(made, range(world), world), "gather")
         _, member, steps = next(headers.steps_by_rank(divided))
-        gathered = Limits(0, members=len(divided.teams[0].ranks), on_accelerator=True)
+        gathered = Limits(0, members=len(divided.groups[0].ranks), on_accelerator=True)
         totals_bytes.append(sum(received_bytes(step, messages(step), member, gathered) for step in steps))
     # What is cut along columns, of the eight layers of a stage: output and down projections.
     whole_bytes = 8 * 2 * (1024 * 1024 + 1024 * 4096)
