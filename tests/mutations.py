@@ -94,8 +94,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a-group-gets-less-than-its-share",
-        "end = start + share.size_bytes\n        begun",
-        "end = start + share.size_bytes - 1\n        begun",
+        "end = start + byte_range.size_bytes\n        begun",
+        "end = start + byte_range.size_bytes - 1\n        begun",
         "tests/plan/test_gather_groups.py",
     ),
     Mutation(

@@ -177,7 +177,7 @@ def _make(
         if task.is_first:
             refuse_exchanged(directory)
         try:
-            task.layout.complete(directory, task.share, known, is_first=world.rank == 0)
+            task.layout.complete(directory, task.own_files, known, is_first=world.rank == 0)
         except OSError as error:
             raise target_error(error, str(error.filename or directory)) from error
         _describe(task, world, known)
@@ -191,7 +191,7 @@ def _make(
 def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
     """Write the manifest at every place, and what else a divided target has everywhere."""
     records = {
-        file.name: file_record(task.partial, local_name(file.name), known.get(file.name, ())) for file in task.share
+        file.name: file_record(task.partial, local_name(file.name), known.get(file.name, ())) for file in task.own_files
     }
     of_ranks: list[dict[str, Any]] = gather_objects(world, records)
     check_source(task, world)

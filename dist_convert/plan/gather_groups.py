@@ -22,7 +22,7 @@ FileSets = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
-class Share:
+class ByteRange:
     """The blocks of a transfer, by its number in the plan, that start at byte `first_byte` to before `end_byte`."""
 
     transfer: int
@@ -35,7 +35,7 @@ class Share:
 
 
 #: Some bytes, and what a rank or group must see for them.
-_Work = tuple[Share, FileSets]
+_Work = tuple[ByteRange, FileSets]
 
 
 def sees_all(needs: FileSets, seen: frozenset[str]) -> bool:
@@ -54,13 +54,13 @@ class GatherGroup:
 
     Attributes:
         ranks: in ascending order.
-        shares: what they move together.
+        together: what they gather and move together.
         alone: for each of them, what it both reads and writes.
     """
 
     ranks: tuple[int, ...]
-    shares: tuple[Share, ...]
-    alone: tuple[tuple[Share, ...], ...]
+    together: tuple[ByteRange, ...]
+    alone: tuple[tuple[ByteRange, ...], ...]
 
 
 def form_gather_groups(
@@ -97,9 +97,9 @@ def form_gather_groups(
             sources = tuple(transfer.source_files[piece] for piece in pieces)
             needs = (*sources, *((_as_target(file),) for file in transfer.target_files if has_own_targets))
             if (len(pieces) == 1 or placement == "direct") and able_ranks(needs):
-                alone.append((Share(number, first, end), needs))
+                alone.append((ByteRange(number, first, end), needs))
             else:
-                together.append((Share(number, first, end), needs))
+                together.append((ByteRange(number, first, end), needs))
                 gathered_bytes[sources] += end - first
             first = end
     if together and placement == "direct":
@@ -115,8 +115,8 @@ def form_gather_groups(
     of_ranks = _dealt(alone, transfers, singles, able_ranks)
     of_groups = _dealt(together, transfers, groups, _able(groups, visible, bridges))
     return tuple(
-        GatherGroup(ranks, shares, tuple(of_ranks[rank] for rank in ranks))
-        for ranks, shares in zip(groups, of_groups, strict=True)
+        GatherGroup(ranks, ranges, tuple(of_ranks[rank] for rank in ranks))
+        for ranks, ranges in zip(groups, of_groups, strict=True)
     )
 
 
@@ -146,43 +146,44 @@ def _dealt(
     transfers: Sequence[Transfer],
     groups: Sequence[_Ranks],
     able: Callable[[FileSets], _Ranks],
-) -> list[tuple[Share, ...]]:
-    """The shares of each group: of all that the same groups can do and that is written equally often, its part."""
-    kinds: dict[tuple[_Ranks, int], list[Share]] = {}
-    for share, needs in work:
-        transfer = transfers[share.transfer]
-        kinds.setdefault((able(needs), transfer.written_bytes // transfer.size_bytes), []).append(share)
-    dealt: list[list[Share]] = [[] for _ in groups]
+) -> list[tuple[ByteRange, ...]]:
+    """The ranges of each group: of all that the same groups can do and that is written equally often, its part."""
+    kinds: dict[tuple[_Ranks, int], list[ByteRange]] = {}
+    for byte_range, needs in work:
+        transfer = transfers[byte_range.transfer]
+        kinds.setdefault((able(needs), transfer.written_bytes // transfer.size_bytes), []).append(byte_range)
+    dealt: list[list[ByteRange]] = [[] for _ in groups]
     for (numbers, _), whole in kinds.items():
-        for position, share in _stretches(whole, [len(groups[number]) for number in numbers]):
-            dealt[numbers[position]].append(share)
+        for position, byte_range in _stretches(whole, [len(groups[number]) for number in numbers]):
+            dealt[numbers[position]].append(byte_range)
     # In the order of transfers, what is written often comes between what is not.
-    return [_joined(sorted(shares, key=lambda share: (share.transfer, share.first_byte))) for shares in dealt]
+    return [_joined(sorted(ranges, key=lambda one: (one.transfer, one.first_byte))) for ranges in dealt]
 
 
-def _joined(shares: Iterable[Share]) -> tuple[Share, ...]:
-    """Shares that follow each other in one transfer as one: it is expanded once for each share of it."""
-    joined: list[Share] = []
-    for share in shares:
-        if joined and (joined[-1].transfer, joined[-1].end_byte) == (share.transfer, share.first_byte):
-            joined[-1] = replace(joined[-1], end_byte=share.end_byte)
+def _joined(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Ranges that follow each other in one transfer as one: it is expanded once for each range of it."""
+    joined: list[ByteRange] = []
+    for byte_range in ranges:
+        if joined and (joined[-1].transfer, joined[-1].end_byte) == (byte_range.transfer, byte_range.first_byte):
+            joined[-1] = replace(joined[-1], end_byte=byte_range.end_byte)
         else:
-            joined.append(share)
+            joined.append(byte_range)
     return tuple(joined)
 
 
-def _stretches(whole: Sequence[Share], weights: Sequence[int]) -> Iterator[tuple[int, Share]]:
-    """What each of several groups gets of some bytes, in proportion to its weight: position of the group, its share."""
-    total_bytes = sum(share.size_bytes for share in whole)
+def _stretches(whole: Sequence[ByteRange], weights: Sequence[int]) -> Iterator[tuple[int, ByteRange]]:
+    """What each of several groups gets of some bytes, in proportion to its weight: position of the group, its range."""
+    total_bytes = sum(one.size_bytes for one in whole)
     borders = [total_bytes * passed // sum(weights) for passed in accumulate(weights, initial=0)]
     start = 0
-    for share in whole:
-        end = start + share.size_bytes
-        begun = bisect_right(borders, start, hi=len(weights))  # stretches that begin with this share or before it
+    for byte_range in whole:
+        end = start + byte_range.size_bytes
+        begun = bisect_right(borders, start, hi=len(weights))  # stretches that begin with this range or before it
         for position in range(begun - 1, bisect_left(borders, end, hi=len(weights))):
             first, last = max(borders[position], start), min(borders[position + 1], end)
             if first < last:
-                yield position, Share(share.transfer, share.first_byte + first - start, share.first_byte + last - start)
+                shift = byte_range.first_byte - start
+                yield position, ByteRange(byte_range.transfer, first + shift, last + shift)
         start = end
 
 

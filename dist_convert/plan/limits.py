@@ -84,7 +84,7 @@ def largest_send_bytes(
         return 0
     written_by_all = frozenset.intersection(*(writable[rank] for rank in group.ranks))
     largest_bytes = 0
-    shared = [transfers[share.transfer] for share in group.shares]
+    shared = [transfers[one.transfer] for one in group.together]
     for transfer in {(one.source_files, one.target_files, one.stretches): one for one in shared}.values():
         readers = readers_of(transfer, group, visible)
         if not written_by_all.issuperset(transfer.target_files):

@@ -78,7 +78,7 @@ class Plan:
         placement: "gather" or "direct".
         visible: for each rank, the source files that it can read.
         writable: for each rank, the target files that it can write, which may have the names of source files.
-        groups: disjoint groups of ranks with their shares.
+        groups: disjoint groups of ranks, with what each moves.
         limits: for each group, its members' buffer sizes.
         done: what an earlier run has written, and is left out.
     """
@@ -149,7 +149,7 @@ def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
 def schedule_digest(plan: Plan) -> str:
     """Names who does what in one run; the ranks of the run compare it.
 
-    The version stands for how groups' shares become steps.
+    The version stands for how groups' ranges become steps.
     """
     return digest(
         {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import bands, blocks_of_band, part_of
-from dist_convert.plan.gather_groups import Share
+from dist_convert.plan.gather_groups import ByteRange
 from dist_convert.plan.limits import STEP_BYTES, Limits, aligned, readers_of
 from dist_convert.plan.plan import Plan
 from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, in_turn, side_by_side
@@ -175,9 +175,7 @@ def blocks_of_member(plan: Plan, number: int, member: int) -> Iterator[Step]:
     """
     group = plan.groups[number]
     own = blocks_alone(plan, number, member)
-    own_bytes, group_bytes = (
-        sum(share.size_bytes for share in shares) for shares in (group.alone[member], group.shares)
-    )
+    own_bytes, group_bytes = (sum(one.size_bytes for one in ranges) for ranges in (group.alone[member], group.together))
     own_passed_bytes = group_passed_bytes = 0
     for block in blocks_of_group(plan, number):
         while own_passed_bytes * group_bytes < group_passed_bytes * own_bytes and (mine := next(own, None)):
@@ -189,7 +187,7 @@ def blocks_of_member(plan: Plan, number: int, member: int) -> Iterator[Step]:
 
 
 def _size_bytes(block: Step) -> int:
-    """What shares are counted in: a block's bytes in the target's dtype, once however often they are written."""
+    """What ranges are counted in: a block's bytes in the target's dtype, once however often they are written."""
     return sum(read.size_bytes for read in block.reads)
 
 
@@ -202,25 +200,25 @@ def blocks_alone(plan: Plan, number: int, member: int) -> Iterator[Step]:
     group = plan.groups[number]
     seen = plan.visible[group.ranks[member]]
     writable = [plan.writable[rank] for rank in group.ranks]
-    shares, members = group.alone[member], len(group.ranks)
-    begun_bytes = sum(share.size_bytes for share in shares) * (member + 1) // (members + 1) if members > 1 else 0
-    for share in _rotated(shares, begun_bytes):
-        for block in _blocks_of_share(plan, share):
+    ranges, members = group.alone[member], len(group.ranks)
+    begun_bytes = sum(one.size_bytes for one in ranges) * (member + 1) // (members + 1) if members > 1 else 0
+    for byte_range in _rotated(ranges, begun_bytes):
+        for block in _blocks_in_range(plan, byte_range):
             sources = [(member, _seen_by(copy, seen)) for copy in block]
             yield from _left(plan, _joined(block, sources, writable, [0] * members))
 
 
-def _rotated(shares: Sequence[Share], begun_bytes: int) -> Iterator[Share]:
-    """The shares from so many bytes on, those before at the end; one may be cut for it."""
-    for number, share in enumerate(shares):
-        if share.size_bytes > begun_bytes:
-            cut = share.first_byte + begun_bytes
-            yield replace(share, first_byte=cut)
-            yield from shares[number + 1 :]
-            yield from shares[:number]
-            yield replace(share, end_byte=cut)
+def _rotated(ranges: Sequence[ByteRange], begun_bytes: int) -> Iterator[ByteRange]:
+    """The ranges from so many bytes on, those before at the end; one may be cut for it."""
+    for number, byte_range in enumerate(ranges):
+        if byte_range.size_bytes > begun_bytes:
+            cut = byte_range.first_byte + begun_bytes
+            yield replace(byte_range, first_byte=cut)
+            yield from ranges[number + 1 :]
+            yield from ranges[:number]
+            yield replace(byte_range, end_byte=cut)
             return
-        begun_bytes -= share.size_bytes
+        begun_bytes -= byte_range.size_bytes
 
 
 def blocks_of_group(plan: Plan, number: int) -> Iterator[Step]:
@@ -233,16 +231,17 @@ def blocks_of_group(plan: Plan, number: int) -> Iterator[Step]:
     seen, writable = ([of[rank] for rank in group.ranks] for of in (plan.visible, plan.writable))
     transfers = plan.content.transfers
 
-    def written_of(share: Share) -> int:  # about, counting every equal target
-        return share.size_bytes * transfers[share.transfer].written_bytes // transfers[share.transfer].size_bytes
+    def written_of(byte_range: ByteRange) -> int:  # about, counting every equal target
+        transfer = transfers[byte_range.transfer]
+        return byte_range.size_bytes * transfer.written_bytes // transfer.size_bytes
 
-    written_bytes = [sum(map(written_of, shares)) for shares in group.alone]
+    written_bytes = [sum(map(written_of, ranges)) for ranges in group.alone]
     # Apart for each number of copies that are written, so that who reads as much as others also writes as much.
     read_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * len(seen))
-    for share in group.shares:
-        transfer = transfers[share.transfer]
+    for byte_range in group.together:
+        transfer = transfers[byte_range.transfer]
         readers = dict(zip(transfer.source_files, readers_of(transfer, group, plan.visible), strict=True))
-        for block in _blocks_of_share(plan, share):
+        for block in _blocks_in_range(plan, byte_range):
             read_of_kind = read_bytes[len(block[0].targets)]
             sources = []
             for copy in block:
@@ -259,22 +258,22 @@ def blocks_of_group(plan: Plan, number: int) -> Iterator[Step]:
                 yield assigned
 
 
-def _blocks_of_share(plan: Plan, share: Share) -> Iterator[Block]:
-    """The blocks that begin in a share."""
-    transfer = plan.content.transfers[share.transfer]
+def _blocks_in_range(plan: Plan, byte_range: ByteRange) -> Iterator[Block]:
+    """The blocks that begin in a range."""
+    transfer = plan.content.transfers[byte_range.transfer]
     files = frozenset(transfer.target_files)
     end = 0
     for band in bands(plan.content.ends, transfer.names):
         start, end = end, end + _target_bytes(part_of(band, files))
-        if share.first_byte < end and start < share.end_byte:
+        if byte_range.first_byte < end and start < byte_range.end_byte:
             for block in blocks_of_band(band, files):
-                if share.first_byte <= start < share.end_byte:
+                if byte_range.first_byte <= start < byte_range.end_byte:
                     yield block
                 start += _target_bytes(block)
 
 
 def _target_bytes(block: Block) -> int:
-    """What a share's first and last byte are counted in."""
+    """What a byte_range's first and last byte are counted in."""
     return sum(copy.targets[0].size_bytes for copy in block)
 
 

@@ -113,7 +113,7 @@ class Task:
         return tuple(file for file in self.content.files if file.name in self.writable[self.rank])
 
     @property
-    def share(self) -> tuple[TargetFile, ...]:
+    def own_files(self) -> tuple[TargetFile, ...]:
         """Those of them that this rank alone completes."""
         at_place = [rank for rank, place in enumerate(self.places) if place == self.places[self.rank]]
         return tuple(sorted(self.files, key=lambda file: file.name)[at_place.index(self.rank) :: len(at_place)])

@@ -64,7 +64,7 @@ def test_neighbours_lend_a_rank_each_to_what_crosses_them_and_all_others_gather_
     ]  # fmt: skip
     for bridge in (1, 3, 5):
         # A file holds layers of two stages, and there is nothing else that crosses.
-        assert 0 < sum(share.end_byte - share.first_byte for share in plan.groups[bridge].shares) < 5_000_000_000
+        assert 0 < sum(one.size_bytes for one in plan.groups[bridge].together) < 5_000_000_000
 
 
 @pytest.mark.parametrize("each", [8, 64])

@@ -129,7 +129,7 @@ def test_a_group_that_gathers_all_of_a_weight_has_it_as_one_share() -> None:
     files = files_of(LLAMA)
     ranks = [frozenset(f for f in files if f.startswith(f"mp_rank_{tensor:02d}")) for tensor in range(2)]
     (group,) = plan(LLAMA, ranks, "gather").groups
-    assert [(share.transfer, share.first_byte, share.end_byte) for share in group.shares] == [
+    assert [(one.transfer, one.first_byte, one.end_byte) for one in group.together] == [
         (number, 0, one.size_bytes)
         for number, one in enumerate(LLAMA.transfers)
         if one.stretches == (((0, 1), one.size_bytes),)  # each row lies in both shards
