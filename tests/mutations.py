@@ -114,7 +114,7 @@ MUTATIONS = (
         "done-bytes-cover-one-more",
         "stretches[before - 1][1] >= window.offset_bytes + window.run_bytes",
         "stretches[before - 1][1] >= window.offset_bytes",
-        "tests/plan/test_done.py",
+        "tests/plan/test_written_ranges.py",
     ),
     Mutation(
         "received-bytes-taken-from-the-wrong-member",

@@ -32,7 +32,7 @@ from dist_convert.move.report import (
 )
 from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
-from dist_convert.plan.plan import NOTHING_DONE, Done, Plan, check_groups, divide, schedule_digest
+from dist_convert.plan.plan import NOTHING_WRITTEN, Plan, WrittenRanges, check_groups, divide, schedule_digest
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
 from dist_convert.read.source import pushes_others_out
@@ -63,7 +63,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)
     job = task.job
     dealt = find_writers(task, world)
-    plan = _divide(dealt, world, NOTHING_DONE)
+    plan = _divide(dealt, world, NOTHING_WRITTEN)
 
     check = prepare_check(job, task, world)
     free_bytes, replaces = check_start(task) if task.is_first else (0, "")
@@ -118,8 +118,8 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     return report
 
 
-def _divide(task: Task, world: World, done: Done) -> Plan:
-    """The plan of what is not done, the same on every rank.
+def _divide(task: Task, world: World, written: WrittenRanges) -> Plan:
+    """The plan of what is not written, the same on every rank.
 
     Without a wish, ranks gather where some rank cannot reach every file, and on accelerators, but for chunks of
     distributed checkpoints, which belong to no tensor parallel set; else they work alone.
@@ -135,7 +135,7 @@ def _divide(task: Task, world: World, done: Done) -> Plan:
         budget_bytes=task.job.max_memory_per_rank_bytes,
         writable=task.writable,
         on_accelerator=on_accelerator,
-        done=done,
+        written=written,
     )
     if on_accelerator and is_chunked:
         check_groups(plan)
@@ -149,16 +149,16 @@ def _make(
     """Make the target below its partial directory, but for what earlier runs have made of it; the report with that."""
     content, directory = task.content, task.partial
     history, journal = begin(task, world)
-    done = Done.of(window for window, _ in history.written)
+    written = WrittenRanges.of(window for window, _ in history.written)
     with closing(journal):
         if (before := Counter(history.changed["overflowed"])) and not task.job.allow_overflow:
             [(tensor, count)] = before.most_common(1)
             raise value_overflow(tensor, content.ends.target.params_dtype, count)
-        if done.size_bytes:
-            there = f"{human_bytes(done.size_bytes)} of {human_bytes(content.moved_bytes)}"
+        if written.size_bytes:
+            there = f"{human_bytes(written.size_bytes)} of {human_bytes(content.moved_bytes)}"
             channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
-            plan = _divide(dealt, world, done)
-        with channel.progress(content.moved_bytes - done.size_bytes, "converting"), journal.marked():
+            plan = _divide(dealt, world, written)
+        with channel.progress(content.moved_bytes - written.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
             moved = move(
                 plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
@@ -168,7 +168,7 @@ def _make(
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
         report = report.with_outcomes([*outcomes, history.changed])
-        written_bytes = done.size_bytes + report.written_bytes
+        written_bytes = written.size_bytes + report.written_bytes
         if written_bytes != content.moved_bytes:
             raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
 

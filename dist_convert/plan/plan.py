@@ -17,7 +17,7 @@ from dist_convert.records import Window, __version__, counted, human_bytes
 
 
 @dataclass(frozen=True)
-class Done:
+class WrittenRanges:
     """Finished bytes: they hold for any number of ranks, either placement and any block size.
 
     Attributes:
@@ -31,7 +31,7 @@ class Done:
     size_bytes: int = 0
 
     @staticmethod
-    def of(windows: Iterable[Window]) -> "Done":
+    def of(windows: Iterable[Window]) -> "WrittenRanges":
         """Join windows, in any order and as often as they come."""
         distinct = frozenset(windows)
         gapped = frozenset(window for window in distinct if window.runs > 1)
@@ -44,7 +44,7 @@ class Done:
                 end = max(end, last)
             known.append((start, end))
         dense_bytes = sum(end - start for of_file in joined.values() for start, end in of_file)
-        return Done(joined, gapped, dense_bytes + sum(window.size_bytes for window in gapped))
+        return WrittenRanges(joined, gapped, dense_bytes + sum(window.size_bytes for window in gapped))
 
     def covers(self, window: Window) -> bool:
         """Whether all bytes of a window are finished."""
@@ -55,18 +55,18 @@ class Done:
         return before > 0 and stretches[before - 1][1] >= window.offset_bytes + window.run_bytes
 
 
-NOTHING_DONE = Done()
+NOTHING_WRITTEN = WrittenRanges()
 
 
-def is_transfer_done(ends: Ends, transfer: Transfer, done: Done) -> bool:
+def is_transfer_written(ends: Ends, transfer: Transfer, written: WrittenRanges) -> bool:
     """Whether nothing of a transfer is left to do; False also where only its single blocks can tell."""
-    if not done.size_bytes:
+    if not written.size_bytes:
         return False
     regions = [region for name in transfer.names for region in ends.target.regions(name)]
     if ends.repeat_last_row:
         regions += [region for name in transfer.names for region in ends.target.padding(name)]
     views = [view for region in regions for view in region.replicas if view.file in transfer.target_files]
-    return all(not view.is_scattered and done.covers(Window.of(view)) for view in views)
+    return all(not view.is_scattered and written.covers(Window.of(view)) for view in views)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
         writable: for each rank, the target files that it can write, which may have the names of source files.
         groups: disjoint groups of ranks, with what each moves.
         limits: for each group, its members' buffer sizes.
-        done: what an earlier run has written, and is left out.
+        written: what an earlier run has written, and is left out.
     """
 
     content: Content
@@ -89,7 +89,7 @@ class Plan:
     writable: tuple[frozenset[str], ...]
     groups: tuple[GatherGroup, ...]
     limits: tuple[Limits, ...]
-    done: Done = NOTHING_DONE
+    written: WrittenRanges = NOTHING_WRITTEN
 
     def group_of(self, rank: int) -> tuple[int, int]:
         """A rank's group, and its position in it."""
@@ -104,12 +104,12 @@ def divide(
     budget_bytes: int,
     writable: Sequence[frozenset[str]] | None = None,
     on_accelerator: bool = False,
-    done: Done = NOTHING_DONE,
+    written: WrittenRanges = NOTHING_WRITTEN,
 ) -> Plan:
     """Divide a content over ranks.
 
     Args:
-        content, placement, done: see `Plan`.
+        content, placement, written: see `Plan`.
         visible: for each rank, the source files that it can read.
         budget_bytes: of memory, for each rank.
         writable: for each rank, the target files that it can write; None where the target is shared.
@@ -122,7 +122,7 @@ def divide(
     visible = _interned(visible)
     writable = _interned(writable or [frozenset(file.name for file in content.files)] * len(visible))
     listed = enumerate(content.transfers)
-    finished = frozenset(number for number, transfer in listed if is_transfer_done(content.ends, transfer, done))
+    finished = frozenset(number for number, transfer in listed if is_transfer_written(content.ends, transfer, written))
     groups = form_gather_groups(content.transfers, visible, writable, placement, finished)
     least = [
         Limits(largest_send_bytes(content.transfers, group, visible, writable), len(group.ranks), on_accelerator)
@@ -137,7 +137,9 @@ def divide(
             remedy="raise --max-memory-per-rank"
             + (", or use --placement direct where every rank sees all files" if placement == "gather" else ""),
         )
-    return Plan(content, placement, visible, writable, groups, tuple(limits(budget_bytes, one) for one in least), done)
+    return Plan(
+        content, placement, visible, writable, groups, tuple(limits(budget_bytes, one) for one in least), written
+    )
 
 
 def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
@@ -158,7 +160,7 @@ def schedule_digest(plan: Plan) -> str:
             "placement": plan.placement,
             "groups": repr(plan.groups),
             "limits": repr(plan.limits),
-            "done": [plan.done.stretches, sorted(map(astuple, plan.done.gapped))],
+            "written": [plan.written.stretches, sorted(map(astuple, plan.written.gapped))],
         }
     )
 

@@ -192,7 +192,7 @@ def _size_bytes(block: Step) -> int:
 
 
 def blocks_alone(plan: Plan, number: int, member: int) -> Iterator[Step]:
-    """The blocks that one member of a group both reads and writes, without what is done.
+    """The blocks that one member of a group both reads and writes, without what earlier runs have written.
 
     They begin elsewhere for each member: a file takes the writes of one at a time. Not with the first, which is where
     what crosses begins.
@@ -222,7 +222,7 @@ def _rotated(ranges: Sequence[ByteRange], begun_bytes: int) -> Iterator[ByteRang
 
 
 def blocks_of_group(plan: Plan, number: int) -> Iterator[Step]:
-    """What the members of a group move together, in the order of the plan, without what is done.
+    """What the members of a group move together, in the order of the plan, without what earlier runs have written.
 
     Each copy is read by the member that has read least of those that own its piece of the source, and written by that
     which has written least of those that reach the file.
@@ -283,9 +283,11 @@ def _seen_by(copy: Copy, files: frozenset[str]) -> View:
 
 
 def _left(plan: Plan, block: Step) -> Iterator[Step]:
-    """A block without the writes that are done, if any are left."""
-    if plan.done.size_bytes:
-        block = replace(block, writes=tuple(one for one in block.writes if not plan.done.covers(Window.of(one.target))))
+    """A block without the writes that are finished, if any are left."""
+    if plan.written.size_bytes:
+        block = replace(
+            block, writes=tuple(one for one in block.writes if not plan.written.covers(Window.of(one.target)))
+        )
     if block.writes:
         yield block
 

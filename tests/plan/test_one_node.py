@@ -13,7 +13,7 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import file_numbers, with_parts, writable_by_one_node
-from dist_convert.plan.plan import Done, Plan, divide
+from dist_convert.plan.plan import Plan, WrittenRanges, divide
 from dist_convert.records import View, Window
 from tests.plan import headers
 from tests.plan.headers import FULL_SIZE, architecture, faults_of, steps_by_rank
@@ -141,19 +141,19 @@ def test_what_was_written_on_some_nodes_is_gone_on_with_on_others(
         for write in step.writes
         if write.writer == member
     ]
-    done = Done.of(windows)
+    written = WrittenRanges.of(windows)
     nodes, visible = range(after), everyone(made, range(after))
     writable = dealt(made, visible, nodes)
     plan = divide(
-        with_parts(made, writable), visible, placement=placement, budget_bytes=10**9, writable=writable, done=done
+        with_parts(made, writable), visible, placement=placement, budget_bytes=10**9, writable=writable, written=written
     )
     left_bytes = sum(
         end - start
         for _, member, steps in steps_by_rank(plan)
         for _, start, end in headers.written_intervals(steps, member)
     )
-    assert done.size_bytes > 0
-    assert done.size_bytes + left_bytes == made.moved_bytes
+    assert written.size_bytes > 0
+    assert written.size_bytes + left_bytes == made.moved_bytes
 
 
 def test_nodes_that_see_the_same_get_stretches_of_about_as_many_bytes() -> None:
@@ -210,7 +210,7 @@ def test_a_part_is_done_when_its_own_files_are() -> None:
     first = [Window.of(view) for file in made.files if file.name in writable[0] for view in map(View.of, file.tensors)]
     plan = divide(
         parts, everyone(made, range(2)), placement="direct", budget_bytes=10**9, writable=writable,
-        done=Done.of(first),
+        written=WrittenRanges.of(first),
     )  # fmt: skip
     (of_first,), (of_second,) = (group.alone for group in plan.groups)
     assert of_first == ()

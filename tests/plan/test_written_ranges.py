@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_convert.plan.plan import NOTHING_DONE, Done
+from dist_convert.plan.plan import NOTHING_WRITTEN, WrittenRanges
 from dist_convert.records import Window
 
 FILE = "model.safetensors"
@@ -31,8 +31,8 @@ JOINED: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
 @pytest.mark.parametrize("name", JOINED)
 def test_windows_are_joined_to_as_few_stretches_as_they_fill(name: str) -> None:
     written, stretches = JOINED[name]
-    done = Done.of(windows(*written))
-    assert done.stretches == {FILE: stretches}
+    written = WrittenRanges.of(windows(*written))
+    assert written.stretches == {FILE: stretches}
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def test_windows_are_joined_to_as_few_stretches_as_they_fill(name: str) -> None:
     [([], 0), ([(0, 8), (4, 12)], 12), ([(0, 8), (0, 8), (9, 10)], 9)],
 )
 def test_bytes_that_were_written_twice_count_once(written: list[tuple[int, int]], size_bytes: int) -> None:
-    assert Done.of(windows(*written)).size_bytes == size_bytes
+    assert WrittenRanges.of(windows(*written)).size_bytes == size_bytes
 
 
 def test_gapped_windows_count_the_bytes_of_their_runs() -> None:
-    assert Done.of([GAPPED, GAPPED, Window(FILE, 0, 5)]).size_bytes == 35
+    assert WrittenRanges.of([GAPPED, GAPPED, Window(FILE, 0, 5)]).size_bytes == 35
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,20 @@ def test_gapped_windows_count_the_bytes_of_their_runs() -> None:
     ],
 )  # fmt: skip
 def test_a_window_is_done_where_one_stretch_holds_all_of_it(stretch: tuple[int, int], is_done: bool) -> None:
-    done = Done.of(windows((30, 40), (10, 20)))
-    assert done.covers(windows(stretch)[0]) is is_done
+    written = WrittenRanges.of(windows((30, 40), (10, 20)))
+    assert written.covers(windows(stretch)[0]) is is_done
 
 
 def test_a_window_across_what_two_runs_wrote_is_done() -> None:
-    assert Done.of(windows((0, 10), (10, 20))).covers(Window(FILE, 5, 10))
+    assert WrittenRanges.of(windows((0, 10), (10, 20))).covers(Window(FILE, 5, 10))
 
 
 def test_the_same_bytes_of_another_file_are_not_done() -> None:
-    assert not Done.of(windows((0, 100))).covers(Window("model-00002-of-00002.safetensors", 0, 10))
+    assert not WrittenRanges.of(windows((0, 100))).covers(Window("model-00002-of-00002.safetensors", 0, 10))
 
 
 def test_a_window_with_gaps_is_done_if_it_was_written_as_it_is() -> None:
-    assert Done.of([GAPPED]).covers(GAPPED)
+    assert WrittenRanges.of([GAPPED]).covers(GAPPED)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_a_window_with_gaps_is_done_if_it_was_written_as_it_is() -> None:
     ids=["fewer runs", "the later runs", "another stride", "its first run alone"],
 )
 def test_any_other_part_of_a_window_with_gaps_is_written_again(other: Window) -> None:
-    assert not Done.of([GAPPED]).covers(other)
+    assert not WrittenRanges.of([GAPPED]).covers(other)
 
 
 def test_a_window_with_gaps_is_written_again_where_its_bytes_were_written_without() -> None:
-    assert not Done.of(windows((0, 1000))).covers(GAPPED)
+    assert not WrittenRanges.of(windows((0, 1000))).covers(GAPPED)
 
 
 def test_nothing_is_done_at_first() -> None:
-    assert not NOTHING_DONE.covers(Window(FILE, 0, 1))
-    assert NOTHING_DONE.size_bytes == 0
+    assert not NOTHING_WRITTEN.covers(Window(FILE, 0, 1))
+    assert NOTHING_WRITTEN.size_bytes == 0
