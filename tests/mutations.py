@@ -150,7 +150,7 @@ MUTATIONS = (
         "marks-count-what-came-later",
         "safe_bytes = os.fstat(self._descriptor).st_size",
         "safe_bytes = 1 << 40",
-        "tests/write/test_history.py",
+        "tests/write/test_resume_state.py",
     ),
     Mutation(
         "a-target-is-replaced-unasked",

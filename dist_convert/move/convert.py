@@ -148,10 +148,10 @@ def _make(
 ) -> Report:
     """Make the target below its partial directory, but for what earlier runs have made of it; the report with that."""
     content, directory = task.content, task.partial
-    history, journal = begin(task, world)
-    written = WrittenRanges.of(window for window, _ in history.written)
+    resume_state, journal = begin(task, world)
+    written = WrittenRanges.of(window for window, _ in resume_state.written)
     with closing(journal):
-        if (before := Counter(history.changed["overflowed"])) and not task.job.allow_overflow:
+        if (before := Counter(resume_state.changed["overflowed"])) and not task.job.allow_overflow:
             [(tensor, count)] = before.most_common(1)
             raise value_overflow(tensor, content.ends.target.params_dtype, count)
         if written.size_bytes:
@@ -167,13 +167,13 @@ def _make(
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(moved, timeline))
-        report = report.with_outcomes([*outcomes, history.changed])
+        report = report.with_outcomes([*outcomes, resume_state.changed])
         written_bytes = written.size_bytes + report.written_bytes
         if written_bytes != content.moved_bytes:
             raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
 
         channel.doing("completing files")
-        known = known_ranges(world, moved.windows, history)
+        known = known_ranges(world, moved.windows, resume_state)
         if task.is_first:
             refuse_exchanged(directory)
         try:

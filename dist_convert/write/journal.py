@@ -197,7 +197,7 @@ CHANGES = ("overflowed", "rounded_norms")
 
 
 @dataclass(frozen=True)
-class History:
+class ResumeState:
     """What earlier runs did.
 
     Attributes:
@@ -280,7 +280,7 @@ def joined(written: Iterable[Written]) -> list[Written]:
     return found
 
 
-def history_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()) -> History:
+def resume_state_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()) -> ResumeState:
     """What `read_journal` found in every journal, but for files that are not there any more, or not in their size."""
     lost_until = dict.fromkeys(damaged, sys.maxsize)
     for record in records:
@@ -298,4 +298,4 @@ def history_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()
         reads = {(file, tensor, *place): values for r in records for file, tensor, *place, values in r[kind]}
         for (_, tensor, *_), values in reads.items():
             of_tensors[tensor] += values
-    return History(written, changed)
+    return ResumeState(written, changed)

@@ -15,18 +15,18 @@ from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import read_json
 from dist_convert.write.checksums import KnownRange, checksum_of
 from dist_convert.write.files import Written, opened, replace_files, write_file, writing
-from dist_convert.write.journal import JOURNAL_DIRECTORY, History, fields, from_fields, joined
+from dist_convert.write.journal import JOURNAL_DIRECTORY, ResumeState, fields, from_fields, joined
 from dist_convert.write.partial import RESUMABLE, differences_of_complete, files_below, is_ours
 from dist_convert.write.trees import found_below
 
 MANIFEST_FILE = "conversion.json"
 
 
-def known_ranges(world: World, mine: Iterable[Written], history: History) -> dict[str, list[KnownRange]]:
+def known_ranges(world: World, mine: Iterable[Written], resume_state: ResumeState) -> dict[str, list[KnownRange]]:
     """By file, in ascending order, the ranges whose checksums were taken when a run of any rank wrote them."""
     gathered: list[list[list[Any]]] = gather_objects(world, [fields(one) for one in joined(mine)])
     ranges: dict[str, list[KnownRange]] = {}
-    for window, checksum in (*history.written, *(from_fields(one) for of_rank in gathered for one in of_rank)):
+    for window, checksum in (*resume_state.written, *(from_fields(one) for of_rank in gathered for one in of_rank)):
         if checksum is not None:
             ranges.setdefault(window.file, []).append((window.offset_bytes, window.run_bytes, checksum))
     return {file: sorted(of_file) for file, of_file in ranges.items()}

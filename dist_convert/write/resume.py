@@ -40,14 +40,14 @@ from dist_convert.write.commit import check_beside, check_target
 from dist_convert.write.files import reserve_file, sync, writing
 from dist_convert.write.journal import (
     JOURNAL_DIRECTORY,
-    History,
     Journal,
+    ResumeState,
     from_fields,
     has_written,
-    history_of,
     journals,
     last_run,
     read_journal,
+    resume_state_of,
     this_boot,
 )
 from dist_convert.write.manifest import manifest_of, what_differs
@@ -154,7 +154,7 @@ def notes_on_replacing(task: Task) -> list[str]:
     return [f"warning: replaces {task.target}, which an earlier conversion has made"]
 
 
-def begin(task: Task, world: World) -> tuple[History, Journal]:
+def begin(task: Task, world: World) -> tuple[ResumeState, Journal]:
     """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
     partial, files = task.partial, task.files
     if task.is_first:
@@ -170,7 +170,7 @@ def begin(task: Task, world: World) -> tuple[History, Journal]:
     if odd:
         raise damaged(Path(odd[0]), "a journal that says what none does, or more than any")
     broken = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
-    history = history_of(read, {file for of_rank in gather_objects(world, broken) for file in of_rank})
+    resume_state = resume_state_of(read, {file for of_rank in gather_objects(world, broken) for file in of_rank})
     if task.is_first:
         task.layout.make_files(partial, files, is_first=world.rank == 0)
         for file in files:
@@ -179,7 +179,7 @@ def begin(task: Task, world: World) -> tuple[History, Journal]:
     for name in broken if run > 1 else ():
         journal.lost(local_name(name), with_this_run=False)
     gather_objects(world, None)
-    return history, journal
+    return resume_state, journal
 
 
 def _read_journals(task: Task, world: World) -> tuple[int, list[dict[str, Any]], list[str]]:

@@ -47,7 +47,7 @@ from dist_convert.ranks.collectives import alone
 from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
-from dist_convert.write.journal import history_of, read_journal
+from dist_convert.write.journal import read_journal, resume_state_of
 from dist_convert.write.manifest import what_differs
 from tests.attacks.damage import (
     Way,
@@ -126,7 +126,7 @@ def _read_journal(path: Path) -> None:
     said = read_journal(path.parent, journal.name, [("host", "boot")])
     if said is None:
         raise CorruptFile("a damaged journal")
-    history_of([said])
+    resume_state_of([said])
 
 
 def _read_manifest(path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import dist_convert.write.resume
 from dist_convert.errors import TargetError
 from dist_convert.records import Window
-from dist_convert.write.journal import Journal, history_of, read_journal, this_boot
+from dist_convert.write.journal import Journal, read_journal, resume_state_of, this_boot
 from tests.attacks.unfinished import go_on
 from tests.distributed.interrupting import hashes_below
 
@@ -240,4 +240,4 @@ def test_a_line_behind_one_that_was_cut_off_counts(tmp_path: Path, monkeypatch: 
     record = read_journal(tmp_path, "run-00001-rank-00000", [this_boot()])
     assert record is not None
     assert record["lost"] == [["f", 1]]
-    assert history_of([record]).written == ()
+    assert resume_state_of([record]).written == ()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dist_convert.records import Window
-from dist_convert.write.journal import History, Journal, history_of, joined, journals, last_run, read_journal
+from dist_convert.write.journal import Journal, ResumeState, joined, journals, last_run, read_journal, resume_state_of
 
 FILE, NAME = "model.safetensors", "run-00001-rank-00000"
 HERE = ("node7", "e1b0")
@@ -38,9 +38,9 @@ def write(partial: Path, lines: Sequence[bytes], name: str = NAME) -> None:
 
 def counted(
     partial: Path, *names: str, boots: Sequence[tuple[str, str]] = (HERE,), gone: Sequence[str] = ()
-) -> History:
+) -> ResumeState:
     """What counts of some journals where ranks of these machines read them, and these files are gone."""
-    return history_of([read_journal(partial, name, boots) for name in names or (NAME,)], gone)
+    return resume_state_of([read_journal(partial, name, boots) for name in names or (NAME,)], gone)
 
 
 def test_the_lines_of_a_machine_that_has_not_been_started_anew_count_without_a_mark(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_of_a_journal_whose_head_was_torn_only_what_is_marked_counts(tmp_path: P
 
 def test_an_empty_journal_says_nothing(tmp_path: Path) -> None:
     write(tmp_path, [])
-    assert counted(tmp_path) == History()
+    assert counted(tmp_path) == ResumeState()
 
 
 def test_after_a_forced_write_that_failed_nothing_counts_of_that_file_up_to_that_run(tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_values_that_a_cast_changed_count_once_for_a_block_and_together_for_a_te
 
     write(tmp_path, [line(HEAD), changed("a", 0, 3), changed("a", 64, 2), changed("b", 0, 7)])
     write(tmp_path, [line(HEAD | {"run": 2}), changed("a", 64, 2)], "run-00002-rank-00000")  # read again after a kill
-    history = counted(tmp_path, NAME, "run-00002-rank-00000")
-    assert history.changed[kind] == {"a": 5, "b": 7}
+    resume_state = counted(tmp_path, NAME, "run-00002-rank-00000")
+    assert resume_state.changed[kind] == {"a": 5, "b": 7}
 
 
 def test_windows_that_follow_each_other_are_one_with_the_checksum_of_all_their_bytes() -> None:
