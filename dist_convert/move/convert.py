@@ -19,7 +19,7 @@ from dist_convert.errors import PlanError, SourceError, shown_line
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
-from dist_convert.move.pipeline import Moved, move, value_overflow
+from dist_convert.move.pipeline import MoveResult, move, value_overflow
 from dist_convert.move.report import (
     Report,
     describe_plan,
@@ -160,20 +160,20 @@ def _make(
             plan = _divide(dealt, world, written)
         with channel.progress(content.moved_bytes - written.size_bytes, "converting"), journal.marked():
             node_bytes = 2 * content.moved_bytes * world.local_size // world.size
-            moved = move(
+            result = move(
                 plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
                 checksums=task.source.found.checksums, may_overflow=task.job.allow_overflow,
                 read_ahead=task.job.read_ahead, is_last_use=pushes_others_out(node_bytes),
             )  # fmt: skip
             channel.doing("waiting for other ranks to write")
-            outcomes = gather_objects(world, _my_outcome(moved, timeline))
+            outcomes = gather_objects(world, _my_outcome(result, timeline))
         report = report.with_outcomes([*outcomes, resume_state.changed])
         written_bytes = written.size_bytes + report.written_bytes
         if written_bytes != content.moved_bytes:
             raise PlanError("not every byte was written", expected=content.moved_bytes, found=written_bytes)
 
         channel.doing("completing files")
-        known = known_ranges(world, moved.windows, resume_state)
+        known = known_ranges(world, result.windows, resume_state)
         if task.is_first:
             refuse_exchanged(directory)
         try:
@@ -204,13 +204,13 @@ def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]
         spread_files(world, task.partial, every, receives=task.is_first and world.rank > 0)
 
 
-def _my_outcome(moved: Moved, timeline: Timeline) -> dict[str, object]:
+def _my_outcome(result: MoveResult, timeline: Timeline) -> dict[str, object]:
     return {
-        "read_bytes": moved.counts.read_bytes,
-        "gathered_bytes": moved.gathered_bytes,
-        "written_bytes": moved.written_bytes,
+        "read_bytes": result.counts.read_bytes,
+        "gathered_bytes": result.gathered_bytes,
+        "written_bytes": result.written_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
-        "overflowed": dict(moved.counts.overflowed),
-        "rounded_norms": dict(moved.counts.rounded_norms),
-        "profile": {"moved": moved.seconds, **timeline.seconds()},
+        "overflowed": dict(result.counts.overflowed),
+        "rounded_norms": dict(result.counts.rounded_norms),
+        "profile": {"moved": result.seconds, **timeline.seconds()},
     }

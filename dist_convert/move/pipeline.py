@@ -42,7 +42,7 @@ _PLANNED_AHEAD = 8
 
 
 @dataclass
-class Moved:
+class MoveResult:
     """What one rank did."""
 
     seconds: float = 0.0
@@ -66,7 +66,7 @@ def move(
     may_overflow: bool,
     read_ahead: int,
     is_last_use: bool = False,
-) -> Moved:
+) -> MoveResult:
     """Do this rank's part of a plan.
 
     Args:
@@ -98,7 +98,7 @@ def move(
     reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, checksums, is_last_use=is_last_use)
     writer = FileWriter(target)
     rows = make_buffer(BLOCK_BYTES)
-    moved = Moved(counts=reader.counts)
+    result = MoveResult(counts=reader.counts)
     started = time.perf_counter()
 
     def read(step: Step, slot: Slot, later: Sequence[Step]) -> tuple[Step, Slot]:
@@ -125,7 +125,7 @@ def move(
                     written.append(writer.write(target, values))
         if written:
             journal.wrote(written)
-            moved.windows += written
+            result.windows += written
         progress.add_progress(writer.written_bytes - before)
         return slot
 
@@ -178,7 +178,7 @@ def move(
                 with timeline.during("gather", f"step {number}", size_bytes):
                     received = slot.received.tensor[: step.send_bytes * gatherer.members]
                     wait = begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
-                moved.gathered_bytes += size_bytes
+                result.gathered_bytes += size_bytes
             if wait is None:
                 writing.append(writes.submit(write, step, slot))
                 continue
@@ -189,9 +189,9 @@ def move(
         with timeline.during("wait", "for the writer"):
             for future in writing:
                 future.result()
-    moved.seconds = time.perf_counter() - started
-    moved.written_bytes = writer.written_bytes
-    return moved
+    result.seconds = time.perf_counter() - started
+    result.written_bytes = writer.written_bytes
+    return result
 
 
 def value_overflow(tensor: str, dtype: str, count: int) -> ValueOverflow:
