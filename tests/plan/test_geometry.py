@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_convert.compare.elements import check_tensor
 from dist_convert.errors import PlanError
-from dist_convert.formats.megatron.geometry import Place, places, shard_size
+from dist_convert.formats.megatron.geometry import ShardBox, shard_boxes, shard_size
 from dist_convert.models.blocks import EMBEDDING, MLP, QKV
 from dist_convert.models.schema import Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
@@ -26,7 +26,7 @@ GATE, UP = 0, 1
 
 def rows_of(row: Row, sizes: dict[str, int], shards: int, **how: bool) -> list[tuple[int, int, int, int, int]]:
     """(part, first row in the part, shard, first row in the shard, rows) in the order of the shards' rows."""
-    found = [(number, p) for number in range(len(row.parts)) for p in places(row, number, sizes, shards, **how)]
+    found = [(number, p) for number in range(len(row.parts)) for p in shard_boxes(row, number, sizes, shards, **how)]
     assert all(p.box.columns == p.inside.columns and p.box.column == p.inside.column == 0 for _, p in found)
     assert all(p.box.rows == p.inside.rows for _, p in found)
     in_order = sorted(found, key=lambda one: (one[1].shard, one[1].inside.row))
@@ -69,9 +69,9 @@ def test_without_interleave_the_stacked_gate_and_up_rows_are_cut_plainly() -> No
 
 def test_columns_are_cut_into_equal_shards() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
-    assert list(places(MLP[2], 0, sizes, 2)) == [
-        Place(Box(0, 0, 3, 2), 0, Box(0, 0, 3, 2)),
-        Place(Box(0, 2, 3, 2), 1, Box(0, 0, 3, 2)),
+    assert list(shard_boxes(MLP[2], 0, sizes, 2)) == [
+        ShardBox(Box(0, 0, 3, 2), 0, Box(0, 0, 3, 2)),
+        ShardBox(Box(0, 2, 3, 2), 1, Box(0, 0, 3, 2)),
     ]
 
 

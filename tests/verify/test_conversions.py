@@ -9,7 +9,7 @@ import pytest
 
 from dist_convert.__main__ import main
 from dist_convert.formats.megatron import geometry, parameters
-from dist_convert.formats.megatron.geometry import Place
+from dist_convert.formats.megatron.geometry import ShardBox
 from dist_convert.models.schema import Row
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
@@ -79,10 +79,10 @@ def test_a_job_file_has_the_flag_as_true_or_as_a_word(tmp_path: Path, capsys: py
 
 def gate_and_up_exchanged(
     row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool
-) -> Iterator[Place]:
+) -> Iterator[ShardBox]:
     """A mistake of the catalog, which a conversion and both sides of its verification share."""
     other = 1 - part if len(row.parts) == 2 else part
-    return geometry.places(row, other, sizes, shards, is_per_shard=is_per_shard)
+    return geometry.shard_boxes(row, other, sizes, shards, is_per_shard=is_per_shard)
 
 
 @pytest.mark.parametrize("direction", ["to hf", "to megatron"])

@@ -12,7 +12,7 @@ from dist_convert.records import Box, cover_fault
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardBox:
     """A box of a tensor, the number of the shard that holds it, and the equal box of that shard."""
 
     box: Box
@@ -33,7 +33,7 @@ def _turns(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: boo
 
 
 def shard_size(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> tuple[int, int]:
-    """Rows and columns of each shard of a Megatron parameter; the arguments are those of `places`.
+    """Rows and columns of each shard of a Megatron parameter; the arguments are those of `shard_boxes`.
 
     Raises:
         PlanError: the parameter cannot be cut into that many equal shards.
@@ -58,8 +58,10 @@ def shard_size(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard:
     )
 
 
-def places(row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> Iterator[Place]:
-    """Every place of one tensor of a parameter, in the order of its rows, or of its columns where those are cut.
+def shard_boxes(
+    row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True
+) -> Iterator[ShardBox]:
+    """Every box of one tensor of a parameter, in the order of its rows, or of its columns where those are cut.
 
     Args:
         row: of the table.
@@ -74,7 +76,7 @@ def places(row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per
     if row.split != "rows":
         for shard in range(shards):
             box = Box(0, shard * shard_columns, rows, shard_columns)
-            yield Place(box, shard, Box(0, 0, rows, shard_columns))
+            yield ShardBox(box, shard, Box(0, 0, rows, shard_columns))
         return
     turns = _turns(row, sizes, shards, is_per_shard=is_per_shard)
     heights = [part_size(other, sizes)[0] // turns for other in row.parts]
@@ -84,11 +86,11 @@ def places(row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per
         while stacked_row < end:  # a query group may lie in two shards
             shard, inside = divmod(stacked_row, shard_rows)
             count = min(end - stacked_row, shard_rows - inside)
-            yield Place(Box(tensor_row, 0, count, columns), shard, Box(inside, 0, count, columns))
+            yield ShardBox(Box(tensor_row, 0, count, columns), shard, Box(inside, 0, count, columns))
             stacked_row, tensor_row = stacked_row + count, tensor_row + count
 
 
-def padding_places(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[Place]:
+def padding_boxes(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[ShardBox]:
     """The rows of each shard behind the last one of the only tensor, as the tensor's rows would go on."""
     if row.padded_rows is None:
         return
@@ -98,18 +100,20 @@ def padding_places(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[
         first = min(rows, max(0, real_rows - shard * rows))
         if first < rows:
             count = rows - first
-            yield Place(Box(shard * rows + first, 0, count, columns), shard, Box(first, 0, count, columns))
+            yield ShardBox(Box(shard * rows + first, 0, count, columns), shard, Box(first, 0, count, columns))
 
 
 def cover_faults(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> Iterator[str]:
-    """Why the places do not cover the tensors of a parameter, and its shards, exactly once each."""
-    listed = [list(places(row, number, sizes, shards, is_per_shard=is_per_shard)) for number in range(len(row.parts))]
-    every = [place for of_part in listed for place in of_part] + list(padding_places(row, sizes, shards))
-    faults = ["rows lie beyond the last shard" if any(place.shard >= shards for place in every) else None]
+    """Why the boxes do not cover the tensors of a parameter, and its shards, exactly once each."""
+    listed = [
+        list(shard_boxes(row, number, sizes, shards, is_per_shard=is_per_shard)) for number in range(len(row.parts))
+    ]
+    every = [one for of_part in listed for one in of_part] + list(padding_boxes(row, sizes, shards))
+    faults = ["rows lie beyond the last shard" if any(one.shard >= shards for one in every) else None]
     faults += [
-        cover_fault((place.box for place in of_part), *part_size(part, sizes))
+        cover_fault((one.box for one in of_part), *part_size(part, sizes))
         for part, of_part in zip(row.parts, listed, strict=True)
     ]
     size = shard_size(row, sizes, shards, is_per_shard=is_per_shard)
-    faults += [cover_fault((place.inside for place in every if place.shard == s), *size) for s in range(shards)]
+    faults += [cover_fault((one.inside for one in every if one.shard == s), *size) for s in range(shards)]
     yield from (fault for fault in faults if fault is not None)

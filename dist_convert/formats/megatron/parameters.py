@@ -10,7 +10,14 @@ from functools import cached_property
 from typing import Protocol
 
 from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape
-from dist_convert.formats.megatron.geometry import Place, cover_faults, padding_places, places, shard_count, shard_size
+from dist_convert.formats.megatron.geometry import (
+    ShardBox,
+    cover_faults,
+    padding_boxes,
+    shard_boxes,
+    shard_count,
+    shard_size,
+)
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import Spelling, describe_homeless, normalise, spellings
 from dist_convert.models import FAMILIES
@@ -26,7 +33,7 @@ Replica = tuple[tuple[int, int, View], ...]
 class CutRow:
     """A table row on a grid, in `shards` different shards: what its parameters of all layers and experts share.
 
-    `sizes` are those of the `Architecture`; `is_per_shard`: see `geometry.places`.
+    `sizes` are those of the `Architecture`; `is_per_shard`: see `geometry.shard_boxes`.
     """
 
     row: Row
@@ -40,18 +47,19 @@ class CutRow:
         return shard_size(self.row, self.sizes, self.shards, is_per_shard=self.is_per_shard)
 
     @cached_property
-    def places(self) -> tuple[tuple[Place, ...], ...]:
-        """For each of its tensors, see `geometry.places`."""
+    def boxes(self) -> tuple[tuple[ShardBox, ...], ...]:
+        """For each of its tensors, see `geometry.shard_boxes`."""
         numbers = range(len(self.row.parts))
         is_per_shard = self.is_per_shard
         return tuple(
-            tuple(places(self.row, number, self.sizes, self.shards, is_per_shard=is_per_shard)) for number in numbers
+            tuple(shard_boxes(self.row, number, self.sizes, self.shards, is_per_shard=is_per_shard))
+            for number in numbers
         )
 
     @cached_property
-    def padding(self) -> tuple[Place, ...]:
-        """See `geometry.padding_places`."""
-        return tuple(padding_places(self.row, self.sizes, self.shards))
+    def padding(self) -> tuple[ShardBox, ...]:
+        """See `geometry.padding_boxes`."""
+        return tuple(padding_boxes(self.row, self.sizes, self.shards))
 
     @cached_property
     def spellings(self) -> tuple[Spelling, ...]:
@@ -123,7 +131,7 @@ def held_regions(catalog: Holder, name: str) -> tuple[Region, ...]:
         return (Region(catalog.tensors[name].box, ()),)
     parameter, number = catalog.parameters[name]
     add = catalog.add_to_norms if parameter.row.is_norm else 0
-    return tuple(_regions(parameter.cut.places[number], catalog.replicas[parameter.name], add))
+    return tuple(_regions(parameter.cut.boxes[number], catalog.replicas[parameter.name], add))
 
 
 def held_padding(catalog: Holder, name: str) -> tuple[Region, ...]:
@@ -134,18 +142,18 @@ def held_padding(catalog: Holder, name: str) -> tuple[Region, ...]:
     return tuple(_regions(parameter.cut.padding, catalog.replicas[parameter.name], 0))
 
 
-def _regions(wanted: Iterable[Place], shards: Sequence[Sequence[Replica]], add: int) -> Iterator[Region]:
-    """A region for each stored piece of each place of a tensor."""
-    for place in wanted:
-        replicas, at = shards[place.shard], place.inside
+def _regions(wanted: Iterable[ShardBox], shards: Sequence[Sequence[Replica]], add: int) -> Iterator[Region]:
+    """A region for each stored piece of each box of a tensor."""
+    for one in wanted:
+        replicas, at = shards[one.shard], one.inside
         if len(replicas[0]) == 1:  # the shard in one piece
-            yield Region(place.box, tuple([view.window(at) for ((_, _, view),) in replicas]), add)
+            yield Region(one.box, tuple([view.window(at) for ((_, _, view),) in replicas]), add)
             continue
         for number, (row, column, view) in enumerate(replicas[0]):
             inside = intersect(at, Box(row, column, view.rows, view.columns))
             if inside is not None:
                 window = Box(inside.row - row, inside.column - column, inside.rows, inside.columns)
-                first = place.box.row + inside.row - at.row, place.box.column + inside.column - at.column
+                first = one.box.row + inside.row - at.row, one.box.column + inside.column - at.column
                 box = Box(*first, inside.rows, inside.columns)
                 yield Region(box, tuple(replica[number][2].window(window) for replica in replicas), add)
 
@@ -186,7 +194,7 @@ def tensors_of(
 
 
 def cover_problems(parameters: Iterable[Parameter]) -> Iterator[PlanError]:
-    """Parameters whose places do not cover their tensors and shards exactly."""
+    """Parameters whose boxes do not cover their tensors and shards exactly."""
     checked: dict[int, list[str]] = {}
     for parameter in parameters:
         cut = parameter.cut
