@@ -41,7 +41,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadColumns:
     """Some columns of a packed read: number of the read in its step, first column, columns."""
 
     read: int
@@ -54,7 +54,7 @@ class Write:
     """A window of a target file that one member writes: the parts side by side, or their rows in turn."""
 
     target: View
-    parts: tuple[Part, ...]
+    parts: tuple[ReadColumns, ...]
     writer: int
 
     @property
@@ -125,7 +125,7 @@ class _Packer:
             self._reads.append(Read(read.source, read.dtype, read.add, read.reader, offset_bytes))
             self._filled[read.reader] = offset_bytes + aligned(read.size_bytes)
         for write in block.writes:
-            parts = tuple(Part(first + part.read, part.column, part.columns) for part in write.parts)
+            parts = tuple(ReadColumns(first + part.read, part.column, part.columns) for part in write.parts)
             self._writes.append(Write(write.target, parts, write.writer))
 
     def flush(self) -> Iterator[Step]:
@@ -301,7 +301,7 @@ def _joined(
     """
     reads: list[Read] = []
     targets: list[View] = []
-    parts: list[list[Part]] = []
+    parts: list[list[ReadColumns]] = []
     open_writes: list[int] = []
     whole = in_turn([view for copy in block for view in copy.targets])  # one target of each of two copies
     for copy, (reader, source) in zip(block, sources, strict=True):
@@ -311,7 +311,7 @@ def _joined(
             reads[-1] = replace(reads[-1], source=joined)
         else:
             reads.append(Read(source, copy.targets[0].dtype, copy.add, reader))
-        part = Part(len(reads) - 1, column, copy.columns)
+        part = ReadColumns(len(reads) - 1, column, copy.columns)
         if whole:
             targets, parts = [whole], [[*(parts[0] if parts else ()), part]]
             continue

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import Checksums, Listing, reading, sample_digest, stamp
+from dist_convert.read.source import Checksums, Listing, file_signature, reading, sample_digest
 from dist_convert.records import StoredTensor
 
 
@@ -67,7 +67,7 @@ def discover(
     mine = {}
     for file in files:
         with reading(file):
-            mine[file] = stamp(directory / file)
+            mine[file] = file_signature(directory / file)
     listings = gather_listings(world, mine)
     names = sorted(frozenset[str]().union(*listings))
     if not names:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from dist_convert.errors import CheckpointNotFound, CorruptFile, SourceChanged, SourceError
 from dist_convert.records import human_bytes
 
-#: For each file, its size in bytes, its inode and the time of its last change in ns: see `stamp`.
+#: For each file, its size in bytes, its inode and the time of its last change in ns: see `file_signature`.
 Listing = Mapping[str, Sequence[int]]
 #: For each file, the offset, the size in bytes and the CRC-32 of each record in turn: see `FileReader`.
 Checksums = Mapping[str, Sequence[int]]
@@ -108,7 +108,7 @@ _PIECES = 16
 _PIECE_BYTES = 4096
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
+def file_signature(path: Path) -> tuple[int, int, int]:
     """Size in bytes, inode and time of the last change: equal wherever one shared file is looked at."""
     found = path.stat()
     return found.st_size, found.st_ino, found.st_mtime_ns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_convert.plan.limits import Limits
-from dist_convert.plan.steps import Part, Read, Step, Write, messages, received_bytes
+from dist_convert.plan.steps import Read, ReadColumns, Step, Write, messages, received_bytes
 from dist_convert.records import Message, View
 
 
@@ -16,7 +16,7 @@ def read(reader: int, offset_bytes: int, columns: int = 8) -> Read:
 
 
 def write(writer: int, *reads: int) -> Write:
-    return Write(view(8 * len(reads)), tuple(Part(number, 0, 8) for number in reads), writer)
+    return Write(view(8 * len(reads)), tuple(ReadColumns(number, 0, 8) for number in reads), writer)
 
 
 #: Two blocks of two pieces, a piece of each on member 0 and 1; member 0 writes the first block, member 1 the second.

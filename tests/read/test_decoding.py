@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.errors import CorruptFile, SourceChanged
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import FileReader
-from dist_convert.read.source import stamp
+from dist_convert.read.source import file_signature
 from dist_convert.records import DTYPE_BYTES, Box, Scales, View, side_by_side
 from tests.quantised import packed, quantised, unpacked, values
 
@@ -185,7 +185,7 @@ def test_scales_that_end_early_are_an_error_with_their_name(tmp_path: Path) -> N
 
 def test_scales_that_change_while_they_are_read_are_an_error(tmp_path: Path) -> None:
     write(tmp_path)
-    known = {"scales": stamp(tmp_path / "scales")}
+    known = {"scales": file_signature(tmp_path / "scales")}
     (tmp_path / "scales").write_bytes(bytes(100))
     with pytest.raises(SourceChanged) as error:
         FileReader(tmp_path, make_buffer(65536), known).read(VIEW, "BF16", 0, make_buffer(65536), 0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dist_convert.errors import CorruptFile, PlanError, SourceChanged, SourceError, UnsupportedModel
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.read.source import changed_files, stamp
+from dist_convert.read.source import changed_files, file_signature
 from dist_convert.records import View
 
 FILE = "mp_rank_00/model_optim_rng.pt"
@@ -178,7 +178,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 def test_a_pipe_that_has_come_in_a_files_place_keeps_nobody_waiting(tmp_path: Path) -> None:
     write(tmp_path, VALUES)
-    known = {FILE: stamp(tmp_path / FILE)}
+    known = {FILE: file_signature(tmp_path / FILE)}
     (tmp_path / FILE).unlink()
     os.mkfifo(tmp_path / FILE)
     with pytest.raises(SourceChanged, match="a source file has changed while it was read") as caught:

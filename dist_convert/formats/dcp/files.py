@@ -137,7 +137,9 @@ class PlannedFiles:
             pieces = self.templates[blob.dtype, blob.sizes].pieces
             yield from ((blob.place.offset_bytes + at, piece) for at, piece in pieces)
 
-    def seal(self, partial: Path, files: Iterable[TargetFile], known: Mapping[str, Sequence[KnownRange]]) -> None:
+    def write_checksums(
+        self, partial: Path, files: Iterable[TargetFile], known: Mapping[str, Sequence[KnownRange]]
+    ) -> None:
         """Write the checksum of each chunk of some files to both places that hold it."""
         for name in (file.name for file in files):
             with writing(partial / name), opened(partial, name, os.O_RDWR) as descriptor:

@@ -16,7 +16,7 @@ from dist_convert.models.catalog import by_reason
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
 from dist_convert.read.discover import Discovery, check_same_files, discover, gather_listings
-from dist_convert.read.source import opened_source, read_small_file, stamp
+from dist_convert.read.source import file_signature, opened_source, read_small_file
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES
 from dist_convert.records import StoredTensor, names
 
@@ -57,7 +57,7 @@ def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, 
     if any(gather_objects(world, bool(shards_of(directory)))):
         return _shared(directory, 0, world, read)
     path = directory / METADATA_FILE
-    listings = gather_listings(world, {METADATA_FILE: stamp(path)} if path.is_file() else {})
+    listings = gather_listings(world, {METADATA_FILE: file_signature(path)} if path.is_file() else {})
     seeing = [rank for rank, listing in enumerate(listings) if listing]
     if not seeing:
         raise CheckpointNotFound(

@@ -107,7 +107,7 @@ class HuggingFaceTarget(Target):
     ) -> None:
         """Write or copy all that is no weight into the partial directory."""
         if self.planned is not None:
-            self.planned.seal(partial, files, known)
+            self.planned.write_checksums(partial, files, known)
         if not is_first:
             return
         for name in self.copied:

@@ -48,7 +48,7 @@ class DistTarget(Target):
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
     ) -> None:
         """See `Target`: the checksums of all chunks; `.metadata` and the args."""
-        self.files.seal(partial, files, known)
+        self.files.write_checksums(partial, files, known)
         if not is_first:
             return
         content = common_content(self.target.args.values, self.target.settings.iteration or 0, COMMON_FILE)
