@@ -45,8 +45,8 @@ MUTATIONS = (
     ),
     Mutation(
         "row-parallel-columns-shifted",
-        "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield Place",
-        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield Place",
+        "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield ShardBox",
+        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield ShardBox",
         GOLDEN,
     ),
     Mutation(
