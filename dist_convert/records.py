@@ -420,13 +420,13 @@ class TargetFile:
     tensors: tuple[StoredTensor, ...]
 
 
-def name_at(place: int, file: str) -> str:
-    """A file's name in the plan of a target that lies at several places."""
-    return f"{place}:{file}"
+def name_at(disk: int, file: str) -> str:
+    """A file's name in the plan of a target that lies on several disks."""
+    return f"{disk}:{file}"
 
 
 def local_name(file: str) -> str:
-    """The name of a planned file in its own place."""
+    """The name of a planned file on its own disk."""
     return file.partition(":")[2] or file
 
 

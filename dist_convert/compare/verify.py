@@ -197,8 +197,8 @@ def _check_sights(task: Task) -> None:
     """
     if not task.is_divided:
         return
-    for place in sorted(set(task.places)):
-        ranks = [rank for rank, of_rank in enumerate(task.places) if of_rank == place]
+    for disk in sorted(set(task.disks)):
+        ranks = [rank for rank, of_rank in enumerate(task.disks) if of_rank == disk]
         best = max((task.source.found.visible[rank] for rank in ranks), key=len)
         missing = sorted(task.source.found.identity.keys() - best)
         if missing and task.writable[ranks[0]]:

@@ -7,7 +7,7 @@ from dist_convert.formats.format import Model
 from dist_convert.formats.huggingface.carried import carried_configs
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.megatron.args import dialect_of_args
-from dist_convert.formats.megatron.grid import files_of_places, grid_of_args
+from dist_convert.formats.megatron.grid import files_of_disks, grid_of_args
 from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
 from dist_convert.formats.megatron.target import (
     MegatronTarget,
@@ -40,7 +40,7 @@ from dist_convert.options import RELEASE, TARGET_DTYPES, TORCH_DIST, Options
 from dist_convert.plan.content import plan_content
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.records import local_name, name_at
-from dist_convert.write.places import find_places
+from dist_convert.write.target_disks import find_disks
 from dist_convert.write.task import Target, Task
 
 
@@ -49,7 +49,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
 
     Raises:
         SourceError, UsageError: all that the headers and flags show to be wrong.
-        TargetError: see `find_places`.
+        TargetError: see `find_disks`.
     """
     if isinstance(model, HuggingFaceModel):
         model = with_zero_biases(model, world)
@@ -62,7 +62,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     dtypes = target_dtypes(source, wanted)
     args = target_args(job, given, architecture, settings, params_dtype)
     target = MegatronTarget(job.target, architecture, settings, args, dtypes, given.carried)
-    places = find_places(
+    disks = find_disks(
         world,
         target.directory,
         is_per_node=job.target_ranks_per_node is not None,
@@ -70,19 +70,19 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     )
     layout: Target
     catalog: Catalog
-    of_places: tuple[frozenset[str], ...]
+    of_disks: tuple[frozenset[str], ...]
     if job.to == TORCH_DIST:
         layout = lay_out_torch_dist(target)
         catalog, files = torch_dist_catalog(layout)
-        of_places, extras = (frozenset(file.name for file in files),), frozenset[tuple[str, str]]()
+        of_disks, extras = (frozenset(file.name for file in files),), frozenset[tuple[str, str]]()
     else:
         layout = lay_out_torch(job, model.directory, target)
-        of_places = (frozenset(layout.files),)
-        if max(places) and job.target_ranks_per_node:  # under names that tell places apart
+        of_disks = (frozenset(layout.files),)
+        if max(disks) and job.target_ranks_per_node:  # under names that tell disks apart
             training_args = own.args if own else given.training_args
-            held = files_of_places(settings.grid, places, world.nodes, job.target_ranks_per_node, training_args)
-            of_places = tuple(frozenset(name_at(place, file) for file in at) for place, at in enumerate(held))
-        planned = sorted(frozenset[str]().union(*of_places))
+            held = files_of_disks(settings.grid, disks, world.nodes, job.target_ranks_per_node, training_args)
+            of_disks = tuple(frozenset(name_at(disk, file) for file in at) for disk, at in enumerate(held))
+        planned = sorted(frozenset[str]().union(*of_disks))
         catalog, files = torch_catalog(layout, planned)
         extras = frozenset((file, name) for file in planned for of, name in layout.extras if of == local_name(file))
     content = plan_content(
@@ -96,7 +96,7 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     )
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
-    writable = tuple(of_places[place] for place in places)
+    writable = tuple(of_disks[disk] for disk in disks)
     settled = replace(
         job,
         target_params_dtype=job.target_params_dtype or "keep",
@@ -112,12 +112,12 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         source=model,
         target=target.directory,
         rank=world.rank,
-        places=places,
+        disks=disks,
         writable=writable,
         notes=[
             *model.notes,
             *vocabulary_warnings({"tokenizer": given.tokens}, architecture.vocab, architecture.vocab),
-            *notes_to_megatron(job, target, given, content, places, writable),
+            *notes_to_megatron(job, target, given, content, disks, writable),
         ],
         layout=layout,
     )

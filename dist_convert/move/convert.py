@@ -42,7 +42,6 @@ from dist_convert.write.commit import commit, publish, remove_journal, remove_le
 from dist_convert.write.files import target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.partial import refuse_exchanged
-from dist_convert.write.places import spread_files
 from dist_convert.write.resume import (
     begin,
     check_source,
@@ -53,6 +52,7 @@ from dist_convert.write.resume import (
     is_unfinished,
     notes_on_replacing,
 )
+from dist_convert.write.target_disks import spread_files
 from dist_convert.write.task import Task, find_writers
 
 
@@ -100,7 +100,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         if check is not None:
             channel.say("verified", compare_with_source(check, task, held.directory, world))
         channel.doing("giving the target its name")
-        # No place speaks of the target before every place has it.
+        # No disk speaks of the target before every disk has it.
         give_name = partial(commit, task.partial, task.target, replaces=replaces)
         channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
         if task.is_first:
@@ -124,7 +124,7 @@ def _divide(task: Task, world: World, written: WrittenRanges) -> Plan:
     Without a wish, ranks gather where some rank cannot reach every file, and on accelerators, but for chunks of
     distributed checkpoints, which belong to no tensor parallel set; else they work alone.
     """
-    reach_all = len(set(task.source.found.visible)) == len(set(task.places)) == 1
+    reach_all = len(set(task.source.found.visible)) == len(set(task.disks)) == 1
     on_accelerator, is_chunked = world.device.type != "cpu", task.source.format in (TORCH_DIST, DCP)
     may_gather = on_accelerator and not is_chunked
     usual = "gather" if may_gather or not reach_all else "direct"
@@ -189,7 +189,7 @@ def _make(
 
 
 def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
-    """Write the manifest at every place, and what else a divided target has everywhere."""
+    """Write the manifest on every disk, and what else a divided target has everywhere."""
     records = {
         file.name: file_record(task.partial, local_name(file.name), known.get(file.name, ())) for file in task.own_files
     }

@@ -4,7 +4,7 @@ On the nodes' own disks each weights file lies whole on one of them, with the na
 shared one. On NFS, for instance, all nodes see a file and only one may write it: what a parameter has in files of
 several nodes becomes a part for each of them, so that every node can read for itself what it writes.
 
-Pure: integers and strings. A place is a directory as some ranks see it; nodes that share a disk share a place.
+Pure: integers and strings. A disk is a file system as ranks see it; nodes may share one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,46 +14,43 @@ from itertools import groupby
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import Ends, Transfer, bands, part_of, transfer_of
 
-#: A place is as good for a file as the one that holds most of its source, if it holds this share of that.
+#: A disk is as good for a file as the one that holds most of its source, if it holds this share of that.
 _ALIKE = 3 / 4
 
 
-def deal_files(
-    content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
-) -> tuple[frozenset[str], ...]:
-    """For each place, the weights files that lie there: where most of their source is, or else where least is written.
+def deal_files(content: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]) -> tuple[frozenset[str], ...]:
+    """For each disk, the weights files that lie there: where most of their source is, or else where least is written.
 
-    It depends on what each place sees, and not on how many ranks it has.
+    It depends on what each disk sees, and not on how many ranks it has.
 
     Args:
         visible: for each rank, the source files that it can read.
-        places: for each rank, the number of its place.
+        disks: for each rank, the number of its disk.
     """
-    alike = places_alike(content, visible, places)
-    dealt: list[list[str]] = [[] for _ in range(max(places) + 1)]
+    alike = disks_alike(content, visible, disks)
+    dealt: list[list[str]] = [[] for _ in range(max(disks) + 1)]
     filled_bytes = [0] * len(dealt)
     for file in content.files:
-        chosen = min(alike[file.name], key=lambda place: filled_bytes[place])
+        chosen = min(alike[file.name], key=lambda disk: filled_bytes[disk])
         dealt[chosen].append(file.name)
         filled_bytes[chosen] += file.size_bytes
     return tuple(map(frozenset, dealt))
 
 
-def places_alike(
-    content: Content, visible: Sequence[frozenset[str]], places: Sequence[int]
+def disks_alike(
+    content: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """For each target file, the places that see about equally much of its source, and no place sees more of it."""
-    numbers = range(max(places) + 1)
-    seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(places) if of == place)) for place in numbers]
+    """For each target file, the disks that see about equally much of its source, and no disk sees more of it."""
+    numbers = range(max(disks) + 1)
+    seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(disks) if of == disk)) for disk in numbers]
     held_bytes = {file.name: [0] * len(seen) for file in content.files}
     for transfer in content.transfers:
         shares = [sum(any(f in files for f in piece) for piece in transfer.source_files) for files in seen]
         for file, size_bytes in zip(transfer.target_files, transfer.target_bytes, strict=True):
-            for place, share in enumerate(shares):
-                held_bytes[file][place] += size_bytes * share // len(transfer.source_files)
+            for disk, share in enumerate(shares):
+                held_bytes[file][disk] += size_bytes * share // len(transfer.source_files)
     return {
-        file: tuple(place for place in numbers if held[place] >= _ALIKE * max(held))
-        for file, held in held_bytes.items()
+        file: tuple(disk for disk in numbers if held[disk] >= _ALIKE * max(held)) for file, held in held_bytes.items()
     }
 
 
@@ -64,13 +61,13 @@ def file_numbers(content: Content, files: frozenset[str]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
-def notes_on_places(flag: str, places: Sequence[int], listed: Sequence[str]) -> list[str]:
-    """What lies on each node's own disk, by place, for the flag that asks for that."""
-    if not max(places):
+def notes_on_disks(flag: str, disks: Sequence[int], listed: Sequence[str]) -> list[str]:
+    """What lies on each node's own disk, for the flag that asks for that."""
+    if not max(disks):
         return [f"{flag} has no effect: all ranks see one and the same target"]
     notes = []
-    for place, files in enumerate(listed):
-        ranks = [str(rank) for rank, of_rank in enumerate(places) if of_rank == place]
+    for disk, files in enumerate(listed):
+        ranks = [str(rank) for rank, of_rank in enumerate(disks) if of_rank == disk]
         notes.append(f"own disk of {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}: {files}")
     return notes
 
@@ -79,20 +76,20 @@ def writable_by_one_node(
     content: Content,
     visible: Sequence[frozenset[str]],
     writable: Sequence[frozenset[str]],
-    places: Sequence[int],
+    disks: Sequence[int],
     nodes: Sequence[int],
 ) -> tuple[frozenset[str], ...]:
-    """For each rank, the target files that it writes: those of its place that are dealt to its node.
+    """For each rank, the target files that it writes: those of its disk that are dealt to its node.
 
     Args:
         content, visible: see `deal_files`.
         writable: for each rank, the target files where its target lies.
-        places: for each rank, the number of that place; where it does not matter who writes what, a negative one.
+        disks: for each rank, the number of that disk; where it does not matter who writes what, a negative one.
         nodes: for each rank, the number of its node.
     """
     found = list(writable)
-    for place in sorted({place for place in places if place >= 0}):
-        ranks = [rank for rank, of_rank in enumerate(places) if of_rank == place]
+    for disk in sorted({disk for disk in disks if disk >= 0}):
+        ranks = [rank for rank, of_rank in enumerate(disks) if of_rank == disk]
         names = sorted({nodes[rank] for rank in ranks})
         numbers = [names.index(nodes[rank]) for rank in ranks]
         node_of_file = _deal(content, [visible[rank] for rank in ranks], writable[ranks[0]], numbers)
@@ -108,7 +105,7 @@ def _deal(
 
     Neighbours of a stretch share parameters: the files of a pipeline stage, and in it of an expert parallel rank.
     """
-    alike = places_alike(content, visible, nodes)
+    alike = disks_alike(content, visible, nodes)
     sizes_bytes = {file.name: file.size_bytes for file in content.files if file.name in files}
     by_experts = sorted(content.transfers, key=lambda transfer: len(transfer.target_files))
     ordered = dict.fromkeys(f for transfer in by_experts for f in transfer.target_files) | dict.fromkeys(sizes_bytes)

@@ -111,7 +111,7 @@ def _time(nanoseconds: int) -> str:
 RESUMABLE = "resumable"
 IDENTITY_FILE, _LOCK = "identity.json", "lock"
 #: Notes: what the old target was that this conversion moves aside; and nothing counts of what has been written, here
-#: and at the target's other places, so that the next run has to `forget` it.
+#: and on the target's other disks, so that the next run has to `forget` it.
 REPLACES, VOID = "replaces", "void"
 ASIDE_SUFFIX = ".replaced"
 

@@ -1,6 +1,6 @@
 """Where a conversion begins, anew or where an earlier run was stopped, and how its target is held while it is made.
 
-At each place of the target (one on a shared file system, one for each node where nodes keep their own shards) the
+On each disk of the target (one on a shared file system, one for each node where nodes keep their own shards) the
 first rank takes the partial directory. Every journal is read by one rank that sees it, and all ranks learn what is
 done.
 
@@ -183,13 +183,13 @@ def begin(task: Task, world: World) -> tuple[ResumeState, Journal]:
 
 
 def _read_journals(task: Task, world: World) -> tuple[int, list[dict[str, Any]], list[str]]:
-    """The number of this run, what counts of the journals of all places, and which of them are damaged."""
+    """The number of this run, what counts of the journals of all disks, and which of them are damaged."""
     partial, files = task.partial, task.files
     boots = gather_objects(world, list(this_boot()))
     listings: list[list[str]] = gather_objects(world, journals(partial))
     run = last_run(name for of_rank in listings for name in of_rank) + 1
-    # Journals of two places may have one name, and are two.
-    seen = [{f"{place}/{name}": 0 for name in of} for place, of in zip(task.places, listings, strict=True)]
+    # Journals of two disks may have one name, and are two.
+    seen = [{f"{disk}/{name}": 0 for name in of} for disk, of in zip(task.disks, listings, strict=True)]
     mine = deal_headers(sorted({name for of_rank in seen for name in of_rank}), seen)[world.rank]
     records, odd = [], []
     for name in (name.partition("/")[2] for name in mine):
@@ -213,7 +213,7 @@ def _fits(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
 
 
 def _forget_what_is_void(task: Task, world: World) -> None:
-    """Where an earlier run noted at any place that nothing counts of what was written, forget it at every place."""
+    """Where an earlier run noted on any disk that nothing counts of what was written, forget it on every disk."""
     if not any(gather_objects(world, has_note(task.partial, VOID))):
         return
     with writing(task.partial):
@@ -226,7 +226,7 @@ def _forget_what_is_void(task: Task, world: World) -> None:
 
 
 def _planned(record: dict[str, Any], files: Iterable[TargetFile]) -> dict[str, Any]:
-    """A journal's record with the plan's names of its place's files, and of no others."""
+    """A journal's record with the plan's names of its disk's files, and of no others."""
     planned = {local_name(file.name): file.name for file in files}
     of_files = {
         kind: [[planned[file], *rest] for file, *rest in record[kind] if file in planned] for kind in ("wrote", "lost")
@@ -263,9 +263,9 @@ class Held:
     """What is known of a target that this conversion holds.
 
     Attributes:
-        directory: where it lies at this rank's place.
-        unnamed: the first ranks of the places where it has not got its name yet.
-        is_complete: nothing is left to be written: at some place it has its name already.
+        directory: where it lies on this rank's disk.
+        unnamed: the first ranks of the disks where it has not got its name yet.
+        is_complete: nothing is left to be written: on some disk it has its name already.
     """
 
     directory: Path
@@ -282,7 +282,7 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
         lock = lock_target(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     try:
         named: list[bool] = gather_objects(world, is_named)
-        is_here = not named[task.places.index(task.places[task.rank])]
+        is_here = not named[task.disks.index(task.disks[task.rank])]
         runs_before = last_run(journals(task.partial))
         unnamed = [rank for rank in task.first_ranks if not named[rank]]
         yield Held(task.partial if is_here else task.target, unnamed, any(named))

@@ -17,7 +17,7 @@ from dist_convert.records import TargetFile
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import Beside
 from dist_convert.write.partial import partial_of
-from dist_convert.write.places import ONE_WRITER
+from dist_convert.write.target_disks import ONE_WRITER
 from dist_convert.write.trees import file_system_type
 
 
@@ -75,11 +75,11 @@ class Task:
         source: what is converted.
         target: the directory that gets its name when it is complete.
         rank: this one.
-        places: for each rank, the number of the place where its target lies; 0 where all share one directory.
+        disks: for each rank, the number of the disk that holds its target; 0 where all share one directory.
         writable: for each rank, the target files that it can write.
         notes: for the user, before anything is written.
         layout: what is made, besides the weights.
-        is_divided: the places hold parts of one target: each has some of its weights files, and a copy of all else.
+        is_divided: the disks hold parts of one target: each has some of its weights files, and a copy of all else.
     """
 
     job: Options
@@ -87,7 +87,7 @@ class Task:
     source: Source
     target: Path
     rank: int
-    places: tuple[int, ...]
+    disks: tuple[int, ...]
     writable: tuple[frozenset[str], ...]
     notes: Sequence[str]
     layout: Target
@@ -100,12 +100,12 @@ class Task:
 
     @property
     def first_ranks(self) -> list[int]:
-        """The rank of each place that makes and renames the target there."""
-        return [rank for rank, place in enumerate(self.places) if self.places.index(place) == rank]
+        """The rank of each disk that makes and renames the target there."""
+        return [rank for rank, disk in enumerate(self.disks) if self.disks.index(disk) == rank]
 
     @property
     def is_first(self) -> bool:
-        return self.places.index(self.places[self.rank]) == self.rank
+        return self.disks.index(self.disks[self.rank]) == self.rank
 
     @property
     def files(self) -> tuple[TargetFile, ...]:
@@ -115,18 +115,18 @@ class Task:
     @property
     def own_files(self) -> tuple[TargetFile, ...]:
         """Those of them that this rank alone completes."""
-        at_place = [rank for rank, place in enumerate(self.places) if place == self.places[self.rank]]
-        return tuple(sorted(self.files, key=lambda file: file.name)[at_place.index(self.rank) :: len(at_place)])
+        on_disk = [rank for rank, disk in enumerate(self.disks) if disk == self.disks[self.rank]]
+        return tuple(sorted(self.files, key=lambda file: file.name)[on_disk.index(self.rank) :: len(on_disk)])
 
     @property
     def elsewhere(self) -> frozenset[str]:
-        """The names of the weights files that lie at other places than this rank's, and belong to the same target."""
+        """The names of the weights files that lie on other disks than this rank's, and belong to the same target."""
         names = frozenset(file.name for file in self.content.files) if self.is_divided else frozenset[str]()
         return names - self.writable[self.rank]
 
 
 def find_writers(task: Task, world: World) -> Task:
-    """Ask the file systems of all places which ranks may write what; every rank calls it, and gets the same answer.
+    """Ask the file systems of all disks which ranks may write what; every rank calls it, and gets the same answer.
 
     The task itself stays as it is: what was begun on other nodes, or another file system, can be gone on with.
 
@@ -134,19 +134,19 @@ def find_writers(task: Task, world: World) -> Task:
         What the task's plan is made from: its content in parts that ranks of one node can do, and for each rank the
         target files that it writes.
     """
-    nodes_of = {place: set[int]() for place in task.places}
-    for node, place in zip(world.nodes, task.places, strict=True):
-        nodes_of[place].add(node)
+    nodes_of = {disk: set[int]() for disk in task.disks}
+    for node, disk in zip(world.nodes, task.disks, strict=True):
+        nodes_of[disk].add(node)
     kinds: list[str] = gather_objects(world, file_system_type(task.partial))
-    # Any rank speaks for its place: the node that serves a file system to the others sees it under another type.
+    # Any rank speaks for its disk: the node that serves a file system to the others sees it under another type.
     found = {
-        place: kind
-        for place, kind in zip(task.places, kinds, strict=True)
-        if kind in ONE_WRITER and len(nodes_of[place]) > 1
+        disk: kind
+        for disk, kind in zip(task.disks, kinds, strict=True)
+        if kind in ONE_WRITER and len(nodes_of[disk]) > 1
     }
     if not found:
         return task
-    dealt = [place if place in found else -1 for place in task.places]
+    dealt = [disk if disk in found else -1 for disk in task.disks]
     writable = writable_by_one_node(task.content, task.source.found.visible, task.writable, dealt, world.nodes)
     note = f"the target lies on {', '.join(sorted(set(found.values())))}: each weights file is written by one node"
     of_nodes = dict(zip(world.nodes, writable, strict=True))

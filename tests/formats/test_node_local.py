@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from dist_convert.errors import UsageError
-from dist_convert.formats.megatron.grid import Grid, files_of_places
+from dist_convert.formats.megatron.grid import Grid, files_of_disks
 from dist_convert.records import local_name, name_at
 
 
 def directories(grid: Grid, nodes: int, ranks_per_node: int) -> list[list[str]]:
-    found = files_of_places(grid, range(nodes), range(nodes), ranks_per_node, None)
+    found = files_of_disks(grid, range(nodes), range(nodes), ranks_per_node, None)
     return [sorted(file.split("/")[0] for file in files) for files in found]
 
 
@@ -42,14 +42,14 @@ def test_processes_that_hold_no_whole_replica_are_refused() -> None:
 
 
 def test_another_order_of_ranks_is_refused() -> None:
-    assert len(files_of_places(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": False})) == 2
+    assert len(files_of_disks(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": False})) == 2
     with pytest.raises(UsageError, match="use_tp_pp_dp_mapping puts other rank directories on a node"):
-        files_of_places(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": True})
+        files_of_disks(Grid(), [0, 1], [0, 1], 1, {"use_tp_pp_dp_mapping": True})
 
 
 def test_nodes_that_share_a_disk_put_their_directories_together() -> None:
     grid = Grid(pipeline=4, expert_tensor=1)
-    found = files_of_places(grid, [0, 0, 1, 1], [0, 1, 2, 3], ranks_per_node=1, args=None)
+    found = files_of_disks(grid, [0, 0, 1, 1], [0, 1, 2, 3], ranks_per_node=1, args=None)
     names = [sorted(file.split("/")[0] for file in files) for files in found]
     assert names == [["mp_rank_00_000", "mp_rank_00_001"], ["mp_rank_00_002", "mp_rank_00_003"]]
 

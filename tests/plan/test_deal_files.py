@@ -26,13 +26,13 @@ def small(max_shard_size_bytes: int = 3000) -> Content:
     return plan_to_huggingface(shards, sizes, max_shard_size_bytes=max_shard_size_bytes)
 
 
-def divided(made: Content, visible: Sequence[frozenset[str]], places: Sequence[int]) -> Plan:
-    of_places = deal_files(made, visible, places)
-    return headers.plan(made, visible, "gather", writable=[of_places[place] for place in places])
+def divided(made: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]) -> Plan:
+    of_disks = deal_files(made, visible, disks)
+    return headers.plan(made, visible, "gather", writable=[of_disks[disk] for disk in disks])
 
 
-def numbers(made: Content, visible: Sequence[frozenset[str]], places: Sequence[int]) -> list[str]:
-    return [file_numbers(made, files) for files in deal_files(made, visible, places)]
+def numbers(made: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]) -> list[str]:
+    return [file_numbers(made, files) for files in deal_files(made, visible, disks)]
 
 
 def test_a_file_goes_where_most_of_its_source_is() -> None:
@@ -51,13 +51,13 @@ def test_a_node_without_shards_gets_no_file() -> None:
 
 @pytest.mark.parametrize("each", [1, 2, 8])
 def test_the_number_of_ranks_on_a_node_changes_nothing(each: int) -> None:
-    places = [place for place in range(4) for _ in range(each)]
-    assert numbers(LLAMA_70B, [STAGES[place] for place in places], places) == ["1-8", "9-15", "16-22", "23-30"]
+    disks = [disk for disk in range(4) for _ in range(each)]
+    assert numbers(LLAMA_70B, [STAGES[disk] for disk in disks], disks) == ["1-8", "9-15", "16-22", "23-30"]
 
 
 def test_neighbours_lend_a_rank_each_to_what_crosses_them_and_all_others_gather_within_their_node() -> None:
-    places = [rank // 8 for rank in range(32)]
-    plan = divided(LLAMA_70B, [STAGES[place] for place in places], places)
+    disks = [rank // 8 for rank in range(32)]
+    plan = divided(LLAMA_70B, [STAGES[disk] for disk in disks], disks)
     assert [group.ranks for group in plan.groups] == [
         (0, 1, 2, 3, 4, 5, 6), (7, 15), (8, 9, 10, 11, 12, 13), (14, 23), (16, 17, 18, 19, 20, 21), (22, 31),
         (24, 25, 26, 27, 28, 29, 30),
@@ -71,8 +71,8 @@ def test_neighbours_lend_a_rank_each_to_what_crosses_them_and_all_others_gather_
 def test_groups_of_sixteen_nodes_stay_within_the_memory_that_ranks_have_by_default(each: int) -> None:
     made = headers.content(*FULL_SIZE["Llama-3.1-405B TP8 PP16"])
     stages = [frozenset(file for file in files_of(made) if f"_{stage:03d}/" in file) for stage in range(16)]
-    places = [rank // each for rank in range(16 * each)]
-    plan = divided(made, [stages[place] for place in places], places)  # else an error: BudgetTooSmall
+    disks = [rank // each for rank in range(16 * each)]
+    plan = divided(made, [stages[disk] for disk in disks], disks)  # else an error: BudgetTooSmall
     assert max(len(group.ranks) for group in plan.groups) <= each
 
 
@@ -95,15 +95,15 @@ def test_whatever_nodes_see_every_byte_is_written_once_by_a_rank_that_has_the_fi
     seen = data.draw(st.lists(st.frozensets(st.sampled_from(files)), min_size=2, max_size=4))
     seen[0] |= set(files).difference(*seen)
     each = data.draw(st.integers(1, 3))
-    places = [place for place in range(len(seen)) for _ in range(each)]
-    assert faults_of(divided(made, [seen[place] for place in places], places)) == []
+    disks = [disk for disk in range(len(seen)) for _ in range(each)]
+    assert faults_of(divided(made, [seen[disk] for disk in disks], disks)) == []
 
 
 def test_no_rank_writes_a_file_of_another_node() -> None:
-    places = [0, 0, 1, 1]
+    disks = [0, 0, 1, 1]
     seen = [frozenset(file for file in files_of(small()) if f"_{stage:03d}/" in file) for stage in range(2)]
-    visible = [seen[place] for place in places]
-    of_places = deal_files(small(), visible, places)
-    for rank, member, steps in steps_by_rank(divided(small(), visible, places)):
+    visible = [seen[disk] for disk in disks]
+    of_disks = deal_files(small(), visible, disks)
+    for rank, member, steps in steps_by_rank(divided(small(), visible, disks)):
         written = {file for file, _, _ in headers.written_intervals(steps, member)}
-        assert written <= of_places[places[rank]]
+        assert written <= of_disks[disks[rank]]

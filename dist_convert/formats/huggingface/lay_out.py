@@ -48,14 +48,14 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
 from dist_convert.options import DCP, TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
-from dist_convert.plan.file_owners import deal_files, file_numbers, notes_on_places
+from dist_convert.plan.file_owners import deal_files, file_numbers, notes_on_disks
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.source import MAX_BYTES, read_small_file, reading
 from dist_convert.records import TargetFile, __version__, human_bytes, names
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.files import make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
-from dist_convert.write.places import find_places
+from dist_convert.write.target_disks import find_disks
 from dist_convert.write.task import Target, Task
 
 CARD_FILE = "README.md"
@@ -241,7 +241,7 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         SourceError: all that the headers show to be wrong.
         UsageError: flags that contradict the source.
         UploadError: what can be known now of an upload that would not start.
-        TargetError, UsageError: see `find_places`.
+        TargetError, UsageError: see `find_disks`.
     """
     source, left_behind = model.catalog()
     if model.args is None:
@@ -263,14 +263,14 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     )
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
-    places = find_places(
+    disks = find_disks(
         world,
         job.target,
         is_per_node=job.save_per_node,
         otherwise="--save-per-node if each node is to keep some of the files",
     )
     all_files = (frozenset(file.name for file in content.files),)
-    of_places = deal_files(content, model.found.visible, places) if max(places) else all_files
+    of_disks = deal_files(content, model.found.visible, disks) if max(disks) else all_files
     configs, dtype = dict[str, Mapping[str, Any]](), content.ends.target.params_dtype
     if world.rank == 0:  # a tokenizer's or another path may be there only
         configs |= configs_of(model, source.architecture, dtype, job)
@@ -278,27 +278,27 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     is_copy = isinstance(model, HuggingFaceModel)
     copied, others = files_to_copy(model.directory, model.found.identity) if is_copy else ([], [])
     bins = _bins(job, model, source, world)
-    target = HuggingFaceTarget(job, content, model, configs, copied, bins, len(of_places), planned)
+    target = HuggingFaceTarget(job, content, model, configs, copied, bins, len(of_disks), planned)
     notes += [*model.notes, *(notes_on_content(content) if is_copy else _notes(target))]
     notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
     if job.save_per_node:
         listed = [
             f"weights files {file_numbers(content, held)} of {len(content.files)}, "
             + human_bytes(sum(file.size_bytes for file in content.files if file.name in held))
-            for held in of_places
+            for held in of_disks
         ]
-        notes += notes_on_places("--save-per-node", places, listed)
+        notes += notes_on_disks("--save-per-node", disks, listed)
     return Task(
         job=job,
         content=content,
         source=model,
         target=job.target,
         rank=world.rank,
-        places=places,
-        writable=tuple(of_places[place] for place in places),
+        disks=disks,
+        writable=tuple(of_disks[disk] for disk in disks),
         notes=notes,
         layout=target,
-        is_divided=len(of_places) > 1,
+        is_divided=len(of_disks) > 1,
     )
 
 

@@ -139,7 +139,7 @@ def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
 
     Args:
         grid: from the args.
-        files: each `model_optim_rng.pt`; of one at several places, all are equal copies (see `records.name_at`).
+        files: each `model_optim_rng.pt`; of one on several disks, all are equal copies (see `records.name_at`).
 
     Raises:
         MissingShard: a directory that the grid does not name, or a shard that no directory holds.
@@ -285,21 +285,21 @@ def _count(args: Mapping[str, Any], *names: str) -> int | None:
     return next((value for value in found if type(value) is int and 0 < value <= MOST_RANKS), None)
 
 
-def files_of_places(
+def files_of_disks(
     grid: Grid,
-    place_of_rank: Sequence[int],
+    disk_of_rank: Sequence[int],
     node_of_rank: Sequence[int],
     ranks_per_node: int,
     args: Mapping[str, Any] | None,
 ) -> tuple[frozenset[str], ...]:
-    """For each place, the rank files that the training processes of all its nodes load.
+    """For each disk, the rank files that the training processes of all its nodes load.
 
     Training numbers its processes node by node, and places them in Megatron's default order: tensor parallel first,
     then expert and data parallel, pipeline last (docs/formats.md, "Rank directories").
 
     Args:
         grid: of the target.
-        place_of_rank, node_of_rank: where each rank of the conversion writes, and runs; training has the same nodes.
+        disk_of_rank, node_of_rank: where each rank of the conversion writes, and runs; training has the same nodes.
         ranks_per_node: training processes on each.
         args: of the training, if there are any.
 
@@ -324,13 +324,13 @@ def files_of_places(
             remedy="give the training processes of each node with --target-ranks-per-node, and start the conversion "
             "on the nodes that train",
         )
-    of_places: list[set[str]] = [set() for _ in range(max(place_of_rank) + 1)]
-    for place, node in set(zip(place_of_rank, node_of_rank, strict=True)):
+    of_disks: list[set[str]] = [set() for _ in range(max(disk_of_rank) + 1)]
+    for disk, node in set(zip(disk_of_rank, node_of_rank, strict=True)):
         for number in range(node * ranks_per_node, (node + 1) * ranks_per_node):
             pipeline = number // (processes // grid.pipeline)
             rank = Rank(pipeline, number % grid.tensor, number // grid.expert_tensor % grid.expert)
-            of_places[place].add(f"{rank_directory(grid, rank)}/{SHARD_FILE}")
-    return tuple(map(frozenset, of_places))
+            of_disks[disk].add(f"{rank_directory(grid, rank)}/{SHARD_FILE}")
+    return tuple(map(frozenset, of_disks))
 
 
 def check_target(architecture: Architecture, grid: Grid, expert_layout: str = "sequential") -> None:

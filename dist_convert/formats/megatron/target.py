@@ -50,7 +50,7 @@ from dist_convert.models.prediction import MTP_KEY
 from dist_convert.models.schema import Architecture
 from dist_convert.options import RELEASE, Options
 from dist_convert.plan.content import Content, notes_on_content
-from dist_convert.plan.file_owners import notes_on_places
+from dist_convert.plan.file_owners import notes_on_disks
 from dist_convert.records import local_name
 from dist_convert.write.files import Beside, opened, write_file
 
@@ -259,7 +259,7 @@ def notes_to_megatron(
     target: MegatronTarget,
     given: TargetInputs,
     content: Content,
-    places: Sequence[int],
+    disks: Sequence[int],
     writable: Sequence[frozenset[str]],
 ) -> list[str]:
     """All notes on a target."""
@@ -299,7 +299,7 @@ def notes_to_megatron(
             f"warning: --tokenizer-model {asked} is not on this machine; the target's args name it as it is, and "
             "training must find it there"
         )
-    return notes + _on_places(job, places, writable)
+    return notes + _on_disks(job, disks, writable)
 
 
 def _on_tracker(target: MegatronTarget) -> list[str]:
@@ -348,12 +348,12 @@ def _on_training_args(job: Options, target: MegatronTarget, training_args: Mappi
     ]
 
 
-def _on_places(job: Options, places: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
+def _on_disks(job: Options, disks: Sequence[int], writable: Sequence[frozenset[str]]) -> list[str]:
     if job.target_ranks_per_node is None:
         return []
-    files_at = (writable[places.index(place)] for place in range(max(places) + 1))
+    files_at = (writable[disks.index(disk)] for disk in range(max(disks) + 1))
     directories = [sorted(local_name(file).partition("/")[0] for file in files) for files in files_at]
-    return notes_on_places("--target-ranks-per-node", places, [", ".join(listed) for listed in directories])
+    return notes_on_disks("--target-ranks-per-node", disks, [", ".join(listed) for listed in directories])
 
 
 def target_dtypes(source: Catalog, target_dtype: str | None) -> dict[str, str]:

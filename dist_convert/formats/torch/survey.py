@@ -96,7 +96,7 @@ def open_catalog(
     """A checkpoint from the headers of its files, and what of it holds no weights.
 
     Args:
-        shards: the headers, by file. On the nodes' own disks a file may be at several places, under `name_at` each.
+        shards: the headers, by file. On the nodes' own disks a file may be on several of them, under `name_at` each.
         architecture: the model, with the true vocabulary size.
         imported_experts: the experts were written by an importer that did not interleave gate and up rows over
             tensor parallel ranks (docs/formats.md, "Known defects of earlier tools").

@@ -1,6 +1,6 @@
 """Where the target lies: one directory that all ranks see, or one on each node's own disk; and on what file system.
 
-Rank 0 makes what is no weight and spreads it to the other places, because only there everything may be found that it
+Rank 0 makes what is no weight and spreads it to the other disks, because only there everything may be found that it
 is made from: a tokenizer, for instance.
 """
 
@@ -24,14 +24,14 @@ _BELOW_BYTES = 512
 _LEFT_BEHIND_SECONDS = 24 * 3600.0
 
 
-def find_places(world: World, target: Path, *, is_per_node: bool, otherwise: str) -> tuple[int, ...]:
-    """For each rank, the number of the place where its target lies; 0 for all on a shared file system.
+def find_disks(world: World, target: Path, *, is_per_node: bool, otherwise: str) -> tuple[int, ...]:
+    """For each rank, the number of the disk that holds its target; 0 for all on a shared file system.
 
     One rank of each node puts an empty file beside the target, and every rank looks which of them it sees. The files
     are removed again, and so are those that a killed run left there the day before.
 
     Args:
-        is_per_node: nodes may have a place each.
+        is_per_node: nodes may have a disk each.
         otherwise: the flag for that, and when to give it.
 
     Raises:
