@@ -4,7 +4,7 @@ Llama-3.1-405B, Mixtral-8x22B and DeepSeek-V3 are planned from every format to e
 full size: to Megatron's formats at another grid than that of a source in one of them. Each with ranks that
 
 * `direct`: work alone, and see every file;
-* `gather`: gather over their nodes, and see every file: the default on accelerators;
+* `gather`: see every file and gather, where something crosses: the default on accelerators;
 * `own`: have shards of `torch` on their nodes' own disks, one each, or several where there are fewer ranks than shards.
 
 Bytes and numbers are of the rank that has most. What a rank receives over gloo is what it writes and others have read.
@@ -131,8 +131,8 @@ def load(content: Content, placement: str, ranks: int) -> Load:
     """Divide a content over ranks, and add up what each of them does."""
     plan = plan_for(content, placement, ranks)
     by_rank = dict(pair for number in range(len(plan.groups)) for pair in _group_load(plan, number))
-    of_ranks = zip(*(by_rank[rank] for rank in range(ranks)), strict=True)
-    return Load(*of_ranks, groups=len(plan.groups))
+    read, written, received, gathered, buffers, calls, files = zip(*(by_rank[n] for n in range(ranks)), strict=True)
+    return Load(read, written, received, gathered, buffers, calls, files, len(plan.groups))
 
 
 def plan_for(content: Content, placement: str, ranks: int) -> Plan:
@@ -182,7 +182,9 @@ def show(source: Path, name: str, to: str, placements: Sequence[str], of_ranks: 
         started = time.process_time()
         plan_for(content, placement, ranks)
         seconds = content_seconds + time.process_time() - started
-        print(row(placement, ranks, load(content, placement, ranks), seconds), flush=True)
+        found = load(content, placement, ranks)
+        if placement == "direct" or any(found.gathered):
+            print(row(placement, ranks, found, seconds), flush=True)
 
 
 def memory_bytes(source: Path, name: str, to: str) -> int:
