@@ -117,6 +117,25 @@ def test_views_of_one_storage_are_compared_by_their_bytes(tmp_path: Path, capsys
     assert "decoder.final_layernorm.weight" in capsys.readouterr().err
 
 
+def test_a_router_is_compared_whole_where_no_checksum_tells_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(hidden=4096, ffn=4, groups=4, layers=1, experts=32)
+    name = "decoder.layers.0.mlp.router.weight"
+
+    def change(shards: dict[str, list[State]]) -> None:
+        shards["mp_rank_00_001"][0][name][10] += 1  # between the first, middle and last 64 KiB
+
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        changed(tmp_path, model, Grid(ep=2), change)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert convert(tmp_path) == 1
+    assert f"tensor:   {name}, shard 0" in capsys.readouterr().err
+
+
 def test_a_head_that_args_tie_to_another_embedding_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,7 @@
 
 Norms lie in the files of all tensor parallel ranks, dense weights in those of all expert parallel ranks, a tied
 embedding on the last stage too. Where a zip record holds a copy alone, its CRC-32 in the file's directory is compared,
-which reads nothing. Others are compared by their first, middle and last bytes. `verify` compares all of them. A shard's
+which reads nothing. Others are compared by their first, middle and last bytes, small ones by all. `verify` compares all of them. A shard's
 place is told by its directory's name alone; headers show of some that they were copied twice or swapped.
 """
 
@@ -28,6 +28,8 @@ from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
 from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, local_name, names, row_major, tiles
 
 _SAMPLE_BYTES = 64 << 10
+#: Of what every rank has whole: norms and routers end before.
+_SMALL_BYTES = 8 << 20
 BLOCK_BYTES = 4 << 20
 
 #: Begins the digest of values that are all the same.
@@ -39,7 +41,9 @@ def reader_of(model: Model) -> closing[FileReader]:
     return closing(FileReader(model.directory, make_buffer(2 * BLOCK_BYTES), model.found.listing))
 
 
-def samples(model: Model, wanted: Sequence[tuple[View, str]], world: World) -> list[str]:
+def samples(
+    model: Model, wanted: Sequence[tuple[View, str]], world: World, *, sample_bytes: int = _SAMPLE_BYTES
+) -> list[str]:
     """A digest of the first, middle and last rows of each view, as values of a dtype; the same on every rank.
 
     Each is read by the first rank that sees its file. That of values that are all the same begins with `ALIKE`.
@@ -49,7 +53,7 @@ def samples(model: Model, wanted: Sequence[tuple[View, str]], world: World) -> l
     }
     with reader_of(model) as reader:
         mine = {
-            str(number): _sample(reader, view, dtype)
+            str(number): _sample(reader, view, dtype, sample_bytes)
             for number, (view, dtype) in enumerate(wanted)
             if readers[view.file] == world.rank
         }
@@ -59,9 +63,9 @@ def samples(model: Model, wanted: Sequence[tuple[View, str]], world: World) -> l
     return [told[str(number)] for number in range(len(wanted))]
 
 
-def _sample(reader: FileReader, view: View, dtype: str) -> str:
+def _sample(reader: FileReader, view: View, dtype: str, sample_bytes: int) -> str:
     item_bytes = DTYPE_BYTES[dtype]
-    rows = min(view.rows, max(1, _SAMPLE_BYTES // (view.columns * item_bytes)))
+    rows = min(view.rows, max(1, sample_bytes // (view.columns * item_bytes)))
     buffer = make_buffer(rows * view.columns * item_bytes)
     digest, items = hashlib.sha256(), set[bytes]()
     for first in dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows)):
@@ -295,9 +299,12 @@ def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_
             unknown.append(copies)
         else:
             found += _pairs(copies, checksums)
-    digests = iter(samples(model, [(view, one.dtype) for one in unknown for view in one.views], world))
-    for copies in unknown:
-        found += _pairs(copies, [next(digests) for _ in copies.views])
+    for is_small, sample_bytes in ((True, _SMALL_BYTES), (False, _SAMPLE_BYTES)):
+        some = [copies for copies in unknown if (copies.parameter.row.split == "replicated") is is_small]
+        views = [(view, copies.dtype) for copies in some for view in copies.views]
+        digests = iter(samples(model, views, world, sample_bytes=sample_bytes))
+        for copies in some:
+            found += _pairs(copies, [next(digests) for _ in copies.views])
     return found
 
 
