@@ -238,15 +238,16 @@ def check_beside(target: Path, files: Mapping[str, Beside]) -> None:
 def publish(target: Path, files: Mapping[str, Beside]) -> None:
     """Replace files in the directory that holds a target, which has its name.
 
-    They are written in the target's journal first: whatever a killed run leaves of them is removed with it.
+    They are written in the target's journal first: whatever a killed run leaves of them is removed with it. Of a target
+    that an earlier run has completed only those that are gone are written: what is there may have moved on.
 
     Raises:
         TargetExists: see `check_beside`; all stay.
     """
     check_beside(target, files)
-    root = target.absolute().parent
-    contents = {name: file.content for name, file in files.items()}
-    replace_files(root.resolve(), contents, (target, JOURNAL_DIRECTORY) if is_ours(target) else None)
+    root, is_new = target.absolute().parent, is_ours(target)
+    contents = {name: file.content for name, file in files.items() if is_new or not os.path.lexists(root / name)}
+    replace_files(root.resolve(), contents, (target, JOURNAL_DIRECTORY) if is_new else None)
 
 
 def remove_leftovers(target: Path) -> str:

@@ -289,6 +289,9 @@ def test_a_tracker_of_training_is_replaced(text: str, target: Path, tmp_path: Pa
 
 
 def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"iter_000000{number}" / ".journal").mkdir(parents=True)
+        (tmp_path / f"iter_000000{number}" / ".journal" / "identity.json").touch()
     child = os.fork()
     if not child:
         for _ in range(100):
@@ -300,7 +303,7 @@ def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp
         found.add((tmp_path / "tracker").read_bytes())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert found <= {b"1", b"1234567"}
-    assert os.listdir(tmp_path) == ["tracker"]
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000001", "iter_0000002", "tracker"]
 
 
 def replaced(target: Path) -> None:

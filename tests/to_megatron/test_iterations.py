@@ -221,3 +221,19 @@ def test_verbose_says_where_each_argument_is_from(tmp_path: Path, capsys: pytest
     lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
     assert "lr 0.0001 <- --source-margs-file" in lines
     assert "hidden_size 16 <- config.json (not 64, as --source-margs-file says)" in lines
+
+
+@pytest.mark.parametrize("flags", [("--iteration", "7"), ("--release",)], ids=" ".join)
+def test_a_tracker_that_has_moved_on_stays_when_a_complete_conversion_is_started_again(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", SMALL)
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags) == 0
+    (tmp_path / "root" / TRACKER).write_text("500\n")
+    (tmp_path / "root" / "target_megatron_args.json").unlink()
+    before = files(tmp_path / "root")
+    assert to_megatron(tmp_path / "hf", tmp_path / "root", *flags, "--strict") == 0
+    assert f"{tmp_path}/root/{TRACKER} names '500' and stays as it is" in capsys.readouterr().err
+    found = files(tmp_path / "root")
+    assert found.pop("target_megatron_args.json") != b""  # what is gone is made anew
+    assert found == before

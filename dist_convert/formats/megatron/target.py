@@ -53,6 +53,8 @@ from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.plan.file_owners import notes_on_disks
 from dist_convert.records import local_name
 from dist_convert.write.files import Beside, opened, write_file
+from dist_convert.write.manifest import manifest_of
+from dist_convert.write.partial import is_ours
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -290,7 +292,7 @@ def notes_to_megatron(
         )
     if target.settings.iteration == 0:
         notes.append("iteration 0: Habana's Megatron and Megatron-Core up to 0.14 do not load it; use --iteration 1")
-    notes += _on_tracker(target) + notes_on_content(content)
+    notes += _on_tracker(job, target) + notes_on_content(content)
     if job.verbose:
         notes += describe_origins(target.args)
     asked = job.tokenizer_model
@@ -302,7 +304,7 @@ def notes_to_megatron(
     return notes + _on_disks(job, disks, writable)
 
 
-def _on_tracker(target: MegatronTarget) -> list[str]:
+def _on_tracker(job: Options, target: MegatronTarget) -> list[str]:
     """What training loads from this root changes, where the tracker file names another iteration."""
     tracker = target.root / TRACKER_FILE
     try:
@@ -311,7 +313,11 @@ def _on_tracker(target: MegatronTarget) -> list[str]:
     except OSError:
         return []
     new = target.tracked
-    return [f"warning: {tracker} names {old!r}, and will name {new!r}"] if old != new else []
+    if old == new:
+        return []
+    if not job.overwrite and manifest_of(target.directory) and not is_ours(target.directory):
+        return [f"{tracker} names {old!r} and stays as it is: {new!r} was complete before"]
+    return [f"warning: {tracker} names {old!r}, and will name {new!r}"]
 
 
 def _on_spelling(job: Options, target: MegatronTarget) -> list[str]:
