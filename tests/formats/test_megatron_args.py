@@ -142,15 +142,16 @@ def test_the_family_follows_from_the_arguments(args: dict[str, Any], name: str, 
     assert (found.family, FAMILIES[found.family].hf_class) == (name, hf_class)
 
 
-def test_a_window_that_no_family_with_the_other_arguments_has_is_refused_and_not_dropped() -> None:
-    said = json.loads(
-        json.dumps(vars(training_args(LLAMA)) | {"add_qkv_bias": True, "window_size": [4095, 0]}, default=str)
-    )
+@pytest.mark.parametrize(("sign", "family"), [("add_qkv_bias", "qwen2"), ("qk_layernorm", "qwen3")])
+def test_a_window_that_no_family_with_the_other_arguments_has_is_refused_and_not_dropped(
+    sign: str, family: str
+) -> None:
+    said = json.loads(json.dumps(vars(training_args(LLAMA)) | {sign: True, "window_size": [4095, 0]}, default=str))
     with pytest.raises(UnsupportedModel, match="--window-size has a value that the target cannot express") as caught:
         architecture_from_args(said, vocab=None, file="shard")
-    assert (caught.value.found, caught.value.remedy) == ("[4095, 0]", "no llama has it")
+    assert (caught.value.found, caught.value.remedy) == ("[4095, 0]", f"no {family} has it")
     del said["window_size"]
-    assert architecture_from_args(said, vocab=None, file="shard").family == "qwen2"
+    assert architecture_from_args(said, vocab=None, file="shard").family == family
 
 
 @pytest.mark.parametrize(("flag", "factor"), [("32", 32.0), ("8", 8.0)])

@@ -164,11 +164,22 @@ _LLAMA3_FACTOR = 8.0
 def families_of_args(args: Mapping[str, Any]) -> list[Family]:
     """The families that models trained with these arguments may be of, the likeliest first.
 
-    Where there is none, it is the plainest with experts or without, whose pins tell what is wrong.
+    Where there is none, it is the nearest with experts or without, whose pins tell what is wrong: the one that leaves
+    the fewest of the arguments unread that tell another family, and asks for the most.
     """
+
+    def distance(family: Family) -> tuple[int, int]:
+        others = {name for name, wanted in family.signs.items() if not wanted and is_set(args.get(name))}
+        return len(others - {key.arg for key in family.keys}), -sum(family.signs.values())
+
     fitting = [family for family in FAMILIES.values() if fits_signs(family, args)]
-    alike = [family for family in FAMILIES.values() if bool(family.moe) == bool(args.get("num_experts"))]
-    return fitting or alike[:1]
+    alike = [
+        family
+        for family in FAMILIES.values()
+        if bool(family.moe) == bool(args.get("num_experts"))
+        and all(is_set(args.get(name)) for name, wanted in family.signs.items() if wanted)
+    ]
+    return fitting or [min(alike, key=distance)]
 
 
 def architecture_from_args(
