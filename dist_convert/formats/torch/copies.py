@@ -2,8 +2,9 @@
 
 Norms lie in the files of all tensor parallel ranks, dense weights in those of all expert parallel ranks, a tied
 embedding on the last stage too. Where a zip record holds a copy alone, its CRC-32 in the file's directory is compared,
-which reads nothing. Others are compared by their first, middle and last bytes, small ones by all. `verify` compares all of them. A shard's
-place is told by its directory's name alone; headers show of some that they were copied twice or swapped.
+which reads nothing. Others are compared by their first, middle and last bytes, small ones by all. `verify` compares all
+of them. A shard's place is told by its directory's name alone; headers show of some that they were copied twice or
+swapped.
 """
 
 import hashlib
