@@ -175,7 +175,9 @@ def verify(
     from dist_convert.ranks.channel import Embedded
     from dist_convert.ranks.collectives import alone
 
-    share = Fraction(sample).limit_denominator(1_000_000)
+    share: Any = sample
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of what is no share, which `check_values` tells
+        share = Fraction(sample).limit_denominator(1_000_000)
     values = _values("verify", options, "sample", "json", "timeout_seconds")
     job = VerifyJob(_path(a), _path(b), sample=share, **values)
     check_values(job)

@@ -344,5 +344,8 @@ def test_inspect_and_verify_answer_as_the_commands_do(llama: Made, tmp_path: Pat
     found = dist_convert.verify(llama[0], tmp_path / "other", sample=0.5)
     assert not found.is_same
     assert found.values[0].tensor in llama[1]
+    for wrong in (float("nan"), float("inf"), 0, 2, "all"):
+        with pytest.raises(UsageError, match="sample has a wrong value"):
+            dist_convert.verify(llama[0], tmp_path / "other", sample=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option 'jobs'"):
         dist_convert.verify(llama[0], tmp_path / "other", jobs=2)
