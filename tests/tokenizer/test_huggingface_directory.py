@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from tests.checkpoints import Model, make
 from tests.converting import convert
+from tests.tokenizer.pieces import train
 from tests.tokenizer.real import VERSIONS, load_and_encode
 
 LAYER = Model(layers=1)
@@ -140,6 +143,20 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_file(
     err = capsys.readouterr().err
     assert f"{source}/tokenizer.json" in err
     assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["fifo", "broken link"])
+def test_a_model_beside_what_only_has_the_name_of_a_tokenizers_file_is_not_taken_alone(
+    name: str, replace: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", LAYER)
+    source = tmp_path / "tokenizer"
+    train(source / "tokenizer.model")
+    replace(source / name)
+    assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 1
+    assert f"{name} is no plain file, or a link to none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

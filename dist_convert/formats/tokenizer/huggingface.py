@@ -60,9 +60,9 @@ _INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def has_tokenizer_files(directory: Path) -> bool:
-    """Whether transformers' files of a tokenizer are there, its vocabulary among them."""
+    """Whether transformers' files of a tokenizer are there, its vocabulary among them, whatever has their names."""
     vocabularies = ((_FAST_FILE,), ("vocab.json", "merges.txt"), ("vocab.txt",))
-    return any(all(os.path.isfile(directory / name) for name in names) for names in vocabularies)
+    return any(all(os.path.lexists(directory / name) for name in names) for names in vocabularies)
 
 
 #: A vocabulary of 600,000 tokens and their merges, which are pairs; tokens a line each; what a library's ids can be.
@@ -299,7 +299,7 @@ _TAKEN_OVER = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "
 def is_slow(directory: Path) -> bool:
     """Whether the directory has a config of transformers, and nothing but a SentencePiece model to cut text with."""
     model = directory / MODEL_FILE
-    if not os.path.isfile(model) or not os.path.isfile(directory / CONFIG) or has_tokenizer_files(directory):
+    if not os.path.isfile(model) or not os.path.lexists(directory / CONFIG) or has_tokenizer_files(directory):
         return False
     with model.open("rb") as opened:
         return is_sentencepiece(opened.read(3))
