@@ -78,8 +78,9 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda source: rewrite_zip(source, lambda r: r.update({"archive/../../evil": b"x"})), ""),
     "10^18 layers": (args(num_layers=ABSURD), "num_layers"),
     "layers that are a text": (args(num_layers="four"), "num_layers"),
-    "a grid of 10^18": (args(tensor_model_parallel_size=ABSURD), "impossible sizes"),
-    "a pipeline of 10^18": (args(pipeline_model_parallel_size=ABSURD, num_layers=8), "impossible sizes"),
+    "a grid of 10^18": (args(tensor_model_parallel_size=ABSURD), f"tensor_model_parallel_size {ABSURD}"),
+    "a pipeline of 10^18": (
+        args(pipeline_model_parallel_size=ABSURD, num_layers=8), f"pipeline_model_parallel_size {ABSURD}"),
     "10000 layers of 10000 experts": (args(num_layers=10_000, num_experts=10_000), "impossible sizes"),
     "10^18 experts": (args(num_experts=ABSURD), "num_experts"),
     "a width of 10^30": (args(hidden_size=10**30), "hidden_size"),

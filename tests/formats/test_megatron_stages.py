@@ -108,7 +108,7 @@ def test_megatron_core_builds_the_same_number_of_layers_in_every_chunk() -> None
         (8, 1, 1, {"last": 8}, "need at least 2 pipeline ranks"),
         (16, 3, 2, {"first": 5, "last": 7}, "the 5 layers of a pipeline rank are not divisible by 2 virtual stages"),
         (4, 2, 1, {"layout": "Ett|tL"}, "the layout has 3 layers (t), the model 4"),
-        (4, 2, 1, {"layout": "Ett|t|tL"}, "the layout has 3 stages, the parallel sizes 2"),
+        (4, 2, 1, {"layout": "Ett|t|tL"}, "the layout has 3 stages, --pp times --vpp is 2"),
         (4, 2, 1, {"layout": "tt|EttL"}, "the layout needs one E, at the beginning of its first stage"),
         (4, 2, 1, {"layout": "tE|tttL"}, "the layout needs one E, at the beginning of its first stage"),
         (4, 2, 2, {"layout": "Et|t|ttL|"}, "the layout needs one L, at the end of its last stage"),
@@ -141,11 +141,12 @@ def test_a_wrong_pipeline_is_refused_with_all_reasons_at_once_and_a_remedy() -> 
         stages(4, 4, layout="ttE|ttt")
     assert str(error.value) == (
         "4 layers cannot be divided over 4 pipeline ranks\n"
-        "  found:    the layout has 2 stages, the parallel sizes 4; the layout has 5 layers (t), the model 4; "
+        "  found:    the layout has 2 stages, --pp times --vpp is 4; the layout has 5 layers (t), the model 4; "
         "the layout needs one E, at the beginning of its first stage; "
         "the layout needs one L, at the end of its last stage\n"
-        "  remedy:   choose sizes that divide the layers, or say where they go: --decoder-first-pipeline-num-layers "
-        "and --decoder-last-pipeline-num-layers, or --pipeline-model-parallel-layout, e.g. Ett|(ttt|)*2ttL"
+        "  remedy:   choose a --pp (times --vpp) that divides the layers, or say where they go: "
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers, "
+        "or --pipeline-model-parallel-layout, e.g. Ett|(ttt|)*2ttL"
     )
 
 

@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     ),
     "too few stages in the layout": (
         Model(), "--target-pipeline-parallel-size 4 --pipeline-model-parallel-layout Ett|ttL",
-        ["the layout has 2 stages, the parallel sizes 4"],
+        ["the layout has 2 stages, --pp times --vpp is 4"],
     ),
     "layers in the layout": (
         Model(), "--target-pipeline-parallel-size 2 --pipeline-model-parallel-layout Ett|tttL",

@@ -94,19 +94,25 @@ def grid_from_args(args: Mapping[str, Any], chunks: int, *, imported_experts: bo
     if imported_experts or not args.get("num_experts"):
         expert_tensor = tensor
     grid = Grid(tensor, args.get("pipeline_model_parallel_size") or 1, chunks, expert, expert_tensor)
-    sizes = (tensor, grid.pipeline, expert, expert_tensor)
-    if not all(is_size(size, MOST_RANKS) for size in sizes) or tensor * grid.pipeline * expert > MOST_RANKS:
+    sizes = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": grid.pipeline,
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": expert_tensor,
+    }
+    wrong = {name: size for name, size in sizes.items() if not is_size(size, MOST_RANKS)}
+    if wrong or tensor * grid.pipeline * expert > MOST_RANKS:
         raise UnsupportedModel(
             "a parallel grid of impossible sizes",
             expected=f"whole numbers, and at most {MOST_RANKS} ranks",
-            found=str(grid)[:80],
+            found=", ".join(f"{name} {str(size)[:40]}" for name, size in (wrong or sizes).items()),
             remedy="the args are damaged; copy the checkpoint again from where it was saved",
         )
     if tensor % expert_tensor:
         raise UnsupportedModel(
             "several expert tensor parallel ranks of this grid shared one file name; only one of them was kept",
             expected="expert_tensor_parallel_size divides tensor_model_parallel_size",
-            found=str(grid),
+            found=f"{expert_tensor} and {tensor}",
             remedy="the lost expert shards are in no file; save the checkpoint again with expert_tensor <= tensor",
         )
     # Versions that know expert_tensor_parallel_size parse --moe-extended-tp and ignore it.
@@ -495,7 +501,7 @@ def stage_layers(layers: int, pipeline: int, cut: Cut, *, mtp: int = 0) -> tuple
             f"{counted(total, 'layer')} cannot be divided over {counted(pipeline, 'pipeline rank')}"
             + (f" with {virtual} virtual stages each" if virtual != 1 else ""),
             found="; ".join(reasons),
-            remedy="choose sizes that divide the layers, or say where they go: "
+            remedy="choose a --pp (times --vpp) that divides the layers, or say where they go: "
             f"{_FIRST} and {_LAST}, or {_LAYOUT}, e.g. Ett|(ttt|)*2ttL",
         )
     stages[0][0] -= cut.with_embedding
@@ -554,7 +560,7 @@ def _wrong_layout(stages: Sequence[str], layers: int, mtp: int, pipeline: int, v
     """Every reason why a layout does not suit the model and the parallel sizes."""
     reasons = []
     if len(stages) != pipeline * virtual:
-        reasons.append(f"the layout has {len(stages)} stages, the parallel sizes {pipeline * virtual}")
+        reasons.append(f"the layout has {len(stages)} stages, --pp times --vpp is {pipeline * virtual}")
     letters = "".join(stages)
     if letters.count("t") != layers:
         reasons.append(f"the layout has {letters.count('t')} layers (t), the model {layers}")
