@@ -31,8 +31,7 @@ class Foreign:
 DIRECTORIES = (
     Foreign(
         "a DeepSpeed checkpoint, of Megatron-DeepSpeed or GPT-NeoX",
-        ("mp_rank_*_model_states.pt", "*/mp_rank_*_model_states.pt", "layer_*-model_*states.pt",
-         "*/layer_*-model_*states.pt"),
+        ("*mp_rank_*_states.pt", "*/*mp_rank_*_states.pt", "layer_*-model_*states.pt", "*/layer_*-model_*states.pt"),
         "convert it with the program that saved it, to Hugging Face or Megatron: Megatron-DeepSpeed has "
         "tools/convert_checkpoint, GPT-NeoX has tools/ckpts/convert_neox_to_hf.py; then give the result",
     ),

@@ -71,7 +71,12 @@ def discover(
     listings = gather_listings(world, mine)
     names = sorted(frozenset[str]().union(*listings))
     if not names:
-        raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none")
+        raise CheckpointNotFound(
+            "no rank sees any weights",
+            expected=expected,
+            found="none",
+            remedy="copy the checkpoint again, complete, from where it was saved",
+        )
     check_same_files(world, directory, listings, read_header)
     headers_of = deal_headers(names, listings)
     read = {file: read_header(file) for file in headers_of[world.rank]}

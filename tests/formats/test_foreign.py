@@ -37,6 +37,17 @@ def files(*names: str) -> Callable[[Path], None]:
     return make_files
 
 
+def tracked(*names: str) -> Callable[[Path], None]:
+    """Files of a checkpoint whose tracker names iteration 4."""
+
+    def make_files(root: Path) -> None:
+        root.mkdir()
+        files(*names)(root)
+        (root / "latest_checkpointed_iteration.txt").write_text("4")
+
+    return make_files
+
+
 def neox(root: Path) -> None:
     files("global_step100/layer_00-model_00-model_states.pt", "global_step100/mp_rank_00_model_states.pt")(root)
     (root / "latest").write_text("global_step100")
@@ -117,6 +128,9 @@ def swift(chunk: State) -> State:
 
 CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "GPT-NeoX": (neox, "a DeepSpeed checkpoint", "convert_neox_to_hf.py"),
+    "DeepSpeed, sharded": (
+        files("global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt"), "a DeepSpeed checkpoint", "convert_checkpoint"
+    ),
     "NeMo 2": (files("context/model.yaml", "weights/common.pt"), "a NeMo checkpoint", "export_ckpt"),
     "NeMo 1": (files("llama.nemo"), "a NeMo checkpoint", "export_ckpt"),
     "nanotron": (
@@ -142,6 +156,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "LoRA, beside": (renamed(beside), "a LoRA adapter that is not merged", "merge"),
     "LoRA of ms-swift": (renamed(swift), "a LoRA adapter that is not merged", "--merge_lora true"),
     "empty": (renamed(lambda chunk: {}), "the files hold no layers", "look for the weights elsewhere"),
+    "an iteration of nothing": (
+        tracked("iter_0000004/mp_rank_00/distrib_optim.pt"),
+        "no rank sees any weights", "from where it was saved",
+    ),
+    "no iteration": (tracked(), "the iteration does not exist", "copy it here from where it was saved"),
     "half": (
         renamed(lambda chunk: {name: tensor for name, tensor in chunk.items() if "mlp" not in name}),
         "no tensor for decoder.layers.0.mlp.linear_fc1.weight", "the shard is incomplete",

@@ -109,7 +109,7 @@ def test_a_file_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Path("org/model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointNotFound) as caught:
         local_directory("org/model.safetensors")
-    assert caught.value.found == "a file"
+    assert caught.value.what == "a file, not a checkpoint directory"
 
 
 @pytest.mark.parametrize("python", pythons())

@@ -22,6 +22,7 @@ from dist_convert.formats.huggingface.read import (
     read_index_file,
 )
 from dist_convert.formats.tokenizer.huggingface import FILES
+from dist_convert.read.source import no_directory
 from dist_convert.records import names
 
 #: Beside the weights: config, tokenizer, and what a conversion from Megatron has left for the way back.
@@ -105,12 +106,14 @@ def repository_and_revision(name: str) -> tuple[str, str | None]:
     repository, _, revision = name.partition("@")
     organisation, _, model = repository.partition("/")
     path = Path(name)
+    if path.is_file():
+        raise no_directory(path, "checkpoint")
     if organisation in ("", ".", "..", "~") or not model or "/" in model or path.exists():
         raise CheckpointNotFound(
-            "the directory does not exist",
+            "the checkpoint directory does not exist",
             file=name,
             expected="a directory, or org/name[@revision] on the Hugging Face Hub",
-            found="a directory, but not on every node" if path.is_dir() else "a file" if path.exists() else "nothing",
+            found="a directory, but not on every node" if path.exists() else "nothing",
             remedy="check the path on every node",
         )
     return repository, revision or None

@@ -42,14 +42,16 @@ def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG
         raise _not_a_checkpoint(root, name_flag)
     directory = root / named
     if not directory.is_dir():
+        here = names(_iterations(root))
+        remedy = f"name an existing iteration with {name_flag}" if here else "copy it here from where it was saved"
+        if name and (rank_files(root) or is_distributed(root)):
+            remedy = f"leave {name_flag} out: {root} is an iteration itself"
         raise CheckpointNotFound(
             "the iteration does not exist",
             file=str(directory),
-            expected="one of: " + (names(_iterations(root)) or "no iteration is here at all"),
+            expected=f"one of: {here}" if here else "an iteration, of which none is here",
             found="nothing",
-            remedy=f"leave {name_flag} out: {root} is an iteration itself"
-            if name and (rank_files(root) or is_distributed(root))
-            else f"name an existing iteration with {name_flag}",
+            remedy=remedy,
         )
     return directory
 
