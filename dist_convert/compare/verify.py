@@ -216,13 +216,20 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
     found = differences(outcome)
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     remedy = f"{task.partial.name} is kept for a look and never gets its name: convert again"
+    what = "what was written (B) is not the model that was read (A)"
     if directory == task.target:
         remedy = "it or the source may have been changed since it was made: convert again with another target"
+    if len(found) == sum(one.between == "two copies in A" for one in outcome.values):
+        what = "copies of one tensor in the source (A) differ, which samples did not show before"
+        remedy = (
+            "copy the source again from where it was saved, or convert with --accept-differing-copies, which takes "
+        )
+        remedy += "those of the lowest rank; choose another target"
     return DifferentModel(
-        "what was written (B) is not the model that was read (A)",
+        what,
         file=str(directory),
         expected="every tensor and config field alike",
         found=counted(len(found), "difference"),
-        remedy=f"{remedy}, and report it if it stays",
+        remedy=f"{remedy}; report it if it stays",
         lines=[*found[:_SHOWN], *more],
     )

@@ -136,6 +136,30 @@ def test_a_router_is_compared_whole_where_no_checksum_tells_of_it(
     assert f"tensor:   {name}, shard 0" in capsys.readouterr().err
 
 
+def test_copies_that_only_a_verification_finds_to_differ_are_told_as_such_and_may_be_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(hidden=4096, ffn=4, heads=16, groups=16, layers=1, vocab=8, padded_vocab=8, experts=2)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+
+    def change(shards: dict[str, list[State]]) -> None:
+        shards["mp_rank_00_001"][0][name][48] += 1  # between the first, middle and last 64 KiB
+
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        hf = changed(tmp_path, model, Grid(ep=2), change)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert convert(tmp_path, "--verify") == 1
+    message = capsys.readouterr().err
+    assert "copies of one tensor in the source (A) differ, which samples did not show before" in message
+    assert f"convert with {ACCEPT}" in message
+    assert convert(tmp_path, ACCEPT, "--verify", "--overwrite") == 0
+    published = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(read_tensors(tmp_path / "target")[published], hf[published])
+
+
 def test_a_head_that_args_tie_to_another_embedding_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,13 +216,14 @@ def test_where_args_do_not_say_it_a_head_is_tied_only_if_it_is_the_embedding(
     assert main(["verify", str(tmp_path / "source"), str(tmp_path / "target")]) == 0
 
 
+@pytest.mark.parametrize("with_checksums", [True, False])
 def test_accepted_copies_are_told_in_the_log_and_the_manifest_and_are_another_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_checksums: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "decoder.layers.1.input_layernorm.weight"
     warning = f"warning: copies differ, and the lowest rank's are taken: {name}"
     before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # so that headers and plan would be the same
+    torch.serialization.set_crc32_options(with_checksums)
     try:
         for case, change in (("one", lambda _: None), ("same", lambda _: None), ("other", add_to("mp_rank_01", name))):
             changed(tmp_path / case, LLAMA, Grid(tp=2), change)
@@ -209,6 +234,8 @@ def test_accepted_copies_are_told_in_the_log_and_the_manifest_and_are_another_pl
         assert convert(tmp_path / case, ACCEPT) == 0
         made[case] = json.loads((tmp_path / case / "target/conversion.json").read_text())
         printed[case] = capsys.readouterr().err
-    assert made["one"]["plan"] == made["same"]["plan"] != made["other"]["plan"]
+    assert made["one"]["plan"] == made["same"]["plan"]
+    # Without checksums the lowest rank's copies are taken of all, as samples prove nothing.
+    assert (made["one"]["plan"] == made["other"]["plan"]) is not with_checksums
     assert (made["one"]["warnings"], made["other"]["warnings"]) == ([], [warning])
     assert (warning in printed["one"], warning in printed["other"]) == (False, True)

@@ -273,6 +273,8 @@ def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
     pinned = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
     if pinned:
         notes.append(f"warning: copies differ, and the lowest rank's are taken: {names(sorted(pinned))}")
+    if asked.accept_differing_copies:  # what only samples show to be equal may differ, and ranks read any of them
+        pinned |= {copies.parameter.name for copies in _copies(catalog) if not _has_checksums(catalog, copies)}
     if is_untied and not is_silent:
         notes.append("warning: the head is not the embedding that the args tie it to: it becomes one of its own")
     return replace(model, pinned=pinned, is_untied=is_untied, notes=tuple(notes))
@@ -290,16 +292,20 @@ def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
                 yield _Copies(parameter, shard, tuple(replica[number][2] for replica in found))
 
 
+def _has_checksums(catalog: TorchCatalog, copies: _Copies) -> bool:
+    """Whether checksums tell if copies are equal."""
+    return None not in map(catalog.checksum, copies.views) and len({view.dtype for view in copies.views}) == 1
+
+
 def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_Copies]:
     """Pairs of copies that differ: by their checksums, which read nothing, else by samples of their values."""
     found: list[_Copies] = []
     unknown: list[_Copies] = []
     for copies in _copies(catalog):
-        checksums = [catalog.checksum(view) for view in copies.views]
-        if None in checksums or len({view.dtype for view in copies.views}) > 1:
-            unknown.append(copies)
+        if _has_checksums(catalog, copies):
+            found += _pairs(copies, [catalog.checksum(view) for view in copies.views])
         else:
-            found += _pairs(copies, checksums)
+            unknown.append(copies)
     for is_small, sample_bytes in ((True, _SMALL_BYTES), (False, _SAMPLE_BYTES)):
         some = [copies for copies in unknown if (copies.parameter.row.split == "replicated") is is_small]
         views = [(view, copies.dtype) for copies in some for view in copies.views]
