@@ -17,6 +17,9 @@ from tests.to_megatron import grid_flags
 
 NOTE = "the target lies on nfs4: each weights file is written by one node"
 CASES = ("megatron-to-hf", "hf-to-megatron, llama", "hf-to-megatron, mixtral")
+DISTRIBUTED = ("convert, torch_dist", "convert, dcp")
+PLACEMENTS = ("direct", "gather")
+WEIGHTS = (".safetensors", "model_optim_rng.pt", ".distcp")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(sources: Path, runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """For each case, the files of an ordinary conversion by one rank."""
     found = {}
-    for case in CASES:
+    for case in (*CASES, *DISTRIBUTED):
         root = tmp_path_factory.mktemp("expected")
         assert runs.do(command(case, sources, root)).exit_codes == [0]
         found[case] = hashes_below(root)
@@ -51,8 +54,12 @@ def expected(sources: Path, runs: Runs, tmp_path_factory: pytest.TempPathFactory
 
 
 def command(case: str, sources: Path, root: Path, *more: str) -> list[str]:
-    """Small files: 8 of a Hugging Face model, 6 of a Llama at TP2 x PP3, 4 of a Mixtral at TP2 x EP2."""
+    """Small files: 8 of a Hugging Face model, 6 of a Llama at TP2 x PP3, 4 of a Mixtral at TP2 x EP2; of a Llama 4 of
+    torch_dist at TP4, 8 of DCP."""
     direction, _, model = case.partition(", ")
+    if direction == "convert":
+        more = (*more, *(("--tp", "4", "--pp", "1") if model == "torch_dist" else ("--max-shard-size", "50KB")))
+        return [direction, str(sources / "megatron"), str(root / "made"), "--to", model, "--device", "cpu", *more]
     words = ["--load-path", str(sources / "megatron"), "--save-path", str(root / "hf"), "--max-shard-size", "50KB"]
     if model:
         grid = [*grid_flags(Grid(tp=2, pp=3))]
@@ -72,9 +79,13 @@ def nodes_of_files(run: Run, ranks_each: int) -> dict[str, set[int]]:
     return found
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(2, 4), (3, 3)])
-@pytest.mark.parametrize("placement", ["direct", "gather"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "placement", "nodes", "ranks"),
+    [
+        *((case, placement, *nodes) for case in CASES for placement in PLACEMENTS for nodes in [(2, 4), (3, 3)]),
+        *((case, placement, 2, 4) for case in DISTRIBUTED for placement in PLACEMENTS),
+    ],
+)
 def test_every_file_is_written_by_one_node_with_the_bytes_of_any_other_conversion(
     case: str, placement: str, nodes: int, ranks: int, on_nfs: OnNfs, sources: Path,
     expected: dict[str, dict[str, str]], tmp_path: Path,
@@ -83,7 +94,7 @@ def test_every_file_is_written_by_one_node_with_the_bytes_of_any_other_conversio
     assert run.exit_codes == [0] * ranks, run.printed
     assert hashes_below(tmp_path) == expected[case]
     writing = nodes_of_files(run, ranks // nodes)
-    weights = [name for name in expected[case] if name.endswith((".safetensors", ".pt"))]
+    weights = [name for name in expected[case] if name.endswith(WEIGHTS)]
     assert len(writing) == len(weights)
     assert all(len(of_file) == 1 for of_file in writing.values()), writing
     assert set.union(*writing.values()) == set(range(nodes))
