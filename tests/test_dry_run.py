@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 
@@ -65,6 +66,24 @@ def test_a_dry_run_lists_the_files_that_the_conversion_then_writes(
     total = sum(file.stat().st_size for file in files) / 1000
     assert any(line.startswith(f"{total:.3g} kB to be written below {tmp_path}/out, ") for line in lines)
     assert any(line.endswith(" free") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("to", "more"), [("torch_dist", ["--tp", "2", "--pp", "2"]), ("dcp", ["--max-shard-size", "3KB"])]
+)
+def test_a_dry_run_lists_the_files_of_a_distributed_checkpoint(
+    to: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "in", SMALL, Grid(tp=2))
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to, *more]
+    assert main([*command, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert everything_below(tmp_path / "out") == []
+    assert main(command) == 0
+    files = (tmp_path / "out").rglob("*.distcp")
+    sizes = {file.name: f"{file.stat().st_size / 1000:.3g} kB" for file in files}
+    assert len(sizes) == 4
+    assert {line.split()[-1]: " ".join(line.split()[:2]) for line in lines if line.endswith(".distcp")} == sizes
 
 
 def test_a_dry_run_says_what_the_rank_reads_receives_writes_and_holds(

@@ -107,17 +107,26 @@ def test_a_manifest_of_megatron_shards_has_the_checksums_of_sealed_files(runs: R
             torch.load(iteration / name, weights_only=False)
 
 
-def test_a_killed_conversion_to_torch_dist_goes_on_to_the_same_bytes(runs: Runs, source: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "directory", "moment"),
+    [
+        (("--to", "torch_dist", "--target-tensor-parallel-size", "4"), "iter_0000004", 500),
+        (("--to", "dcp", "--max-shard-size", "100KB"), ".", 250),
+    ],
+)
+def test_a_killed_conversion_to_a_distributed_checkpoint_goes_on_to_the_same_bytes(
+    more: tuple[str, ...], directory: str, moment: int, runs: Runs, source: Path
+) -> None:
     target = source.parent / "dist"
-    flags = ["convert", str(source), str(target), "--to", "torch_dist", "--target-tensor-parallel-size", "4"]
-    kill(runs, flags, moment=500)
-    run = runs.do(flags)
-    assert run.exit_codes == [0]
+    flags = ["convert", str(source), str(target), *more]
+    kill(runs, flags, moment)
+    run = runs.do(flags, ranks=2)
+    assert run.exit_codes == [0, 0]
     assert there_already(run) != ""
     found = hashes_below(target)
-    directory = target / "iter_0000004"
-    for name, record in json.loads((directory / "conversion.json").read_text())["files"].items():
-        data = (directory / name).read_bytes()
+    made = target / directory
+    for name, record in json.loads((made / "conversion.json").read_text())["files"].items():
+        data = (made / name).read_bytes()
         assert record == {"size_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
     shutil.rmtree(target)
     assert runs.do(flags).exit_codes == [0]

@@ -19,6 +19,7 @@ from tests.warm import Process
 
 MODEL = Model(hidden=8, ffn=8, heads=2, groups=1, head_dim=4, layers=1, vocab=8, padded_vocab=8)
 CASES = ("to_hf", "to_hf --overwrite", "to_megatron", "to_megatron --overwrite")
+DISTRIBUTED = ("to_torch_dist", "to_torch_dist --overwrite", "to_dcp", "to_dcp --overwrite")
 #: Of each case, this many moments in the fast selection.
 SHARE = 11
 
@@ -27,6 +28,9 @@ def command_of(case: str, directory: Path, source: str) -> list[str]:
     below = directory / "target"
     if case.startswith("to_hf"):
         words = ["megatron-to-hf", "--load-path", str(directory / f"mg{source}"), "--save-path", str(below / "hf")]
+    elif case.startswith(("to_torch_dist", "to_dcp")):
+        form = case.split()[0].removeprefix("to_")
+        words = ["convert", str(directory / f"mg{source}"), str(below / "hf"), "--to", form]
     else:
         words = ["hf-to-megatron", "--load-dir", str(directory / f"hf{source}"), "--save-dir", str(below / "mg")]
     return [*words, "--device", "cpu", *case.split()[1:]]
@@ -75,6 +79,6 @@ def test_a_conversion_that_is_killed_ends_in_the_same_bytes_when_it_is_started_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *DISTRIBUTED])
 def test_a_conversion_may_be_killed_before_any_call_to_the_operating_system(case: str, tmp_path: Path) -> None:
     assert_always_ends_alike(prepared(case, tmp_path), 0)
