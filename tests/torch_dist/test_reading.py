@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -158,15 +157,3 @@ def test_norms_of_local_modules_are_stored_as_they_are(tmp_path: Path, capsys: p
     make_distributed(tmp_path / "dist", LLAMA, apply_layernorm_1p=True, transformer_impl="local")
     assert convert(tmp_path / "dist", tmp_path / "hf") == 1
     assert "cannot be told whether the norms are stored as gamma - 1" in capsys.readouterr().err
-
-
-FIXTURES = Path(os.environ.get("DIST_CONVERT_FIXTURES", "../shared/fixtures")) / "torch_dist"
-
-
-@pytest.mark.parametrize("version", ["0.15.3", "0.16.1", "0.19.2"])
-def test_what_each_version_of_megatron_core_saved_becomes_the_files_of_its_twin(version: str, tmp_path: Path) -> None:
-    if not FIXTURES.is_dir():
-        pytest.skip(f"{FIXTURES} is not here; DIST_CONVERT_FIXTURES names the place of real checkpoints")
-    assert convert(FIXTURES / f"{version}-llama-tp2pp2", tmp_path / "hf") == 0
-    assert convert(FIXTURES / "0.16.1-llama-tp2pp2-torch", tmp_path / "twin") == 0
-    assert (tmp_path / "hf/model.safetensors").read_bytes() == (tmp_path / "twin/model.safetensors").read_bytes()
