@@ -35,3 +35,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def bytes_read() -> int:
+    """What this process has read of files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar

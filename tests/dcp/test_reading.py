@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Model, hf_tensors
-from tests.converting import assert_same, read_tensors
+from tests.converting import assert_same, bytes_read, read_tensors
 from tests.distributed.launching import run_ranks
 from tests.distributed_checkpoints import Box, Files
 from tests.to_megatron import config_of
@@ -53,6 +53,16 @@ def test_what_three_ranks_have_saved_becomes_the_model(kind: str, trained: Path,
     assert report.read_bytes <= 1.05 * sum(tensor.nbytes for tensor in tensors.values())
     beside = {reason: count for reason, count, _ in report.left_behind}
     assert beside == ({"numbers (no weights)": 1, "objects of step": 1, "optimizer": 99} if kind == "plain" else {})
+
+
+def test_every_byte_of_the_weights_is_read_about_once(tmp_path: Path) -> None:
+    model = Model(hidden=1024, ffn=2816, heads=8, groups=4, head_dim=128, layers=1, vocab=4000, padded_vocab=4000)
+    for name, one in (("imported", LLAMA), ("counted", model)):
+        hf = hf_tensors(one)
+        save_plain(tmp_path / name, hf, one)
+        before = bytes_read()
+        assert convert(tmp_path / name, tmp_path / f"{name}-hf") == 0
+    assert bytes_read() - before <= 1.05 * sum(tensor.nbytes for tensor in hf.values())
 
 
 def test_several_ranks_write_the_same_bytes(trained: Path, tmp_path: Path) -> None:

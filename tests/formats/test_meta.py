@@ -28,7 +28,7 @@ from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.records import DTYPE_BYTES, runs
 from tests.checkpoints import Grid
-from tests.converting import assert_same, read_tensors
+from tests.converting import assert_same, bytes_read, read_tensors
 from tests.distributed.launching import run_ranks
 from tests.meta_checkpoints import MODEL, POSITIONS, TOKENS, make_meta, metas, params_of, weights
 from tests.to_megatron import assert_same_shards, expected_shards, load, read_shards
@@ -362,11 +362,6 @@ def test_it_becomes_the_distributed_checkpoint_that_its_hugging_face_files_becom
     )  # fmt: skip
     assert [path.name for path in sorted(first)] == [".metadata", *(f"__{n}_0.distcp" for n in range(files))]
     assert first == second
-
-
-def bytes_read() -> int:
-    """What this process has read of files so far."""
-    return int(Path("/proc/self/io").read_text().split()[1])  # rchar
 
 
 def test_opening_and_comparing_read_every_byte_about_once(tmp_path: Path) -> None:

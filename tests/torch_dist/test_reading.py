@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, make
-from tests.converting import assert_same, convert
+from tests.converting import assert_same, bytes_read, convert
 from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import config_of
 
@@ -83,6 +83,16 @@ def test_optimizer_random_state_and_extra_state_are_left_behind_by_name(tmp_path
         ("extra state (no weights)", 4), ("optimizer", 1), ("rng_state", 1),
     ]  # fmt: skip
     assert report.source_format == "torch_dist"
+
+
+def test_every_byte_of_the_weights_is_read_about_once(tmp_path: Path) -> None:
+    make_distributed(tmp_path / "small")
+    dist_convert.convert(tmp_path / "small", tmp_path / "imported", to="huggingface")
+    model = Model(hidden=1024, ffn=2816, heads=8, groups=4, head_dim=128, layers=2, vocab=4000, padded_vocab=4096)
+    hf = make_distributed(tmp_path / "dist", model, Grid(tp=2, pp=2))
+    before = bytes_read()
+    dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface")
+    assert bytes_read() - before <= 1.02 * sum(tensor.nbytes for tensor in hf.values())
 
 
 def test_it_is_opened_lazily_and_compared_with_its_twin(tmp_path: Path) -> None:

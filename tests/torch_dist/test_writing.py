@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_metadata_is_pickled_to_the_same_bytes_and_torch_reads_what_was_meant(tm
     chunks = tuple(Chunk((row, 0), (2, 3), Blob("__0_0.distcp", row << 32, 700)) for row in (0, 2))
     tensors = {"a.weight": SavedTensor("BF16", (4, 3), chunks)}
     data = metadata_bytes(tensors, {"a._extra_state/shard_0_1": Blob("__0_0.distcp", 5, 9)})
+    assert hashlib.sha256(data).hexdigest() == "607189e3bd35a914c76d7d12b3b3dd2eaaf54301eb6f8e5bc688f67b15c566d7"
     (tmp_path / ".metadata").write_bytes(data)
     assert read_metadata(tmp_path / ".metadata").tensors == tensors
     found = FileSystemReader(tmp_path).read_metadata()
