@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 import dist_convert
 from dist_convert.__main__ import main
@@ -14,6 +16,7 @@ from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, bytes_read, convert
 from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import config_of
+from tests.torch_dist.test_refusals import change_metadata
 
 LLAMA = Model()
 MIXTRAL = Model(experts=4, layers=2)
@@ -93,6 +96,25 @@ def test_every_byte_of_the_weights_is_read_about_once(tmp_path: Path) -> None:
     before = bytes_read()
     dist_convert.convert(tmp_path / "dist", tmp_path / "hf", to="huggingface")
     assert bytes_read() - before <= 1.02 * sum(tensor.nbytes for tensor in hf.values())
+
+
+def test_a_chunk_whose_strides_are_turned_is_read_by_them(tmp_path: Path) -> None:
+    """As `torch.save` keeps a transposed tensor: its elements lie column after column."""
+    hf = make_distributed(tmp_path / "dist")
+    file = tmp_path / "dist/iter_0000004/__0_0.distcp"
+
+    def turn(metadata: Metadata) -> None:
+        for index, place in metadata.storage_data.items():
+            if "linear_fc2.weight" in index.fqn:
+                chunk = torch.load(io.BytesIO(file.read_bytes()[place.offset : place.offset + place.length]))
+                saved = io.BytesIO()
+                torch.save(chunk.mT.contiguous().mT, saved)
+                place.offset, place.length = file.stat().st_size, len(saved.getvalue())
+                file.write_bytes(file.read_bytes() + saved.getvalue())
+
+    change_metadata(file.parent, turn)
+    assert convert(tmp_path / "dist", tmp_path / "hf", "--verify") == 0
+    assert_same(load_file(tmp_path / "hf/model.safetensors"), hf)
 
 
 def test_it_is_opened_lazily_and_compared_with_its_twin(tmp_path: Path) -> None:
