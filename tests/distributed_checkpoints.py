@@ -50,7 +50,7 @@ class Files:
         torch.save(value, saved)
         path = self.directory / f"__{number}_0.distcp"
         with path.open("ab") as file:
-            self.disks[index] = _StorageInfo(path.name, file.tell(), len(saved.getvalue()))
+            self.places[index] = _StorageInfo(path.name, file.tell(), len(saved.getvalue()))
             file.write(saved.getvalue())
 
     def tensor(self, key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
@@ -69,7 +69,7 @@ class Files:
     def finish(self) -> None:
         """Write `.metadata`."""
         with (self.directory / ".metadata").open("wb") as file:
-            pickle.dump(Metadata(self.state, storage_data=self.disks), file)
+            pickle.dump(Metadata(self.state, storage_data=self.places), file)
 
 
 def make_distributed(
