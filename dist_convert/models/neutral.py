@@ -133,6 +133,12 @@ NEUTRAL = (
     Pin("noop_layers", (None, "", []), "all layers of the family compute something"),
     Pin("layer_types", (None, []), "all layers of the family attend alike"),
     Pin("layernorm_zero_centered_gamma", (False, None), "its name in Megatron's args is apply_layernorm_1p"),
+    # transformers' own names of the same, as Megatron-Bridge and NeMo take them over.
+    Pin("embedding_multiplier", (None, 1), _MULTIPLIERS),
+    Pin("residual_multiplier", (None, 1), _MULTIPLIERS),
+    Pin("logits_scaling", (None, 1), _MULTIPLIERS),
+    Pin("attention_multiplier", (None,), "transformers scales attention by the root of head_dim"),
+    Pin("final_logit_softcapping", (None, 0), "transformers does not cap scores or logits"),
     # ms-swift's; Megatron-Bridge's rope_scaling is a flag.
     Pin("rope_scaling", (None, False, True, {}, {"rope_type": "default"}), _SAY_SCALING),
     Pin("partial_rotary_factor", (None, 1), "the family rotates all of each head"),

@@ -121,6 +121,8 @@ def test_a_fork_s_scaling_that_is_not_sure_is_refused_with_the_flag_that_says_it
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}}, "rope-scaling"),
         ({"geglu": True}, "geglu"),
         ({"embed_layernorm": True}, "embed-layernorm"),
+        ({"logits_scaling": 8.0}, "logits-scaling"),
+        ({"final_logit_softcapping": 30.0}, "final-logit-softcapping"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer-types"),
         ({"layernorm_zero_centered_gamma": True}, "layernorm-zero-centered-gamma"),
     ],
