@@ -157,12 +157,11 @@ class Inert:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    is_whole = len(shape) == len(strides) <= _MAX_ITEMS and all(
-        isinstance(number, int) and 0 <= number < _NO_SIZE for number in (offset, *shape, *strides)
-    )
+    is_whole = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MAX_ITEMS
+    is_whole = is_whole and all(isinstance(n, int) and 0 <= n < _NO_SIZE for n in (offset, *shape, *strides))
     if not isinstance(storage, Storage) or not is_whole:
         raise pickle.UnpicklingError("a tensor with impossible sizes")
-    return Tensor(storage, offset, tuple(shape), tuple(strides))
+    return Tensor(storage, offset, shape, strides)
 
 
 def _rebuild_typed_tensor(
@@ -185,6 +184,8 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
     """A tensor with Python attributes, or of a subclass, which may bring a function of its own; of no foreign class."""
+    if not isinstance(arguments, tuple) or len(arguments) > _MAX_ITEMS:
+        raise pickle.UnpicklingError("a call with too many arguments, or none")
     return kind(*arguments) if isinstance(kind, Inert) and is_foreign(kind.class_name) else function(*arguments)
 
 
@@ -386,7 +387,8 @@ class _Unpickler:
         made = function(*arguments)
         self._stack.append(made)
         if not arguments or made is not arguments[0]:
-            self._made_bytes += getsizeof(made) + _HEAP_BYTES
+            kept = made.arguments if isinstance(made, Inert) else ()  # a copy, unless there are none
+            self._made_bytes += getsizeof(made) + _HEAP_BYTES + (getsizeof(kept) if kept else 0)
 
     def _call_popped(self, _: Any) -> None:
         arguments = self._stack.pop()

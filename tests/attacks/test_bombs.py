@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,31 @@ def test_a_pickle_of_over_64_mb_holds_tensors(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile) as caught:
         load(data, "f")
     assert "hold only 0 tensors or objects" in caught.value.found
+
+
+_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+_STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
+#: A class or function, and what it is called with again and again, which each call would copy.
+CALLS = {
+    "a class with many arguments": (b"cmegatron.x\nY\n", b"(" + b"N" * 64 + b"t"),
+    "tensors whose sizes are lists": (_TENSOR, b"(" + _STORAGE + b"K\0" + 2 * (b"(" + b"K\1" * 64 + b"l") + b"t"),
+    "subclasses with a long list": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n",
+        b"(cmegatron.x\nY\nctorch\nTensor\n(" + b"N" * 100_000 + b"lNt",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_what_calls_copy_counts(kind: str) -> None:
+    function, arguments = CALLS[kind]
+    data = b"\x80\x02" + function + b"q\0" + arguments + b"q\1(" + b"h\0h\1R" * 120_000 + b"l."
+    tracemalloc.start()
+    with pytest.raises(CorruptFile, match="damaged pickle"):
+        load(data, "f")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 8 * len(data) + (64 << 20)
 
 
 def test_a_million_records_are_refused_before_they_are_listed() -> None:
