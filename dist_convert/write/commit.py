@@ -270,8 +270,9 @@ def remove_leftovers(target: Path) -> str:
                     remove(target, f"{JOURNAL_DIRECTORY}/{name}")
                 # Until here the directory was its owner's alone; now others have of it what they have of its files.
                 usual = os.stat(identity, dir_fd=holder).st_mode & 0o666
+                special = os.stat("..", dir_fd=holder).st_mode & 0o7000
                 with contextlib.suppress(PermissionError):  # of file systems without modes
-                    target.chmod(target.stat().st_mode & 0o7000 | 0o700 | usual | (usual & 0o444) >> 2)
+                    os.chmod("..", special | 0o700 | usual | (usual & 0o444) >> 2, dir_fd=holder)
                 os.unlink(identity, dir_fd=holder)
     remove_journal(target)
     return kept

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import dist_convert.move.convert
+import dist_convert.write.commit
 from dist_convert.write.commit import publish
 from dist_convert.write.files import Beside
 from dist_convert.write.trees import remove
@@ -383,6 +384,24 @@ def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_mo
     assert {name: known for name, known in hashes_below(tmp_path / "moved").items() if name in before} == before
     assert convert(source, target) == 0
     assert os.listdir(target.parent) == ["out"]
+
+
+def test_what_takes_the_targets_place_at_the_end_keeps_its_mode(
+    source: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine := tmp_path / "mine").mkdir(mode=0o700)
+    remove = dist_convert.write.commit.remove
+
+    def then_exchanged(root: Path, name: str) -> None:
+        remove(root, name)
+        if os.listdir(root / ".journal") == ["identity.json"]:
+            root.rename(tmp_path / "taken")
+            root.symlink_to(mine)
+
+    monkeypatch.setattr(dist_convert.write.commit, "remove", then_exchanged)
+    convert(source, target)
+    assert (tmp_path / "taken" / "conversion.json").exists()
+    assert mine.stat().st_mode & 0o777 == 0o700
 
 
 def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
