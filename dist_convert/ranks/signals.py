@@ -68,6 +68,10 @@ def rank_and_size() -> tuple[int, int]:
     port = os.environ.get("MASTER_PORT", "1")
     if size > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
         raise UsageError("MASTER_PORT is no port", found=repr(port[:40]), remedy=_LAUNCH)
+    try:
+        os.environ.get("MASTER_ADDR", "").encode("idna")  # as Python does to ask for it
+    except UnicodeError as error:
+        raise UsageError("MASTER_ADDR is no machine's name", found=error, remedy=_LAUNCH) from error
     for name in _PRINTED_BY_TORCH if size > 1 else ():
         if not (value := os.environ.get(name, "")).isprintable():
             raise UsageError(f"{name} holds characters that nobody can read", found=repr(value[:40]), remedy=_LAUNCH)

@@ -49,6 +49,7 @@ def assert_one_error(found: Run, what: str, exit_code: int) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE\n"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "abc"}, "MASTER_PORT is no port\n"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "99999"}, "MASTER_PORT is no port\n"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": ".x", "MASTER_PORT": "1"}, "MASTER_ADDR is no machine's "),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a\x1b[2Jb", "MASTER_PORT": "1"},
             "MASTER_ADDR holds characters that nobody can read\n  found:    'a\\x1b[2Jb'\n",
