@@ -131,8 +131,8 @@ def sample_digest(path: Path, file: str) -> str:
     return digest.hexdigest()
 
 
-#: Several times what the largest vocabularies need; an index of a million tensors.
-MAX_BYTES = 100_000_000
+#: More than the largest vocabularies need (34 MB); an index of half a million tensors.
+MAX_BYTES = 50_000_000
 #: Values in JSON: each takes some hundred bytes of memory, and as few as two in the file. Levels: for Python's stack.
 _MOST_VALUES, _MOST_LEVELS = 2_000_000, 100
 
@@ -160,8 +160,11 @@ def check_values(content: bytes, most: int = _MOST_VALUES) -> None:
     """Refuse JSON that would take much more memory than it is long.
 
     Raises:
-        ValueError: it has more values than any model's files.
+        ValueError: it has more values than any model's files, or is large and not ASCII, which takes four times the
+            memory.
     """
+    if len(content) > MAX_BYTES and not content.isascii():
+        raise ValueError(f"more than {human_bytes(MAX_BYTES)}, and characters beyond ASCII")
     count = sum(map(content.count, (b",", b"[", b"{")))  # texts may have some, too
     if count > most:
         raise ValueError(f"some {count:,} values, of which such files have at most {most:,}")

@@ -17,7 +17,7 @@ from dist_convert.__main__ import main
 from dist_convert.errors import CorruptFile
 from dist_convert.formats.huggingface.read import read_weights_header
 from dist_convert.read.restricted_pickle import load
-from dist_convert.read.source import read_json
+from dist_convert.read.source import parse_json, read_json
 from dist_convert.read.torch_file import open_container
 from tests.checkpoints import Model
 from tests.to_megatron import make_hf
@@ -102,6 +102,13 @@ def test_json_that_asks_for_much_is_one_error(kind: str, tmp_path: Path) -> None
     assert found in caught.value.found
 
 
+def test_a_large_header_with_a_character_of_four_bytes_is_refused_before_all_take_as_many() -> None:
+    content = '{"a":"\U0001f600"}'.encode() + b" " * 50_000_000
+    with pytest.raises(CorruptFile) as caught:
+        parse_json(content, "model.safetensors")
+    assert "more than 50 MB, and characters beyond ASCII" in caught.value.found
+
+
 def test_a_config_of_62_mb_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "in", Model())
     with (tmp_path / "in" / "config.json").open("r+b") as file:
@@ -137,7 +144,7 @@ JOB_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "too large": (lambda path: path.write_text("# a comment\n" * 10**4), "120 kB"),
     "nested": (lambda path: path.write_text("[" * 1500), "recursion"),
     "nested, and closed": (lambda path: path.write_text("a: " + "[" * 1500 + "]" * 1500), "recursion"),
-    "a number of 5,000 digits": (lambda path: path.write_text("tp: " + "9" * 5000), "not a positive whole number"),
+    "a number of 5,000 digits": (lambda path: path.write_text("tp: " + "9" * 5000), "not a whole number from 1"),
     "a list that holds a list of lists": (
         lambda path: path.write_text(
             "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))

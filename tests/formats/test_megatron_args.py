@@ -14,7 +14,7 @@ from dist_convert.errors import MissingArguments, Problems, UnsupportedModel
 from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.models import FAMILIES
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
-from tests.converting import convert
+from tests.converting import assert_same, convert, read_tensors
 
 LLAMA, MIXTRAL = Model(layers=1), Model(layers=1, experts=2)
 
@@ -203,20 +203,45 @@ def test_a_checkpoint_without_args_is_refused_with_what_it_holds(
 
 
 @pytest.mark.parametrize(
-    ("absent", "tensor"),
+    "absent",
     [
-        (("ffn_hidden_size",), "mlp.linear_fc1.weight"),
-        (("num_query_groups", "group_query_attention"), "self_attention.linear_qkv.weight"),
+        ("ffn_hidden_size",),
+        ("num_query_groups", "group_query_attention"),
+        ("group_query_attention",),
+        ("kv_channels",),
+        ("ffn_hidden_size", "kv_channels", "num_query_groups", "group_query_attention"),
     ],
     ids=str,
 )
-def test_an_absent_size_that_has_another_default_is_a_shape_that_does_not_fit(
-    absent: tuple[str, ...], tensor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = training_args(LLAMA)
+@pytest.mark.parametrize(
+    "model",
+    [Model(groups=4), Model(groups=1), Model(head_dim=8)],
+    ids=str,
+)
+def test_absent_sizes_are_those_of_the_tensors(absent: tuple[str, ...], model: Model, tmp_path: Path) -> None:
+    grid = Grid(tp=2 if model.groups > 1 else 1)
+    args = training_args(model, grid)
     for name in absent:
         delattr(args, name)
-    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), args)
+    expected = hf_tensors(model)
+    save(tmp_path / "in", megatron_shards(model, expected, grid), args)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert_same(read_tensors(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tensor"),
+    [
+        ({"ffn_hidden_size": 32}, "mlp.linear_fc1.weight"),
+        ({"num_query_groups": 1}, "self_attention.linear_qkv.weight"),
+        ({"kv_channels": 8}, "self_attention.linear_qkv.weight"),
+    ],
+    ids=str,
+)
+def test_sizes_that_contradict_the_tensors_are_an_error(
+    wrong: dict[str, int], tensor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in", megatron_shards(LLAMA, hf_tensors(LLAMA)), training_args(LLAMA, **wrong))
     assert convert(tmp_path / "in", tmp_path / "out") == 1
     assert f"wrong shape for decoder.layers.0.{tensor}\n" in capsys.readouterr().err
 

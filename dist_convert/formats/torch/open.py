@@ -92,18 +92,48 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
-def with_stored_rows(args: Mapping[str, Any], shards: Mapping[str, Shard]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The args with the padded size of the vocabulary that the embedding has, and a warning where they said another."""
+#: The ends of names of weights whose shapes tell sizes of layers.
+_TELLING = ("mlp.linear_fc1", "self_attention.linear_proj", "self_attention.linear_qkv")
+
+
+def with_stored_sizes(
+    args: Mapping[str, Any], shards: Mapping[str, Shard]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The args with the sizes that tensors tell: the padded one of the vocabulary, and those of layers that are absent.
+
+    Returns:
+        The args; and a warning where they said another padded size than the embedding has.
+    """
+    tensor_parallel = args.get("tensor_model_parallel_size") or 1
+    if not is_size(tensor_parallel, MOST_RANKS):
+        return args, ()
+    args = {**args, **_sizes_of_layers(args, shards[min(shards)], tensor_parallel)}
     chunks = (chunk for shard in shards.values() for chunk in shard.chunks)
     found = (tensor for chunk in chunks for name, tensor in chunk.items() if normalise(name) in TIED and tensor.shape)
-    tensor, tensor_parallel = next(found, None), args.get("tensor_model_parallel_size") or 1
-    if tensor is None or not is_size(tensor_parallel, MOST_RANKS):
+    if (tensor := next(found, None)) is None:
         return args, ()
     rows = tensor.shape[0] * tensor_parallel
     sizes = dict.fromkeys(str(shard.args.get("padded_vocab_size") or rows) for shard in shards.values())
     said = names(sizes, between=" and ")
     warning = f"warning: the args say padded_vocab_size {said}, the embedding has {rows} rows, which count"
     return {**args, "padded_vocab_size": rows}, () if said == str(rows) else (warning,)
+
+
+def _sizes_of_layers(args: Mapping[str, Any], shard: Shard, tensor_parallel: int) -> dict[str, Any]:
+    """What args do not say of gated layers with query groups, from the shapes of those in a shard."""
+    shapes = {
+        ".".join(normalise(name).split(".")[-3:]): one.shape for chunk in shard.chunks for name, one in chunk.items()
+    }
+    gated, projection, fused = (shapes.get(f"{name}.weight", ()) for name in _TELLING)
+    sizes: dict[str, Any] = {"ffn_hidden_size": gated[0] * tensor_parallel // 2} if gated else {}
+    heads = args.get("num_attention_heads")
+    if heads and is_size(heads) and len(projection) == len(fused) == 2:
+        sizes["kv_channels"] = head_dim = max(1, projection[1] * tensor_parallel // heads)
+        if "group_query_attention" not in args:
+            groups = (fused[0] * tensor_parallel // head_dim - heads) // 2
+            sizes |= {"num_query_groups": groups, "group_query_attention": groups != heads}
+    absent = {name for name in sizes if args.get(name) is None}
+    return {name: size for name, size in sizes.items() if name in absent}
 
 
 def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
@@ -185,7 +215,7 @@ def open_torch(
     check_same_run(shards.values(), directory)
     file = min(shards)
     with below(directory):
-        args, on_rows = with_stored_rows(shards[file].args, shards)
+        args, on_rows = with_stored_sizes(shards[file].args, shards)
         said = said_of(where, args, file)
         padded = said.architecture(vocab=None, file=file).padded_vocab
     chunks = (chunk for shard in shards.values() for chunk in shard.chunks)
