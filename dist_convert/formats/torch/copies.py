@@ -2,9 +2,9 @@
 
 Norms lie in the files of all tensor parallel ranks, dense weights in those of all expert parallel ranks, a tied
 embedding on the last stage too. Where a zip record holds a copy alone, its CRC-32 in the file's directory is compared,
-which reads nothing. Others are compared by their first, middle and last bytes, small ones by all. `verify` compares all
-of them. A shard's place is told by its directory's name alone; headers show of some that they were copied twice or
-swapped.
+which reads nothing. Others are compared by their first, middle and last bytes, small ones by all, and so is a head of
+which args do not say whether it is tied. `verify` compares all of them. A shard's place is told by its directory's name
+alone; headers show of some that they were copied twice or swapped.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, local_nam
 _SAMPLE_BYTES = 64 << 10
 #: Of what every rank has whole: norms and routers end before.
 _SMALL_BYTES = 8 << 20
+_ALL_BYTES = 1 << 62
 BLOCK_BYTES = 4 << 20
 
 #: Begins the digest of values that are all the same.
@@ -67,14 +68,15 @@ def samples(
 def _sample(reader: FileReader, view: View, dtype: str, sample_bytes: int) -> str:
     item_bytes = DTYPE_BYTES[dtype]
     rows = min(view.rows, max(1, sample_bytes // (view.columns * item_bytes)))
-    buffer = make_buffer(rows * view.columns * item_bytes)
+    starts = dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows))
+    windows = [window for first in starts for window in _windows(view.window(Box(first, 0, rows, view.columns)))]
+    buffer = make_buffer(max(window.rows * window.columns for window in windows) * item_bytes)
     digest, items = hashlib.sha256(), set[bytes]()
-    for first in dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows)):
-        for window in _windows(view.window(Box(first, 0, rows, view.columns))):
-            reader.read(window, dtype, 0, buffer, 0)
-            found = buffer.memory[: window.rows * window.columns * item_bytes].tobytes()
-            digest.update(found)
-            items.add(found[:item_bytes] if found == found[:item_bytes] * (len(found) // item_bytes) else found)
+    for window in windows:
+        reader.read(window, dtype, 0, buffer, 0)
+        found = buffer.memory[: window.rows * window.columns * item_bytes].tobytes()
+        digest.update(found)
+        items.add(found[:item_bytes] if found == found[:item_bytes] * (len(found) // item_bytes) else b"")
     return ALIKE + items.pop().hex() if len(items) == 1 and len(min(items)) == item_bytes else digest.hexdigest()
 
 
@@ -264,7 +266,7 @@ def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
         problems = order_problems(model, catalog, world)
         raise_together([] if asked.accept_shard_order else problems)
         notes += [f"warning: accepted: {one.what}: {one.file}" for one in problems]
-    differing = _differing(catalog, model, world)
+    differing = _differing(catalog, model, world, are_accepted=asked.accept_differing_copies, is_silent=is_silent)
     is_untied = model.is_untied or any(pair.ends_in_head for pair in differing)
     if where.is_compared:
         return replace(model, is_untied=is_untied)
@@ -273,8 +275,6 @@ def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
     pinned = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
     if pinned:
         notes.append(f"warning: copies differ, and the lowest rank's are taken: {names(sorted(pinned))}")
-    if asked.accept_differing_copies:  # what only samples show to be equal may differ, and ranks read any of them
-        pinned |= {copies.parameter.name for copies in _copies(catalog) if not _has_checksums(catalog, copies)}
     if is_untied and not is_silent:
         notes.append("warning: the head is not the embedding that the args tie it to: it becomes one of its own")
     return replace(model, pinned=pinned, is_untied=is_untied, notes=tuple(notes))
@@ -297,8 +297,17 @@ def _has_checksums(catalog: TorchCatalog, copies: _Copies) -> bool:
     return None not in map(catalog.checksum, copies.views) and len({view.dtype for view in copies.views}) == 1
 
 
-def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_Copies]:
-    """Pairs of copies that differ: by their checksums, which read nothing, else by samples of their values."""
+def _differing(
+    catalog: TorchCatalog, model: TorchModel, world: World, *, are_accepted: bool, is_silent: bool
+) -> list[_Copies]:
+    """Pairs of copies that differ: by their checksums, which read nothing, else by samples of their values.
+
+    Args:
+        catalog, model: whose headers are read.
+        world: this rank.
+        are_accepted: whether all values are compared, as copies that differ will be taken from the lowest rank.
+        is_silent: whether all values of a head are, as nothing else says whether it is tied.
+    """
     found: list[_Copies] = []
     unknown: list[_Copies] = []
     for copies in _copies(catalog):
@@ -306,8 +315,12 @@ def _differing(catalog: TorchCatalog, model: TorchModel, world: World) -> list[_
             found += _pairs(copies, [catalog.checksum(view) for view in copies.views])
         else:
             unknown.append(copies)
-    for is_small, sample_bytes in ((True, _SMALL_BYTES), (False, _SAMPLE_BYTES)):
-        some = [copies for copies in unknown if (copies.parameter.row.split == "replicated") is is_small]
+    of_size: dict[int, list[_Copies]] = {}
+    for copies in unknown:
+        size = _SMALL_BYTES if copies.parameter.row.split == "replicated" else _SAMPLE_BYTES
+        is_whole = are_accepted or (is_silent and copies.ends_in_head)
+        of_size.setdefault(_ALL_BYTES if is_whole else size, []).append(copies)
+    for sample_bytes, some in of_size.items():
         views = [(view, copies.dtype) for copies in some for view in copies.views]
         digests = iter(samples(model, views, world, sample_bytes=sample_bytes))
         for copies in some:
