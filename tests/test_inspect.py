@@ -308,7 +308,7 @@ def unfinished(directory: Path) -> None:
     shutil.rmtree(directory.with_name("x"))
     (directory / "resumable").touch()
     (directory / ".journal").mkdir()
-    (directory / ".journal" / "identity.json").write_text('{"flags": {"load_dir": "/models/llama"}}')
+    (directory / ".journal" / "identity.json").write_text('{"flags": {"source": "/models/llama"}}')
 
 
 def test_people_get_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

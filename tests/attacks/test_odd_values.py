@@ -83,7 +83,7 @@ NESTED: list[Any] = []
 for _ in range(200):
     NESTED = [NESTED]
 WRONG = {
-    "text": "many", "list": [1, 2], "none": None, "dict": {"a": [{"b": {}}]}, "nested": NESTED, "huge": 10**400,
+    "text": "many", "list": [1, 2], "none": None, "dict": {"a": [{"b": {}}]}, "nested": NESTED, "huge": 10**305,
     "negative": -1, "nan": float("nan"), "a class": Path("/a"),
 }  # fmt: skip
 #: How an error calls the sizes of the grid.

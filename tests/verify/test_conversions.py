@@ -91,7 +91,7 @@ def test_a_mistake_in_the_plan_is_found_and_the_target_stays_without_its_name(
 ) -> None:
     tensors = make(tmp_path / "megatron", Model(), Grid(tp=2))
     make_hf(tmp_path / "hf", Model(), tensors)
-    monkeypatch.setattr(parameters, "places", gate_and_up_exchanged)
+    monkeypatch.setattr(parameters, "shard_boxes", gate_and_up_exchanged)
     target = tmp_path / "out" if direction == "to hf" else tmp_path / "out" / "iter_0000001"
     if direction == "to hf":
         code = convert(tmp_path / "megatron", target, "--verify")
