@@ -16,7 +16,7 @@ from tests.file_systems import mounted
 #: Folders and files that take a minute or more each; `launch/test.sh -m ""` runs them too.
 SLOW = (
     "tests/faults/", "tests/launch/test_slurm.py", "tests/oracle/peers/", "tests/oracle/test_other_versions.py",
-    "tests/test_jobs.py",
+    "tests/oracle/test_torchtitan.py", "tests/test_jobs.py",
 )  # fmt: skip
 
 

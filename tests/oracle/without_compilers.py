@@ -20,7 +20,7 @@ def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
 
 def _stand_in(name: str, **members: Any) -> ModuleType:
     module = ModuleType(name)
-    vars(module).update(members, __path__=[])
+    vars(module).update(members, __path__=[], __file__=name)  # `inspect` asks every module for a file
     sys.modules[name] = module
     return module
 
@@ -29,7 +29,7 @@ numpy.product = numpy.prod  # type: ignore[attr-defined]  # numpy 1 had it, and 
 typing.override = typing_extensions.override  # type: ignore[attr-defined]  # Python 3.12 has it, and 0.19 asks for that
 torch.compile = _as_it_is
 torch.utils._triton.has_triton_package = lambda: False
-# From 0.17 on kernels are defined wherever Megatron-Core is imported.
-_language = _stand_in("triton.language", **dict.fromkeys(("constexpr", "int32", "int64", "float32")))
+# Megatron-Core from 0.17 on, and torchtitan, define kernels wherever they are imported.
+_language = _stand_in("triton.language", __getattr__=lambda _: _as_it_is)
 _decorators = {"jit": _as_it_is, "autotune": lambda *_, **__: _as_it_is, "heuristics": lambda *_, **__: _as_it_is}
 _stand_in("triton", __version__="0", Config=dict, language=_language, **_decorators)
