@@ -127,7 +127,8 @@ def test_to_repeat_the_last_row_it_is_read_again_and_not_once_for_each_row_of_pa
         assert 0 <= again_bytes <= 2 * 4 * row_bytes  # for each rank's shard of embedding and head at most
 
 
-def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["torch", pytest.param("torch_dist", marks=pytest.mark.slow)])
+def test_peak_memory_does_not_grow_with_the_model(format: str, tmp_path: Path) -> None:
     budget_bytes = 64_000_000
     peaks = {}
     jobs = {}
@@ -137,7 +138,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         jobs[f"{layers}"] = [
             "hf-to-megatron", "--load-dir", str(tmp_path / f"{layers}"), "--save-dir", str(tmp_path / f"{layers} m"),
             "--device", "cpu", "--target-tensor-parallel-size", "2", "--max-memory-per-rank", "64MB",
-            "--placement", "gather",
+            "--placement", "gather", "--target-format", format,
         ]  # fmt: skip
     for layers, answer in run_jobs(2, jobs, tmp_path).items():
         peaks[layers] = answer.outcome["peak_memory_bytes"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from dist_convert.__main__ import main
 from dist_convert.formats.dcp.pickled_metadata import metadata_bytes
 from dist_convert.read.dcp import Blob, Chunk, SavedTensor, read_metadata
 from tests.checkpoints import Grid, Model, make
+from tests.distributed.launching import hashes
 from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import make_hf
 
@@ -145,6 +149,25 @@ def test_every_blob_passes_the_test_of_its_zip_container_and_torch_loads_it(tmp_
         torch.load(io.BytesIO(blob))
 
 
+def test_the_data_of_large_chunks_begins_at_a_page(tmp_path: Path) -> None:
+    # An embedding and a head of 1 MiB each at TP2; the feed-forward layer's two are smaller.
+    make_hf(tmp_path / "hf", Model(hidden=512, ffn=600, vocab=2048, padded_vocab=2048, layers=2))
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(tp=2)) == 0
+    sizes_bytes, begin_bytes = [], []
+    for place in metadata_of(tmp_path / "dist").storage_data.values():
+        content = (tmp_path / "dist/iter_0000001" / place.relative_path).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content[place.offset : place.offset + place.length])) as blob:
+            for record in blob.infolist():
+                if record.filename.endswith("/data/0"):
+                    header = place.offset + record.header_offset
+                    name_bytes, extra_bytes = struct.unpack("<HH", content[header + 26 : header + 30])
+                    sizes_bytes.append(record.file_size)
+                    begin_bytes.append(header + 30 + name_bytes + extra_bytes)
+    large = [begin % 4096 for size, begin in zip(sizes_bytes, begin_bytes, strict=True) if size >= 1 << 20]
+    assert large == [0] * 4
+    assert any(begin % 4096 for begin in begin_bytes)
+
+
 def test_ranks_and_placement_change_no_byte(tmp_path: Path) -> None:
     make_hf(tmp_path / "hf", MIXTRAL)
     found = []
@@ -157,6 +180,29 @@ def test_ranks_and_placement_change_no_byte(tmp_path: Path) -> None:
         files = sorted((target / "iter_0000001").iterdir())
         found.append({path.name: path.read_bytes() for path in files if path.name != "conversion.json"})
     assert found[0] == found[1] == found[2]
+
+
+def test_a_budget_that_is_too_small_is_refused_and_the_least_one_that_it_names_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+
+    def run(budget: str, *more: str) -> int:
+        flags = ("--max-memory-per-rank", budget, *more)
+        return to_torch_dist(tmp_path / "hf", tmp_path / budget, Grid(tp=2, ep=2), *flags)
+
+    assert run("1MB") == 2
+    [least_mb] = map(int, re.findall(r"at least (\d+)MB", capsys.readouterr().err))
+    assert run(f"{least_mb - 1}MB") == 2
+    assert not (tmp_path / f"{least_mb - 1}MB").exists()
+    least = f"{least_mb}MB"
+    assert run(least, "--dry-run", "--json") == 0
+    [rank] = json.loads(capsys.readouterr().out)["ranks"]
+    assert (least_mb - 1) * 10**6 < rank["buffers_bytes"] <= least_mb * 10**6
+    assert run(least) == run("1GB") == 0
+    found, expected = (hashes(tmp_path / budget / "iter_0000001") for budget in (least, "1GB"))
+    assert len(expected) == 9
+    assert found | {"conversion.json": ""} == expected | {"conversion.json": ""}
 
 
 def test_metadata_is_pickled_to_the_same_bytes_and_torch_reads_what_was_meant(tmp_path: Path) -> None:
