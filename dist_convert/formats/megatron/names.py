@@ -119,6 +119,9 @@ def layer_of(name: str) -> int | None:
 #: The embedding, and what its copy on the last of several pipeline stages is called where both are tied.
 TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
+#: Ends of names of weights whose shapes tell sizes of layers: gated, projection, fused queries, keys and values.
+TELLING_SIZES = ("mlp.linear_fc1.weight", "self_attention.linear_proj.weight", "self_attention.linear_qkv.weight")
+
 
 def reason_to_drop(name: str) -> str | None:
     """What an entry is that a converted model does not need; None for weights and for what is not known."""

@@ -53,8 +53,6 @@ from dist_convert.plan.content import Content, notes_on_content
 from dist_convert.plan.file_owners import notes_on_disks
 from dist_convert.records import local_name
 from dist_convert.write.files import Beside, opened, write_file
-from dist_convert.write.manifest import manifest_of
-from dist_convert.write.partial import is_ours
 
 ARGS_FILE = "target_megatron_args.json"
 
@@ -315,6 +313,9 @@ def _on_tracker(job: Options, target: MegatronTarget) -> list[str]:
     new = target.tracked
     if old == new:
         return []
+    from dist_convert.write.manifest import manifest_of  # needs torch, which planning does without
+    from dist_convert.write.partial import is_ours
+
     if not job.overwrite and manifest_of(target.directory) and not is_ours(target.directory):
         return [f"{tracker} names {old!r} and stays as it is: {new!r} was complete before"]
     return [f"warning: {tracker} names {old!r}, and will name {new!r}"]

@@ -9,7 +9,7 @@ from dist_convert.errors import InconsistentShards, below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
 from dist_convert.formats.megatron.grid import COPY_ONE, SHARD_FILE, rank_numbers, sizes_of_directories
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
-from dist_convert.formats.megatron.names import TIED, normalise
+from dist_convert.formats.megatron.names import TELLING_SIZES, TIED, normalise
 from dist_convert.formats.megatron.said import Said, said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
@@ -92,10 +92,6 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
-#: The ends of names of weights whose shapes tell sizes of layers.
-_TELLING = ("mlp.linear_fc1", "self_attention.linear_proj", "self_attention.linear_qkv")
-
-
 def with_stored_sizes(
     args: Mapping[str, Any], shards: Mapping[str, Shard]
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
@@ -124,7 +120,7 @@ def _sizes_of_layers(args: Mapping[str, Any], shard: Shard, tensor_parallel: int
     shapes = {
         ".".join(normalise(name).split(".")[-3:]): one.shape for chunk in shard.chunks for name, one in chunk.items()
     }
-    gated, projection, fused = (shapes.get(f"{name}.weight", ()) for name in _TELLING)
+    gated, projection, fused = (shapes.get(name, ()) for name in TELLING_SIZES)
     sizes: dict[str, Any] = {"ffn_hidden_size": gated[0] * tensor_parallel // 2} if gated else {}
     heads = args.get("num_attention_heads")
     if heads and is_size(heads) and len(projection) == len(fused) == 2:
