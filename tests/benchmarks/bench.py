@@ -1,10 +1,10 @@
 """Compares conversions with copying the same bytes: `python tests/benchmarks/bench.py`, about a quarter of an hour.
 
-Makes a Llama of random weights in every format, and then, round by round in shuffled order, times of every pair of
-Megatron's and Hugging Face's formats, and of the others with Hugging Face, one `cp --reflink=never` of what the
-conversion makes, and the conversion with one rank and with two. Ratios are of the medians of one run. Besides, from
-`torch` to Hugging Face: ranks that see their own shards only and gather over gloo, and fp32 weights that become bf16,
-whose ratio is of seconds for a byte read.
+Makes a Llama of random weights in every format. For each pair of Megatron's and Hugging Face's formats, and of the
+others with Hugging Face, it times, round by round in shuffled order, one `cp --reflink=never` of what the conversion
+makes, and the conversion with one rank and with two. Ratios are of the medians of one run. Besides, from `torch` to
+Hugging Face: ranks that see their own shards only and gather over gloo, and fp32 weights that become bf16, whose ratio
+is of seconds for a byte read.
 
 *Data* is from the first byte moved to the last byte written, *whole* the command as a user gives it, with the start of
 Python and the final sync. Sources are in the page cache. Before each sample as many bytes as it writes are written and
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -41,7 +40,10 @@ from tests.benchmarks.sources import hand_out, make_megatron, make_metas, model_
 from tests.distributed.launching import environment
 
 FORMATS = ("torch", "torch_dist", "huggingface")
-PAIRS = (*product(FORMATS, FORMATS), ("dcp", "huggingface"), ("huggingface", "dcp"), ("meta", "huggingface"))
+PAIRS = (
+    *(f"{source} to {to}" for source, to in product(FORMATS, FORMATS)),
+    *("dcp to huggingface", "huggingface to dcp", "meta to huggingface"),
+)
 GRID, TARGET_GRID = "TP4xPP2", ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2")
 NOT_QUIET = 3
 
@@ -205,26 +207,26 @@ def file_size(weights: int, to: str) -> tuple[str, ...]:
     return ("--max-shard-size", str(weights // 4)) if to == "huggingface" else ()
 
 
-def ways_of(directory: Path, size_bytes: int) -> Iterator[Way]:
-    """All ways; of each pair `cp` comes first."""
+def ways_of(pair: str, directory: Path, size_bytes: int) -> Iterator[Way]:
+    """The ways of a pair, `cp` first; a directory that it copies is made where it is missing."""
     sources, weights = make_sources(directory, size_bytes)
-    wide, wide_weights = make_sources(directory, size_bytes, "fp32")
-    for source, to in PAIRS:
-        pair, copied, flags = f"{source} to {to}", directory / f"{source}-{to}", file_size(weights, to)
-        most = 1.0 if {"dcp", "meta"} & {source, to} else 0.8 if to == "huggingface" != source else 0.9
-        if not copied.exists():
-            run_command([*command(sources[source], to, *flags), str(copied)])
-        yield Way(pair, "cp", ("cp", "-r", "--reflink=never", str(copied)), copied, weights)
-        for ranks, limit in (("1", 1.0), ("2", most)):
-            line = command(sources[source], to, *flags, "--ranks", ranks)
-            yield Way(pair, f"{ranks} rank{'s' * (ranks != '1')}", line, copied, weights, limit)
-        if (source, to) == ("torch", "huggingface"):
-            (iteration,) = sources["torch"].glob("iter_*")
-            seen = hand_out(iteration, 2, sources["torch"] / "seen")
-            line = command(seen, to, *flags, "--ranks", "2", "--placement", "gather")
-            yield Way(pair, "2 ranks, gather over gloo", line, copied, weights, 0.85)
-            line = command(wide["torch"], to, *flags, "--target-params-dtype", "bf16", "--ranks", "2")
-            yield Way(pair, "2 ranks, fp32 to bf16, for a byte read", line, copied, wide_weights, 0.9)
+    source, to = pair.split(" to ")
+    copied, flags = directory / f"{source}-{to}", file_size(weights, to)
+    most = 1.0 if {"dcp", "meta"} & {source, to} else 0.8 if to == "huggingface" != source else 0.9
+    if not copied.exists():
+        run_command([*command(sources[source], to, *flags), str(copied)])
+    yield Way(pair, "cp", ("cp", "-r", "--reflink=never", str(copied)), copied, weights)
+    for ranks, limit in (("1", 1.0), ("2", most)):
+        line = command(sources[source], to, *flags, "--ranks", ranks)
+        yield Way(pair, f"{ranks} rank{'s' * (ranks != '1')}", line, copied, weights, limit)
+    if (source, to) == ("torch", "huggingface"):
+        (iteration,) = sources["torch"].glob("iter_*")
+        seen = hand_out(iteration, 2, sources["torch"] / "seen")
+        line = command(seen, to, *flags, "--ranks", "2", "--placement", "gather")
+        yield Way(pair, "2 ranks, gather over gloo", line, copied, weights, 0.85)
+        wide, wide_weights = make_sources(directory, size_bytes, "fp32")
+        line = command(wide["torch"], to, *flags, "--target-params-dtype", "bf16", "--ranks", "2")
+        yield Way(pair, "2 ranks, fp32 to bf16, for a byte read", line, copied, wide_weights, 0.9)
 
 
 def read_through(directory: Path) -> None:
@@ -236,24 +238,23 @@ def read_through(directory: Path) -> None:
                     pass
 
 
-def measure(ways: Sequence[Way], machine: Machine, rounds: int, seed: int) -> dict[Way, list[Sample]]:
-    """Time every way once a round, after one that does not count; pairs and the ways of each in an order of chance."""
-    samples: dict[Way, list[Sample]] = defaultdict(list)
-    of_pair: dict[str, list[Way]] = defaultdict(list)
+def measure(ways: Sequence[Way], machine: Machine, rounds: int, chance: random.Random) -> dict[Way, list[Sample]]:
+    """Time every way of a pair once a round, in an order of chance, after a round that does not count."""
+    samples: dict[Way, list[Sample]] = {way: [] for way in ways}
     for way in ways:
-        of_pair[way.pair].append(way)
-    chance = random.Random(seed)
+        for directory in (way.copied, Path(way.line[-1])):
+            read_through(directory)
     for number in range(rounds + 1):
-        for pair in chance.sample(sorted(of_pair), len(of_pair)):
-            for way in chance.sample(of_pair[pair], len(of_pair[pair])):
-                target = machine.directory / "made"
-                shutil.rmtree(target, ignore_errors=True)
-                os.sync()  # what was removed keeps no disk busy, and nothing else waits to be written
-                machine.make_ready()
-                sample = run(way, target)
-                if number:
-                    samples[way].append(sample)
-        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+        for way in chance.sample(ways, len(ways)):
+            target = machine.directory / "made"
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()  # what was removed keeps no disk busy, and nothing else waits to be written
+            machine.make_ready()
+            sample = run(way, target)
+            if number:
+                samples[way].append(sample)
+    shutil.rmtree(machine.directory / "made")
+    print(f"{ways[0].pair}: {rounds} rounds", file=sys.stderr, flush=True)
     return samples
 
 
@@ -311,7 +312,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=1.5, help="of the weights (default: 1.5)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
-    parser.add_argument("--pair", nargs="+", default=[], help='such as "torch to huggingface" (default: all)')
+    parser.add_argument(
+        "--pair", nargs="+", choices=PAIRS, metavar="PAIR", help='such as "torch to huggingface" (default: all)'
+    )
     parser.add_argument("--directory", type=Path, help="of sources, which stay, and targets (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument(
@@ -326,25 +329,25 @@ def main() -> int:
             noise = machine.noise()
             print(f"not quiet: {noise}" if noise else "quiet")
             return NOT_QUIET if noise else 0
-        sources = given.directory or Path(made)
-        ways = [way for way in ways_of(sources, machine.size_bytes) if not given.pair or way.pair in given.pair]
-        for directory in {way.copied for way in ways} | set(sources.glob("llama-*")):
-            read_through(directory)
-        samples = measure(ways, machine, given.rounds, given.seed)
-        text = "\n".join([described(machine, samples), "", *table({way: samples[way] for way in ways}), ""])
+        sources, chance = given.directory or Path(made), random.Random(given.seed)
+        samples: dict[Way, list[Sample]] = {}
+        for pair in given.pair or PAIRS:  # one after the other: the page cache must hold what all ways read
+            ways = list(ways_of(pair, sources, machine.size_bytes))
+            samples |= measure(ways, machine, given.rounds, chance)
+            shutil.rmtree(ways[0].copied)
+        text = "\n".join([described(machine, samples), "", *table(samples), ""])
     print(text)
     if given.fill:
         fill(given.fill, text)
     if given.chart:
-        given.chart.write_text(chart({way.pair: bars_of(samples, ways, way.pair) for way in ways}))
+        given.chart.write_text(chart({way.pair: bars_of(samples, way.pair) for way in samples}))
     return 0
 
 
-def bars_of(samples: Mapping[Way, Sequence[Sample]], ways: Sequence[Way], pair: str) -> list[tuple[str, float]]:
+def bars_of(samples: Mapping[Way, Sequence[Sample]], pair: str) -> list[tuple[str, float]]:
     """What the chart shows of a pair: seconds of each way that makes the same bytes."""
-    return [
-        (way.name, middle(samples[way], data_of)) for way in ways if way.pair == pair and "for a byte" not in way.name
-    ]
+    ways = [way for way in samples if way.pair == pair and "for a byte" not in way.name]
+    return [(way.name, middle(samples[way], data_of)) for way in ways]
 
 
 if __name__ == "__main__":
