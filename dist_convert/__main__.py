@@ -231,6 +231,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify
         from dist_convert.move.convert import convert
+        from dist_convert.plan.limits import MOST_THREADS
         from dist_convert.ranks.channel import Channel
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
@@ -245,7 +246,7 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         control.meet()
         # Comparing gathers nothing but reports, which need no accelerator.
         world = join_world("cpu" if isinstance(job, VerifyJob) else job.device, job.timeout_seconds)
-        limit_threads(world.local_size)
+        limit_threads(world.local_size, MOST_THREADS)
         return_freed_memory()
         exit_code = 0
         if isinstance(job, VerifyJob):

@@ -18,16 +18,16 @@ if may == 1:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 else:
     os.sched_getaffinity = lambda process: set(range(may))
-limit_threads(ranks)
+limit_threads(ranks, 4)
 print(torch.get_num_threads())
 """
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "environment", "threads"),
-    [(1, 1, None, 1), (8, 1, None, 7), (8, 2, None, 3), (8, 8, None, 1), (8, 1, "1", 7)],
+    [(1, 1, None, 1), (16, 1, None, 4), (16, 2, None, 2), (16, 8, None, 1), (16, 1, "1", 4)],
 )
-def test_threads_are_a_rank_s_share_of_the_cores_that_it_may_run_on_less_one(
+def test_threads_are_those_of_a_rank_s_share_of_the_cores_that_it_may_run_on_for_each_of_four_workers(
     cores: int, ranks: int, environment: str | None, threads: int
 ) -> None:
     found = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

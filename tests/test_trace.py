@@ -83,9 +83,9 @@ def test_a_trace_holds_every_byte_that_was_read_and_written(tmp_path: Path) -> N
     make(tmp_path / "megatron", MODEL, Grid(tp=2))
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
     found = stretches(tmp_path / "trace.json")
-    for phase, thread in (("read", 1), ("place", 2), ("write", 2)):
+    for phase in ("read", "place", "write"):
         of_phase = [event for event in found if event["name"] == phase]
-        assert {event["tid"] for event in of_phase} == {thread}
+        assert 0 not in {event["tid"] for event in of_phase}  # the main thread plans and waits
         assert sum(event["args"]["bytes"] for event in of_phase) == WEIGHTS_BYTES
     assert {event["args"]["what"] for event in found if event["name"] == "read"} >= {
         "embedding.word_embeddings.weight",
@@ -110,8 +110,7 @@ def test_threads_and_ranks_have_names(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())
     named = [(e["name"], e.get("tid"), e["args"]["name"]) for e in events if e["name"].endswith("_name")]
     assert named == [
-        ("process_name", None, "rank 0"), ("thread_name", 0, "main"), ("thread_name", 1, "reader"),
-        ("thread_name", 2, "writer"),
+        ("process_name", None, "rank 0"), ("thread_name", 0, "main"), ("thread_name", 1, "mover_0"),
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from dist_convert.read.boxes import read_box
 from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.discover import Discovery
 from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
+from dist_convert.read.record_checks import RecordChecks
 from dist_convert.records import DTYPE_BYTES, Box, human_bytes, parse_bytes
 from dist_convert.write.partial import refuse_unfinished
 
@@ -87,6 +88,7 @@ class Weights:
         self._directory = directory
         self._catalog = catalog
         self._found = found
+        self._checks = RecordChecks(found.checksums)
         self._dtype = dtype
         self._device = device
         self._lock = threading.Lock()
@@ -226,7 +228,7 @@ class Weights:
 
     def _new_reader(self) -> _Reader:
         scratch, block = make_buffer(2 * _BLOCK_BYTES), make_buffer(_BLOCK_BYTES)
-        return FileReader(self._directory, scratch, self._found.listing, self._found.checksums), block
+        return FileReader(self._directory, scratch, self._found.listing, self._checks), block
 
 
 class Slice:

@@ -19,7 +19,7 @@ from dist_convert.errors import PlanError, SourceError, shown_line
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
-from dist_convert.move.pipeline import MoveResult, move, value_overflow
+from dist_convert.move.pipeline import MoveResult, move
 from dist_convert.move.report import (
     Report,
     describe_plan,
@@ -31,6 +31,7 @@ from dist_convert.move.report import (
     start_line,
 )
 from dist_convert.move.timeline import Timeline, traced
+from dist_convert.move.work import value_overflow
 from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
 from dist_convert.plan.plan import NOTHING_WRITTEN, Plan, WrittenRanges, check_groups, divide, schedule_digest
 from dist_convert.ranks.channel import Control
@@ -85,7 +86,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         raise SourceError(f"--strict, and {counted(len(warnings), 'warning')}", found="; ".join(warnings))
     if job.dry_run:
         is_done = any(gather_objects(world, task.is_first and has_name(task)))
-        loads: list[list[int]] = gather_objects(world, load_of(plan, world.rank))
+        loads: list[list[int]] = gather_objects(world, load_of(plan, world))
         unfinished = task.partial if is_unfinished(task) else None
         report = replace(report, was_complete=is_done, ranks=rows_of(plan, loads))
         report = replace(report, plan=describe_plan(plan, free_bytes, report, unfinished))

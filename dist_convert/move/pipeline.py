@@ -1,33 +1,38 @@
-"""Carries out one rank's steps: read, gather, place and write, each overlapping the others.
+"""Carries out one rank's steps: read, gather, place and write, several of them at a time.
 
-A reader thread fills the next slot while the main thread gathers one and a writer thread empties the one before. What
-is read is gathered at once. Over gloo a gather goes on while the steps after it are read, and written where nothing
-crosses in them: members of a group need not be equally far. It is waited for when the next gather has begun. Only the
-main thread takes part in collectives, in the order of the plan.
+Where nothing is gathered, some threads each do whole steps, so that what one has read is still in its core's cache when
+it writes, and one reads while another writes. Where ranks gather, a reader thread fills the next slot while the main
+thread gathers one and a writer thread empties the one before. What is read is gathered at once. Over gloo a gather goes
+on while the steps after it are read, and written where nothing crosses in them: members of a group need not be equally
+far. It is waited for when the next gather has begun. Only the main thread takes part in collectives, in the order of
+the plan.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
+from queue import SimpleQueue
 
-from dist_convert.errors import ValueOverflow
+import torch
+
 from dist_convert.move.timeline import Timeline
-from dist_convert.options import TARGET_DTYPES
+from dist_convert.move.work import Tools, Work
 from dist_convert.plan.copies import BLOCK_BYTES
-from dist_convert.plan.limits import STEP_BYTES
+from dist_convert.plan.limits import STEP_BYTES, Limits
 from dist_convert.plan.plan import Plan
-from dist_convert.plan.steps import Step, Write, messages, received_bytes, steps_of
+from dist_convert.plan.steps import Step, messages, received_bytes, steps_of
 from dist_convert.ranks.channel import Control
-from dist_convert.ranks.collectives import World, begin_gather, make_gatherer
-from dist_convert.read.buffers import CPU, Buffer, Slot, make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES, Counts, FileReader
-from dist_convert.read.source import Checksums, Listing
-from dist_convert.records import View, counted
+from dist_convert.ranks.collectives import Gatherer, World, begin_gather, make_gatherer
+from dist_convert.ranks.device import cores_of_rank
+from dist_convert.read.buffers import Slot, make_buffer
+from dist_convert.read.file_reader import Counts, FileReader
+from dist_convert.read.record_checks import Checksums, RecordChecks
+from dist_convert.read.source import Listing
 from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
 
@@ -76,7 +81,7 @@ def move(
         target: the directory that holds the target files in their final size.
         journal: of this rank, which learns what is finished.
         progress, timeline: hear of every step, and where the time goes.
-        checksums: of the source's records, see `FileReader`.
+        checksums: of the source's records, see `RecordChecks`.
         may_overflow: finite values may become infinite in the target's dtype.
         read_ahead: steps whose reads the operating system is asked to begin before they are due: a file system across a
             network is slow with one request in flight.
@@ -87,57 +92,110 @@ def move(
         ValueOverflow: in the first block with such a value.
         LostRank, Interrupted: another rank has gone, or a signal has come.
     """
-    number, member = plan.group_of(world.rank)
-    limit = plan.limits[number]
-    gatherer = make_gatherer(world, plan.groups[number].ranks, limit.send_bytes)
-    gathers_on = world.device if gatherer is not None else CPU
-    slots = [
-        Slot(make_buffer(STEP_BYTES, gathers_on), make_buffer(limit.received_bytes, gathers_on))
-        for _ in range(limit.slots)
-    ]
-    reader = FileReader(source, make_buffer(2 * BLOCK_BYTES), known, checksums, is_last_use=is_last_use)
-    writer = FileWriter(target)
-    rows = make_buffer(BLOCK_BYTES)
-    result = MoveResult(counts=reader.counts)
     started = time.perf_counter()
+    number, member = plan.group_of(world.rank)
+    limit, checks = limit_of(plan, world), RecordChecks(checksums)
+    gatherer = make_gatherer(world, plan.groups[number].ranks, limit.send_bytes)
+    tools = [
+        Tools(
+            FileReader(source, make_buffer(2 * BLOCK_BYTES), known, checks, is_last_use=is_last_use),
+            FileWriter(target),
+            make_buffer(BLOCK_BYTES),
+        )
+        for _ in range(limit.threads)
+    ]
+    work = Work(member, journal, timeline, progress, may_overflow)
+    steps = _with_those_ahead(_planned_ahead(steps_of(plan, world.rank)), min(read_ahead, _MOST_AHEAD))
+    result = MoveResult()
+    with ExitStack() as stack:
+        for one in tools:
+            stack.enter_context(closing(one.reader))
+            stack.enter_context(closing(one.writer))
+        if gatherer:
+            _gather(steps, work, tools[0], gatherer, limit, world.device, result)
+        else:
+            _move_alone(steps, work, tools, result)
+    for one in tools:
+        result.counts.add(one.reader.counts)
+        result.written_bytes += one.writer.written_bytes
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def limit_of(plan: Plan, world: World) -> Limits:
+    """The sizes of this rank's buffers: it has no more threads than cores."""
+    limit = plan.limits[plan.group_of(world.rank)[0]]
+    return replace(limit, threads=min(limit.threads, cores_of_rank(world.local_size)))
+
+
+#: Steps, each with those whose reads are asked for when it is read.
+_Steps = Iterator[tuple[Step, Sequence[Step]]]
+
+
+def _move_alone(steps: _Steps, work: Work, tools: Sequence[Tools], result: MoveResult) -> None:
+    """Do whole steps, one in each of some threads at a time."""
+    free = SimpleQueue[tuple[Tools, Slot]]()
+    for one in tools:
+        free.put((one, Slot(make_buffer(STEP_BYTES), make_buffer(0))))
+    moving = deque[Future[list[Written]]]()
+    done = count(1)
+
+    def move_one(step: Step, later: Sequence[Step]) -> list[Written]:
+        mine, slot = free.get()
+        try:
+            work.read(mine.reader, step, slot, later)
+            return work.write(mine, step, slot)
+        finally:
+            free.put((mine, slot))
+
+    def end_one() -> None:
+        number = next(done)
+        work.progress.doing(f"moving step {number}")
+        with work.timeline.during("wait", f"for step {number}"):
+            result.windows += moving.popleft().result()
+
+    with ThreadPoolExecutor(len(tools), thread_name_prefix="mover") as threads:
+        try:
+            for step, later in steps:
+                moving.append(threads.submit(move_one, step, later))
+                if len(moving) > 2 * len(tools):  # none waits while the first one takes longer
+                    end_one()
+            while moving:
+                end_one()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _gather(
+    steps: _Steps,
+    work: Work,
+    tools: Tools,
+    gatherer: Gatherer,
+    limit: Limits,
+    device: torch.device,
+    result: MoveResult,
+) -> None:
+    """Read, gather and write steps, each while others are in another of these states."""
+    progress, timeline = work.progress, work.timeline
+    free = [
+        Slot(make_buffer(STEP_BYTES, device), make_buffer(limit.received_bytes, device)) for _ in range(limit.slots)
+    ]
+    reading, writing = deque[Future[tuple[Step, Slot]]](), deque[Future[Slot]]()
+    # Number, step and slot of what is on its way between ranks, and what waits for it.
+    gathering = deque[tuple[int, Step, Slot, Callable[[], None]]]()
 
     def read(step: Step, slot: Slot, later: Sequence[Step]) -> tuple[Step, Slot]:
-        for wanted in (wanted for one in later for wanted in one.reads if wanted.reader == member):
-            reader.read_ahead(wanted.source)
-        for wanted in step.reads:
-            if wanted.reader == member:
-                with timeline.during("read", wanted.source.tensor, wanted.source.size_bytes):
-                    changed = reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
-                if changed.get("overflowed") and not may_overflow:
-                    raise value_overflow(wanted.source.tensor, wanted.dtype, changed["overflowed"])
-                for kind, values in changed.items():
-                    journal.changed(kind, wanted.source, values)
+        work.read(tools.reader, step, slot, later)
         return step, slot
 
     def write(step: Step, slot: Slot) -> Slot:
-        before = writer.written_bytes
-        written = []
-        for wanted in step.writes:
-            if wanted.writer == member:
-                with timeline.during("place", wanted.target.tensor, wanted.target.size_bytes):
-                    target, values = _placed(wanted, step, slot, rows)
-                with timeline.during("write", target.tensor, target.size_bytes):
-                    written.append(writer.write(target, values))
-        if written:
-            journal.wrote(written)
-            result.windows += written
-        progress.add_progress(writer.written_bytes - before)
+        result.windows += work.write(tools, step, slot)
         return slot
 
     with (
-        closing(reader),
-        closing(writer),
         ThreadPoolExecutor(1, thread_name_prefix="reader") as reads,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writes,
     ):
-        free, reading, writing = list(slots), deque[Future[tuple[Step, Slot]]](), deque[Future[Slot]]()
-        # Number, step and slot of what is on its way between ranks, and what waits for it.
-        gathering = deque[tuple[int, Step, Slot, Callable[[], None]]]()
 
         def end_gather() -> None:
             number, step, slot, wait = gathering.popleft()
@@ -146,10 +204,7 @@ def move(
                 wait()
             writing.append(writes.submit(write, step, slot))
 
-        steps = _planned_ahead(steps_of(plan, world.rank))
-        upcoming = deque(islice(steps, min(read_ahead, _MOST_AHEAD)))
-        later = tuple(upcoming)
-        number = 0
+        number, upcoming = 0, next(steps, None)
         while upcoming or reading or gathering:
             if upcoming and len(reading) < _READING:
                 while writing and writing[0].done():
@@ -158,10 +213,10 @@ def move(
                     progress.doing(f"writing step {number}")
                     with timeline.during("wait", "for the writer"):
                         free.append(writing.popleft().result())
+                step, later = upcoming
                 # The one that was freed last, as the processor's cache may still have it.
-                reading.append(reads.submit(read, upcoming.popleft(), free.pop(), later))
-                later = tuple(islice(steps, 1))
-                upcoming += later
+                reading.append(reads.submit(read, step, free.pop(), later))
+                upcoming = next(steps, None)
                 continue
             if not reading:
                 end_gather()
@@ -170,15 +225,16 @@ def move(
             progress.doing(f"reading step {number}")
             with timeline.during("wait", "for the reader"):
                 step, slot = reading.popleft().result()
-            wait = None
-            if gatherer is not None and step.send_bytes:
-                progress.doing(f"gathering step {number}")
-                passed = messages(step)
-                size_bytes = received_bytes(step, passed, member, limit)
-                with timeline.during("gather", f"step {number}", size_bytes):
-                    received = slot.received.tensor[: step.send_bytes * gatherer.members]
-                    wait = begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
-                result.gathered_bytes += size_bytes
+            if not step.send_bytes:
+                writing.append(writes.submit(write, step, slot))
+                continue
+            progress.doing(f"gathering step {number}")
+            passed = messages(step)
+            size_bytes = received_bytes(step, passed, work.member, limit)
+            with timeline.during("gather", f"step {number}", size_bytes):
+                received = slot.received.tensor[: step.send_bytes * gatherer.members]
+                wait = begin_gather(gatherer, slot.data.tensor[: step.send_bytes], received, passed)
+            result.gathered_bytes += size_bytes
             if wait is None:
                 writing.append(writes.submit(write, step, slot))
                 continue
@@ -189,21 +245,6 @@ def move(
         with timeline.during("wait", "for the writer"):
             for future in writing:
                 future.result()
-    result.seconds = time.perf_counter() - started
-    result.written_bytes = writer.written_bytes
-    return result
-
-
-def value_overflow(tensor: str, dtype: str, count: int) -> ValueOverflow:
-    """The error about so many values of a tensor that become infinite in a dtype."""
-    name = next(name for name, target in TARGET_DTYPES.items() if target == dtype)
-    return ValueOverflow(
-        f"finite values become infinite in {name}",
-        tensor=tensor,
-        found=f"{counted(count, 'such value')}; what follows was not looked at",
-        remedy="choose a --target-params-dtype with a wider range and start anew with --overwrite, or accept "
-        "infinities with --allow-overflow",
-    )
 
 
 def _planned_ahead(steps: Iterator[Step]) -> Iterator[Step]:
@@ -214,28 +255,10 @@ def _planned_ahead(steps: Iterator[Step]) -> Iterator[Step]:
         count = min(2 * count, _PLANNED_AHEAD)
 
 
-def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, memoryview]:
-    """A window and its bytes: as they lie in a buffer where it is one whole read, else its parts put side by side."""
-    target = wanted.target
-    reads = [step.reads[part.read] for part in wanted.parts]
-    # What this member has read itself lies where it was read to, what others have read where it was received.
-    found = [
-        (slot.data, read.offset_bytes)
-        if read.reader == wanted.writer
-        else (slot.received, read.reader * step.send_bytes + read.offset_bytes)
-        for read in reads
-    ]
-    if len(reads) == 1 and reads[0].source.columns == target.columns and not target.is_transposed:
-        buffer, start = found[0]
-        return target, buffer.memory[start : start + target.size_bytes]
-    dtype = TORCH_DTYPES[target.dtype]
-    values = rows.tensor[: target.size_bytes].view(dtype)
-    # A transposed window is written along its columns, which are contiguous in the file.
-    matrix = values.view(target.columns, target.rows).T if target.is_transposed else values.view(target.rows, -1)
-    column, turns = 0, wanted.turns
-    for number, (part, read, (buffer, start)) in enumerate(zip(wanted.parts, reads, found, strict=True)):
-        packed = buffer.tensor[start : start + read.size_bytes].view(dtype).view(target.rows // turns, -1)
-        place = matrix[number::turns] if turns > 1 else matrix[:, column : column + part.columns]
-        place.copy_(packed[:, part.column : part.column + part.columns])
-        column += part.columns
-    return target.transposed() if target.is_transposed else target, rows.memory[: target.size_bytes]
+def _with_those_ahead(steps: Iterator[Step], count: int) -> _Steps:
+    upcoming = deque(islice(steps, count))
+    later = tuple(upcoming)
+    while upcoming:
+        yield upcoming.popleft(), later
+        later = tuple(islice(steps, 1))
+        upcoming += later

@@ -10,9 +10,11 @@ from typing import Any
 
 from dist_convert.errors import shown_line
 from dist_convert.models.catalog import LeftBehind
+from dist_convert.move.pipeline import limit_of
 from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes, steps_of
+from dist_convert.ranks.collectives import World
 from dist_convert.records import __version__, counted, human_bytes, human_seconds, names, warnings_of
 
 
@@ -26,26 +28,25 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def load_of(plan: Plan, rank: int) -> list[int]:
-    """Bytes that a rank would read, receive and write, and the memory that it has used up to the plan.
+def load_of(plan: Plan, world: World) -> list[int]:
+    """Bytes that this rank would read, receive and write, those of its buffers, and of memory used up to the plan.
 
     Each rank works this out for itself: that takes seconds for a large model.
     """
-    number, member = plan.group_of(rank)
+    number, member = plan.group_of(world.rank)
     load_bytes = [0, 0, 0]
-    for step in steps_of(plan, rank):
+    for step in steps_of(plan, world.rank):
         read_bytes, written_bytes = bytes_of(step, member)
         step_bytes = read_bytes, received_bytes(step, messages(step), member, plan.limits[number]), written_bytes
         load_bytes = [sum(pair) for pair in zip(load_bytes, step_bytes, strict=True)]
-    return [*load_bytes, peak_memory_bytes()]
+    return [*load_bytes, limit_of(plan, world).total_bytes, peak_memory_bytes()]
 
 
 def rows_of(plan: Plan, loads: Sequence[Sequence[int]]) -> tuple[dict[str, int], ...]:
     """What each rank would do, by the names that `--json` gives it; `loads` are of `load_of`, by rank."""
     rows = []
-    for rank, (*moved_bytes, base_bytes) in enumerate(loads):
+    for rank, (*moved_bytes, buffers_bytes, base_bytes) in enumerate(loads):
         group, _ = plan.group_of(rank)
-        buffers_bytes = plan.limits[group].total_bytes
         row = {"rank": rank, "group": group, **dict(zip(_MOVED, moved_bytes, strict=True))}
         rows.append({**row, "buffers_bytes": buffers_bytes, "peak_memory_bytes": base_bytes + buffers_bytes})
     return tuple(rows)

@@ -21,8 +21,8 @@ from dist_convert.errors import UsageError, shown_line
 from dist_convert.ranks.collectives import World, barrier, gather_objects
 from dist_convert.write.partial import partial_of
 
-#: What is timed. A reader thread reads, the main thread gathers and waits for the others, a writer thread places and
-#: writes; so the seconds of all phases together exceed those that have passed.
+#: What is timed. The main thread gathers and waits, while others read, place and write; so the seconds of all phases
+#: together exceed those that have passed.
 PHASES = ("read", "gather", "place", "write", "wait")
 
 
@@ -56,7 +56,6 @@ class Timeline:
 
 _BUFFER_BYTES = 64 << 10
 _FIRST_LINE = b"[\n"
-_THREADS = ("main", "reader", "writer")
 
 
 @contextmanager
@@ -132,23 +131,32 @@ class _Trace:
         self._lock = threading.Lock()
         self._lines = bytearray()
         self._goes_on = True
+        self._threads: dict[str, int] = {}
         self._put({"name": "process_name", "ph": "M", "args": {"name": f"rank {rank}"}})
-        for number, name in enumerate(_THREADS):
-            self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": name}})
+        self._number_of("main")
 
     def add(self, phase: str, subject: str, start_seconds: float, end_seconds: float, size_bytes: int) -> None:
         """A stretch of the calling thread's time, in seconds of `time.perf_counter`."""
-        thread = threading.current_thread().name
+        is_main = threading.current_thread() is threading.main_thread()
         self._put(
             {
                 "name": phase,
                 "ph": "X",
-                "tid": next((number for number, name in enumerate(_THREADS) if thread.startswith(name)), 0),
+                "tid": self._number_of("main" if is_main else threading.current_thread().name),
                 "ts": round((start_seconds - self._zero_seconds) * 1e6, 1),
                 "dur": round((end_seconds - start_seconds) * 1e6, 1),
                 "args": {"what": subject, "bytes": size_bytes},
             }
         )
+
+    def _number_of(self, thread: str) -> int:
+        """Of a thread of this rank, which is named in the trace when it is first seen."""
+        with self._lock:
+            is_new = thread not in self._threads
+            number = self._threads.setdefault(thread, len(self._threads))
+        if is_new:
+            self._put({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": thread}})
+        return number
 
     def close(self) -> None:
         with self._lock:

@@ -12,8 +12,14 @@ from dist_convert.plan.gather_groups import GatherGroup
 #: steps do not pay: what was read is written while the processor's cache has it.
 STEP_BYTES = BLOCK_BYTES + (64 << 10)
 
-#: A rank reads one step, has read one, and writes one. Over gloo one more is on its way between ranks meanwhile.
+#: Where ranks gather, each reads one step, has read one, and writes one. Over gloo one more is on its way between them.
 _SLOTS = 3
+
+#: Besides a step: scratch for reading, casts of one block, and rows put side by side.
+_WORK_BYTES = 5 * BLOCK_BYTES
+
+#: Threads that do whole steps, at most: so many requests of one rank keep a disk across a network busy.
+MOST_THREADS = 4
 
 #: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
 ALIGNMENT_BYTES = 64
@@ -32,16 +38,18 @@ class Limits:
         send_bytes: of what each member sends to a gather.
         members: of the group.
         on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
+        threads: that do whole steps at the same time, where nothing is gathered.
     """
 
     send_bytes: int
     members: int
     on_accelerator: bool = False
+    threads: int = 1
 
     @property
     def slots(self) -> int:
         """How many steps a rank has in hand, at most."""
-        return _SLOTS + (self.received_bytes > 0 and not self.on_accelerator)
+        return _SLOTS + (not self.on_accelerator) if self.received_bytes else self.threads
 
     @property
     def received_bytes(self) -> int:
@@ -49,12 +57,12 @@ class Limits:
 
     @property
     def total_bytes(self) -> int:
-        """All that the data path allocates: slots, scratch for reading and casting, the writer's rows, and staging."""
+        """All that the data path allocates: slots, what is worked with, and staging."""
         slot_bytes, staging_bytes = [STEP_BYTES, self.received_bytes], 0
         if self.on_accelerator and self.members > 1:
             slot_bytes = [_pinned_bytes(size_bytes) for size_bytes in slot_bytes]
             staging_bytes = self.send_bytes + self.received_bytes
-        return self.slots * sum(slot_bytes) + 5 * BLOCK_BYTES + staging_bytes
+        return self.slots * sum(slot_bytes) + self.threads * _WORK_BYTES + staging_bytes
 
 
 def _pinned_bytes(size_bytes: int) -> int:
@@ -63,9 +71,9 @@ def _pinned_bytes(size_bytes: int) -> int:
 
 
 def limits(budget_bytes: int, least: Limits) -> Limits:
-    """The largest useful buffers within a rank's budget, which holds the least that one block needs."""
+    """The most useful buffers within a rank's budget, which holds the least that one block needs."""
     if not least.send_bytes:
-        return least
+        return replace(least, threads=max(1, min(MOST_THREADS, budget_bytes // least.total_bytes)))
     sizes = range(least.send_bytes, STEP_BYTES + 1, ALIGNMENT_BYTES)
     fitting = bisect_right(
         sizes, budget_bytes, key=lambda size_bytes: replace(least, send_bytes=size_bytes).total_bytes

@@ -174,7 +174,7 @@ class Beat:
     @property
     def is_alone(self) -> bool:
         """Whether it waits for nobody; in anything else it may wait for others as long as they take."""
-        return self.doing.startswith(("reading step", "writing step"))
+        return self.doing.startswith(("reading step", "writing step", "moving step"))
 
 
 class Watchdog:

@@ -99,10 +99,12 @@ def return_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
-def limit_threads(local_world_size: int) -> None:
-    """Share the machine's cores among its ranks, unless the user set OMP_NUM_THREADS to more than torchrun's 1.
+def cores_of_rank(local_world_size: int) -> int:
+    """How many of the cores that this process may run on are its own, if the ranks of the machine share them."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
-    A rank's other threads read and write at the same time: one core is theirs.
-    """
+
+def limit_threads(local_world_size: int, workers: int) -> None:
+    """Share a rank's cores among so many threads that cast, unless OMP_NUM_THREADS is more than torchrun's 1."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
+        torch.set_num_threads(max(1, cores_of_rank(local_world_size) // workers))

@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import Checksums, Listing, file_signature, reading, sample_digest
+from dist_convert.read.record_checks import Checksums
+from dist_convert.read.source import Listing, file_signature, reading, sample_digest
 from dist_convert.records import StoredTensor
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel, below
 from dist_convert.read.buffers import Buffer
 from dist_convert.read.decode import are_numbers, decoded, has_finite_products
-from dist_convert.read.source import Checksums, Listing, check_unchanged, open_to_read, reading, source_error
+from dist_convert.read.record_checks import RecordChecks
+from dist_convert.read.source import Listing, check_unchanged, open_to_read, reading, source_error
 from dist_convert.records import DTYPE_BYTES, Box, Scales, View, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,6 +42,12 @@ class Counts:
     overflowed: Counter[str] = field(default_factory=Counter)
     rounded_norms: Counter[str] = field(default_factory=Counter)
 
+    def add(self, others: "Counts") -> None:
+        """Count what another thread has counted as well."""
+        self.read_bytes += others.read_bytes
+        self.overflowed += others.overflowed
+        self.rounded_norms += others.rounded_norms
+
 
 class FileReader:
     """Reads views of the files below one directory, of which it keeps some open; not for two threads at once.
@@ -50,7 +56,7 @@ class FileReader:
         root: the directory.
         scratch: for values that are not read straight to where they go.
         known: files whose values count only if they have not changed after they were read.
-        checksums: of records, each of which is compared where it is read whole and in order, in however many pieces.
+        checks: what is told of all that is read without gaps.
         is_last_use: what was read leaves the page cache, see `source.pushes_others_out`.
     """
 
@@ -59,7 +65,7 @@ class FileReader:
         root: Path,
         scratch: Buffer,
         known: Listing = MappingProxyType({}),
-        checksums: Checksums = MappingProxyType({}),
+        checks: RecordChecks | None = None,
         *,
         is_last_use: bool = False,
     ) -> None:
@@ -67,10 +73,7 @@ class FileReader:
         self._root = root
         self._scratch = scratch
         self._known = known
-        self._checksums = checksums
-        #: Of a file, each record's size and checksum by its offset; of a place, the record that goes on there.
-        self._records: dict[str, dict[int, tuple[int, int]]] = {}
-        self._unfinished: dict[tuple[str, int], tuple[int, int]] = {}
+        self._checks = checks or RecordChecks()
         self._is_last_use = is_last_use
         self._open: OrderedDict[str, int] = OrderedDict()
 
@@ -201,32 +204,8 @@ class FileReader:
                     found=f"{done} bytes",
                 )
             done += count
-        if view.file in self._checksums:
-            self._check_record(window, view, offset_bytes)
-
-    def _check_record(self, window: memoryview, view: View, offset_bytes: int) -> None:
-        """Add bytes to the checksum of their record, if all that lie before them have been; compare it at the end."""
-        if view.file not in self._records:
-            numbers = self._checksums[view.file]
-            self._records[view.file] = dict(
-                zip(numbers[::3], zip(numbers[1::3], numbers[2::3], strict=True), strict=True)
-            )
-        start, checksum = self._unfinished.pop((view.file, offset_bytes), (offset_bytes, 0))
-        size_bytes, expected = self._records[view.file].get(start, (0, 0))
-        left_bytes = start + size_bytes - offset_bytes - len(window)
-        if left_bytes < 0:
-            return
-        checksum = isal_zlib.crc32(window, checksum)
-        if left_bytes:
-            self._unfinished[view.file, offset_bytes + len(window)] = start, checksum
-        elif checksum != expected:
-            raise CorruptFile(
-                "the bytes of a tensor are not those that were saved",
-                tensor=view.tensor,
-                file=view.file,
-                expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
-                found=f"{checksum:08x}",
-            )
+        if 1 + (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride <= view.rows * view.columns:
+            self._checks.add(window, view, offset_bytes)
 
     def _end(self, view: View) -> None:
         self._check_unchanged(view)

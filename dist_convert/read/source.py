@@ -15,8 +15,6 @@ from dist_convert.records import human_bytes
 
 #: For each file, its size in bytes, its inode and the time of its last change in ns: see `file_signature`.
 Listing = Mapping[str, Sequence[int]]
-#: For each file, the offset, the size in bytes and the CRC-32 of each record in turn: see `FileReader`.
-Checksums = Mapping[str, Sequence[int]]
 
 BACK_OR_ANEW = (
     "let nothing write to the source, then start anew with --overwrite; or put the file back, with its time, and start "

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dist_convert.ranks.channel import Channel
 from dist_convert.read.file_reader import FileReader
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
@@ -19,27 +18,46 @@ from tests.converting import convert
 SEVERAL_STEPS = Model(hidden=256, ffn=64, heads=4, head_dim=64, layers=1, vocab=20000, padded_vocab=20000)
 
 
-def test_what_is_read_is_gathered_and_handed_on_while_the_step_before_is_still_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_read_while_another_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "in", SEVERAL_STEPS)
-    second_begun = threading.Event()
+    reads = threading.Semaphore(0)
     was_in_time: list[bool] = []
-    doing, write = Channel.doing, FileWriter.write
+    read, write = FileReader.read, FileWriter.write
 
-    def listening(channel: Channel, what: str) -> None:
-        if what == "reading step 2":
-            second_begun.set()
-        doing(channel, what)
+    def noting(reader: FileReader, *rest: Any) -> Mapping[str, int]:
+        reads.release()
+        return read(reader, *rest)
 
     def slow_write(writer: FileWriter, view: View, packed: memoryview) -> Written:
-        was_in_time.append(second_begun.wait(timeout=20))
+        if not was_in_time:
+            was_in_time.append(all(reads.acquire(timeout=20) for _ in range(2)))
         return write(writer, view, packed)
 
-    monkeypatch.setattr(Channel, "doing", listening)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(FileReader, "read", noting)
     monkeypatch.setattr(FileWriter, "write", slow_write)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert was_in_time[0]
+
+
+@pytest.mark.parametrize(
+    ("cores", "budget", "threads"), [(1, "1GB", 1), (3, "1GB", 3), (64, "1GB", 4), (64, "80MB", 3), (64, "30MB", 1)]
+)
+def test_a_rank_moves_as_many_steps_at_a_time_as_it_has_cores_and_memory_for_up_to_four(
+    cores: int, budget: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "in", SEVERAL_STEPS)
+    writers: list[FileWriter] = []
+    close = FileWriter.close
+
+    def noting(writer: FileWriter) -> None:
+        writers.append(writer)
+        close(writer)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(FileWriter, "close", noting)
+    assert convert(tmp_path / "in", tmp_path / "out", "--max-memory-per-rank", budget) == 0
+    assert len(writers) == threads
 
 
 def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
@@ -59,6 +77,7 @@ def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
         ahead.append(len(asked) - 1 - asked.index(view))
         return read(reader, view, *rest)
 
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(FileReader, "read_ahead", noting)
     monkeypatch.setattr(FileReader, "read", counting)
     assert convert(tmp_path / "in", tmp_path / "more", "--read-ahead", "9999999") == 0

@@ -1,4 +1,4 @@
-"""A record whose bytes are not those of its checksum is an error that names the tensor, where it is read in order."""
+"""A record whose bytes are not those of its checksum is an error that names the tensor, once it is read whole."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dist_convert.__main__ import main
 from dist_convert.errors import CorruptFile
 from dist_convert.read.buffers import make_buffer
 from dist_convert.read.file_reader import FileReader
+from dist_convert.read.record_checks import RecordChecks
 from dist_convert.records import View
 from tests.checkpoints import Model, hf_tensors, make
 from tests.distributed_checkpoints import make_distributed
@@ -27,15 +28,22 @@ THIRDS = ((0, 32), (32, 64), (64, 96))
 
 def read(root: Path, pieces: tuple[tuple[int, int], ...], checksum: int) -> None:
     (root / FILE).write_bytes(bytes(START) + DATA + bytes(8))
-    files = FileReader(root, make_buffer(256), {}, {FILE: [START, len(DATA), checksum]})
+    files = FileReader(root, make_buffer(256), {}, RecordChecks({FILE: [START, len(DATA), checksum]}))
     for first, end in pieces:
         view = View(FILE, NAME, "F32", START + first, (end - first) // 4, 1, 1, 1)
         files.read(view, "F32", 0, make_buffer(96), 0)
     files.close()
 
 
-@pytest.mark.parametrize("pieces", [(WHOLE,), THIRDS], ids=str)
-def test_a_record_that_is_read_in_order_is_compared_with_its_checksum(
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (WHOLE,), THIRDS, THIRDS[::-1], (THIRDS[1], THIRDS[0], THIRDS[2]), (THIRDS[0], THIRDS[2], THIRDS[1]),
+        ((0, 48), *THIRDS), ((0, 32), (0, 48), (32, 64), (48, 96), (64, 96)), (*THIRDS[:2], *THIRDS),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_is_read_whole_is_compared_with_its_checksum(
     pieces: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
     read(tmp_path, pieces, zlib.crc32(DATA))
@@ -46,12 +54,12 @@ def test_a_record_that_is_read_in_order_is_compared_with_its_checksum(
     assert caught.value.found == f"{zlib.crc32(DATA):08x}"
 
 
-@pytest.mark.parametrize("pieces", [THIRDS[::-1], THIRDS[:2], THIRDS[1:], ((4, 96),), ((0, 104),)], ids=str)
-def test_a_record_that_is_read_in_part_or_out_of_order_is_not_compared(
+@pytest.mark.parametrize("pieces", [THIRDS[:2], THIRDS[1:], ((4, 96),), ((0, 104),), ((0, 48), (44, 96))], ids=str)
+def test_a_record_that_is_read_in_part_or_with_overlaps_is_not_compared(
     pieces: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
     (tmp_path / FILE).write_bytes(bytes(START + 104))
-    files = FileReader(tmp_path, make_buffer(256), {}, {FILE: [START, len(DATA), 0x12345678]})
+    files = FileReader(tmp_path, make_buffer(256), {}, RecordChecks({FILE: [START, len(DATA), 0x12345678]}))
     for first, end in pieces:
         files.read(View(FILE, NAME, "F32", START + first, (end - first) // 4, 1, 1, 1), "F32", 0, make_buffer(104), 0)
     files.close()

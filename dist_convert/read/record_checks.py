@@ -1,0 +1,75 @@
+"""Compares the CRC-32 of stored records with those that their files tell, once all of a record has been read."""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from isal import isal_zlib
+
+from dist_convert.errors import CorruptFile
+from dist_convert.records import View
+
+#: For each file, the offset, the size in bytes and the CRC-32 of each record in turn.
+Checksums = Mapping[str, Sequence[int]]
+
+
+class RecordChecks:
+    """The pieces of records that have been read, in whatever order; all threads of a rank share one.
+
+    A record is compared where its pieces fit together without gap or overlap.
+    """
+
+    def __init__(self, checksums: Checksums = MappingProxyType({})) -> None:
+        self._checksums = checksums
+        self._lock = threading.Lock()
+        #: Of a file, its records as (offset, size, CRC-32), by offset.
+        self._records: dict[str, list[tuple[int, int, int]]] = {}
+        #: Of stretches that were read: size and CRC-32 by where they begin, and where they begin by where they end.
+        self._stretches: dict[tuple[str, int], tuple[int, int]] = {}
+        self._starts: dict[tuple[str, int], int] = {}
+
+    def add(self, piece: memoryview, view: View, offset_bytes: int) -> None:
+        """Add bytes of a view's file that have been read at an offset.
+
+        Raises:
+            CorruptFile: with them a record is whole, and is not what was saved.
+        """
+        file = view.file
+        if file not in self._checksums:
+            return
+        if file not in self._records:
+            numbers = self._checksums[file]
+            self._records[file] = sorted(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+        records = self._records[file]
+        number = bisect_right(records, offset_bytes, key=lambda record: record[0]) - 1
+        start, size_bytes, expected = records[number] if number >= 0 else (0, 0, 0)
+        end_bytes = offset_bytes + len(piece)
+        if end_bytes > start + size_bytes:
+            return
+        checksum = isal_zlib.crc32(piece)
+        with self._lock:
+            if (file, end_bytes) in self._stretches:
+                more_bytes, more = self._stretches.pop((file, end_bytes))
+                checksum = isal_zlib.crc32_combine(checksum, more, more_bytes)
+                end_bytes += more_bytes
+            first = self._starts.pop((file, offset_bytes), -1)
+            # What was read twice in pieces of two sizes is remembered in one of them.
+            if self._stretches.get((file, first), (0, 0))[0] == offset_bytes - first:
+                _, before = self._stretches.pop((file, first))
+                checksum = isal_zlib.crc32_combine(before, checksum, end_bytes - offset_bytes)
+                offset_bytes = first
+            is_whole = (offset_bytes, end_bytes) == (start, start + size_bytes)
+            if is_whole:
+                self._starts.pop((file, end_bytes), None)
+            else:
+                self._stretches[file, offset_bytes] = end_bytes - offset_bytes, checksum
+                self._starts[file, end_bytes] = offset_bytes
+        if is_whole and checksum != expected:
+            raise CorruptFile(
+                "the bytes of a tensor are not those that were saved",
+                tensor=view.tensor,
+                file=file,
+                expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
+                found=f"{checksum:08x}",
+            )
