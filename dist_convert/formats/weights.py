@@ -103,11 +103,11 @@ class Weights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that has opened them."""
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reader")}
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reader", "_checks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock, self._reader = threading.Lock(), None
+        self._lock, self._reader, self._checks = threading.Lock(), None, RecordChecks(self._found.checksums)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""

@@ -23,7 +23,8 @@ _MASKED = (
     (r"\b\d+\.\d+( GB/s| s\b)", r"{number}\1"),
     (r"(rank \d+) [ \d.]+", r"\1 {seconds}"),
     (r"[\d.]+ [kMG]B (of free|free)", r"{number} \1"),
-    (r"(?m)(  [\d.]+ [kMG]?B)  +[\d.]+ [MG]B$", r"\1  {number}"),  # a process's memory, in a dry run's table
+    # What a dry run's table says of memory: of buffers, which are more with more cores, and of the process.
+    (r"(?m)(  [\d.]+ [kMG]?B)  +[\d.]+ [MG]B  +[\d.]+ [MG]B$", r"\1  {number}  {number}"),
     (r"(largest rank) [\d.]+ [kMG]B", r"\1 {number}"),
     (r"(dist_convert(?: |\": \"))\d+\.\d+\.\d+", r"\1{version}"),
 )

@@ -128,7 +128,10 @@ def test_one_bit_that_was_written_wrong_is_found(
     assert "model.layers.2.self_attn.o_proj.weight: A and B differ in 1 element, first at [0, 0]: " in error
 
 
-def test_the_smallest_budget_of_a_conversion_is_enough_to_verify_it(tmp_path: Path) -> None:
+def test_a_budget_that_holds_a_conversion_and_not_its_check_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     make(tmp_path / "megatron")
-    assert convert(tmp_path / "megatron", tmp_path / "small", "--verify", "--max-memory-per-rank", "30MB") == 2
-    assert convert(tmp_path / "megatron", tmp_path / "hf", "--verify", "--max-memory-per-rank", "34MB") == 0
+    assert convert(tmp_path / "megatron", tmp_path / "small", "--verify", "--max-memory-per-rank", "26MB") == 2
+    assert not [path for path in tmp_path.iterdir() if "small" in path.name]
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--verify", "--max-memory-per-rank", "30MB") == 0
