@@ -111,7 +111,8 @@ def value_of(kind: Kind) -> Callable[[str], Any]:
         try:
             value = _TEXTS[kind][0](text)
         except UsageError as error:
-            more = f": {error.found} (expected {error.expected})" if error.found else ""
+            more = f": {error.found}" if error.found else ""
+            more += f" (expected {error.expected})" if error.expected else ""
             raise ArgumentTypeError(f"{error.what}{more}") from error
         except (ValueError, ZeroDivisionError):
             value = None  # which fits nothing

@@ -40,7 +40,7 @@ from dist_convert.read.source import pushes_others_out
 from dist_convert.records import counted, human_bytes, local_name, warnings_of
 from dist_convert.write.checksums import KnownRange
 from dist_convert.write.commit import commit, publish, remove_journal, remove_leftovers, sync_files
-from dist_convert.write.files import target_error
+from dist_convert.write.files import Place, target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.partial import refuse_exchanged
 from dist_convert.write.resume import (
@@ -97,12 +97,12 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     started = time.monotonic()
     with traced(job.trace, world, task.target) as timeline, held_target(task, world) as held:
         if not held.is_complete:
-            report = _make(task, dealt, plan, world, channel, timeline, report)
+            report = _make(task, dealt, plan, world, channel, timeline, report, held.place)
         if check is not None:
             channel.say("verified", compare_with_source(check, task, held.directory, world))
         channel.doing("giving the target its name")
         # No disk speaks of the target before every disk has it.
-        give_name = partial(commit, task.partial, task.target, replaces=replaces)
+        give_name = partial(commit, task.partial, task.target, replaces=replaces, place=held.place)
         channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
         if task.is_first:
             publish(task.target, task.layout.beside())
@@ -111,7 +111,7 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         if words := task.layout.to_do():
             channel.say("to do", words)
         # The last thing of all: until then, the same command finds what is left to do.
-        if task.is_first and (words := remove_leftovers(task.target)):
+        if task.is_first and (words := remove_leftovers(task.target, held.place, task.layout.beside())):
             channel.say("note", words)
         channel.say("done", report_text(report, verbose=job.verbose), report=report_details(report))
     if task.is_first:
@@ -145,11 +145,12 @@ def _divide(task: Task, world: World, written: WrittenRanges) -> Plan:
 
 
 def _make(
-    task: Task, dealt: Task, plan: Plan, world: World, channel: Control, timeline: Timeline, report: Report
-) -> Report:
+    task: Task, dealt: Task, plan: Plan, world: World, channel: Control, timeline: Timeline, report: Report,
+    place: Place | None,
+) -> Report:  # fmt: skip
     """Make the target below its partial directory, but for what earlier runs have made of it; the report with that."""
     content, directory = task.content, task.partial
-    resume_state, journal = begin(task, world)
+    resume_state, journal = begin(task, world, place)
     written = WrittenRanges.of(window for window, _ in resume_state.written)
     with closing(journal):
         if (before := Counter(resume_state.changed["overflowed"])) and not task.job.allow_overflow:
@@ -176,7 +177,7 @@ def _make(
         channel.doing("completing files")
         known = known_ranges(world, result.windows, resume_state)
         if task.is_first:
-            refuse_exchanged(directory)
+            refuse_exchanged(directory, place)
         try:
             task.layout.complete(directory, task.own_files, known, is_first=world.rank == 0)
         except OSError as error:

@@ -99,7 +99,7 @@ def move(
     tools = [
         Tools(
             FileReader(source, make_buffer(2 * BLOCK_BYTES), known, checks, is_last_use=is_last_use),
-            FileWriter(target),
+            FileWriter(target, journal.place),
             make_buffer(BLOCK_BYTES),
         )
         for _ in range(limit.threads)

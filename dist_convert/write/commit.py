@@ -6,13 +6,14 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_convert.errors import NotEnoughSpace, SourceError, TargetError, TargetExists, UsageError
 from dist_convert.read.source import read_small_file
 from dist_convert.records import counted, human_bytes, names
-from dist_convert.write.files import Beside, holding, replace_files, sync, sync_parent, writing
+from dist_convert.write.files import Beside, Place, holding, replace_files, sync, sync_parent, writing
 from dist_convert.write.journal import JOURNAL_DIRECTORY, Journal
-from dist_convert.write.manifest import MANIFEST_FILE, manifest_of, unknown_files
+from dist_convert.write.manifest import MANIFEST_FILE, unknown_files
 from dist_convert.write.partial import (
     IDENTITY_FILE,
     REPLACES,
@@ -24,20 +25,28 @@ from dist_convert.write.partial import (
     is_ours,
     look,
     partial_of,
+    place_of,
     refuse_exchanged,
     set_note,
     used_bytes,
 )
-from dist_convert.write.trees import existing_parent, found_below, mount_points, remove
+from dist_convert.write.trees import existing_parent, found_below, mount_points, remove, rename_to_new
 
 
 def check_target(
-    target: Path, source: Path, *, overwrite: bool, needed_bytes: int, different: str | None = None
+    target: Path,
+    source: Path,
+    manifest: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    needed_bytes: int,
+    different: str | None = None,
 ) -> int:
     """Check that the target can be made, and return the free bytes of its file system.
 
     Args:
         source: the checkpoint, which must not lie inside the target, nor the target inside it.
+        manifest: of what is there, see `manifest_of`.
         overwrite: whether an existing target may be replaced, if a conversion has made it.
         needed_bytes: of all files together; an existing target's space is not free before the end.
         different: in what a complete conversion that is there is another one, for messages.
@@ -67,7 +76,7 @@ def check_target(
     if os.path.lexists(target) and not there and (target.is_symlink() or not target.is_dir()):
         raise TargetExists("the target is a file or a link", file=file, remedy=another)
     if there and not overwrite:
-        is_ours = bool(manifest_of(target)) and not _lies_around(target, source)
+        is_ours = bool(manifest) and not _lies_around(target, source)
         raise TargetExists(
             "the target directory is not empty",
             file=file,
@@ -77,12 +86,12 @@ def check_target(
             else counted(len(there), "file or directory", "files and directories"),
             remedy=f"{another}, or replace it with --overwrite" if is_ours else another,
         )
-    if there and not manifest_of(target):
+    if there and not manifest:
         raise TargetExists(
             "no conversion has made the target directory, so it is not replaced",
             file=file,
             expected=f"{MANIFEST_FILE}, which an earlier conversion leaves",
-            found=", ".join(there[:6]),
+            found=f"another {MANIFEST_FILE}" if MANIFEST_FILE in there else ", ".join(there[:6]),
             remedy=another,
         )
     for used in (target, partial_of(target), aside_of(target)):
@@ -93,7 +102,7 @@ def check_target(
     if target.resolve().is_relative_to(source.resolve()):
         expected = f"a directory outside of {source}"
         raise UsageError("the target lies in its own source", file=file, expected=expected, remedy=another)
-    if there and (others := unknown_files(target)):
+    if there and (others := unknown_files(target, manifest)):
         raise TargetExists(
             "the target holds files that no conversion has made, so it is not replaced",
             file=file,
@@ -155,7 +164,7 @@ def sync_files(directory: Path, names: Sequence[str], journal: Journal) -> None:
             sync(directory / name)
 
 
-def commit(partial: Path, target: Path, *, replaces: str) -> None:
+def commit(partial: Path, target: Path, *, replaces: str, place: Place | None) -> None:
     """Give the partial directory its final name; a target that is replaced moves aside first.
 
     The journal stays inside until `remove_leftovers`: by it a run that finds the target knows what is left to do.
@@ -163,13 +172,14 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
     Args:
         partial, target: the directory, and its final path.
         replaces: what `look` said at the start of a target that may be replaced; "" where there was none.
+        place: see `Held`.
 
     Raises:
         TargetExists: the target or the partial directory is another than at the start; both are kept.
         TargetError, NotEnoughSpace: the file system refuses; a target that was moved aside has its name back.
     """
     aside = aside_of(target)
-    refuse_exchanged(partial)
+    refuse_exchanged(partial, place)
     with writing(target):
         files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
@@ -180,15 +190,15 @@ def commit(partial: Path, target: Path, *, replaces: str) -> None:
         if moves:
             _check_same(target, target, replaces)
             set_note(partial, REPLACES, replaces)
-            target.rename(aside)
+            rename_to_new(target, aside)
         try:
             if moves:
                 _check_same(target, aside, replaces)
-            refuse_exchanged(partial)
+            refuse_exchanged(partial, place)
             partial.rename(target)
         except BaseException:
             if moves:
-                aside.rename(target)
+                rename_to_new(aside, target)
             raise
         sync_parent(target)
 
@@ -250,13 +260,21 @@ def publish(target: Path, files: Mapping[str, Beside]) -> None:
     replace_files(root.resolve(), contents, (target, JOURNAL_DIRECTORY) if is_new else None)
 
 
-def remove_leftovers(target: Path) -> str:
+def remove_leftovers(target: Path, place: Place | None, files: Mapping[str, Beside]) -> str:
     """The last step of a conversion: remove what it replaced, and its journal, as far as nobody holds it.
+
+    Args:
+        place: see `Held`.
+        files: see `publish`.
 
     Returns:
         What is left for the user to remove, in a sentence.
+
+    Raises:
+        TargetExists: before or after that, something else has the name of the target or of a file beside it.
     """
     aside, kept = aside_of(target), ""
+    _check_named(target, place)
     with writing(target):
         if has_note(target, REPLACES) and os.path.lexists(aside):
             if is_moved_aside(target, target):
@@ -275,7 +293,19 @@ def remove_leftovers(target: Path) -> str:
                     os.chmod("..", special | 0o700 | usual | (usual & 0o444) >> 2, dir_fd=holder)
                 os.unlink(identity, dir_fd=holder)
     remove_journal(target)
+    _check_named(target, place)
+    check_beside(target, files)
     return kept
+
+
+def _check_named(target: Path, place: Place | None) -> None:
+    if place not in (None, place_of(target)):
+        raise TargetExists(
+            "something else has the name that this conversion has given to what it made",
+            file=str(target),
+            found="a link" if target.is_symlink() else "" if os.path.lexists(target) else "nothing any more",
+            remedy="look where the target was moved to, and give it its name back: it is complete",
+        )
 
 
 def remove_journal(target: Path) -> None:

@@ -20,6 +20,10 @@ from dist_convert.records import View, Window, local_name
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
+#: A directory's device and inode, which stay the same while something in it is open, as a lock is.
+Place = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Beside:
     """A small file beside a target, which all targets of a directory share, so that the last one replaces it.
@@ -34,16 +38,20 @@ class Beside:
 
 
 @contextmanager
-def holding(root: Path, name: str, *, makes: bool = False) -> Iterator[tuple[int, str]]:
+def holding(root: Path, name: str, *, makes: bool = False, place: Place | None = None) -> Iterator[tuple[int, str]]:
     """A descriptor of the directory that holds a path below another one, and the path's name in it.
 
     Args:
         root, name: the directory, which may be a link no more than those on the way, and the path below it.
         makes: whether directories on the way are made.
+        place: of the root, which no other directory may have taken since it was looked up.
     """
     *above, last = name.split("/")
     holder = os.open(root, os.O_DIRECTORY | _PLAIN)
     try:
+        found = os.fstat(holder)
+        if place not in (None, (found.st_dev, found.st_ino)):
+            raise OSError(errno.ESTALE, "another directory than at the start has its name")
         for part in above:
             if makes:
                 with suppress(FileExistsError):
@@ -58,18 +66,18 @@ def holding(root: Path, name: str, *, makes: bool = False) -> Iterator[tuple[int
         os.close(holder)
 
 
-def open_below(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+def open_below(root: Path, name: str, flags: int = os.O_RDONLY, place: Place | None = None) -> int:
     """A descriptor of a plain file below a directory of the target, reached without following any link.
 
     Args:
-        root, name: see `holding`.
+        root, name, place: see `holding`.
         flags: of open(2).
 
     Raises:
         OSError: the operating system's; or something is in the file's place that no conversion has put there: a link,
             a pipe, or a file that has another name elsewhere.
     """
-    with holding(root, name, makes=bool(flags & os.O_CREAT)) as (holder, last):
+    with holding(root, name, makes=bool(flags & os.O_CREAT), place=place) as (holder, last):
         descriptor = os.open(last, flags | _PLAIN, 0o666, dir_fd=holder)
         if not is_plain(os.fstat(descriptor)):
             os.close(descriptor)
@@ -150,9 +158,9 @@ class FileWriter:
     Not for use by two threads at once.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, place: Place | None = None) -> None:
         self.written_bytes = 0
-        self._root = root
+        self._root, self._place = root, place
         self._open: dict[str, int] = {}  # the one that was used last is the last
 
     def close(self) -> None:
@@ -203,7 +211,7 @@ class FileWriter:
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            descriptor = open_below(self._root, local_name(file), os.O_WRONLY)
+            descriptor = open_below(self._root, local_name(file), os.O_WRONLY, self._place)
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[file] = descriptor

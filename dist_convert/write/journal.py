@@ -28,7 +28,7 @@ from isal import isal_zlib
 
 from dist_convert.errors import TargetError
 from dist_convert.records import View, Window, local_name
-from dist_convert.write.files import Written, open_below, opened, target_error, writing
+from dist_convert.write.files import Place, Written, open_below, opened, target_error, writing
 
 #: Of the partial directory, the part that is not the target.
 JOURNAL_DIRECTORY = ".journal"
@@ -45,9 +45,14 @@ def this_boot() -> tuple[str, str]:
 
 
 class Journal:
-    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may."""
+    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may.
 
-    def __init__(self, partial: Path, run: int, rank: int) -> None:
+    Attributes:
+        place: of the directory that holds it, where that is known.
+    """
+
+    def __init__(self, partial: Path, run: int, rank: int, place: Place | None = None) -> None:
+        self.place = place
         self._partial = partial
         self._run = run
         self._path = partial / JOURNAL_DIRECTORY / f"run-{run:05d}-rank-{rank:05d}"
@@ -58,7 +63,7 @@ class Journal:
         host, boot = this_boot()
         with writing(self._path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            self._descriptor = open_below(partial, f"{JOURNAL_DIRECTORY}/{self._path.name}", flags)
+            self._descriptor = open_below(partial, f"{JOURNAL_DIRECTORY}/{self._path.name}", flags, place)
         self._append({"run": run, "rank": rank, "host": host, "boot": boot})
 
     def wrote(self, written: Sequence[Written]) -> None:

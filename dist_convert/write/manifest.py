@@ -20,6 +20,8 @@ from dist_convert.write.partial import RESUMABLE, differences_of_complete, files
 from dist_convert.write.trees import found_below
 
 MANIFEST_FILE = "conversion.json"
+#: More than 100,000 files have, on both sides; a checkpoint of 16,384 ranks has two for each.
+_MOST_BYTES, _MOST_VALUES = 32_000_000, 500_000
 
 
 def known_ranges(world: World, mine: Iterable[Written], resume_state: ResumeState) -> dict[str, list[KnownRange]]:
@@ -79,15 +81,15 @@ def _text(manifest: Mapping[str, Any]) -> str:
 def manifest_of(target: Path) -> dict[str, Any]:
     """The manifest of a directory that some conversion has made, whatever is there besides; empty for any other."""
     try:
-        manifest = read_json(target / MANIFEST_FILE)
+        manifest = read_json(target / MANIFEST_FILE, _MOST_BYTES, _MOST_VALUES)
     except SourceError:
         return {}
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
 
 
-def unknown_files(target: Path) -> list[str]:
+def unknown_files(target: Path, manifest: Mapping[str, Any]) -> list[str]:
     """All in a converted directory that its manifest does not name, links, pipes and empty directories, too."""
-    known = sorted({MANIFEST_FILE, *manifest_of(target)["files"]})
+    known = sorted({MANIFEST_FILE, *manifest["files"]})
     found = found_below(target.resolve()).keys() - known
     if is_ours(target):  # a run ended between giving it its name and removing its journal
         found = {name for name in found if name != RESUMABLE and name.split("/")[0] != JOURNAL_DIRECTORY}
@@ -100,12 +102,13 @@ def _is_above_any(directory: str, names: Sequence[str]) -> bool:
     return place < len(names) and names[place].startswith(directory)
 
 
-def what_differs(target: Path, facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()) -> str | None:
+def what_differs(
+    target: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any], elsewhere: frozenset[str] = frozenset()
+) -> str | None:
     """In what a directory is not what a conversion of these facts leaves, by its manifest and the sizes of its files.
 
     "" where it is just that; None where no conversion has left it. `elsewhere` are files on other nodes' disks.
     """
-    manifest = manifest_of(target)
     try:
         different = differences_of_complete(manifest, facts)
         here = {name: record["size_bytes"] for name, record in manifest["files"].items() if name not in elsewhere}

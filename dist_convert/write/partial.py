@@ -31,6 +31,7 @@ from dist_convert.records import human_bytes, names
 from dist_convert.write.files import (
     PARTIAL_SUFFIX,
     TEMPORARY,
+    Place,
     holding,
     is_plain,
     opened,
@@ -42,7 +43,7 @@ from dist_convert.write.files import (
 )
 from dist_convert.write.journal import JOURNAL_DIRECTORY, journals
 from dist_convert.write.lock import Lock, check_unlocked
-from dist_convert.write.trees import found_below, make_parents, remove
+from dist_convert.write.trees import found_below, make_parents, remove, rename_to_new
 
 #: Of the digests in an identity and in a manifest: 2 since copies are the intersection of two catalogs.
 FORMAT = 2
@@ -205,17 +206,31 @@ def check_partial(target: Path, identity: Mapping[str, Any], sizes: Mapping[str,
         raise refused
 
 
-def refuse_exchanged(partial: Path) -> None:
+def place_of(directory: Path) -> Place:
+    """Which directory has a name; none that is there is (0, 0)."""
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def refuse_exchanged(partial: Path, place: Place | None = None) -> None:
     """Refuse what no conversion has begun in, as where a directory was exchanged for another one during the run.
+
+    Args:
+        place: of the directory that this conversion has held since it began.
 
     Raises:
         TargetExists
     """
-    if not is_ours(partial):
+    if not is_ours(partial) or place not in (None, place_of(partial)):
         raise TargetExists(
-            "what lies where the target is made was not left by a conversion",
+            "what lies where the target is made was not left by a conversion"
+            if place is None
+            else "what lies where the target is made is not what this conversion has begun in",
             file=str(partial),
-            expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{IDENTITY_FILE}",
+            expected=f"nothing, or a directory with {JOURNAL_DIRECTORY}/{IDENTITY_FILE}" if place is None else "",
             found="" if os.path.lexists(partial) else "nothing any more",
             remedy="move it away, then start the same command again; or choose another target",
         )
@@ -359,7 +374,7 @@ def forget(partial: Path) -> None:
 def _restore_aside(target: Path) -> None:
     """Give a target its name back that was moved aside by a run that ended before its successor had the name."""
     if not os.path.lexists(target) and is_moved_aside(target, partial_of(target)):
-        aside_of(target).rename(target)
+        rename_to_new(aside_of(target), target)
         sync_parent(target)
 
 

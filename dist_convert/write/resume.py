@@ -37,7 +37,7 @@ from dist_convert.read.discover import deal_headers
 from dist_convert.read.source import BACK_OR_ANEW, changed_files
 from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_name, warnings_of
 from dist_convert.write.commit import check_beside, check_target
-from dist_convert.write.files import reserve_file, sync, writing
+from dist_convert.write.files import Place, reserve_file, sync, writing
 from dist_convert.write.journal import (
     JOURNAL_DIRECTORY,
     Journal,
@@ -65,6 +65,7 @@ from dist_convert.write.partial import (
     is_ours,
     lock_target,
     look,
+    place_of,
     refuse_exchanged,
     set_note,
 )
@@ -113,8 +114,13 @@ def facts_of(task: Task) -> dict[str, Any]:
 
 def has_name(task: Task) -> bool:
     """Whether the target is there, complete, by an earlier run of this conversion, settled or not."""
-    is_settled = not task.job.overwrite and what_differs(task.target, facts_of(task), task.elsewhere) == ""
-    return is_settled or is_made_of(task.target, identity_of(task))
+    return is_made_of(task.target, identity_of(task)) or (
+        not task.job.overwrite and _what_differs(task, manifest_of(task.target)) == ""
+    )
+
+
+def _what_differs(task: Task, manifest: Mapping[str, Any]) -> str | None:
+    return what_differs(task.target, manifest, facts_of(task), task.elsewhere)
 
 
 def _sizes(task: Task) -> dict[str, int]:
@@ -133,14 +139,17 @@ def check_start(task: Task) -> tuple[int, str]:
     Returns:
         The free bytes of its disk, and what is there to be replaced (see `partial.look`).
     """
-    if has_name(task):
+    manifest = manifest_of(task.target)  # read once, as it may be large
+    different = _what_differs(task, manifest)
+    if is_made_of(task.target, identity_of(task)) or (different == "" and not task.job.overwrite):
         return shutil.disk_usage(task.target).free, ""
     free_bytes = check_target(
         task.target,
         task.source.directory,
+        manifest,
         overwrite=task.job.overwrite,
         needed_bytes=sum(_sizes(task).values()),
-        different=what_differs(task.target, facts_of(task), task.elsewhere),
+        different=different,
     )
     check_partial(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     check_beside(task.target, task.layout.beside())
@@ -148,17 +157,21 @@ def check_start(task: Task) -> tuple[int, str]:
 
 
 def notes_on_replacing(task: Task) -> list[str]:
-    """What `--overwrite` is going to remove."""
-    if not task.job.overwrite or not manifest_of(task.target) or has_name(task):
+    """What `--overwrite` is going to remove, where `check_start` lets it."""
+    is_there = task.target.is_dir() and any(task.target.iterdir())
+    if not task.job.overwrite or not is_there or is_made_of(task.target, identity_of(task)):
         return []
     return [f"warning: replaces {task.target}, which an earlier conversion has made"]
 
 
-def begin(task: Task, world: World) -> tuple[ResumeState, Journal]:
-    """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal."""
+def begin(task: Task, world: World, place: Place | None) -> tuple[ResumeState, Journal]:
+    """Read what earlier runs did, make the target's files where they are not there, and open this rank's journal.
+
+    `place` is that of `Held`.
+    """
     partial, files = task.partial, task.files
     if task.is_first:
-        refuse_exchanged(partial)
+        refuse_exchanged(partial, place)
     _forget_what_is_void(task, world)
     run, read, odd = _read_journals(task, world)
     if odd and task.job.overwrite:
@@ -175,7 +188,7 @@ def begin(task: Task, world: World) -> tuple[ResumeState, Journal]:
         task.layout.make_files(partial, files, is_first=world.rank == 0)
         for file in files:
             reserve_file(partial, local_name(file.name))
-    journal = Journal(partial, run, world.rank)
+    journal = Journal(partial, run, world.rank, place)
     for name in broken if run > 1 else ():
         journal.lost(local_name(name), with_this_run=False)
     gather_objects(world, None)
@@ -266,31 +279,35 @@ class Held:
         directory: where it lies on this rank's disk.
         unnamed: the first ranks of the disks where it has not got its name yet.
         is_complete: nothing is left to be written: on some disk it has its name already.
+        place: which directory that is, where one of its ranks has locked it.
     """
 
     directory: Path
     unnamed: list[int]
     is_complete: bool
+    place: Place | None
 
 
 @contextlib.contextmanager
 def held_target(task: Task, world: World) -> Iterator[Held]:
     """Hold the target for this conversion, see `partial.lock_target`; errors inside say how to go on with it."""
-    lock, is_here, runs_before = None, False, 0
+    lock, place, runs_before = None, None, 0
     is_named = task.is_first and has_name(task)
     if task.is_first and (not is_named or is_ours(task.target)):
         lock = lock_target(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     try:
         named: list[bool] = gather_objects(world, is_named)
         is_here = not named[task.disks.index(task.disks[task.rank])]
+        directory = task.partial if is_here else task.target
+        place = place_of(directory) if is_here or lock else None
         runs_before = last_run(journals(task.partial))
         unnamed = [rank for rank in task.first_ranks if not named[rank]]
-        yield Held(task.partial if is_here else task.target, unnamed, any(named))
+        yield Held(directory, unnamed, any(named), place)
     except ConversionError as error:
         if not isinstance(error, ValueOverflow | DifferentModel | SourceChanged):
             error.resume = RESUME
         with contextlib.suppress(OSError, TargetError):  # the same disk may refuse this too
-            if is_here and is_ours(task.partial):
+            if place == place_of(task.partial) and is_ours(task.partial):
                 _leave(task.partial, error, runs_before)
         raise
     finally:

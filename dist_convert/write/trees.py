@@ -1,5 +1,6 @@
 """Directories as a whole: made, listed and removed, and what is mounted at them or inside of them."""
 
+import ctypes
 import errno
 import os
 import re
@@ -58,6 +59,26 @@ def remove(root: Path, name: str) -> None:
         for one in reversed(found):
             with holding(root, one) as (holder, last):
                 (os.rmdir if stat.S_ISDIR(found[one].st_mode) else os.unlink)(last, dir_fd=holder)
+
+
+#: Of renameat2(2): relative to the working directory, and what has the new name stays.
+_HERE, _NO_REPLACE = -100, 1
+
+
+def rename_to_new(old: Path, new: Path) -> None:
+    """Rename something, but never in place of anything: rename(2) itself replaces an empty directory.
+
+    Raises:
+        OSError: the operating system's.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None or call(_HERE, os.fsencode(old), _HERE, os.fsencode(new), _NO_REPLACE):
+        number = ctypes.get_errno() if call else errno.ENOSYS
+        if number not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(number, os.strerror(number), str(new))
+        if os.path.lexists(new):  # all that file systems without it let us do
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+        old.rename(new)
 
 
 def mount_points(directory: Path) -> list[str]:

@@ -48,7 +48,7 @@ from dist_convert.read.dcp import Chunk, place_chunks, read_metadata
 from dist_convert.read.source import read_json
 from dist_convert.read.torch_file import read_pickled_weights
 from dist_convert.write.journal import read_journal, resume_state_of
-from dist_convert.write.manifest import what_differs
+from dist_convert.write.manifest import manifest_of, what_differs
 from tests.attacks.damage import (
     Way,
     with_other_bytes,
@@ -131,7 +131,7 @@ def _read_journal(path: Path) -> None:
 
 def _read_manifest(path: Path) -> None:
     facts = {"format": 1, "source": {"files": {}}, "flags": {}, "plan": "", "settings": {}, "conversion": ""}
-    if what_differs(path.parent, facts) is None:
+    if what_differs(path.parent, manifest_of(path.parent), facts) is None:
         raise CorruptFile("a damaged manifest")
 
 

@@ -264,8 +264,8 @@ def test_what_gets_a_name_beside_a_target_during_the_run_stays_and_moved_away_le
     make_hf(tmp_path / "hf", MODEL)
     commit = dist_convert.move.convert.commit
 
-    def hours_later(partial: Path, place: Path, *, replaces: str) -> None:
-        commit(partial, place, replaces=replaces)
+    def hours_later(*words: Any, **more: Any) -> None:
+        commit(*words, **more)
         (target / ARGS).write_text(TEXT)
 
     monkeypatch.setattr(dist_convert.move.convert, "commit", hours_later)
@@ -329,9 +329,9 @@ def test_a_target_that_is_changed_during_its_replacement_is_kept_beside_the_new_
     assert convert(source, target) == 0
     commit = dist_convert.move.convert.commit
 
-    def hours_later(partial: Path, target: Path, *, replaces: str) -> None:
+    def hours_later(*words: Any, **more: Any) -> None:
         change(target)
-        commit(partial, target, replaces=replaces)
+        commit(*words, **more)
 
     monkeypatch.setattr(dist_convert.move.convert, "commit", hours_later)
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 1
@@ -355,7 +355,7 @@ def by_a_directory(partial: Path, mine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["move.convert.begin", "move.convert.known_ranges", "move.convert.commit", "write.partial.Lock"]
+    "step", [*(f"move.convert.{step}" for step in ("begin", "move", "known_ranges", "commit")), "write.partial.Lock"]
 )
 @pytest.mark.parametrize("exchange", [by_a_link, by_a_directory])
 def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_moved_away_lets_it_be_made(
@@ -386,6 +386,87 @@ def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_mo
     assert os.listdir(target.parent) == ["out"]
 
 
+@pytest.mark.parametrize("step", ["begin", "known_ranges", "commit"])
+def test_another_unfinished_conversion_in_place_of_a_partial_directory_stays(
+    step: str, left: Path, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, original = left.rename(tmp_path / "other"), getattr(dist_convert.move.convert, step)
+    before = hashes_below(other)
+
+    def hours_later(*words: Any, **more: Any) -> Any:
+        left.rename(tmp_path / "taken")
+        other.rename(left)
+        return original(*words, **more)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(dist_convert.move.convert, step, hours_later)
+        assert go_on(unfinished, left, "--target-params-dtype", "fp32") == 1
+    assert "is not what this conversion has begun in" in capsys.readouterr().err
+    assert hashes_below(left) == before
+    assert os.listdir(left.parent) == ["out.partial"]
+
+
+@pytest.mark.parametrize("step", ["move.convert.publish", "write.commit.remove_journal"])
+@pytest.mark.parametrize("exchange", [by_a_link, by_a_directory])
+def test_what_takes_the_name_of_a_target_is_told_and_the_target_given_its_name_back_is_complete(
+    exchange: Callable[[Path, Path], None], step: str, source: Path, target: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own(mine := tmp_path / "mine")
+
+    def exchanged(*_: Any) -> None:
+        target.rename(tmp_path / "taken")
+        exchange(target, mine)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(f"dist_convert.{step}", exchanged)
+        assert convert(source, target) == 1
+    error = capsys.readouterr().err
+    assert "something else has the name that this conversion has given to what it made" in error
+    assert f"  file:     {target}\n" in error
+    assert (mine / "diary").read_text() == (target / "diary").read_text() == TEXT
+    target.rename(tmp_path / "moved")
+    (tmp_path / "taken").rename(target)
+    assert convert(source, target) == 0
+    assert "is complete already" in capsys.readouterr().err
+    assert os.listdir(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("name", [TRACKER, ARGS])
+def test_a_link_that_takes_the_name_of_a_file_beside_a_target_is_told(
+    name: str, target: Path, victim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_hf(tmp_path / "hf", MODEL)
+
+    def exchanged(_: Path) -> None:
+        (target / name).unlink()
+        (target / name).symlink_to(victim)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(dist_convert.write.commit, "remove_journal", exchanged)
+        assert to_megatron(tmp_path / "hf", target) == 1
+    assert f"  file:     {target / name}\n" in capsys.readouterr().err
+    assert victim.read_text() == TEXT
+
+
+def test_an_empty_directory_that_gets_the_name_of_what_waits_aside_stays(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(source, target) == 0
+    before, set_note = hashes_below(target), dist_convert.write.commit.set_note
+    aside = target.with_name("out.replaced")
+
+    def at_last(*words: Any) -> None:
+        set_note(*words)
+        aside.mkdir(mode=0o711)
+
+    monkeypatch.setattr(dist_convert.write.commit, "set_note", at_last)
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 1
+    assert "found:    File exists\n" in capsys.readouterr().err
+    assert hashes_below(target) == before
+    assert aside.stat().st_mode & 0o777 == 0o711
+
+
 def test_what_takes_the_targets_place_at_the_end_keeps_its_mode(
     source: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,9 +491,9 @@ def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
     assert convert(source, target) == 0
     remove_leftovers = dist_convert.move.convert.remove_leftovers
 
-    def after_a_change(target: Path) -> str:
+    def after_a_change(*words: Any) -> str:
         added_to(target.with_name("out.replaced"))
-        return remove_leftovers(target)
+        return remove_leftovers(*words)
 
     monkeypatch.setattr(dist_convert.move.convert, "remove_leftovers", after_a_change)
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0

@@ -10,6 +10,7 @@ import pytest
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.commit import check_target, commit, remove_leftovers
+from dist_convert.write.manifest import manifest_of
 from dist_convert.write.partial import look
 
 
@@ -52,6 +53,7 @@ def check(target: Path, source: Path, *, overwrite: bool = False, needed_bytes: 
     return check_target(
         target,
         source,
+        manifest_of(target),
         overwrite=overwrite,
         needed_bytes=needed_bytes,
     )
@@ -152,8 +154,8 @@ def test_a_directory_without_write_permission_is_named(target: Path, source: Pat
 def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, there: bool) -> None:
     if there:
         target.mkdir()
-    commit(partial, target, replaces="")
-    remove_leftovers(target)
+    commit(partial, target, replaces="", place=None)
+    remove_leftovers(target, None, {})
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
 
@@ -161,8 +163,8 @@ def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, t
 def test_with_overwrite_nothing_of_the_old_target_is_left(target: Path, partial: Path) -> None:
     write(target, "config.json", "old")
     write(target, "model-00001-of-00002.safetensors", "old")
-    commit(partial, target, replaces=look(target))
-    remove_leftovers(target)
+    commit(partial, target, replaces=look(target), place=None)
+    remove_leftovers(target, None, {})
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
@@ -187,7 +189,7 @@ def test_a_source_where_the_target_is_made_is_refused(target: Path, name: str) -
 def test_a_target_that_appeared_meanwhile_is_left_alone_without_overwrite(target: Path, partial: Path) -> None:
     write(target, "config.json", "someone else's")
     with pytest.raises(TargetExists) as caught:
-        commit(partial, target, replaces="")
+        commit(partial, target, replaces="", place=None)
     assert caught.value.file == str(target)
     assert (target / "config.json").read_text() == "someone else's"
     assert (partial / "config.json").read_text() == "new"
@@ -198,7 +200,7 @@ def test_a_target_may_be_named_relative_to_the_working_directory(
     target: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(target.parent)
-    commit(Path("model.partial"), Path("model"), replaces="")
+    commit(Path("model.partial"), Path("model"), replaces="", place=None)
     assert (target / "config.json").read_text() == "new"
 
 
@@ -206,8 +208,8 @@ def test_a_link_to_a_model_is_replaced_and_the_model_it_leads_to_is_kept(target:
     elsewhere = target.parent / "elsewhere"
     write(elsewhere, "config.json", "old")
     target.symlink_to(elsewhere)
-    commit(partial, target, replaces=look(target))
-    remove_leftovers(target)
+    commit(partial, target, replaces=look(target), place=None)
+    remove_leftovers(target, None, {})
     assert (target / "config.json").read_text() == "new"
     assert (elsewhere / "config.json").read_text() == "old"
     assert beside(target) == ["elsewhere", "model"]
