@@ -29,8 +29,8 @@ from dist_convert.errors import (
     ValueOverflow,
 )
 from dist_convert.options import fingerprint
-from dist_convert.plan.content import digest
-from dist_convert.plan.copies import BLOCK_BYTES
+from dist_convert.plan.content import Content, digest
+from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.plan.file_owners import file_numbers
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import deal_headers
@@ -39,6 +39,7 @@ from dist_convert.records import TILE_COLUMNS, TargetFile, __version__, local_na
 from dist_convert.write.commit import check_beside, check_target
 from dist_convert.write.files import Place, reserve_file, sync, writing
 from dist_convert.write.journal import (
+    FEW_WINDOWS,
     JOURNAL_DIRECTORY,
     Journal,
     ResumeState,
@@ -71,6 +72,9 @@ from dist_convert.write.partial import (
 )
 from dist_convert.write.task import Task
 from dist_convert.write.trees import remove
+
+#: Of journals whose windows are few: each takes at least 20 bytes.
+_FEW_BYTES = 4_000_000
 
 
 def identity_of(task: Task) -> dict[str, Any]:
@@ -205,14 +209,31 @@ def _read_journals(task: Task, world: World) -> tuple[int, list[dict[str, Any]],
     seen = [{f"{disk}/{name}": 0 for name in of} for disk, of in zip(task.disks, listings, strict=True)]
     mine = deal_headers(sorted({name for of_rank in seen for name in of_rank}), seen)[world.rank]
     records, odd = [], []
-    for name in (name.partition("/")[2] for name in mine):
-        record = read_journal(partial, name, boots)
+    names = [name.partition("/")[2] for name in mine]
+    most = _most_windows(task.content, sum((partial / JOURNAL_DIRECTORY / name).lstat().st_size for name in names))
+    for name in names:
+        record = read_journal(partial, name, boots, most)
         if record is None or not _fits(record, _sizes(task)):
             odd.append(str(partial / JOURNAL_DIRECTORY / name))
         else:
             records.append(_planned(record, files))
+            most -= len(record["wrote"])
     gathered = gather_objects(world, [records, odd])
     return run, [one for of_rank, _ in gathered for one in of_rank], [one for _, of_rank in gathered for one in of_rank]
+
+
+def _most_windows(content: Content, journal_bytes: int) -> int:
+    """How many windows journals of so many bytes can have together; what is not needed is not counted."""
+    if journal_bytes < _FEW_BYTES:
+        return FEW_WINDOWS
+    blocks = (
+        block
+        for transfer in content.transfers
+        for band in bands(content.ends, transfer.names)
+        for block in blocks_of_band(band, transfer.target_files)
+    )
+    # Twice: what was lost, or not forced to the disk in time, has been written again.
+    return FEW_WINDOWS + 2 * sum(len(copy.targets) for block in blocks for copy in block)
 
 
 def _fits(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:

@@ -159,6 +159,24 @@ def test_a_journal_of_3_gb_is_named_and_not_read(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    "one", [{"wrote": [["model.safetensors", 0, 1, 0, 1, 1]]}, {"lost": "x", "until": 0}], ids=list
+)
+def test_a_journal_of_more_than_the_target_can_need_is_named(
+    one: dict[str, Any], left: Path, unfinished: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(dist_convert.write.resume, "FEW_WINDOWS", 4)
+    monkeypatch.setattr(dist_convert.write.resume, "_FEW_BYTES", 0)
+    shutil.copytree(left.parent, left.parent.parent / "second")
+    assert go_on(unfinished, left) == 0
+    assert "are there already" in capsys.readouterr().err
+    second = left.parent.parent / "second" / "out.partial"
+    appended(line(one) * 50)(second)
+    assert go_on(unfinished, second) == 1
+    assert f"  file:     {second / JOURNAL}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("make_other", [Path.mkdir, os.mkfifo], ids=["a directory", "a pipe"])
 @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=str)
 def test_what_is_in_the_lock_s_place_is_named_and_moved_away_lets_the_conversion_end(
