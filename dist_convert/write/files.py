@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import os
 import re
 import secrets
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from dist_convert.errors import NotEnoughSpace, PlanError, TargetError, remedy_of
+from dist_convert.errors import CorruptFile, NotEnoughSpace, PlanError, TargetError, remedy_of
+from dist_convert.read.source import read_json
 from dist_convert.records import View, Window, local_name
 
 #: Of every descriptor: no link is followed, and nobody waits for the other end of a pipe.
@@ -292,8 +294,15 @@ PARTIAL_SUFFIX = ".partial"
 TEMPORARY = re.compile(r"\.dist_convert-[0-9a-f]{16}\.partial")
 
 
+#: Lists by their names files that are complete and wait to take them, as in `replace_files`.
+WAITING = ".dist_convert-waiting.json"
+
+
 def replace_files(
-    root: Path, contents: Mapping[str, bytes | Iterable[bytes]], scratch: tuple[Path, str] | None = None
+    root: Path,
+    contents: Mapping[str, bytes | Iterable[bytes]],
+    scratch: tuple[Path, str] | None = None,
+    waiting: Iterable[str] | None = None,
 ) -> None:
     """Replace files, or add them; none before all are written and forced to the disk, and none in part.
 
@@ -303,8 +312,10 @@ def replace_files(
             is left alone.
         scratch: a root and the name of a directory in it, on the same file system, in which they are written first;
             each beside its place without it. There a `TEMPORARY` one stays if the process is killed.
+        waiting: where they belong together: `WAITING` lists them from when they are written until the caller removes
+            it, and these names, which it has listed before; `go_on_replacing` does what is left.
     """
-    fresh_root, fresh = root, dict[str, str]()
+    fresh_root, fresh, is_listed = root, dict[str, str](), False
     for name in contents:
         directory = scratch[1] if scratch else name.rpartition("/")[0]
         fresh[name] = f"{directory}/.dist_convert-{secrets.token_hex(8)}{PARTIAL_SUFFIX}".lstrip("/")
@@ -314,16 +325,49 @@ def replace_files(
         for name, content in contents.items():
             with writing(root / name):
                 _write_new(fresh_root, fresh[name], content, is_forced=True)
+        if waiting is not None:
+            replace_files(root, {WAITING: json.dumps(dict.fromkeys(waiting, "") | fresh).encode()})
+            is_listed = True
         for name in contents:
-            with (
-                writing(root / name),
-                holding(fresh_root, fresh[name]) as (made_in, made),
-                holding(root, name) as (holder, last),
-            ):
-                os.rename(made, last, src_dir_fd=made_in, dst_dir_fd=holder)
-                os.fsync(holder)
+            _take_name(fresh_root, fresh[name], root, name)
     except BaseException:
-        for name in fresh.values():
+        for name in () if is_listed else fresh.values():
             with suppress(OSError), holding(fresh_root, name) as (made_in, made):
                 os.unlink(made, dir_fd=made_in)
         raise
+
+
+def _take_name(fresh_root: Path, fresh: str, root: Path, name: str) -> None:
+    with (
+        writing(root / name),
+        holding(fresh_root, fresh) as (made_in, made),
+        holding(root, name) as (holder, last),
+    ):
+        os.rename(made, last, src_dir_fd=made_in, dst_dir_fd=holder)
+        os.fsync(holder)
+
+
+def waiting_files(root: Path) -> dict[str, str]:
+    """What `WAITING` lists, by name, which has its name already if it is not there any more.
+
+    Raises:
+        CorruptFile: it lists something else than `replace_files` does.
+    """
+    if not os.path.lexists(root / WAITING):
+        return {}
+    listed = read_json(root / WAITING)
+    for name, made in listed.items():
+        above, _, last = f"{made}".rpartition("/")
+        is_beside = above == name.rpartition("/")[0] and TEMPORARY.fullmatch(last)
+        if ".." in name.split("/") or (made != "" and not is_beside):
+            raise CorruptFile("no list of files that wait for their names", file=str(root / WAITING), found=f"{name!r}")
+    return listed
+
+
+def go_on_replacing(root: Path) -> list[str]:
+    """Give files their names that did not get them when a run was killed; the names of all of which it listed."""
+    listed = waiting_files(root)
+    for name, made in listed.items():
+        if made and os.path.lexists(root / made):
+            _take_name(root, made, root, name)
+    return [*listed]

@@ -38,6 +38,7 @@ from dist_convert.write.files import (
     replace_files,
     sync,
     sync_parent,
+    waiting_files,
     write_file,
     writing,
 )
@@ -411,6 +412,12 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     Raises:
         SourceError: naming the conversion's source, and how to go on with it.
     """
+    if any(os.path.lexists(path / made) for made in waiting_files(path).values()):
+        raise SourceError(
+            "files of the model wait to replace those of before",
+            file=str(path),
+            remedy="start the dist-convert tokenizer that was stopped again: it goes on where it stopped",
+        )
     for place in _places(path, name):
         if is_ours(place) and (place.name.endswith(PARTIAL_SUFFIX) or (place / RESUMABLE).exists()):
             found = "what a conversion has made so far"

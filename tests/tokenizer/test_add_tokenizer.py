@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.tokenizer.test_finding import tiktoken_lines
 from tests.tokenizer.test_huggingface_directory import files_of, make_tokenizer
 
 LAYER = Model(layers=1)
+WAITING = ".dist_convert-0123456789abcdef.partial"
 TINY_LLAMA3 = Model(layers=1, vocab=128256, padded_vocab=128256, hidden=4, ffn=4)
 TINY_MIXTRAL = Model(layers=1, vocab=400, padded_vocab=512, experts=2)
 
@@ -165,6 +169,58 @@ def test_padding_that_nobody_knew_of_is_named_and_cut_as_by_a_conversion_with_th
     assert {name: one["size_bytes"] for name, one in manifest.items()} == {
         name: len(content) for name, content in found.items() if name != "conversion.json"
     }
+
+
+def killed(words: list[str], call: str, moment: int) -> bool:
+    """Whether a command is killed before the so many-th call of a function of `os`; else it ends well."""
+    child, left, original = os.fork(), [moment], getattr(os, call)
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    def counted(*args: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **more)
+
+    setattr(os, call, counted)
+    os._exit(main(words))
+
+
+@pytest.mark.parametrize(("call", "moments"), [("rename", (1, 2, 5, 8)), ("unlink", (1,))])
+def test_a_vocabulary_is_cut_by_the_same_command_after_a_kill_before_any_change(
+    call: str, moments: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_tokenizer(tmp_path / "source")
+    target = converted(tmp_path, Model(layers=1), "--max-shard-size", "3KB", vocab_size=None)
+    shutil.copytree(target, tmp_path / "before")
+    command = ["tokenizer", str(source), str(target), "--true-vocab-size", "29"]
+    assert main(command) == 0
+    expected = files_of(target)
+    for moment in moments:
+        shutil.rmtree(target)
+        shutil.copytree(tmp_path / "before", target)
+        assert killed(command, call, moment)
+        capsys.readouterr()
+        assert main(["inspect", str(target)]) == (1 if moment > 1 else 0)
+        assert ("files of the model wait to replace those of before" in capsys.readouterr().err) == (moment > 1)
+        assert main(command) == 0
+        found = files_of(target)
+        left = {name for name in found if re.fullmatch(r"\.dist_convert-[0-9a-f]{16}\.partial", name)}
+        assert {name: content for name, content in found.items() if name not in left} == expected
+
+
+@pytest.mark.parametrize("listed", [[], {"config.json": "../x"}, {"config.json": "README.md"}, {"../x": WAITING}])
+def test_a_list_of_waiting_files_that_nobody_wrote_is_named(
+    listed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    (target / ".dist_convert-waiting.json").write_text(json.dumps(listed))
+    (target / WAITING).write_text("")
+    before = files_of(tmp_path)
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target)]) == 1
+    assert f"  file:     {target / '.dist_convert-waiting.json'}\n" in capsys.readouterr().err
+    assert before.items() <= files_of(tmp_path).items()
 
 
 @pytest.mark.parametrize(

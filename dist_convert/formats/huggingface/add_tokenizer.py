@@ -21,9 +21,10 @@ from dist_convert.options import TokenizerJob
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.source import opened_source, read_json
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec
-from dist_convert.write.files import replace_files
+from dist_convert.write.files import WAITING, go_on_replacing, replace_files
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished
+from dist_convert.write.trees import remove
 
 _BLOCK_BYTES = 4 << 20
 
@@ -41,6 +42,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         MissingPackage, TargetError
     """
     refuse_foreign(job.target)
+    waiting = go_on_replacing(root := job.target.resolve())
     refuse_unfinished(job.target)
     if not (job.target / CONFIG_FILE).is_file():
         raise UsageError(
@@ -57,7 +59,7 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     path = tokenizer.path
     if path is not None and tokenizer.kind in ("huggingface", "slow") and path.resolve() == job.target.resolve():
         raise UsageError("SRC and DST are the same directory", file=str(path))
-    if old and not job.overwrite:
+    if old and not job.overwrite and not waiting:
         remedy = "replace it with --overwrite"
         raise TargetExists("the model has a tokenizer", file=str(job.target), found=", ".join(old), remedy=remedy)
     style = style_of(tokenizer, config, job)
@@ -87,9 +89,11 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         names = write_tokenizer(tokenizer, style, Path(scratch))
         contents |= {name: (Path(scratch) / name).read_bytes() for name in names}
     contents |= {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in changed.items()}
-    replace_files(job.target.resolve(), contents)
-    renew_manifest(job.target, gone=old, fresh=(*names, *changed, *cut))
+    replace_files(root, contents, waiting=waiting)
+    fresh = dict.fromkeys((*names, *changed, *cut, *waiting))
+    renew_manifest(job.target, gone=set(old) - fresh.keys(), fresh=fresh)
     _remove(job.target, [name for name in old if name not in names])
+    remove(root, WAITING)
     return (*names, *changed, *cut)
 
 
