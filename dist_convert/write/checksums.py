@@ -1,33 +1,46 @@
-"""CRC-32 checksums of what was written, and of a `.pt` file's storages, which was filled in place.
+"""CRC-32 checksums of what was written, and of the storages in files of torch, which were filled in place.
 
-torch stores a zip record's checksum after its data and in the central directory, and leaves both 0 where it skipped
-the data. Nothing in torch checks them; `unzip -t` does, and with them tests the file as a whole. Format: PKWARE's
-APPNOTE.TXT, 4.3.7 (local header), 4.3.9 (data descriptor) and 4.3.12 (central directory).
+A zip record's checksum lies behind its data and in the central directory. Nothing in torch checks them; `unzip -t`
+does, and with them tests the file as a whole. Format: PKWARE's APPNOTE.TXT, 4.3.9 (data descriptor) and 4.3.12 (central
+directory).
 """
 
 import os
-import zipfile
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile
-from dist_convert.read.source import opened_source
-from dist_convert.read.torch_file import Container, data_offset_bytes, open_container
 from dist_convert.write.files import opened, writing
 
 #: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
 KnownRange = tuple[int, int, int]
 _READ_BYTES = 8 << 20
 
-_CENTRAL_HEADER_BYTES, _CENTRAL_CRC = 46, 16
-_LOCAL_FLAGS, _LOCAL_CRC = 6, 14
-_HAS_DESCRIPTOR = 1 << 3
-_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 
-_CHANGED = "something else has written to the target: let nothing do that, and convert again"
+@dataclass(frozen=True)
+class ZipRecord:
+    """Where a record's data begins and ends in a file, and where its header in the central directory begins."""
+
+    start_bytes: int
+    end_bytes: int
+    header_bytes: int
+
+    def moved(self, distance_bytes: int) -> "ZipRecord":
+        """The record of a container that begins so many bytes later."""
+        numbers = self.start_bytes, self.end_bytes, self.header_bytes
+        return ZipRecord(*(number + distance_bytes for number in numbers))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end_bytes - self.start_bytes
+
+
+#: Signature, and where the checksum lies.
+_CENTRAL_HEADER, _DESCRIPTOR = (b"PK\1\2", 16), (b"PK\7\x08", 4)
 
 
 def checksum_of(descriptor: int, label: str, start: int, end: int, known: Sequence[KnownRange]) -> int:
@@ -55,64 +68,37 @@ def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: 
     while start < end:
         data = os.pread(descriptor, min(end - start, _READ_BYTES), start)
         if not data:
-            raise CorruptFile(
-                "a file of the target has become shorter", file=label, found=f"{start} bytes", remedy=_CHANGED
-            )
+            raise _changed("a file of the target has become shorter", label, f"{end} bytes", f"{start} bytes")
         checksum = isal_zlib.crc32(data, checksum)
         start += len(data)
     return checksum
 
 
-def write_record_checksums(root: Path, name: str, known: Sequence[KnownRange]) -> None:
-    """Write the storages' checksums to the two places of a `.pt` file that hold them; once more, it changes nothing.
+def write_record_checksums(
+    root: Path, name: str, size_bytes: int, records: Iterable[ZipRecord], known: Sequence[KnownRange]
+) -> None:
+    """Write the checksum of each record to the two places that hold it; once more, it changes nothing.
 
-    What the known ranges, in ascending order, do not cover is read.
+    Args:
+        root, name, size_bytes: of the file.
+        records: those that were filled in place.
+        known: see `checksum_of`; what these ranges do not cover is read.
 
     Raises:
-        CorruptFile: it is not a container that torch wrote.
+        CorruptFile: it has another size, or the headers beside a record are not there.
     """
-    with opened_source(root / name, name) as file:
-        container = open_container(file, name)
-        storages = [record for record in container.records if record.startswith("data/")]
-        starts = {storage: data_offset_bytes(container, storage) for storage in storages}
-        central = dict(_central_headers(container))
     with writing(root / name), opened(root, name, os.O_RDWR) as descriptor:
-        for storage, start in starts.items():
-            record = container.records[storage]
-            end = start + record.size_bytes
-            value = checksum_of(descriptor, name, start, end, known).to_bytes(4, "little")
-            place = _local_place(descriptor, record.header_offset_bytes, end, f"{name}: {storage}")
-            os.pwrite(descriptor, value, place)
-            os.pwrite(descriptor, value, central[storage] + _CENTRAL_CRC)
+        if (found_bytes := os.fstat(descriptor).st_size) != size_bytes:
+            raise _changed("a file of the target has another size", name, f"{size_bytes} bytes", f"{found_bytes} bytes")
+        for record in (one for one in records if one.size_bytes):
+            checksum = checksum_of(descriptor, name, record.start_bytes, record.end_bytes, known)
+            places = (record.end_bytes, *_DESCRIPTOR), (record.header_bytes, *_CENTRAL_HEADER)
+            for place, signature, offset in places:
+                if (found := os.pread(descriptor, 4, place)) != signature:
+                    raise _changed("no zip header beside a record", name, f"{signature!r} at offset {place}", found)
+                os.pwrite(descriptor, checksum.to_bytes(4, "little"), place + offset)
 
 
-def _central_headers(container: Container) -> Iterator[tuple[str, int]]:
-    """Record name, and where its header in the central directory begins."""
-    with zipfile.ZipFile(container.file) as archive:
-        offset_bytes = archive.start_dir
-        for entry in archive.infolist():
-            name = entry.filename.partition("/")[2]
-            yield name, offset_bytes
-            name_bytes = len(container.records[name].path)
-            offset_bytes += _CENTRAL_HEADER_BYTES + name_bytes + len(entry.extra) + len(entry.comment)
-
-
-def _local_place(descriptor: int, header_offset_bytes: int, end_bytes: int, label: str) -> int:
-    """Where the checksum beside the data is: behind it if the header says so, else in the header.
-
-    Raises:
-        CorruptFile: the descriptor behind the data lacks the signature that torch gives it.
-    """
-    flags = int.from_bytes(os.pread(descriptor, 2, header_offset_bytes + _LOCAL_FLAGS), "little")
-    if not flags & _HAS_DESCRIPTOR:
-        return header_offset_bytes + _LOCAL_CRC
-    found = os.pread(descriptor, 4, end_bytes)
-    if found != _DESCRIPTOR_SIGNATURE:
-        raise CorruptFile(
-            "no data descriptor behind a record",
-            file=label,
-            expected=_DESCRIPTOR_SIGNATURE,
-            found=found,
-            remedy=_CHANGED,
-        )
-    return end_bytes + len(_DESCRIPTOR_SIGNATURE)
+def _changed(what: str, file: str, expected: object, found: object) -> CorruptFile:
+    remedy = "something else has written to the target: let nothing do that, and convert again"
+    return CorruptFile(what, file=file, expected=expected, found=found, remedy=remedy)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_shapes, megatron_shards, save, training_args
 from tests.converting import convert
 from tests.to_megatron import config_of, to_megatron
@@ -163,8 +164,21 @@ def _to_megatron() -> list[Case]:
     return cases
 
 
+def _whole() -> list[Case]:
+    """Each format, with experts and without; the flags say which."""
+    padding = ("--make-vocab-size-divisible-by", "16")
+    megatron = (*padding, "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2")
+    cases = []
+    for name, model in (("llama", LLAMA), ("mixtral", MIXTRAL)):
+        grid = (*megatron, *(("--target-expert-parallel-size", "2") if model.experts else ()))
+        cases += [Case(f"{name}-{to}", model, Grid(), ("--to", to, *grid)) for to in ("torch", "torch_dist")]
+        cases += [Case(f"{name}-{to}", model, Grid(), ("--to", to)) for to in ("dcp", "huggingface")]
+    return cases
+
+
 TO_HF = {case.name: case for case in _to_hf()}
 TO_MEGATRON = {case.name: case for case in _to_megatron()}
+WHOLE = {case.name: case for case in _whole()}
 
 
 def tensors_of(model: Model) -> dict[str, torch.Tensor]:
@@ -241,3 +255,26 @@ def sums_to_megatron(case: Case, directory: Path) -> dict[str, str]:
     make_huggingface(directory / "hf", case.model, case.stored)
     assert to_megatron(directory / "hf", directory / "megatron", *case.flags, grid=case.grid) == 0
     return sums(directory / "megatron", "*.pt")
+
+
+def whole_sums(case: Case, directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of a target, made below a directory, but `conversion.json`, which names its run."""
+    make_huggingface(directory / "hf", case.model)
+    (directory / "hf/config.json").write_text(json.dumps(_config(case.model)))
+    assert main(["convert", str(directory / "hf"), str(directory / "target"), *case.flags]) == 0
+    found = sums(directory / "target", "*")
+    return {name: digest for name, digest in found.items() if not name.endswith("conversion.json")}
+
+
+def _config(model: Model) -> dict[str, Any]:
+    """The config of a model, whatever the version of transformers."""
+    experts = {"num_local_experts": model.experts, "num_experts_per_tok": 2, "sliding_window": None}
+    named: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if model.experts:
+        named = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **experts}
+    return named | {
+        "vocab_size": model.vocab, "hidden_size": model.hidden, "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers, "num_attention_heads": model.heads, "num_key_value_heads": model.groups,
+        "head_dim": model.head_dim, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "tie_word_embeddings": model.tied, "torch_dtype": "bfloat16",
+    }  # fmt: skip

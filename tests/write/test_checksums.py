@@ -8,16 +8,18 @@ import shutil
 import subprocess
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_convert.errors import CorruptFile
-from dist_convert.formats.torch.target import write_skeleton
+from dist_convert.formats.saved import lay_out_container
 from dist_convert.read.torch_file import data_offset_bytes, open_container
-from dist_convert.write.checksums import checksum_of, write_record_checksums
-from dist_convert.write.files import opened
+from dist_convert.write.checksums import KnownRange, ZipRecord, checksum_of, write_record_checksums
+from dist_convert.write.files import make_file, opened
+from tests.write import write_skeleton
 
 STATE = {
     "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),
@@ -25,6 +27,8 @@ STATE = {
 }  # fmt: skip
 DATA = {f"data/{key}": tensor.reshape(-1).numpy().tobytes() for key, tensor in enumerate(STATE.values())}
 CHECKSUMS = {name: zlib.crc32(data) for name, data in DATA.items()}
+
+Storages = tuple[ZipRecord, ...]
 
 
 def record_ranges(path: Path) -> dict[str, tuple[int, int]]:
@@ -36,16 +40,34 @@ def record_ranges(path: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def filled(tmp_path: Path) -> Path:
-    """A file of torch that skipped the data, with the data written into it afterwards."""
-    path = tmp_path / "filled.pt"
-    with torch.serialization.skip_data(), path.open("wb") as file:
+def whole(tmp_path: Path) -> Path:
+    """A file that torch saved."""
+    path = tmp_path / "whole.pt"
+    with path.open("wb") as file:
         torch.save(STATE, file)
-    with path.open("r+b") as file:
-        for name, (offset, size) in record_ranges(path).items():
-            assert size == len(DATA[name])
-            os.pwrite(file.fileno(), DATA[name], offset)
     return path
+
+
+@pytest.fixture
+def storages(whole: Path) -> Storages:
+    """`filled.pt` beside it with the same object, and the data written into it afterwards: its storages."""
+    with zipfile.ZipFile(whole) as archive:
+        container = lay_out_container(archive.read("archive/data.pkl"), [len(data) for data in DATA.values()])
+    make_file(whole.parent, "filled.pt", container.pieces, container.size_bytes)
+    with (whole.parent / "filled.pt").open("r+b") as file:
+        for record, data in zip(container.storages, DATA.values(), strict=True):
+            os.pwrite(file.fileno(), data, record.start_bytes)
+    return container.storages
+
+
+@pytest.fixture
+def filled(storages: Storages, tmp_path: Path) -> Path:
+    assert storages
+    return tmp_path / "filled.pt"
+
+
+def seal(path: Path, storages: Storages, known: Sequence[KnownRange] = ()) -> None:
+    write_record_checksums(path.parent, path.name, path.stat().st_size, storages, known)
 
 
 def without_serialization_id(path: Path) -> bytes:
@@ -62,33 +84,33 @@ def without_serialization_id(path: Path) -> bytes:
     return bytes(data)
 
 
-def test_a_truncated_file_is_not_sealed(filled: Path) -> None:
-    os.truncate(filled, filled.stat().st_size - 30)
-    with pytest.raises(CorruptFile) as caught:
-        write_record_checksums(filled.parent, filled.name, [])
+def test_a_truncated_file_is_not_sealed(filled: Path, storages: Storages) -> None:
+    size_bytes = filled.stat().st_size
+    os.truncate(filled, size_bytes - 30)
+    with pytest.raises(CorruptFile, match="has another size") as caught:
+        write_record_checksums(filled.parent, filled.name, size_bytes, storages, [])
     assert caught.value.file == "filled.pt"
 
 
-def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(filled: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole.pt"
-    with whole.open("wb") as file:
-        torch.save(STATE, file)
+def test_a_patched_file_is_the_one_that_torch_writes_with_the_data(
+    whole: Path, filled: Path, storages: Storages
+) -> None:
     assert without_serialization_id(filled) != without_serialization_id(whole)
-    write_record_checksums(filled.parent, filled.name, [])
+    seal(filled, storages)
     assert without_serialization_id(filled) == without_serialization_id(whole)
 
 
-def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path) -> None:
+def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: Path, storages: Storages) -> None:
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() == "archive/data/0"
-    write_record_checksums(filled.parent, filled.name, [])
+    seal(filled, storages)
     with zipfile.ZipFile(filled) as archive:
         assert archive.testzip() is None
 
 
 def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(
+    skeleton = write_skeleton(
         path.parent,
         path.name,
         {"num_layers": 1},
@@ -102,7 +124,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
             for half, at in zip(halves, (offset, offset + size // 2), strict=True):
                 os.pwrite(file.fileno(), half, at)
                 known.append((at, len(half), zlib.crc32(half)))
-    write_record_checksums(path.parent, path.name, sorted(known))
+    seal(path, skeleton.container.storages, sorted(known))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert {name: archive.read(f"archive/{name}") for name in ("data/0", "data/1", "data/2")} == {
@@ -111,8 +133,8 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
 
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="unzip is not installed")
-def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) -> None:
-    write_record_checksums(filled.parent, filled.name, [])
+def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path, storages: Storages) -> None:
+    seal(filled, storages)
     assert subprocess.run(["unzip", "-tqq", str(filled)], capture_output=True).returncode == 0
     offset, _ = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
@@ -123,32 +145,34 @@ def test_unzip_finds_a_patched_file_sound_and_a_flipped_bit_not(filled: Path) ->
     assert "archive/data/2" in result.stdout
 
 
-def test_patching_twice_gives_the_same_bytes(filled: Path) -> None:
-    write_record_checksums(filled.parent, filled.name, [])
+def test_patching_twice_gives_the_same_bytes(filled: Path, storages: Storages) -> None:
+    seal(filled, storages)
     once = filled.read_bytes()
-    write_record_checksums(filled.parent, filled.name, [])
+    seal(filled, storages)
     assert filled.read_bytes() == once
 
 
-def test_a_record_without_its_descriptor_is_refused(filled: Path) -> None:
+def test_a_record_without_its_descriptor_is_refused(filled: Path, storages: Storages) -> None:
     offset, size = record_ranges(filled)["data/2"]
     with filled.open("r+b") as file:
         file.seek(offset + size)
         file.write(b"xx")
     with pytest.raises(CorruptFile) as caught:
-        write_record_checksums(filled.parent, filled.name, [])
-    assert caught.value.file == "filled.pt: data/2"
+        seal(filled, storages)
+    assert caught.value.file == "filled.pt"
 
 
 def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(path.parent, path.name, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]])
+    skeleton = write_skeleton(
+        path.parent, path.name, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]]
+    )
     offset, size = record_ranges(path)["data/1"]
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(DATA["data/2"])
     huge, _ = record_ranges(path)["data/0"]
-    write_record_checksums(path.parent, path.name, [(huge, 5 << 30, 423114947)])  # of zeros
+    seal(path, skeleton.container.storages, [(huge, 5 << 30, 423114947)])  # of zeros
     with zipfile.ZipFile(path) as archive:
         assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
         assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum

@@ -14,7 +14,8 @@ import pytest
 
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
-from dist_convert.formats.torch.target import lay_out_skeleton, write_skeleton
+from dist_convert.formats.torch.target import lay_out_skeleton
+from tests.write import write_skeleton
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {
@@ -26,7 +27,7 @@ CHUNKS: list[list[TensorSpec]] = [[("embedding", "BF16", (6, 4)), ("norm", "F32"
 
 def test_the_pickle_is_these_bytes() -> None:
     skeleton = lay_out_skeleton({"b": "x", "a": TorchDtype("bfloat16")}, 7, [[("w", "BF16", (2, 3))]], FILE)
-    assert skeleton.pieces[0][1].partition(b"\x80\x02")[2].partition(b"PK")[0] == (
+    assert skeleton.container.pieces[0][1].partition(b"\x80\x02")[2].partition(b"PK")[0] == (
         b"}("
         b"X\x04\x00\x00\x00args" b"cargparse\nNamespace\n)\x81}("
         b"X\x01\x00\x00\x00a" b"ctorch\nbfloat16\n" b"X\x01\x00\x00\x00b" b"X\x01\x00\x00\x00x" b"ub"

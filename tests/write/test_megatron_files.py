@@ -20,8 +20,9 @@ from dist_convert.errors import PlanError, TargetError
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.formats.torch.shards import read_shard
-from dist_convert.formats.torch.target import lay_out_skeleton, write_skeleton
+from dist_convert.formats.torch.target import lay_out_skeleton
 from dist_convert.records import DTYPE_BYTES
+from tests.write import write_skeleton
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 GIB = 1 << 30
@@ -168,7 +169,7 @@ def test_the_layout_in_memory_is_what_is_read_from_the_file(path: Path, chunks: 
     write_skeleton(path.parent, path.name, ARGS, 7, chunks)
     skeleton = lay_out_skeleton(ARGS, 7, chunks, FILE)
     assert skeleton.chunks == read_shard(path, FILE).chunks
-    assert skeleton.size_bytes == path.stat().st_size
+    assert skeleton.container.size_bytes == path.stat().st_size
     assert all(place.offset_bytes % 64 == 0 for chunk in skeleton.chunks for place in chunk.values())
 
 

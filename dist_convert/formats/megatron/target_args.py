@@ -330,7 +330,7 @@ TAKEN_SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size",
 )  # fmt: skip
 
-_TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
+TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
 #: What JSON and the reader made of objects of Megatron and Python: enum members, functions, classes, anything else.
 _OBJECT = re.compile(
     r"(AttnBackend|ModelType|\w*CudaGraph(Scope|Module)|Signals)\.\w+"
@@ -466,7 +466,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _with_dtype(value: Any) -> object:
-    if isinstance(value, str) and value.startswith("torch.") and value[6:] in _TORCH_DTYPES:
+    if isinstance(value, str) and value.startswith("torch.") and value[6:] in TORCH_DTYPES:
         return TorchDtype(value[6:])
     return value
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.megatron.target import MegatronTarget
-from dist_convert.formats.saved import Pieces, SavedTensor, common_content, lay_out_container, pickled
+from dist_convert.formats.pickles import pickled
+from dist_convert.formats.saved import Container, SavedTensor, common_content, lay_out_container
 from dist_convert.formats.torch.capacity_bins import FILE as BINS_FILE
 from dist_convert.formats.torch.capacity_bins import load_bins, packed, place_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
@@ -30,31 +31,12 @@ class Skeleton:
     """A file before any data.
 
     Attributes:
-        pieces: offset in bytes and content of everything that is not a tensor's value.
-        size_bytes: of the whole file.
+        container: the file.
         chunks: per virtual pipeline stage, where each tensor's values go, by name; what `read_shard` finds in the file.
     """
 
-    pieces: Pieces
-    size_bytes: int
+    container: Container
     chunks: tuple[dict[str, StoredTensor], ...]
-
-
-def write_skeleton(
-    root: Path, name: str, args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]]
-) -> None:
-    """Make one rank's file in its final size, with zeros for every tensor, or what an earlier run has put there.
-
-    Args:
-        root, name: of the file, see `write.files.open_below`.
-        args, iteration, chunks: see `lay_out_skeleton`.
-
-    Raises:
-        PlanError: see `lay_out_skeleton`.
-        NotEnoughSpace, TargetError: see `make_file`.
-    """
-    skeleton = lay_out_skeleton(args, iteration, chunks, str(root / name))
-    make_file(root, name, skeleton.pieces, skeleton.size_bytes)
 
 
 def lay_out_skeleton(
@@ -83,17 +65,17 @@ def lay_out_skeleton(
             raise PlanError("two tensors of one name", tensor=repeated, file=file)
         models[prefix.rstrip(".") or "model"] = model
     tensors = [tensor for model in models.values() for tensor in model.values()]
-    pieces, size_bytes, offsets_bytes = lay_out_container(
-        pickled(saved | models), [tensor.size_bytes for tensor in tensors]
-    )
+    for prefix, model in models.items():
+        saved[prefix] = OrderedDict((name, tensor.rebuilt()) for name, tensor in model.items())
+    container = lay_out_container(pickled(saved), [tensor.size_bytes for tensor in tensors])
     places = tuple(
         {
-            name: StoredTensor(prefix + name, file, t.dtype, t.shape, t.strides, offsets_bytes[t.key])
+            name: StoredTensor(prefix + name, file, t.dtype, t.shape, t.strides, container.storages[t.key].start_bytes)
             for name, t in model.items()
         }
         for prefix, model in zip(prefixes, models.values(), strict=True)
     )
-    return Skeleton(pieces, size_bytes, places)
+    return Skeleton(container, places)
 
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
@@ -119,10 +101,15 @@ class TorchTarget(Target):
         bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
         return self.target.fingerprint | ({BINS_FILE: bins} if self.extras else {})
 
+    def skeleton(self, file: str) -> Skeleton:
+        """A planned file (see `records.name_at`)."""
+        iteration = self.target.settings.iteration or 0
+        return lay_out_skeleton(self.target.args.values, iteration, self.files[local_name(file)], file)
+
     def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
-        for name in (local_name(file.name) for file in files):
-            iteration = self.target.settings.iteration or 0
-            write_skeleton(partial, name, self.target.args.values, iteration, self.files[name])
+        for file in files:
+            container = self.skeleton(file.name).container
+            make_file(partial, local_name(file.name), container.pieces, container.size_bytes)
 
     def complete(
         self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
@@ -134,7 +121,8 @@ class TorchTarget(Target):
             with writing(partial / name), opened(partial, name, os.O_WRONLY) as descriptor:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
-            write_record_checksums(partial, name, known.get(file.name, ()))
+            storages, known_here = self.skeleton(file.name).container.storages, known.get(file.name, ())
+            write_record_checksums(partial, name, file.size_bytes, storages, known_here)
         if is_first:
             self.target.write_carried(partial)
 
@@ -179,10 +167,10 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
 def _header(target: TorchTarget, file: str) -> Shard:
     """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
     iteration, values = target.target.settings.iteration or 0, target.target.args.values
-    skeleton = lay_out_skeleton(values, iteration, target.files[local_name(file)], file)
+    skeleton = target.skeleton(file)
     nothing: dict[str, str] = {}
     chunks = skeleton.chunks
-    return Shard(file, skeleton.size_bytes, iteration, dict(values), chunks, (nothing,) * len(chunks))
+    return Shard(file, skeleton.container.size_bytes, iteration, dict(values), chunks, (nothing,) * len(chunks))
 
 
 def catalog_of_target(target: TorchTarget, planned: Sequence[str]) -> tuple[TorchCatalog, tuple[TargetFile, ...]]:

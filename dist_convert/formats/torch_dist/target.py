@@ -10,7 +10,8 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.dcp.files import PlannedFiles
 from dist_convert.formats.megatron.iterations import KIND_FILE
 from dist_convert.formats.megatron.target import MegatronTarget
-from dist_convert.formats.saved import common_content, lay_out_container, pickled
+from dist_convert.formats.pickles import pickled
+from dist_convert.formats.saved import common_content, lay_out_container
 from dist_convert.formats.torch_dist.catalog import DistCatalog, open_catalog
 from dist_convert.formats.torch_dist.contents import COMMON_FILE
 from dist_convert.formats.torch_dist.lay_out import lay_out_files
@@ -52,8 +53,8 @@ class DistTarget(Target):
         if not is_first:
             return
         content = common_content(self.target.args.values, self.target.settings.iteration or 0, COMMON_FILE)
-        pieces, size_bytes, _ = lay_out_container(pickled(content), [])
-        make_file(partial, COMMON_FILE, pieces, size_bytes)
+        common = lay_out_container(pickled(content), [])
+        make_file(partial, COMMON_FILE, common.pieces, common.size_bytes)
         self.target.write_carried(partial)
         write_file(partial, KIND_FILE, json.dumps(_KIND).encode())
         self.files.write_metadata(partial)
