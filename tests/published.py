@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isal import isal_zlib
+
 from dist_convert.cli.flags import options_from_flags, parse
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.lay_out import to_huggingface
@@ -18,7 +20,7 @@ from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import alias_shape, copies_of, entries, parts_of
-from dist_convert.options import HUGGINGFACE, TORCH_DIST
+from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.write.task import Task
@@ -126,10 +128,15 @@ def task_of(words: Sequence[str]) -> Task:
 
 
 def make_published_megatron(words: Sequence[str]) -> None:
-    """The Megatron checkpoint that a command line would make, with holes for values."""
+    """The Megatron checkpoint that a command line would make, with holes for values, and the checksums of zeros."""
     task = task_of(words)
     task.target.mkdir(parents=True)
     task.layout.make_files(task.target, task.files, is_first=True)
-    if task.job.to == TORCH_DIST:
-        task.layout.complete(task.target, (), {}, is_first=True)  # .metadata; no checksums of holes
+    sizes_bytes = {tensor.size_bytes for file in task.files for tensor in file.tensors}
+    checksums = {size_bytes: isal_zlib.crc32(bytes(size_bytes)) for size_bytes in sizes_bytes}
+    known = {
+        file.name: [(one.offset_bytes, one.size_bytes, checksums[one.size_bytes]) for one in file.tensors]
+        for file in task.files
+    }
+    task.layout.complete(task.target, task.files, known, is_first=True)
     (task.target.parent / "latest_checkpointed_iteration.txt").write_text("1")
