@@ -220,11 +220,11 @@ def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Ch
     Raises:
         CorruptFile, UnsafePickle: a blob that is damaged, out of its file, or not what `.metadata` says.
     """
-    path, placed = directory / file, []
+    path, placed, known = directory / file, [], dict[bytes, Any]()
     with opened_source(path, str(path)) as opened:
         _check_apart(path, [chunk.blob for _, _, chunk in chunks], opened)
         for key, dtype, chunk in chunks:
-            container, saved = open_object(_stretch(opened, chunk.blob), file, chunk.blob.offset_bytes)
+            container, saved = open_object(_stretch(opened, chunk.blob), file, chunk.blob.offset_bytes, known=known)
             found = (saved.storage.dtype, saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
             if not isinstance(saved, Tensor) or found != (dtype, chunk.sizes):
                 expected = f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}"

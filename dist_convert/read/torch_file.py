@@ -5,6 +5,7 @@ Format: https://docs.pytorch.org/docs/stable/notes/serialization.html and PKWARE
 docs/formats.md, "Storages".
 """
 
+import hashlib
 import io
 import math
 import os
@@ -214,11 +215,14 @@ def _is_well_formed(extra: bytes) -> bool:
     return at == len(extra)
 
 
-def open_object(file: BinaryIO, label: str, first_byte: int = 0) -> tuple[Container, Any]:
+def open_object(
+    file: BinaryIO, label: str, first_byte: int = 0, *, known: dict[bytes, Any] | None = None
+) -> tuple[Container, Any]:
     """The container that an open file is, and what was saved in it, with inert records in place of objects.
 
     Args:
         file, label, first_byte: see `Container`.
+        known: what equal pickles hold, by their SHA-256: blobs of one shape have the same. Filled here.
 
     Raises:
         CorruptFile, UnsafePickle: see `open_container` and `restricted_pickle`.
@@ -227,7 +231,12 @@ def open_object(file: BinaryIO, label: str, first_byte: int = 0) -> tuple[Contai
     container = open_container(file, label, first_byte)
     if "byteorder" in container.records and read_small_record(container, "byteorder") != b"little":
         raise UnsupportedModel("saved on a big-endian machine", file=label, expected="little endian")
-    return container, load(read_small_record(container, "data.pkl"), label)
+    data = read_small_record(container, "data.pkl")
+    if known is None:
+        return container, load(data, label)
+    if (digest := hashlib.sha256(data).digest()) not in known:
+        known[digest] = load(data, label)
+    return container, known[digest]
 
 
 def open_dict(file: BinaryIO, label: str) -> tuple[Container, Mapping[str, Any]]:
