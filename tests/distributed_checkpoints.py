@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ def make_distributed(
     iteration: int = 4,
     seed: int = 0,
     prefix: str = "",
+    replicas: int = 1,
     **args: Any,
 ) -> dict[str, torch.Tensor]:
     """Make a checkpoint below `root` and return the Hugging Face tensors that it must convert to.
@@ -97,14 +99,19 @@ def make_distributed(
         common: "common.pt", or "object" as Megatron-Core 0.19 has it.
         iteration: number of the directory.
         prefix: of the keys of the model.
+        replicas: data parallel size of a fully-parallel save, in which replicas take turns at the boxes of a rank,
+            each rank at its own pace.
         args: more training arguments.
     """
     hf = hf_tensors(model, seed)
     [[state]] = megatron_shards(model, hf, WHOLE, norms=norms).values()
     directory = root / f"iter_{iteration:07d}"
     directory.mkdir(parents=True)
-    files = Files(directory)
+    files, turns, ranks = Files(directory), Counter[int](), grid.tp * grid.pp * grid.ep
     for key, (shape, boxes) in _stacked(model, state, grid, keys, grouped).items():
+        for place, (offsets, values, rank) in enumerate(boxes):
+            boxes[place] = offsets, values, rank + ranks * (turns[rank] // (rank + 1) % replicas)
+            turns[rank] += 1
         files.tensor(f"{prefix}{key}", shape, boxes)
     for layer in range(model.layers):
         files.object(f"decoder.layers.self_attention.linear_qkv._extra_state/shard_{layer}_{model.layers}", [None])

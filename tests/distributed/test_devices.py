@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.checkpoints import Grid, Model, make
 from tests.converting import convert
 from tests.distributed.devices import ACCELERATORS, STAND_IN, environment_of
 from tests.distributed.launching import hashes, on_two_nodes, run_jobs
+from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import FILE, make_hf, to_megatron
 
 # Larger than a block, and cut along columns: several gathers.
@@ -70,6 +72,32 @@ def test_ranks_that_all_see_a_torch_dist_checkpoint_gather_nothing_on_an_acceler
     answers = run_jobs(2, jobs, tmp_path, environment_of(device, ranks=2))
     assert answers["two"].outcome["gathered_bytes"] == 0
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one rank")
+
+
+def test_a_fully_parallel_save_on_the_nodes_own_disks_is_gathered_by_processors_and_refused_on_accelerators(
+    tmp_path: Path,
+) -> None:
+    make_distributed(tmp_path / "dist", Model(), Grid(tp=2), replicas=2)  # a weight's two pieces lie on any two of four
+    assert convert(tmp_path / "dist", tmp_path / "one rank") == 0
+    for rank in "0123":
+        others = [f"__{other}_0.distcp" for other in "0123" if other != rank]
+        shutil.copytree(tmp_path / "dist", tmp_path / rank, ignore=shutil.ignore_patterns(*others))
+    jobs = {
+        device: to_huggingface(tmp_path / "{rank}", tmp_path / device, device, "--target-params-dtype", "keep")
+        for device in ("cpu", "hpu")
+    }
+    answers = run_jobs(4, jobs, tmp_path, STAND_IN)
+    assert answers["cpu"].outcome["gathered_bytes"] > 0
+    [one_rank, cpu] = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one rank", "cpu"))
+    assert cpu == one_rank
+    assert answers["hpu"].exit_codes == [2] * 4
+    assert "".join(answers["hpu"].stderr).splitlines()[-4:] == [
+        "the nodes' own disks hold chunks in an order that ranks on accelerators cannot gather",
+        "  expected: groups of at most 2 ranks, as a weight has so many pieces",
+        "  found:    a group of 4",
+        "  remedy:   put the checkpoint on a file system that all nodes share, or pass --device cpu",
+    ]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("hpu")]
 
 
 @pytest.mark.parametrize("device", ACCELERATORS)
