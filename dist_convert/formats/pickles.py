@@ -152,4 +152,5 @@ def _whole_number(value: int) -> bytes:
     if -1 << 31 <= value < 1 << 31:
         return b"J" + value.to_bytes(4, "little", signed=True)
     size_bytes = (value if value >= 0 else ~value).bit_length() // 8 + 1
-    return b"\x8a" + size_bytes.to_bytes(1, "little") + value.to_bytes(size_bytes, "little", signed=True)
+    opcode, length_bytes = (b"\x8a", 1) if size_bytes < 256 else (b"\x8b", 4)
+    return opcode + size_bytes.to_bytes(length_bytes, "little") + value.to_bytes(size_bytes, "little", signed=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import pickletools
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
+from dist_convert.formats.pickles import pickled
 from dist_convert.formats.torch.target import lay_out_skeleton
 from tests.write import write_skeleton
 
@@ -48,6 +51,25 @@ def test_the_pickle_remembers_no_object(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         operations = {operation.name for operation, _, _ in pickletools.genops(archive.read("archive/data.pkl"))}
     assert not {name for name in operations if "PUT" in name or "GET" in name or "MEMO" in name}
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**63, 2**64, 1 << 2000, 1 << 2039],
+        [1 << 2040, -1 << 2039, -1 << 2047],
+        [-1, -128, -129, -(2**31), -(2**31) - 1, -(2**39), -(2**63), -(2**63) - 1],
+        [0.0, -0.0, 1e-5, float("inf"), True, False, None, "", "a", "a", "\u00e4", "\U0001f600", "\ud800"],
+        [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1], {}, {1: "a"}, {"a": {None: [()]}}],
+        *(list(range(count)) for count in (999, 1000, 1001, 2000, 2001)),
+        *(OrderedDict.fromkeys(range(count), "b") for count in (0, 1, 999, 1000, 1001, 2001)),
+    ],
+    ids=lambda value: f"{type(value).__name__} of {len(value)}",
+)
+def test_python_unpickles_what_was_meant(value: object, once: bool) -> None:
+    found = pickle.loads(pickled(value, once=once))
+    assert (type(found), repr(found)) == (type(value), repr(value))  # 0.0 and -0.0, 1 and True are equal
 
 
 def not_interned(text: str) -> str:
