@@ -21,7 +21,7 @@ from dist_convert.write.files import Beside
 from dist_convert.write.trees import remove
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
-from tests.converting import convert
+from tests.converting import bytes_read, convert
 from tests.distributed.interrupting import hashes_below
 from tests.file_systems import mounted
 from tests.to_megatron import TRACKER, make_hf, to_megatron
@@ -305,6 +305,32 @@ def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert found <= {b"1", b"1234567"}
     assert sorted(os.listdir(tmp_path)) == ["iter_0000001", "iter_0000002", "tracker"]
+
+
+def list_files(target: Path, count: int) -> int:
+    """Have a target's manifest list so many more files; its size in bytes."""
+    path = target / "conversion.json"
+    more = b",".join(b'"%06d":{"size_bytes":1,"crc32":"0"}' % number for number in range(count))
+    path.write_bytes(path.read_bytes().replace(b'"files": {\n    "README', b'"files": {%b, "README' % more))
+    return path.stat().st_size
+
+
+def test_the_manifest_of_what_is_replaced_is_read_once(source: Path, target: Path) -> None:
+    assert convert(source, target) == 0
+    size_bytes, before_bytes = list_files(target, 60_000), bytes_read()
+    assert convert(source, target, "--overwrite") == 0
+    assert size_bytes > 2_000_000
+    assert bytes_read() - before_bytes < 2 * size_bytes
+    assert (target / "conversion.json").stat().st_size < 10_000
+
+
+def test_a_manifest_of_more_files_than_any_has_is_none(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, target) == 0
+    list_files(target, 170_000)
+    assert convert(source, target, "--overwrite") == 1
+    assert "found:    another conversion.json\n" in capsys.readouterr().err
 
 
 def replaced(target: Path) -> None:

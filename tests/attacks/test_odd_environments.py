@@ -194,6 +194,7 @@ def test_a_path_of_a_job_file_that_no_system_can_have_is_refused(key: str, place
     words = ["convert", str(place / "in"), "out", "--to", "huggingface", "--config", "job.yaml"]
     found = run(words if key != "target" else [*words[:2], *words[3:]], tmp_path)
     assert_one_error(found, "letters that no path can have", 2)
+    assert "(expected )" not in found.stderr
 
 
 def test_an_empty_name_of_an_iteration_is_told_as_one(place: Path, tmp_path: Path) -> None:
