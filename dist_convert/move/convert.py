@@ -182,6 +182,8 @@ def _make(
             task.layout.complete(directory, task.own_files, known, is_first=world.rank == 0)
         except OSError as error:
             raise target_error(error, str(error.filename or directory)) from error
+        if task.is_first:
+            refuse_exchanged(directory, place)
         _describe(task, world, known)
         names = [local_name(file.name) for file in task.files]
         started = time.monotonic()

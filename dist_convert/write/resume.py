@@ -143,6 +143,8 @@ def check_start(task: Task) -> tuple[int, str]:
     Returns:
         The free bytes of its disk, and what is there to be replaced (see `partial.look`).
     """
+    # Before it is checked: what comes into its place meanwhile is another one at the end.
+    replaces = (look(task.target) or look(aside_of(task.target))) if task.job.overwrite else ""
     manifest = manifest_of(task.target)  # read once, as it may be large
     different = _what_differs(task, manifest)
     if is_made_of(task.target, identity_of(task)) or (different == "" and not task.job.overwrite):
@@ -157,7 +159,7 @@ def check_start(task: Task) -> tuple[int, str]:
     )
     check_partial(task.target, identity_of(task), _sizes(task), overwrite=task.job.overwrite)
     check_beside(task.target, task.layout.beside())
-    return free_bytes, (look(task.target) or look(aside_of(task.target))) if task.job.overwrite else ""
+    return free_bytes, replaces
 
 
 def notes_on_replacing(task: Task) -> list[str]:

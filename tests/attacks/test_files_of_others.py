@@ -16,6 +16,7 @@ import pytest
 
 import dist_convert.move.convert
 import dist_convert.write.commit
+import dist_convert.write.resume
 from dist_convert.write.commit import publish
 from dist_convert.write.files import Beside
 from dist_convert.write.trees import remove
@@ -370,6 +371,23 @@ def test_a_target_that_is_changed_during_its_replacement_is_kept_beside_the_new_
     assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert (target / "conversion.json").exists()
     assert not target.with_name("out.replaced").exists()
+
+
+def test_what_takes_the_targets_place_while_it_is_checked_stays(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, target) == 0
+    check_target = dist_convert.write.resume.check_target
+
+    def then_exchanged(*words: Any, **more: Any) -> int:
+        free_bytes = check_target(*words, **more)
+        replaced(target)
+        return free_bytes
+
+    monkeypatch.setattr(dist_convert.write.resume, "check_target", then_exchanged)
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 1
+    assert "the target was changed during the conversion, so it is not replaced" in capsys.readouterr().err
+    assert (target / "diary").read_text() == TEXT
 
 
 def by_a_link(partial: Path, mine: Path) -> None:
