@@ -1,7 +1,7 @@
 """Opens a checkpoint of Megatron's `torch` format: which iteration, which rank sees which file, and every header."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class TorchModel:
         pinned: see `TorchCatalog`.
         is_untied: its head is not the embedding, whatever the args say or leave open.
         notes: what the user should know of it.
+        surveyed: what `catalog` answered last, to which the same question is answered alike.
     """
 
     directory: Path
@@ -60,6 +61,7 @@ class TorchModel:
     pinned: frozenset[str] = frozenset()
     is_untied: bool = False
     notes: tuple[str, ...] = ()
+    surveyed: list[tuple[TorchCatalog, LeftBehind]] = field(default_factory=list, repr=False)
     format: str = TORCH
 
     @property
@@ -81,14 +83,21 @@ class TorchModel:
         """See `Model`."""
         with below(self.directory):
             architecture = self.said.architecture(vocab=self.vocab or vocab, file=min(self.shards))
-            catalog, left_behind = open_catalog(
-                self.shards,
-                replace(architecture, tied=False) if self.is_untied else architecture,
-                imported_experts=self.imported_experts,
-                with_tied_copies=with_tied_copies,
-                pinned=self.pinned,
-                drops_mtp=self.said.drops_mtp,
-            )
+            architecture = replace(architecture, tied=architecture.tied and not self.is_untied)
+            may_have_copies = with_tied_copies and (architecture.tied or bool(architecture.fact("mtp_layers")))
+            asked = architecture, may_have_copies, self.pinned
+            if [(one.architecture, one.with_tied_copies, one.pinned) for one, _ in self.surveyed] != [asked]:
+                self.surveyed[:] = [
+                    open_catalog(
+                        self.shards,
+                        architecture,
+                        imported_experts=self.imported_experts,
+                        with_tied_copies=may_have_copies,
+                        pinned=self.pinned,
+                        drops_mtp=self.said.drops_mtp,
+                    )
+                ]
+        [(catalog, left_behind)] = self.surveyed
         return catalog, (*left_behind, *self.beside)
 
 
