@@ -266,12 +266,13 @@ class _Unpickler:
     def run(self) -> Any:
         """The object that is on the stack at the end."""
         data, actions = BytesIO(self._data), self._actions()
+        read = data.read
         known = [(opcode, actions[opcode.name]) for opcode in pickletools.opcodes if opcode.name in actions]
         steps = {opcode.code.encode("latin-1"): (opcode.arg and opcode.arg.reader, act) for opcode, act in known}
         code: bytes | None = None
         while code is None or code in steps:
             for _ in range(_COUNTED_OPCODES):
-                if (code := data.read(1)) not in steps:
+                if (code := read(1)) not in steps:
                     break
                 read_argument, act = steps[code]
                 act(read_argument(data) if read_argument else None)
@@ -336,9 +337,10 @@ class _Unpickler:
         self._stack.append(value)
 
     def _push_value(self, value: Any) -> None:
-        if not isinstance(value, int) or not -5 <= value <= 256:  # Python has each of those once
-            if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
-                raise pickle.UnpicklingError(f"a number of {value.bit_length():,} bits")
+        is_number = isinstance(value, int)
+        if is_number and value.bit_length() > _MAX_INTEGER_BITS:
+            raise pickle.UnpicklingError(f"a number of {value.bit_length():,} bits")
+        if not is_number or not -5 <= value <= 256:  # Python has each of those once
             self._made_bytes += getsizeof(value) + _HEAP_BYTES
         self._stack.append(value)
 
@@ -374,9 +376,12 @@ class _Unpickler:
 
     def _put(self, place: int) -> None:
         """Remember the last item; whoever writes a pickle numbers them one by one."""
-        if not 0 <= place <= len(self._memo):
+        if place == len(self._memo):
+            self._memo.append(self._stack[-1])
+        elif 0 <= place < len(self._memo):
+            self._memo[place] = self._stack[-1]
+        else:
             raise pickle.UnpicklingError(f"item {place} of a memo of {len(self._memo)}")
-        self._memo[place : place + 1] = [self._stack[-1]]
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, tuple) or len(arguments) > _MAX_ITEMS:

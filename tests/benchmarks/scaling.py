@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dist_convert.__main__ import importing
 from dist_convert.plan.content import Content
 from dist_convert.plan.plan import Plan, divide, schedule_digest
 from dist_convert.plan.steps import blocks_alone, blocks_of_group, messages, steps_of
@@ -205,6 +206,8 @@ def main() -> None:
     parser.add_argument("--placement", nargs="+", choices=PLACEMENTS, default=PLACEMENTS, help="(default: all)")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024], help="(default: 8 64 1024)")
     given = parser.parse_args()
+    with importing():  # so that the search for garbage is as rare as in the command
+        pass
     with tempfile.TemporaryDirectory(prefix="scaling-") as root:
         for name, form, to in product(given.model, given.source, given.to):
             source = make_source(Path(root), name, form)

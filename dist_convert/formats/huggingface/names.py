@@ -14,6 +14,7 @@ Names are generated and looked up, never parsed. More: docs/formats.md, "Tensor 
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cache
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, UnknownTensor, WrongShape
 from dist_convert.formats.huggingface.quantised import ACTIVATION_SCALE, BLOCKS
@@ -45,13 +46,14 @@ def published(part: Part) -> Alias:
     return part.alias if part.alias and part.alias.is_published else Alias(part.name)
 
 
-def _spellings(part: Part, layer: int | None, expert: int | None) -> dict[str, Alias]:
+@cache  # what all layers and experts share
+def _spellings(part: Part) -> dict[str, Alias]:
+    """The templates of names under which a part may be stored."""
     found = [published(part), *([part.alias] if part.alias else [])]
     # Blocks of codes lie along the columns, which come last in them.
     found += [replace(a, name=f"{a.name}{BLOCKS}", is_transposed=False) for a in found[-1:] if a.is_transposed]
-    whole = {alias.name.format(layer=layer, expert=expert): alias for alias in found}
-    base = {n.removeprefix(_BASE_MODEL): alias for n, alias in whole.items() if n.startswith(_BASE_MODEL)}
-    return whole | base
+    whole = {alias.name: alias for alias in found}
+    return whole | {n.removeprefix(_BASE_MODEL): alias for n, alias in whole.items() if n.startswith(_BASE_MODEL)}
 
 
 def hf_view(
@@ -70,7 +72,7 @@ def hf_view(
         WrongShape: of another shape than config.json implies.
         InconsistentShards: under two of its names.
     """
-    spellings = _spellings(part, layer, expert)
+    spellings = {name.format(layer=layer, expert=expert): alias for name, alias in _spellings(part).items()}
     name, first = next(iter(spellings.items()))
     present = [(alias, stored[other]) for other, alias in spellings.items() if other in stored]
     if not present:
