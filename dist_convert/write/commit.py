@@ -184,7 +184,7 @@ def commit(partial: Path, target: Path, *, replaces: str, place: Place | None) -
         files = [partial / name for name in files_below(partial)]
         for path in (*files, *{path.parent for path in files}):
             sync(path)
-        remove(partial, RESUMABLE)
+        remove(partial, RESUMABLE, place)
         sync(partial)
         moves = target.is_symlink() or (target.exists() and any(target.iterdir()))
         if moves:
@@ -278,14 +278,14 @@ def remove_leftovers(target: Path, place: Place | None, files: Mapping[str, Besi
     with writing(target):
         if has_note(target, REPLACES) and os.path.lexists(aside):
             if is_moved_aside(target, target):
-                with holding(target, f"{JOURNAL_DIRECTORY}/{aside.name}") as (holder, name):
+                with holding(target, f"{JOURNAL_DIRECTORY}/{aside.name}", place=place) as (holder, name):
                     os.rename(aside, name, dst_dir_fd=holder)  # so that it may go, whatever is left of it
             else:
                 kept = f"warning: {aside} was changed since it was moved aside, and is kept"
         if is_ours(target):
-            with holding(target, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}") as (holder, identity):
+            with holding(target, f"{JOURNAL_DIRECTORY}/{IDENTITY_FILE}", place=place) as (holder, identity):
                 for name in set(os.listdir(holder)) - {identity}:
-                    remove(target, f"{JOURNAL_DIRECTORY}/{name}")
+                    remove(target, f"{JOURNAL_DIRECTORY}/{name}", place)
                 # Until here the directory was its owner's alone; now others have of it what they have of its files.
                 usual = os.stat(identity, dir_fd=holder).st_mode & 0o666
                 special = os.stat("..", dir_fd=holder).st_mode & 0o7000

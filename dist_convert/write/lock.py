@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import TargetBusy
-from dist_convert.write.files import open_below, opened, writing
+from dist_convert.write.files import Place, open_below, opened, writing
 from dist_convert.write.journal import this_boot
 
 BEAT_SECONDS = 5.0
@@ -34,22 +34,29 @@ class Lock:
             what messages call it. No link is followed below what holds that directory.
         stale_seconds: how long another machine's holder is watched.
         fresh_seconds: how long one is waited for who has made the file, and has not said yet who he is.
+        place: of what holds that directory, see `holding`.
 
     Raises:
         TargetBusy: naming who holds it.
     """
 
     def __init__(
-        self, path: Path, label: str, stale_seconds: float = STALE_SECONDS, fresh_seconds: float = BEAT_SECONDS
+        self,
+        path: Path,
+        label: str,
+        stale_seconds: float = STALE_SECONDS,
+        fresh_seconds: float = BEAT_SECONDS,
+        place: Place | None = None,
     ) -> None:
+        self.place = place
         self._released = threading.Event()
         is_new = True
         with writing(path):
             try:
-                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, place)
             except FileExistsError:
                 is_new = False
-                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR)
+                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR, place)
         try:
             holder = _refuse_held(self._descriptor, label)
             if not is_new and holder is None:

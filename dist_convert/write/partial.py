@@ -324,13 +324,14 @@ def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, i
     """Make the partial directory, or take up one that passes `check_partial`; nobody else has it until the release."""
     partial = partial_of(target)
     if is_made_of(target, identity):  # only the last steps are missing
-        return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target))
+        return Lock(target / JOURNAL_DIRECTORY / _LOCK, str(target), place=place_of(target))
     with writing(partial):
         make_parents(partial)
         with contextlib.suppress(FileExistsError):
             partial.mkdir(mode=0o700)
+        place = place_of(partial)  # before it is checked: from here on, nothing else is taken for it
         check_partial(target, identity, sizes, overwrite=overwrite)
-        lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial))
+        lock = Lock(partial / JOURNAL_DIRECTORY / _LOCK, str(partial), place=place)
         try:
             if not _is_new(partial):
                 refuse_exchanged(partial)
@@ -338,7 +339,7 @@ def lock_target(target: Path, identity: Mapping[str, Any], sizes: Mapping[str, i
             if not overwrite and is_ours(partial) and (refused := _obstacle(partial, identity, sizes)):
                 raise refused
             if not is_gone_on_with(partial, identity, sizes, overwrite=overwrite):
-                _start_anew(partial, identity)
+                _start_anew(partial, identity, place)
             elif not (partial / RESUMABLE).exists():
                 _mark_resumable(partial)
         except BaseException:
@@ -351,24 +352,24 @@ def _mark_resumable(partial: Path) -> None:
     write_file(partial, RESUMABLE, b"unfinished: start the same command again to go on\n")
 
 
-def _start_anew(partial: Path, identity: Mapping[str, Any]) -> None:
+def _start_anew(partial: Path, identity: Mapping[str, Any], place: Place) -> None:
     """Begin in a directory that is new, or empty one of ours: its journals first, which speak of all else in it."""
     kept = {JOURNAL_DIRECTORY, *(f"{JOURNAL_DIRECTORY}/{name}" for name in (IDENTITY_FILE, _LOCK, VOID))}
-    forget(partial)
-    for name in found_below(partial).keys() - kept:
+    forget(partial, place)
+    for name in found_below(partial, place=place).keys() - kept:
         if name.removeprefix(f"{JOURNAL_DIRECTORY}/").count("/") == 0:
-            remove(partial, name)
-    remove(partial, f"{JOURNAL_DIRECTORY}/{VOID}")
+            remove(partial, name, place)
+    remove(partial, f"{JOURNAL_DIRECTORY}/{VOID}", place)
     _mark_resumable(partial)
     set_note(partial, IDENTITY_FILE, json.dumps(identity, indent=1))
     sync(partial)
     sync_parent(partial)
 
 
-def forget(partial: Path) -> None:
+def forget(partial: Path, place: Place | None) -> None:
     """Remove the journals, so that nothing counts of what has been written."""
     for name in journals(partial):
-        remove(partial, f"{JOURNAL_DIRECTORY}/{name}")
+        remove(partial, f"{JOURNAL_DIRECTORY}/{name}", place)
     sync(partial / JOURNAL_DIRECTORY)
 
 

@@ -178,19 +178,20 @@ def begin(task: Task, world: World, place: Place | None) -> tuple[ResumeState, J
     partial, files = task.partial, task.files
     if task.is_first:
         refuse_exchanged(partial, place)
-    _forget_what_is_void(task, world)
+    _forget_what_is_void(task, world, place)
     run, read, odd = _read_journals(task, world)
     if odd and task.job.overwrite:
         if task.is_first:
             set_note(partial, VOID)
         gather_objects(world, None)
-        _forget_what_is_void(task, world)
+        _forget_what_is_void(task, world, place)
         run, read, odd = _read_journals(task, world)
     if odd:
         raise damaged(Path(odd[0]), "a journal that says what none does, or more than any")
     broken = [file.name for file in files if not _is_whole(partial, file)] if task.is_first else []
     resume_state = resume_state_of(read, {file for of_rank in gather_objects(world, broken) for file in of_rank})
     if task.is_first:
+        refuse_exchanged(partial, place)
         task.layout.make_files(partial, files, is_first=world.rank == 0)
         for file in files:
             reserve_file(partial, local_name(file.name))
@@ -248,16 +249,16 @@ def _fits(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
     )
 
 
-def _forget_what_is_void(task: Task, world: World) -> None:
+def _forget_what_is_void(task: Task, world: World, place: Place | None) -> None:
     """Where an earlier run noted on any disk that nothing counts of what was written, forget it on every disk."""
     if not any(gather_objects(world, has_note(task.partial, VOID))):
         return
     with writing(task.partial):
         if task.is_first:
-            forget(task.partial)
+            forget(task.partial, place)
         gather_objects(world, None)  # the note goes last: until then, the next run finds it
         if task.is_first:
-            remove(task.partial, f"{JOURNAL_DIRECTORY}/{VOID}")
+            remove(task.partial, f"{JOURNAL_DIRECTORY}/{VOID}", place)
             sync(task.partial / JOURNAL_DIRECTORY)
 
 
@@ -322,7 +323,7 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
         named: list[bool] = gather_objects(world, is_named)
         is_here = not named[task.disks.index(task.disks[task.rank])]
         directory = task.partial if is_here else task.target
-        place = place_of(directory) if is_here or lock else None
+        place = lock.place if lock else place_of(directory) if is_here else None
         runs_before = last_run(journals(task.partial))
         unnamed = [rank for rank in task.first_ranks if not named[rank]]
         yield Held(directory, unnamed, any(named), place)
@@ -331,14 +332,14 @@ def held_target(task: Task, world: World) -> Iterator[Held]:
             error.resume = RESUME
         with contextlib.suppress(OSError, TargetError):  # the same disk may refuse this too
             if place == place_of(task.partial) and is_ours(task.partial):
-                _leave(task.partial, error, runs_before)
+                _leave(task.partial, error, runs_before, place)
         raise
     finally:
         if lock is not None:
             lock.release()
 
 
-def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
+def _leave(partial: Path, error: ConversionError, runs_before: int, place: Place) -> None:
     """Say beside what is unfinished what may become of it; any rank that sees it may.
 
     The next run may get further though nobody does anything after a fault of a disk or of a network, which may be over
@@ -348,4 +349,4 @@ def _leave(partial: Path, error: ConversionError, runs_before: int) -> None:
         set_note(partial, VOID)
     may_pass = isinstance(error.__cause__, OSError) and has_written(partial, runs_before)
     if not may_pass and not isinstance(error, Interrupted | LostRank):
-        remove(partial, RESUMABLE)
+        remove(partial, RESUMABLE, place)

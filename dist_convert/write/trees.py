@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dist_convert.write.files import holding
+from dist_convert.write.files import Place, holding
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -27,12 +27,12 @@ def make_parents(path: Path) -> None:
             parent.mkdir(exist_ok=True)
 
 
-def found_below(root: Path, directory: str = "") -> dict[str, os.stat_result]:
+def found_below(root: Path, directory: str = "", place: Place | None = None) -> dict[str, os.stat_result]:
     """All that lies below a directory, by name below the root, in ascending order; no link is followed."""
     found, waiting = {}, [f"{directory}/".lstrip("/")]
     while waiting:
         above = waiting.pop()
-        with holding(root, f"{above}.") as (holder, _), os.scandir(holder) as entries:
+        with holding(root, f"{above}.", place=place) as (holder, _), os.scandir(holder) as entries:
             for entry in entries:
                 name = above + entry.name
                 found[name] = entry.stat(follow_symlinks=False)
@@ -41,23 +41,26 @@ def found_below(root: Path, directory: str = "") -> dict[str, os.stat_result]:
     return dict(sorted(found.items()))
 
 
-def remove(root: Path, name: str) -> None:
+def remove(root: Path, name: str, place: Place | None = None) -> None:
     """Remove something of ours below a directory, if it is there, whatever it is.
 
     What a link leads to stays, wherever the link is below the root or in its place, and what is mounted inside.
+
+    Args:
+        root, place: see `holding`.
 
     Raises:
         OSError: the operating system's, or something is mounted there.
     """
     with suppress(FileNotFoundError):
-        with holding(root, name) as (holder, last):
+        with holding(root, name, place=place) as (holder, last):
             found = {name: os.stat(last, dir_fd=holder, follow_symlinks=False)}
         if stat.S_ISDIR(found[name].st_mode):
             if mount_points(root / name):
                 raise OSError(errno.EBUSY, "a file system is mounted there", str(root / name))
-            found |= found_below(root, name)
+            found |= found_below(root, name, place)
         for one in reversed(found):
-            with holding(root, one) as (holder, last):
+            with holding(root, one, place=place) as (holder, last):
                 (os.rmdir if stat.S_ISDIR(found[one].st_mode) else os.unlink)(last, dir_fd=holder)
 
 

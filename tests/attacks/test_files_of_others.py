@@ -399,7 +399,12 @@ def by_a_directory(partial: Path, mine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [*(f"move.convert.{step}" for step in ("begin", "move", "known_ranges", "commit")), "write.partial.Lock"]
+    "step",
+    [
+        *(f"move.convert.{step}" for step in ("begin", "move", "known_ranges", "commit")),
+        "write.partial.Lock",
+        "write.partial._start_anew",
+    ],
 )
 @pytest.mark.parametrize("exchange", [by_a_link, by_a_directory])
 def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_moved_away_lets_it_be_made(
@@ -517,8 +522,8 @@ def test_what_takes_the_targets_place_at_the_end_keeps_its_mode(
     (mine := tmp_path / "mine").mkdir(mode=0o700)
     remove = dist_convert.write.commit.remove
 
-    def then_exchanged(root: Path, name: str) -> None:
-        remove(root, name)
+    def then_exchanged(root: Path, name: str, place: Any) -> None:
+        remove(root, name, place)
         if os.listdir(root / ".journal") == ["identity.json"]:
             root.rename(tmp_path / "taken")
             root.symlink_to(mine)
