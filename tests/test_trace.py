@@ -139,9 +139,37 @@ def test_a_file_that_is_no_trace_is_never_replaced_and_an_earlier_trace_is(
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(shard)) == 2
     assert "a file that is no trace" in capsys.readouterr().err
     assert shard.read_bytes() == before
-    (tmp_path / "trace.json").write_bytes(b"[\n{}]")
-    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 0
-    assert len(stretches(tmp_path / "trace.json")) > 3
+    (tmp_path / "mine.json").write_bytes(b"[\n{}]")
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "mine.json")) == 2
+    assert (tmp_path / "mine.json").read_bytes() == b"[\n{}]"
+    for target in ("hf", "again"):
+        assert convert(tmp_path / "megatron", tmp_path / target, "--trace", str(tmp_path / "trace.json")) == 0
+        assert len(stretches(tmp_path / "trace.json")) > 3
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "second name"])
+def test_a_trace_is_written_through_no_link(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "megatron", MODEL)
+    assert convert(tmp_path / "megatron", tmp_path / "first", "--trace", str(tmp_path / "theirs.json")) == 0
+    before = (tmp_path / "theirs.json").read_bytes()
+    if kind == "second name":
+        (tmp_path / "trace.json").hardlink_to(tmp_path / "theirs.json")
+    else:
+        (tmp_path / "trace.json").symlink_to("theirs.json" if kind == "link" else "nothing.json")
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "trace.json")) == 2
+    assert "the trace cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "theirs.json").read_bytes() == before
+    assert not (tmp_path / "nothing.json").exists()
+
+
+def test_a_trace_inside_the_target_is_refused_where_a_link_leads_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "megatron", MODEL)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "link").symlink_to("hf")
+    assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "link" / "trace.json")) == 2
+    assert "a path inside of the target" in capsys.readouterr().err
 
 
 def test_a_trace_on_a_full_disk_ends_and_the_conversion_goes_on(

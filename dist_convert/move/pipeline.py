@@ -115,6 +115,7 @@ def move(
             _gather(steps, work, tools[0], gatherer, limit, world.device, result)
         else:
             _move_alone(steps, work, tools, result)
+        tools[0].reader.read_missing()
     for one in tools:
         result.counts.add(one.reader.counts)
         result.written_bytes += one.writer.written_bytes

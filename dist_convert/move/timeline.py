@@ -19,6 +19,7 @@ from typing import Any
 
 from dist_convert.errors import UsageError, shown_line
 from dist_convert.ranks.collectives import World, barrier, gather_objects
+from dist_convert.write.files import open_below
 from dist_convert.write.partial import partial_of
 
 #: What is timed. The main thread gathers and waits, while others read, place and write; so the seconds of all phases
@@ -55,7 +56,8 @@ class Timeline:
 
 
 _BUFFER_BYTES = 64 << 10
-_FIRST_LINE = b"[\n"
+#: Names what may be replaced by another trace; viewers pass over it.
+_FIRST_LINE = b'[{"name":"trace of dist_convert","ph":"M","pid":0},\n'
 
 
 @contextmanager
@@ -90,29 +92,28 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
 
 
 def _make(path: Path, target: Path) -> None:
-    found = ""
+    found, directory = "", path.parent.resolve()
     try:
-        if any(path.absolute().is_relative_to(used) for used in (target, partial_of(target))):
+        if any((directory / path.name).is_relative_to(used.resolve()) for used in (target, partial_of(target))):
             found = f"a path inside of the target {target}"
-        elif path.exists() and not (path.is_file() and _is_trace(path)):
-            found = "a file that is no trace"
         else:
-            path.write_bytes(_FIRST_LINE)
+            with os.fdopen(open_below(directory, path.name, os.O_RDWR | os.O_CREAT), "r+b") as file:
+                if file.read(len(_FIRST_LINE)) in (b"", _FIRST_LINE):
+                    file.seek(0)
+                    file.truncate()
+                    file.write(_FIRST_LINE)
+                else:
+                    found = "a file that is no trace"
     except OSError as error:
         found = error.strerror or str(error)
     if found:
         raise UsageError("the trace cannot be written", file=str(path), found=found, remedy="give another --trace")
 
 
-def _is_trace(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_FIRST_LINE)) == _FIRST_LINE
-
-
 def _append(path: Path, lines: bytes) -> bool:
     """Add lines behind those of all ranks of the node, in one call, between whose lines none come; whether it could."""
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
+        with os.fdopen(open_below(path.parent.resolve(), path.name, os.O_WRONLY | os.O_APPEND), "ab", 0) as file:
             if file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:

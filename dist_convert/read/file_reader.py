@@ -126,6 +126,19 @@ class FileReader:
                 getattr(self.counts, kind)[view.tensor] += count
             return changed
 
+    def read_missing(self) -> None:
+        """Read what records lack that were read but for a little, so that they are compared.
+
+        Raises:
+            CorruptFile, SourceChanged, SourceError: see `read`.
+        """
+        with below(self._root):
+            for view, offset_bytes, size_bytes in list(self._checks.little_missing()):
+                for first in range(0, size_bytes, len(self._scratch.memory)):
+                    window = self._scratch.memory[: size_bytes - first]
+                    self._read_into(window, view, offset_bytes + first)
+                self._check_unchanged(view)
+
     def read_ahead(self, view: View) -> None:
         """Have the operating system begin to read what is read whole soon, unless it has it; it may do so, or not."""
         end_bytes = view.codes.offset_at(view.rows - 1, view.columns)

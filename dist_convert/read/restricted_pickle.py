@@ -213,8 +213,8 @@ _CHEAP_KEYS = frozenset((str, bytes, Inert, Dtype))
 def _named(module: str, name: str, label: str) -> Any:
     """Answer every global with something of ours, or refuse it."""
     full_name = f"{module}.{name}"
-    if not module or not name:
-        raise pickle.UnpicklingError("a global without a name")
+    if not module or not name or len(full_name) > _LONGEST_GLOBAL:
+        raise pickle.UnpicklingError(f"a global with a name of {len(module)} and {len(name)} characters")
     if full_name in _REBUILD:
         return _REBUILD[full_name]
     if module in ("torch", "torch.storage") and name in DTYPES:
@@ -240,6 +240,9 @@ def _storage(saved_id: Any) -> Storage:
             return Storage(key, kind.name, elements)
     raise pickle.UnpicklingError("a damaged storage reference")
 
+
+#: Characters of a class with its module: a pickle names one once and has a million of its objects.
+_LONGEST_GLOBAL = 1000
 
 #: Opcodes that push the value that follows them, decoded.
 _VALUES = frozenset((
@@ -516,9 +519,10 @@ _ENUM_MEMBERS: dict[str, dict[Any, str]] = {
     "AttnBackend": {1: "flash", 2: "fused", 3: "unfused", 4: "local", 5: "auto"},
 }
 
-#: Training arguments are some hundred values, a few levels deep. A pickle can share one list a million times.
+#: Training arguments are some hundred values, a few levels deep. A pickle can share one list or text a million times.
 _MAX_DEPTH = 16
 _MAX_VALUES = 200_000
+_MAX_CHARACTERS = 16_000_000
 _CUT = "..."
 
 
@@ -547,12 +551,15 @@ def plain_dict(values: Mapping[Any, Any]) -> dict[str, Any]:
 class _Converter:
     def __init__(self) -> None:
         self._left = _MAX_VALUES
+        self._characters_left = _MAX_CHARACTERS
 
     def plain(self, value: Any, depth: int) -> Any:
         self._left -= 1
         if depth > _MAX_DEPTH or self._left < 0:
             return _CUT
-        if isinstance(value, int | float | str) or value is None:
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, int | float) or value is None:
             return value
         if isinstance(value, Dtype):
             return value.torch_name
@@ -566,8 +573,10 @@ class _Converter:
         return f"<{type(value).__name__}>"
 
     def text(self, value: Any) -> str:
-        """A short text for a key, an enum's value or a part of a path."""
-        return str(value) if isinstance(value, str | int | float | None) else f"<{type(value).__name__}>"
+        """A text for a text, a key, an enum's value or a part of a path."""
+        text = str(value) if isinstance(value, str | int | float | None) else f"<{type(value).__name__}>"
+        self._characters_left -= len(text)
+        return text if self._characters_left >= 0 else _CUT
 
     def _inert(self, value: Inert, depth: int) -> Any:
         short_name = value.class_name.rpartition(".")[2]

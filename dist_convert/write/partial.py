@@ -413,7 +413,7 @@ def refuse_unfinished(path: Path, name: str | None = None) -> None:
     Raises:
         SourceError: naming the conversion's source, and how to go on with it.
     """
-    if any(os.path.lexists(path / made) for made in waiting_files(path).values()):
+    if any(made and os.path.lexists(path / made) for made in waiting_files(path).values()):
         raise SourceError(
             "files of the model wait to replace those of before",
             file=str(path),

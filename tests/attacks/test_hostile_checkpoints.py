@@ -148,11 +148,11 @@ def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def checkpoint(args: bytes) -> bytes:
-    """The pickle of a checkpoint file around the opcodes of one of its args."""
+def checkpoint(args: bytes, model: bytes = b"") -> bytes:
+    """The pickle of a checkpoint file around the opcodes of one of its args, and of what is put into its model."""
     namespace = b"cargparse\nNamespace\n)\x81}" + text("bomb") + args + b"sb"
     version = text("checkpoint_version") + b"K\x03s"
-    return b"\x80\x02}" + text("args") + namespace + b"s" + version + text("model") + b"}s."
+    return b"\x80\x02}" + text("args") + namespace + b"s" + version + text("model") + b"}" + model + b"s."
 
 
 def length(opcode: bytes, size: int, form: str = "<Q") -> bytes:
@@ -167,6 +167,14 @@ PAIRS = b"(" + b"".join(b"M" + struct.pack("<H", number) + b"N\x86" for number i
 ORDERED = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor\n"
 TENSOR = b"h\x01((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x00tQK\x00h\x00h\x00tR"
+NUMBERED = b"".join(b"M" + struct.pack("<H", number) + b"N" for number in range(20_000))
+#: Puts a dict of 400 entries at 400 places of a dict, and that one at 400 of another.
+FEW = [b"M" + struct.pack("<H", number) for number in range(400)]
+SHARED = (
+    text("a") + b"}(" + b"".join(key + b"N" for key in FEW) + b"uq\x00s"
+    + text("b") + b"}(" + b"".join(key + b"h\x00" for key in FEW) + b"uq\x01s"
+    + text("d") + b"}(" + b"".join(key + b"h\x01" for key in FEW) + b"us"
+)  # fmt: skip
 BOMBS = {
     "memo index": checkpoint(b"N" + length(b"r", 2**32 - 1, "<I")),
     "bytes": checkpoint(length(b"\x8e", 2**50)), "text": checkpoint(length(b"\x8d", 2**50)),
@@ -191,6 +199,15 @@ BOMBS = {
     "many in the memo": checkpoint(b"N\x94" * 10**6),
     "many wide texts": checkpoint(b"\x8c\x05\xf0\x9f\x98\x80a" * 10**6),
     "many classes": checkpoint(b"]" + b"cmegatron\na\na" * 200_000),
+    # Which are small in the pickle, and large where they are written out.
+    "one text for many values": checkpoint(text("x" * 200_000) + b"q\x00](" + b"h\x00" * 20_000 + b"e"),
+    "one text in a tuple for many": checkpoint(text("x" * 200_000) + b"\x85q\x00](" + b"h\x00" * 20_000 + b"e"),
+    "one key for many dicts": checkpoint(text("x" * 200_000) + b"q\x00](" + b"}h\x00Ns" * 20_000 + b"e"),
+    "one class of a long name": checkpoint(b"cmegatron\n" + b"x" * 300_000 + b"\nq\x00](" + b"h\x00" * 20_000 + b"e"),
+    "one long name before many": checkpoint(b"N", text("x" * 300_000) + b"}(" + NUMBERED + b"us"),
+    "dicts in dicts of one dict": checkpoint(b"N", SHARED + text("c") + b"h\x01s"),
+    "no args and many names of one class": b"\x80\x02}(" + b"".join(
+        text(f"{number}" + "x" * 5000) + b"cmegatron\na\n" for number in range(1000)) + b"u.",
 }  # fmt: skip
 PACKAGE = Path(dist_convert.__file__).parent
 CHILD = """
@@ -222,7 +239,7 @@ def test_a_small_file_costs_little_memory_and_time(bomb: str, tmp_path: Path) ->
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
     assert ended.returncode == 0, ended.stderr[-500:]  # a negative code is the signal that ended it
     outcome, peak_memory_bytes = ended.stdout.split()
-    assert outcome in ("read", "CorruptFile")
+    assert outcome in ("read", "CorruptFile", "MissingArguments")
     assert int(peak_memory_bytes) < 300 << 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,38 @@ def test_a_record_that_is_read_in_part_or_with_overlaps_is_not_compared(
     files.close()
 
 
+def test_records_that_touch_are_compared_each_for_itself(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(DATA * 2)
+    records = [0, len(DATA), zlib.crc32(DATA), len(DATA), len(DATA), 0x12345678]
+    files = FileReader(tmp_path, make_buffer(256), {}, RecordChecks({FILE: records}))
+    *firsts, last = (
+        View(FILE, NAME, "F32", first, (end - first) // 4, 1, 1, 1)
+        for first, end in ((64, 96), (96, 128), (0, 64), (128, 192))
+    )
+    for view in firsts:
+        files.read(view, "F32", 0, make_buffer(96), 0)
+    with pytest.raises(CorruptFile, match="not those that were saved"):
+        files.read(last, "F32", 0, make_buffer(96), 0)
+    files.close()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_read"), [(((0, 64),), True), (((16, 48), (60, 96)), True), (((0, 44),), False)], ids=str
+)
+def test_what_a_record_lacks_that_was_read_but_for_a_little_is_read_to_compare_it(
+    pieces: tuple[tuple[int, int], ...], is_read: bool, tmp_path: Path
+) -> None:
+    (tmp_path / FILE).write_bytes(bytes(START) + DATA + bytes(8))
+    for checksum in (zlib.crc32(DATA), 0x12345678):
+        files = FileReader(tmp_path, make_buffer(8), {}, RecordChecks({FILE: [START, len(DATA), checksum]}))
+        for first, end in pieces:
+            view = View(FILE, NAME, "F32", START + first, (end - first) // 4, 1, 1, 1)
+            files.read(view, "F32", 0, make_buffer(96), 0)
+        with pytest.raises(CorruptFile) if is_read and checksum == 0x12345678 else nullcontext():
+            files.read_missing()
+        files.close()
+
+
 def make_pickled(root: Path) -> Path:
     make_hf(root, Model())
     (root / "model.safetensors").unlink()
@@ -106,6 +139,21 @@ def test_a_flipped_bit_of_a_tensor_ends_a_conversion_with_its_name(
     assert "norm.weight" in printed or "layernorm.weight" in printed
     assert not (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_flipped_bit_of_a_vocabulary_with_padding_ends_a_conversion(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Model().vocab < Model().padded_vocab
+    file = MAKERS[kind](tmp_path / "in")
+    data = bytearray(file.read_bytes())
+    data[data.index(hf_tensors(Model())[name].view(torch.uint8).numpy().tobytes()) + 5] ^= 1
+    file.write_bytes(data)
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--device", "cpu"]
+    assert main(command) == 1
+    assert "the bytes of a tensor are not those that were saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["torch", "torch_dist"])

@@ -210,6 +210,29 @@ def test_a_vocabulary_is_cut_by_the_same_command_after_a_kill_before_any_change(
         assert {name: content for name, content in found.items() if name not in left} == expected
 
 
+def test_a_tokenizer_goes_on_after_a_kill_and_that_of_another_with_more_files_before_it(tmp_path: Path) -> None:
+    more, few = make_tokenizer(tmp_path / "more"), make_tokenizer(tmp_path / "few")
+    (more / "chat_template.jinja").write_text("{{ messages }}")
+    target = converted(tmp_path)
+    shutil.copytree(target, tmp_path / "before")
+    commands = [["tokenizer", str(source), str(target), "--overwrite"] for source in (more, few)]
+    seen, moment = set[str](), 2
+    while True:
+        shutil.rmtree(target)
+        shutil.copytree(tmp_path / "before", target)
+        assert killed(commands[0], "rename", 2)
+        if not killed(commands[1], "rename", moment):
+            break
+        waiting = target / ".dist_convert-waiting.json"
+        seen |= (
+            {name for name, made in json.loads(waiting.read_text()).items() if not made} if waiting.exists() else set()
+        )
+        assert main(commands[1]) == 0
+        assert main(["inspect", str(target)]) == 0
+        moment += 1
+    assert "chat_template.jinja" in seen
+
+
 @pytest.mark.parametrize("listed", [[], {"config.json": "../x"}, {"config.json": "README.md"}, {"../x": WAITING}])
 def test_a_list_of_waiting_files_that_nobody_wrote_is_named(
     listed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ docs/formats.md, "Keys of the file".
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dist_convert.formats.megatron.names import reason_to_drop
 from dist_convert.read.restricted_pickle import Inert, Tensor, class_of, foreign_classes, inside, plain_dict
 from dist_convert.read.source import opened_source, reading
 from dist_convert.read.torch_file import Container, open_dict, place_tensors
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes
 
 
 def files_beside(directory: Path, file: str) -> dict[str, int]:
@@ -102,7 +103,7 @@ _OF_MODEL = ("args", "checkpoint_version", "iteration", "num_floating_point_oper
 
 
 def _listed(saved: Mapping[Any, Any]) -> str:
-    return ", ".join(f"{name}: {class_of(value)}" for name, value in saved.items())
+    return ", ".join(f"{str(name)[:200]}: {class_of(value)}" for name, value in islice(saved.items(), 100))
 
 
 def _is_beside(name: str) -> bool:
@@ -144,22 +145,33 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
 
 #: Dicts within a model before Megatron-Core: language_model, embedding, word_embeddings.
 _LEVELS = 3
+#: Of the names of a model's entries: a pickle can have one dict at a million places.
+_MOST_NAMES_BYTES = 64_000_000
+#: Of an entry's name, besides its characters.
+_NAME_BYTES = 100
 
 
 def _flat(model: Mapping[Any, Any], file: str) -> dict[str, Any]:
     """The entries of a model, which before Megatron-Core was a dict of dicts, by names with dots."""
     pairs = [(str(name), value) for name, value in model.items()]
     for _ in range(_LEVELS):
-        pairs = [entry for name, value in pairs for entry in _opened(name, value)]
+        opened, names_bytes = list[tuple[str, Any]](), 0
+        for name, value in pairs:
+            is_nested = isinstance(value, Mapping) and value and not reason_to_drop(name)
+            for inner in value if is_nested else ("",):
+                opened.append((f"{name}.{inner}", value[inner]) if is_nested else (name, value))
+                names_bytes += len(opened[-1][0]) + _NAME_BYTES
+                if names_bytes > _MOST_NAMES_BYTES:
+                    raise CorruptFile(
+                        "a model has too many entries, or too long names",
+                        file=file,
+                        expected=f"names of {human_bytes(_MOST_NAMES_BYTES)} in all, at most",
+                    )
+        pairs = opened
     found = dict(pairs)
     if len(found) < len(pairs):
         raise CorruptFile("two entries of a model have one name", file=file)
     return found
-
-
-def _opened(name: str, value: Any) -> list[tuple[str, Any]]:
-    is_nested = isinstance(value, Mapping) and value and not reason_to_drop(name)
-    return [(f"{name}.{inner}", one) for inner, one in value.items()] if is_nested else [(name, value)]
 
 
 def model_prefixes(count: int) -> list[str]:
