@@ -86,7 +86,8 @@ def test_a_trace_holds_every_byte_that_was_read_and_written(tmp_path: Path) -> N
     for phase in ("read", "place", "write"):
         of_phase = [event for event in found if event["name"] == phase]
         assert 0 not in {event["tid"] for event in of_phase}  # the main thread plans and waits
-        assert sum(event["args"]["bytes"] for event in of_phase) == WEIGHTS_BYTES
+        size_bytes = sum(event["args"]["bytes"] for event in of_phase)
+        assert size_bytes == WEIGHTS_BYTES if phase != "place" else 0 < size_bytes < WEIGHTS_BYTES
     assert {event["args"]["what"] for event in found if event["name"] == "read"} >= {
         "embedding.word_embeddings.weight",
         "decoder.layers.1.mlp.linear_fc2.weight",

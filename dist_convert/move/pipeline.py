@@ -144,8 +144,8 @@ def _move_alone(steps: _Steps, work: Work, tools: Sequence[Tools], result: MoveR
     def move_one(step: Step, later: Sequence[Step]) -> list[Written]:
         mine, slot = free.get()
         try:
-            work.read(mine.reader, step, slot, later)
-            return work.write(mine, step, slot)
+            work.ask(mine.reader, later)
+            return work.move(mine, step, slot)
         finally:
             free.put((mine, slot))
 
@@ -186,7 +186,8 @@ def _gather(
     gathering = deque[tuple[int, Step, Slot, Callable[[], None]]]()
 
     def read(step: Step, slot: Slot, later: Sequence[Step]) -> tuple[Step, Slot]:
-        work.read(tools.reader, step, slot, later)
+        work.ask(tools.reader, later)
+        work.read(tools.reader, step, slot)
         return step, slot
 
     def write(step: Step, slot: Slot) -> Slot:

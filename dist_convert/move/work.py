@@ -1,7 +1,10 @@
 """What a rank does in one step: reads, puts side by side what belongs together, and writes."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+
+from isal import isal_zlib
 
 from dist_convert.errors import ValueOverflow
 from dist_convert.move.timeline import Timeline
@@ -9,8 +12,8 @@ from dist_convert.options import TARGET_DTYPES
 from dist_convert.plan.steps import Step, Write
 from dist_convert.ranks.channel import Control
 from dist_convert.read.buffers import Buffer, Slot
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import View, counted
+from dist_convert.read.file_reader import PIECE_BYTES, TORCH_DTYPES, FileReader
+from dist_convert.records import View, Window, counted
 from dist_convert.write.files import FileWriter, Written
 from dist_convert.write.journal import Journal
 
@@ -34,12 +37,15 @@ class Work:
     progress: Control
     may_overflow: bool
 
-    def read(self, reader: FileReader, step: Step, slot: Slot, later: Sequence[Step]) -> None:
-        """Read what this rank has to, and ask for what it has to read later."""
+    def ask(self, reader: FileReader, later: Sequence[Step]) -> None:
+        """Have the operating system begin to read what this rank has to read later."""
         for wanted in (wanted for one in later for wanted in one.reads if wanted.reader == self.member):
             reader.read_ahead(wanted.source)
-        for wanted in step.reads:
-            if wanted.reader == self.member:
+
+    def read(self, reader: FileReader, step: Step, slot: Slot, but: Container[int] = ()) -> None:
+        """Read what this rank has to, but for reads of some numbers."""
+        for number, wanted in enumerate(step.reads):
+            if wanted.reader == self.member and number not in but:
                 with self.timeline.during("read", wanted.source.tensor, wanted.source.size_bytes):
                     changed = reader.read(wanted.source, wanted.dtype, wanted.add, slot.data, wanted.offset_bytes)
                 if changed.get("overflowed") and not self.may_overflow:
@@ -49,18 +55,60 @@ class Work:
 
     def write(self, tools: Tools, step: Step, slot: Slot) -> list[Written]:
         """Place and write what this rank has to."""
-        before = tools.writer.written_bytes
-        written = []
-        for wanted in step.writes:
-            if wanted.writer == self.member:
-                with self.timeline.during("place", wanted.target.tensor, wanted.target.size_bytes):
-                    target, values = _placed(wanted, step, slot, tools.rows)
-                with self.timeline.during("write", target.tensor, target.size_bytes):
-                    written.append(tools.writer.write(target, values))
+        mine = [wanted for wanted in step.writes if wanted.writer == self.member]
+        return self._noted([self._write(tools, wanted, step, slot) for wanted in mine])
+
+    def move(self, tools: Tools, step: Step, slot: Slot) -> list[Written]:
+        """All of a step that needs no other rank."""
+        copied = copies_of(step)
+        self.read(tools.reader, step, slot, but=copied.values())
+        written = [
+            self._copy(tools, step.reads[copied[number]].source, wanted.target)
+            if number in copied
+            else self._write(tools, wanted, step, slot)
+            for number, wanted in enumerate(step.writes)
+            if wanted.writer == self.member
+        ]
+        return self._noted(written)
+
+    def _write(self, tools: Tools, wanted: Write, step: Step, slot: Slot) -> Written:
+        with self.timeline.during("place", wanted.target.tensor, wanted.target.size_bytes):
+            target, values = _placed(wanted, step, slot, tools.rows)
+        with self.timeline.during("write", target.tensor, target.size_bytes):
+            return tools.writer.write(target, values)
+
+    def _copy(self, tools: Tools, source: View, target: View) -> Written:
+        """Read and write in turn what a core's own cache holds."""
+        window, checksum = Window.of(target), 0
+        for first in range(0, window.run_bytes, PIECE_BYTES):
+            size_bytes = min(PIECE_BYTES, window.run_bytes - first)
+            with self.timeline.during("read", source.tensor, size_bytes):
+                piece, known = tools.reader.read_piece(source, first)
+            with self.timeline.during("write", target.tensor, size_bytes):
+                of_piece = tools.writer.write_piece(window.file, piece, window.offset_bytes + first, known)
+                checksum = isal_zlib.crc32_combine(checksum, of_piece, size_bytes)
+        return window, checksum
+
+    def _noted(self, written: list[Written]) -> list[Written]:
         if written:
             self.journal.wrote(written)
-        self.progress.add_progress(tools.writer.written_bytes - before)
+        self.progress.add_progress(sum(window.size_bytes for window, _ in written))
         return written
+
+
+def copies_of(step: Step) -> dict[int, int]:
+    """The writes, by their numbers, of bytes that are read for them alone and stay as they are, and what is read."""
+    uses = Counter(part.read for wanted in step.writes for part in wanted.parts)
+    found = {}
+    for number, wanted in enumerate(step.writes):
+        first, *others = wanted.parts
+        read, target = step.reads[first.read], wanted.target
+        stays = read.source.is_dense and read.source.scales is None and not read.add and read.dtype == read.source.dtype
+        is_whole = (read.source.rows, read.source.columns) == (target.rows, target.columns) and target.is_dense
+        is_alone = not others and uses[first.read] == 1 and read.reader == wanted.writer
+        if stays and is_whole and is_alone and read.dtype == target.dtype:
+            found[number] = first.read
+    return found
 
 
 def value_overflow(tensor: str, dtype: str, count: int) -> ValueOverflow:

@@ -24,6 +24,9 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 _STORED_DTYPES = TORCH_DTYPES | {"F8_E4M3": torch.uint8, "U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 _MAX_OPEN_FILES = 64
 
+#: Read and written at once where nothing is changed on the way: a core's own cache holds that.
+PIECE_BYTES = 1 << 20
+
 #: Of one request to read ahead: of a longer one Linux reads no more than its window for reading ahead, 128 KiB.
 _AHEAD_BYTES = 128 << 10
 
@@ -126,6 +129,23 @@ class FileReader:
                 getattr(self.counts, kind)[view.tensor] += count
             return changed
 
+    def read_piece(self, view: View, first_byte: int) -> tuple[memoryview, int | None]:
+        """The next `PIECE_BYTES` of a dense view, or its last bytes, which are there until something else is read.
+
+        Returns:
+            The bytes, and their CRC-32, if it was worked out.
+
+        Raises:
+            CorruptFile, SourceChanged, SourceError: see `read`.
+        """
+        with below(self._root):
+            piece = self._scratch.memory[: min(PIECE_BYTES, view.size_bytes - first_byte)]
+            checksum = self._read_into(piece, view, view.offset_bytes + first_byte)
+            self.counts.read_bytes += len(piece)
+            if first_byte + len(piece) == view.size_bytes:
+                self._end(view)
+            return piece, checksum
+
     def read_missing(self) -> None:
         """Read what records lack that were read but for a little, so that they are compared.
 
@@ -197,7 +217,8 @@ class FileReader:
                 box = Box(0, first, view.rows, len(starts))
             yield box, values.as_strided((box.rows, box.columns), (fetched.row_stride, fetched.column_stride))
 
-    def _read_into(self, window: memoryview, view: View, offset_bytes: int) -> None:
+    def _read_into(self, window: memoryview, view: View, offset_bytes: int) -> int | None:
+        """Fill a window; the CRC-32 of what was read, if it was worked out."""
         done = 0
         expected = f"{len(window)} bytes at offset {offset_bytes}"
         while done < len(window):
@@ -218,7 +239,8 @@ class FileReader:
                 )
             done += count
         if 1 + (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride <= view.rows * view.columns:
-            self._checks.add(window, view, offset_bytes)
+            return self._checks.add(window, view, offset_bytes)
+        return None
 
     def _end(self, view: View) -> None:
         self._check_unchanged(view)

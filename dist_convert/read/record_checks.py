@@ -34,20 +34,20 @@ class RecordChecks:
         #: One of the views of a record that is not whole yet, by where it begins.
         self._views: dict[tuple[str, int], View] = {}
 
-    def add(self, piece: memoryview, view: View, offset_bytes: int) -> None:
-        """Add bytes of a view's file that have been read at an offset.
+    def add(self, piece: memoryview, view: View, offset_bytes: int) -> int | None:
+        """Add bytes of a view's file that have been read at an offset; their CRC-32, if it was worked out.
 
         Raises:
             CorruptFile: with them a record is whole, and is not what was saved.
         """
         file = view.file
         if file not in self._checksums:
-            return
+            return None
         start, size_bytes, expected = self._record_at(file, offset_bytes)
         end_bytes = offset_bytes + len(piece)
         if end_bytes > start + size_bytes:
-            return
-        checksum = isal_zlib.crc32(piece)
+            return None
+        checksum = of_piece = isal_zlib.crc32(piece)
         with self._lock:
             if end_bytes < start + size_bytes and (file, end_bytes) in self._stretches:
                 more_bytes, more = self._stretches.pop((file, end_bytes))
@@ -75,6 +75,7 @@ class RecordChecks:
                 expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
                 found=f"{checksum:08x}",
             )
+        return of_piece
 
     def little_missing(self) -> Iterator[tuple[View, int, int]]:
         """What to read so that records are whole which lack no more than a block and half of them.

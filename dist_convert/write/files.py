@@ -196,6 +196,14 @@ class FileWriter:
         self.written_bytes += len(packed)
         return window, checksum
 
+    def write_piece(self, file: str, piece: memoryview, offset_bytes: int, checksum: int | None) -> int:
+        """Write bytes of a file whose CRC-32 may be known; returns that."""
+        checksum = isal_zlib.crc32(piece) if checksum is None else checksum
+        with writing(self._root / local_name(file)):
+            self._write_at(file, piece, offset_bytes, None)
+        self.written_bytes += len(piece)
+        return checksum
+
     def _write_at(self, file: str, data: memoryview, offset_bytes: int, checksum: int | None) -> int | None:
         """Write bytes, each piece right after it went into the checksum, which leaves it in the processor's cache."""
         descriptor, done = self._descriptor(file), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from dist_convert.read.file_reader import FileReader
 from dist_convert.records import View
-from dist_convert.write.files import FileWriter, Written
+from dist_convert.write.files import FileWriter
 from tests.checkpoints import Model, make
 from tests.converting import convert
 
@@ -22,20 +21,20 @@ def test_a_step_is_read_while_another_is_written(tmp_path: Path, monkeypatch: py
     make(tmp_path / "in", SEVERAL_STEPS)
     reads = threading.Semaphore(0)
     was_in_time: list[bool] = []
-    read, write = FileReader.read, FileWriter.write
+    read, write = FileReader.read_piece, FileWriter.write_piece
 
-    def noting(reader: FileReader, *rest: Any) -> Mapping[str, int]:
+    def noting(reader: FileReader, *rest: Any) -> tuple[memoryview, int | None]:
         reads.release()
         return read(reader, *rest)
 
-    def slow_write(writer: FileWriter, view: View, packed: memoryview) -> Written:
+    def slow_write(writer: FileWriter, *rest: Any) -> int:
         if not was_in_time:
             was_in_time.append(all(reads.acquire(timeout=20) for _ in range(2)))
-        return write(writer, view, packed)
+        return write(writer, *rest)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(FileReader, "read", noting)
-    monkeypatch.setattr(FileWriter, "write", slow_write)
+    monkeypatch.setattr(FileReader, "read_piece", noting)
+    monkeypatch.setattr(FileWriter, "write_piece", slow_write)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert was_in_time[0]
 
@@ -66,20 +65,20 @@ def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
     make(tmp_path / "in", SEVERAL_STEPS)
     asked: list[View] = []
     ahead: list[int] = []
-    read_ahead, read = FileReader.read_ahead, FileReader.read
+    read_ahead, read = FileReader.read_ahead, FileReader.read_piece
 
     def noting(reader: FileReader, view: View) -> None:
         asked.append(view)
         read_ahead(reader, view)
 
-    def counting(reader: FileReader, view: View, *rest: Any) -> Mapping[str, int]:
+    def counting(reader: FileReader, view: View, first_byte: int) -> tuple[memoryview, int | None]:
         assert view in asked
-        ahead.append(len(asked) - 1 - asked.index(view))
-        return read(reader, view, *rest)
+        ahead.extend([len(asked) - 1 - asked.index(view)] if first_byte == 0 else [])
+        return read(reader, view, first_byte)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(FileReader, "read_ahead", noting)
-    monkeypatch.setattr(FileReader, "read", counting)
+    monkeypatch.setattr(FileReader, "read_piece", counting)
     assert convert(tmp_path / "in", tmp_path / "more", "--read-ahead", "9999999") == 0
     assert min(ahead) == 0
     asked.clear()
