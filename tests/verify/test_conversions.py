@@ -11,6 +11,7 @@ from dist_convert.__main__ import main
 from dist_convert.formats.megatron import geometry, parameters
 from dist_convert.formats.megatron.geometry import ShardBox
 from dist_convert.models.schema import Row
+from dist_convert.read.file_reader import FileReader
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
@@ -112,14 +113,22 @@ def test_one_bit_that_was_written_wrong_is_found(
 ) -> None:
     make(tmp_path / "megatron", Model(), Grid(tp=2))
     make_hf(tmp_path / "hf", Model())
-    right = FileWriter.write
+    write, read_piece = FileWriter.write, FileReader.read_piece
+
+    def is_meant(view: View) -> bool:
+        return "layers.2." in view.tensor and ("o_proj" in view.tensor or "linear_proj" in view.tensor)
 
     def wrong(self: FileWriter, view: View, data: memoryview) -> Written:
-        if ("layers.2." in view.tensor) and ("o_proj" in view.tensor or "linear_proj" in view.tensor):
-            data[0] ^= 1
-        return right(self, view, data)
+        data[0] ^= is_meant(view)
+        return write(self, view, data)
+
+    def wrong_piece(self: FileReader, view: View, first_byte: int) -> tuple[memoryview, int | None]:
+        piece, checksum = read_piece(self, view, first_byte)
+        piece[0] ^= is_meant(view)
+        return piece, checksum
 
     monkeypatch.setattr(FileWriter, "write", wrong)
+    monkeypatch.setattr(FileReader, "read_piece", wrong_piece)
     if direction == "to hf":
         assert convert(tmp_path / "megatron", tmp_path / "out", "--verify") == 1
     else:
