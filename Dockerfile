@@ -1,6 +1,6 @@
 # Conversions on CPUs:
 #   docker build --tag dist-convert .
-#   docker run --rm --user "$(id -u):$(id -g)" --volume /ckpts:/ckpts --volume /out:/out dist-convert \\
+#   docker run --rm --user "$(id -u):$(id -g)" --volume /ckpts:/ckpts --volume /out:/out dist-convert \
 #       convert /ckpts/llama /out/llama-hf --to huggingface --ranks 4
 FROM python:3.12-slim
 

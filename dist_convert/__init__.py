@@ -59,7 +59,7 @@ def convert(
         source: root or iteration of a Megatron checkpoint, Hugging Face directory, or hub id (org/name[@revision]).
         target: the Hugging Face directory that is made, or the root of the Megatron checkpoint.
         to: the target's format, "huggingface", "torch", "torch_dist" or "dcp".
-        ranks: processes on this machine that share the work, each a fresh interpreter. None: this one alone.
+        ranks: processes on this machine that share the work, none a fork of this one. None: this one alone.
         group: the process group of this program whose ranks share the work; each of them calls this function.
         on_progress: is called now and then, from any thread, with the bytes done and those of the whole conversion;
             in a `group`, with the bytes that this rank has done.

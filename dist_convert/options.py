@@ -252,7 +252,7 @@ class Options:
     )
     save_capacity_bins: bool = _to_hf("write Habana's capacity_bins.pt", False, source=TORCH)
     overwrite: bool = _target(
-        "replace an existing target, of a Megatron checkpoint this iteration", False, is_free=True
+        "replace an existing target, or this iteration of a Megatron checkpoint", False, is_free=True
     )
     push_to_hub: str | None = _to_hf(
         "upload the finished directory to this repository, which is made where it is not there",
@@ -274,7 +274,7 @@ class Options:
         "device that collectives use", "auto", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
     )
     placement: str = _run(
-        "way of the bytes: with gather each rank reads its own shards and sends, with direct it reads what it writes",
+        "who reads what: with gather each rank reads its own shards and sends, with direct it reads what it writes",
         "auto",
         shown="auto, direct on the CPU where every rank sees every file, else gather",
         choices=("auto", "gather", "direct"),
@@ -290,7 +290,7 @@ class Options:
     )
     trace: Path | None = _run("write where the time of every rank goes, in Chrome's trace format", shown="off")
     log_format: str = _run(
-        "form of the log on standard error: text for people, or a JSON object a line for programs",
+        "format of the log on standard error: text for people, or a JSON object a line for programs",
         "text",
         choices=("text", "json"),
     )
@@ -298,7 +298,7 @@ class Options:
     json: bool = _run("print the report, or the plan of a dry run, as JSON on standard output", False)
     quiet: bool = _run("say nothing but warnings and errors", False, short=("-q",))
     verbose: bool = _run("also say where the time goes, and where a target's args come from", False, short=("-v",))
-    strict: bool = _run("errors out of warnings: nothing is written where there is one", False)
+    strict: bool = _run("end with an error instead of a warning, before anything is written", False)
     dry_run: bool = _run("show what each rank would do; exit 0 if it would start", False)
 
 
