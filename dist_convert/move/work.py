@@ -29,7 +29,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done in a step by this rank, the so manieth of its group; in any thread."""
+    """What this rank does in a step, in any thread; `member` is its position in its group."""
 
     member: int
     journal: Journal
@@ -60,7 +60,7 @@ class Work:
 
     def move(self, tools: Tools, step: Step, slot: Slot) -> list[Written]:
         """All of a step that needs no other rank."""
-        copied = copies_of(step)
+        copied = _copied_as_is(step)
         self.read(tools.reader, step, slot, but=copied.values())
         written = [
             self._copy(tools, step.reads[copied[number]].source, wanted.target)
@@ -96,8 +96,8 @@ class Work:
         return written
 
 
-def copies_of(step: Step) -> dict[int, int]:
-    """The writes, by their numbers, of bytes that are read for them alone and stay as they are, and what is read."""
+def _copied_as_is(step: Step) -> dict[int, int]:
+    """Writes of bytes that are read for them alone and stay as they are: number of the write -> number of the read."""
     uses = Counter(part.read for wanted in step.writes for part in wanted.parts)
     found = {}
     for number, wanted in enumerate(step.writes):
