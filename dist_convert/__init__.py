@@ -15,20 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_convert import errors
+from dist_convert import options as table
 from dist_convert.errors import ConversionError
-from dist_convert.options import (
-    CONVERT,
-    FORMATS,
-    HUGGINGFACE,
-    Options,
-    VerifyJob,
-    check_together,
-    check_values,
-    expanded_path,
-    kind_of,
-    options_of,
-    plain_name,
-)
 from dist_convert.records import __version__, parse_bytes
 
 __all__ = ["ConversionError", "__version__", "convert", "errors", "inspect", "open", "verify"]
@@ -62,7 +50,8 @@ def convert(
         ranks: processes on this machine that share the work, none a fork of this one. None: this one alone.
         group: the process group of this program whose ranks share the work; each of them calls this function.
         on_progress: is called now and then, from any thread, with the bytes done and those of the whole conversion;
-            in a `group`, with the bytes that this rank has done.
+            then with those of the comparison that `verify` asks for. In a `group`, with the bytes that this rank has
+            done.
         cancel: is asked now and then whether to end; the same call goes on later.
         options: those of the command, by their names with underscores: `target_tensor_parallel_size=4`. Sizes are
             bytes or text with a unit, `max_shard_size="2GB"`. `iteration` may be "release".
@@ -74,19 +63,18 @@ def convert(
         ConversionError: see `dist_convert.errors`; what is not complete never has the target's name.
         TypeError: an option that the command does not have.
     """
-    if to not in FORMATS:
-        raise errors.UsageError("no such format", expected=" or ".join(FORMATS), found=repr(to))
-    job = Options(to, expanded_path(source), Path(os.path.realpath(_path(target))), **_values(CONVERT, options))
-    check_values(job)
-    check_together(job)
+    if to not in table.FORMATS:
+        raise errors.UsageError("no such format", expected=" or ".join(table.FORMATS), found=repr(to))
+    job = table.Options(
+        to, table.expanded_path(source), Path(os.path.realpath(_path(target))), **_values(table.CONVERT, options)
+    )
+    table.check_values(job)
+    table.check_together(job)
     if ranks is not None and group is not None:
-        raise errors.UsageError("ranks are started, or those of a group", found="ranks and group", remedy="give one")
+        raise errors.UsageError("ranks and group exclude each other", found="ranks and group", remedy="give one")
     if job.push_to_hub and (ranks is None or ranks < 2):
-        raise errors.UsageError(
-            "push_to_hub is done by ranks of their own",
-            found=f"ranks={ranks}",
-            remedy="give ranks=2 or more, or upload the finished directory with: dist-convert push",
-        )
+        remedy = "give ranks=2 or more, or upload the finished directory with: dist-convert push"
+        raise errors.UsageError("push_to_hub needs separate ranks", found=f"ranks={ranks}", remedy=remedy)
     if ranks is not None and ranks > 1:
         from dist_convert.cli.child import convert_in_ranks
 
@@ -100,24 +88,24 @@ def convert(
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    return Path(expanded_path(path))
+    return Path(table.expanded_path(path))
 
 
 def _values(command: str, given: Mapping[str, Any], *besides: str) -> dict[str, Any]:
     """The options of a command by the names of their fields; those besides are none of its function's."""
-    its = [(one, told) for one, told in options_of(command) if one.name not in besides]
-    known = {plain_name(one.name): one for one, _ in its}
+    its = [(one, told) for one, told in table.options_of(command) if one.name not in besides]
+    known = {table.plain_name(one.name): one for one, _ in its}
     also = {short.removeprefix("--").replace("-", "_"): one for one, told in its for short in told.short}
-    values: dict[str, Any] = {}
+    values = {}
     for name, value in given.items():
-        one = known.get(plain_name(name)) or also.get(name)
+        one = known.get(table.plain_name(name)) or also.get(name)
         if one is not None and one.name in values:
-            raise TypeError(f"{command}() got {name!r} besides another name of the same option")
+            raise TypeError(f"{command}() got {name!r} and another name of the same option")
         if one is None:
             raise TypeError(f"{command}() has no option {name!r}; it has {', '.join(known)}")
-        if kind_of(one) == "path" and value is not None:
+        if table.kind_of(one) == "path" and value is not None:
             value = _path(value)
-        elif kind_of(one) == "size" and isinstance(value, str):
+        elif table.kind_of(one) == "size" and isinstance(value, str):
             with contextlib.suppress(errors.UsageError):  # which `check_values` raises with the option's name
                 value = parse_bytes(value)
         values[one.name] = value
@@ -146,8 +134,9 @@ def open(
     """
     from dist_convert.formats.weights import open_weights
 
-    job = Options(HUGGINGFACE, os.fspath(_path(path)), **_values("open", options))
-    check_values(job)
+    directory = os.path.abspath(_path(path))  # the program may change its own while this one is open
+    job = table.Options(table.HUGGINGFACE, directory, **_values("open", options))
+    table.check_values(job)
     return open_weights(job, dtype, device)
 
 
@@ -178,9 +167,9 @@ def verify(
     share: Any = sample
     with contextlib.suppress(TypeError, ValueError, OverflowError):  # of what is no share, which `check_values` tells
         share = Fraction(sample).limit_denominator(1_000_000)
-    values = _values("verify", options, "sample", "json", "timeout_seconds")
-    job = VerifyJob(_path(a), _path(b), sample=share, **values)
-    check_values(job)
+    values = _values("verify", options, "sample", "json", "quiet", "log_interval_seconds", "timeout_seconds")
+    job = table.VerifyJob(_path(a), _path(b), sample=share, **values)
+    table.check_values(job)
     world = alone()
     return verify_job(job, world, Embedded(world, on_progress, cancel))
 

@@ -5,32 +5,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import json
 import os
 import resource
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_convert import errors
 from dist_convert.cli.commands import notes_on_old_flags
-from dist_convert.cli.flags import build_parser, job_from_flags, options_from_flags, parse, ranks_to_start
-from dist_convert.cli.job_files import job_file
-from dist_convert.errors import (
-    ConversionError,
-    LostRank,
-    MissingPackage,
-    UsageError,
-    error_details,
-    raise_together,
-    remedy_of,
-    shown_line,
+from dist_convert.cli.flags import (
+    build_parser,
+    job_from_flags,
+    options_from_flags,
+    parse_all,
+    ranks_to_start,
+    tokenizer_job_from_flags,
 )
-from dist_convert.options import HUGGINGFACE, PAIRS, TORCH, Options, VerifyJob
-from dist_convert.ranks.log import Log, as_json_line
+from dist_convert.cli.job_files import job_file
+from dist_convert.options import COMMANDS, HUGGINGFACE, Options, VerifyJob, check_together
+from dist_convert.ranks.log import Log, as_json_line, tell_torchrun
 from dist_convert.ranks.signals import ending_at_once, is_first_rank, noted, rank_and_size, stopped_by
 from dist_convert.records import human_bytes
 
@@ -62,6 +61,8 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no name is a reason to end
 
 
 def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
@@ -72,25 +73,27 @@ def _reported(run: Callable[[], int], *, is_json: bool = False) -> int:
         return stopped_by(signal.SIGINT)
     except Exception as raised:
         explained = _explained(raised)
-        if explained is None:
-            raise
+        if explained is None or (isinstance(raised, BrokenPipeError) and os.environ.get("WORLD_SIZE", "1") == "1"):
+            raise  # whoever reads no more, such as head, has what it wants, and no other rank waits
         error = explained
     try:
         rank, size = rank_and_size()
-    except UsageError:  # which is the error
+    except errors.UsageError:  # which is the error
         rank, size = 0, 1
     channel = None
     if size > 1:
         from dist_convert.ranks.channel import Channel
 
-        with contextlib.suppress(LostRank, RuntimeError):  # it has a thread; then each rank tells of its own
+        with contextlib.suppress(errors.LostRank, RuntimeError):  # it has a thread; then each rank tells of its own
             channel = Channel(rank, size)
     return _fail(channel, error, is_json=is_json)
 
 
 def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
-    flags = parse(argv)
+    flags, wrong = parse_all(argv)
     is_json = getattr(flags, "log_format", "text") == "json"
+    if wrong:
+        return _reported(lambda: _refuse(flags, wrong), is_json=is_json)
     if flags.command == "inspect":
         return _inspect(flags)
     if flags.command == "models":
@@ -99,7 +102,8 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         return _print_completion(flags.shell)
     if getattr(flags, "print_config", False):  # with the paths as they were given
         besides = {"source": flags.source, "target": flags.target} | ({"ranks": flags.ranks} if flags.ranks else {})
-        print(job_file(options_from_flags(flags), **besides), end="")
+        check_together(options := options_from_flags(flags))
+        print(job_file(options, **besides), end="")
         return 0
     if flags.command in ("tokenizer", "push"):
         stack.close()  # they have files to tidy away
@@ -111,14 +115,30 @@ def _main(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
 
     def command() -> int:
         rank_and_size()  # what is wrong with it is said first
-        ranks = ranks_to_start(flags)
-        if "RANK" not in os.environ:
-            _check_sources(job_from_flags(flags))  # and all that is wrong with the job, before torch is imported
-        if ranks == 1:
+        _refuse(flags, [])  # and all that is wrong with the job, before torch is imported
+        if (ranks := ranks_to_start(flags)) == 1:
             return be_rank(flags, stack)
         return _start_ranks(ranks, lambda: _reported(lambda: be_rank(flags, stack), is_json=is_json))
 
     return _reported(command, is_json=is_json)
+
+
+def _refuse(flags: argparse.Namespace, wrong: Sequence[errors.ConversionError]) -> int:
+    """Raise what is wrong with a command line, and with a job's ranks and, where no other rank sees more, its paths."""
+    from dist_convert.formats.paths import check_paths
+
+    found = [*wrong, *(errors.collected([partial(ranks_to_start, flags)]) if "ranks" in flags else [])]
+    if flags.command in COMMANDS or (flags.command in ("verify", "tokenizer") and not wrong):
+        job_of = tokenizer_job_from_flags if flags.command == "tokenizer" else job_from_flags
+        jobs = []
+        found += errors.collected([lambda: jobs.append(job_of(flags))])
+        for job in jobs:
+            if isinstance(job, Options) and not wrong:  # else a flag that another needs may be the wrong one
+                found += errors.collected([partial(check_together, job)])
+            if "RANK" not in os.environ:
+                found += errors.collected([partial(check_paths, job)])
+    errors.raise_together(found)
+    return 0
 
 
 def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
@@ -127,23 +147,6 @@ def be_rank(flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if flags.command == "hf-to-megatron" and is_first_rank():
         print("".join(f"{note}\n" for note in notes_on_old_flags(flags)), end="", file=sys.stderr)
     return _run(job, stack)
-
-
-def _check_sources(job: Options | VerifyJob) -> None:
-    """Refuse paths that are not there, where no other rank could see them."""
-    from dist_convert.formats.huggingface.hub import repository_and_revision
-    from dist_convert.read.source import no_directory
-
-    if isinstance(job, VerifyJob):
-        sides = {"A": job.a, "B": job.b}
-        missing = {letter: no_directory(path, "checkpoint") for letter, path in sides.items() if not path.is_dir()}
-        for letter, error in missing.items():
-            error.what = f"{letter} ({error.file}): {error.what}"
-        raise_together([*missing.values()])
-    elif not Path(job.source).is_dir():
-        if PAIRS.get(job.command, ("",))[0] == TORCH:
-            raise no_directory(Path(job.source), "checkpoint")
-        repository_and_revision(job.source)
 
 
 def _print_models(*, is_json: bool) -> int:
@@ -163,7 +166,7 @@ def _print_completion(shell: str) -> int:
     try:
         import shtab
     except ImportError as error:
-        raise MissingPackage("a shell's completion needs shtab", remedy="pip install shtab") from error
+        raise errors.MissingPackage("shell completion needs shtab", remedy="pip install shtab") from error
     parser, commands = build_parser()
     for action in (one for command in commands.values() for one in command._actions):
         if action.metavar in ("PATH", "FILE", "SRC", "DST", "A", "B", "DIRECTORY"):
@@ -183,18 +186,15 @@ def _start_ranks(ranks: int, run: Callable[[], int]) -> int:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
-    from dist_convert.read.source import no_directory
-    from dist_convert.write.partial import refuse_unfinished
+    from dist_convert.formats.paths import check_checkpoint
 
     try:
-        if not Path(flags.path).is_dir():  # told before torch is imported
-            refuse_unfinished(Path(flags.path), flags.ckpt_dir_name)
-            raise no_directory(Path(flags.path), "checkpoint")
+        check_checkpoint(Path(flags.path), flags.ckpt_dir_name)  # told before torch is imported
         with importing():
             from dist_convert.formats.describe import as_screen, inspect_checkpoint
 
         description = inspect_checkpoint(Path(flags.path), flags.ckpt_dir_name, flags.like)
-    except ConversionError as error:
+    except errors.ConversionError as error:
         error.exit_code = 1  # a conversion would not start, for whatever reason
         raise
     print(json.dumps(description, indent=2) if flags.json else as_screen(description))
@@ -204,12 +204,12 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 
 def _add_tokenizer(flags: argparse.Namespace) -> int:
-    from dist_convert.cli.flags import tokenizer_job_from_flags
-    from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
-
     if is_first_rank():
+        _refuse(flags, [])
+        from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
+
         job = tokenizer_job_from_flags(flags)
-        print(shown_line(f"{job.target}: wrote {', '.join(add_tokenizer(job))}"), file=sys.stderr)
+        print(errors.shown_line(f"{job.target}: wrote {', '.join(add_tokenizer(job))}"), file=sys.stderr)
     return 0
 
 
@@ -219,10 +219,10 @@ def _upload(job: Options) -> int:
     from dist_convert.formats.tokenizer.record import how_to_add_tokenizer
 
     if is_first_rank():
-        print(shown_line(f"{job.target}: uploaded as {upload(job)}"), file=sys.stderr)
+        print(errors.shown_line(f"{job.target}: uploaded as {upload(job)}"), file=sys.stderr)
         if not has_tokenizer_files(job.target):
-            how = f"{how_to_add_tokenizer(job)}; then upload it with: {push_command(job)}"
-            print(shown_line(how), file=sys.stderr)
+            how = f"the target has no tokenizer; {how_to_add_tokenizer(job)}; then upload it with: {push_command(job)}"
+            print(errors.shown_line(how), file=sys.stderr)
     return 0
 
 
@@ -231,14 +231,14 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         from dist_convert.compare.outcome import as_json, as_text
         from dist_convert.compare.verify import verify
         from dist_convert.move.convert import convert
-        from dist_convert.plan.limits import MOST_THREADS
+        from dist_convert.plan.plan import MOST_THREADS
         from dist_convert.ranks.channel import Channel
         from dist_convert.ranks.collectives import join_world, leave_world
         from dist_convert.ranks.device import limit_threads, return_freed_memory
 
     rank, size = rank_and_size()
     is_json = isinstance(job, Options) and job.log_format == "json"
-    log = Log(is_json, job.log_interval_seconds, job.quiet, job.json) if isinstance(job, Options) else Log()
+    log = Log(is_json, job.log_interval_seconds, job.quiet, isinstance(job, Options) and job.json)
     channel: Channel | None = None
     try:
         control = Channel(rank, size, stack.enter_context(noted()), job.timeout_seconds, log)
@@ -267,8 +267,10 @@ def _run(job: Options | VerifyJob, stack: contextlib.ExitStack) -> int:
         raise
     except BaseException as raised:
         lines = traceback.format_exc().splitlines()
-        error = _explained(raised) or ConversionError(f"internal error on rank {rank}, please report it", lines=lines)
-        if isinstance(error, LostRank) and channel is not None:
+        error = _explained(raised) or errors.ConversionError(
+            f"internal error on rank {rank}, please report it", lines=lines
+        )
+        if isinstance(error, errors.LostRank) and channel is not None:
             channel.explain(error)
     return _fail(channel, error, is_json=is_json)
 
@@ -288,16 +290,19 @@ def importing() -> Iterator[None]:
     Later searches are rare: they took a fifth of the time that a plan takes.
 
     Raises:
-        ConversionError: torch has no room here.
+        ConversionError: torch has no room here, or no current directory.
     """
     limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit_bytes != resource.RLIM_INFINITY and limit_bytes < _LEAST_ADDRESSES_BYTES:
-        raise ConversionError(
-            "torch has no room in the address space that is left to a process",
-            expected=f"at least {human_bytes(_LEAST_ADDRESSES_BYTES)}",
-            found=human_bytes(limit_bytes),
-            remedy="lift the limit (ulimit -v unlimited); a cgroup limits memory without ending torch",
-        )
+        what = "the limit on address space is too small for torch"
+        expected = f"at least {human_bytes(_LEAST_ADDRESSES_BYTES)}"
+        remedy = "raise the limit (ulimit -v unlimited); to limit memory, use a cgroup"
+        raise errors.ConversionError(what, expected=expected, found=human_bytes(limit_bytes), remedy=remedy)
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # MKL would end the process
+        remedy = "change to an existing one, then start the same command again"
+        raise errors.ConversionError("the current directory is gone", remedy=remedy) from error
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its words on lost connections are pages of C++ frames
     gc.disable()
     try:
@@ -315,7 +320,7 @@ _NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 _LIMITS = {"-v": resource.RLIMIT_AS, "-d": resource.RLIMIT_DATA, "-u": resource.RLIMIT_NPROC}
 
 
-def _of_limit(error: BaseException) -> ConversionError | None:
+def _of_limit(error: BaseException) -> errors.ConversionError | None:
     """The error about memory or threads that this process does not get, if it is one."""
     is_memory = isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
     if not is_memory and (isinstance(error, OSError) or not any(words in str(error) for words in _NO_THREAD)):
@@ -326,16 +331,14 @@ def _of_limit(error: BaseException) -> ConversionError | None:
         for flag, n in limits.items()
         if n != resource.RLIM_INFINITY and not (is_memory and flag == "-u")
     ]
-    return ConversionError(
-        "out of memory" if is_memory else "this process may start no further thread",
-        found=", ".join(shown),
-        remedy="lift the limit (ulimit, cgroup), start fewer ranks, or lower --max-memory-per-rank",
-    )
+    what = "out of memory" if is_memory else "this process cannot start another thread"
+    remedy = "raise the limit (ulimit, cgroup), start fewer ranks, or lower --max-memory-per-rank"
+    return errors.ConversionError(what, found=", ".join(shown), remedy=remedy)
 
 
-def _explained(error: BaseException) -> ConversionError | None:
+def _explained(error: BaseException) -> errors.ConversionError | None:
     """The error, or what a refusal of the operating system means, outside of the reading and writing of weights."""
-    if isinstance(error, ConversionError):
+    if isinstance(error, errors.ConversionError):
         return error
     if not isinstance(error, OSError | MemoryError | RuntimeError | ImportError):
         return None
@@ -344,34 +347,25 @@ def _explained(error: BaseException) -> ConversionError | None:
     if not isinstance(error, OSError):
         return None
     if isinstance(error, BrokenPipeError):
-        return ConversionError("nobody reads what is printed", remedy="start it again with a reader that stays")
+        return errors.ConversionError(
+            "the reader of the output is gone", remedy="start it again with a reader that stays open"
+        )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dist_convert" in frame.filename]
     where = f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
-    return ConversionError(
-        "the operating system refuses",
-        file=str(error.filename or ""),
-        found=(error.strerror or str(error)) + where,
-        remedy=f"{remedy_of(error)}, then start the same command again",
+    what, remedy = "the operating system refused", f"{errors.remedy_of(error)}, then start the same command again"
+    return errors.ConversionError(
+        what, error.filename or "", found=(error.strerror or str(error)) + where, remedy=remedy
     )
 
 
-def _fail(channel: Channel | None, error: ConversionError, *, is_json: bool) -> int:
+def _fail(channel: Channel | None, error: errors.ConversionError, *, is_json: bool) -> int:
     """Report an error, once for all ranks; the exit code."""
-    message = as_json_line("error", str(error), **error_details(error)) if is_json else str(error)
-    _tell_torchrun(error)
+    message = as_json_line("error", str(error), **errors.error_details(error)) if is_json else str(error)
+    tell_torchrun(str(error))
     if channel is not None:
         return channel.fail(message, error.exit_code)
     print(message, file=sys.stderr)
     return error.exit_code
-
-
-def _tell_torchrun(error: ConversionError) -> None:
-    """Leave the message where torchrun looks for it, so that its own report ends with it."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        said = {"message": str(error), "extraInfo": {"py_callstack": str(error), "timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):  # torchrun ends the other ranks while they write theirs
-            Path(f"{file}.new").write_text(json.dumps({"message": said}))
-            os.replace(f"{file}.new", file)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 #: How to go on where an unfinished target is left.
-RESUME = "start the same command again; it goes on where this one stopped"
+RESUME = "start the same command again; it continues where this one stopped"
 
 _LABELS = ("tensor", "file", "expected", "found", "remedy", "resume")
 
@@ -60,7 +60,6 @@ def quoted(word: str) -> str:
     return f"$'{''.join(octets)}'"
 
 
-_FULL, _FORBIDDEN = "free space", "allow this user to read and write there"
 _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "give a path without links that lead to themselves",
@@ -69,8 +68,8 @@ _REMEDIES = {
     errno.ENOENT: "check that the path and the current directory are still there",
     errno.EFBIG: "lift the limit on the size of files (ulimit -f)",
     errno.EBUSY: "unmount what is mounted there",
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow this user to read and write there"),
 }
 
 
@@ -84,7 +83,7 @@ class ConversionError(Exception):
 
     Args:
         what: one sentence on what is wrong.
-        tensor, file, expected, found, remedy: the details, shown one a line where they are given.
+        file, expected, found, remedy, tensor: the details, shown one a line where they are given.
         lines: what has lines of its own, such as a traceback; of many the last are shown.
     """
 
@@ -95,15 +94,15 @@ class ConversionError(Exception):
     def __init__(
         self,
         what: str,
-        *,
-        tensor: str = "",
-        file: str = "",
+        file: object = "",
         expected: object = "",
         found: object = "",
         remedy: str = "",
+        *,
+        tensor: str = "",
         lines: Sequence[str] = (),
     ) -> None:
-        self.what, self.tensor, self.file, self.lines = what, tensor, file, tuple(lines)
+        self.what, self.tensor, self.file, self.lines = what, tensor, str(file), tuple(lines)
         self.expected, self.found, self.remedy = str(expected), str(found), remedy or self.usual_remedy
         #: How to go on, where an unfinished target is left that can be gone on with.
         self.resume = ""
@@ -297,6 +296,16 @@ def below(directory: Path, name: str = "") -> Iterator[None]:
         raise
 
 
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Puts the name of what is worked on before what is wrong with it."""
+    try:
+        yield
+    except ConversionError as error:
+        error.what = f"{name}: {error.what}"
+        raise
+
+
 def error_details(error: ConversionError) -> dict[str, Any]:
     """An error's class and its parts, in JSON values."""
     problems = [error_details(one) for one in error.problems] if isinstance(error, Problems) else []
@@ -321,11 +330,19 @@ def error_from_details(details: Mapping[str, Any]) -> ConversionError:
 
 def lost_contact(found: str) -> LostRank:
     """Another rank is gone, or silent for too long."""
-    return LostRank(
-        "lost contact with another rank",
-        found=found,
-        remedy="look for the rank that ended first, or for a network that was cut, and start again",
-    )
+    remedy = "look for the rank that ended first, or for a network that was cut, and start again"
+    return LostRank("lost contact with another rank", found=found, remedy=remedy)
+
+
+def collected(checks: Iterable[Callable[[], object]]) -> list[ConversionError]:
+    """All that is wrong according to some checks."""
+    problems: list[ConversionError] = []
+    for check in checks:
+        try:
+            check()
+        except ConversionError as error:
+            problems += error.problems if isinstance(error, Problems) else (error,)
+    return problems
 
 
 def raise_together(problems: Sequence[ConversionError]) -> None:

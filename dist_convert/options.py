@@ -14,18 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_convert.errors import ConversionError, UsageError, raise_together
+from dist_convert.errors import UsageError, raise_together
 
 HUGGINGFACE, TORCH, TORCH_DIST, DCP, META = "huggingface", "torch", "torch_dist", "dcp", "meta"
+#: What Megatron-LM saves with torch's FSDP2, and with its own FSDP.
+TORCH_DCP, FSDP_DTENSOR = "torch_dcp", "fsdp_dtensor"
 #: What a checkpoint can become.
 FORMATS = (HUGGINGFACE, TORCH, TORCH_DIST, DCP)
-#: Any format of Megatron's, any that has no config.json of its own, any that may lack one, any with Hugging Face's
-#: names, and any without training arguments.
-MEGATRON, BARE, UNSAID, NAMED, ARGLESS = "megatron", "bare", "unsaid", "named", "argless"
+#: Any format of Megatron's that is written, any that is read, any that has no config.json of its own, any that may lack
+#: one, any with Hugging Face's names, and any without training arguments.
+MEGATRON, TRAINED, BARE, UNSAID, NAMED, ARGLESS = "megatron", "trained", "bare", "unsaid", "named", "argless"
+_TRAINED = (TORCH, TORCH_DIST, TORCH_DCP, FSDP_DTENSOR)
 _KINDS_OF_FORMATS = {
     MEGATRON: (TORCH, TORCH_DIST),
-    BARE: (TORCH, TORCH_DIST, META),
-    UNSAID: (TORCH, TORCH_DIST, META, DCP),
+    TRAINED: _TRAINED,
+    BARE: (*_TRAINED, META),
+    UNSAID: (*_TRAINED, META, DCP),
     NAMED: (HUGGINGFACE, DCP),
     ARGLESS: (HUGGINGFACE, DCP, META),
 }
@@ -110,10 +114,14 @@ def _option(group: Group, help: str, default: Any = None, **known: Any) -> Any:
     return field(default=default, metadata={"option": Option(group, help, **known)})
 
 
-_source, _of_megatron = partial(_option, "source"), partial(_option, "source", source=MEGATRON)
+_source, _of_megatron = partial(_option, "source"), partial(_option, "source", source=TRAINED)
 _of_bare = partial(_option, "source", source=BARE)
 _target, _run = partial(_option, "target"), partial(_option, "run", is_free=True)
 _to_hf, _to_megatron = partial(_option, "target", to=HUGGINGFACE), partial(_option, "target", to=MEGATRON)
+
+#: Help that two commands share.
+_TIMEOUT = "seconds to wait for a rank that does not respond"
+_INTERVAL = "seconds between lines of progress where standard error is not a terminal"
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Options:
 
     ckpt_dir_name: str | None = _of_megatron("iteration directory, such as iter_0000004", shown="the tracker file")
     source_model_type: str | None = _of_bare(
-        "model whose special tokens a tokenizer.model gets; otherwise checked against the checkpoint's args, which win",
+        "model whose special tokens a tokenizer.model gets; elsewhere compared with the checkpoint's args, which win",
         to=HUGGINGFACE,
         shown="from the args",
         choices=SOURCE_MODEL_TYPES,
@@ -142,7 +150,7 @@ class Options:
         "take over Habana's capacity_bins.pt (same grid only)", False, source=ARGLESS, to=TORCH
     )
     true_vocab_size: int | None = _source(
-        "vocabulary without padding; checked where a source of Hugging Face says it", shown="args, then tokenizer"
+        "vocabulary size without padding; must agree with a Hugging Face source", shown="args, then tokenizer"
     )
     tokenizer: Path | None = _of_bare(
         "directory, tokenizer.model, or org/name of a model in the hub's cache",
@@ -153,12 +161,12 @@ class Options:
     )
     tokenizer_type: str | None = _source("Megatron's name for the kind of tokenizer", to=MEGATRON, shown="by the model")
     drop_mtp: bool = _source(
-        "leave out the layers of multi-token prediction, for which only DeepSeek-V3 and GLM-4.5 have a place", False
+        "skip the layers of multi-token prediction, which only DeepSeek-V3 and GLM-4.5 can hold", False
     )
     like: Path | None = _source(
-        "config.json of such a model, or its directory, which says the family and whatever else the args do not tell",
+        "config.json of the model, or its directory: tells what the checkpoint does not, such as the family",
         source=UNSAID,
-        shown="what the args tell, or of dcp the config.json there",
+        shown="the args, or for dcp the config.json there",
     )
     rope_theta: float | None = _of_bare("base of the rotary frequencies", shown="the args' rotary_base")
     rope_scaling_factor: float | None = _of_bare(
@@ -172,8 +180,8 @@ class Options:
         source=TORCH,
     )
     accept_differing_copies: bool = _source(
-        "take the lowest rank's copy where copies of one parameter differ; a head that differs from the embedding "
-        "that it is tied to becomes one of its own",
+        "use the lowest rank's copy where copies of one parameter differ; a head that differs from its tied embedding "
+        "becomes a separate head",
         False,
         source=TORCH,
     )
@@ -184,8 +192,8 @@ class Options:
     )
 
     save_per_node: bool = _to_hf(
-        "write to each node's own disk: some of the weights files, whole, and all other files; the nodes' directories "
-        "copied into one are the model",
+        "write to each node's own disk: a share of the weights files, each of them whole, and all other files; copy "
+        "the nodes' directories into one afterwards",
         False,
         is_free=True,
     )
@@ -202,7 +210,7 @@ class Options:
         shown="those of a source whose pipeline is kept, else 1",
     )
     num_layers_per_virtual_pipeline_stage: int | None = _to_megatron(
-        "layers of a virtual stage, instead of their number", shown="see above"
+        "layers of a virtual stage, in place of the number of stages", shown="see above"
     )
     target_expert_parallel_size: int | None = _to_megatron(
         "expert parallel ranks", short=("--ep", "--expert-model-parallel-size"), shown="a Megatron source's, else 1"
@@ -218,8 +226,7 @@ class Options:
         "stages one by one, such as Ettt|(tttt|)*2ttL", shown="even", metavar="LAYOUT"
     )
     target_ranks_per_node: int | None = _target(
-        "write to each node's own disk, for training with N processes on each node: the rank directories that they "
-        "load",
+        "write to each node's own disk the rank directories that its N training processes load",
         to=TORCH,
         shown="the target is shared",
     )
@@ -229,40 +236,41 @@ class Options:
     )
     vocab_padding: str = _to_megatron("content of the padding rows", "last-row", choices=("last-row", "zeros"))
     target_params_dtype: str | None = _target(
-        "dtype of the weights that have the dtype of most; others keep theirs",
+        "dtype of the weights; tensors whose dtype is not that of most weights keep theirs",
         shown="bf16 from Megatron to Hugging Face, else keep",
         choices=tuple(TARGET_DTYPES),
     )
     allow_overflow: bool = _target("accept values that become infinite in fp16", False, is_free=True)
     max_shard_size_bytes: int = _target("largest size of a weights file", 5_000_000_000, to=NAMED)
     saver_transformer_impl: str | None = _to_megatron(
-        "spelling of the norms", shown="a Megatron source's, else transformer_engine", choices=TRANSFORMER_IMPLS
+        "names of the norm layers", shown="a Megatron source's, else transformer_engine", choices=TRANSFORMER_IMPLS
     )
     expert_layout: str | None = _to_megatron(
-        "spelling of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
+        "layout and names of the experts", shown="a Megatron source's, else sequential", choices=EXPERT_LAYOUTS
     )
     mtp_layer_name: str | None = _target(
-        "name of the transformer layer in a layer of multi-token prediction: the second for versions after core 0.16",
+        "name of the transformer layer in a layer of multi-token prediction; Megatron-Core after 0.16 needs "
+        "mtp_model_layer",
         to=TORCH,
         shown="a Megatron source's, else transformer_layer",
         choices=MTP_LAYER_NAMES,
     )
     instruct: bool = _to_hf(
-        "write end-of-turn tokens, sampling defaults, chat template of an instruct model", False, source=BARE
+        "write the end-of-turn tokens, sampling defaults and chat template of an instruct model", False, source=BARE
     )
     save_capacity_bins: bool = _to_hf("write Habana's capacity_bins.pt", False, source=TORCH)
     overwrite: bool = _target(
         "replace an existing target, or this iteration of a Megatron checkpoint", False, is_free=True
     )
     push_to_hub: str | None = _to_hf(
-        "upload the finished directory to this repository, which is made where it is not there",
+        "upload the finished directory to this repository; create it if it does not exist",
         kind="repository",
         shown="no upload",
         is_free=True,
     )
-    private: bool = _to_hf("make that repository for members only; a public one is refused", False, is_free=True)
+    private: bool = _to_hf("create the repository as private; refuse one that is public", False, is_free=True)
     keep_paths: bool = _to_hf(
-        "upload the paths in conversion.json and source_megatron_args.json, not only the last name of each",
+        "upload conversion.json and source_megatron_args.json with full paths, not only the last name of each",
         False,
         is_free=True,
     )
@@ -271,35 +279,38 @@ class Options:
     )
 
     device: str = _run(
-        "device that collectives use", "auto", shown="auto, what is there", choices=("auto", "cpu", "cuda", "hpu")
+        "device that collectives use", "auto", shown="auto: what is there", choices=("auto", "cpu", "cuda", "hpu")
     )
     placement: str = _run(
-        "who reads what: with gather each rank reads its own shards and sends, with direct it reads what it writes",
+        "placement of reads. gather: a rank reads its own shards and sends; direct: a rank reads what it writes",
         "auto",
-        shown="auto, direct on the CPU where every rank sees every file, else gather",
+        shown="auto: direct on the CPU where every rank sees every file, else gather",
         choices=("auto", "gather", "direct"),
     )
-    max_memory_per_rank_bytes: int = _run("memory of the buffers of each rank", 1_000_000_000)
-    read_ahead: int = _run("blocks of 4 MiB that each rank has the operating system read in advance", 8, kind="count")
-    timeout_seconds: int = _run("longest time that ranks wait for a silent one", 600)
+    max_memory_per_rank_bytes: int = _run("memory for the buffers of each rank", 1_000_000_000)
+    read_ahead: int | None = _run(
+        "blocks of 4 MiB that the operating system is asked to read ahead for each rank",
+        shown="8 across a network; none on a local disk, where Linux reads ahead by itself",
+    )
+    timeout_seconds: int = _run(_TIMEOUT, 600)
     verify: str | None = _run(
-        "compare the result, all of it or a sample, with the source before it gets its name",
+        "compare the result, or a sample of it, with the source before the target gets its name",
         shown="off",
         choices=("full", "sample"),
         const="full",
     )
-    trace: Path | None = _run("write where the time of every rank goes, in Chrome's trace format", shown="off")
+    trace: Path | None = _run("write a timeline of every rank to this file, in Chrome's trace format", shown="off")
     log_format: str = _run(
-        "format of the log on standard error: text for people, or a JSON object a line for programs",
-        "text",
-        choices=("text", "json"),
+        "format of the log on standard error: text, or one JSON object a line", "text", choices=("text", "json")
     )
-    log_interval_seconds: int = _run("time between two lines of progress where standard error is no terminal", 30)
+    log_interval_seconds: int = _run(_INTERVAL, 30)
     json: bool = _run("print the report, or the plan of a dry run, as JSON on standard output", False)
-    quiet: bool = _run("say nothing but warnings and errors", False, short=("-q",))
-    verbose: bool = _run("also say where the time goes, and where a target's args come from", False, short=("-v",))
-    strict: bool = _run("end with an error instead of a warning, before anything is written", False)
-    dry_run: bool = _run("show what each rank would do; exit 0 if it would start", False)
+    quiet: bool = _run("print only warnings and errors", False, short=("-q",))
+    verbose: bool = _run(
+        "show the times and memory of the ranks, and where each of a target's args comes from", False, short=("-v",)
+    )
+    strict: bool = _run("treat warnings as errors, before anything is written", False)
+    dry_run: bool = _run("show what each rank would do and write nothing; exit 0 if the conversion would start", False)
 
 
 @dataclass(frozen=True)
@@ -316,20 +327,22 @@ class VerifyJob:
     habana_imported_experts_b: bool = _source(
         "read B's experts as Habana's own HF-to-Megatron converter wrote them at TP > 1", False
     )
-    true_vocab_size: int | None = _source("vocabulary without padding", shown="args, tokenizer, the other side")
+    true_vocab_size: int | None = _source("vocabulary size without padding", shown="args, tokenizer, the other side")
     like: Path | None = _source(
         "config.json of the model, or its directory, for a checkpoint that does not say what it is", shown="none"
     )
     sample: Fraction = _run(
-        f"compare a share of the blocks (alone: {SAMPLE}), always the same ones, and the first and last block of every "
-        "tensor",
+        f"compare a share of the blocks ({SAMPLE} without a value), always the same ones, and the first and last block "
+        "of every tensor",
         Fraction(1),
         shown="all",
         const=SAMPLE,
     )
-    max_memory_per_rank_bytes: int = _run("memory of the buffers of each rank", 1_000_000_000)
-    timeout_seconds: int = _run("longest time that ranks wait for a silent one", 600)
+    max_memory_per_rank_bytes: int = _run("memory for the buffers of each rank", 1_000_000_000)
+    timeout_seconds: int = _run(_TIMEOUT, 600)
+    log_interval_seconds: int = _run(_INTERVAL, 30)
     json: bool = _run("print JSON, with every difference, instead of text", False)
+    quiet: bool = _run("print only the result, no progress", False, short=("-q",))
 
 
 @dataclass(frozen=True)
@@ -344,11 +357,11 @@ class TokenizerJob:
         choices=SOURCE_MODEL_TYPES,
     )
     true_vocab_size: int | None = _target(
-        "rows of the vocabulary that stay; weights files that hold further ones, which are padding, are written anew",
+        "rows of the vocabulary to keep; weights files with more rows, which are padding, are written again",
         shown="all",
     )
     instruct: bool = _target("add the chat template, end-of-turn tokens and sampling of an instruct model", False)
-    overwrite: bool = _target("replace the tokenizer that is there", False)
+    overwrite: bool = _target("replace an existing tokenizer", False)
 
 
 #: What commands that do not convert have of the options of one.
@@ -438,7 +451,7 @@ KINDS: Mapping[Kind, tuple[str, Callable[[Any], bool]]] = {
 
 def check_values(job: Options | VerifyJob) -> None:
     """Refuse values of options from a program that the command line would not take, all of them together."""
-    problems: list[ConversionError] = []
+    problems = []
     for one, known in given(job):
         value = getattr(job, one.name)
         expected, fits = KINDS[kind_of(one)]
@@ -450,11 +463,7 @@ def check_values(job: Options | VerifyJob) -> None:
 
 
 def expanded_path(path: str | os.PathLike[str]) -> str:
-    """A path in which ~ is the home directory.
-
-    Raises:
-        UsageError: it is empty, or none that a system can have.
-    """
+    """A path in which ~ is the home directory; a UsageError where it is empty, or none that a system can have."""
     text = os.fspath(path)
     if not text:
         raise UsageError("a path is empty: is a variable unset?", remedy="give a path")
@@ -463,15 +472,11 @@ def expanded_path(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:
         octets = b"\0"
     if b"\0" in octets:
-        raise UsageError("a path has letters that no path can have", found=repr(text), remedy="give another path")
+        raise UsageError("a path has characters that no path can have", found=repr(text), remedy="give another path")
     if (longest := max(map(len, octets.split(b"/")))) > _NAME_BYTES or len(octets) >= _PATH_BYTES:
-        raise UsageError(
-            "a path is longer than any can be",
-            file=text,
-            expected=f"less than {_PATH_BYTES:,} bytes, and at most {_NAME_BYTES} between slashes",
-            found=f"{len(octets):,} bytes, and {longest:,} between slashes",
-            remedy="give a shorter path",
-        )
+        found = f"{len(octets):,} bytes, and {longest:,} between slashes"
+        expected = f"less than {_PATH_BYTES:,} bytes, and at most {_NAME_BYTES} between slashes"
+        raise UsageError("a path is too long", text, expected, found, remedy="give a shorter path")
     return os.path.expanduser(text)
 
 
@@ -481,7 +486,7 @@ _PATH_BYTES, _NAME_BYTES = 4096, 255
 
 def check_together(options: Options) -> None:
     """Refuse options that have no meaning without another, or exclude each other, all of them together."""
-    problems: list[ConversionError] = []
+    problems = []
     for flag, is_given in {"--private": options.private, "--keep-paths": options.keep_paths}.items():
         if is_given and not options.push_to_hub:
             problems.append(UsageError("nothing is uploaded", found=flag, remedy="add --push-to-hub org/name"))
@@ -496,8 +501,8 @@ def check_together(options: Options) -> None:
         )
     said = [flag for flag in VIRTUAL_STAGE_FLAGS if flag in given_flags(options)]
     if len(said) > 1:
-        what, found = "two flags say how many virtual stages there are", " and ".join(said)
-        problems.append(UsageError(what, found=found, remedy="give one of them"))
+        what = "two flags say how many virtual stages there are"
+        problems.append(UsageError(what, found=" and ".join(said), remedy="give one of them"))
     raise_together(problems)
 
 
@@ -512,7 +517,7 @@ def check_applies(options: Options, source: str) -> None:
     idle = [flag_of(one) for one, known in given(options) if not known.applies(source, options.to)]
     if idle:
         raise UsageError(
-            f"{', '.join(idle)}: no meaning in a conversion from {source} to {options.to}",
+            f"{', '.join(idle)}: no effect in a conversion from {source} to {options.to}",
             remedy="leave it out" if len(idle) == 1 else "leave them out",
         )
 

@@ -7,14 +7,20 @@ all else says its unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from operator import mul
+from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 
 __version__ = "0.2.0"
+
+#: A JSON object that is read only, such as training arguments or a config.json.
+JsonObject = Mapping[str, Any]
+#: For each rank, files that it can read, or write.
+FilesOfRanks = Sequence[frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -350,20 +356,14 @@ class Window:
 
     @staticmethod
     def of(view: View) -> Window:
-        """The bytes of a view, which is written along its contiguous dimension.
-
-        Raises:
-            PlanError: it has none.
-        """
+        """The bytes of a view, which is written along its contiguous dimension; a PlanError where it has none."""
         if view.is_scattered:
-            raise PlanError("bytes between a window's elements belong to others", tensor=view.tensor, file=view.file)
+            raise PlanError("bytes between a window's elements belong to others", view.file, tensor=view.tensor)
         lines = view.transposed() if view.is_transposed else view
         if lines.is_dense:
             return Window(lines.file, lines.offset_bytes, lines.size_bytes)
-        item_bytes = DTYPE_BYTES[lines.dtype]
-        return Window(
-            lines.file, lines.offset_bytes, lines.columns * item_bytes, lines.row_stride * item_bytes, lines.rows
-        )
+        run_bytes, stride_bytes = (n * DTYPE_BYTES[lines.dtype] for n in (lines.columns, lines.row_stride))
+        return Window(lines.file, lines.offset_bytes, run_bytes, stride_bytes, lines.rows)
 
     @property
     def size_bytes(self) -> int:
@@ -392,9 +392,8 @@ class Copy:
 
     def window(self, box: Box) -> Copy:
         """The part of this copy inside `box`."""
-        return Copy(
-            tuple(view.window(box) for view in self.sources), tuple(view.window(box) for view in self.targets), self.add
-        )
+        sources, targets = ([view.window(box) for view in views] for views in (self.sources, self.targets))
+        return Copy(tuple(sources), tuple(targets), self.add)
 
     def into(self, files: Collection[str]) -> Copy:
         """The same to those targets that lie in some files, which may be none."""

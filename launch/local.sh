@@ -21,4 +21,7 @@ if ((ranks == 0)); then
     ranks=$((cores < 2 ? 1 : cores > 16 ? 8 : cores / 2))
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the ranks share the cores by themselves
-exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dist_convert "$@"
+export PYTHONSAFEPATH=1 # from Python 3.11 on nothing is imported from the current directory, which may be a model's
+# As --standalone, which waits without end where localhost or this machine's name has no address.
+exec "${PYTHON:-python3}" -m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1 \
+    --rdzv-id "$$" --nproc-per-node "$ranks" -m dist_convert "$@"

@@ -32,11 +32,6 @@ fail() {
     exit 1
 }
 
-# The torchrun of the environment, even where torch comes from outside and has left none there.
-torchrun() {
-    python -m torch.distributed.run "$@"
-}
-
 has_module() {
     "$1" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$2') is None)"
 }

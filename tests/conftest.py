@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from dist_convert.write.files import Directory, held
 from tests.distributed.devices import describe_gpus
 from tests.distributed.interrupting import Runs, interrupted_runs
 from tests.file_systems import mounted
 
 #: Folders and files that take a minute or more each; `launch/test.sh -m ""` runs them too.
 SLOW = (
-    "tests/faults/", "tests/launch/test_slurm.py", "tests/oracle/peers/", "tests/oracle/test_other_versions.py",
-    "tests/oracle/test_torchtitan.py", "tests/test_jobs.py",
+    "tests/faults/", "tests/launch/test_slurm.py", "tests/oracle/peers/test_peers.py",
+    "tests/oracle/test_other_versions.py", "tests/oracle/test_torchtitan.py", "tests/test_jobs.py",
 )  # fmt: skip
 
 
@@ -51,6 +52,13 @@ def runs() -> Iterator[Runs]:
     """Ranks that are quick to start, and that can be stopped at any moment."""
     with interrupted_runs() as started:
         yield started
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Directory]:
+    """The test's own directory, held open."""
+    with held(tmp_path) as directory:
+        yield directory
 
 
 @pytest.fixture

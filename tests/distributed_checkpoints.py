@@ -1,4 +1,4 @@
-"""Small `torch_dist` checkpoints, made without Megatron by torch's own classes and `torch.save`.
+"""Small distributed checkpoints of Megatron's, made without it by torch's own classes and `torch.save`.
 
 `tests/oracle` shows that the real Megatron-Core writes the same keys and boxes.
 """
@@ -128,6 +128,68 @@ def make_distributed(
     )
     (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return hf
+
+
+#: Format -> what training puts before the names of its model.
+PREFIXES = {"torch_dcp": "model.", "fsdp_dtensor": "model.module."}
+
+
+def make_fsdp(
+    root: Path,
+    format: str,
+    model: Model = LLAMA,
+    grid: Grid = WHOLE,
+    *,
+    norms: str = "local",
+    experts: str = "sequential",
+    ranks: int = 3,
+    apart: bool | None = None,
+    **args: Any,
+) -> dict[str, torch.Tensor]:
+    """Make what training with FSDP saves below `root`, and return the Hugging Face tensors that it must convert to.
+
+    Args:
+        root: to be made.
+        format: "torch_dcp" or "fsdp_dtensor".
+        model, grid, norms, experts: see `checkpoints.make`; the grid is what the args say.
+        ranks: over which the rows of each tensor are cut, the first of them with one row.
+        apart: gate and up are two tensors; as in the format where it is None.
+        args: more training arguments.
+    """
+    hf = hf_tensors(model)
+    [[state]] = megatron_shards(model, hf, WHOLE, norms=norms, experts=experts).values()
+    directory = root / "iter_0000004"
+    directory.mkdir(parents=True)
+    files, prefix = Files(directory), PREFIXES[format]
+    files.object("args", training_args(model, grid, ckpt_format=format, **args))
+    files.object("iteration", 4, 1)
+    files.object("checkpoint_version", 3.0, 1)
+    files.object("opt_param_scheduler.max_lr", 3e-4)
+    files.object("num_floating_point_operations_so_far", 123)
+    files.tensor("rng_state.0.torch_rng_state", (5,), [((0,), torch.zeros(5, dtype=torch.uint8), 2)])
+    for name, values in state.items():
+        if not isinstance(values, torch.Tensor):
+            files.object(f"{prefix}{name}", values, 2)
+            continue
+        is_apart = (format == "fsdp_dtensor" if apart is None else apart) and ".linear_fc1." in name
+        parts = zip(("_w", "_v"), values.chunk(2), strict=True) if is_apart and "norm" not in name else [("", values)]
+        for end, part in parts:
+            files.tensor(f"{prefix}{name}{end}", tuple(part.shape), _rows(part, ranks))
+            moment = torch.ones(part.shape)
+            files.tensor(f"optimizer.state.module.{name}{end}.exp_avg", tuple(part.shape), _rows(moment, ranks))
+    files.finish()
+    (root / "latest_checkpointed_iteration.txt").write_text("4")
+    return hf
+
+
+def _rows(tensor: torch.Tensor, ranks: int) -> list[Box]:
+    """A tensor in uneven runs of rows, each in the file of a rank."""
+    runs, first = [tensor[:1], *tensor[1:].chunk(ranks - 1)] if ranks > 1 else [tensor], 0
+    boxes: list[Box] = []
+    for rank, run in enumerate(run for run in runs if len(run)):
+        boxes.append(((first, *(0,) * (tensor.dim() - 1)), run, rank))
+        first += len(run)
+    return boxes
 
 
 def _stacked(

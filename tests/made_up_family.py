@@ -15,7 +15,7 @@ MADE_UP = Family(
         *dense_keys(query_groups=None, head_dim=None, epsilon=1e-5, theta=1e6),
         Key("qk_norm", "", "qk_layernorm", "flag", default=True),
     ),
-    signs={"qk_layernorm": True, "num_experts": False},
+    required_args=("qk_layernorm",),
     before=(
         column_parallel(
             "embedding.word_embeddings.weight",

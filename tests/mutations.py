@@ -33,20 +33,20 @@ GOLDEN = "tests/golden"
 MUTATIONS = (
     Mutation(
         "qkv-taken-in-the-order-of-parts",
-        'return sizes["query_groups"]',
+        'return self.sizes["query_groups"]',
         "return 1",
         GOLDEN,
     ),
     Mutation(
         "gate-and-up-not-per-shard",
-        "return shards if is_per_shard",
-        "return 1 if is_per_shard",
+        "return self.shards if self.is_per_shard",
+        "return 1 if self.is_per_shard",
         GOLDEN,
     ),
     Mutation(
         "row-parallel-columns-shifted",
         "box = Box(0, shard * shard_columns, rows, shard_columns)\n            yield ShardBox",
-        "box = Box(0, (shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield ShardBox",
+        "box = Box(0, (cut.shards - 1 - shard) * shard_columns, rows, shard_columns)\n            yield ShardBox",
         GOLDEN,
     ),
     Mutation(

@@ -19,10 +19,11 @@ from dist_convert.formats.huggingface.names import published
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import alias_shape, copies_of, entries, parts_of
+from dist_convert.models.schema import alias_shape, copies_of, entries
 from dist_convert.options import HUGGINGFACE
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
+from dist_convert.write.files import held
 from dist_convert.write.task import Task
 from tests.full_size import LLAMA_31_CONFIG, write_sparse_files
 
@@ -110,7 +111,7 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
     shapes = {
         alias.name.format(layer=layer, expert=expert): alias_shape(part, alias, sizes)
         for entry, layer, expert in entries(family, architecture)
-        for part in parts_of(entry)
+        for part in entry.parts
         for alias in [published(part)]
     }
     copies = copies_of(family, architecture).items()
@@ -131,12 +132,13 @@ def make_published_megatron(words: Sequence[str]) -> None:
     """The Megatron checkpoint that a command line would make, with holes for values, and the checksums of zeros."""
     task = task_of(words)
     task.target.mkdir(parents=True)
-    task.layout.make_files(task.target, task.files, is_first=True)
     sizes_bytes = {tensor.size_bytes for file in task.files for tensor in file.tensors}
     checksums = {size_bytes: isal_zlib.crc32(bytes(size_bytes)) for size_bytes in sizes_bytes}
     known = {
         file.name: [(one.offset_bytes, one.size_bytes, checksums[one.size_bytes]) for one in file.tensors]
         for file in task.files
     }
-    task.layout.complete(task.target, task.files, known, is_first=True)
+    with held(task.target) as directory:
+        task.layout.make_files(directory, task.files, is_first=True)
+        task.layout.complete(directory, task.files, known, is_first=True)
     (task.target.parent / "latest_checkpointed_iteration.txt").write_text("1")

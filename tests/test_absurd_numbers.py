@@ -56,7 +56,7 @@ def test_a_flag_refuses_absurd_numbers_by_its_name(
 
 def test_an_absurd_number_is_all_that_is_said_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     absurd = ("--make-vocab-size-divisible-by", "9999999999999")
-    assert main(["convert", "/none", "/out", "--to", "torch", *absurd]) == 2
+    assert main(["convert", "org/name", "/out", "--to", "torch", *absurd]) == 2
     assert capsys.readouterr().err == (
         "dist-convert convert: argument --make-vocab-size-divisible-by: not a whole number from 1 to 10000000: "
         "'9999999999999'\n"

@@ -64,7 +64,7 @@ def test_a_dry_run_lists_the_files_that_the_conversion_then_writes(
     listed = {line.split()[-1]: " ".join(line.split()[:2]) for line in lines if line.endswith(".safetensors")}
     assert listed == sizes
     total = sum(file.stat().st_size for file in files) / 1000
-    assert any(line.startswith(f"{total:.3g} kB to be written below {tmp_path}/out, ") for line in lines)
+    assert any(line.startswith(f"{total:.3g} kB to write to {tmp_path}/out, ") for line in lines)
     assert any(line.endswith(" free") for line in lines)
 
 

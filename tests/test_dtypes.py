@@ -81,7 +81,7 @@ def test_a_router_in_another_dtype_than_the_rest_keeps_its_own(wanted: str, tmp_
 def test_what_keeps_its_dtype_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_fp32_routers(tmp_path, Model(layers=2, experts=4), Grid(tp=2, ep=2))
     assert convert(tmp_path / "in", tmp_path / "out", "--target-params-dtype", "fp16") == 0
-    assert (f"2 tensors kept in another dtype than BF16: {', '.join(ROUTERS)}\n") in capsys.readouterr().err
+    assert (f"2 tensors kept in a dtype other than BF16: {', '.join(ROUTERS)}\n") in capsys.readouterr().err
 
 
 def test_a_file_of_mixed_dtypes_has_its_tensors_aligned_and_in_order(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_finite_values_that_become_infinite_are_refused_in_the_first_block(
     assert convert(tmp_path / "in", tmp_path / "out", "--target-params-dtype", "fp16") == 1
     err = capsys.readouterr().err
     assert "finite values become infinite in fp16\n" in err
-    assert "found:    3 such values; what follows was not looked at\n" in err
+    assert "found:    3 such values; the rest was not checked\n" in err
     assert f"tensor:   {FC2}\n" in err
     assert "--allow-overflow" in err
     assert "wider range" in err

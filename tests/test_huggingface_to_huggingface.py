@@ -92,9 +92,13 @@ def test_all_that_lies_beside_the_weights_is_copied_and_what_is_not_is_named(
         (tmp_path / "source" / name).write_text(text)
     (tmp_path / "source" / "model.gguf").write_bytes(b"x")
     (tmp_path / "source" / "original").mkdir()
+    (tmp_path / "source" / "resumable").write_text("what an unfinished conversion calls its mark")
     assert rewrite(tmp_path / "source", tmp_path / "target") == 0
     assert {name: (tmp_path / "target" / name).read_text() for name in texts} == texts
-    assert "left behind: files that are no part of the model: model.gguf, original" in capsys.readouterr().err
+    assert (
+        "not converted: files that are not part of the model: model.gguf, original, resumable"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_config_keeps_what_it_says_and_both_versions_of_transformers_find_the_rotary_base(tmp_path: Path) -> None:
@@ -133,4 +137,4 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path, capsys
     other = tensors["model.embed_tokens.weight"] + 1
     make_hf(tmp_path / "source", Model(tied=True), {**tensors, "lm_head.weight": other})
     assert rewrite(tmp_path / "source", tmp_path / "target") == 1
-    assert "a head that is not its embedding" in capsys.readouterr().err
+    assert "a head that differs" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_job_to_hugging_face_would_start(
     }
     assert dry_run("megatron-to-hf", model, paths) == 0
     answer = capsys.readouterr().out
-    assert f"{size} to be written below {large_disk}/hf" in answer
+    assert f"{size} to write to {large_disk}/hf" in answer
     assert f"model-00001-of-{files:05d}.safetensors" in answer
 
 
@@ -86,7 +86,7 @@ def test_a_job_to_megatron_would_start(
     assert dry_run("hf-to-megatron", model, paths) == 0
     answer = capsys.readouterr().out
     assert f"TP{grid.tensor} PP{grid.pipeline} VPP1 EP{grid.expert} ETP{grid.expert_tensor}" in answer
-    assert f"{size} to be written below {large_disk}/megatron/iter_0000001" in answer
+    assert f"{size} to write to {large_disk}/megatron/iter_0000001" in answer
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -100,13 +100,13 @@ def test_jobs_of_a_published_model_would_start_in_both_directions(
     assert dry_run("hf-to-megatron", model, paths) == 0
     answer = capsys.readouterr().out
     assert grid in answer
-    assert f"{megatron_bytes} to be written below {large_disk}/megatron/iter_0000001" in answer
+    assert f"{megatron_bytes} to write to {large_disk}/megatron/iter_0000001" in answer
 
     paths["--save-dir"] = tmp_path / "megatron"
     make_published_megatron(job_words("hf-to-megatron", model, paths))
     paths = {"--load-path": tmp_path / "megatron", "--save-path": large_disk / "hf"}
     assert dry_run("megatron-to-hf", model, paths | {"--tokenizer": tokenizer, "--like": tmp_path / "hf"}) == 0
-    assert f"{huggingface_bytes} to be written below {large_disk}/hf" in capsys.readouterr().out
+    assert f"{huggingface_bytes} to write to {large_disk}/hf" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
+import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.log import Log
+from dist_convert.read.file_reader import Buffer, FileReader
+from dist_convert.records import View
 from tests.checkpoints import Grid, Model, make
 
 MODEL = Model(layers=1)
@@ -85,11 +89,76 @@ def test_a_line_each_interval_says_what_is_done_and_how_far_the_bytes_are(capsys
     with log.progress(4000, "converting") as update:
         update(1000)
         log.tick("reading step 1")
-    log.tick("giving the target its name")
+    log.tick("renaming the target")
     first, second, third = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d  reading headers and planning", first)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d   25%  1 kB of 4 kB, [\d.]+ [kMG]?B/s, \d+ s left", second)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  giving the target its name", third)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  converting  25%  1 kB of 4 kB, [\d.]+ [kMG]?B/s, \d+ s left", second)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  renaming the target", third)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of boxes take a twentieth of a second each."""
+    read = FileReader.read
+
+    def read_slowly(
+        self: FileReader, view: View, dtype: str, add: int, buffer: Buffer, offset_bytes: int
+    ) -> dict[str, int]:
+        time.sleep(0.05)
+        return read(self, view, dtype, add, buffer, offset_bytes)
+
+    monkeypatch.setattr(FileReader, "read", read_slowly)
+
+
+COMPARING = r"\d\d:\d\d:\d\d  comparing +\d+%  [\d.]+ k?B of [\d.]+ kB, [\d.]+ k?B/s(, \d+ s left)?"
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_a_verification_shows_its_progress_as_a_conversion_does(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, "-q") == 0
+    paths = [str(source), str(source.parent / "out")]
+    assert main(["verify", *paths, "--log-interval", "1", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert (out.splitlines()[-1], err) == ("the same model", "")
+    assert main(["verify", *paths, "--log-interval", "1"]) == 0
+    assert re.search(COMPARING, capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_a_conversion_that_verifies_shows_how_far_the_comparison_is(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, "--verify", "--log-interval", "1") == 0
+    assert re.search(COMPARING, capsys.readouterr().err)
+
+
+def test_a_program_hears_of_the_conversion_and_then_of_the_comparison(source: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    report = dist_convert.convert(
+        source,
+        source.parent / "out",
+        to="huggingface",
+        verify="full",
+        on_progress=lambda done_bytes, total_bytes: heard.append((done_bytes, total_bytes)),
+    )
+    converted, compared = sorted({total_bytes for _, total_bytes in heard})
+    assert converted == report.written_bytes
+    assert compared > 2 * converted  # both sides, and the copies of the norms
+    assert [done_bytes for done_bytes, total_bytes in heard if done_bytes == total_bytes] == [converted, compared]
+
+
+def test_the_second_work_of_a_channel_is_counted_from_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(interval_seconds=0)
+    channel = Channel(0, 1, log=log)
+    with channel.progress(4000, "converting"):
+        channel.add_progress(4000)
+    with channel.progress(2000, "comparing"):
+        channel.add_progress(500)
+        log.tick("comparing")
+    channel.close()
+    assert "  comparing  25%  500 B of 2 kB, " in capsys.readouterr().err
 
 
 def test_within_an_interval_there_is_no_second_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def test_the_two_arguments_may_stand_anywhere(order: str, tmp_path: Path) -> Non
 
 def test_what_convert_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert"]) == 2
-    assert "SRC and DST and --to must be given" in capsys.readouterr().err
+    assert "SRC, DST and --to must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

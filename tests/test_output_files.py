@@ -212,7 +212,7 @@ def test_a_model_that_no_conversion_made_is_not_even_overwritten(
     (tmp_path / "out" / "conversion.json").unlink()
     before = listing(tmp_path / "out")
     assert convert(tmp_path / "in", tmp_path / "out", "--overwrite") == 1
-    assert "no conversion has made the target directory, so it is not replaced" in capsys.readouterr().err
+    assert "the target directory was not made by a conversion, so it is not replaced" in capsys.readouterr().err
     assert listing(tmp_path / "out") == before
 
 
@@ -230,7 +230,7 @@ def test_a_target_that_holds_files_of_others_is_not_overwritten(
     assert (tmp_path / "out" / "evaluation.json").read_text() == "mine"
     (tmp_path / "out" / "evaluation.json").unlink()
     assert convert(tmp_path / "in", tmp_path / "out", "--overwrite", *["--dry-run"] * dry_run) == 0
-    assert f"warning: replaces {tmp_path}/out, which an earlier conversion has made\n" in capsys.readouterr().err
+    assert f"warning: {tmp_path}/out will be replaced; an earlier conversion made it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a link", "a pipe", "runs/logs", "resumable", ".journal/notes"])

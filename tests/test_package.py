@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from email.parser import Parser
 from pathlib import Path
 
@@ -49,9 +48,17 @@ def test_a_wheel_made_of_the_source_archive_converts_elsewhere_and_its_links_are
 
     wheel = build("wheel", source, tmp_path / "wheel")
     site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    done = subprocess.run(install, cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert (site / "dist_convert" / "py.typed").is_file()
-    assert {path.name for path in site.iterdir()} == {"dist_convert", f"dist_convert-{__version__}.dist-info"}
+    installed = {path.name for path in site.iterdir()}
+    assert installed == {"bin", "dist_convert", f"dist_convert-{__version__}.dist-info"}
+    said = subprocess.run(
+        [site / "bin/dist-convert", "--version"], cwd=tmp_path, env=environment(PYTHONPATH=str(site)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.stdout == f"dist-convert {__version__}\n", said.stderr
     metadata = Parser().parsestr(next(site.glob("*/METADATA")).read_text())
     links = re.findall(r"\]\((?!#)([^)]+)\)", str(metadata.get_payload()))
     assert links
@@ -61,7 +68,7 @@ def test_a_wheel_made_of_the_source_archive_converts_elsewhere_and_its_links_are
 
     make(tmp_path / "in", Model(layers=1))
     paths = [tmp_path / "in", tmp_path / "out"]
-    command = [sys.executable, "-m", "dist_convert", "convert", *paths, "--to", "huggingface"]
+    command = [site / "bin/dist-convert", "convert", *paths, "--to", "huggingface"]
     done = subprocess.run(
         [*command, "--device", "cpu", "--json", "-q"],
         cwd=site, env=environment(PYTHONPATH=str(site)), capture_output=True, text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from tests.distributed.launching import environment, run_ranks
 from tests.meta_checkpoints import make_meta
 from tests.to_megatron import make_hf, read_shards
 from tests.tokenizer.test_huggingface_directory import make_tokenizer
+from tests.warm import Process
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Model(heads=4, groups=4)
@@ -66,7 +68,7 @@ def test_a_conversion_says_what_it_did_and_prints_nothing(
     assert (report.source_format, report.target_format, report.was_complete) == ("torch", "huggingface", False)
     assert report.target == tmp_path / "hf"
     assert report.written_bytes == sum(tensor.nbytes for tensor in llama[1].values())
-    assert progress[-1] == (report.written_bytes, report.written_bytes)
+    assert (report.written_bytes, report.written_bytes) in progress
     assert any("vocabulary: 29 tokens" in note for note in report.notes)
     assert capfd.readouterr() == ("", "")
 
@@ -81,6 +83,16 @@ def test_ranks_are_processes_of_their_own_and_give_the_same_bytes(
     assert len(two.profiles) == 2
     assert (one.written_bytes, one.left_behind, one.notes) == (two.written_bytes, two.left_behind, two.notes)
     assert capfd.readouterr() == ("", "")
+
+
+def test_ranks_import_nothing_from_the_current_directory(
+    llama: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("yaml", "torch", "runpy", "contextlib"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    dist_convert.convert(llama[0], "hf", to="huggingface", ranks=2)
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
@@ -118,11 +130,20 @@ def test_an_option_that_does_not_exist_is_a_type_error(tmp_path: Path) -> None:
         dist_convert.convert("/nowhere", tmp_path / "out", to="pytorch")
 
 
+@pytest.mark.parametrize("name", ["{rank}", "{local_rank}", "{node}"])
+def test_a_path_that_ranks_would_see_otherwise_is_refused(llama: Made, name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="numbers in braces") as raised:
+        dist_convert.convert(llama[0], tmp_path / name, "huggingface", ranks=2)
+    assert (raised.value.file, raised.value.found) == (f"{tmp_path}/{name}", f"{tmp_path}/0")
+    dist_convert.convert(llama[0], tmp_path / name, "huggingface")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("name", ["tp", "tensor_model_parallel_size", "target_tensor_parallel_size"])
 def test_an_option_has_the_names_of_its_flag(name: str, llama: Made, tmp_path: Path) -> None:
     report = dist_convert.convert(llama[0], tmp_path / "out", to="torch", dry_run=True, **{name: 1})
     assert "TP1 PP2" in report.plan
-    with pytest.raises(TypeError, match="besides another name of the same option"):
+    with pytest.raises(TypeError, match="and another name of the same option"):
         dist_convert.convert(llama[0], tmp_path / "out", to="torch", pp=1, **{name: 1}, pipeline_model_parallel_size=2)
 
 
@@ -151,6 +172,42 @@ def test_the_programs_handlers_threads_and_settings_stay(llama: Made, tmp_path: 
             signal.signal(number, old)
 
 
+IMPATIENT = """
+import os, signal, sys, threading, time
+import dist_convert
+
+write, writing = os.pwrite, []
+
+def slow(*arguments):
+    if threading.current_thread().name.startswith("mover"):
+        writing.append(None)
+        time.sleep(0.1)
+        writing.pop()
+    return write(*arguments)
+
+def press():
+    while not writing:
+        time.sleep(0.01)
+    for _ in range(4):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+os.pwrite = slow
+threading.Thread(target=press).start()
+try:
+    dist_convert.convert(sys.argv[1], sys.argv[2], to="huggingface")
+except KeyboardInterrupt:
+    print("threads that write after Ctrl-C:", len(writing))
+os.pwrite = write
+print("done:", dist_convert.convert(sys.argv[1], sys.argv[2], to="huggingface").files)
+"""
+
+
+def test_no_thread_writes_any_more_however_often_ctrl_c_is_pressed(llama: Made, tmp_path: Path) -> None:
+    found = Process(["-c", IMPATIENT, str(llama[0]), str(tmp_path / "hf")], os.environ).finish()
+    assert found.stdout == "threads that write after Ctrl-C: 0\ndone: 1\n", found.stderr
+
+
 def test_a_dry_run_answers_with_its_plan(llama: Made, tmp_path: Path) -> None:
     report = dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", dry_run=True)
     assert "dry run: the conversion would start; nothing was written" in report.plan
@@ -176,6 +233,17 @@ if rank in members:
         dist_convert.convert(source, out / "hf", "huggingface", group=group, max_shard_size=4096)
     except dist_convert.errors.TargetExists:
         pass
+    refused = []
+
+    def convert_another(done_bytes, total_bytes):
+        try:
+            dist_convert.convert(source, out / "other", "huggingface", group=group)
+        except dist_convert.errors.UsageError as error:
+            refused.append(error.what)
+
+    dist_convert.convert(source, out / "dcp", "dcp", group=group, on_progress=convert_another)
+    assert set(refused) == {"this process is already converting within a process group"}
+    assert not (out / "other").exists()
 total = torch.ones(1)
 dist.all_reduce(total)  # the program goes on
 if rank in members:
@@ -262,6 +330,32 @@ def test_it_works_in_the_workers_of_a_data_loader(start: str, llama: Made) -> No
     assert torch.equal(found, expected)
 
 
+def test_it_stays_the_same_when_the_program_changes_its_directory(
+    llama: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llama[0].parent)
+    with dist_convert.open("megatron") as model:
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(model.get_tensor("lm_head.weight"), llama[1]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("of", ["the files", "the checksums"])
+def test_a_fork_reads_though_another_thread_held_a_lock_when_it_came(llama: Made, of: str) -> None:
+    with dist_convert.open(llama[0]) as model:
+        own = model._own
+        with own.lock if of == "the files" else own.checks._lock:
+            process = os.fork()
+            if process == 0:
+                signal.alarm(60)
+                try:
+                    found = dict(model.tensors())["lm_head.weight"], model.get_tensor("lm_head.weight")
+                    model.close()
+                    os._exit(0 if all(torch.equal(one, llama[1]["lm_head.weight"]) for one in found) else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitpid(process, 0)[1] == 0
+
+
 def test_it_pickles(llama: Made) -> None:
     with dist_convert.open(llama[0]) as model:
         copy = pickle.loads(pickle.dumps(model))
@@ -283,7 +377,7 @@ def test_an_open_checkpoint_has_the_options_of_a_source_alone(tmp_path: Path) ->
             dist_convert.open(tmp_path / "hf", **{option: 1})
     with pytest.raises(UsageError, match="rope_theta has a wrong value"):
         dist_convert.open(tmp_path / "hf", rope_theta=-1)
-    with pytest.raises(UsageError, match="--rope-theta: no meaning in a conversion from huggingface"):
+    with pytest.raises(UsageError, match="--rope-theta: no effect in a conversion from huggingface"):
         dist_convert.open(tmp_path / "hf", rope_theta=10000.0)
 
 

@@ -13,7 +13,6 @@ import pytest
 
 import dist_convert
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Row
 
 PACKAGE = Path(dist_convert.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -101,12 +100,7 @@ def strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def tensor_words() -> set[str]:
     """Components of tensor names, of all tables and spellings, that no other kind of string has."""
-    rows = [
-        row
-        for f in FAMILIES.values()
-        for row in (*f.before, *f.layer, *f.dense, *f.moe, *f.after)
-        if isinstance(row, Row)
-    ]
+    rows = [row for f in FAMILIES.values() for row in (*f.before, *f.layer, *f.dense, *f.moe, *f.after)]
     names = [row.megatron for row in rows] + [part.name for row in rows for part in row.parts]
     names += [text for _, text in strings(tree_of(SPELLINGS[0])) if "." in text and " " not in text]
     components = {component for name in names for component in re.split(r"[.{}]+", name)}

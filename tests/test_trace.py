@@ -62,7 +62,7 @@ def test_the_end_shows_a_line_for_every_rank_and_the_rate_of_the_slowest() -> No
         "seconds       moved     read   gather    place    write     wait",
         "rank 0         2.00     1.00     0.50     0.25     1.50     1.75",
         "rank 1         3.00     1.00     0.50     0.25     1.50     1.75",
-        "data moved in 3.00 s, 2.00 GB/s; forced to the disk in 4.00 s",
+        "data moved in 3.00 s, 2.00 GB/s; synced to disk in 4.00 s",
         "read 1 GB, wrote 6 GB in 10.0 s, 0.60 GB/s, peak memory of the largest rank 200 MB",
         "done: /out  3 files, 6 GB, 10 s",
     ]
@@ -138,7 +138,7 @@ def test_a_file_that_is_no_trace_is_never_replaced_and_an_earlier_trace_is(
     (shard,) = (tmp_path / "megatron").glob("iter_*/mp_rank_00/*.pt")
     before = shard.read_bytes()
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(shard)) == 2
-    assert "a file that is no trace" in capsys.readouterr().err
+    assert "a file that is not a trace" in capsys.readouterr().err
     assert shard.read_bytes() == before
     (tmp_path / "mine.json").write_bytes(b"[\n{}]")
     assert convert(tmp_path / "megatron", tmp_path / "hf", "--trace", str(tmp_path / "mine.json")) == 2

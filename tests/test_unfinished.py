@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def change_time(source: Path) -> str:
 
 
 def test_a_dry_run_says_that_what_is_unfinished_would_be_gone_on_with(runs: Runs, source: Path) -> None:
-    line = f"{source.parent}/out.partial is unfinished: of all this, what it has would not be done again\n"
+    line = f"{source.parent}/out.partial is unfinished: what it has is kept and not written again\n"
     assert line not in runs.do(to_hf(source, "--dry-run")).stdout[0]
     kill(runs, to_hf(source))
     assert line in runs.do(to_hf(source, "--dry-run")).stdout[0]
@@ -166,6 +167,19 @@ def test_a_source_that_changed_is_named_and_refused_until_overwrite(change: Any,
     assert runs.do(to_hf(source, "--dry-run")).exit_codes == [1]
     anew = finish(runs, source, "--overwrite")
     assert there_already(anew) == ""
+
+
+def test_a_source_of_a_year_that_no_calendar_has_is_named(
+    runs: Runs, make_disk: Callable[[str], Path], source: Path
+) -> None:
+    far = make_disk("size=64m") / "in"  # tmpfs has such times
+    shutil.copytree(source, far)
+    kill(runs, to_hf(far))
+    file = next(far.glob("iter_*/mp_rank_01/model_optim_rng.pt"))
+    os.utime(file, ns=(0, 500 * 10**18))
+    run = runs.do(to_hf(far))
+    assert run.exit_codes == [1]
+    assert "now 500000000000000000000 ns after 1970" in run.printed
 
 
 @pytest.mark.parametrize(
@@ -302,7 +316,7 @@ def test_the_same_command_after_the_end_says_so_and_changes_nothing(
     before = hashes_below(source.parent / "out")
     run = runs.do(to_hf(source, *more.split()), ranks=ranks)
     assert run.exit_codes == [0] * ranks
-    assert (run.printed + "".join(run.stdout)).count("out is complete already, by an earlier run") == 1
+    assert (run.printed + "".join(run.stdout)).count("out is complete already: an earlier run") == 1
     assert run.printed.count("out: verified, 30 tensors with ") == (more == "--verify")
     assert (run.written_bytes, hashes_below(source.parent / "out")) == (0, before)
 
@@ -318,7 +332,7 @@ def test_a_megatron_target_that_is_complete_is_found_so_too(runs: Runs, tmp_path
     dry = runs.do([*flags, "--dry-run"])
     assert (dry.exit_codes, dry.stdout) == (
         [0],
-        [f"done: {tmp_path}/out/iter_0000001 is complete already, by an earlier run of this conversion\n"],
+        [f"done: {tmp_path}/out/iter_0000001 is complete already: an earlier run of this conversion has finished\n"],
     )
 
 
@@ -333,7 +347,7 @@ def test_verify_finds_what_has_become_of_a_target_that_was_complete(runs: Runs, 
     run = runs.do(to_hf(source, "--verify"))
     assert run.exit_codes == [1]
     assert "lm_head.weight: A and B differ in 1 element, first at [199, 63]" in run.printed
-    assert "convert again with another target" in run.printed
+    assert "convert again to another target" in run.printed
     assert hashes_below(source.parent) == before
 
 
@@ -347,12 +361,26 @@ def test_another_command_after_the_end_finds_the_target_in_its_way_and_says_what
     assert "found:    a conversion: --instruct was False, now True\n" in run.printed
 
 
+@pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "unfinished"])
+def test_what_another_checkpoint_has_made_in_the_targets_place_is_told_by_both_paths(
+    is_complete: bool, runs: Runs, source: Path
+) -> None:
+    other = source.parent / "other"
+    make(other, MODEL, Grid(tp=2), seed=1)
+    runs.do(to_hf(source), **({} if is_complete else {"rank": 0, "moment": MIDDLE, "signals": ["SIGKILL"]}))
+    run = runs.do(["megatron-to-hf", "--load-path", str(other), *to_hf(source)[3:]])
+    assert run.exit_codes == [1]
+    below, kind = ("/iter_0000004", "a conversion: ") if is_complete else ("", "")
+    assert f"found:    {kind}made from {source}{below}; this one from {other}{below}\n" in run.printed
+    assert "was last changed" not in run.printed
+
+
 def test_a_complete_target_of_which_a_file_is_gone_says_so(runs: Runs, source: Path) -> None:
     assert runs.do(to_hf(source)).exit_codes == [0]
     (source.parent / "out" / "model.safetensors").unlink()
     run = runs.do(to_hf(source))
     assert run.exit_codes == [1]
-    assert "found:    a conversion: files that it had are gone or have other sizes\n" in run.printed
+    assert "found:    a conversion: some of its files are gone or have another size\n" in run.printed
 
 
 def test_a_replaced_target_keeps_its_name_or_has_it_back_whenever_the_run_is_killed(runs: Runs, source: Path) -> None:
@@ -379,5 +407,5 @@ def test_one_of_a_later_format_is_refused_and_left_as_it_is(runs: Runs, source: 
     before = hashes_below(partial)
     run = runs.do(to_hf(source))
     assert run.exit_codes == [1]
-    assert "made by another version (format 3, 2 now), which alone can go on with it" in run.printed
+    assert "made by another version (format 3, 2 now); only that version can resume it" in run.printed
     assert hashes_below(partial) == before

@@ -159,7 +159,7 @@ def test_the_embedding_is_believed_over_the_padded_size_that_args_say(
     make(tmp_path / "in", LAYER, padded_vocab_size=said)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert rows_of(tmp_path / "out") == (29, 29, 29)
-    warning = f"warning: the args say padded_vocab_size {said}, the embedding has 32 rows, which count\n"
+    warning = f"warning: the args say padded_vocab_size {said}, the embedding has 32 rows; the embedding is right\n"
     assert (warning in capsys.readouterr().err) is (said is not None)
 
 
@@ -191,9 +191,8 @@ def test_stages_that_say_other_padded_sizes_are_a_warning_that_says_both(
         args = training_args(model, grid, padded_vocab_size=sizes[file.endswith("_001")])
         save(tmp_path / "in", {file: chunks}, args)
     report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", verify="full")
-    warning = (
-        f"warning: the args say padded_vocab_size {sizes[0]} and {sizes[1]}, the embedding has 512 rows, which count"
-    )
+    said = f"the args say padded_vocab_size {sizes[0]} and {sizes[1]}, the embedding has 512 rows"
+    warning = f"warning: {said}; the embedding is right"
     assert [note for note in report.notes if note.startswith("warning")] == [warning]
     assert rows_of(tmp_path / "out") == (512, 512, 512)
     assert_same(read_tensors(tmp_path / "out"), hf)

@@ -10,22 +10,29 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dist_convert import errors
+from dist_convert.cli.flags import with_numbers
 from dist_convert.cli.job_files import job_file
 from dist_convert.move.report import Report, report_from_details
 from dist_convert.options import CONVERT, Options
+from dist_convert.records import JsonObject
 
 #: How often a program that waits for its ranks asks whether to end them, and how often they tell how far they are.
 _POLL_SECONDS, _PROGRESS_SECONDS = 0.2, 1
 _LINES_OF_A_CRASH = 20
+#: Imports nothing from the current directory, which may be a model's, as `python -m` would: of `-c` it is the path "".
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from dist_convert.__main__ import main; sys.exit(main())"
 
 
 def convert_in_ranks(
     job: Options, ranks: int, on_progress: Callable[[int, int], None] | None, cancel: Callable[[], bool] | None
 ) -> Report:
     """Run the command in a process of its own, whose log says what happens."""
+    for path in (job.source, str(job.target)):
+        if (replaced := with_numbers(path)) != path:
+            what, remedy = "ranks of their own replace numbers in braces in a path", "give a path without them"
+            raise errors.UsageError(what, file=path, found=replaced, remedy=remedy)
     with tempfile.TemporaryDirectory(prefix="dist_convert-") as directory:
         file = Path(directory) / "job.yaml"
         logged = replace(job, log_format="json", json=False, quiet=False, log_interval_seconds=_PROGRESS_SECONDS)
@@ -34,7 +41,7 @@ def convert_in_ranks(
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with subprocess.Popen(
-            [sys.executable, "-m", "dist_convert", CONVERT, "--config", str(file), "--ranks", str(ranks)],
+            [sys.executable, "-c", _PROGRAM, CONVERT, "--config", str(file), "--ranks", str(ranks)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -65,7 +72,7 @@ def convert_in_ranks(
     raise errors.LostRank(f"the ranks ended with exit code {exit_code}", lines=lines)
 
 
-def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], None] | None) -> Iterator[dict[str, Any]]:
+def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], None] | None) -> Iterator[JsonObject]:
     """What a command says, but for its progress, which goes on to the caller's function."""
     assert process.stderr is not None
     for line in process.stderr:

@@ -31,8 +31,8 @@ class Command:
 
     @property
     def description(self) -> str:
-        shared = " --ranks or torchrun share the work among ranks; alone it is one rank." if self.ranks else ""
-        return f"{self.help[0].upper()}{self.help[1:]}. {self.more}{shared}".strip()
+        shared = " With --ranks or torchrun, several ranks share the work." if self.ranks else ""
+        return f"{self.help[0].upper()}{self.help[1:]}.{self.more}{shared}"
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -42,14 +42,14 @@ COMMANDS: Mapping[str, Command] = {
         {
             "source": "root or iteration of a Megatron checkpoint, directory of Hugging Face or PyTorch DCP, Meta's "
             "files, or a hub id (org/name)",
-            "target": "directory of Hugging Face or DCP, or root of a Megatron checkpoint, to be made",
+            "target": "Hugging Face or DCP directory, or root of a Megatron checkpoint, to create",
         },
         (
             "/ckpts/llama /out/llama-hf --to huggingface --ranks 4",
             "/hf/llama /ckpts/llama --to torch --tp 8 --pp 4 --dry-run",
             "/ckpts/llama /ckpts/llama-tp1 --to torch_dist --tp 1 --pp 1",
         ),
-        "The format of the source is detected.",
+        " The format of the source is detected.",
         ranks=True,
     ),
     "megatron-to-hf": Command(
@@ -57,7 +57,7 @@ COMMANDS: Mapping[str, Command] = {
         "convert a Megatron checkpoint to a Hugging Face directory",
         {
             "source": "(required) root of the Megatron checkpoint",
-            "target": "(required) Hugging Face directory to be made",
+            "target": "(required) Hugging Face directory to create",
         },
         (
             "--load-path /ckpts/llama --save-path /out/llama-hf --ranks 4",
@@ -82,15 +82,15 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "verify": Command(
         "A B [FLAG ...]",
-        "compare two checkpoints of any format: exit code 0 where they hold the same model, 1 where not",
+        "compare two checkpoints of any format: exit code 0 if they hold the same model, else 1",
         {"a": "first checkpoint: what B was made from", "b": "second checkpoint"},
         (
             "/ckpts/llama /out/llama-hf",
             "/ckpts/llama /out/llama-hf --sample --ranks 4",
             "/hf/llama /ckpts/llama --json",
         ),
-        "Every tensor is compared bit for bit (A is rounded to B's dtype where they differ), and all copies within "
-        "each, config and vocabulary.",
+        " Compares every tensor bit for bit (A is rounded to B's dtype where they differ), all copies within each "
+        "checkpoint, the config and the vocabulary.",
         ranks=True,
     ),
     "inspect": Command(
@@ -101,13 +101,13 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "models": Command(
         "[--json]",
-        "list the model families that can be converted, and those that are refused, with the reason",
+        "list the model families that can be converted, and those that are refused and why",
         {},
         ("> models.txt", "--json", "--json > models.json"),
     ),
     "tokenizer": Command(
         "SRC DST [FLAG ...]",
-        "give a converted model its tokenizer, copied or built",
+        "add a tokenizer to a converted model, copied or built",
         {
             "source": "directory of a Hugging Face tokenizer; tokenizer.model of Llama 2, Llama 3, Mistral or Mixtral, "
             "or its directory; or org/name of a model in the hub's cache",
@@ -118,17 +118,17 @@ COMMANDS: Mapping[str, Command] = {
             "/tokenizers/llama3/tokenizer.model /out/llama-hf --instruct",
             "org/name /out/llama-hf --overwrite",
         ),
-        "The special ids in config.json and generation_config.json follow it; weights stay as they are.",
+        " Updates the special ids in config.json and generation_config.json; weights stay as they are.",
     ),
     "push": Command(
         "DIRECTORY org/name [FLAG ...]",
-        "upload a finished Hugging Face directory, or what is missing of it",
+        "upload a finished Hugging Face directory, or the files that the hub lacks",
         {"directory": "finished Hugging Face directory"},
         ("/out/llama-hf org/name", "/out/llama-hf org/name --private", ". org/name"),
     ),
     "completion": Command(
         "{bash,zsh,tcsh}",
-        "print a script with which a shell completes commands and flags",
+        "print the completion script of a shell",
         {},
         (
             "bash > ~/.local/share/bash-completion/completions/dist-convert",
@@ -140,13 +140,23 @@ COMMANDS: Mapping[str, Command] = {
 
 #: What others call a command, and what it is called here.
 OTHER_NAMES = {"compare": "verify", "diff": "verify", "check": "verify", "info": "inspect", "show": "inspect"} | {
-    "describe": "inspect", "upload": "push", "reshard": "convert",
+    "describe": "inspect", "upload": "push", "reshard": "convert", "to-hf": "megatron-to-hf",
+    "to-megatron": "hf-to-megatron",
 }  # fmt: skip
-#: What others call a flag, and the option here.
+#: What others call a flag, and the option here, or the flag and its value; "" where none here means the same.
 OTHER_FLAGS = {
     "--input": "source", "--input-dir": "source", "--model": "source", "--load": "source",
     "--output": "target", "--output-dir": "target", "--out": "target", "--save": "target",
-    "--format": "to", "--nproc-per-node": "ranks",
+    "--format": "to", "--ckpt-format": "to", "--saver": "to", "--ckpt-step": "ckpt_dir_name", "--hf-config": "like",
+    "--nproc": "ranks", "--nproc-per-node": "ranks", "--num-processes": "ranks", "-v": "--version",
+    "--bf16": "--target-params-dtype bf16", "--fp16": "--target-params-dtype fp16",
+    "--fp32": "--target-params-dtype fp32", "--torch-dtype": "target_params_dtype",
+    "--load-format": "", "--num-layers": "", "--model-type": "",
+}  # fmt: skip
+#: What others call a format, and what it is called here.
+OTHER_FORMATS = {
+    "hf": "huggingface", "transformers": "huggingface", "safetensors": "huggingface",
+    "megatron": "torch_dist or torch", "mcore": "torch_dist or torch",
 }  # fmt: skip
 
 #: Flag -> why it means nothing any more, and what argparse is to know of its values.
@@ -155,7 +165,7 @@ _OLD_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--loader": ("the config tells the family", {"choices": ("llama_mistral", "mixtral_hf")}),
     "--saver": ("the target is always Megatron-Core's", {"choices": ("mcore", "core")}),
     "--checkpoint-type": ("the files tell", {"choices": ("hf", "meta")}),
-    "--loader-transformer-impl": ("the source has one spelling", {"choices": ("local", "transformer_engine")}),
+    "--loader-transformer-impl": ("the source is a Hugging Face model", {"choices": ("local", "transformer_engine")}),
     "--max-queue-size": ("there is no queue", {"type": int, "metavar": "N"}),
     "--no-checking": ("the plan is always checked", {"action": "store_const", "const": True}),
     "--megatron-path": ("Megatron is not needed", {"metavar": "DIR"}),

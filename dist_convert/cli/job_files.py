@@ -3,16 +3,16 @@
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import ConversionError, SourceError, UsageError
 from dist_convert.options import Options, flag_of, given, kind_of
 from dist_convert.read.yaml_file import read_yaml
+from dist_convert.records import JsonObject
 
 
 def flags_of_file(
     parser: ArgumentParser, path: Path, suggestion: Callable[[str], str]
-) -> tuple[dict[str, Any], list[ConversionError]]:
+) -> tuple[JsonObject, list[ConversionError]]:
     """The values that a job file gives to a command, by their names in its parser's namespace, and what is wrong.
 
     It maps flags to values; `true` is a flag without a value, `false` and nothing are no flag.
@@ -25,16 +25,18 @@ def flags_of_file(
     """
     words: list[str] = []
     problems: list[ConversionError] = []
+    key_of: dict[str, str] = {}
     for key, value in _read(path).items():
         try:
-            words += _words(parser, key, value, suggestion)
+            for word in _words(parser, key, value, suggestion):
+                option = parser._option_string_actions[word.partition("=")[0]].dest
+                if (other := key_of.setdefault(option, key)) != key:
+                    raise UsageError(f"{other} and {key} are one option", remedy="give one of them")
+                words.append(word)
         except UsageError as error:
             error.file = str(path)
             problems.append(error)
-    try:
-        return vars(parser.parse_args(words)), problems  # together, as some exclude each other
-    except UsageError as error:
-        return {}, [*problems, UsageError(error.what, file=str(path), remedy=error.remedy)]
+    return vars(parser.parse_args(words)), problems
 
 
 def _words(parser: ArgumentParser, key: str, value: object, suggestion: Callable[[str], str]) -> list[str]:
@@ -55,7 +57,7 @@ def _words(parser: ArgumentParser, key: str, value: object, suggestion: Callable
         if "ignored explicit argument" in error.what:
             what = f"{key} must be true or false"
         raise UsageError(what, found=found, remedy=error.remedy) from error
-    if unknown:
+    if unknown or flag not in parser._option_string_actions:  # such as "--", behind which nothing is a flag
         remedy = f"see {parser.prog} --help{suggestion(word)}"
         raise UsageError(f"{parser.prog} has no flag for the key {key}", found=found, remedy=remedy)
     return [word]
@@ -65,13 +67,13 @@ def _words(parser: ArgumentParser, key: str, value: object, suggestion: Callable
 _MAX_JOB_BYTES = 100_000
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
         return read_yaml(path, _MAX_JOB_BYTES, numbers=False)
     except SourceError as error:
         remedy = "check --config on every node"
         raise UsageError(
-            "cannot read the job file", file=str(path), expected=error.expected, found=error.found, remedy=remedy
+            "cannot read the job file", path, expected=error.expected, found=error.found, remedy=remedy
         ) from error
 
 
@@ -89,4 +91,4 @@ def job_file(job: Options, **besides: object) -> str:
         if kind_of(one) == "size":
             value = f"{value}B"
         found[flag_of(one)[2:]] = value if isinstance(value, bool | int | float) else str(value)
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(found, sort_keys=False)  # in ASCII, whatever it is printed to

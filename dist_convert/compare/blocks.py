@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dist_convert.errors import UsageError
 from dist_convert.models.catalog import Catalog, Region, TensorMeta, cut
-from dist_convert.records import DTYPE_BYTES, Box, View, block_tiles, intersect, names
+from dist_convert.records import DTYPE_BYTES, Box, FilesOfRanks, View, block_tiles, intersect, names
 
 #: Bytes of one block in the wider of its two dtypes.
 BLOCK_BYTES = 2 << 20
@@ -37,7 +37,7 @@ class Checkpoint:
     kind: str
     says_vocab: bool
     catalog: Catalog
-    visible: tuple[frozenset[str], ...]
+    visible: FilesOfRanks
     copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -49,12 +49,8 @@ class Checkpoint:
         regions = self.catalog.regions(name)
         if not self.copies:
             return regions
-        return [
-            replace(
-                r, replicas=tuple(replace(view, file=file) for view in r.replicas for file in self.copies[view.file])
-            )
-            for r in regions
-        ]
+        named = [[replace(view, file=file) for view in r.replicas for file in self.copies[view.file]] for r in regions]
+        return [replace(region, replicas=tuple(views)) for region, views in zip(regions, named, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,9 @@ class Block:
 
 
 def blocks(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[Block]:
-    """Every block of the tensors that both have in one shape; a tensor that neither side stores has none.
+    """Every block of the tensors that both have in one shape, or a share of them; none of what neither side stores.
 
-    Args:
-        a, b: the checkpoints.
-        sample: share of the blocks; the first and the last of each tensor always belong to it.
+    The first and the last block of each tensor always belong to the sample.
     """
     for name, tensor in a.tensors.items():
         if name not in b.tensors or b.tensors[name].shape != tensor.shape:
@@ -141,7 +135,7 @@ def is_sampled(tensor: str, number: int, share: Fraction) -> bool:
 
 
 #: (files of A, files of B) that some ranks see -> these ranks.
-_Sights = Mapping[tuple[frozenset[str], frozenset[str]], tuple[int, ...]]
+_Sights = dict[tuple[frozenset[str], frozenset[str]], tuple[int, ...]]
 
 
 def deal(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[tuple[int, Block]]:
@@ -150,7 +144,7 @@ def deal(a: Checkpoint, b: Checkpoint, sample: Fraction) -> Iterator[tuple[int, 
     Raises:
         UsageError: no rank sees both a copy of A and the part of B that it is to be compared with.
     """
-    sights: dict[tuple[frozenset[str], frozenset[str]], tuple[int, ...]] = {}
+    sights: _Sights = {}
     for rank, sight in enumerate(zip(a.visible, b.visible, strict=True)):
         sights[sight] = (*sights.get(sight, ()), rank)
     loads: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -182,8 +176,7 @@ def _seen(block: Block, sights: _Sights) -> Iterator[tuple[tuple[int, ...], Bloc
 
 def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> Iterator[tuple[tuple[int, ...], Block]]:
     """One region of each side, once for every group of ranks that sees a copy which no other group has compared."""
-    done_a: set[View] = set()
-    done_b: set[View] = set()
+    done_a, done_b = set[View](), set[View]()
     for (in_a, in_b), ranks in sights.items():
         copies_a = tuple(view for view in a.replicas if view.file in in_a)
         copies_b = tuple(view for view in b.replicas if view.file in in_b)
@@ -202,27 +195,17 @@ def _part(tensor: str, box: Box, a: Region, b: Region, *, sights: _Sights) -> It
     missed = [view for view in (*a.replicas, *b.replicas) if view not in done_a | done_b]
     if missed:
         files = (names(view.file for view in region.replicas) or "nothing" for region in (a, b))
-        raise UsageError(
-            "no rank sees both this file of one checkpoint and its counterpart in the other",
-            tensor=tensor,
-            file=missed[0].file,
-            expected="one rank that can read " + " and one of ".join(files),
-            found="these files lie on the disks of different nodes",
-            remedy="verify where one of the checkpoints is on a file system that all nodes share",
-        )
+        what = "no rank sees both this file of one checkpoint and its counterpart in the other"
+        expected = "one rank that can read " + " and one of ".join(files)
+        found = "these files lie on the disks of different nodes"
+        remedy = "verify where one of the checkpoints is on a file system that all nodes share"
+        raise UsageError(what, missed[0].file, expected, found, remedy, tensor=tensor)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all ranks compare together.
-
-    Attributes:
-        sample: share of the blocks.
-        tensors: names of those that have blocks.
-        amount: of all blocks.
-        size_bytes: that are read for it.
-        digest: of who compares what.
-    """
+    """What all ranks compare together: the share of blocks, the tensors that have some, what is counted of them,
+    the bytes that are read for it, and a digest of who compares what."""
 
     sample: Fraction
     tensors: tuple[str, ...]

@@ -10,9 +10,7 @@ import torch
 from dist_convert.compare.blocks import BLOCK_BYTES, Amount, Block, Checkpoint
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.models.catalog import Region
-from dist_convert.read.boxes import matrix, read_box
-from dist_convert.read.buffers import Buffer, make_buffer
-from dist_convert.read.file_reader import FileReader
+from dist_convert.read.file_reader import Buffer, FileReader, make_buffer, matrix, read_box
 from dist_convert.records import Box, View, human_bytes, intersect, local_name
 
 #: Integers as wide as each item, in which bits are compared.
@@ -84,27 +82,17 @@ class _Side:
 
 
 def check_budget(budget_bytes: int) -> None:
-    """Refuse a budget that does not hold one block of each side.
-
-    Raises:
-        BudgetTooSmall
-    """
+    """Refuse a budget that does not hold one block of each side, by a BudgetTooSmall."""
     if budget_bytes < NEEDED_BYTES:
-        raise BudgetTooSmall(
-            "the memory budget does not hold what is compared at a time",
-            expected=f"--max-memory-per-rank of at least {-(-NEEDED_BYTES // 1_000_000)}MB",
-            found=human_bytes(budget_bytes),
-            remedy="raise --max-memory-per-rank",
-        )
+        what, remedy = "the memory budget is too small for one block of the comparison", "raise --max-memory-per-rank"
+        expected = f"--max-memory-per-rank of at least {-(-NEEDED_BYTES // 1_000_000)}MB"
+        raise BudgetTooSmall(what, expected=expected, found=human_bytes(budget_bytes), remedy=remedy)
 
 
 def compare(a: Checkpoint, b: Checkpoint, mine: Iterable[Block], on_compared: Callable[[int], None]) -> Compared:
     """Compare blocks of two checkpoints: all copies within each, then one of A, in B's dtype, with one of B.
 
-    Args:
-        a, b: the checkpoints; B is what A became, so A's values are rounded to B's dtype.
-        mine: the blocks of this rank.
-        on_compared: called with the bytes of each block.
+    B is what A became, so A's values are rounded to B's dtype. `on_compared` is called with the bytes of each block.
 
     Raises:
         SourceError: a file that ends early, or cannot be read.

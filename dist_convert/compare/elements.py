@@ -7,13 +7,12 @@ query-group interleave", "MLP and the gate-up interleave" and "Experts".
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.names import Piece
-from dist_convert.formats.megatron.parameters import Parameter, Replica
+from dist_convert.formats.megatron.parameters import MegatronCatalog, Parameter, Replica
 from dist_convert.formats.torch.catalog import TorchCatalog, files_of, stored_pieces
-from dist_convert.formats.torch_dist.catalog import DistCatalog
 from dist_convert.models.catalog import Region
 from dist_convert.models.schema import part_size
 from dist_convert.records import DTYPE_BYTES, StoredTensor
@@ -23,11 +22,9 @@ _ELEMENTS = 64
 
 #: The stored tensors that hold a shard in one file, see `stored_pieces`.
 _Pieces = Sequence[tuple[Piece, StoredTensor, int, int]]
-#: The catalogs of Megatron's formats.
-_Megatron = TorchCatalog | DistCatalog
 
 
-def check_elements(catalog: _Megatron, names: Sequence[str]) -> None:
+def check_elements(catalog: MegatronCatalog, names: Sequence[str]) -> None:
     """Check some elements of tensors as `check_tensor` does; those without a parameter are zeros."""
     for name in names:
         if name in catalog.parameters:
@@ -36,34 +33,34 @@ def check_elements(catalog: _Megatron, names: Sequence[str]) -> None:
             check_tensor(catalog, name, (divmod(index, meta.columns) for index in drawn))
 
 
-def check_tensor(catalog: _Megatron, name: str, elements: Iterable[tuple[int, int]]) -> None:
+def check_tensor(catalog: MegatronCatalog, name: str, elements: Iterable[tuple[int, int]]) -> None:
     """Compare where a tensor's regions have elements, given by row and column, with where the formula has them.
 
     Raises:
         PlanError: they are two places, or a file that has the element is not among the regions'.
     """
     parameter, number = catalog.parameters[name]
-    sizes, regions = catalog.architecture.sizes(), catalog.regions(name)
+    regions = catalog.regions(name)
     shards: dict[int, dict[str, _Pieces]] = {}
     for row, column in elements:
-        shard, inside, across = shard_element(parameter, number, sizes, row, column)
+        shard, inside, across = shard_element(parameter, number, row, column)
         found = _in_regions(regions, row, column)
-        if isinstance(catalog, DistCatalog):
-            places = _in_chunks(catalog.replicas[parameter.name][0][0], inside, across)
-        else:
+        if isinstance(catalog, TorchCatalog):
             if shard not in shards:
                 files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
                 shards[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
             places = {file: _offset_bytes(pieces, inside, across) for file, pieces in shards[shard].items()}
+        else:
+            places = _in_chunks(catalog.replicas[parameter.name][0][0], inside, across)
         for file, expected in places.items():
             if expected not in found.get(file, []):
                 raise PlanError(
-                    f"element [{row}, {column}] is taken from another place than Megatron's layout has it",
+                    f"element [{row}, {column}] was not taken from its place in Megatron's layout",
+                    file,
                     tensor=name,
-                    file=file,
                     expected=f"byte {expected}",
                     found=f"byte {', '.join(map(str, found.get(file, []))) or 'nowhere'}",
-                    remedy="this is a mistake of dist_convert, please report it; do not use what was written",
+                    remedy="this is a bug in dist_convert: please report it, and do not use the result",
                 )
 
 
@@ -88,11 +85,9 @@ def _in_regions(regions: Sequence[Region], row: int, column: int) -> dict[str, l
     return found
 
 
-def shard_element(
-    parameter: Parameter, number: int, sizes: Mapping[str, int], row: int, column: int
-) -> tuple[int, int, int]:
+def shard_element(parameter: Parameter, number: int, row: int, column: int) -> tuple[int, int, int]:
     """The shard that holds an element of the `number`-th tensor of a parameter, and its row and column in the shard."""
-    table, shards = parameter.row, parameter.shards
+    table, shards, sizes = parameter.row, parameter.shards, parameter.cut.sizes
     if table.split == "replicated":
         return 0, row, column
     if table.split == "columns":

@@ -93,12 +93,12 @@ def _notes(a: Checkpoint, b: Checkpoint, differ: set[str]) -> list[str]:
     notes = []
     for side, letter, other in ((a, "A", b), (b, "B", a)):
         if not side.says_vocab:
-            taken = "that of the other is taken" if other.says_vocab else "its padded size is taken"
+            taken = "that of the other is used" if other.says_vocab else "its padded size is used"
             notes.append(
                 f"{letter} does not say how many tokens its vocabulary has: {taken} (or give --true-vocab-size)"
             )
     if any(DTYPE_BYTES[a.tensors[name].dtype] < DTYPE_BYTES[b.tensors[name].dtype] for name in differ):
-        notes.append("A is of the narrower dtype: if A was made from B, give them in the other order")
+        notes.append("A has the narrower dtype: if A was made from B, swap them")
     return notes
 
 
@@ -119,9 +119,8 @@ def differences(outcome: Outcome) -> list[str]:
 def describe_sample(outcome: Outcome) -> str:
     """Which share was asked for, and how much that is: a tensor of few blocks has a large part of them in its ends."""
     share = 100 * outcome.amount.elements / max(1, outcome.all_elements)
-    return (
-        f"{outcome.sample} of the blocks, and the first and last block of every tensor: {share:.3g} % of all elements"
-    )
+    blocks = f"{outcome.sample} of the blocks, and the first and last block of every tensor"
+    return f"{blocks}: {share:.3g} % of all elements"
 
 
 def as_text(outcome: Outcome) -> str:
@@ -139,7 +138,7 @@ def as_text(outcome: Outcome) -> str:
         f"{human_bytes(amount.bytes_b)} of B",
         f"copies   {human_bytes(amount.copies_a_bytes)} of A and {human_bytes(amount.copies_b_bytes)} of B are "
         "further copies of the same tensors, compared with the first",
-        f"padding  {outcome.padding_rows[0]} rows of A and {outcome.padding_rows[1]} rows of B, no part of the model",
+        f"padding  {outcome.padding_rows[0]} rows of A and {outcome.padding_rows[1]} rows of B, not part of the model",
         *(f"note     {note}" for note in outcome.notes),
     ]
     found = differences(outcome)

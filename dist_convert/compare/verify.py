@@ -5,8 +5,7 @@ read headers -> name every tensor and where it lies -> deal blocks to ranks -> r
 Files of one name on the disks of several nodes are each a copy of its own, and compared where they lie.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,17 +14,15 @@ from dist_convert.compare.blocks import Amount, Checkpoint, Work, deal, work_of
 from dist_convert.compare.compare import Compared, Difference, check_budget, compare
 from dist_convert.compare.elements import check_elements
 from dist_convert.compare.outcome import Outcome, describe_sample, differences, outcome_of
-from dist_convert.errors import ConversionError, DifferentModel, PlanError, UsageError, shown_line
-from dist_convert.formats.format import Model
+from dist_convert.errors import DifferentModel, PlanError, UsageError, called, shown_line
+from dist_convert.formats.format import MegatronModel, Model
 from dist_convert.formats.huggingface.read import is_huggingface
+from dist_convert.formats.megatron.parameters import MegatronCatalog
 from dist_convert.formats.open import open_checkpoint, read_like
 from dist_convert.formats.torch.catalog import TorchCatalog
-from dist_convert.formats.torch.open import TorchModel
-from dist_convert.formats.torch_dist.catalog import DistCatalog
-from dist_convert.formats.torch_dist.open import DistModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import NOTHING_ASKED, Where
-from dist_convert.options import SAMPLE, TORCH_DIST, Options, VerifyJob
+from dist_convert.options import SAMPLE, Options, VerifyJob
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, gather_objects
 from dist_convert.read.source import Listing
@@ -52,14 +49,7 @@ def verify(job: VerifyJob, world: World, channel: Control) -> Outcome:
         world,
     )
     a, b = _checkpoints(first, second, world)
-    work = work_of(a, b, job.sample)
-
-    def progress(size_bytes: int) -> None:
-        channel.add_progress(size_bytes)
-        channel.doing("comparing")
-
-    with channel.progress(work.size_bytes, "comparing"):
-        return compare_all(a, b, work, world, progress)
+    return compare_all(a, b, work_of(a, b, job.sample), world, channel)
 
 
 def _open_both(a: Where, b: Where, world: World) -> tuple[Model, Model]:
@@ -79,39 +69,25 @@ def _family(model: Model) -> str | None:
 
 def _open(letter: str, where: Where, world: World) -> Model:
     """Read the headers of a checkpoint; errors say which of the two it is."""
-    with _named(f"{letter} ({where.path})"):
+    with called(f"{letter} ({where.path})"):
         return open_checkpoint(where, world)
 
 
 def _checkpoints(first: Model, second: Model, world: World) -> tuple[Checkpoint, Checkpoint]:
-    """Both checkpoints; one that does not say the size of its vocabulary takes the other's.
-
-    Raises:
-        SourceError: tensors that are missing, unknown or of another shape than the config says.
-    """
-    with _named("A"):
+    """Both checkpoints; one that does not say the size of its vocabulary takes the other's."""
+    with called("A"):
         a = _checkpoint(first, second.vocab, world)
-    with _named("B"):
+    with called("B"):
         b = _checkpoint(second, first.vocab, world)
     return _with_copies(a, first.found.listings), _with_copies(b, second.found.listings)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Puts the name of one of the two before what is wrong with it."""
-    try:
-        yield
-    except ConversionError as error:
-        error.what = f"{name}: {error.what}"
-        raise
 
 
 def _checkpoint(model: Model, vocab: int | None, world: World) -> Checkpoint:
     catalog, _ = model.catalog(vocab, with_tied_copies=True)
     kind = catalog.title.partition(", ")[2]
-    if isinstance(model, TorchModel | DistModel) and isinstance(catalog, TorchCatalog | DistCatalog):
+    if isinstance(model, MegatronModel) and isinstance(catalog, MegatronCatalog):
         check_elements(catalog, list(catalog.tensors)[world.rank :: world.size])
-        kind = f"Megatron {catalog.grid}" if isinstance(catalog, TorchCatalog) else f"Megatron {TORCH_DIST}"
+        kind = f"Megatron {catalog.grid}" if isinstance(catalog, TorchCatalog) else f"Megatron {model.format}"
         kind += "" if model.iteration is None else f", iteration {model.iteration}"
     return Checkpoint(model.directory, kind, model.vocab is not None, catalog, model.found.visible)
 
@@ -128,7 +104,7 @@ def _with_copies(checkpoint: Checkpoint, listings: Sequence[Listing]) -> Checkpo
     return replace(checkpoint, visible=visible, copies={file: tuple(alike.values()) for file, alike in known.items()})
 
 
-def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compared: Callable[[int], None]) -> Outcome:
+def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, channel: Control) -> Outcome:
     """Compare this rank's blocks and put together what all ranks found; every rank gets the same outcome.
 
     Raises:
@@ -137,11 +113,19 @@ def compare_all(a: Checkpoint, b: Checkpoint, work: Work, world: World, on_compa
     """
     agree(world, work.digest)
     mine = (block for rank, block in deal(a, b, work.sample) if rank == world.rank)
-    found = compare(a, b, mine, on_compared)
+
+    def on_compared(size_bytes: int) -> None:
+        channel.add_progress(size_bytes)
+        channel.doing("comparing")
+
+    with channel.progress(work.size_bytes, "comparing"):
+        found = compare(a, b, mine, on_compared)
+        channel.doing("waiting for other ranks to compare")
+        listed = gather_objects(world, (asdict(found.amount), [*map(asdict, found.differences.values())]))
     total = Compared()
-    for amount, listed in gather_objects(world, [asdict(found.amount), [*map(asdict, found.differences.values())]]):
+    for amount, differing in listed:
         total.amount += Amount(**amount)
-        for one in listed:
+        for one in differing:
             pairs = {name: tuple(one[name]) for name in ("index", "values", "files")}
             total.add(Difference(**{**one, **pairs}))
     if total.amount != work.amount:
@@ -168,33 +152,30 @@ def prepare_check(job: Options, task: Task, world: World) -> Model | None:
     return _open("source", where, world)
 
 
-def compare_with_source(source: Model, task: Task, directory: Path, world: World) -> str:
+def compare_with_source(source: Model, task: Task, directory: Path, world: World, channel: Control) -> str:
     """Compare what lies in a directory with what it was made from, on every rank; says what was compared.
 
     Raises:
         DifferentModel: they are not the same model.
         SourceError: a file cannot be read, or is damaged.
     """
+    channel.doing("reading the target's headers")
     family = task.content.ends.source.architecture.family
     target = _open("target", Where(directory, family=family, is_compared=True), world)
     a, b = _checkpoints(source, target, world)
     work = work_of(a, b, SAMPLE if task.job.verify == "sample" else Fraction(1))
-    outcome = compare_all(a, b, work, world, lambda _: None)
+    outcome = compare_all(a, b, work, world, channel)
     if not outcome.is_same:
         raise _different(task, directory, outcome)
     share = "" if outcome.sample == 1 else f" (a sample: {describe_sample(outcome)})"
     return (
         f"{shown_line(task.target)}: verified, {sum(outcome.tensors.values())} tensors with "
-        f"{outcome.amount.elements:,} elements and {outcome.fields} config fields are the source's{share}"
+        f"{outcome.amount.elements:,} elements and {outcome.fields} config fields equal the source{share}"
     )
 
 
 def _check_sights(task: Task) -> None:
-    """Refuse a target of which no node has all while it lacks some of the source: parts cannot be compared.
-
-    Raises:
-        UsageError: naming a file that some node lacks.
-    """
+    """Refuse a target of which no node has all while it lacks some of the source: parts cannot be compared."""
     if not task.is_divided:
         return
     for disk in sorted(set(task.disks)):
@@ -203,8 +184,8 @@ def _check_sights(task: Task) -> None:
         missing = sorted(task.source.found.identity.keys() - best)
         if missing and task.writable[ranks[0]]:
             raise UsageError(
-                "--verify cannot compare what lies on the disks of different nodes",
-                file=missing[0],
+                "--verify cannot compare files on the disks of different nodes",
+                missing[0],
                 expected="with --save-per-node, every node sees the whole source",
                 found=f"rank {ranks[0]} does not see this file",
                 remedy="leave out --verify, copy the nodes' directories into one that all nodes see, and compare then: "
@@ -215,10 +196,10 @@ def _check_sights(task: Task) -> None:
 def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
     found = differences(outcome)
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    remedy = f"{task.partial.name} is kept for a look and never gets its name: convert again"
-    what = "what was written (B) is not the model that was read (A)"
+    remedy = f"{task.partial.name} is kept under this name, to be looked at: convert again"
+    what = "the model that was written (B) is not the one that was read (A)"
     if directory == task.target:
-        remedy = "it or the source may have been changed since it was made: convert again with another target"
+        remedy = "the target or the source may have changed since the conversion: convert again to another target"
     if len(found) == sum(one.between == "two copies in A" for one in outcome.values):
         what = "copies of one tensor in the source (A) differ, which samples did not show before"
         remedy = (
@@ -227,9 +208,9 @@ def _different(task: Task, directory: Path, outcome: Outcome) -> DifferentModel:
         remedy += "those of the lowest rank; choose another target"
     return DifferentModel(
         what,
-        file=str(directory),
-        expected="every tensor and config field alike",
+        directory,
+        expected="equal tensors and config fields",
         found=counted(len(found), "difference"),
-        remedy=f"{remedy}; report it if it stays",
+        remedy=f"{remedy}; report it if it happens again",
         lines=[*found[:_SHOWN], *more],
     )

@@ -1,8 +1,9 @@
 """One screen about a checkpoint of either kind, from its headers, and whether a conversion of it would start."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,11 @@ from typing import Any
 from dist_convert.errors import ConversionError, below, shown_line
 from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
+from dist_convert.formats.huggingface import read as hf
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
-from dist_convert.formats.huggingface.read import (
-    CONFIG_FILE,
-    SAFETENSORS,
-    find_weights,
-    is_huggingface,
-    read_config,
-    read_weights_header,
-)
+from dist_convert.formats.megatron import grid as grids
 from dist_convert.formats.megatron.args import architecture_from_args, dialect_of_args
-from dist_convert.formats.megatron.grid import (
-    SHARD_FILE,
-    Grid,
-    foreign_directories,
-    grid_from_args,
-    grid_of_args,
-    grid_ranks,
-    missing_directories,
-    rank_directory,
-)
 from dist_convert.formats.megatron.names import dialect_of, normalise, reason_to_drop
 from dist_convert.formats.megatron.parameters import parameters_of
 from dist_convert.formats.meta.names import DROPPED
@@ -43,29 +28,17 @@ from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models.catalog import NOTHING_ASKED, Where
-from dist_convert.models.schema import (
-    Architecture,
-    LinearScaling,
-    RopeScaling,
-    YarnScaling,
-    is_size,
-    part_shape,
-)
+from dist_convert.models.schema import Architecture, is_size, part_shape
 from dist_convert.options import DCP, HUGGINGFACE, META, TORCH, TORCH_DIST
 from dist_convert.ranks.collectives import World, alone
-from dist_convert.records import DTYPE_BYTES, human_bytes, warnings_of
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, human_bytes, warnings_of
 from dist_convert.write.partial import refuse_unfinished
 
 
 def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like: Path | None = None) -> dict[str, Any]:
-    """Describe a Megatron checkpoint or a Hugging Face directory in JSON values.
+    """Describe a Megatron checkpoint, or the iteration of that name, or a Hugging Face directory in JSON values.
 
     Where a conversion of it would not start, `not_convertible` is what that would say: all that it checks is checked.
-
-    Args:
-        path: a Megatron checkpoint's root or iteration, or a Hugging Face directory.
-        ckpt_dir_name: the iteration; None asks the tracker file.
-        like: see `read_like`.
 
     Raises:
         CheckpointNotFound, CorruptFile, UnsafePickle, MissingArguments, UnsupportedModel
@@ -77,7 +50,7 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     directory, headers = path, None
     if weights_files(path):
         kind, found = META, _describe_meta(path, world)
-    elif is_huggingface(path):
+    elif hf.is_huggingface(path):
         kind, found = HUGGINGFACE, _describe_huggingface(path)
     else:
         directory, kind = find_iteration(where, world)
@@ -108,28 +81,21 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
 _KINDS = {TORCH: "megatron", TORCH_DIST: "megatron", DCP: "distributed"}
 
 
-def _dialect(norms: str, experts: str) -> str:
-    """How a checkpoint spells its norms and experts, for people."""
-    return f"{norms} norms" + (f", {experts} experts" if experts else "")
-
-
 def _describe_torch_dist(directory: Path, like: Path | None) -> dict[str, Any]:
     contents = read_contents(directory, may_lack_args=like is not None)
     args = contents["args"]
     return {
-        **_model(args),
-        "dialect": _dialect(*dialect_of_args(args)),  # their keys are alike
-        "iteration": contents["iteration"],
-        "grid": _grid_sizes(_saved_grid(args)),
+        "format": contents["format"],
+        **_trained(args, dialect_of_args(args), contents["iteration"], _saved_grid(args)),  # their keys are alike
         **_chunks(directory, contents),
         "tokenizer": args.get("tokenizer_model") or args.get("tokenizer_name_or_path"),
         **({"foreign_classes": contents["foreign_classes"]} if contents["foreign_classes"] else {}),
     }
 
 
-def _describe_dcp(directory: Path, like: Mapping[str, Any] | None) -> dict[str, Any]:
+def _describe_dcp(directory: Path, like: JsonObject | None) -> dict[str, Any]:
     contents = read_dcp_contents(directory)
-    config = like or (read_config(directory) if (directory / CONFIG_FILE).is_file() else {})
+    config = like or (hf.read_config(directory) if (directory / hf.CONFIG_FILE).is_file() else {})
     return {
         "family": config.get("model_type"),
         "parameters": sum(prod(shape) for _, shape, _ in contents["tensors"].values()),
@@ -137,7 +103,7 @@ def _describe_dcp(directory: Path, like: Mapping[str, Any] | None) -> dict[str, 
     }
 
 
-def _chunks(directory: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+def _chunks(directory: Path, contents: JsonObject) -> JsonObject:
     """What the container of a distributed checkpoint holds."""
     tensors = contents["tensors"]
     places = {place[2] for _, _, chunks in tensors.values() for place in chunks}
@@ -152,73 +118,70 @@ def _chunks(directory: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _saved_grid(args: Mapping[str, Any]) -> Grid | None:
+def _saved_grid(args: JsonObject) -> grids.Grid | None:
     """The grid that training ran with; None where the args describe none."""
     layers = args.get("num_layers")
     try:
-        return grid_of_args(args, layers if layers and is_size(layers) else 0)[0]
+        return grids.grid_of_args(args, layers if layers and is_size(layers) else 0)[0]
     except ConversionError:
         return None
 
 
-def _grid_sizes(grid: Grid | None) -> dict[str, int]:
-    return dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)) if grid else {}
+def _trained(args: JsonObject, dialect: tuple[str, str], iteration: int | None, grid: grids.Grid | None) -> JsonObject:
+    """What model a Megatron checkpoint is of, where its args tell, and how it was made."""
+    norms, experts = dialect
+    try:
+        facts = _facts(architecture_from_args(args, vocab=None, file=""))
+    except ConversionError:
+        facts = {"family": None, "parameters": None}
+    return {
+        **facts,
+        "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
+        "iteration": iteration,
+        "grid": dict(zip(("TP", "PP", "VPP", "EP", "ETP"), astuple(grid), strict=True)) if grid else {},
+    }
 
 
 def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     first = shards[min(shards)]
-    grid = grid_from_args(first.args, len(first.chunks), imported_experts=False)
+    grid = grids.grid_from_args(first.args, len(first.chunks), imported_experts=False)
     chunks = [chunk for shard in shards.values() for chunk in shard.chunks]
     stored = [(normalise(name), tensor) for chunk in chunks for name, tensor in chunk.items()]
     weights_bytes = sum(tensor.size_bytes for name, tensor in stored if not reason_to_drop(name))
     all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
     directories = {file.partition("/")[0] for file in shards}
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
-    foreign = foreign_directories(grid, directories)
+    foreign = grids.foreign_directories(grid, directories)
     return {
-        **_model(first.args),
-        "dialect": _dialect(*dialect_of(normalise(name) for chunk in first.chunks for name in chunk)),
-        "iteration": first.iteration,
-        "grid": _grid_sizes(grid),
+        **_trained(first.args, dialect_of(map(normalise, chain(*first.chunks))), first.iteration, grid),
         "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
         "skipped_bytes": all_bytes - weights_bytes,
         "files": len(shards),
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
-        "missing_shards": missing_directories(grid, directories),
+        "missing_shards": grids.missing_directories(grid, directories),
         **({"foreign_directories": foreign} if foreign else {}),
         **({"foreign_classes": classes} if classes else {}),
     }
 
 
-def _model(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Family and parameters, of a model that has them."""
-    try:
-        return _facts(architecture_from_args(args, vocab=None, file=""))
-    except ConversionError:
-        return {"family": None, "parameters": None}
-
-
-def _facts(architecture: Architecture) -> dict[str, Any]:
-    sizes, rows = architecture.sizes(), [parameter.row for parameter in parameters_of(architecture, Grid())]
+def _facts(architecture: Architecture) -> JsonObject:
+    sizes, rows = architecture.sizes(), [parameter.row for parameter in parameters_of(architecture, grids.Grid())]
     return {
         "family": architecture.family,
         "parameters": sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts),
         "positions": architecture.max_positions,
         "rope_theta": architecture.rope_theta,
-        "rope_scaling": _SCALINGS[type(architecture.rope_scaling)],
+        "rope_scaling": architecture.rope_scaling and architecture.rope_scaling.rope_type,
     }
 
 
-_SCALINGS = {type(None): None, RopeScaling: "llama3", YarnScaling: "yarn", LinearScaling: "linear"}
-
-
-def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
+def _layers_per_stage(grid: grids.Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
     """Layers counted in the keys, by pipeline stage and virtual stage, of the stages that are here."""
-    counted: dict[str, int] = {}
-    for rank in grid_ranks(grid):
-        shard = shards.get(f"{rank_directory(grid, rank)}/{SHARD_FILE}")
+    counted = {}
+    for rank in grids.grid_ranks(grid):
+        shard = shards.get(f"{grids.rank_directory(grid, rank)}/{grids.SHARD_FILE}")
         for virtual, chunk in enumerate(shard.chunks if shard else ()):
             stage = str(rank.pipeline) if grid.virtual_pipeline == 1 else f"{rank.pipeline}.{virtual}"
             counted[stage] = count_layers(map(normalise, chunk))
@@ -227,24 +190,22 @@ def _layers_per_stage(grid: Grid, shards: Mapping[str, Shard]) -> dict[str, int]
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
     with below(path):
-        config, named = read_config(path), find_weights(path)
+        config, named = hf.read_config(path), hf.find_weights(path)
         present = [name for name in named if (path / name).is_file()]
-        tensors = [tensor for name in present for tensor in read_weights_header(path / name, name).values()]
+        tensors = [tensor for name in present for tensor in hf.read_weights_header(path / name, name).values()]
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope |= config[key] if isinstance(config.get(key), dict) else {}
     scaling, quantised = rope.get("rope_type", rope.get("type")), config.get(QUANTISED_BY)
     return {
-        "format": "safetensors" if named[0].endswith(SAFETENSORS) else "pytorch",
+        "format": "safetensors" if named[0].endswith(hf.SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
         "parameters": sum(map(parameters_in, tensors)),
         "layers": config.get("num_hidden_layers"),
         "positions": config.get("max_position_embeddings"),
         "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
         "rope_scaling": None if scaling == "default" else scaling,
-        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
-        "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "skipped_bytes": 0,
+        **_sizes(tensors),
         "files": len(present),
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
         "missing_shards": [name for name in named if name not in present],
@@ -252,28 +213,31 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_meta(path: Path, world: World) -> dict[str, Any]:
+def _sizes(tensors: Sequence[StoredTensor]) -> JsonObject:
+    """What plain files of tensors hold, which is the model alone."""
+    dtypes, weights_bytes = Counter(one.dtype for one in tensors), sum(one.size_bytes for one in tensors)
+    return {"dtypes": dict(dtypes), "weights_bytes": weights_bytes, "skipped_bytes": 0}
+
+
+def _describe_meta(path: Path, world: World) -> JsonObject:
     _, headers, params = read_headers(path, world)
     tensors = [tensor for found in headers.values() for tensor in found.values()]
-    parts = [
-        one for number, of in enumerate(headers.values()) for one in of.values() if number == 0 or len(one.shape) > 1
-    ]
+    first = next(iter(headers))  # of vectors, each file has all
+    parts = [one for one in tensors if one.file == first or len(one.shape) > 1]
     return {
         "family": "mistral" if "hidden_dim" in params else "llama",
         "parameters": sum(one.elements for one in parts if one.name != DROPPED),
         "layers": params.get("n_layers"),
         "rope_theta": params.get("rope_theta"),
         "rope_scaling": "llama3" if params.get("use_scaled_rope") else None,
-        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
-        "weights_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "skipped_bytes": 0,
+        **_sizes(tensors),
         "files": len(headers),
         "tokenizer": str(found.path) if (found := find_tokenizer(None, {}, path)).path else None,
         "missing_shards": [],
     }
 
 
-def as_screen(description: Mapping[str, Any]) -> str:
+def as_screen(description: JsonObject) -> str:
     """The description for people: a line each, sizes in decimal units."""
     lines = []
     for name, value in description.items():

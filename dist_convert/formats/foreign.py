@@ -1,7 +1,8 @@
 """Checkpoints of other programs, and parts of one: each is known by name, with what to do about it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, UnsupportedModel
@@ -58,15 +59,15 @@ DIRECTORIES = (
         "load model and adapter with PEFT, merge them with merge_and_unload(), save_pretrained, then give the result",
     ),
     Foreign(
-        "a GGUF file, whose weights are quantised",
+        "a GGUF file with quantised weights",
         ("*.gguf",),
-        "give the model that it was made from; or load it with transformers (gguf_file=...), which dequantises it, and "
+        "give the model it was made from; or load it with transformers (gguf_file=...), which dequantises it, and "
         "save_pretrained",
     ),
     Foreign(
-        "a diffusers pipeline, which is several models and no language model",
+        "a diffusers pipeline: several models, none of them a language model",
         ("model_index.json",),
-        "give the directory of one model that is a Llama or Mixtral",
+        "give the directory of one language model, such as a Llama",
     ),
     Foreign(
         "a distributed checkpoint of the format zarr",
@@ -74,10 +75,10 @@ DIRECTORIES = (
         "load it with the Megatron-LM that saved it, and save it with --ckpt-format torch_dist",
     ),
     Foreign(
-        "weights of another framework than PyTorch: MLX, ONNX, TensorFlow, Flax or OpenVINO",
+        "weights of a framework other than PyTorch: MLX, ONNX, TensorFlow, Flax or OpenVINO",
         ("weights*.npz", "weights.*.safetensors", "*.onnx", "onnx/*.onnx", "tf_model*.h5", "flax_model*.msgpack",
          "openvino_model*.bin"),
-        "give the model that it was made from, with its model*.safetensors or pytorch_model*.bin",
+        "give the model it was made from, with its model*.safetensors or pytorch_model*.bin",
     ),
     Foreign(
         "rank directories with model_rng.pt, as Megatron-LM of 2022 and 2023 saved with a distributed optimizer",
@@ -98,7 +99,7 @@ TENSORS = (
     Foreign(
         "weights quantised by GPTQ, AWQ or MLX",
         (".qweight", ".qzeros", ".biases"),
-        "give the model that they were made from; or load it dequantised, save it in bfloat16, and give that",
+        "give the model they were made from; or load it dequantised, save it in bfloat16, and give that",
     ),
 )
 
@@ -113,25 +114,14 @@ def refuse_foreign(path: Path) -> None:
     is_file = path.is_file()
     directory = (path.parent if is_file else path).absolute()
     if is_rank_directory(directory.name) and (is_file or not is_checkpoint(directory)) and directory.is_dir():
-        raise CheckpointNotFound(
-            "one rank's part of a checkpoint",
-            file=str(path),
-            expected="the checkpoint's root or one of its iterations, with the directories of all ranks",
-            remedy=f"give {directory.parent}",
-        )
+        expected = "the checkpoint's root or one of its iterations, with the directories of all ranks"
+        raise CheckpointNotFound("one rank's part of a checkpoint", path, expected, remedy=f"give {directory.parent}")
     if not directory.is_dir() or (not is_file and _is_read(directory)):
         return
     for foreign in DIRECTORIES:
-        found = sorted(one for sign in foreign.signs for one in _matches(path if is_file else directory, sign))
-        if found:
-            raise UnsupportedModel(f"not read: {foreign.name}", file=found[0], remedy=foreign.remedy)
-
-
-def _matches(path: Path, sign: str) -> Iterator[str]:
-    if path.is_dir():
-        yield from map(str, path.glob(sign))
-    elif path.match(sign):
-        yield str(path)
+        matches = ([path] * path.match(sign) if is_file else directory.glob(sign) for sign in foreign.signs)
+        if found := sorted(map(str, chain.from_iterable(matches))):
+            raise UnsupportedModel(f"not read: {foreign.name}", found[0], remedy=foreign.remedy)
 
 
 def _is_read(directory: Path) -> bool:
@@ -147,28 +137,14 @@ def notes_on_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_foreign_tensors(names_of: Mapping[str, Iterable[str]], directory: Path) -> None:
-    """Refuse a model whose tensors' names show that it is of a kind that is not read.
-
-    Args:
-        names_of: the names in each file.
-        directory: in which the files lie.
+    """Refuse a model whose tensors' names, of each file in a directory, show that it is of a kind that is not read.
 
     Raises:
-        UnsupportedModel
+        UnsupportedModel: naming the kind, and what to do.
     """
     for foreign in TENSORS:
-        found = [
-            (file, name)
-            for file, listed in names_of.items()
-            for name in listed
-            if any(s in name for s in foreign.signs)
-        ]
-        if found:
-            file, name = min(found)
-            raise UnsupportedModel(
-                f"not read: {foreign.name}",
-                tensor=name,
-                file=str(directory / file),
-                found=counted(len(found), "such name"),
-                remedy=foreign.remedy,
-            )
+        named = ((file, name) for file, listed in names_of.items() for name in listed)
+        if found := [(file, name) for file, name in named if any(sign in name for sign in foreign.signs)]:
+            (file, name), many = min(found), counted(len(found), "such name")
+            what = f"not read: {foreign.name}"
+            raise UnsupportedModel(what, directory / file, tensor=name, found=many, remedy=foreign.remedy)

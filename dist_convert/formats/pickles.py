@@ -62,9 +62,7 @@ class Reference:
 def pickled(value: object, *, once: bool = False) -> bytes:
     """A whole pickle of None, bool, int, float, str, tuples, lists, dicts, `TorchDtype` and the records above.
 
-    Args:
-        value: what is pickled.
-        once: write equal strings and names once. Otherwise no byte depends on which values are equal.
+    With `once` equal strings and names are written once; otherwise no byte depends on which values are equal.
 
     Raises:
         TypeError: a value of another kind.

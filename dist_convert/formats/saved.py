@@ -69,23 +69,16 @@ class SavedTensor:
 def common_content(args: Mapping[str, object], iteration: int, file: str) -> dict[str, object]:
     """What a file of Megatron holds beside the model; the order of `args` has no part in it.
 
-    Args:
-        args: the attributes of the training arguments. Values: None, bool, int, float, str, `TorchDtype`, and lists,
-            tuples and dicts of these.
-        iteration: training step.
-        file: how messages name it.
+    They may hold None, bool, int, float, str, `TorchDtype`, and lists, tuples and dicts of these.
 
     Raises:
-        PlanError: a value of another kind.
+        PlanError: a value of another kind; `file` is how messages name where it would be.
     """
     for name, value in args.items():
         if not _is_plain(value):
-            raise PlanError(
-                f"argument {name!r} cannot be written to a checkpoint",
-                file=file,
-                expected="None, bool, int, float, str, a torch dtype, or lists, tuples and dicts of these",
-                found=f"{value!r} of type {type(value).__name__}",
-            )
+            what = f"argument {name!r} cannot be written to a checkpoint"
+            expected = "None, bool, int, float, str, a torch dtype, or lists, tuples and dicts of these"
+            raise PlanError(what, file, expected, found=f"{value!r} of type {type(value).__name__}")
     namespace = Instance(Named("argparse", "Namespace"), dict(sorted(args.items())))
     return {"args": namespace, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
 
@@ -116,12 +109,7 @@ class Container:
 
 
 def lay_out_container(pickled: bytes, sizes_bytes: Sequence[int]) -> Container:
-    """The records of `torch.save` in its order, without memory for storages' data.
-
-    Args:
-        pickled: the object.
-        sizes_bytes: of each storage.
-    """
+    """The records of `torch.save` in its order, without memory for storages' data, which are of so many bytes each."""
     archive = _Archive()
     archive.add("data.pkl", pickled)
     archive.add(".format_version", b"1")

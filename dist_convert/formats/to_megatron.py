@@ -4,27 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import carried_configs
-from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
+from dist_convert.formats.huggingface.open import HuggingFaceModel, carried_configs, check_tied, with_zero_biases
+from dist_convert.formats.megatron import target as targets
+from dist_convert.formats.megatron import target_args as arguments
 from dist_convert.formats.megatron.args import dialect_of_args
 from dist_convert.formats.megatron.grid import files_of_disks, grid_of_args
 from dist_convert.formats.megatron.names import dialect_of, mtp_name_of
-from dist_convert.formats.megatron.target import (
-    MegatronTarget,
-    cuts_pipeline,
-    notes_to_megatron,
-    settle_target,
-    target_dtypes,
-)
-from dist_convert.formats.megatron.target_args import (
-    PIPELINE_LAYOUT,
-    MegatronSource,
-    TargetDialect,
-    TargetInputs,
-    read_training_args,
-    target_args,
-    target_tokenizer,
-)
 from dist_convert.formats.meta.open import MetaModel
 from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.tokenizer.record import vocabulary_warnings
@@ -56,12 +41,12 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
     source, left_behind = model.catalog()
     own = _own(job, model, source)
     given = _given(job, model, own, world)
-    architecture, settings = settle_target(job, source.architecture, given)
+    architecture, settings = targets.settle_target(job, source.architecture, given)
     wanted = TARGET_DTYPES[job.target_params_dtype or "keep"]
     params_dtype = wanted if own or wanted else source.params_dtype
-    dtypes = target_dtypes(source, wanted)
-    args = target_args(job, given, architecture, settings, params_dtype)
-    target = MegatronTarget(job.target, architecture, settings, args, dtypes, given.carried)
+    dtypes = targets.target_dtypes(source, wanted)
+    args = arguments.target_args(job, given, architecture, settings, params_dtype)
+    target = targets.MegatronTarget(job.target, architecture, settings, args, dtypes, given.carried)
     disks = find_disks(
         world,
         target.directory,
@@ -117,13 +102,13 @@ def to_megatron(job: Options, model: Model, world: World) -> Task:
         notes=[
             *model.notes,
             *vocabulary_warnings({"tokenizer": given.tokens}, architecture.vocab, architecture.vocab),
-            *notes_to_megatron(job, target, given, content, disks, writable),
+            *targets.notes_to_megatron(job, target, given, content, disks, writable),
         ],
         layout=layout,
     )
 
 
-def _own(job: Options, model: Model, catalog: Catalog) -> MegatronSource | None:
+def _own(job: Options, model: Model, catalog: Catalog) -> arguments.MegatronSource | None:
     """What a Megatron source says of itself."""
     if isinstance(model, TorchModel) and isinstance(catalog, TorchCatalog):
         grid, chunks = catalog.grid, catalog.chunks
@@ -131,36 +116,32 @@ def _own(job: Options, model: Model, catalog: Catalog) -> MegatronSource | None:
         norms, experts = dialect_of(listed)
     elif isinstance(model, DistModel):
         # How its pipeline was cut does not matter where the target's is said.
-        cut = (*PIPELINE_LAYOUT, "pipeline_model_parallel_size") if cuts_pipeline(job) else ()
+        cut = (*arguments.PIPELINE_LAYOUT, "pipeline_model_parallel_size") if targets.cuts_pipeline(job) else ()
         args = {name: value for name, value in model.args.items() if name not in cut}
         grid, chunks = grid_of_args(args, catalog.architecture.layers)
         norms, experts = dialect_of_args(model.args)
-        listed = list(model.stored)
+        listed = [tensor.key for tensor in model.stored.values()]
     else:
         return None
     if job.to == TORCH_DIST:
         norms = dialect_of_args(model.args)[0]  # names do not tell there, and training goes by the args
     is_release = model.directory.resolve().name == RELEASE
-    dialect = TargetDialect(norms, experts or "sequential", mtp_name_of(listed))
-    return MegatronSource(model.args, grid, chunks, None if is_release else model.iteration or 0, dialect)
+    dialect = arguments.TargetDialect(norms, experts or "sequential", mtp_name_of(listed))
+    return arguments.MegatronSource(model.args, grid, chunks, None if is_release else model.iteration or 0, dialect)
 
 
-def _given(job: Options, model: Model, own: MegatronSource | None, world: World) -> TargetInputs:
-    """Rank 0's answer for all: paths may lead elsewhere on other nodes, and all ranks must write the same args.
-
-    Raises:
-        UsageError, CorruptFile: see `read_training_args`.
-    """
+def _given(job: Options, model: Model, own: arguments.MegatronSource | None, world: World) -> arguments.TargetInputs:
+    """Rank 0's answer for all: paths may lead elsewhere on other nodes, and all ranks must write the same args."""
     mine: list[Any] = []
     if world.rank == 0:
-        said = read_training_args(job.source_margs_file) if job.source_margs_file else None
+        said = arguments.read_training_args(job.source_margs_file) if job.source_margs_file else None
         asked, found = job.tokenizer_model, model.tokenizer
         if asked is None and isinstance(model, MetaModel) and found.path and found.kind != "tiktoken":
             asked = str(found.path)  # Megatron reads no bare file of Llama 3's
         mine = [said, asked, job.tokenizer_type, carried_configs(model)]
         if asked is not None or isinstance(model, HuggingFaceModel):
             args = own.args if own else said
-            mine[1:3] = target_tokenizer(asked, job.tokenizer_type, job.source, model.directory, args)
+            mine[1:3] = arguments.target_tokenizer(asked, job.tokenizer_type, job.source, model.directory, args)
         mine.append(find_tokenizer(None, {"tokenizer_model": mine[1]}, model.directory).size if mine[1] else None)
     training_args, tokenizer_model, tokenizer_type, carried, tokens = gather_objects(world, mine)[0]
-    return TargetInputs(training_args, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)
+    return arguments.TargetInputs(training_args, tokenizer_model, tokenizer_type, carried, model.vocab, own, tokens)

@@ -8,26 +8,25 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_convert.errors import BudgetTooSmall, UsageError
-from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import TORCH_NAMES
+from dist_convert.formats.huggingface.open import configs_of
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.open import open_checkpoint, read_like
 from dist_convert.models.catalog import Catalog, Where
 from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
-from dist_convert.read.boxes import read_box
-from dist_convert.read.buffers import Buffer, make_buffer
 from dist_convert.read.discover import Discovery
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
+from dist_convert.read.file_reader import TORCH_DTYPES, Buffer, FileReader, make_buffer, read_box
 from dist_convert.read.record_checks import RecordChecks
-from dist_convert.records import DTYPE_BYTES, Box, human_bytes, parse_bytes
+from dist_convert.records import DTYPE_BYTES, Box, JsonObject, human_bytes, parse_bytes
 from dist_convert.write.partial import refuse_unfinished
 
 #: What is read at once where values are cast or put beside others: the processor's own cache holds it.
@@ -64,8 +63,17 @@ def _safetensors_name(dtype: torch.dtype | str | None) -> str | None:
     by_name = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
     name = _NAMES.get(dtype) if isinstance(dtype, torch.dtype) else by_name.get(dtype.removeprefix("torch."))
     if name is None:
-        raise UsageError("not a dtype of weights", expected=", ".join(by_name), found=str(dtype))
+        raise UsageError("not a dtype of weights", expected=", ".join(by_name), found=dtype)
     return name
+
+
+@dataclass
+class _Own:
+    """What each process has for itself: a fork may have come while another thread held a lock."""
+
+    lock: threading.Lock
+    checks: RecordChecks
+    reader: _Reader | None = None
 
 
 class Weights:
@@ -78,7 +86,7 @@ class Weights:
     def __init__(
         self,
         directory: Path,
-        config: Mapping[str, Any],
+        config: JsonObject,
         catalog: Catalog,
         found: Discovery,
         dtype: str | None,
@@ -88,12 +96,9 @@ class Weights:
         self._directory = directory
         self._catalog = catalog
         self._found = found
-        self._checks = RecordChecks(found.checksums)
         self._dtype = dtype
         self._device = device
-        self._lock = threading.Lock()
-        self._reader: _Reader | None = None
-        self._process = os.getpid()
+        self._processes: dict[int, _Own] = {}
 
     def __enter__(self) -> "Weights":
         return self
@@ -103,48 +108,41 @@ class Weights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that has opened them."""
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reader", "_checks")}
+        return vars(self) | {"_processes": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock, self._reader, self._checks = threading.Lock(), None, RecordChecks(self._found.checksums)
+    @property
+    def _own(self) -> _Own:
+        process = os.getpid()
+        if process not in self._processes:  # several threads may come here at once
+            self._processes.setdefault(process, _Own(threading.Lock(), RecordChecks(self._found.checksums)))
+        return self._processes[process]
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
-        with self._lock:
-            if self._reader is not None and self._process == os.getpid():
-                self._reader[0].close()
-            self._reader = None
+        own = self._own
+        with own.lock:
+            if own.reader is not None:
+                own.reader[0].close()
+            own.reader = None
 
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the layers."""
         return list(self._catalog.tensors)
 
     def get_slice(self, name: str) -> "Slice":
-        """A tensor of which parts can be read, as `safetensors.safe_open` has it.
-
-        Raises:
-            KeyError: no tensor of that name.
-        """
+        """A tensor of which parts can be read, as `safetensors.safe_open` has it; a KeyError where it is none."""
         return Slice(self, name, self._catalog.tensors[name].shape)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor.
-
-        Raises:
-            KeyError: no tensor of that name.
-            SourceError: a file cannot be read, has changed, or ends early.
-        """
+        """A whole tensor; a KeyError where it is none, a SourceError where it cannot be read whole or has changed."""
         return self.read(name, self._catalog.tensors[name].box).view(self._catalog.tensors[name].shape)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A box of a tensor, as rows x columns."""
-        if self._process != os.getpid():  # a fork may have come while another thread held the lock
-            self._lock, self._reader, self._process = threading.Lock(), None, os.getpid()
-        with self._lock:
-            if self._reader is None:
-                self._reader = self._new_reader()
-            return self._filled(self._reader, name, box, None).to(self._device)
+        own = self._own
+        with own.lock:
+            own.reader = own.reader or self._new_reader()
+            return self._filled(own.reader, name, box, None).to(self._device)
 
     def tensors(self, max_memory: str | int = "1GB", *, reuse: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor with its name, in the order of the files, read ahead of the one that is looked at.
@@ -158,15 +156,13 @@ class Weights:
             SourceError: see `get_tensor`.
         """
         budget_bytes = parse_bytes(str(max_memory))
-        sizes = {name: self._size_bytes(name) for name in self._catalog.tensors}
+        tensors = self._catalog.tensors.items()
+        sizes = {name: meta.box.elements * DTYPE_BYTES[self._dtype_of(name)] for name, meta in tensors}
         largest = max(sizes, key=lambda name: sizes[name])
         if sizes[largest] > budget_bytes:
-            raise BudgetTooSmall(
-                "the memory does not hold the largest tensor",
-                tensor=largest,
-                expected=f"max_memory of {human_bytes(sizes[largest])} or more",
-                found=human_bytes(budget_bytes),
-            )
+            what = "the memory does not hold the largest tensor"
+            expected = f"max_memory of {human_bytes(sizes[largest])}"
+            raise BudgetTooSmall(what, tensor=largest, expected=f"{expected} or more", found=human_bytes(budget_bytes))
         return self._stream(sorted(sizes, key=self._place), sizes, budget_bytes, reuse=reuse)
 
     def _stream(
@@ -174,9 +170,8 @@ class Weights:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         largest_bytes = max(sizes.values())
         # The buffer that was free last is filled first: its pages are there, and the processor's cache may have them.
-        free = (
-            [make_buffer(largest_bytes) for _ in range(min(_BUFFERS, budget_bytes // largest_bytes))] if reuse else []
-        )
+        buffers = min(_BUFFERS, budget_bytes // largest_bytes) if reuse else 0
+        free = [make_buffer(largest_bytes) for _ in range(buffers)]
         readers = [self._new_reader() for _ in range(_READERS)]
         waiting, reading = deque(names), deque[tuple[str, Buffer | None, Future[torch.Tensor]]]()
         read_bytes = 0
@@ -213,7 +208,11 @@ class Weights:
         """A box of a tensor as rows x columns, in a buffer or in memory of its own."""
         files, block = reader
         dtype = self._dtype_of(name)
-        buffer = buffer or _new_buffer(box.elements * DTYPE_BYTES[dtype])
+        if buffer is None and (size_bytes := box.elements * DTYPE_BYTES[dtype]) >= _LARGE_BYTES:
+            buffer = make_buffer(size_bytes)
+        elif buffer is None:  # of torch's, as there may be many
+            tensor = torch.empty(size_bytes, dtype=torch.uint8)
+            buffer = Buffer(tensor.numpy().data, tensor)
         return read_box(files, self._catalog.regions(name), box, dtype, buffer, block)
 
     def _place(self, name: str) -> tuple[str, int]:
@@ -223,12 +222,9 @@ class Weights:
     def _dtype_of(self, name: str) -> str:
         return self._dtype or self._catalog.tensors[name].dtype
 
-    def _size_bytes(self, name: str) -> int:
-        return self._catalog.tensors[name].box.elements * DTYPE_BYTES[self._dtype_of(name)]
-
     def _new_reader(self) -> _Reader:
         scratch, block = make_buffer(2 * _BLOCK_BYTES), make_buffer(_BLOCK_BYTES)
-        return FileReader(self._directory, scratch, self._found.listing, self._checks), block
+        return FileReader(self._directory, scratch, self._found.listing, self._own.checks), block
 
 
 class Slice:
@@ -262,11 +258,3 @@ class Slice:
         found = self._weights.read(self._name, Box(rows.start, columns.start, len(rows), len(columns)))
         found = found if len(spans) > 1 else found[:, 0]
         return found[tuple(inside)].contiguous()
-
-
-def _new_buffer(size_bytes: int) -> Buffer:
-    """Memory for one tensor; for a small one that of torch, as there may be many."""
-    if size_bytes >= _LARGE_BYTES:
-        return make_buffer(size_bytes)
-    tensor = torch.empty(size_bytes, dtype=torch.uint8)
-    return Buffer(tensor.numpy().data, tensor)

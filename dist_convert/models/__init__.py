@@ -21,17 +21,19 @@ _MOE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_O
 #: Training arguments may be those of several families: the first that they fit is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MOE)}
 
-_GEMMA = "its layers have four norms, and its embedding and logits are scaled"
+_AS_LLAMA = "saved as a llama, it converts"
 #: Values of `model_type` that people ask for, and what Megatron's models or this table lack for them.
 REFUSED = {
-    "olmo2": "its norms come behind attention and MLP, and normalise queries and keys over all heads",
+    "olmo2": "its norms come after attention and MLP, and normalise queries and keys over all heads",
     "olmoe": "its norms of queries and keys go over all heads",
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "granite": "its embedding, attention, residuals and logits have multipliers",
-    "granitemoe": "its embedding, attention, residuals and logits have multipliers",
     "qwen3_next": "most of its layers have linear attention",
+    **dict.fromkeys(
+        ("gemma2", "gemma3", "gemma3_text"), "its layers have four norms, and its embedding and logits are scaled"
+    ),
+    "internlm": f"its attention may have biases where its MLP has none; without, {_AS_LLAMA}",
+    "internlm2": f"its queries, keys and values are one tensor (wqkv) in an order of its own; {_AS_LLAMA}",
+    "internlm3": f"its published models scale rotary positions dynamically; without, {_AS_LLAMA}",
+    **dict.fromkeys(("granite", "granitemoe"), "its embedding, attention, residuals and logits have multipliers"),
 }
 #: Of those with a `vision_config`.
 WITH_VISION = "it has a vision tower beside its language model; save the language model alone, and convert that"

@@ -10,7 +10,7 @@ from dist_convert.models.schema import (
     Part,
     Pin,
     Product,
-    ZeroTensor,
+    Row,
     column_parallel,
     norm,
     part,
@@ -22,23 +22,6 @@ from dist_convert.models.schema import (
 MTP_REASON = "layers of multi-token prediction (--drop-mtp)"
 MEGATRON = "decoder.layers.{layer}"
 HF = "model.layers.{layer}"
-
-EMBEDDING = (
-    column_parallel(
-        "embedding.word_embeddings.weight",
-        part("model.embed_tokens.weight", "vocab hidden"),
-        padded_rows="padded_vocab",
-    ),
-)
-FINAL_NORM_AND_HEAD = (
-    norm("decoder.final_layernorm.weight", part("model.norm.weight", "hidden")),
-    column_parallel(
-        "output_layer.weight",
-        part("lm_head.weight", "vocab hidden"),
-        padded_rows="padded_vocab",
-        unless="tied",
-    ),
-)
 
 
 def attention(name: str) -> str:
@@ -81,12 +64,10 @@ OUTPUT = row_parallel(attention("linear_proj.weight"), hf_attention("o_proj.weig
 _O_BIAS = hf_attention("o_proj.bias", "hidden")
 OUTPUT_BIAS = replicated(attention("linear_proj.bias"), _O_BIAS, when="linear_bias")
 # Llama's attention_bias covers all four projections; Megatron's add_qkv_bias only three of them.
-OUTPUT_BIAS_OF_ZEROS = ZeroTensor(_O_BIAS, when="qkv_bias", unless="linear_bias")
+OUTPUT_BIAS_OF_ZEROS = Row("", (_O_BIAS,), when="qkv_bias", unless="linear_bias")
 
-_MLP_NORM, _HF_MLP_NORM = (
-    f"{MEGATRON}.pre_mlp_layernorm.weight",
-    part(f"{HF}.post_attention_layernorm.weight", "hidden"),
-)
+_MLP_NORM = f"{MEGATRON}.pre_mlp_layernorm.weight"
+_HF_MLP_NORM = part(f"{HF}.post_attention_layernorm.weight", "hidden")
 MLP_NORM = norm(
     _MLP_NORM,
     _HF_MLP_NORM,
@@ -135,22 +116,22 @@ EXPERTS = (
 
 #: What is added to the experts' scores to choose them, in Megatron a buffer that is never rounded.
 ROUTER_BIAS = replicated(
-    f"{MEGATRON}.mlp.router.expert_bias",
-    Part(f"{HF}.mlp.gate.e_score_correction_bias", ("experts",), dtype="F32"),
+    f"{MEGATRON}.mlp.router.expert_bias", Part(f"{HF}.mlp.gate.e_score_correction_bias", ("experts",), dtype="F32")
 )
-_SHARED, _HF_SHARED = f"{MEGATRON}.mlp.shared_experts", f"{HF}.mlp.shared_experts"
-#: Cut over all tensor parallel ranks, whatever the experts are cut over.
-SHARED_EXPERTS = (
-    column_parallel(
-        f"{_SHARED}.linear_fc1.weight",
-        part(f"{_HF_SHARED}.gate_proj.weight", "shared_ffn hidden"),
-        part(f"{_HF_SHARED}.up_proj.weight", "shared_ffn hidden"),
-        when="shared_ffn",
-    ),
-    row_parallel(
-        f"{_SHARED}.linear_fc2.weight", part(f"{_HF_SHARED}.down_proj.weight", "hidden shared_ffn"), when="shared_ffn"
-    ),
-)
+
+
+def shared_experts(hf_name: str) -> tuple[Row, Row]:
+    """Shared experts, which are cut over all tensor parallel ranks, whatever the experts are cut over."""
+    megatron, hf = f"{MEGATRON}.mlp.shared_experts", f"{HF}.mlp.{hf_name}"
+    gate, up = (part(f"{hf}.{name}_proj.weight", "shared_ffn hidden") for name in ("gate", "up"))
+    down = part(f"{hf}.down_proj.weight", "hidden shared_ffn")
+    return (
+        column_parallel(f"{megatron}.linear_fc1.weight", gate, up, when="shared_ffn"),
+        row_parallel(f"{megatron}.linear_fc2.weight", down, when="shared_ffn"),
+    )
+
+
+SHARED_EXPERTS = shared_experts("shared_experts")
 
 
 def basic_keys(*of_attention: Key, epsilon: float, theta: float, tied: bool = False) -> tuple[Key, ...]:
@@ -168,10 +149,11 @@ def basic_keys(*of_attention: Key, epsilon: float, theta: float, tied: bool = Fa
         Key("max_positions", "max_position_embeddings", "max_position_embeddings"),
         Key("norm_epsilon", "rms_norm_eps", "norm_epsilon", "number", default=epsilon, arg_default=1e-5),
         Key("rope_theta", "rope_theta", "rotary_base", "number", default=theta, arg_default=10000.0),
-        Key(
-            "tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", default=tied, codec="opposite"
-        ),
+        Key("tied", "tie_word_embeddings", "untie_embeddings_and_output_weights", "flag", tied, codec="opposite"),
     )
+
+
+_SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 
 
 def group_keys(*, groups: int, chosen: int) -> tuple[Key, ...]:
@@ -189,21 +171,8 @@ def routed_keys(*, experts: int, per_token: int, ffn: int, dense: int, shared: i
         Key("experts", "n_routed_experts", "num_experts", default=experts, most=MOST_EXPERTS),
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=per_token, arg_default=2),
         Key("dense_layers", "first_k_dense_replace", "moe_layer_freq", default=dense, codec="leading_dense"),
-        Key(
-            "router_scale",
-            "routed_scaling_factor",
-            "moe_router_topk_scaling_factor",
-            "number",
-            default=scale,
-            arg_default=1.0,
-        ),
-        Key(
-            "shared_experts",
-            "n_shared_experts",
-            "moe_shared_expert_intermediate_size",
-            default=shared,
-            codec="experts_wide",
-        ),
+        Key("router_scale", "routed_scaling_factor", "moe_router_topk_scaling_factor", "number", scale, 1.0),
+        Key("shared_experts", "n_shared_experts", _SHARED_WIDTH, default=shared, codec="experts_wide"),
     )
 
 
@@ -211,13 +180,9 @@ def dense_keys(
     *, query_groups: int | None, head_dim: int | None, epsilon: float, theta: float, tied: bool = False
 ) -> tuple[Key, ...]:
     """Those of families with grouped queries."""
-    return basic_keys(
-        Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups),
-        Key("head_dim", "head_dim", "kv_channels", default=head_dim),
-        epsilon=epsilon,
-        theta=theta,
-        tied=tied,
-    )
+    groups = Key("query_groups", "num_key_value_heads", "num_query_groups", default=query_groups)
+    width = Key("head_dim", "head_dim", "kv_channels", default=head_dim)
+    return basic_keys(groups, width, epsilon=epsilon, theta=theta, tied=tied)
 
 
 def expert_keys(*, experts: int, per_token: int, ffn: int, aux_loss: float) -> tuple[Key, ...]:
@@ -246,3 +211,21 @@ SIGMOID_PINS = (
     Pin("moe_router_enable_expert_bias", (True,), "the family's router has an expert bias", is_written=True),
 )
 SHARED_SIZE = Product("shared_ffn", "shared_experts", ("expert_ffn",))
+
+#: Layers of multi-token prediction, which follow the others: docs/formats.md, "Multi-token prediction".
+_PREDICTION = "mtp.layers.{mtp}"
+
+PREDICTION = (
+    norm(f"{_PREDICTION}.enorm.weight", part(f"{HF}.enorm.weight", "hidden")),
+    norm(f"{_PREDICTION}.hnorm.weight", part(f"{HF}.hnorm.weight", "hidden")),
+    column_parallel(f"{_PREDICTION}.eh_proj.weight", part(f"{HF}.eh_proj.weight", "hidden twice_hidden")),
+    norm(f"{_PREDICTION}.final_layernorm.weight", part(f"{HF}.shared_head.norm.weight", "hidden")),
+)
+PREDICTION_COPIES = {
+    "model.embed_tokens.weight": f"{HF}.embed_tokens.weight",
+    "lm_head.weight": f"{HF}.shared_head.head.weight",
+}
+#: transformers' classes have one by default, also where the files have none.
+MTP_KEY = Key(
+    "mtp_layers", "num_nextn_predict_layers", "mtp_num_layers", default=1, codec="if_any", aliases=("num_mtp_layers",)
+)

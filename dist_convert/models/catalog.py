@@ -1,20 +1,20 @@
 """What a checkpoint of any format is: logical tensors, and for each the boxes of it that lie somewhere.
 
 Logical tensors are the smallest units (query, key and value apart; one for each layer and expert), named as in the
-published layout of Hugging Face with one entry for each expert. How a file stacks, cuts or transposes them is its
-format's business: a format says of each box of a tensor where it is stored, and which places hold equal replicas. A
-conversion is the intersection of two such catalogs (`plan.copies`), a verification their comparison.
+published layout of Hugging Face with one entry for each expert. A format says of each box of a tensor where it is
+stored, and which places hold equal replicas. A conversion is the intersection of two such catalogs (`plan.copies`), a
+verification their comparison.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dist_convert.models.schema import Architecture
 from dist_convert.options import HUGGINGFACE, Options
-from dist_convert.records import Box, View, intersect
+from dist_convert.records import Box, JsonObject, View, intersect
 
 #: The flag that names an iteration, in most commands.
 NAME_FLAG = "--ckpt-dir-name"
@@ -37,14 +37,14 @@ class Where:
 
     path: Path
     asked: Options = NOTHING_ASKED
-    like: Mapping[str, Any] | None = None
+    like: JsonObject | None = None
     family: str | None = None
-    carried: Mapping[str, Any] | None = None
+    carried: JsonObject | None = None
     is_compared: bool = False
     name_flag: str = NAME_FLAG
 
 
-#: What of a checkpoint is no part of the model, or is dropped on purpose: (reason, tensors, bytes).
+#: What of a checkpoint is not part of the model, or is dropped on purpose: (reason, tensors, bytes).
 LeftBehind = tuple[tuple[str, int, int], ...]
 
 
@@ -107,6 +107,28 @@ def cut(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
     """The regions that lie in a box, and of each what lies in it."""
     pairs = ((region, intersect(region.box, box)) for region in regions)
     return tuple(Region(inside, region.window(inside), region.add) for region, inside in pairs if inside)
+
+
+def from_neighbours(stored: Iterable[Region], head_dim: int) -> tuple[Region, ...]:
+    """Regions of heads in Meta's order, as regions of the tensor in the order of transformers, by row.
+
+    Transformers and Megatron rotate row j of a head of d rows with row j + d/2, Meta's code row 2j with 2j + 1: row j
+    of the first half is row 2j of Meta's, of the second half row 2j + 1. `stored` may begin and end inside of a head.
+    """
+    found = []
+    for region in stored:
+        box = region.box
+        for head in range(box.row - box.row % head_dim, box.row_end, head_dim):
+            start, end = max(head, box.row), min(head + head_dim, box.row_end)
+            for half in (0, 1):
+                row = start + (start - head + half) % 2
+                rows = (end - row + 1) // 2
+                if rows:
+                    inside = region.window(Box(row, box.column, end - row, box.columns))
+                    views = tuple(replace(view, rows=rows, row_stride=2 * view.row_stride) for view in inside)
+                    first = head + half * head_dim // 2 + (row - head) // 2
+                    found.append(Region(Box(first, box.column, rows, box.columns), views, region.add))
+    return tuple(sorted(found, key=lambda region: (region.box.row, region.box.column)))
 
 
 class Catalog(Protocol):

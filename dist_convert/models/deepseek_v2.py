@@ -16,8 +16,7 @@ DEEPSEEK_V2 = Family(
         *LATENT_PINS,
         Pin("moe_router_pre_softmax", (True,), "the family does not normalise the chosen weights", is_written=True),
     ),
-    signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": False},
-    # V2 itself scores groups by their best expert, and Megatron by the sum of several.
+    excluded_args=("moe_router_enable_expert_bias",),
     config_pins={
         "norm_topk_prob": False,
         "attention_bias": False,
@@ -27,11 +26,12 @@ DEEPSEEK_V2 = Family(
         "n_group": 1,
         "topk_group": 1,
     },
-    before=blocks.EMBEDDING,
+    reasons={
+        "topk_method": "DeepSeek-V2 chooses groups of experts by the best score in each, Megatron by a sum of scores",
+    },
     layer=LATENT_ATTENTION,
     dense=(blocks.MLP_NORM, *blocks.MLP),
     moe=(blocks.MOE_NORM, blocks.ROUTER, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(100000, 100001),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),
     scalings=("default", "yarn"),

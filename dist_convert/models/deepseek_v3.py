@@ -3,49 +3,34 @@
 from dataclasses import replace
 
 from dist_convert.models import blocks
-from dist_convert.models.prediction import MTP_KEY, PREDICTION, PREDICTION_COPIES
-from dist_convert.models.schema import Family, Key, Pin, Product, column_parallel, norm, row_parallel
+from dist_convert.models.schema import Family, Key, Pin, Product, Row, column_parallel, norm, row_parallel
+
+
+def _projection(megatron: str, hf: str, dims: str, *, when: str | None = None, unless: str | None = None) -> Row:
+    weights = blocks.attention(f"{megatron}.weight"), blocks.hf_attention(f"{hf}.weight", dims)
+    return column_parallel(*weights, when=when, unless=unless)
+
 
 #: Of the latent attention: docs/formats.md, "Latent attention".
 LATENT_ATTENTION = (
     # Nothing fuses the norm before it, as two projections read it.
     replace(blocks.ATTENTION_NORM, transformer_engine="", habana=""),
-    column_parallel(
-        blocks.attention("linear_q_proj.weight"),
-        blocks.hf_attention("q_proj.weight", "latent_query hidden"),
-        unless="q_rank",
-    ),
-    column_parallel(
-        blocks.attention("linear_q_down_proj.weight"),
-        blocks.hf_attention("q_a_proj.weight", "q_rank hidden"),
-        when="q_rank",
-        is_whole_in_te=True,
-    ),
+    _projection("linear_q_proj", "q_proj", "latent_query hidden", unless="q_rank"),
+    replace(_projection("linear_q_down_proj", "q_a_proj", "q_rank hidden", when="q_rank"), is_whole_in_te=True),
     norm(
         blocks.attention("q_layernorm.weight"),
         blocks.hf_attention("q_a_layernorm.weight", "q_rank"),
         transformer_engine=blocks.attention("linear_q_up_proj.layer_norm_weight"),
         when="q_rank",
     ),
-    column_parallel(
-        blocks.attention("linear_q_up_proj.weight"),
-        blocks.hf_attention("q_b_proj.weight", "latent_query q_rank"),
-        when="q_rank",
-    ),
-    column_parallel(
-        blocks.attention("linear_kv_down_proj.weight"),
-        blocks.hf_attention("kv_a_proj_with_mqa.weight", "latent_width hidden"),
-        is_whole_in_te=True,
-    ),
+    _projection("linear_q_up_proj", "q_b_proj", "latent_query q_rank", when="q_rank"),
+    replace(_projection("linear_kv_down_proj", "kv_a_proj_with_mqa", "latent_width hidden"), is_whole_in_te=True),
     norm(
         blocks.attention("kv_layernorm.weight"),
         blocks.hf_attention("kv_a_layernorm.weight", "kv_rank"),
         transformer_engine=blocks.attention("linear_kv_up_proj.layer_norm_weight"),
     ),
-    column_parallel(
-        blocks.attention("linear_kv_up_proj.weight"),
-        blocks.hf_attention("kv_b_proj.weight", "latent_key_value kv_rank"),
-    ),
+    _projection("linear_kv_up_proj", "kv_b_proj", "latent_key_value kv_rank"),
     row_parallel(blocks.attention("linear_proj.weight"), blocks.hf_attention("o_proj.weight", "hidden latent_output")),
 )
 
@@ -78,13 +63,10 @@ DEEPSEEK_V3 = Family(
         *blocks.basic_keys(*LATENT_KEYS, epsilon=1e-6, theta=10000.0),
         *blocks.routed_keys(experts=256, per_token=8, ffn=2048, dense=3, shared=1, scale=2.5),
         *blocks.group_keys(groups=8, chosen=4),
-        MTP_KEY,
+        blocks.MTP_KEY,
     ),
-    pins=(
-        *LATENT_PINS,
-        *blocks.SIGMOID_PINS,
-    ),
-    signs={"num_experts": True, "multi_latent_attention": True, "moe_router_enable_expert_bias": True},
+    pins=(*LATENT_PINS, *blocks.SIGMOID_PINS),
+    required_args=("moe_router_enable_expert_bias",),
     config={"ep_size": 1, "seq_aux": True},
     config_pins={
         "norm_topk_prob": True,
@@ -93,13 +75,11 @@ DEEPSEEK_V3 = Family(
         "scoring_func": "sigmoid",
         "rope_interleave": True,
     },
-    before=blocks.EMBEDDING,
     layer=LATENT_ATTENTION,
     dense=(blocks.MLP_NORM, *blocks.MLP),
     moe=(blocks.MOE_NORM, blocks.ROUTER, blocks.ROUTER_BIAS, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
-    after=blocks.FINAL_NORM_AND_HEAD,
-    prediction=PREDICTION,
-    copies=PREDICTION_COPIES,
+    prediction=blocks.PREDICTION,
+    copies=blocks.PREDICTION_COPIES,
     special_ids=(0, 1),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),
     other_types=("kimi_k2",),

@@ -1,7 +1,6 @@
 """GLM-4.5 and 4.6: grouped queries with biases, half of each head rotated, and DeepSeek-V3's experts."""
 
 from dist_convert.models import blocks
-from dist_convert.models.prediction import MTP_KEY, PREDICTION, PREDICTION_COPIES
 from dist_convert.models.schema import Family, Key, Pin
 
 GLM4_MOE = Family(
@@ -14,7 +13,7 @@ GLM4_MOE = Family(
         Key("qk_norm", "use_qk_norm", "qk_layernorm", "flag"),
         *blocks.routed_keys(experts=128, per_token=8, ffn=1408, dense=1, shared=1, scale=1.0),
         *blocks.group_keys(groups=1, chosen=1),
-        MTP_KEY,
+        blocks.MTP_KEY,
     ),
     pins=(
         Pin("rotary_percent", (0.5,), "the family rotates half of each head", is_written=True),
@@ -22,15 +21,13 @@ GLM4_MOE = Family(
         Pin("position_embedding_type", ("rope",), "Megatron's YaRN rotates all of each head", is_written=True),
         *blocks.SIGMOID_PINS,
     ),
-    signs={"num_experts": True, "multi_latent_attention": False, "moe_router_enable_expert_bias": True},
+    required_args=("moe_router_enable_expert_bias",),
     config_pins={"norm_topk_prob": True, "partial_rotary_factor": 0.5},
-    before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.QKV_BIAS, *blocks.QK_NORMS, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
     moe=(blocks.MOE_NORM, blocks.ROUTER, blocks.ROUTER_BIAS, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
-    after=blocks.FINAL_NORM_AND_HEAD,
-    prediction=PREDICTION,
-    copies=PREDICTION_COPIES,
+    prediction=blocks.PREDICTION,
+    copies=blocks.PREDICTION_COPIES,
     products=(blocks.SHARED_SIZE,),
     scalings=("default", "llama3", "linear"),
 )

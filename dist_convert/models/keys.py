@@ -1,12 +1,12 @@
 """The facts of a model as training arguments and as config.json have them, by the keys of its family."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dist_convert.errors import ConversionError, UnsupportedModel, raise_together
+from dist_convert.errors import UnsupportedModel, raise_together
 from dist_convert.models.neutral import NEUTRAL
 from dist_convert.models.schema import FIELDS, Architecture, Family, Key, LinearScaling, Pin, YarnScaling
+from dist_convert.records import JsonObject
 
 #: The values of an argument that is not set.
 _UNSET: tuple[object, ...] = (None, False, 0, "", "vanilla", [-1, 0], [-1, -1], [None, None])
@@ -17,12 +17,12 @@ def is_set(value: object) -> bool:
     return value not in _UNSET
 
 
-def fits_signs(family: Family, args: Mapping[str, Any]) -> bool:
+def fits_signs(family: Family, args: JsonObject) -> bool:
     """Whether a family's models are trained with arguments like these."""
     return all(is_set(args.get(name)) == wanted for name, wanted in family.signs.items())
 
 
-def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
+def architecture_of(family: Family, facts: JsonObject) -> Architecture:
     """The model of a family whose facts these are, with the sizes that follow from them."""
     own = {name: value for name, value in facts.items() if name in FIELDS}
     others = {name: value for name, value in facts.items() if name not in FIELDS}
@@ -34,23 +34,19 @@ def architecture_of(family: Family, facts: Mapping[str, Any]) -> Architecture:
 
 
 def check_computed_alike(architecture: Architecture, file: str) -> None:
-    """Refuse numbers with which Megatron computes otherwise than transformers.
-
-    Raises:
-        Problems, or the one problem there is: UnsupportedModel.
-    """
-    problems: list[ConversionError] = []
+    """Refuse numbers with which Megatron computes otherwise than transformers, all by UnsupportedModel."""
+    problems = []
 
     def refuse(what: str, expected: object, found: object) -> None:
-        remedy = "the model cannot be the same in both; there is nothing to convert to"
-        problems.append(UnsupportedModel(what, file=file, expected=expected, found=found, remedy=remedy))
+        remedy = "the model cannot be the same in both formats; there is nothing to convert to"
+        problems.append(UnsupportedModel(what, file, expected, found, remedy))
 
     if architecture.experts_per_token > architecture.experts:
         refuse("more experts for each token than there are", architecture.experts, architecture.experts_per_token)
     groups, chosen = architecture.fact("expert_groups"), architecture.fact("chosen_groups")
     if groups > 1 and architecture.experts_per_token != 2 * chosen:  # transformers adds up the two best of each
         refuse(
-            "Megatron scores groups of experts otherwise than transformers",
+            "Megatron scores groups of experts differently from transformers",
             f"{2 * chosen} experts for each token, two for each of {chosen} chosen groups",
             architecture.experts_per_token,
         )
@@ -70,7 +66,7 @@ def check_computed_alike(architecture: Architecture, file: str) -> None:
         # Where one of them is 0, transformers takes neither, Megatron both.
         elif not (scaling.mscale and scaling.mscale_all_dim) and (scaling.mscale, scaling.mscale_all_dim) != (1, 0):
             refuse(
-                "YaRN scales attention otherwise in Megatron than in transformers",
+                "YaRN scales attention differently in Megatron and in transformers",
                 "mscale and mscale_all_dim, or mscale 1 and mscale_all_dim 0",
                 f"mscale {scaling.mscale:g} and mscale_all_dim {scaling.mscale_all_dim:g}",
             )
@@ -120,12 +116,8 @@ def to_config(key: Key, architecture: Architecture) -> dict[str, object]:
     return {key.config: value}
 
 
-def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
-    """A fact as the argument that bears it has it.
-
-    Raises:
-        UnsupportedModel: the argument has a value that config.json cannot say.
-    """
+def of_arg(key: Key, args: JsonObject, file: str) -> Any:
+    """A fact as its argument has it; an UnsupportedModel for a value that config.json cannot say."""
     value = args.get(key.arg)
     match key.codec:
         case "leading_dense" | "sparse_steps":
@@ -148,14 +140,13 @@ def of_arg(key: Key, args: Mapping[str, Any], file: str) -> Any:
 
 
 def _dense_layers(key: Key, value: object, layers: int, file: str) -> tuple[int, ...]:
-    expected = "a whole number, or a list with 0 or 1 for each layer"
     if value is None or (type(value) is int and value > 0):
         step = value or 1
         dense = tuple(layer for layer in range(layers) if layer % step)
     elif isinstance(value, list) and len(value) == layers and all(one in (0, 1) for one in value):
         dense = tuple(layer for layer, one in enumerate(value) if not one)
     else:
-        raise cannot_express(key.arg, file, expected, value)
+        raise cannot_express(key.arg, file, "a whole number, or a list with 0 or 1 for each layer", value)
     if key.codec == "leading_dense" and dense != tuple(range(len(dense))):
         raise cannot_express(key.arg, file, "layers without experts at the beginning only", value)
     return dense
@@ -172,23 +163,13 @@ def _layers_without_rope(key: Key, value: object, layers: int, file: str) -> tup
 
 
 def _window(key: Key, value: object, file: str) -> int:
-    if (
-        isinstance(value, Sequence)
-        and value
-        and type(value[0]) is int
-        and value[0] > 0
-        and list(value[1:]) in ([0], [])
-    ):
-        return value[0] + 1  # Megatron counts the tokens to the left, transformers the token itself as well
-    raise cannot_express(key.arg, file, "the number of tokens to the left, and 0", value)
+    left, *right = value if isinstance(value, list | tuple) and value else (0,)
+    if type(left) is not int or left < 1 or right not in ([0], []):
+        raise cannot_express(key.arg, file, "the number of tokens to the left, and 0", value)
+    return left + 1  # Megatron counts the tokens to the left, transformers the token itself as well
 
 
 def cannot_express(arg: str, file: str, expected: str, found: object, remedy: str = "") -> UnsupportedModel:
     """The error about an argument whose value has no place in the target."""
-    return UnsupportedModel(
-        f"--{arg.replace('_', '-')} has a value that the target cannot express",
-        file=file,
-        expected=expected,
-        found=repr(found)[:80],
-        remedy=remedy,
-    )
+    what = f"--{arg.replace('_', '-')} has a value that the target cannot express"
+    return UnsupportedModel(what, file, expected, found=repr(found)[:80], remedy=remedy)

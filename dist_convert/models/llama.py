@@ -12,16 +12,8 @@ LLAMA = Family(
         Key("qkv_bias", "attention_bias", "add_qkv_bias", "flag"),
         Key("linear_bias", "mlp_bias", "add_bias_linear", "flag"),
     ),
-    signs={
-        "num_experts": False,
-        "add_qkv_bias": False,
-        "window_size": False,
-        "qk_layernorm": False,
-        "no_rope_freq": False,
-        "multi_latent_attention": False,
-    },
+    excluded_args=("add_qkv_bias", "window_size", "qk_layernorm", "no_rope_freq"),
     config={"pretraining_tp": 1},
-    before=blocks.EMBEDDING,
     layer=(
         blocks.ATTENTION_NORM,
         blocks.QKV,
@@ -31,6 +23,5 @@ LLAMA = Family(
         blocks.OUTPUT_BIAS_OF_ZEROS,
     ),
     dense=(blocks.MLP_NORM, *blocks.MLP),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
 )

@@ -11,16 +11,8 @@ MISTRAL = Family(
         *blocks.dense_keys(query_groups=8, head_dim=None, epsilon=1e-6, theta=10000.0),
         Key("sliding_window", "sliding_window", "window_size", default=4096, codec="window"),
     ),
-    signs={
-        "add_qkv_bias": False,
-        "num_experts": False,
-        "qk_layernorm": False,
-        "multi_latent_attention": False,
-        "no_rope_freq": False,
-    },
-    before=blocks.EMBEDDING,
+    excluded_args=("add_qkv_bias", "qk_layernorm", "no_rope_freq"),
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
 )

@@ -22,17 +22,14 @@ MIXTRAL = Family(
         Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
-    signs={
-        "num_experts": True,
-        "add_qkv_bias": False,
-        "moe_router_enable_expert_bias": False,
-        "qk_layernorm": False,
-        "multi_latent_attention": False,
-        "moe_shared_expert_intermediate_size": False,
-        "softmax_type": False,
-    },
+    excluded_args=(
+        "add_qkv_bias",
+        "moe_router_enable_expert_bias",
+        "qk_layernorm",
+        "moe_shared_expert_intermediate_size",
+        "softmax_type",
+    ),
     config={"router_jitter_noise": 0.0, "output_router_logits": False},
-    before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
     moe=(
         blocks.MOE_NORM,
@@ -50,6 +47,5 @@ MIXTRAL = Family(
             part(f"{_EXPERT}.w2.weight", "hidden ffn", _W2),  # down
         ),
     ),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 2),
 )

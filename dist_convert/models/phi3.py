@@ -27,12 +27,10 @@ PHI3 = Family(
         Pin("position_embedding_type", ("rope",), "transformers scales Phi-3 by LongRoPE alone", is_written=True),
         Pin("use_rope_scaling", (False, None), "transformers scales Phi-3 by LongRoPE alone"),
     ),
-    signs=MISTRAL.signs,
+    excluded_args=MISTRAL.excluded_args,
     config={"pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # as in SmolLM3
-    before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, _in_one(blocks.QKV, f"{blocks.HF}.self_attn.qkv_proj.weight"), blocks.OUTPUT),
     dense=(blocks.MLP_NORM, _in_one(_GATE_UP, f"{blocks.HF}.mlp.gate_up_proj.weight"), _DOWN),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(1, 32000),
     scalings=("default",),
 )

@@ -7,14 +7,10 @@ QWEN3 = Family(
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
     # The defaults of its class are alike in transformers 4.51 and 5.24.
-    keys=(
-        *blocks.dense_keys(query_groups=32, head_dim=128, epsilon=1e-6, theta=10000.0),
-        blocks.QK_NORM_KEY,
-    ),
-    signs={"qk_layernorm": True, "num_experts": False, "window_size": False, "multi_latent_attention": False},
+    keys=(*blocks.dense_keys(query_groups=32, head_dim=128, epsilon=1e-6, theta=10000.0), blocks.QK_NORM_KEY),
+    required_args=("qk_layernorm",),
+    excluded_args=("window_size",),
     config_pins={**blocks.NO_WINDOW, "attention_bias": False},
-    before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, *blocks.QK_NORMS, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
-    after=blocks.FINAL_NORM_AND_HEAD,
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dist_convert.errors import UnsupportedModel
 
@@ -34,25 +34,19 @@ def is_number(value: object) -> bool:
 
 
 def check_experts(layers: int, experts: int, file: str) -> None:
-    """Refuse more experts than can be planned.
-
-    Raises:
-        UnsupportedModel
-    """
+    """Refuse more experts than can be planned, by an UnsupportedModel."""
     if layers * experts > MOST_EXPERTS_OF_ALL_LAYERS:
-        raise UnsupportedModel(
-            "a model of impossible sizes",
-            file=file,
-            expected=f"at most {MOST_EXPERTS_OF_ALL_LAYERS} experts in all layers together",
-            found=f"{experts} in each of {layers} layers",
-            remedy="the file is damaged; take it anew from where it came from",
-        )
+        expected = f"at most {MOST_EXPERTS_OF_ALL_LAYERS} experts in all layers together"
+        found = f"{experts} in each of {layers} layers"
+        remedy = "the file is damaged; copy it again from where it came from"
+        raise UnsupportedModel("a model of impossible sizes", file, expected, found, remedy)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's scaling of the rotary frequencies, transformers' `rope_type` "llama3"."""
+    """Llama 3.1's scaling of the rotary frequencies."""
 
+    rope_type: ClassVar[str] = "llama3"
     factor: float
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
@@ -61,11 +55,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN's scaling, transformers' `rope_type` "yarn", with the two factors of DeepSeek's attention.
+    """YaRN's scaling, with the two factors of DeepSeek's attention.
 
     `truncate` says that the dimensions between which it interpolates are rounded.
     """
 
+    rope_type: ClassVar[str] = "yarn"
     factor: float
     beta_fast: float
     beta_slow: float
@@ -77,11 +72,13 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All rotary frequencies divided by a factor, transformers' `rope_type` "linear"."""
+    """All rotary frequencies divided by a factor."""
 
+    rope_type: ClassVar[str] = "linear"
     factor: float
 
 
+#: `rope_type` is transformers' name of it.
 RotaryScaling = RopeScaling | YarnScaling | LinearScaling
 
 #: A fact that only some families have.
@@ -141,23 +138,10 @@ class Architecture:
         return bool(self.dense_layers)
 
     def sizes(self) -> dict[str, int]:
-        """The values of the size names that the tables in this package use."""
-        return {
-            "vocab": self.vocab,
-            "padded_vocab": self.padded_vocab,
-            "hidden": self.hidden,
-            "ffn": self.ffn,
-            "expert_ffn": self.expert_ffn,
-            "heads": self.heads,
-            "query_groups": self.query_groups,
-            "head_dim": self.head_dim,
-            "query": self.heads * self.head_dim,
-            "key_value": self.query_groups * self.head_dim,
-            "experts": self.experts,
-            "one": 1,
-            "twice_hidden": 2 * self.hidden,
-            **{name: value for name, value in self.facts.items() if type(value) is int},
-        }
+        """The values of the size names that the tables in this package use: whole numbers, and what follows of them."""
+        plain = {name: value for name, value in {**vars(self), **self.facts}.items() if type(value) is int}
+        query, key_value = self.heads * self.head_dim, self.query_groups * self.head_dim
+        return {"query": query, "key_value": key_value, "one": 1, "twice_hidden": 2 * self.hidden, **plain}
 
 
 #: Those that every family has.
@@ -208,7 +192,8 @@ class Row:
     """One Megatron parameter and the Hugging Face tensors stacked into it along the rows.
 
     Attributes:
-        megatron: the parameter's canonical name; other spellings are in `formats.megatron.names`.
+        megatron: the parameter's canonical name; other spellings are in `formats.megatron.names`. "" where Megatron has
+            no such parameter, and the tensors are all zeros.
         parts: in the order in which they are stacked.
         split: how it is cut over ranks; experts over expert tensor parallel ranks, all else over tensor parallel ones.
         by_query_group: the parts' rows alternate, those of one query group after those of the other.
@@ -239,21 +224,46 @@ class Row:
         return wanted and not (self.unless is not None and architecture.fact(self.unless))
 
 
-@dataclass(frozen=True)
-class ZeroTensor:
-    """A Hugging Face tensor that is all zeros because Megatron's model has no such parameter."""
-
-    part: Part
-    when: str
-    unless: str
-
-    def applies_to(self, architecture: Architecture) -> bool:
-        """Whether the Hugging Face model needs the tensor."""
-        return bool(architecture.fact(self.when)) and not architecture.fact(self.unless)
+def part(name: str, dims: str, alias: Alias | None = None) -> Part:
+    """A part with its dimensions written as one string, "query hidden"."""
+    return Part(name, tuple(dims.split()), alias)
 
 
-Entry = Row | ZeroTensor
+def norm(megatron: str, hf: Part, *, transformer_engine: str = "", habana: str = "", when: str | None = None) -> Row:
+    """A norm's weight: whole on every rank."""
+    return Row(megatron, (hf,), is_norm=True, when=when, transformer_engine=transformer_engine, habana=habana)
 
+
+def replicated(megatron: str, hf: Part, *, when: str | None = None) -> Row:
+    """A parameter that is whole on every rank."""
+    return Row(megatron, (hf,), when=when)
+
+
+def column_parallel(
+    megatron: str,
+    *parts: Part,
+    by_query_group: bool = False,
+    padded_rows: str | None = None,
+    when: str | None = None,
+    unless: str | None = None,
+    habana: str = "",
+) -> Row:
+    """A parameter whose output rows are divided over ranks (Megatron's ColumnParallelLinear)."""
+    return Row(megatron, parts, "rows", by_query_group, padded_rows, when=when, unless=unless, habana=habana)
+
+
+def row_parallel(megatron: str, hf: Part, *, when: str | None = None) -> Row:
+    """A parameter whose input columns are divided over ranks (Megatron's RowParallelLinear)."""
+    return Row(megatron, (hf,), "columns", when=when)
+
+
+_TOKENS, _HEAD = (part(name, "vocab hidden") for name in ("model.embed_tokens.weight", "lm_head.weight"))
+#: The rows before and after the layers; families whose files name them otherwise have their own.
+EMBEDDING: tuple[Row, ...] = (column_parallel("embedding.word_embeddings.weight", _TOKENS, padded_rows="padded_vocab"),)
+FINAL_NORM_AND_HEAD: tuple[Row, ...] = (
+    norm("decoder.final_layernorm.weight", part("model.norm.weight", "hidden")),
+    column_parallel("output_layer.weight", _HEAD, padded_rows="padded_vocab", unless="tied"),
+)
 
 #: How an argument says a fact, where it does not say it plainly:
 #:   opposite: it is true where the fact is false.
@@ -335,9 +345,10 @@ class Family:
         hf_class: `architectures` of its config.json.
         keys: what its config.json and its training arguments say.
         pins: see `Pin`.
-        signs: arguments by which its models are told from those of other families, and whether they are set.
+        required_args, excluded_args: arguments that tell its models from those of other families, by being set or not.
         config: what every config.json of it says besides, whatever another one may say.
         config_pins: likewise, but another value makes another model.
+        reasons: why Megatron cannot have another value of these pins.
         before, layer, after: rows before the layers, of each layer, and after them.
         dense, moe: further rows of the layers without and with experts.
         prediction: further rows of layers of multi-token prediction, see `in_prediction`.
@@ -352,15 +363,17 @@ class Family:
     name: str
     hf_class: str
     keys: tuple[Key, ...]
-    signs: Mapping[str, bool]
-    before: tuple[Entry, ...]
-    layer: tuple[Entry, ...]
-    after: tuple[Entry, ...]
+    layer: tuple[Row, ...]
+    required_args: tuple[str, ...] = ()
+    excluded_args: tuple[str, ...] = ()
+    before: tuple[Row, ...] = EMBEDDING
+    after: tuple[Row, ...] = FINAL_NORM_AND_HEAD
     pins: tuple[Pin, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
-    dense: tuple[Entry, ...] = ()
-    moe: tuple[Entry, ...] = ()
+    dense: tuple[Row, ...] = ()
+    moe: tuple[Row, ...] = ()
     config_pins: Mapping[str, object] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     prediction: tuple[Row, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     special_ids: tuple[int | None, int | None] = (None, None)
@@ -370,41 +383,45 @@ class Family:
     layer_types: tuple[str, ...] = ()
 
     @property
+    def signs(self) -> dict[str, bool]:
+        """The arguments that tell its models from those of other families, and whether they are set."""
+        known = {"num_experts": bool(self.moe), "multi_latent_attention": self.is_latent}
+        return known | dict.fromkeys(self.required_args, True) | dict.fromkeys(self.excluded_args, False)
+
+    @property
     def is_latent(self) -> bool:
         """Whether its attention is latent, for whose YaRN Megatron has arguments of their own."""
         return any(key.field == "kv_rank" for key in self.keys)
 
 
-def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
-    """All table entries that apply, with layer and expert numbers, in the order in which tensors are written."""
-    for entry in family.before:
-        yield entry, None, None
+def entries(family: Family, architecture: Architecture) -> Iterator[tuple[Row, int | None, int | None]]:
+    """All rows that apply, with layer and expert numbers, in the order in which tensors are written."""
+    for row in family.before:
+        yield row, None, None
     of_kind = {
-        has_experts: [entry for entry in (*family.layer, *further) if entry.applies_to(architecture)]
+        has_experts: [row for row in (*family.layer, *further) if row.applies_to(architecture)]
         for has_experts, further in ((False, family.dense), (True, family.moe))
     }
     for layer in range(architecture.layers):
-        for entry, expert in _entries_of_layer(of_kind[architecture.has_experts(layer)], architecture.experts):
-            yield entry, layer, expert
+        for row, expert in _rows_of_layer(of_kind[architecture.has_experts(layer)], architecture.experts):
+            yield row, layer, expert
     for number in range(architecture.fact("mtp_layers")):
         # They are what the last layer is.
         kind = of_kind[architecture.has_experts(architecture.layers - 1)]
-        rows = [row for row in (*family.prediction, *kind) if isinstance(row, Row)]
+        rows = [row for row in (*family.prediction, *kind) if row.megatron]
         numbered = [in_prediction(row, architecture.layers + number, number) for row in rows]
-        yield from ((entry, None, expert) for entry, expert in _entries_of_layer(numbered, architecture.experts))
-    for entry in family.after:
-        if entry.applies_to(architecture):
-            yield entry, None, None
+        yield from ((row, None, expert) for row, expert in _rows_of_layer(numbered, architecture.experts))
+    for row in family.after:
+        if row.applies_to(architecture):
+            yield row, None, None
 
 
 @cache  # rows are known by their identity
 def in_prediction(row: Row, layer: int, number: int) -> Row:
     """A row as a layer of multi-token prediction has it, with that layer's numbers in its names.
 
-    Args:
-        row: of a layer, or of these layers alone, with `{mtp}` in its name.
-        layer: its number in Hugging Face's names, where it follows the others.
-        number: in Megatron's, where what all layers have is below `transformer_layer`.
+    `layer` is its number in Hugging Face's names, where it follows the others; `number` in Megatron's, where what all
+    layers have is below `transformer_layer`.
     """
 
     def named(template: str) -> str:
@@ -433,18 +450,13 @@ def copies_of(family: Family, architecture: Architecture) -> dict[str, tuple[str
     return found
 
 
-def _entries_of_layer(listed: Sequence[Entry], experts: int) -> Iterator[tuple[Entry, int | None]]:
-    """The entries of one layer with the expert number of each, one expert after the other."""
-    for has_expert, group in groupby(listed, key=lambda entry: isinstance(entry, Row) and "{expert}" in entry.megatron):
+def _rows_of_layer(listed: Sequence[Row], experts: int) -> Iterator[tuple[Row, int | None]]:
+    """The rows of one layer with the expert number of each, one expert after the other."""
+    for has_expert, group in groupby(listed, key=lambda row: "{expert}" in row.megatron):
         alike = tuple(group)
         for expert in range(experts) if has_expert else (None,):
-            for entry in alike:
-                yield entry, expert
-
-
-def parts_of(entry: Entry) -> tuple[Part, ...]:
-    """The Hugging Face tensors of a table entry."""
-    return entry.parts if isinstance(entry, Row) else (entry.part,)
+            for row in alike:
+                yield row, expert
 
 
 def part_shape(part: Part, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -464,47 +476,3 @@ def part_size(part: Part, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Rows and columns of a Hugging Face tensor; a vector has one column."""
     shape = part_shape(part, sizes)
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
-
-
-def part(name: str, dims: str, alias: Alias | None = None) -> Part:
-    """A part with its dimensions written as one string, "query hidden"."""
-    return Part(name, tuple(dims.split()), alias)
-
-
-def norm(megatron: str, hf: Part, *, transformer_engine: str = "", habana: str = "", when: str | None = None) -> Row:
-    """A norm's weight: whole on every rank."""
-    return Row(megatron, (hf,), is_norm=True, when=when, transformer_engine=transformer_engine, habana=habana)
-
-
-def replicated(megatron: str, hf: Part, *, when: str | None = None) -> Row:
-    """A parameter that is whole on every rank."""
-    return Row(megatron, (hf,), when=when)
-
-
-def column_parallel(
-    megatron: str,
-    *parts: Part,
-    by_query_group: bool = False,
-    padded_rows: str | None = None,
-    when: str | None = None,
-    unless: str | None = None,
-    habana: str = "",
-    is_whole_in_te: bool = False,
-) -> Row:
-    """A parameter whose output rows are divided over ranks (Megatron's ColumnParallelLinear)."""
-    return Row(
-        megatron,
-        parts,
-        "rows",
-        by_query_group,
-        padded_rows,
-        when=when,
-        unless=unless,
-        habana=habana,
-        is_whole_in_te=is_whole_in_te,
-    )
-
-
-def row_parallel(megatron: str, hf: Part, *, when: str | None = None) -> Row:
-    """A parameter whose input columns are divided over ranks (Megatron's RowParallelLinear)."""
-    return Row(megatron, (hf,), "columns", when=when)

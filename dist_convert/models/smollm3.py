@@ -11,19 +11,11 @@ SMOLLM3 = Family(
         *blocks.dense_keys(query_groups=4, head_dim=None, epsilon=1e-6, theta=2000000.0, tied=True),
         Key("layers_without_rope", "no_rope_layers", "no_rope_freq", codec="no_rope"),
     ),
-    signs={
-        "no_rope_freq": True,
-        "num_experts": False,
-        "add_qkv_bias": False,
-        "window_size": False,
-        "qk_layernorm": False,
-        "multi_latent_attention": False,
-    },
+    required_args=("no_rope_freq",),
+    excluded_args=("add_qkv_bias", "window_size", "qk_layernorm"),
     config={"pad_token_id": None},  # otherwise a token that small vocabularies do not have
     config_pins={**blocks.NO_WINDOW, "attention_bias": False, "mlp_bias": False},
-    before=blocks.EMBEDDING,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
     dense=(blocks.MLP_NORM, *blocks.MLP),
-    after=blocks.FINAL_NORM_AND_HEAD,
     special_ids=(128000, 128001),
 )

@@ -8,56 +8,33 @@ both ends and deals the copies to ranks, `move` carries them out, `write` makes 
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from dist_convert.compare.verify import compare_with_source, prepare_check
 from dist_convert.errors import PlanError, SourceError, shown_line
 from dist_convert.formats.huggingface.lay_out import to_huggingface
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
-from dist_convert.move.pipeline import MoveResult, move
-from dist_convert.move.report import (
-    Report,
-    describe_plan,
-    load_of,
-    peak_memory_bytes,
-    report_details,
-    report_text,
-    rows_of,
-    start_line,
-)
+from dist_convert.move import report as reports
+from dist_convert.move.pipeline import MoveResult, move, value_overflow
 from dist_convert.move.timeline import Timeline, traced
-from dist_convert.move.work import value_overflow
-from dist_convert.options import DCP, MEGATRON, TORCH_DIST, Options, check_applies, formats_of
+from dist_convert.options import DCP, FSDP_DTENSOR, MEGATRON, TORCH_DCP, TORCH_DIST, Options, check_applies, formats_of
 from dist_convert.plan.plan import NOTHING_WRITTEN, Plan, WrittenRanges, check_groups, divide, schedule_digest
 from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
-from dist_convert.read.source import pushes_others_out
 from dist_convert.records import counted, human_bytes, local_name, warnings_of
-from dist_convert.write.checksums import KnownRange
-from dist_convert.write.commit import commit, publish, remove_journal, remove_leftovers, sync_files
-from dist_convert.write.files import Place, target_error
+from dist_convert.write import resume
+from dist_convert.write.checksums import KnownRanges
+from dist_convert.write.commit import commit, publish, remove_leftovers
+from dist_convert.write.files import Directory, target_error
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
-from dist_convert.write.partial import refuse_exchanged
-from dist_convert.write.resume import (
-    begin,
-    check_source,
-    check_start,
-    facts_of,
-    has_name,
-    held_target,
-    is_unfinished,
-    notes_on_replacing,
-)
 from dist_convert.write.target_disks import spread_files
 from dist_convert.write.task import Task, find_writers
 
 
-def convert(job: Options, world: World, channel: Control) -> Report:
+def convert(job: Options, world: World, channel: Control) -> reports.Report:
     """Convert a checkpoint, together with all other ranks; what was done is returned on every rank."""
     model = open_source(job, world, channel)
     check_applies(job, model.format)
@@ -67,9 +44,9 @@ def convert(job: Options, world: World, channel: Control) -> Report:
     plan = _divide(dealt, world, NOTHING_WRITTEN)
 
     check = prepare_check(job, task, world)
-    free_bytes, replaces = check_start(task) if task.is_first else (0, "")
-    notes = (*dealt.notes, *notes_on_replacing(task))
-    report = Report(
+    free_bytes, replaces = resume.check_start(task) if task.is_first else (0, "")
+    notes = (*dealt.notes, *resume.notes_on_replacing(task))
+    report = reports.Report(
         source=task.source.directory,
         target=task.target,
         source_format=task.source.format,
@@ -79,43 +56,42 @@ def convert(job: Options, world: World, channel: Control) -> Report:
         files=len(task.content.files),
         size_bytes=task.content.target_bytes,
     )
-    channel.say("start", shown_line(start_line(plan, report, len(set(world.nodes)))))
+    channel.say("start", shown_line(reports.start_line(plan, report, len(set(world.nodes)))))
     for note in notes:
         channel.say("note", shown_line(note))
     if job.strict and (warnings := warnings_of(notes)):
         raise SourceError(f"--strict, and {counted(len(warnings), 'warning')}", found="; ".join(warnings))
     if job.dry_run:
-        is_done = any(gather_objects(world, task.is_first and has_name(task)))
-        loads: list[list[int]] = gather_objects(world, load_of(plan, world))
-        unfinished = task.partial if is_unfinished(task) else None
-        report = replace(report, was_complete=is_done, ranks=rows_of(plan, loads))
-        report = replace(report, plan=describe_plan(plan, free_bytes, report, unfinished))
-        channel.say("plan", report.plan, report=report_details(report))
+        is_done = all(gather_objects(world, not task.is_first or resume.has_name(task)))
+        loads = gather_objects(world, reports.load_of(plan, world))
+        unfinished = task.partial if resume.is_unfinished(task) else None
+        report = replace(report, was_complete=is_done, ranks=reports.rows_of(plan, loads))
+        report = replace(report, plan=reports.describe_plan(plan, free_bytes, report, unfinished))
+        channel.say("plan", report.plan, report=reports.report_details(report))
         barrier(world)
         return report
 
     started = time.monotonic()
-    with traced(job.trace, world, task.target) as timeline, held_target(task, world) as held:
+    with traced(job.trace, world, task.target) as timeline, resume.held_target(task, world) as held:
         if not held.is_complete:
-            report = _make(task, dealt, plan, world, channel, timeline, report, held.place)
+            report = _make(task, dealt, plan, world, channel, timeline, report, held.directory)
         if check is not None:
-            channel.say("verified", compare_with_source(check, task, held.directory, world))
-        channel.doing("giving the target its name")
+            channel.say("verified", compare_with_source(check, task, held.directory.path, world, channel))
+        channel.doing("renaming the target")
         # No disk speaks of the target before every disk has it.
-        give_name = partial(commit, task.partial, task.target, replaces=replaces, place=held.place)
+        give_name = partial(commit, held.directory, held.parent, task.target, replaces=replaces)
         channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
+        target = replace(held.directory, path=task.target)
         if task.is_first:
-            publish(task.target, task.layout.beside())
+            publish(target, held.parent, task.layout.beside())
         barrier(world)
         report = replace(report, seconds=time.monotonic() - started, was_complete=held.is_complete)
-        if words := task.layout.to_do():
-            channel.say("to do", words)
+        if words := task.layout.next_step():
+            channel.say("next_step", words)
         # The last thing of all: until then, the same command finds what is left to do.
-        if task.is_first and (words := remove_leftovers(task.target, held.place, task.layout.beside())):
+        if task.is_first and (words := remove_leftovers(target, held.parent, task.layout.beside())):
             channel.say("note", words)
-        channel.say("done", report_text(report, verbose=job.verbose), report=report_details(report))
-    if task.is_first:
-        remove_journal(task.target)
+        channel.say("done", reports.report_text(report, verbose=job.verbose), report=reports.report_details(report))
     return report
 
 
@@ -126,7 +102,8 @@ def _divide(task: Task, world: World, written: WrittenRanges) -> Plan:
     distributed checkpoints, which belong to no tensor parallel set; else they work alone.
     """
     reach_all = len(set(task.source.found.visible)) == len(set(task.disks)) == 1
-    on_accelerator, is_chunked = world.device.type != "cpu", task.source.format in (TORCH_DIST, DCP)
+    on_accelerator = world.device.type != "cpu"
+    is_chunked = task.source.format in (TORCH_DIST, TORCH_DCP, FSDP_DTENSOR, DCP)
     may_gather = on_accelerator and not is_chunked
     usual = "gather" if may_gather or not reach_all else "direct"
     plan = divide(
@@ -145,12 +122,12 @@ def _divide(task: Task, world: World, written: WrittenRanges) -> Plan:
 
 
 def _make(
-    task: Task, dealt: Task, plan: Plan, world: World, channel: Control, timeline: Timeline, report: Report,
-    place: Place | None,
-) -> Report:  # fmt: skip
+    task: Task, dealt: Task, plan: Plan, world: World, channel: Control, timeline: Timeline, report: reports.Report,
+    directory: Directory,
+) -> reports.Report:  # fmt: skip
     """Make the target below its partial directory, but for what earlier runs have made of it; the report with that."""
-    content, directory = task.content, task.partial
-    resume_state, journal = begin(task, world, place)
+    content = task.content
+    resume_state, journal = resume.begin(task, world, directory)
     written = WrittenRanges.of(window for window, _ in resume_state.written)
     with closing(journal):
         if (before := Counter(resume_state.changed["overflowed"])) and not task.job.allow_overflow:
@@ -158,15 +135,10 @@ def _make(
             raise value_overflow(tensor, content.ends.target.params_dtype, count)
         if written.size_bytes:
             there = f"{human_bytes(written.size_bytes)} of {human_bytes(content.moved_bytes)}"
-            channel.say("resumed", shown_line(f"{directory}: {there} are there already; going on"))
+            channel.say("resumed", shown_line(f"{directory}: {there} are written already; resuming"))
             plan = _divide(dealt, world, written)
         with channel.progress(content.moved_bytes - written.size_bytes, "converting"), journal.marked():
-            node_bytes = 2 * content.moved_bytes * world.local_size // world.size
-            result = move(
-                plan, world, task.source.directory, task.source.found.listing, directory, journal, channel, timeline,
-                checksums=task.source.found.checksums, may_overflow=task.job.allow_overflow,
-                read_ahead=task.job.read_ahead, is_last_use=pushes_others_out(node_bytes),
-            )  # fmt: skip
+            result = move(task, plan, world, directory, journal, channel, timeline)
             channel.doing("waiting for other ranks to write")
             outcomes = gather_objects(world, _my_outcome(result, timeline))
         report = report.with_outcomes([*outcomes, resume_state.changed])
@@ -176,36 +148,31 @@ def _make(
 
         channel.doing("completing files")
         known = known_ranges(world, result.windows, resume_state)
-        if task.is_first:
-            refuse_exchanged(directory, place)
         try:
             task.layout.complete(directory, task.own_files, known, is_first=world.rank == 0)
         except OSError as error:
-            raise target_error(error, str(error.filename or directory)) from error
-        if task.is_first:
-            refuse_exchanged(directory, place)
-        _describe(task, world, known)
+            raise target_error(error, error.filename or directory) from error
+        _describe(directory, task, world, known)
         names = [local_name(file.name) for file in task.files]
         started = time.monotonic()
-        sync = partial(sync_files, directory, names, journal)
-        channel.run_on(world.first_ranks, "sync", sync, task.job.timeout_seconds)
+        channel.run_on(world.first_ranks, "sync", partial(journal.sync, names), task.job.timeout_seconds)
     return replace(report, synced_seconds=time.monotonic() - started)
 
 
-def _describe(task: Task, world: World, known: Mapping[str, Sequence[KnownRange]]) -> None:
+def _describe(directory: Directory, task: Task, world: World, known: KnownRanges) -> None:
     """Write the manifest on every disk, and what else a divided target has everywhere."""
     records = {
-        file.name: file_record(task.partial, local_name(file.name), known.get(file.name, ())) for file in task.own_files
+        file.name: file_record(directory, local_name(file.name), known.get(file.name, ())) for file in task.own_files
     }
-    of_ranks: list[dict[str, Any]] = gather_objects(world, records)
-    check_source(task, world)
+    of_ranks = gather_objects(world, records)
+    resume.check_source(task, world)
     every = frozenset(file.name for file in task.content.files)
     if task.is_first and (world.rank == 0 or not task.is_divided):
         named = every if task.is_divided else task.writable[world.rank]
         weights = {local_name(name): r for of_rank in of_ranks for name, r in of_rank.items() if name in named}
-        write_manifest(task.partial, weights, facts_of(task))
+        write_manifest(directory, weights, resume.facts_of(task))
     if task.is_divided:
-        spread_files(world, task.partial, every, receives=task.is_first and world.rank > 0)
+        spread_files(world, directory, every, receives=task.is_first and world.rank > 0)
 
 
 def _my_outcome(result: MoveResult, timeline: Timeline) -> dict[str, object]:
@@ -213,7 +180,7 @@ def _my_outcome(result: MoveResult, timeline: Timeline) -> dict[str, object]:
         "read_bytes": result.counts.read_bytes,
         "gathered_bytes": result.gathered_bytes,
         "written_bytes": result.written_bytes,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": reports.peak_memory_bytes(),
         "overflowed": dict(result.counts.overflowed),
         "rounded_norms": dict(result.counts.rounded_norms),
         "profile": {"moved": result.seconds, **timeline.seconds()},

@@ -1,7 +1,7 @@
 """What a conversion says of itself: notes before it, a dry run's plan, at its end what was done and where time went."""
 
+import re
 import resource
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,17 +15,18 @@ from dist_convert.move.timeline import PHASES
 from dist_convert.plan.plan import Plan
 from dist_convert.plan.steps import bytes_of, messages, received_bytes, steps_of
 from dist_convert.ranks.collectives import World
-from dist_convert.records import __version__, counted, human_bytes, human_seconds, names, warnings_of
+from dist_convert.records import JsonObject, __version__, counted, human_bytes, human_seconds, names, warnings_of
+
+_STATUS = Path("/proc/self/status")
 
 
 def peak_memory_bytes() -> int:
     """The most resident memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss would count what the launcher had before it became this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # ru_maxrss would count what the launcher had before it became this process. The first line is any bytes.
+    status = _STATUS.read_bytes() if _STATUS.is_file() else b""
+    if found := re.search(rb"^VmHWM:\s*([0-9]+)", status, re.MULTILINE):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_of(plan: Plan, world: World) -> list[int]:
@@ -77,8 +78,8 @@ def describe_plan(plan: Plan, free_bytes: int, report: "Report", partial: Path |
     lines += [f"{human_bytes(file.size_bytes):>10}  {file.name}" for file in content.files]
     lines += [
         "",
-        f"{human_bytes(content.target_bytes)} to be written below {report.target}, {human_bytes(free_bytes)} free",
-        *([f"{partial} is unfinished: of all this, what it has would not be done again"] if partial else []),
+        f"{human_bytes(content.target_bytes)} to write to {report.target}, {human_bytes(free_bytes)} free",
+        *([f"{partial} is unfinished: what it has is kept and not written again"] if partial else []),
         "dry run: the conversion would start; nothing was written",
     ]
     return "\n".join(map(shown_line, lines))
@@ -138,7 +139,7 @@ class Report:
     ranks: tuple[Mapping[str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
-    def with_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> "Report":
+    def with_outcomes(self, outcomes: Sequence[JsonObject]) -> "Report":
         """The same with what the ranks did, and what earlier runs left, added up."""
         found: dict[str, Any] = {"peak_memory_bytes": max(outcome.get("peak_memory_bytes", 0) for outcome in outcomes)}
         for name in ("read_bytes", "gathered_bytes", "written_bytes"):
@@ -153,7 +154,7 @@ class Report:
 def report_text(report: Report, *, verbose: bool = False) -> str:
     """What a conversion says at its end: what the user should know, and a line that sums up; verbose: and the times."""
     if report.was_complete:
-        return shown_line(f"done: {report.target} is complete already, by an earlier run of this conversion")
+        return shown_line(f"done: {report.target} is complete already: an earlier run of this conversion has finished")
     lines = _lines_of_times(report) if verbose else []
     if report.overflowed:
         lines.append(
@@ -164,9 +165,6 @@ def report_text(report: Report, *, verbose: bool = False) -> str:
             f"adding 1 was rounded in {counted(sum(report.rounded_norms.values()), 'value')} of norms "
             "(exact with --target-params-dtype fp32)"
         )
-    if report.left_behind:
-        left = ", ".join(f"{what} ({human_bytes(size)})" for what, _, size in report.left_behind)
-        lines.append(shown_line(f"left behind: {left}"))
     seconds = human_seconds(report.seconds) if report.seconds >= 10 else f"{report.seconds:.1f} s"
     done = f"{counted(report.files, 'file')}, {human_bytes(report.size_bytes)}, {seconds}"
     if warnings := warnings_of(report.notes):
@@ -189,18 +187,18 @@ def _lines_of_times(report: Report) -> list[str]:
     return [
         f"{'seconds':10}" + "".join(f"{column:>9}" for column in columns),
         *(f"{name:10}" + "".join(f"{profile[column]:9.2f}" for column in columns) for name, profile in rows),
-        f"data moved in {longest:.2f} s, {_rate(report, longest)}; forced to the disk in {report.synced_seconds:.2f} s",
+        f"data moved in {longest:.2f} s, {_rate(report, longest)}; synced to disk in {report.synced_seconds:.2f} s",
         f"read {human_bytes(report.read_bytes)}, wrote {human_bytes(report.written_bytes)} in {report.seconds:.1f} s, "
         f"{_rate(report, report.seconds)}, peak memory of the largest rank {human_bytes(report.peak_memory_bytes)}",
     ]
 
 
-def report_details(report: Report) -> dict[str, Any]:
+def report_details(report: Report) -> JsonObject:
     """A report in JSON values."""
     return {**asdict(report), "source": str(report.source), "target": str(report.target)}
 
 
-def report_from_details(details: Mapping[str, Any]) -> Report:
+def report_from_details(details: JsonObject) -> Report:
     """The inverse of `report_details`; keys that are no fields are ignored."""
     known = {one.name: details[one.name] for one in fields(Report)}
     known |= {name: Path(known[name]) for name in ("source", "target")}

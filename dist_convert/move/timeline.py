@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import UsageError, shown_line
 from dist_convert.ranks.collectives import World, barrier, gather_objects
+from dist_convert.records import JsonObject
 from dist_convert.write.files import open_below
 from dist_convert.write.partial import partial_of
+from dist_convert.write.trees import lies_in
 
 #: What is timed. The main thread gathers and waits, while others read, place and write; so the seconds of all phases
 #: together exceed those that have passed.
@@ -79,7 +80,7 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
     is_first = world.rank in world.first_ranks
     if is_first:
         _make(path, target)
-    start_ns: int = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
+    start_ns = gather_objects(world, time.time_ns())[0]  # of rank 0, for all
     trace = _Trace(path, world.rank, time.perf_counter() - (time.time_ns() - start_ns) / 1e9)
     try:
         yield Timeline(trace)
@@ -94,7 +95,7 @@ def traced(path: Path | None, world: World, target: Path) -> Iterator[Timeline]:
 def _make(path: Path, target: Path) -> None:
     found, directory = "", path.parent.resolve()
     try:
-        if any((directory / path.name).is_relative_to(used.resolve()) for used in (target, partial_of(target))):
+        if any(lies_in(directory / path.name, used) for used in (target, partial_of(target))):
             found = f"a path inside of the target {target}"
         else:
             with os.fdopen(open_below(directory, path.name, os.O_RDWR | os.O_CREAT), "r+b") as file:
@@ -103,11 +104,11 @@ def _make(path: Path, target: Path) -> None:
                     file.truncate()
                     file.write(_FIRST_LINE)
                 else:
-                    found = "a file that is no trace"
+                    found = "a file that is not a trace"
     except OSError as error:
         found = error.strerror or str(error)
     if found:
-        raise UsageError("the trace cannot be written", file=str(path), found=found, remedy="give another --trace")
+        raise UsageError("the trace cannot be written", path, found=found, remedy="give another --trace")
 
 
 def _append(path: Path, lines: bytes) -> bool:
@@ -139,16 +140,10 @@ class _Trace:
     def add(self, phase: str, subject: str, start_seconds: float, end_seconds: float, size_bytes: int) -> None:
         """A stretch of the calling thread's time, in seconds of `time.perf_counter`."""
         is_main = threading.current_thread() is threading.main_thread()
-        self._put(
-            {
-                "name": phase,
-                "ph": "X",
-                "tid": self._number_of("main" if is_main else threading.current_thread().name),
-                "ts": round((start_seconds - self._zero_seconds) * 1e6, 1),
-                "dur": round((end_seconds - start_seconds) * 1e6, 1),
-                "args": {"what": subject, "bytes": size_bytes},
-            }
-        )
+        thread = self._number_of("main" if is_main else threading.current_thread().name)
+        begin, duration = start_seconds - self._zero_seconds, end_seconds - start_seconds
+        times = {"ts": round(begin * 1e6, 1), "dur": round(duration * 1e6, 1)}
+        self._put({"name": phase, "ph": "X", "tid": thread, **times, "args": {"what": subject, "bytes": size_bytes}})
 
     def _number_of(self, thread: str) -> int:
         """Of a thread of this rank, which is named in the trace when it is first seen."""
@@ -163,7 +158,7 @@ class _Trace:
         with self._lock:
             self._flush()
 
-    def _put(self, event: Mapping[str, Any]) -> None:
+    def _put(self, event: JsonObject) -> None:
         line = json.dumps({"pid": self._rank, **event}, separators=(",", ":")).encode() + b",\n"
         with self._lock:
             self._lines += line

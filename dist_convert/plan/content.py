@@ -11,12 +11,11 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from dist_convert.errors import ConversionError, PlanError, raise_together
 from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.plan.copies import Ends, Stored, Transfer, bands_of, stored, transfer_of
-from dist_convert.records import TargetFile, View, counted, cover_fault, human_bytes, names
+from dist_convert.records import JsonObject, TargetFile, View, counted, cover_fault, human_bytes, names
 
 #: So many are remembered: where chunks are spread over files at random, no two tensors lie alike.
 _MOST_GEOMETRIES = 1024
@@ -71,8 +70,6 @@ def plan_content(
     """Work out every byte that is to be read and written, and check that every element is written once.
 
     Args:
-        source, target: both ends.
-        files: the target's weights files.
         target_dtype, left_behind: see `Content`.
         repeat_last_row: fill padding rows of the vocabulary with the last real one, not with zeros.
         extras: (file, tensor) of the target that are filled with something else than weights.
@@ -83,10 +80,10 @@ def plan_content(
     """
     ends = Ends(source, target, repeat_last_row)
     raise_together(list(_unpaired(ends)))
-    problems: list[ConversionError] = []
-    transfers: list[Transfer] = []
-    zeros: list[str] = []
-    filled: Counter[tuple[str, str]] = Counter()
+    problems = []
+    transfers = []
+    zeros = []
+    filled = Counter[tuple[str, str]]()
     known: dict[Hashable, _Geometry] = {}
     copies = hashlib.sha256()
     for together in _stored_together(ends):
@@ -107,7 +104,7 @@ def plan_content(
                 if fault is not None:
                     file = next((view.file for region in regions for view in region.replicas), "")
                     what = "the plan does not cover a tensor exactly"
-                    problems.append(PlanError(what, tensor=name, file=file, found=fault))
+                    problems.append(PlanError(what, file, tensor=name, found=fault))
             if one.target[0].replicas and not one.source[0].replicas:
                 zeros.append(name)
     raise_together([*problems, *_unfilled(files, filled, extras)])
@@ -120,7 +117,7 @@ def plan_content(
     return Content(ends, tuple(files), tuple(transfers), digest(named), target_dtype, left_behind, tuple(zeros))
 
 
-def digest(data: Mapping[str, Any]) -> str:
+def digest(data: JsonObject) -> str:
     """SHA-256 of JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -137,7 +134,7 @@ def _unpaired(ends: Ends) -> Iterator[ConversionError]:
 def _stored_together(ends: Ends) -> Iterator[dict[str, Stored]]:
     """All tensors, those together that follow each other and share a stored tensor at either end."""
     together: dict[str, Stored] = {}
-    shared: set[tuple[str, str]] = set()
+    shared = set[tuple[str, str]]()
     for name in ends.target.tensors:
         one = stored(ends, name)
         firsts = [regions[0].replicas[0] for regions in (one.source, one.target) if regions[0].replicas]
@@ -237,8 +234,8 @@ def _unfilled(
             if key not in extras and filled.get(key, 0) != tensor.elements:
                 yield PlanError(
                     "nothing fills a tensor of the target",
+                    file.name,
                     tensor=tensor.name,
-                    file=file.name,
                     expected=f"{tensor.elements} elements",
                     found=filled.get(key, 0),
                 )
@@ -256,7 +253,7 @@ def notes_on_content(content: Content) -> list[str]:
             "(--target-params-dtype keep leaves them as they are)"
         )
     if content.target_dtype and kept:
-        notes.append(f"{counted(len(kept), 'tensor')} kept in another dtype than {stored_dtype}: {names(kept)}")
+        notes.append(f"{counted(len(kept), 'tensor')} kept in a dtype other than {stored_dtype}: {names(kept)}")
     for reason, count, size_bytes in content.left_behind:
-        notes.append(f"left behind: {count} x {reason}, {human_bytes(size_bytes)}")
+        notes.append(f"not converted: {count} x {reason}, {human_bytes(size_bytes)}")
     return notes

@@ -279,12 +279,8 @@ def _square_tiles(band: Block) -> Iterator[Block]:
 def _row_blocks(band: Block) -> Iterator[Block]:
     row_bytes = sum(copy.columns for copy in band) * max(map(_widest_bytes, band))
     if row_bytes > BLOCK_BYTES:
-        raise PlanError(
-            "a row is larger than a block",
-            tensor=band[0].targets[0].tensor,
-            expected=f"at most {BLOCK_BYTES} bytes",
-            found=f"{row_bytes} bytes",
-        )
+        what, expected = "a row is larger than a block", f"at most {BLOCK_BYTES} bytes"
+        raise PlanError(what, tensor=band[0].targets[0].tensor, expected=expected, found=f"{row_bytes} bytes")
     for tile in tiles(band[0].rows, 1, BLOCK_BYTES // row_bytes, 1):
         yield tuple(copy.window(Box(tile.row, 0, tile.rows, copy.columns)) for copy in band)
 

@@ -13,12 +13,13 @@ from itertools import groupby
 
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import Ends, Transfer, bands, part_of, transfer_of
+from dist_convert.records import FilesOfRanks
 
 #: A disk is as good for a file as the one that holds most of its source, if it holds this share of that.
 _ALIKE = 3 / 4
 
 
-def deal_files(content: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]) -> tuple[frozenset[str], ...]:
+def deal_files(content: Content, visible: FilesOfRanks, disks: Sequence[int]) -> tuple[frozenset[str], ...]:
     """For each disk, the weights files that lie there: where most of their source is, or else where least is written.
 
     It depends on what each disk sees, and not on how many ranks it has.
@@ -37,9 +38,7 @@ def deal_files(content: Content, visible: Sequence[frozenset[str]], disks: Seque
     return tuple(map(frozenset, dealt))
 
 
-def disks_alike(
-    content: Content, visible: Sequence[frozenset[str]], disks: Sequence[int]
-) -> dict[str, tuple[int, ...]]:
+def disks_alike(content: Content, visible: FilesOfRanks, disks: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """For each target file, the disks that see about equally much of its source, and no disk sees more of it."""
     numbers = range(max(disks) + 1)
     seen = [frozenset[str]().union(*(visible[r] for r, of in enumerate(disks) if of == disk)) for disk in numbers]
@@ -64,7 +63,7 @@ def file_numbers(content: Content, files: frozenset[str]) -> str:
 def notes_on_disks(flag: str, disks: Sequence[int], listed: Sequence[str]) -> list[str]:
     """What lies on each node's own disk, for the flag that asks for that."""
     if not max(disks):
-        return [f"{flag} has no effect: all ranks see one and the same target"]
+        return [f"{flag} has no effect: all ranks see the same target"]
     notes = []
     for disk, files in enumerate(listed):
         ranks = [str(rank) for rank, of_rank in enumerate(disks) if of_rank == disk]
@@ -73,12 +72,8 @@ def notes_on_disks(flag: str, disks: Sequence[int], listed: Sequence[str]) -> li
 
 
 def writable_by_one_node(
-    content: Content,
-    visible: Sequence[frozenset[str]],
-    writable: Sequence[frozenset[str]],
-    disks: Sequence[int],
-    nodes: Sequence[int],
-) -> tuple[frozenset[str], ...]:
+    content: Content, visible: FilesOfRanks, writable: FilesOfRanks, disks: Sequence[int], nodes: Sequence[int]
+) -> FilesOfRanks:
     """For each rank, the target files that it writes: those of its disk that are dealt to its node.
 
     Args:
@@ -98,9 +93,7 @@ def writable_by_one_node(
     return tuple(found)
 
 
-def _deal(
-    content: Content, visible: Sequence[frozenset[str]], files: frozenset[str], nodes: Sequence[int]
-) -> Mapping[str, int]:
+def _deal(content: Content, visible: FilesOfRanks, files: frozenset[str], nodes: Sequence[int]) -> Mapping[str, int]:
     """The node of each file: the one that sees most of its source; where all see alike, stretches of equal bytes.
 
     Neighbours of a stretch share parameters: the files of a pipeline stage, and in it of an expert parallel rank.
@@ -110,7 +103,7 @@ def _deal(
     by_experts = sorted(content.transfers, key=lambda transfer: len(transfer.target_files))
     ordered = dict.fromkeys(f for transfer in by_experts for f in transfer.target_files) | dict.fromkeys(sizes_bytes)
     total_bytes, filled_bytes = sum(sizes_bytes.values()), [0] * (max(nodes) + 1)
-    chosen: dict[str, int] = {}
+    chosen = {}
     for file in (file for file in ordered if file in sizes_bytes):
         middle_bytes = 2 * sum(filled_bytes) + sizes_bytes[file]  # twice that, as bytes are whole
         node = middle_bytes * len(filled_bytes) // (2 * total_bytes)
@@ -121,7 +114,7 @@ def _deal(
     return chosen
 
 
-def with_parts(content: Content, writable: Sequence[frozenset[str]]) -> Content:
+def with_parts(content: Content, writable: FilesOfRanks) -> Content:
     """A content whose every transfer can be done by the ranks that write one and the same of these sets of files."""
     owners = {file: number for number, files in enumerate(dict.fromkeys(writable)) for file in files}
     parts = tuple(part for transfer in content.transfers for part in _parts(content.ends, transfer, owners))

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.plan.copies import Transfer
+from dist_convert.records import FilesOfRanks
 
 _Ranks = tuple[int, ...]
 
@@ -43,7 +44,7 @@ def sees_all(needs: FileSets, seen: frozenset[str]) -> bool:
     return not any(seen.isdisjoint(files) for files in needs)
 
 
-def union(ranks: Sequence[int], visible: Sequence[frozenset[str]]) -> frozenset[str]:
+def union(ranks: Sequence[int], visible: FilesOfRanks) -> frozenset[str]:
     """The files that some ranks see together."""
     return frozenset[str]().union(*{visible[rank] for rank in ranks})
 
@@ -65,15 +66,14 @@ class GatherGroup:
 
 def form_gather_groups(
     transfers: Sequence[Transfer],
-    visible: Sequence[frozenset[str]],
-    writable: Sequence[frozenset[str]],
+    visible: FilesOfRanks,
+    writable: FilesOfRanks,
     placement: str,
     finished: frozenset[int] = frozenset(),
 ) -> tuple[GatherGroup, ...]:
     """Divide the ranks into groups, and the transfers' bytes over ranks and groups.
 
     Args:
-        transfers: all of the plan.
         visible, writable: for each rank, the source files that it can read, and the target files that it can write.
         placement: "gather" or "direct".
         finished: numbers of the transfers that need no group any more.
@@ -88,9 +88,9 @@ def form_gather_groups(
         visible = [reached[pair] for pair in zip(visible, writable, strict=True)]
     singles: list[_Ranks] = [(rank,) for rank in range(len(visible))]
     able_ranks = _able(singles, visible)
-    alone: list[_Work] = []
-    together: list[_Work] = []
-    gathered_bytes: Counter[FileSets] = Counter()
+    alone = []
+    together = []
+    gathered_bytes = Counter[FileSets]()
     for number, transfer in enumerate(transfers):
         first = 0
         for pieces, end in transfer.stretches if number not in finished else ():
@@ -103,12 +103,9 @@ def form_gather_groups(
                 gathered_bytes[sources] += end - first
             first = end
     if together and placement == "direct":
-        raise UsageError(
-            f"no rank alone sees all shards of {', '.join(transfers[together[0][0].transfer].names)}",
-            expected="every rank sees every file, for --placement direct",
-            found="files on the disks of different machines",
-            remedy="use --placement gather",
-        )
+        what = f"no rank alone sees all shards of {', '.join(transfers[together[0][0].transfer].names)}"
+        expected, remedy = "every rank sees every file, for --placement direct", "use --placement gather"
+        raise UsageError(what, expected=expected, found="files on the disks of different machines", remedy=remedy)
     groups, bridges = singles, list[_Ranks]()
     if together:
         groups, bridges = _gather_groups(together, _shard_sets(gathered_bytes), visible, may_lend=has_own_targets)
@@ -126,7 +123,7 @@ def _as_target(file: str) -> str:
 
 
 def _able(
-    groups: Sequence[_Ranks], visible: Sequence[frozenset[str]], bridges: Sequence[_Ranks] = ()
+    groups: Sequence[_Ranks], visible: FilesOfRanks, bridges: Sequence[_Ranks] = ()
 ) -> Callable[[FileSets], _Ranks]:
     """What finds the groups that see one file of each set, by their numbers; bridges only where no other does."""
     seeing: dict[frozenset[str], list[int]] = {}
@@ -142,10 +139,7 @@ def _able(
 
 
 def _dealt(
-    work: Sequence[_Work],
-    transfers: Sequence[Transfer],
-    groups: Sequence[_Ranks],
-    able: Callable[[FileSets], _Ranks],
+    work: Sequence[_Work], transfers: Sequence[Transfer], groups: Sequence[_Ranks], able: Callable[[FileSets], _Ranks]
 ) -> list[tuple[ByteRange, ...]]:
     """The ranges of each group: of all that the same groups can do and that is written equally often, its part."""
     kinds: dict[tuple[_Ranks, int], list[ByteRange]] = {}
@@ -192,14 +186,14 @@ def _shard_sets(gathered_bytes: Mapping[FileSets, int]) -> list[FileSets]:
 
     They are the tensor parallel sets of the experts where there are any, else of the layers.
     """
-    of_members: Counter[int] = Counter()
+    of_members = Counter[int]()
     for shards, size_bytes in gathered_bytes.items():
         of_members[len(shards)] += size_bytes * (len(shards) > 1)
     return [shards for shards in gathered_bytes if len(shards) == max(of_members, key=of_members.__getitem__)]
 
 
 def _gather_groups(
-    work: Sequence[_Work], sets: Sequence[FileSets], visible: Sequence[frozenset[str]], *, may_lend: bool
+    work: Sequence[_Work], sets: Sequence[FileSets], visible: FilesOfRanks, *, may_lend: bool
 ) -> tuple[list[_Ranks], list[_Ranks]]:
     """Ranks that see the same files, merged where only several of them together see what they gather.
 
@@ -216,7 +210,7 @@ def _gather_groups(
             whole = [ranks for ranks in whole if ranks not in chosen]
             merged = [ranks for ranks in merged if ranks not in chosen]
             merged.append(tuple(sorted(rank for ranks in chosen for rank in ranks)))
-    bridges: list[_Ranks] = []
+    bridges = []
     for ranks in [*merged] if may_lend else []:
         kept, lent = _lend([part for part in classes if part[0] in ranks], work, visible)
         if kept:
@@ -228,7 +222,7 @@ def _gather_groups(
     return sorted(split + bridges), bridges
 
 
-def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _classes(ranks: Iterable[int], visible: FilesOfRanks) -> list[_Ranks]:
     """The ranks that see the same files."""
     classes: dict[frozenset[str], list[int]] = {}
     for rank in ranks:
@@ -236,17 +230,15 @@ def _classes(ranks: Iterable[int], visible: Sequence[frozenset[str]]) -> list[_R
     return [tuple(alike) for alike in classes.values()]
 
 
-def _lend(
-    classes: Sequence[_Ranks], work: Sequence[_Work], visible: Sequence[frozenset[str]]
-) -> tuple[list[_Ranks], list[_Ranks]]:
+def _lend(classes: Sequence[_Ranks], work: Sequence[_Work], visible: FilesOfRanks) -> tuple[list[_Ranks], list[_Ranks]]:
     """What classes of a merged group keep, and the groups of ranks that they lend: one for each set of classes that
     together can do what none of them can do alone.
 
     A class lends ranks by the share of bytes, one at least. Nothing is kept where some class has too few for that, or
     where none has anything to gather among its own.
     """
-    alone_bytes: Counter[_Ranks] = Counter()
-    crossing_bytes: Counter[tuple[_Ranks, ...]] = Counter()
+    alone_bytes = Counter[_Ranks]()
+    crossing_bytes = Counter[tuple[_Ranks, ...]]()
     together_see = union([part[0] for part in classes], visible)
     for some, needs in work:
         able = [part for part in classes if sees_all(needs, visible[part[0]])]
@@ -254,7 +246,7 @@ def _lend(
         if not able and sees_all(needs, together_see):
             crossing_bytes[tuple(sorted(_cover(needs, [*classes], visible)))] += some.size_bytes
     kept = {part: part for part in classes}
-    lent: list[_Ranks] = []
+    lent = []
     for bridged, size_bytes in crossing_bytes.items():
         group: list[int] = []
         for part in bridged:
@@ -269,7 +261,7 @@ def _lend(
     return list(kept.values()), lent
 
 
-def _cover(needs: FileSets, candidates: list[_Ranks], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _cover(needs: FileSets, candidates: list[_Ranks], visible: FilesOfRanks) -> list[_Ranks]:
     """The first candidates that together see one file of each set."""
     chosen: list[_Ranks] = []
     for files in needs:
@@ -281,14 +273,14 @@ def _cover(needs: FileSets, candidates: list[_Ranks], visible: Sequence[frozense
     return chosen
 
 
-def _split(ranks: _Ranks, sets: Sequence[FileSets], visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _split(ranks: _Ranks, sets: Sequence[FileSets], visible: FilesOfRanks) -> list[_Ranks]:
     """A group for each set of shards, as far as there are ranks, and no more ranks in a group than shards in a set."""
     served = sum(sees_all(needs, visible[ranks[0]]) for needs in sets)
     least_groups = -(-len(ranks) // max(len(needs) for needs in sets))
     return list(_parts(ranks, min(len(ranks), max(least_groups, served))))
 
 
-def _split_merged(ranks: _Ranks, visible: Sequence[frozenset[str]]) -> list[_Ranks]:
+def _split_merged(ranks: _Ranks, visible: FilesOfRanks) -> list[_Ranks]:
     """As many groups as can have a rank of each kind: all of them see the same files together."""
     classes = _classes(ranks, visible)
     groups = min(map(len, classes))

@@ -1,19 +1,125 @@
-"""Which rank does what: a content divided over ranks, without what earlier runs have written.
+"""Which rank does what: a content divided over ranks, without what earlier runs have written, and their buffers.
 
 Pure: integers and strings, no torch, no files, no process groups. Every rank makes the same plan from the same
 headers; one digest of it is compared before any byte moves.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 from dist_convert.errors import BudgetTooSmall, UsageError
 from dist_convert.plan.content import Content, digest
-from dist_convert.plan.copies import Ends, Transfer
+from dist_convert.plan.copies import BLOCK_BYTES, Ends, Transfer
 from dist_convert.plan.gather_groups import GatherGroup, form_gather_groups
-from dist_convert.plan.limits import Limits, largest_send_bytes, limits
-from dist_convert.records import Window, __version__, counted, human_bytes
+from dist_convert.records import FilesOfRanks, Window, __version__, counted, human_bytes
+
+#: Of what one rank reads in a step. It holds any one block, with room to align the pieces of a thousand shards. Larger
+#: steps do not pay: what was read is written while the processor's cache has it.
+STEP_BYTES = BLOCK_BYTES + (64 << 10)
+
+#: Where ranks gather, each reads one step, has read one, and writes one. Over gloo one more is on its way between them.
+_SLOTS = 3
+
+#: Of a thread: a step that needs no other rank, scratch for reading, casts of one block, and rows put side by side.
+_THREAD_BYTES = STEP_BYTES + 5 * BLOCK_BYTES
+
+#: Threads of a rank, at most: so many requests of one rank keep a disk across a network busy.
+MOST_THREADS = 4
+
+#: Threads of a rank that gathers: one reads while one writes.
+_GATHER_THREADS = 2
+
+#: Pieces begin at multiples of this in buffers, so that every dtype is aligned.
+ALIGNMENT_BYTES = 64
+
+
+def aligned(size_bytes: int) -> int:
+    """Up to where the next piece may begin."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of one rank's buffers, in bytes.
+
+    Attributes:
+        send_bytes: of what each member sends to a gather.
+        members: of the group.
+        on_accelerator: gathers go through an accelerator's memory, from and to pinned memory of the host.
+        threads: that do steps at the same time.
+    """
+
+    send_bytes: int
+    members: int
+    on_accelerator: bool = False
+    threads: int = 1
+
+    @property
+    def slots(self) -> int:
+        """How many steps that are gathered a rank has in hand, at most."""
+        return _SLOTS + (not self.on_accelerator) if self.received_bytes else 0
+
+    @property
+    def received_bytes(self) -> int:
+        return self.send_bytes * self.members if self.members > 1 else 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the data path allocates: slots, what is worked with, and staging."""
+        slot_bytes, staging_bytes = [STEP_BYTES, self.received_bytes], 0
+        if self.on_accelerator and self.members > 1:
+            # Of a pinned buffer torch takes the next power of two (c10's CachingHostAllocator).
+            slot_bytes = [1 << (size - 1).bit_length() if size else 0 for size in slot_bytes]
+            staging_bytes = self.send_bytes + self.received_bytes
+        return self.slots * sum(slot_bytes) + self.threads * _THREAD_BYTES + staging_bytes
+
+
+def limits(budget_bytes: int, least: Limits) -> Limits:
+    """The most useful buffers within a rank's budget, which holds the least that one block needs."""
+    if least.send_bytes:
+        sizes = range(least.send_bytes, STEP_BYTES + 1, ALIGNMENT_BYTES)
+        fitting = bisect_right(sizes, budget_bytes, key=lambda one: replace(least, send_bytes=one).total_bytes)
+        least = replace(least, send_bytes=sizes[fitting - 1]) if fitting else least
+    spare_bytes = max(0, budget_bytes - least.total_bytes)
+    most = _GATHER_THREADS if least.send_bytes else MOST_THREADS
+    return replace(least, threads=min(most, 1 + spare_bytes // _THREAD_BYTES))
+
+
+def largest_send_bytes(
+    transfers: Sequence[Transfer], group: GatherGroup, visible: FilesOfRanks, writable: FilesOfRanks
+) -> int:
+    """The most that one member may contribute to the gather of a single block; 0 where no block crosses members."""
+    if len(group.ranks) == 1:
+        return 0
+    written_by_all = frozenset.intersection(*(writable[rank] for rank in group.ranks))
+    largest_bytes = 0
+    shared = [transfers[one.transfer] for one in group.together]
+    for transfer in {(one.source_files, one.target_files, one.stretches): one for one in shared}.values():
+        readers = readers_of(transfer, group, visible)
+        if not written_by_all.issuperset(transfer.target_files):
+            largest_bytes = max(largest_bytes, BLOCK_BYTES + len(readers) * ALIGNMENT_BYTES)
+        for pieces in {pieces for pieces, _ in transfer.stretches if len(pieces) > 1}:
+            count = max(Counter(member for piece in pieces for member in readers[piece]).values(), default=0)
+            largest_bytes = max(largest_bytes, BLOCK_BYTES * count // len(pieces) + count * ALIGNMENT_BYTES)
+    return aligned(largest_bytes)
+
+
+def readers_of(transfer: Transfer, group: GatherGroup, visible: FilesOfRanks) -> list[tuple[int, ...]]:
+    """For each piece of the source, the members that read it in turn: each member owns as few shards as possible."""
+    able = [
+        tuple(member for member, rank in enumerate(group.ranks) if not visible[rank].isdisjoint(files))
+        for files in transfer.source_files
+    ]
+    readers = []
+    for piece, members in enumerate(able):
+        alike = [other for other, others in enumerate(able) if others == members]
+        position, count = alike.index(piece), len(alike)
+        first = position * len(members) // count
+        end = max(first + 1, (position + 1) * len(members) // count)
+        readers.append(members[first:end])
+    return readers
 
 
 @dataclass(frozen=True)
@@ -85,8 +191,8 @@ class Plan:
 
     content: Content
     placement: str
-    visible: tuple[frozenset[str], ...]
-    writable: tuple[frozenset[str], ...]
+    visible: FilesOfRanks
+    writable: FilesOfRanks
     groups: tuple[GatherGroup, ...]
     limits: tuple[Limits, ...]
     written: WrittenRanges = NOTHING_WRITTEN
@@ -98,11 +204,11 @@ class Plan:
 
 def divide(
     content: Content,
-    visible: Sequence[frozenset[str]],
+    visible: FilesOfRanks,
     *,
     placement: str,
     budget_bytes: int,
-    writable: Sequence[frozenset[str]] | None = None,
+    writable: FilesOfRanks | None = None,
     on_accelerator: bool = False,
     written: WrittenRanges = NOTHING_WRITTEN,
 ) -> Plan:
@@ -110,7 +216,6 @@ def divide(
 
     Args:
         content, placement, written: see `Plan`.
-        visible: for each rank, the source files that it can read.
         budget_bytes: of memory, for each rank.
         writable: for each rank, the target files that it can write; None where the target is shared.
         on_accelerator: the ranks gather through an accelerator's memory, which the budget holds as well.
@@ -142,7 +247,7 @@ def divide(
     )
 
 
-def _interned(of_ranks: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
+def _interned(of_ranks: FilesOfRanks) -> FilesOfRanks:
     """One object for equal sets, which are then compared in no time."""
     alike = dict(zip(of_ranks, of_ranks, strict=True))
     return tuple(alike[files] for files in of_ranks)
@@ -174,9 +279,7 @@ def check_groups(plan: Plan) -> None:
     pieces = max(len(found) for transfer in plan.content.transfers for found, _ in transfer.stretches)
     largest = max(len(group.ranks) for group in plan.groups)
     if largest > pieces:
-        raise UsageError(
-            "the nodes' own disks hold chunks in an order that ranks on accelerators cannot gather",
-            expected=f"groups of at most {counted(pieces, 'rank')}, as a weight has so many pieces",
-            found=f"a group of {largest}",
-            remedy="put the checkpoint on a file system that all nodes share, or pass --device cpu",
-        )
+        what = "the nodes' own disks hold chunks in an order that ranks on accelerators cannot gather"
+        expected = f"groups of at most {counted(pieces, 'rank')}, one for each piece of a weight"
+        remedy = "put the checkpoint on a file system that all nodes share, or pass --device cpu"
+        raise UsageError(what, expected=expected, found=f"a group of {largest}", remedy=remedy)

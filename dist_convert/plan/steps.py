@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from dist_convert.errors import BudgetTooSmall
 from dist_convert.plan.copies import bands, blocks_of_band, part_of
 from dist_convert.plan.gather_groups import ByteRange
-from dist_convert.plan.limits import STEP_BYTES, Limits, aligned, readers_of
-from dist_convert.plan.plan import Plan
-from dist_convert.records import DTYPE_BYTES, Block, Copy, Message, View, Window, in_turn, side_by_side
+from dist_convert.plan.plan import STEP_BYTES, Limits, Plan, aligned, readers_of
+from dist_convert.records import DTYPE_BYTES, Block, Copy, FilesOfRanks, Message, View, Window, in_turn, side_by_side
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,7 @@ class Step:
 
 
 def steps_of(plan: Plan, rank: int) -> Iterator[Step]:
-    """What a rank does, in order; expanded while it is iterated.
-
-    Raises:
-        BudgetTooSmall: a single block does not fit.
-    """
+    """What a rank does, in order, expanded while it is iterated; a BudgetTooSmall where a single block does not fit."""
     number, member = plan.group_of(rank)
     local = _Packer(STEP_BYTES, crosses=False)
     crossing = _Packer(plan.limits[number].send_bytes, crosses=True)
@@ -293,14 +288,14 @@ def _left(plan: Plan, block: Step) -> Iterator[Step]:
 
 
 def _joined(
-    block: Block, sources: Sequence[tuple[int, View]], writable: Sequence[frozenset[str]], written_bytes: Sequence[int]
+    block: Block, sources: Sequence[tuple[int, View]], writable: FilesOfRanks, written_bytes: Sequence[int]
 ) -> Step:
     """A block's copies, each from its reader and source; what lies side by side is joined into one read or write.
 
     The only reader writes what it can reach, else the member that can and has written least.
     """
     reads: list[Read] = []
-    targets: list[View] = []
+    targets = []
     parts: list[list[ReadColumns]] = []
     open_writes: list[int] = []
     whole = in_turn([view for copy in block for view in copy.targets])  # one target of each of two copies

@@ -27,9 +27,9 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_contact
 from dist_convert.ranks.collectives import World, barrier, named_loss
-from dist_convert.ranks.log import Log
+from dist_convert.ranks.log import Log, tell_torchrun
 from dist_convert.ranks.timeout import call_with_timeout
-from dist_convert.records import names
+from dist_convert.records import JsonObject, names
 
 BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.3
@@ -54,29 +54,16 @@ def _looks(seconds: float = math.inf) -> Iterator[float]:
 
 
 def serve_store(meeting: socket.socket | None = None) -> Store:
-    """Serve the store where the ranks meet: at MASTER_PORT, or on a socket that listens already and becomes its own.
-
-    Raises:
-        LostRank: the port is not free.
-    """
+    """Serve the store where ranks meet, at MASTER_PORT or on a socket; a LostRank where the port is taken."""
     address, port = meeting.getsockname() if meeting else ("127.0.0.1", int(os.environ["MASTER_PORT"]))
     try:
         # Of the address it only uses the port, and asks itself there; whether others reach it is theirs to find out.
-        store = TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=_STORE_ANSWERS_WITHIN,
-            master_listen_fd=meeting.detach() if meeting else None,
-        )
+        fd, limit = meeting.detach() if meeting else None, _STORE_ANSWERS_WITHIN
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=fd)
     except DistError as error:
-        raise LostRank(
-            "the ranks cannot meet",
-            expected=f"a free port of rank 0's machine: MASTER_PORT={port}",
-            found=str(error).splitlines()[0],
-            remedy="give another MASTER_PORT",
-        ) from error
+        expected, found = f"a free port of rank 0's machine: MASTER_PORT={port}", str(error).splitlines()[0]
+        remedy = "give another MASTER_PORT"
+        raise LostRank("the ranks cannot meet", expected=expected, found=found, remedy=remedy) from error
     return _of_this_start(store)
 
 
@@ -88,13 +75,10 @@ def _of_this_start(store: Store) -> Store:
 def reach_store(rank: int, size: int, timeout_seconds: float, heed_signals: Callable[[], None]) -> Store:
     """The store where the ranks meet, at the address in the environment.
 
-    Args:
-        rank, size: of the world.
-        timeout_seconds: how long it may take.
-        heed_signals: is called several times a second meanwhile; what it raises ends the wait.
+    `heed_signals` is called several times a second meanwhile; what it raises ends the wait.
 
     Raises:
-        LostRank: nothing there answers as the store does.
+        LostRank: nothing there answers as the store does, in so many seconds.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline, found = time.monotonic() + timeout_seconds, ["no answer"]
@@ -107,19 +91,17 @@ def reach_store(rank: int, size: int, timeout_seconds: float, heed_signals: Call
                 found[0] = error.strerror or str(error)
                 time.sleep(_POLL_SECONDS)
                 continue
-            found[0] = "something listens there, and does not answer as rank 0 does"
+            found[0] = "something listens there that is not rank 0"
             return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_STORE_ANSWERS_WITHIN)
         raise TimeoutError
 
     try:
         return _of_this_start(call_with_timeout(timeout_seconds, reach, heed_signals))
     except (TimeoutError, DistError) as error:
-        raise LostRank(
-            f"rank {rank} of {size} does not reach rank 0",
-            expected=f"it listens at MASTER_ADDR={address}, MASTER_PORT={port}",
-            found=f"{found[0]}, in {timeout_seconds:g} s",
-            remedy="check both on every node and whether rank 0 has started, or allow more time with --timeout",
-        ) from error
+        what = f"rank {rank} of {size} does not reach rank 0"
+        expected = f"it listens at MASTER_ADDR={address}, MASTER_PORT={port}"
+        remedy = "check both on every node and whether rank 0 has started, or allow more time with --timeout"
+        raise LostRank(what, expected=expected, found=f"{found[0]}, in {timeout_seconds:g} s", remedy=remedy) from error
 
 
 @dataclass(frozen=True)
@@ -136,7 +118,7 @@ class Failures:
             self.store.set("failure", json.dumps(failure))
         return is_first
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> JsonObject | None:
         """The failure's message, exit code and signal; None where all is well."""
         return json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
 
@@ -177,26 +159,6 @@ class Beat:
         return self.doing.startswith(("reading step", "writing step", "moving step"))
 
 
-class Watchdog:
-    """Remembers since when each rank has said the same, which it may do for so many seconds."""
-
-    def __init__(self, patience_seconds: float) -> None:
-        self._patience_seconds = patience_seconds
-        self._last: dict[int, tuple[Beat, float, float]] = {}
-
-    def look(self, beats: Iterable[Beat]) -> list[Beat]:
-        """The ranks that have been silent, or alone in the same step, for longer than they may."""
-        now, found = time.monotonic(), []
-        for beat in beats:
-            last, heard, began = self._last.get(beat.rank, (beat, now, now))
-            heard = heard if beat.count == last.count else now
-            began = began if beat.doing == last.doing else now
-            self._last[beat.rank] = (beat, heard, began)
-            if now - (min(heard, began) if beat.is_alone else heard) > self._patience_seconds:
-                found.append(beat)
-        return found
-
-
 class Channel:
     """One rank's connection to the others, beside the process group; alone, it prints and heeds signals.
 
@@ -222,21 +184,19 @@ class Channel:
         timeout_seconds: float = _STARTING_SECONDS,
         log: Log | None = None,
     ) -> None:
-        self._rank = rank
+        self._rank, self._size = rank, size
         self._take_signal = take_signal
         self._log = log or Log()
         self._lock = threading.Lock()  # of the next two
         self._stopped_by: int | None = None
-        self._done_bytes = 0
+        self._done_bytes = self._done_before_bytes = 0  # of all work, and of all ranks' finished work
         self._on_progress: Callable[[int], object] | None = None
         self._doing = "reading headers and planning"
-        self._long_work: str | None = None
-        self._beats = 0
-        self._beat_at = 0.0
+        self._beats, self._beat_at = 0, 0.0
         self._beat_keys = [f"beat/{rank}" for rank in range(size)]
-        self._watchdog = Watchdog(_SILENT_SHARE * timeout_seconds)
+        #: What each rank last said, when it has spoken, and since when it does the same.
+        self._said: dict[int, tuple[Beat, float, float]] = {}
         self._printer_is_silent = False
-        self._size = size
         # Whether what has started the ranks serves the store, so that it outlives any of them.
         self._has_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._starting_until = time.monotonic() + _STARTING_SECONDS
@@ -256,12 +216,7 @@ class Channel:
         self._heed_signal()
 
     def meet(self) -> None:
-        """Wait until all ranks have come, before a collective would.
-
-        Raises:
-            LostRank: naming those that have not.
-            Interrupted: a signal has come.
-        """
+        """Wait until all ranks have connected; a LostRank names those that have not, an Interrupted a signal."""
         if self._store is None:
             return
         with named_loss():
@@ -274,9 +229,9 @@ class Channel:
             return
         self._starting_until = 0.0  # whoever has not come by now is not waited for
         raise LostRank(
-            f"{self._size - len(missing)} of {self._size} ranks have come",
+            f"{self._size - len(missing)} of {self._size} ranks have connected",
             expected=f"all of them within {self._timeout_seconds:g} s",
-            found=f"nothing of rank {names(map(str, missing))}",
+            found=f"nothing from rank {names(map(str, missing))}",
             remedy="look at the log of the first of these: has it started, with the same MASTER_ADDR, MASTER_PORT and "
             "WORLD_SIZE? Allow more time with --timeout",
         )
@@ -293,9 +248,11 @@ class Channel:
             yield
             return
         with self._log.progress(total_bytes, what) as update:
-            self._on_progress = update
+            before_bytes = self._done_before_bytes
+            self._on_progress = lambda done_bytes: update(max(0, done_bytes - before_bytes))
             yield
             self._on_progress = None
+            self._done_before_bytes += total_bytes
             update(total_bytes)  # the last counts of other ranks may still be on their way
 
     def add_progress(self, size_bytes: int) -> None:
@@ -318,7 +275,6 @@ class Channel:
             LostRank: a rank is silent for longer.
         """
         if self._rank in ranks:
-            self._long_work = name
             work()
         if self._store is None:
             return
@@ -326,7 +282,6 @@ class Channel:
             if self._rank in ranks:
                 self._store.set(f"{name}/{self._rank}/done", "1")
             _wait_for_work(self._store, ranks, name, timeout_seconds)
-        self._long_work = None
 
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
@@ -384,7 +339,7 @@ class Channel:
         try:
             before, after = call_with_timeout(2 * _PATIENCE_SECONDS, lambda: self._heard_twice(store))
         except (TimeoutError, DistError):
-            error.found = f"{os.environ.get('MASTER_ADDR')}, where all ranks meet, does not answer; {error.found}"
+            error.found = f"{os.environ.get('MASTER_ADDR')}, where all ranks meet, does not answer"
             return
         silent = [beat for beat in after if beat in before]
         self._printer_is_silent = any(beat.rank == 0 for beat in silent)
@@ -433,6 +388,7 @@ class Channel:
                     failures.print_once()
                 with self._lock:
                     self._stopped_by = self._stopped_by or failure["signal"]
+                tell_torchrun(failure["message"])  # this rank ends with the failure of another
                 if self._stopped_by is not None and self._closed.wait(_GRACE_SECONDS):
                     return
                 failures.await_print(_PATIENCE_SECONDS)
@@ -440,8 +396,6 @@ class Channel:
                 os._exit(failure["exit_code"])  # the main thread may be inside a collective that never ends
             self._beat(store, failures)
             self._tick()
-            if self._long_work is not None:
-                store.add(f"{self._long_work}/{self._rank}/alive", 1)
 
     def _tick(self) -> None:
         if self._rank == 0:
@@ -469,60 +423,63 @@ class Channel:
         beats = self._heard(store)
         if (show := self._on_progress) is not None:
             show(sum(beat.done_bytes for beat in beats))
-        if silent := self._watchdog.look(beats):
-            error = LostRank(
-                f"{silent[0]}, has not moved for too long",
-                found="; ".join(map(str, silent[1:])),
-                remedy="look at that machine and its file systems, or allow more with --timeout",
-            )
+        if silent := self._silent(beats):
+            remedy = "check that machine and its file systems, or allow more time with --timeout"
+            others = "; ".join(map(str, silent[1:]))
+            error = LostRank(f"{silent[0]}, has made no progress for too long", found=others, remedy=remedy)
             error.resume = RESUME
             failures.post(str(error), error.exit_code)
 
+    def _silent(self, beats: Iterable[Beat]) -> list[Beat]:
+        """The ranks that have been silent, or alone in the same step, for longer than they may."""
+        now, found = time.monotonic(), []
+        for beat in beats:
+            last, heard, began = self._said.get(beat.rank, (beat, now, now))
+            heard = heard if beat.count == last.count else now
+            began = began if beat.doing == last.doing else now
+            self._said[beat.rank] = (beat, heard, began)
+            if now - (min(heard, began) if beat.is_alone else heard) > _SILENT_SHARE * self._timeout_seconds:
+                found.append(beat)
+        return found
+
 
 def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
-    """Wait until each rank's `NAME/RANK/done` is set, as long as its `NAME/RANK/alive` is counted up.
-
-    Raises:
-        LostRank: a rank is silent for longer than it may.
-    """
+    """Wait until each rank's `NAME/RANK/done` is set, as long as it beats."""
     asked = time.monotonic()
-    signs = dict.fromkeys(ranks, (0, asked))
+    signs = dict.fromkeys(ranks, (b"", asked))
     for now in _looks():
         if store.check([f"{name}/{rank}/done" for rank in ranks]):
             return
         if now - asked < timeout_seconds / 4:
             continue
         asked = now
-        for rank, (count, heard) in signs.items():
-            latest = store.add(f"{name}/{rank}/alive", 0)
-            signs[rank] = (latest, now if latest > count else heard)
+        for rank, (last, heard) in signs.items():
+            latest = store.get(f"beat/{rank}")
+            signs[rank] = (latest, now if latest != last else heard)
             if now - signs[rank][1] > timeout_seconds and not store.check([f"{name}/{rank}/done"]):
                 raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
 
 
+@dataclass
 class Embedded:
     """What a `Channel` is to the ranks of a command, to those of a program; it says nothing, as a report holds all.
 
-    Args:
+    Attributes:
         world: this rank.
         on_progress: is called with the bytes that this rank has done, and those of the whole work, from any thread.
         cancel: is asked between two steps whether to end.
     """
 
-    def __init__(
-        self,
-        world: World,
-        on_progress: Callable[[int, int], None] | None = None,
-        cancel: Callable[[], bool] | None = None,
-    ) -> None:
-        self._world = world
-        self._on_progress = on_progress
-        self._cancel = cancel
+    world: World
+    on_progress: Callable[[int, int], None] | None = None
+    cancel: Callable[[], bool] | None = None
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._done_bytes = self._total_bytes = 0
 
     def doing(self, what: str) -> None:
-        if self._cancel is not None and self._cancel():
+        if self.cancel is not None and self.cancel():
             raise Cancelled
 
     def say(self, event: str, text: str, **details: Any) -> None:
@@ -536,13 +493,13 @@ class Embedded:
     def add_progress(self, size_bytes: int) -> None:
         with self._lock:
             self._done_bytes += size_bytes
-            if self._on_progress is not None:
-                self._on_progress(self._done_bytes, self._total_bytes)
+            if self.on_progress is not None:
+                self.on_progress(self._done_bytes, self._total_bytes)
 
     def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
-        if self._world.rank in ranks:
+        if self.world.rank in ranks:
             work()
-        barrier(self._world)  # which decides how long it may take
+        barrier(self.world)  # which decides how long it may take
 
 
 #: What a conversion tells those who wait for it, and what its ranks do while others wait.

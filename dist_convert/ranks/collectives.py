@@ -7,17 +7,26 @@ import json
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_convert.errors import ConversionError, LostRank, PlanError, error_details, error_from_details, lost_contact
+from dist_convert.errors import (
+    ConversionError,
+    LostRank,
+    PlanError,
+    UsageError,
+    error_details,
+    error_from_details,
+    lost_contact,
+)
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.ranks.signals import node_number, rank_and_size
 from dist_convert.records import Message
@@ -64,11 +73,7 @@ def alone() -> World:
 
 
 def join_world(device: str, timeout_seconds: float) -> World:
-    """Join the ranks that torchrun, or whatever else sets its variables, has started; alone without them.
-
-    Raises:
-        LostRank: another rank does not come.
-    """
+    """Join the ranks that a launcher has started, alone without one; a LostRank where another one does not come."""
     rank, size = rank_and_size()
     if size > 1:
         with named_loss():
@@ -84,7 +89,27 @@ def joined_group(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[W
 
     They talk over a gloo group of their own. Bytes are gathered over the backend of the program's group, on the device
     that the program has chosen. An error of one rank is raised on all, where they would next hear of each other.
+
+    Raises:
+        UsageError: another thread of this process is in such a block, whose messages would be mixed with these.
     """
+    if not (turn := _turn()).acquire(blocking=False):
+        what, remedy = "this process is already converting within a process group", "make one call after the other"
+        raise UsageError(what, remedy=remedy)
+    try:
+        with _joined(group, timeout_seconds) as world:
+            yield world
+    finally:
+        turn.release()
+
+
+@cache
+def _turn() -> threading.Lock:
+    return threading.Lock()
+
+
+@contextmanager
+def _joined(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[World]:
     members, backend = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group)
     # torch names a group of some of a program's ranks by how many groups a rank is in, which its members need not have
     # in common: none is made where their own is over gloo. One of all ranks is made in the order in which all make any.
@@ -149,8 +174,11 @@ def leave_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def gather_objects(world: World, mine: Any) -> list[Any]:
-    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device.
+_Value = TypeVar("_Value")
+
+
+def gather_objects(world: World, mine: _Value) -> list[_Value]:
+    """Every rank's JSON value, by rank. It travels as JSON over gloo, on every device: others' tuples are lists here.
 
     Raises:
         LostRank: another rank is gone, or silent for too long.
@@ -175,6 +203,8 @@ def _exchange(world: World, mine: Any) -> list[Any]:
 
 #: gloo's, NCCL's and HCCL's errors, where they are nothing more special than a RuntimeError.
 _OF_A_BACKEND = re.compile(r"gloo|nccl|hccl|connect|socket|peer|pipe|timed? ?out", re.IGNORECASE)
+#: gloo's place in its source, what it says, and its advice.
+_OF_GLOO = re.compile(r"^\[/\S*\] (.*?)(\. .*)?$")
 
 
 @contextmanager
@@ -185,14 +215,12 @@ def named_loss() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         found = str(error).partition("\n")[0]
         if "memory" in found and not isinstance(error, dist.DistError):  # of this rank's own, on any device
-            raise ConversionError(
-                "this rank has no memory left for what it sends or receives",
-                found=found,
-                remedy="start fewer ranks on this machine, or lower --max-memory-per-rank",
-            ) from error
+            what = "this rank has no memory left for what it sends or receives"
+            remedy = "start fewer ranks on this machine, or lower --max-memory-per-rank"
+            raise ConversionError(what, found=found, remedy=remedy) from error
         if not isinstance(error, dist.DistError) and not _OF_A_BACKEND.search(found):
             raise
-        raise lost_contact(found) from error
+        raise lost_contact(_OF_GLOO.sub(r"\1", found)) from error
 
 
 def broadcast(world: World, mine: bytes, size_bytes: int, source: int = 0) -> bytes:
@@ -211,20 +239,13 @@ def barrier(world: World) -> None:
 
 
 def agree(world: World, digest: str) -> None:
-    """Check that all ranks made the same plan.
-
-    Raises:
-        PlanError: naming the first rank that differs.
-    """
+    """Check that all ranks made the same plan; a PlanError names the first rank that differs."""
     digests = gather_objects(world, digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
-            raise PlanError(
-                "ranks made different plans",
-                expected=f"{digests[0][:16]} as on rank 0",
-                found=f"{other[:16]} on rank {rank}",
-                remedy="all ranks must run the same version with the same flags",
-            )
+            expected, found = f"{digests[0][:16]} as on rank 0", f"{other[:16]} on rank {rank}"
+            remedy = "all ranks must run the same version with the same flags"
+            raise PlanError("ranks made different plans", expected=expected, found=found, remedy=remedy)
 
 
 #: HCCL knows no bytes, 16-bit integers or fp8; int32 is known by every backend.
@@ -287,7 +308,6 @@ def begin_gather(
     this rank does other things: gloo gathers through a hidden copy of everything, and takes three times as long.
 
     Args:
-        gatherer: of the group.
         send: uint8, a multiple of 4 bytes, the same size on every member.
         received: uint8, `members` times as long: every member's bytes, in the order of members. What no message to this
             member names is undefined.

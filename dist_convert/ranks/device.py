@@ -58,12 +58,9 @@ def _check_cards(kind: str, cards: int, local_rank: int, needed: str, found: str
         remedy = "start where one is (Intel's container for Gaudi), or use --device cpu"
         raise UsageError(f"no {kind} device is available", expected=needed, found=found, remedy=remedy)
     if local_rank >= cards:
-        raise UsageError(
-            f"fewer {kind} cards than ranks on this machine",
-            expected=f"more than {local_rank}, one for each rank",
-            found=cards,
-            remedy="start one rank for each card (torchrun --nproc-per-node), or use --device cpu",
-        )
+        what = f"fewer {kind} cards than ranks on this machine"
+        remedy = "start one rank for each card (torchrun --nproc-per-node), or use --device cpu"
+        raise UsageError(what, expected=f"more than {local_rank}, one for each rank", found=cards, remedy=remedy)
 
 
 def current_device(backend: str) -> torch.device:

@@ -30,17 +30,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_ranks(count: int, run: Callable[[], int]) -> int:
-    """Run a function on every rank, and wait for all of them.
+    """Run a function on every rank, wait for all of them, and return the exit code of the first that failed, or 0.
 
     Signals go on to the ranks. One that is killed ends the others, and is named; one that does not end after a failure
-    is killed.
-
-    Args:
-        count: of ranks.
-        run: what each does; returns its exit code. Nothing may have started a thread before.
-
-    Returns:
-        The exit code of the first rank that failed, or 0.
+    is killed. Nothing may have started a thread before.
 
     Raises:
         ConversionError: the system does not allow so many processes.
@@ -48,9 +41,8 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
     with socket.create_server(("127.0.0.1", 0), backlog=max(count, 128)) as meeting:
         context = multiprocessing.get_context("fork")
         launcher = os.getpid()
-        processes = [
-            context.Process(target=_be_rank, args=(rank, count, meeting, launcher, run)) for rank in range(count)
-        ]
+        given = [(rank, count, meeting, launcher, run) for rank in range(count)]
+        processes = [context.Process(target=_be_rank, args=args) for args in given]
         try:
             with _forwarding(processes) as forwarded:
                 failures = Failures(serve_store(meeting))
@@ -66,16 +58,9 @@ def run_ranks(count: int, run: Callable[[], int]) -> int:
 def _be_rank(rank: int, count: int, meeting: socket.socket, launcher: int, run: Callable[[], int]) -> None:
     address, port = meeting.getsockname()
     meeting.close()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) | {"GROUP_RANK": "0"}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine's name resolves to
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
@@ -92,7 +77,7 @@ def _be_rank(rank: int, count: int, meeting: socket.socket, launcher: int, run: 
 @contextlib.contextmanager
 def _forwarding(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
     """Start processes, and pass on to them the signals that come here; gives the list of those."""
-    forwarded: list[int] = []
+    forwarded = []
 
     def forward(number: int, _frame: object) -> None:
         forwarded.append(number)
@@ -109,11 +94,9 @@ def _forwarding(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
                 process.start()
             stack.enter_context(handled_by(forward))
         except OSError as error:
-            raise ConversionError(
-                f"rank {sum(process.pid is not None for process in processes)} cannot be started",
-                found=error.strerror or str(error),
-                remedy="start fewer ranks, or allow more processes (ulimit -u)",
-            ) from error
+            what = f"rank {sum(process.pid is not None for process in processes)} cannot be started"
+            remedy = "start fewer ranks, or allow more processes (ulimit -u)"
+            raise ConversionError(what, found=error.strerror or error, remedy=remedy) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield forwarded
@@ -142,7 +125,7 @@ def _wait(processes: Sequence[BaseProcess], failures: Failures, forwarded: Seque
                 deadline_seconds = min(deadline_seconds, time.monotonic() + _GRACE_SECONDS)
         if running and time.monotonic() > deadline_seconds:
             names = ", ".join(map(str, running))
-            print(f"killed what did not end {_GRACE_SECONDS:g} s after the others: rank {names}", file=sys.stderr)
+            print(f"killed rank {names}: still running {_GRACE_SECONDS:g} s after a failure", file=sys.stderr)
             _kill(list(running.values()))
     return exit_code
 
@@ -151,7 +134,7 @@ def _tell(rank: int, number: int, failures: Failures) -> None:
     """Tell the user and the other ranks of one that a signal has ended, or an error that it did not expect."""
     names = {known.value: known.name for known in signal.Signals}
     how = f"was ended by {names.get(number, f'signal {number}')}" if number else "has crashed"
-    remedy = "if memory was short (dmesg tells), start fewer ranks or give less --max-memory-per-rank"
+    remedy = "if memory was short (see dmesg), start fewer ranks or lower --max-memory-per-rank"
     error = LostRank(f"rank {rank} {how}", remedy=remedy if number == signal.SIGKILL else "")
     error.resume = RESUME
     if failures.post(str(error), error.exit_code):

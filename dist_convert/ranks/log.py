@@ -6,7 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from dist_convert.errors import shown_line
@@ -63,11 +64,7 @@ class Log:
         self._done_bytes = done_bytes
 
     def tick(self, doing: str) -> None:
-        """Show a line of progress if it is time for one; any thread may call it, and often.
-
-        Args:
-            doing: what is done where no bytes are moved.
-        """
+        """Show a line of progress, or else what is done, if it is time for one; any thread may call it, and often."""
         now = time.monotonic()
         if now - self._shown_at < self._interval_seconds or self._is_quiet or self._has_bar():
             return
@@ -76,7 +73,8 @@ class Log:
             self.say("doing", doing if self._is_json else f"{time.strftime('%H:%M:%S')}  {doing}")
             return
         done_bytes, total_bytes = self._done_bytes, self._total_bytes
-        text = self._moving if self._is_json else _share_done(done_bytes, total_bytes, now - self._began_at)
+        seconds = now - self._began_at
+        text = self._moving if self._is_json else _share_done(self._moving, done_bytes, total_bytes, seconds)
         self.say("progress", text, done_bytes=done_bytes, total_bytes=total_bytes)
 
     def _has_bar(self) -> bool:
@@ -93,12 +91,22 @@ def _note(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _share_done(done_bytes: int, total_bytes: int, seconds: float) -> str:
+def _share_done(what: str, done_bytes: int, total_bytes: int, seconds: float) -> str:
     rate = done_bytes / max(seconds, 1e-9)
     left = f", {human_seconds((total_bytes - done_bytes) / rate)} left" if rate else ""
     share = 100 * done_bytes // max(1, total_bytes)
     amounts = f"{human_bytes(done_bytes)} of {human_bytes(total_bytes)}, {human_bytes(rate)}/s"
-    return f"{time.strftime('%H:%M:%S')}  {share:3}%  {amounts}{left}"
+    return f"{time.strftime('%H:%M:%S')}  {what} {share:3}%  {amounts}{left}"
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave a rank's message where torchrun looks for it, so that its own report ends with it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # A second earlier: before that of ranks that torchrun ends for this one, as it shows the earliest last.
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}
+        with suppress(OSError):  # torchrun ends the other ranks while they write theirs
+            Path(f"{file}.new").write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            os.replace(f"{file}.new", file)
 
 
 def as_json_line(event: str, text: str, **details: Any) -> str:

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from dist_convert.errors import UsageError
 
@@ -21,7 +20,7 @@ def _is_main_thread() -> bool:
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Within it a function of ours handles the signals. Outside the main thread nothing is changed."""
-    before: dict[int, Any] = {}
+    before = {}
     try:
         for number in CAUGHT:
             if _is_main_thread() and signal.getsignal(number) != signal.SIG_IGN:  # nohup's are not heeded
@@ -48,33 +47,29 @@ def is_first_rank() -> bool:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and how many there are, as a launcher has it in the environment.
-
-    Raises:
-        UsageError: the environment says something that cannot be.
-    """
+    """This process's rank and how many there are, by the environment; a UsageError where that cannot be."""
     usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     told = {name: os.environ.get(name, value) for name, value in usual.items()}
     for name, text in told.items():
         if not re.fullmatch("[0-9]{1,9}", text) or (name.endswith("SIZE") and int(text) == 0):
-            raise UsageError(f"{name} is no number of ranks", found=repr(text[:40]), remedy=_LAUNCH)
+            raise UsageError(f"{name} is not a number of ranks", found=repr(text[:40]), remedy=_LAUNCH)
     rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
     if rank >= size:
         raise UsageError("RANK is not below WORLD_SIZE", found=f"RANK={rank}, WORLD_SIZE={size}", remedy=_LAUNCH)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
         found = f"no {' and no '.join(missing)}, beside WORLD_SIZE={size}"
-        raise UsageError("nothing says where the ranks meet", found=found, remedy=_LAUNCH)
+        raise UsageError("the address where the ranks meet is not set", found=found, remedy=_LAUNCH)
     port = os.environ.get("MASTER_PORT", "1")
     if size > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
-        raise UsageError("MASTER_PORT is no port", found=repr(port[:40]), remedy=_LAUNCH)
+        raise UsageError("MASTER_PORT is not a port", found=repr(port[:40]), remedy=_LAUNCH)
     try:
         os.environ.get("MASTER_ADDR", "").encode("idna")  # as Python does to ask for it
     except UnicodeError as error:
-        raise UsageError("MASTER_ADDR is no machine's name", found=error, remedy=_LAUNCH) from error
+        raise UsageError("MASTER_ADDR is not the name of a machine", found=error, remedy=_LAUNCH) from error
     for name in _PRINTED_BY_TORCH if size > 1 else ():
         if not (value := os.environ.get(name, "")).isprintable():
-            raise UsageError(f"{name} holds characters that nobody can read", found=repr(value[:40]), remedy=_LAUNCH)
+            raise UsageError(f"{name} has unreadable characters", found=repr(value[:40]), remedy=_LAUNCH)
     return rank, size
 
 

@@ -5,7 +5,6 @@ are read. Facts: docs/formats.md, "torch_dist"; source:
 https://github.com/pytorch/pytorch/blob/main/torch/distributed/checkpoint/metadata.py and filesystem.py.
 """
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any, BinaryIO, TypeGuard
 from dist_convert.errors import CorruptFile, UnsupportedModel
 from dist_convert.read.restricted_pickle import Dtype, Inert, Tensor, load
 from dist_convert.read.source import opened_source, read_small_file
-from dist_convert.read.torch_file import MAX_PICKLE_BYTES, Stretch, open_object, place_tensors
-from dist_convert.records import DTYPE_BYTES, StoredTensor
+from dist_convert.read.torch_file import MAX_PICKLE_BYTES, open_object, place_tensors
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor
 
 METADATA_FILE = ".metadata"
 SUFFIX = ".distcp"
@@ -81,8 +80,8 @@ def read_metadata(path: Path) -> Metadata:
     kind = "MCoreMetadata" if is_core else "Metadata"
     state = _state(saved, kind, file)
     blobs = _blobs(_mapping(state, "storage_data", file), file)
-    tensors: dict[str, SavedTensor] = {}
-    objects: dict[str, Blob] = {}
+    tensors = {}
+    objects = {}
     for key, saved in _mapping(state, "state_dict_metadata", file).items():
         if not isinstance(key, str):
             raise _damaged(file, "a tensor's key", key)
@@ -103,21 +102,21 @@ def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
         named, place = _state(index, "MetadataIndex", file), _state(info, "_StorageInfo", file)
         if place.get("transform_descriptors"):
             raise UnsupportedModel(
-                "blobs that were compressed or changed otherwise on saving",
+                "blobs that were compressed or otherwise changed when saved",
+                file,
                 tensor=_shown(named.get("fqn")),
-                file=file,
                 found=f"transform_descriptors {_shown(place['transform_descriptors'])}",
                 remedy="save the checkpoint without extensions of the storage writer",
             )
         name, offset_bytes, size_bytes = (place.get(what) for what in ("relative_path", "offset", "length"))
         key = named.get("fqn")
         if not isinstance(key, str):
-            raise _damaged(file, "the key of a place", key)
+            raise _damaged(file, "the key of a blob", key)
         is_bare = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
         if not isinstance(name, str) or not is_bare or len(name.encode(errors="replace")) > _LONGEST_NAME_BYTES:
             raise _damaged(file, "the bare name of a file beside .metadata", name)
         if not _is_count(offset_bytes) or not _is_count(size_bytes):
-            raise _damaged(file, f"a place in {name}", (offset_bytes, size_bytes))
+            raise _damaged(file, f"the offset and length of a blob in {name}", (offset_bytes, size_bytes))
         offset = named.get("offset")
         at = key, None if offset is None else _size(offset, file)
         found.setdefault(at, set()).add(Blob(name, offset_bytes, size_bytes))
@@ -127,13 +126,13 @@ def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
 def _blob(blobs: _Blobs, key: str, offsets: tuple[int, ...] | None, file: str) -> Blob:
     found = blobs.get((key, offsets), set())
     if len(found) != 1:
-        where = f"a place of {key}" + (f" at {list(offsets)}" if offsets else "")
+        where = f"one blob of {key}" + (f" at {list(offsets)}" if offsets else "")
         raise _damaged(file, where, " and ".join(map(str, list(found)[:2])) or "none")
     [blob] = found
     return blob
 
 
-def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> SavedTensor:
+def _tensor(key: str, state: JsonObject, blobs: _Blobs, file: str) -> SavedTensor:
     shape = _size(state.get("size"), file)
     properties = state.get("properties")
     inside = properties.state if isinstance(properties, Inert) else None
@@ -148,22 +147,22 @@ def _tensor(key: str, state: Mapping[str, Any], blobs: _Blobs, file: str) -> Sav
         offsets, sizes = _size(inner.get("offsets"), file), _size(inner.get("sizes"), file)
         fits = len(offsets) == len(sizes) == len(shape)
         if not fits or any(first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True)):
-            raise _damaged(file, f"a box of {key} inside {list(shape)}", f"{list(sizes)} at {list(offsets)}")
+            raise _damaged(file, f"a chunk of {key} inside {list(shape)}", f"{list(sizes)} at {list(offsets)}")
         if 0 in sizes:  # of a rank that has no row, as there are more of them than rows
             continue
         chunks.append(Chunk(offsets, sizes, _blob(blobs, key, offsets, file)))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
-        raise _damaged(file, f"boxes that make up {key}, {list(shape)}", f"{len(chunks)} boxes of another size")
+        raise _damaged(file, f"chunks that make up {key}, {list(shape)}", f"{len(chunks)} chunks of another size")
     return SavedTensor(dtype.name, shape, tuple(chunks))
 
 
-def _state(record: object, kind: str, file: str) -> Mapping[str, Any]:
+def _state(record: object, kind: str, file: str) -> JsonObject:
     if isinstance(record, Inert) and record.class_name.endswith(f".{kind}") and isinstance(record.state, Mapping):
         return record.state
     raise _damaged(file, f"a {kind}", record)
 
 
-def _mapping(state: Mapping[str, Any], name: str, file: str) -> Mapping[Any, Any]:
+def _mapping(state: JsonObject, name: str, file: str) -> Mapping[Any, Any]:
     found = state.get(name)
     if not isinstance(found, Mapping):
         raise _damaged(file, name, found)
@@ -182,12 +181,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _damaged(file: str, expected: str, found: object) -> CorruptFile:
-    return CorruptFile(
-        "damaged .metadata of a distributed checkpoint",
-        file=file,
-        expected=expected,
-        found=_shown(found),
-    )
+    return CorruptFile("damaged .metadata of a distributed checkpoint", file, expected, found=_shown(found))
 
 
 def _shown(value: object) -> str:
@@ -198,33 +192,25 @@ def _shown(value: object) -> str:
 
 
 def read_object(directory: Path, blob: Blob) -> Any:
-    """An object as it was saved, with inert records in place of classes.
-
-    Raises:
-        CorruptFile, UnsafePickle: see `open_object`.
-    """
+    """An object as it was saved, with inert records in place of classes; raises what `open_object` does."""
     path = directory / blob.file
-    with opened_source(path, str(path)) as file:
+    with opened_source(path) as file:
         _check_apart(path, [blob], file)
-        return open_object(_stretch(file, blob), blob.file, blob.offset_bytes)[1]
+        return open_object(file, blob.file, blob.offset_bytes, blob.size_bytes)[1]
 
 
 def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:
-    """Where the elements of some chunks of one file lie, from their blobs' headers.
-
-    Args:
-        directory: of the checkpoint.
-        file: in it.
-        chunks: key, dtype and box of each.
+    """Where the elements of some chunks of one file lie (key, dtype and box of each), from their blobs' headers.
 
     Raises:
         CorruptFile, UnsafePickle: a blob that is damaged, out of its file, or not what `.metadata` says.
     """
     path, placed, known = directory / file, [], dict[bytes, Any]()
-    with opened_source(path, str(path)) as opened:
+    with opened_source(path) as opened:
         _check_apart(path, [chunk.blob for _, _, chunk in chunks], opened)
         for key, dtype, chunk in chunks:
-            container, saved = open_object(_stretch(opened, chunk.blob), file, chunk.blob.offset_bytes, known=known)
+            place = chunk.blob.offset_bytes, chunk.blob.size_bytes
+            container, saved = open_object(opened, file, *place, known=known)
             found = (saved.storage.dtype, saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
             if not isinstance(saved, Tensor) or found != (dtype, chunk.sizes):
                 expected = f"{(dtype, chunk.sizes)} at byte {chunk.blob.offset_bytes}"
@@ -235,18 +221,8 @@ def place_chunks(directory: Path, file: str, chunks: Sequence[tuple[str, str, Ch
 
 def not_as_listed(path: Path, key: str, expected: object, found: object) -> CorruptFile:
     """The error about a chunk that is not the one that `.metadata` lists."""
-    return CorruptFile(
-        "a blob is not what .metadata says",
-        tensor=key,
-        file=str(path),
-        expected=expected,
-        found=found,
-        remedy="files of two checkpoints may be mixed; copy the directory again",
-    )
-
-
-def _stretch(file: BinaryIO, blob: Blob) -> BinaryIO:
-    return io.BufferedReader(Stretch(file.fileno(), blob.offset_bytes, blob.size_bytes))
+    remedy = "files of two checkpoints may be mixed; copy the directory again"
+    return CorruptFile("a blob differs from what .metadata says", path, expected, found, remedy, tensor=key)
 
 
 def _check_apart(path: Path, blobs: Sequence[Blob], file: BinaryIO) -> None:
@@ -255,9 +231,6 @@ def _check_apart(path: Path, blobs: Sequence[Blob], file: BinaryIO) -> None:
     ordered = sorted((blob.offset_bytes, blob.offset_bytes + blob.size_bytes) for blob in blobs)
     for (first, end), (following, _) in pairwise([*ordered, (file_bytes, file_bytes)]):
         if end > following:
-            raise CorruptFile(
-                "a blob reaches into the next one or past its file",
-                file=str(path),
-                expected=f"the blob at byte {first} ends by byte {following}",
-                found=f"it ends at byte {end}; the file has {file_bytes}",
-            )
+            what = "a blob reaches into the next one or past its file"
+            expected = f"the blob at byte {first} ends by byte {following}"
+            raise CorruptFile(what, path, expected, found=f"it ends at byte {end}; the file has {file_bytes}")

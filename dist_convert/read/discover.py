@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from dist_convert.errors import CheckpointNotFound, InconsistentShards
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.record_checks import Checksums
 from dist_convert.read.source import Listing, file_signature, reading, sample_digest
-from dist_convert.records import StoredTensor
+from dist_convert.records import FilesOfRanks, JsonObject, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Discovery:
         identity: of each file, the size in bytes, the time of the last change in ns, and a digest of the header.
     """
 
-    headers: dict[str, Any]
+    headers: JsonObject
     listings: Sequence[Listing]
     headers_of: tuple[tuple[str, ...], ...]
     listing: Listing
@@ -37,7 +37,7 @@ class Discovery:
     checksums: Checksums = field(default_factory=dict)
 
     @cached_property
-    def visible(self) -> tuple[frozenset[str], ...]:
+    def visible(self) -> FilesOfRanks:
         """For each rank, the names of the files that it can read."""
         return tuple(map(frozenset, self.listings))
 
@@ -56,7 +56,6 @@ def discover(
     """Read each header on one rank that sees the file, and give all of them to all ranks.
 
     Args:
-        world: this rank.
         directory: of the source, as this rank sees it, with the `files` that it sees.
         read_header: gives a file's header in JSON values.
         expected: what kind of file was looked for, for messages.
@@ -72,12 +71,8 @@ def discover(
     listings = gather_listings(world, mine)
     names = sorted(frozenset[str]().union(*listings))
     if not names:
-        raise CheckpointNotFound(
-            "no rank sees any weights",
-            expected=expected,
-            found="none",
-            remedy="copy the checkpoint again, complete, from where it was saved",
-        )
+        remedy = "copy the checkpoint again, complete, from where it was saved"
+        raise CheckpointNotFound("no rank sees any weights", expected=expected, found="none", remedy=remedy)
     check_same_files(world, directory, listings, read_header)
     headers_of = deal_headers(names, listings)
     read = {file: read_header(file) for file in headers_of[world.rank]}
@@ -85,7 +80,7 @@ def discover(
     return Discovery(headers, listings, headers_of, mine, _identity(headers, listings))
 
 
-def _identity(headers: Mapping[str, Any], listings: Sequence[Listing]) -> dict[str, tuple[int, int, str]]:
+def _identity(headers: JsonObject, listings: Sequence[Listing]) -> dict[str, tuple[int, int, str]]:
     """What tells a later run that the source is still the same; of several copies the oldest speaks for all."""
     found = {}
     for file, header in headers.items():
@@ -130,7 +125,7 @@ def check_same_files(
         for file, ranks in sampled_by.items()
         if world.rank in ranks
     }
-    samples: list[dict[str, str]] = gather_objects(world, mine)
+    samples = gather_objects(world, mine)
     for file, (first, *others) in sampled_by.items():
         size_bytes = listings[first][file][0]
         for rank in others:
@@ -139,14 +134,14 @@ def check_same_files(
                 content = " of other content" if size_bytes == other_bytes else ""
                 raise InconsistentShards(
                     "two ranks see different files under one name",
-                    file=str(directory / file),
+                    directory / file,
                     expected=f"{size_bytes} bytes as on rank {first}",
                     found=f"{other_bytes} bytes{content} on rank {rank}",
                     remedy="nodes hold files of different runs, or a damaged copy: copy the right one to all of them",
                 )
 
 
-def deal_headers(files: Sequence[str], listings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:
+def deal_headers(files: Sequence[str], listings: Sequence[JsonObject]) -> tuple[tuple[str, ...], ...]:
     """Give each file to the rank, of those that see it, that has the fewest so far."""
     dealt: list[list[str]] = [[] for _ in listings]
     for file in files:

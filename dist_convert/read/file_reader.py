@@ -1,11 +1,12 @@
-"""Positioned reads of exactly the bytes that a view names, packed as target values."""
+"""Positioned reads of exactly the bytes that a view names, packed as target values, and the memory for them."""
 
 import contextlib
 import errno
 import math
+import mmap
 import os
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +14,10 @@ from types import MappingProxyType
 import torch
 
 from dist_convert.errors import CorruptFile, PlanError, UnsupportedModel, below
-from dist_convert.read.buffers import Buffer
-from dist_convert.read.decode import are_numbers, decoded, has_finite_products
+from dist_convert.models.catalog import Region, cut
 from dist_convert.read.record_checks import RecordChecks
 from dist_convert.read.source import Listing, check_unchanged, open_to_read, reading, source_error
-from dist_convert.records import DTYPE_BYTES, Box, Scales, View, runs
+from dist_convert.records import DTYPE_BYTES, Box, Scales, View, alternating, block_tiles, runs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Codes of quantised values, and powers of two among their scales.
@@ -29,6 +29,105 @@ PIECE_BYTES = 1 << 20
 
 #: Of one request to read ahead: of a longer one Linux reads no more than its window for reading ahead, 128 KiB.
 _AHEAD_BYTES = 128 << 10
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The same memory as bytes for system calls and as a uint8 tensor for torch."""
+
+    memory: memoryview
+    tensor: torch.Tensor
+
+
+def make_buffer(size_bytes: int, device: torch.device = CPU) -> Buffer:
+    """A page-aligned buffer of at least one byte in the host's memory.
+
+    For the CPU pages are taken when they are first used, and large ones where the system has them: taking 4 KiB at a
+    time costs as much as reading into them. For an accelerator they are pinned, so that its copies need no detour
+    through memory of the driver's own.
+    """
+    if device.type != "cpu":
+        try:
+            pinned = torch.empty(max(1, size_bytes), dtype=torch.uint8, pin_memory=True)
+            return Buffer(pinned.numpy().data, pinned)
+        except RuntimeError:
+            pass  # pinning is limited (`ulimit -l`) or not offered: pageable memory is slower, no more
+    memory = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE)
+    with contextlib.suppress(OSError):  # it is advice, which a kernel may be built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return Buffer(memoryview(memory), torch.frombuffer(memory, dtype=torch.uint8))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The buffers of one step on its way: what this rank reads, and what its group gathers."""
+
+    data: Buffer
+    received: Buffer
+
+
+#: Quantised values are decoded as their publishers' own code does (docs/formats.md, "Quantised weights"): the value of
+#: a code times the scale of its block, in float32; rounding to the target's dtype comes after that, once.
+
+#: Of the codes of one tile, so that what is computed on the way stays in the processor's cache.
+_TILE_BYTES = 1 << 17
+
+_BYTES = torch.arange(256)
+#: The values of each byte of two codes of E2M1, of which the lower four bits come first, as one item:
+#: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf, 5.3.3.
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_TWO_E2M1 = torch.stack([_E2M1[_BYTES % 16], _E2M1[_BYTES // 16]], 1).view(torch.int64).flatten()
+#: The largest value of a code, by the number of codes in a byte.
+_LARGEST = {1: 448, 2: 6}
+#: F8_E4M3 has the exponent's bias 7, float16 15, so the same bits stand for so much more:
+#: https://arxiv.org/abs/2209.05433, table 1.
+_E4M3_BY_FLOAT16 = 256
+
+
+def decoded(
+    codes: torch.Tensor, part: Box, factors: torch.Tensor, scales: Scales
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The values of a part of a quantised view, tile by tile, as float32.
+
+    Args:
+        codes: of the part, rows x bytes.
+        part: which rows and columns of the view it is.
+        factors: all scales of the view as float32, one for each block.
+        scales: where in its block the view begins, and how large blocks are.
+
+    Yields:
+        Boxes of the view that cover the part, and their values, which last until the next are asked for.
+    """
+    bytes_of_row, is_fp8 = codes.shape[1], scales.packed == 1
+    columns = (scales.column + torch.arange(part.column, part.column_end)) // scales.block_columns
+    first = (scales.column + part.column) % scales.packed  # of the codes in a byte
+    most_rows = max(1, _TILE_BYTES // bytes_of_row)
+    # Made once: taking pages from the system costs as much as what is done in them.
+    shape = (min(most_rows, part.rows), bytes_of_row)
+    wider = torch.empty(shape, dtype=torch.int16 if is_fp8 else torch.int32)
+    found = torch.empty(shape, dtype=torch.float32 if is_fp8 else torch.int64)
+    factors = factors * (_E4M3_BY_FLOAT16 if is_fp8 else 1)
+    row = part.row
+    while row < part.row_end:
+        block, inside = divmod(scales.row + row, scales.block_rows)
+        rows = min(most_rows, part.row_end - row)
+        if scales.block_rows > 1:  # all rows of a tile have the same scales, or each has its own
+            rows = min(rows, scales.block_rows - inside)
+        of_tile = factors[block : block + (inside + rows - 1) // scales.block_rows + 1]
+        tile = codes[row - part.row : row - part.row + rows]
+        if is_fp8:  # sign, exponent and fraction to where float16 has them
+            bits = wider[:rows].copy_(tile.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+            of_codes = found[:rows].copy_(bits.view(torch.float16))
+        else:
+            index = wider[:rows].copy_(tile).flatten()
+            of_codes = torch.index_select(_TWO_E2M1, 0, index, out=found[:rows].flatten()).view(rows, -1)
+            of_codes = of_codes.view(torch.float32)
+        values = of_codes[:, first : first + part.columns].mul_(of_tile.index_select(1, columns))
+        yield Box(row, part.column, rows, part.columns), values
+        row += rows
 
 
 @dataclass
@@ -78,7 +177,7 @@ class FileReader:
         self._known = known
         self._checks = checks or RecordChecks()
         self._is_last_use = is_last_use
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open = OrderedDict[str, int]()
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -89,10 +188,8 @@ class FileReader:
         """Read a view, add a constant, cast, and pack the values row by row into a buffer.
 
         Args:
-            view: what to read.
             target_dtype: safetensors name of the packed values.
             add: added to each value before the cast.
-            target: the buffer.
             offset_bytes: where in the buffer, a multiple of the item size.
 
         Returns:
@@ -107,13 +204,9 @@ class FileReader:
         with below(self._root):
             size_bytes = view.rows * view.columns * DTYPE_BYTES[target_dtype]
             if offset_bytes + size_bytes > len(target.memory):  # a slice would be shorter without a word
-                raise PlanError(
-                    "what is read does not fit into its buffer",
-                    tensor=view.tensor,
-                    file=view.file,
-                    expected=f"{size_bytes} bytes at offset {offset_bytes}",
-                    found=f"a buffer of {len(target.memory)} bytes",
-                )
+                what, found = "the data read does not fit into its buffer", f"a buffer of {len(target.memory)} bytes"
+                expected = f"{size_bytes} bytes at offset {offset_bytes}"
+                raise PlanError(what, view.file, expected, found, tensor=view.tensor)
             self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
             if view.is_dense and view.dtype == target_dtype and not add:
                 self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
@@ -147,11 +240,7 @@ class FileReader:
             return piece, checksum
 
     def read_missing(self) -> None:
-        """Read what records lack that were read but for a little, so that they are compared.
-
-        Raises:
-            CorruptFile, SourceChanged, SourceError: see `read`.
-        """
+        """Read what records lack that were read but for a little, so that they are compared; raises as `read` does."""
         with below(self._root):
             for view, offset_bytes, size_bytes in list(self._checks.little_missing()):
                 for first in range(0, size_bytes, len(self._scratch.memory)):
@@ -179,10 +268,11 @@ class FileReader:
         for box, values in self._fetch(stored):
             factors[box.row : box.row_end, box.column : box.column_end] = values
         self._check_unchanged(stored)
-        if not has_finite_products(factors, scales):
+        if not torch.isfinite(factors * _LARGEST[scales.packed]).all():  # a code would be too large for float32
             raise _no_number(stored)
         for part, codes in self._fetch(view.codes):
-            if not are_numbers(codes, scales):
+            # Of E4M3 0x7f and 0xff are NaN.
+            if scales.packed == 1 and (int(codes.max()) == 0xFF or int(codes.view(torch.int8).max()) == 0x7F):
                 raise _no_number(view)
             yield from decoded(
                 codes, replace(part, columns=view.columns) if scales.packed > 1 else part, factors, scales
@@ -195,13 +285,10 @@ class FileReader:
         run_bytes = fetched.run_elements * item_bytes
         runs_per_part = len(self._scratch.memory) // run_bytes
         if not runs_per_part:
+            what, remedy = "a tensor's elements lie too far apart", "save the checkpoint with contiguous parameters"
+            expected = f"at most {len(self._scratch.memory)} bytes from the first to the last of a block's row"
             raise UnsupportedModel(
-                "a tensor's elements lie too far apart",
-                tensor=view.tensor,
-                file=view.file,
-                expected=f"at most {len(self._scratch.memory)} bytes from the first to the last of a block's row",
-                found=f"{run_bytes} bytes",
-                remedy="save the checkpoint with contiguous parameters",
+                what, view.file, expected, tensor=view.tensor, found=f"{run_bytes} bytes", remedy=remedy
             )
         values = self._scratch.tensor.view(_STORED_DTYPES[view.dtype])
         for first in range(0, len(fetched.starts), runs_per_part):
@@ -230,13 +317,8 @@ class FileReader:
                 raise source_error(error, view.file, tensor=view.tensor, expected=expected) from error
             if count == 0:
                 self._check_unchanged(view)
-                raise CorruptFile(
-                    "the file ends inside a tensor",
-                    tensor=view.tensor,
-                    file=view.file,
-                    expected=expected,
-                    found=f"{done} bytes",
-                )
+                what = "the file ends inside a tensor"
+                raise CorruptFile(what, view.file, expected, tensor=view.tensor, found=f"{done} bytes")
             done += count
         if 1 + (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride <= view.rows * view.columns:
             return self._checks.add(window, view, offset_bytes)
@@ -245,7 +327,7 @@ class FileReader:
     def _end(self, view: View) -> None:
         self._check_unchanged(view)
         # What lies between the rows of a window with gaps may still be to be read.
-        if self._is_last_use and view.is_dense and hasattr(os, "posix_fadvise"):
+        if self._is_last_use and view.is_dense:
             with contextlib.suppress(OSError):  # it is advice
                 descriptor = self._descriptor(view.file)
                 os.posix_fadvise(descriptor, view.offset_bytes, view.size_bytes, os.POSIX_FADV_DONTNEED)
@@ -276,14 +358,10 @@ def _is_cached(descriptor: int, offset_bytes: int) -> bool:
 
 
 def _no_number(view: View) -> CorruptFile:
-    return CorruptFile(
-        "a quantised weight, or a scale of one, is no finite number",
-        tensor=view.tensor,
-        file=view.file,
-        expected=f"finite values of {view.rows} x {view.columns} elements from offset {view.offset_bytes} on",
-        found="one that is infinite or not a number",
-        remedy="the file is damaged, or was quantised wrongly; copy it again from where it was published",
-    )
+    what, found = "a quantised weight, or its scale, is not a finite number", "an infinity or NaN"
+    expected = f"finite values of {view.rows} x {view.columns} elements from offset {view.offset_bytes} on"
+    remedy = "the file is damaged, or was quantised wrongly; copy it again from where it was published"
+    return CorruptFile(what, view.file, expected, found, remedy, tensor=view.tensor)
 
 
 def _place(values: torch.Tensor, target: torch.Tensor, add: int) -> Counter[str]:
@@ -305,3 +383,77 @@ def _place(values: torch.Tensor, target: torch.Tensor, add: int) -> Counter[str]
     if cast is not target:
         target.copy_(cast)
     return changed
+
+
+#: Of one element, whatever its dtype.
+_WIDEST_BYTES = 8
+
+
+def matrix(buffer: Buffer, dtype: str, rows: int, columns: int) -> torch.Tensor:
+    """The beginning of a buffer as rows x columns values."""
+    return buffer.tensor[: rows * columns * DTYPE_BYTES[dtype]].view(TORCH_DTYPES[dtype]).view(rows, columns)
+
+
+def read_box(
+    files: FileReader, regions: Sequence[Region], box: Box, dtype: str, target: Buffer, block: Buffer
+) -> torch.Tensor:
+    """Fill a buffer with a box of a tensor, row by row, from the first replica of each region.
+
+    Args:
+        files: reader of the files, with twice the scratch that `block` has.
+        regions: of the tensor; they cover the box.
+        dtype: safetensors name of the values in the buffer.
+        target: the buffer, which is large enough.
+        block: for values that are put beside others.
+
+    Returns:
+        The values as rows x columns of the buffer.
+
+    Raises:
+        SourceError: see `FileReader.read`.
+    """
+    values, row_bytes = matrix(target, dtype, box.rows, box.columns), box.columns * DTYPE_BYTES[dtype]
+    reads = list(reads_of(cut(regions, box), len(block.memory)))
+    for ahead in (view for view, _ in reads if view):
+        files.read_ahead(ahead)
+    for view, together in reads:
+        boxes = [replace(one.box, row=one.box.row - box.row, column=one.box.column - box.column) for one in together]
+        parts = [values[part.row : part.row_end, part.column : part.column_end] for part in boxes]
+        if view is None:
+            parts[0].zero_()
+            continue
+        add, fills_rows = together[0].add, view.columns == box.columns and len(parts) == 1
+        if fills_rows and view.is_dense and view.dtype == dtype and not add:
+            files.read(view, dtype, 0, target, boxes[0].row * row_bytes)
+            continue
+        element_bytes = max(DTYPE_BYTES[dtype], DTYPE_BYTES[view.dtype])
+        for tile in block_tiles(
+            view.rows, view.columns, element_bytes, len(block.memory), is_transposed=view.is_transposed
+        ):
+            if fills_rows and tile.columns == box.columns:
+                files.read(view.window(tile), dtype, add, target, (boxes[0].row + tile.row) * row_bytes)
+                continue
+            files.read(view.window(tile), dtype, add, block, 0)
+            found = matrix(block, dtype, tile.rows, tile.columns).chunk(len(parts), dim=1)
+            for part, its in zip(parts, found, strict=True):
+                part[tile.row : tile.row_end, tile.column : tile.column + its.shape[1]] = its
+    return values
+
+
+def reads_of(regions: Iterable[Region], block_bytes: int) -> Iterator[tuple[View | None, tuple[Region, ...]]]:
+    """What is read for regions, of the first replica of each, and for which of them; None for zeros.
+
+    Two whose rows alternate in the file, as the halves of a head in Meta's order do, are one read without gaps, in
+    whose rows they lie side by side, if a block holds one.
+    """
+    waiting = deque(regions)
+    while waiting:
+        first = waiting.popleft()
+        view = first.replicas[0] if first.replicas else None
+        joined = None
+        if view and waiting and waiting[0].replicas and waiting[0].add == first.add:
+            joined = alternating(view, waiting[0].replicas[0])
+        if joined and joined.columns * _WIDEST_BYTES <= block_bytes:
+            yield joined, (first, waiting.popleft())
+        else:
+            yield view, (first,)

@@ -70,8 +70,8 @@ class RecordChecks:
         if is_whole and checksum != expected:
             raise CorruptFile(
                 "the bytes of a tensor are not those that were saved",
+                file,
                 tensor=view.tensor,
-                file=file,
                 expected=f"CRC-32 {expected:08x} of {size_bytes} bytes at offset {start}, as the file says",
                 found=f"{checksum:08x}",
             )

@@ -21,6 +21,7 @@ from sys import getsizeof
 from typing import Any
 
 from dist_convert.errors import CorruptFile, UnsafePickle
+from dist_convert.records import JsonObject
 
 _DTYPE_NAMES = {
     "F64": "float64 double DoubleStorage",
@@ -156,7 +157,10 @@ class Inert:
         return Inert(self.class_name, arguments)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Tensor:
+    bits = more[2] if len(more) > 2 else None  # backends of torch add keys of their own, which change no value
+    if isinstance(bits, dict) and (bits.get("neg") or bits.get("conj")):
+        raise pickle.UnpicklingError("a tensor that is stored negated or conjugated; save it with resolve_neg()")
     is_whole = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MAX_ITEMS
     is_whole = is_whole and all(isinstance(n, int) and 0 <= n < _NO_SIZE for n in (offset, *shape, *strides))
     if not isinstance(storage, Storage) or not is_whole:
@@ -165,16 +169,18 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 
 
 def _rebuild_typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *bits: Any
 ) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("a tensor without a storage or dtype")
-    return _rebuild_tensor(Storage(storage.key, dtype.name, storage.elements), offset, shape, strides)
+    return _rebuild_tensor(
+        Storage(storage.key, dtype.name, storage.elements), offset, shape, strides, grad, hooks, *bits
+    )
 
 
 def _size(numbers: tuple[int, ...] = ()) -> tuple[int, ...]:
     if not isinstance(numbers, tuple):
-        raise pickle.UnpicklingError("a torch.Size of what is no tuple")
+        raise pickle.UnpicklingError("a torch.Size of something that is not a tuple")
     return numbers
 
 
@@ -224,21 +230,10 @@ def _named(module: str, name: str, label: str) -> Any:
     is_listed = module.partition(".")[0] in INERT_PACKAGES or name in INERT_GLOBALS.get(module, "").split()
     if is_listed or is_foreign(full_name):
         return Inert(full_name)
-    raise UnsafePickle(
-        f"the pickle names {full_name}, which no checkpoint needs; nothing was run",
-        file=label,
-        expected="tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy",
-        found=full_name,
-        remedy="do not load this file with torch.load; find out where it comes from",
-    )
-
-
-def _storage(saved_id: Any) -> Storage:
-    """A storage reference: ("storage", class, key, location, elements)."""
-    match saved_id:
-        case ("storage", Dtype() as kind, str() as key, _, int() as elements) if 0 <= elements < _NO_SIZE:
-            return Storage(key, kind.name, elements)
-    raise pickle.UnpicklingError("a damaged storage reference")
+    what = f"the pickle names {full_name}, which no checkpoint needs; nothing was run"
+    expected = "tensors, args and the state classes of Megatron, Transformer Engine, torch and numpy"
+    remedy = "do not load this file with torch.load; find out where it comes from"
+    raise UnsafePickle(what, label, expected, found=full_name, remedy=remedy)
 
 
 #: Characters of a class with its module: a pickle names one once and has a million of its objects.
@@ -288,7 +283,7 @@ class _Unpickler:
         most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * len(self._data)
         kept_bytes = _STACK_BYTES * len(self._stack) + _MEMO_BYTES * len(self._memo) + _MARK_BYTES * len(self._marks)
         if self._made_bytes + kept_bytes > most_bytes:
-            raise pickle.UnpicklingError(f"what it makes takes more than {most_bytes:,} bytes of memory")
+            raise pickle.UnpicklingError(f"its objects take more than {most_bytes:,} bytes of memory")
         if at_byte > _UNEXPLAINED_BYTES + _BYTES_PER_OBJECT * self._objects:
             raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
 
@@ -300,7 +295,7 @@ class _Unpickler:
             **dict.fromkeys(_VALUES, self._push_value),
             **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: push(memo[place])),
             **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
-            **dict.fromkeys(("REDUCE", "NEWOBJ"), self._call_popped),
+            **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self._call(*pop(2))),
             **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
             "MEMOIZE": lambda _: memo.append(stack[-1]),
             "MARK": lambda _: marks.append(len(stack)),
@@ -348,12 +343,17 @@ class _Unpickler:
         self._stack.append(value)
 
     def _push_storage(self, saved_id: Any) -> None:
+        """Of a reference: ("storage", class, key, location, elements)."""
         self._objects += 1
-        self._push_new(_storage(saved_id))
+        match saved_id:
+            case ("storage", Dtype() as kind, str() as key, _, int() as elements) if 0 <= elements < _NO_SIZE:
+                self._push_new(Storage(key, kind.name, elements))
+            case _:
+                raise pickle.UnpicklingError("a damaged storage reference")
 
     def _push_named(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise pickle.UnpicklingError("a global whose name is no text")
+            raise pickle.UnpicklingError("a global with a name that is not text")
         self._push_new(_named(module, name, self._label))
         self._made_bytes += getsizeof(module) + getsizeof(name)
 
@@ -390,17 +390,13 @@ class _Unpickler:
         if not isinstance(arguments, tuple) or len(arguments) > _MAX_ITEMS:
             raise pickle.UnpicklingError("a call with too many arguments, or none")
         if not isinstance(function, Inert) and function not in _REBUILD.values():
-            raise pickle.UnpicklingError("a call of what is no function")
+            raise pickle.UnpicklingError("a call of something that is not a function")
         self._objects += 1
         made = function(*arguments)
         self._stack.append(made)
         if not arguments or made is not arguments[0]:
             kept = made.arguments if isinstance(made, Inert) else ()  # a copy, unless there are none
             self._made_bytes += getsizeof(made) + _HEAP_BYTES + (getsizeof(kept) if kept else 0)
-
-    def _call_popped(self, _: Any) -> None:
-        arguments = self._stack.pop()
-        self._call(self._stack.pop(), arguments)
 
     def _call_listed(self, function: Any, *arguments: Any) -> None:
         self._call(function, arguments)
@@ -415,7 +411,7 @@ class _Unpickler:
         if isinstance(instance, Inert):
             instance.state = state
         elif not isinstance(instance, dict):  # whose state is metadata of modules
-            raise pickle.UnpicklingError("state for an object that has none")
+            raise pickle.UnpicklingError("state for an object that takes none")
 
     def _fill(self, kind: type, items: list[Any]) -> None:
         """Put items into the last thing on the stack: keys and values in turn if it is a dict."""
@@ -423,7 +419,7 @@ class _Unpickler:
         if isinstance(target, Inert):  # of a class that is filled with items
             return
         if type(target) is not kind or (kind is dict and len(items) % 2):
-            raise pickle.UnpicklingError(f"items for what is no {kind.__name__}")
+            raise pickle.UnpicklingError(f"items for an object that is not a {kind.__name__}")
         before_bytes = getsizeof(target)
         keys: Iterable[Any] = items[::2] if kind is dict else items
         if kind is not list and not _CHEAP_KEYS.issuperset(map(type, keys)):
@@ -443,13 +439,13 @@ class _Unpickler:
             return key
         self._other_keys += 1
         if self._other_keys > _MAX_OTHER_KEYS:
-            raise pickle.UnpicklingError("too many dict keys that are no texts")
+            raise pickle.UnpicklingError("too many dict keys that are not text")
         waiting, seen = [key], 0
         while waiting:
             item = waiting.pop()
             seen += 1
             if seen > _MAX_ITEMS:
-                raise pickle.UnpicklingError("a dict key that holds too much")
+                raise pickle.UnpicklingError("a dict key with too many parts")
             if isinstance(item, tuple):
                 waiting += item
         return key
@@ -506,11 +502,7 @@ def load(data: bytes, label: str) -> Any:
         OverflowError,
         RecursionError,
     ) as error:
-        raise CorruptFile(
-            "damaged pickle",
-            file=label,
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+        raise CorruptFile("damaged pickle", label, found=f"{type(error).__name__}: {error}") from error
 
 
 #: Members of the two enums that every `args` holds, as `str()` of the real ones prints them.
@@ -542,7 +534,7 @@ def _numpy_number(arguments: Sequence[Any]) -> int | float | bool | None:
     return None
 
 
-def plain_dict(values: Mapping[Any, Any]) -> dict[str, Any]:
+def plain_dict(values: Mapping[Any, Any]) -> JsonObject:
     """Every value of a mapping as JSON, cut where it is deeper or larger than any training arguments."""
     converter = _Converter()
     return {converter.text(key): converter.plain(value, 0) for key, value in values.items()}

@@ -7,17 +7,18 @@ directory).
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from isal import isal_zlib
 
 from dist_convert.errors import CorruptFile
-from dist_convert.write.files import opened, writing
+from dist_convert.write.files import Directory, opened, writing
 
 #: (offset, length, CRC-32) of bytes whose checksum was taken when they were written.
 KnownRange = tuple[int, int, int]
+#: Of files, by name.
+KnownRanges = Mapping[str, Sequence[KnownRange]]
 _READ_BYTES = 8 << 20
 
 
@@ -75,7 +76,7 @@ def _read_checksum(descriptor: int, label: str, start: int, end: int, checksum: 
 
 
 def write_record_checksums(
-    root: Path, name: str, size_bytes: int, records: Iterable[ZipRecord], known: Sequence[KnownRange]
+    root: Directory, name: str, size_bytes: int, records: Iterable[ZipRecord], known: Sequence[KnownRange]
 ) -> None:
     """Write the checksum of each record to the two places that hold it; once more, it changes nothing.
 
@@ -100,5 +101,5 @@ def write_record_checksums(
 
 
 def _changed(what: str, file: str, expected: object, found: object) -> CorruptFile:
-    remedy = "something else has written to the target: let nothing do that, and convert again"
-    return CorruptFile(what, file=file, expected=expected, found=found, remedy=remedy)
+    remedy = "something else has written to the target: make sure that nothing does, and convert again"
+    return CorruptFile(what, file, expected, found, remedy)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from dist_convert.errors import CorruptFile, NotEnoughSpace, PlanError, TargetError, remedy_of
+from dist_convert.errors import CorruptFile, NotEnoughSpace, PlanError, TargetBusy, TargetError, remedy_of
 from dist_convert.read.source import read_json
 from dist_convert.records import View, Window, local_name
 
@@ -22,8 +23,46 @@ from dist_convert.records import View, Window, local_name
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-#: A directory's device and inode, which stay the same while something in it is open, as a lock is.
-Place = tuple[int, int]
+@dataclass(frozen=True)
+class Directory:
+    """A directory that `held` keeps open: all below it is reached from it, whatever has its name meanwhile.
+
+    Attributes:
+        path: of its name, for messages.
+        descriptor: of the directory itself.
+    """
+
+    path: Path
+    descriptor: int
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def is_named(self, name: str, parent: "Directory") -> bool:
+        """Whether it has a name in the directory that holds it."""
+        try:
+            found = os.stat(name, dir_fd=parent.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self.descriptor))
+
+
+#: What to read below; a path is opened for this one time, and is no link.
+Root = Directory | Path
+
+
+@contextmanager
+def held(path: Path, parent: Directory | None = None) -> Iterator[Directory]:
+    """Keep a directory open, which is no link; its name is looked up in a parent that is held, if there is one."""
+    name, base = (path, None) if parent is None else (path.name, parent.descriptor)
+    descriptor = os.open(name, os.O_DIRECTORY | _PLAIN, dir_fd=base)
+    try:
+        yield Directory(path, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -40,50 +79,48 @@ class Beside:
 
 
 @contextmanager
-def holding(root: Path, name: str, *, makes: bool = False, place: Place | None = None) -> Iterator[tuple[int, str]]:
+def holding(root: Root, name: str, *, makes: bool = False) -> Iterator[tuple[int, str]]:
     """A descriptor of the directory that holds a path below another one, and the path's name in it.
 
     Args:
-        root, name: the directory, which may be a link no more than those on the way, and the path below it.
+        root, name: the directory, and the path below it; no directory on the way is a link.
         makes: whether directories on the way are made.
-        place: of the root, which no other directory may have taken since it was looked up.
     """
     *above, last = name.split("/")
-    holder = os.open(root, os.O_DIRECTORY | _PLAIN)
+    start, base = (".", root.descriptor) if isinstance(root, Directory) else (root, None)
     try:
-        found = os.fstat(holder)
-        if place not in (None, (found.st_dev, found.st_ino)):
-            raise OSError(errno.ESTALE, "another directory than at the start has its name")
-        for part in above:
-            if makes:
-                with suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=holder)
-            outer, holder = holder, os.open(part, os.O_DIRECTORY | _PLAIN, dir_fd=holder)
-            os.close(outer)
-        yield holder, last
+        holder = os.open(start, os.O_DIRECTORY | _PLAIN, dir_fd=base)
+        try:
+            for part in above:
+                if makes:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=holder)
+                outer, holder = holder, os.open(part, os.O_DIRECTORY | _PLAIN, dir_fd=holder)
+                os.close(outer)
+            yield holder, last
+        finally:
+            os.close(holder)
     except OSError as error:
         error.filename = str(root / name)
         raise
-    finally:
-        os.close(holder)
 
 
-def open_below(root: Path, name: str, flags: int = os.O_RDONLY, place: Place | None = None) -> int:
-    """A descriptor of a plain file below a directory of the target, reached without following any link.
+def open_below(root: Root, name: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file below a directory, reached without following any link.
 
     Args:
-        root, name, place: see `holding`.
+        root, name: see `holding`.
         flags: of open(2).
 
     Raises:
         OSError: the operating system's; or something is in the file's place that no conversion has put there: a link,
             a pipe, or a file that has another name elsewhere.
     """
-    with holding(root, name, makes=bool(flags & os.O_CREAT), place=place) as (holder, last):
+    with holding(root, name, makes=bool(flags & os.O_CREAT)) as (holder, last):
         descriptor = os.open(last, flags | _PLAIN, 0o666, dir_fd=holder)
         if not is_plain(os.fstat(descriptor)):
             os.close(descriptor)
-            raise OSError(errno.EEXIST, "a link, a pipe or a file with a second name is in its place")
+            raise OSError(errno.EEXIST, "a link, a pipe or a hard-linked file is in its place")
         return descriptor
 
 
@@ -92,8 +129,23 @@ def is_plain(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
 
 
+def names_in(root: Root, directory: str = "") -> set[str]:
+    """What a directory below another one, or that one, holds; see `holding`."""
+    with holding(root, f"{directory}/.".lstrip("/")) as (holder, _):
+        return set(os.listdir(holder))
+
+
+def is_file(root: Root, name: str) -> bool:
+    """Whether a file with one name lies below a directory, as far as that can be seen; see `holding`."""
+    try:
+        with holding(root, name) as (holder, last):
+            return is_plain(os.stat(last, dir_fd=holder, follow_symlinks=False))
+    except OSError:
+        return False
+
+
 @contextmanager
-def opened(root: Path, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+def opened(root: Root, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
     """What `open_below` opens, for as long as the block lasts."""
     descriptor = open_below(root, name, flags)
     try:
@@ -102,52 +154,45 @@ def opened(root: Path, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(descriptor)
 
 
-def sync(path: Path) -> None:
-    """Force a file or a directory to the disk.
+def sync(root: Directory, name: str = ".") -> None:
+    """Force a file or a directory below another one, or that one, to the disk.
 
     Raises:
         OSError: it may not be there; trying again would say that it is.
     """
-    descriptor = os.open(path, os.O_RDONLY | _PLAIN)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with holding(root, name) as (holder, last):
+        descriptor = os.open(last, os.O_RDONLY | _PLAIN, dir_fd=holder)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def sync_parent(path: Path) -> None:
-    """Force to the disk which names the directory has that holds a path; that directory may be reached by a link."""
-    sync(path.absolute().parent.resolve())
-
-
-def target_error(error: OSError, file: str) -> TargetError:
+def target_error(error: OSError, file: object) -> TargetError:
     """The error of ours for an operating system's refusal to write."""
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "move away what is there" if error.errno in _IN_THE_WAY else remedy_of(error)
-    return (NotEnoughSpace if is_full else TargetError)(
-        "cannot write the target",
-        file=file,
-        found=error.strerror or str(error),
-        remedy=f"{what}, then start the same command again; or choose another target",
-    )
+    remedy = f"{what}, then start the same command again; or choose another target"
+    kind = NotEnoughSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else TargetError
+    return kind("cannot write the target", file, found=error.strerror or error, remedy=remedy)
 
 
 #: The system's refusals where something else has the name of a file or directory of the target.
-_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
+#: EXDEV: overlayfs renames no directory of a lower layer.
+_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO, errno.EXDEV)
 
 
 @contextmanager
-def writing(file: str | Path) -> Iterator[None]:
+def writing(file: object) -> Iterator[None]:
     """Within it a file or directory of the target is made, written or renamed."""
     try:
         yield
     except OSError as error:
-        raise target_error(error, str(file)) from error
+        raise target_error(error, file) from error
 
 
 _MAX_OPEN_FILES = 64
 
-#: Of one system call. For larger ones Linux looks for larger stretches of free memory, which can take seconds.
+#: Of one system call, so that the processor's cache has it from its CRC-32.
 _WRITE_BYTES = 1 << 20
 
 #: What was written, and the CRC-32 of its bytes; None where there are gaps between them.
@@ -160,9 +205,9 @@ class FileWriter:
     Not for use by two threads at once.
     """
 
-    def __init__(self, root: Path, place: Place | None = None) -> None:
+    def __init__(self, root: Directory) -> None:
         self.written_bytes = 0
-        self._root, self._place = root, place
+        self._root = root
         self._open: dict[str, int] = {}  # the one that was used last is the last
 
     def close(self) -> None:
@@ -178,15 +223,10 @@ class FileWriter:
             PlanError: the columns of a row are apart in the file, or there are not as many values as the view has.
         """
         if view.is_transposed:
-            raise PlanError("a transposed window is written by its columns", tensor=view.tensor, file=view.file)
+            raise PlanError("a transposed window is written by its columns", view.file, tensor=view.tensor)
         if len(packed) != view.size_bytes:
-            raise PlanError(
-                "not as many bytes as the window has",
-                tensor=view.tensor,
-                file=view.file,
-                expected=f"{view.size_bytes} bytes",
-                found=f"{len(packed)} bytes",
-            )
+            what, expected = "not as many bytes as the window has", f"{view.size_bytes} bytes"
+            raise PlanError(what, view.file, expected, tensor=view.tensor, found=f"{len(packed)} bytes")
         window = Window.of(view)
         checksum = 0 if window.runs == 1 else None
         with writing(self._root / local_name(view.file)):
@@ -221,14 +261,14 @@ class FileWriter:
     def _descriptor(self, file: str) -> int:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            descriptor = open_below(self._root, local_name(file), os.O_WRONLY, self._place)
+            descriptor = open_below(self._root, local_name(file), os.O_WRONLY)
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[file] = descriptor
         return descriptor
 
 
-def make_file(root: Path, name: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
+def make_file(root: Directory, name: str, pieces: Iterable[tuple[int, bytes]], size_bytes: int) -> None:
     """Write all of a file that is no tensor's values, and give it its size; values that are there already stay.
 
     Args:
@@ -237,8 +277,7 @@ def make_file(root: Path, name: str, pieces: Iterable[tuple[int, bytes]], size_b
         size_bytes: of the whole file.
     """
     with writing(root / name):
-        is_new = not os.path.lexists(root / name)
-        flags = os.O_WRONLY | (os.O_CREAT | os.O_EXCL if is_new else 0)  # NFS reads no page for it
+        flags = os.O_WRONLY | (0 if is_file(root, name) else os.O_CREAT | os.O_EXCL)  # NFS reads no page for it
         with opened(root, name, flags) as descriptor:
             if os.fstat(descriptor).st_size < size_bytes:
                 os.ftruncate(descriptor, size_bytes)
@@ -247,20 +286,15 @@ def make_file(root: Path, name: str, pieces: Iterable[tuple[int, bytes]], size_b
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write_file(root: Path, name: str, content: bytes) -> None:
-    """Write all of a small file of a target that is not complete yet; what an earlier run has made of it goes.
-
-    Args:
-        root, name: see `open_below`.
-        content: of the file.
-    """
+def write_file(root: Directory, name: str, content: bytes) -> None:
+    """Write all of a small file of a target that is not complete yet; what an earlier run has made of it goes."""
     with writing(root / name):
         with holding(root, name, makes=True) as (holder, last), suppress(FileNotFoundError):
             os.unlink(last, dir_fd=holder)
         _write_new(root, name, content)
 
 
-def _write_new(root: Path, name: str, content: bytes | Iterable[bytes], *, is_forced: bool = False) -> None:
+def _write_new(root: Directory, name: str, content: bytes | Iterable[bytes], *, is_forced: bool = False) -> None:
     with opened(root, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
         for piece in (content,) if isinstance(content, bytes) else content:
             left = memoryview(piece)
@@ -270,7 +304,7 @@ def _write_new(root: Path, name: str, content: bytes | Iterable[bytes], *, is_fo
             os.fsync(descriptor)
 
 
-def reserve_file(root: Path, name: str) -> bool:
+def reserve_file(root: Directory, name: str) -> bool:
     """Have blocks of the disk behind all of a file, so that no write can find it full; values that are there stay.
 
     By fallocate(2) itself: posix_fallocate falls back to writing, which may fall on what another rank has written.
@@ -307,9 +341,9 @@ WAITING = ".dist_convert-waiting.json"
 
 
 def replace_files(
-    root: Path,
+    root: Directory,
     contents: Mapping[str, bytes | Iterable[bytes]],
-    scratch: tuple[Path, str] | None = None,
+    scratch: tuple[Directory, str] | None = None,
     waiting: Iterable[str] | None = None,
 ) -> None:
     """Replace files, or add them; none before all are written and forced to the disk, and none in part.
@@ -318,8 +352,8 @@ def replace_files(
         root: see `holding`.
         contents: by name, of large files in pieces. A link that has the name is replaced as well, and what it leads to
             is left alone.
-        scratch: a root and the name of a directory in it, on the same file system, in which they are written first;
-            each beside its place without it. There a `TEMPORARY` one stays if the process is killed.
+        scratch: another root and the name of a directory in it, on the same file system, in which they are written
+            first; each beside its place without it. There a `TEMPORARY` one stays if the process is killed.
         waiting: where they belong together: `WAITING` lists them from when they are written until the caller removes
             it, and these names, which it has listed before; `go_on_replacing` does what is left.
     """
@@ -345,12 +379,8 @@ def replace_files(
         raise
 
 
-def _take_name(fresh_root: Path, fresh: str, root: Path, name: str) -> None:
-    with (
-        writing(root / name),
-        holding(fresh_root, fresh) as (made_in, made),
-        holding(root, name) as (holder, last),
-    ):
+def _take_name(fresh_root: Directory, fresh: str, root: Directory, name: str) -> None:
+    with writing(root / name), holding(fresh_root, fresh) as (made_in, made), holding(root, name) as (holder, last):
         os.rename(made, last, src_dir_fd=made_in, dst_dir_fd=holder)
         os.fsync(holder)
 
@@ -367,15 +397,43 @@ def waiting_files(root: Path) -> dict[str, str]:
     for name, made in listed.items():
         above, _, last = f"{made}".rpartition("/")
         is_beside = above == name.rpartition("/")[0] and TEMPORARY.fullmatch(last)
-        if ".." in name.split("/") or (made != "" and not is_beside):
-            raise CorruptFile("no list of files that wait for their names", file=str(root / WAITING), found=f"{name!r}")
+        if not _is_below(name) or (made != "" and not is_beside):
+            raise CorruptFile("no list of files that wait for their names", root / WAITING, found=f"{name!r}")
     return listed
 
 
-def go_on_replacing(root: Path) -> list[str]:
-    """Give files their names that did not get them when a run was killed; the names of all of which it listed."""
-    listed = waiting_files(root)
+def _is_below(name: str) -> bool:
+    """Whether a text is the name of something below a directory."""
+    try:
+        return not {"", ".", ".."} & {*name.split("/")} and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON can have
+        return False
+
+
+def go_on_replacing(root: Directory, *more: str) -> list[str]:
+    """Give files their names that did not get them when a run was killed; the names of those that it listed.
+
+    As long as the root is held no other process does so, where flock(2) can tell. There what the killed run was still
+    writing is removed, here and in more directories below.
+
+    Raises:
+        TargetBusy: another process does.
+    """
+    try:
+        fcntl.flock(root.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        can_tell = True
+    except BlockingIOError as error:
+        remedy = "wait until it has ended, or stop it, and start the same command again"
+        raise TargetBusy("another process is changing files of the model", root, remedy=remedy) from error
+    except OSError:
+        can_tell = False
+    listed = waiting_files(root.path)
     for name, made in listed.items():
-        if made and os.path.lexists(root / made):
+        if made and is_file(root, made):
             _take_name(root, made, root, name)
-    return [*listed]
+    with suppress(OSError):
+        for directory in (".", *more) if can_tell else ():
+            with holding(root, f"{directory}/.") as (holder, _):
+                for name in filter(TEMPORARY.fullmatch, os.listdir(holder)):
+                    os.unlink(name, dir_fd=holder)
+    return [name for name in listed if is_file(root, name)]

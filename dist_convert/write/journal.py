@@ -27,8 +27,9 @@ from typing import Any
 from isal import isal_zlib
 
 from dist_convert.errors import TargetError
-from dist_convert.records import View, Window, local_name
-from dist_convert.write.files import Place, Written, open_below, opened, target_error, writing
+from dist_convert.ranks.timeout import wait_for_end
+from dist_convert.records import JsonObject, View, Window, local_name
+from dist_convert.write.files import Directory, Root, Written, names_in, open_below, opened, target_error, writing
 
 #: Of the partial directory, the part that is not the target.
 JOURNAL_DIRECTORY = ".journal"
@@ -47,25 +48,20 @@ def this_boot() -> tuple[str, str]:
 
 
 class Journal:
-    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may.
+    """Appends to the journal of this rank, and of this run among those that worked on the target; any thread may."""
 
-    Attributes:
-        place: of the directory that holds it, where that is known.
-    """
-
-    def __init__(self, partial: Path, run: int, rank: int, place: Place | None = None) -> None:
-        self.place = place
+    def __init__(self, partial: Directory, run: int, rank: int) -> None:
         self._partial = partial
         self._run = run
-        self._path = partial / JOURNAL_DIRECTORY / f"run-{run:05d}-rank-{rank:05d}"
+        name = f"{JOURNAL_DIRECTORY}/run-{run:05d}-rank-{rank:05d}"
+        self._path = partial / name
         self._is_torn = False
         self._lock = threading.Lock()
-        self._unsynced: set[str] = set()
+        self._unsynced = set[str]()
         self._failure: TargetError | None = None
         host, boot = this_boot()
         with writing(self._path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            self._descriptor = open_below(partial, f"{JOURNAL_DIRECTORY}/{self._path.name}", flags, place)
+            self._descriptor = open_below(partial, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         self._append({"run": run, "rank": rank, "host": host, "boot": boot})
 
     def wrote(self, written: Sequence[Written]) -> None:
@@ -99,10 +95,14 @@ class Journal:
             safe_bytes = os.fstat(self._descriptor).st_size
         if not files:
             return
-        for file in sorted(files):
+        self.sync(sorted(files))
+        self._append({"mark": safe_bytes}, is_forced=True)
+
+    def sync(self, files: Iterable[str]) -> None:
+        """Force files of the target to the disk."""
+        for file in files:
             with self.syncing(file), opened(self._partial, file) as descriptor:
                 os.fdatasync(descriptor)
-        self._append({"mark": safe_bytes}, is_forced=True)
 
     @contextlib.contextmanager
     def syncing(self, file: str) -> Iterator[None]:
@@ -110,7 +110,7 @@ class Journal:
         try:
             yield
         except OSError as error:
-            self._failure = target_error(error, str(self._partial / file))
+            self._failure = target_error(error, self._partial / file)
             with contextlib.suppress(TargetError):  # the same disk may refuse this too
                 self.lost(file, with_this_run=True)
             raise self._failure from error
@@ -131,7 +131,7 @@ class Journal:
             yield
         finally:
             ended.set()
-            marker.join()
+            wait_for_end(lambda: not marker.is_alive())
         if self._failure is not None:
             raise self._failure
 
@@ -139,7 +139,7 @@ class Journal:
         """Every line has been written already."""
         os.close(self._descriptor)
 
-    def _append(self, record: Mapping[str, Any], unsynced: Iterable[str] = (), *, is_forced: bool = False) -> None:
+    def _append(self, record: JsonObject, unsynced: Iterable[str] = (), *, is_forced: bool = False) -> None:
         text = json.dumps(record, separators=(",", ":")).encode()
         with self._lock, writing(self._path):
             # Behind what a full disk has cut off, a line of its own.
@@ -158,12 +158,8 @@ class Journal:
 _MOST_LINE_BYTES = 16 << 20
 
 
-def read_lines(partial: Path, name: str) -> Iterator[tuple[int, Any]]:
-    """The whole lines of a journal, each with the position of its end in bytes; torn ones are passed over.
-
-    Raises:
-        ValueError: a whole line that is no JSON.
-    """
+def read_lines(partial: Root, name: str) -> Iterator[tuple[int, Any]]:
+    """A journal's whole lines, each with the position of its end in bytes; a ValueError for one that is no JSON."""
     end_bytes = 0
     with os.fdopen(open_below(partial, f"{JOURNAL_DIRECTORY}/{name}"), "rb") as file:
         while line := file.readline(_MOST_LINE_BYTES):
@@ -216,13 +212,12 @@ class ResumeState:
     changed: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: {kind: {} for kind in CHANGES})
 
 
-def journals(partial: Path) -> list[str]:
+def journals(partial: Root) -> list[str]:
     """The names of all journals that this machine sees."""
     try:
-        found = sorted(os.listdir(partial / JOURNAL_DIRECTORY))
+        return sorted(filter(_JOURNAL.fullmatch, names_in(partial, JOURNAL_DIRECTORY)))
     except FileNotFoundError:
         return []
-    return [name for name in found if _JOURNAL.fullmatch(name)]
 
 
 def last_run(names: Iterable[str]) -> int:
@@ -230,14 +225,15 @@ def last_run(names: Iterable[str]) -> int:
     return max((int(name.split("-")[1]) for name in names), default=0)
 
 
-def has_written(partial: Path, runs_before: int) -> bool:
-    """Whether any run after the first so many has finished bytes of the target, as far as this machine sees."""
-    fresh = [name for name in journals(partial) if last_run([name]) > runs_before]
+def has_written(partial: Root, rank: int, runs_before: int) -> bool:
+    """Whether a rank has finished bytes of the target in any run after the first so many."""
+    mine = [name for name in journals(partial) if name.endswith(f"-rank-{rank:05d}")]
+    fresh = [name for name in mine if last_run([name]) > runs_before]
     return any("wrote" in record for name in fresh for _, record in read_lines(partial, name))
 
 
 def read_journal(
-    partial: Path, name: str, boots: Iterable[Sequence[str]], most: int = FEW_WINDOWS
+    partial: Root, name: str, boots: Iterable[Sequence[str]], most: int = FEW_WINDOWS
 ) -> dict[str, Any] | None:
     """What counts of one journal, in JSON values; None where a line is whole and yet no journal's, or no end of them.
 
@@ -245,8 +241,9 @@ def read_journal(
     """
     is_same_boot, safe_bytes, written, lost = False, 0, list[tuple[int, Written]](), []
     changed: dict[str, list[Any]] = {kind: [] for kind in CHANGES}
-    if last_run([name]) >= _MOST_RUNS or os.lstat(partial / JOURNAL_DIRECTORY / name).st_size > _MOST_BYTES:
-        return None
+    with opened(partial, f"{JOURNAL_DIRECTORY}/{name}") as descriptor:
+        if last_run([name]) >= _MOST_RUNS or os.fstat(descriptor).st_size > _MOST_BYTES:
+            return None
     try:
         for number, (end_bytes, record) in enumerate(read_lines(partial, name)):
             if not _is_record(record) or number + len(written) > most:
@@ -289,7 +286,7 @@ def joined(written: Iterable[Written]) -> list[Written]:
     return found
 
 
-def resume_state_of(records: Sequence[Mapping[str, Any]], damaged: Iterable[str] = ()) -> ResumeState:
+def resume_state_of(records: Sequence[JsonObject], damaged: Iterable[str] = ()) -> ResumeState:
     """What `read_journal` found in every journal, but for files that are not there any more, or not in their size."""
     lost_until = dict.fromkeys(damaged, sys.maxsize)
     for record in records:

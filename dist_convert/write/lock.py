@@ -13,11 +13,11 @@ import os
 import threading
 import time
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import TargetBusy
-from dist_convert.write.files import Place, open_below, opened, writing
+from dist_convert.ranks.timeout import wait_for_end
+from dist_convert.records import JsonObject
+from dist_convert.write.files import Directory, open_below, opened, writing
 from dist_convert.write.journal import this_boot
 
 BEAT_SECONDS = 5.0
@@ -30,11 +30,10 @@ class Lock:
     """Holds a file for this process until it is released.
 
     Args:
-        path, label: of the file, which is made where it is not there, as the journal directory that holds it is, and
-            what messages call it. No link is followed below what holds that directory.
+        root, name: of the file, which is made where it is not there, as the directory that holds it is; see `holding`.
+        label: what messages call it.
         stale_seconds: how long another machine's holder is watched.
         fresh_seconds: how long one is waited for who has made the file, and has not said yet who he is.
-        place: of what holds that directory, see `holding`.
 
     Raises:
         TargetBusy: naming who holds it.
@@ -42,31 +41,30 @@ class Lock:
 
     def __init__(
         self,
-        path: Path,
-        label: str,
+        root: Directory,
+        name: str,
+        label: object,
         stale_seconds: float = STALE_SECONDS,
         fresh_seconds: float = BEAT_SECONDS,
-        place: Place | None = None,
     ) -> None:
-        self.place = place
         self._released = threading.Event()
         is_new = True
-        with writing(path):
+        with writing(root / name):
             try:
-                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, place)
+                self._descriptor = open_below(root, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 is_new = False
-                self._descriptor = open_below(*_root_and_name(path), os.O_RDWR, place)
+                self._descriptor = open_below(root, name, os.O_RDWR)
         try:
             holder = _refuse_held(self._descriptor, label)
             if not is_new and holder is None:
                 time.sleep(fresh_seconds)
                 holder = _refuse_held(self._descriptor, label)
-            if holder and _lives(holder, path, stale_seconds):
+            if holder and _lives(holder, root, name, stale_seconds):
                 raise _busy(label, holder)
-            if not is_new and not _is_there(path, self._descriptor):
+            if not is_new and not _is_there(root, name, self._descriptor):
                 raise _busy(label, None)  # who held it has just completed the target
-            with writing(path):
+            with writing(root / name):
                 self._write()
         except BaseException:
             os.close(self._descriptor)
@@ -77,10 +75,11 @@ class Lock:
     def release(self) -> None:
         """Let another process have it."""
         self._released.set()
-        self._beats.join()
+        wait_for_end(lambda: not self._beats.is_alive())
         with contextlib.suppress(OSError):  # what is left behind is known to be stale
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, _RELEASED, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open
         os.close(self._descriptor)
 
     def _write(self) -> None:
@@ -97,17 +96,13 @@ class Lock:
                 os.utime(self._descriptor)
 
 
-def check_unlocked(path: Path, label: str) -> None:
+def check_unlocked(root: Directory, name: str, label: object) -> None:
     """Refuse what another process of this machine holds, as `Lock` does, without holding it."""
-    with writing(path), contextlib.suppress(FileNotFoundError), opened(*_root_and_name(path), os.O_RDWR) as descriptor:
+    with writing(root / name), contextlib.suppress(FileNotFoundError), opened(root, name, os.O_RDWR) as descriptor:
         _refuse_held(descriptor, label)
 
 
-def _root_and_name(path: Path) -> tuple[Path, str]:
-    return path.parent.parent, f"{path.parent.name}/{path.name}"
-
-
-def _refuse_held(descriptor: int, label: str) -> dict[str, Any] | None:
+def _refuse_held(descriptor: int, label: object) -> JsonObject | None:
     """Who wrote the file: empty where it is nobody, None where the file is empty, as for a moment when it is new.
 
     Refused is what another process has, as far as flock(2) tells.
@@ -126,33 +121,29 @@ def _refuse_held(descriptor: int, label: str) -> dict[str, Any] | None:
     return holder
 
 
-def _lives(holder: dict[str, Any], path: Path, stale_seconds: float) -> bool:
+def _lives(holder: JsonObject, root: Directory, name: str, stale_seconds: float) -> bool:
     """Whether the holder of a file that flock did not refuse is at work all the same."""
     if (holder.get("host"), holder.get("boot")) == this_boot():
         return False  # it would have the flock
-    touched = path.stat().st_mtime_ns
-    deadline = time.monotonic() + stale_seconds
+    touched, deadline = set(), time.monotonic() + stale_seconds
     while time.monotonic() < deadline:
+        with opened(root, name) as descriptor:  # opening makes a network file system ask its server
+            touched.add(os.fstat(descriptor).st_mtime_ns)
+        if len(touched) > 1:
+            return True
         time.sleep(min(1.0, stale_seconds / 10))
-        with path.open("rb") as file:  # opening makes a network file system ask its server
-            if os.fstat(file.fileno()).st_mtime_ns != touched:
-                return True
     return False
 
 
-def _is_there(path: Path, descriptor: int) -> bool:
+def _is_there(root: Directory, name: str, descriptor: int) -> bool:
     """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    with contextlib.suppress(FileNotFoundError), opened(root, name) as found:
+        return os.path.samestat(os.fstat(found), os.fstat(descriptor))
+    return False
 
 
-def _busy(label: str, holder: dict[str, Any] | None) -> TargetBusy:
+def _busy(label: object, holder: JsonObject | None) -> TargetBusy:
     who = f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('started')}" if holder else ""
-    return TargetBusy(
-        "another conversion is making this target",
-        file=label,
-        found=who or "a process that has just started",
-        remedy="wait until it has ended, or stop it, and start the same command again",
-    )
+    what = "another conversion is making this target"
+    remedy = "wait until it has ended, or stop it, and start the same command again"
+    return TargetBusy(what, label, found=who or "a process that has just started", remedy=remedy)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dist_convert.errors import TargetError, UsageError
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
-from dist_convert.write.files import is_plain, opened, write_file, writing
+from dist_convert.write.files import Directory, is_plain, opened, write_file, writing
 from dist_convert.write.partial import ASIDE_SUFFIX, files_below
 from dist_convert.write.trees import existing_parent
 
@@ -45,8 +45,8 @@ def find_disks(world: World, target: Path, *, is_per_node: bool, otherwise: str)
     longest_path_bytes = os.pathconf(parent, "PC_PATH_MAX") - _BELOW_BYTES
     if not 0 < name_bytes <= longest_bytes or path_bytes > longest_path_bytes:
         raise UsageError(
-            "the target's name cannot be given to a directory",
-            file=str(target),
+            "the target's name is not valid for a directory",
+            target,
             expected=f"1 to {longest_bytes} bytes, in a path of at most {longest_path_bytes:,}, which leaves room for "
             "longer names beside it and for files below",
             found=f"{name_bytes} bytes, in a path of {path_bytes:,}",
@@ -61,30 +61,24 @@ def find_disks(world: World, target: Path, *, is_per_node: bool, otherwise: str)
             (parent / probe).touch(exist_ok=False)
             _remove_left_behind(parent, probe)
     try:
-        probes: list[str | None] = gather_objects(world, probe)
+        probes = gather_objects(world, probe)
         # Looked for by name: a listing may be minutes old on a network file system.
         seen = [name for name in probes if name is not None and os.path.lexists(parent / name)]
-        views: list[list[str]] = gather_objects(world, [str(target), *seen])
+        views = gather_objects(world, [str(target), *seen])
     finally:
         if probe is not None:
             (parent / probe).unlink(missing_ok=True)
     for rank, node in enumerate(world.nodes):
         first = world.nodes.index(node)
         if views[rank] != views[first]:
-            raise UsageError(
-                "ranks of one node have different targets",
-                expected=f"{views[first][0]} as on the first rank of node {node}",
-                found=f"{views[rank][0]} on rank {rank}",
-                remedy="give all ranks of a node the same target",
-            )
+            what, found = "ranks of one node have different targets", f"{views[rank][0]} on rank {rank}"
+            expected = f"{views[first][0]} as on the first rank of node {node}"
+            raise UsageError(what, expected=expected, found=found, remedy="give all ranks of a node the same target")
     if not is_per_node and (other := next((rank for rank, view in enumerate(views) if view != views[0]), None)):
-        raise TargetError(
-            "the target is not the same directory on all nodes",
-            file=str(target),
-            expected="one directory on a file system that all nodes share",
-            found=f"rank {other} sees another one than rank 0",
-            remedy=f"check that its file system is mounted on every node, or give {otherwise}",
-        )
+        found = f"rank {other} sees another one than rank 0"
+        expected = "one directory on a file system that all nodes share"
+        remedy = f"check that its file system is mounted on every node, or give {otherwise}"
+        raise TargetError("the target is not the same directory on all nodes", target, expected, found, remedy)
     kinds = list(dict.fromkeys(map(tuple, views)))
     return tuple(kinds.index(tuple(view)) for view in views)
 
@@ -106,30 +100,23 @@ ONE_WRITER = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "afs"})
 _PIECE_BYTES = 4 << 20
 
 
-def spread_files(world: World, directory: Path, weights: frozenset[str], *, receives: bool) -> None:
+def spread_files(world: World, directory: Directory, weights: frozenset[str], *, receives: bool) -> None:
     """Copy all files of rank 0's directory, but for weights and journals, to the directories of some other ranks.
 
     Every rank takes part; `receives` is whether this one writes the copies.
     """
     mine = []
     if world.rank == 0:
-        mine = [(name, (directory / name).stat().st_size) for name in sorted(files_below(directory) - weights)]
-    files: list[tuple[str, int]] = [(name, size) for name, size in gather_objects(world, mine)[0]]
-    for name, size_bytes in files:
+        mine = [(name, size) for name, size in files_below(directory).items() if name not in weights]
+    for name, size_bytes in gather_objects(world, mine)[0]:
         with writing(directory / name):
             if receives:
                 write_file(directory, name, b"")
-            if receives or world.rank == 0:
-                with opened(directory, name, os.O_RDWR) as descriptor:
-                    _spread(world, descriptor, size_bytes, receives=receives)
-            else:
-                _spread(world, None, size_bytes, receives=False)
-
-
-def _spread(world: World, descriptor: int | None, size_bytes: int, *, receives: bool) -> None:
-    for first in range(0, size_bytes, _PIECE_BYTES):
-        count = min(_PIECE_BYTES, size_bytes - first)
-        sent = b"" if receives or descriptor is None else os.pread(descriptor, count, first)
-        piece = broadcast(world, sent, count)
-        if receives and descriptor is not None and os.pwrite(descriptor, piece, first) != count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            is_open = receives or world.rank == 0
+            with opened(directory, name, os.O_RDWR) if is_open else contextlib.nullcontext() as descriptor:
+                for first in range(0, size_bytes, _PIECE_BYTES):
+                    count = min(_PIECE_BYTES, size_bytes - first)
+                    sent = b"" if receives or descriptor is None else os.pread(descriptor, count, first)
+                    piece = broadcast(world, sent, count)
+                    if receives and descriptor is not None and os.pwrite(descriptor, piece, first) != count:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,29 +6,31 @@ All ranks write any file, but where a file system takes a file from one node onl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dist_convert.options import Options
 from dist_convert.plan.content import Content
 from dist_convert.plan.file_owners import with_parts, writable_by_one_node
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery
-from dist_convert.records import TargetFile
-from dist_convert.write.checksums import KnownRange
-from dist_convert.write.files import Beside
+from dist_convert.records import FilesOfRanks, JsonObject, TargetFile
+from dist_convert.write.checksums import KnownRanges
+from dist_convert.write.files import Beside, Directory
 from dist_convert.write.partial import partial_of
 from dist_convert.write.target_disks import ONE_WRITER
 from dist_convert.write.trees import file_system_type
 
 
 class Source(Protocol):
-    """What a conversion asks of its source, besides its catalog: the files, and the name of their format."""
+    """What a conversion asks of its source, besides its catalog: its files, and the name of their format."""
 
     @property
-    def directory(self) -> Path: ...
+    def directory(self) -> Path:
+        """Of the files, as this rank sees it."""
 
     @property
-    def found(self) -> Discovery: ...
+    def found(self) -> Discovery:
+        """The files, and which rank sees them."""
 
     @property
     def format(self) -> str: ...
@@ -41,16 +43,14 @@ class Target(Protocol):
     """
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> JsonObject:
         """What the weights files' bytes depend on besides the source, in JSON values."""
         return {}
 
-    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+    def make_files(self, partial: Directory, files: Sequence[TargetFile], *, is_first: bool) -> None:
         """Make weights files in their final size; `is_first` on one rank, which also makes what may fail early."""
 
-    def complete(
-        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
-    ) -> None:
+    def complete(self, partial: Directory, files: Sequence[TargetFile], known: KnownRanges, *, is_first: bool) -> None:
         """Complete some weights files, which no other rank does, and on one rank add all that is no weight.
 
         `known` are, by file, the ranges whose checksums were taken when they were written.
@@ -60,7 +60,7 @@ class Target(Protocol):
         """Files that are replaced in the directory that holds the target, in this order, once it has its name."""
         return {}
 
-    def to_do(self) -> str:
+    def next_step(self) -> str:
         """What is left for the user to do, for the very end; nothing where nothing is."""
         return ""
 
@@ -88,7 +88,7 @@ class Task:
     target: Path
     rank: int
     disks: tuple[int, ...]
-    writable: tuple[frozenset[str], ...]
+    writable: FilesOfRanks
     notes: Sequence[str]
     layout: Target
     is_divided: bool = False
@@ -137,7 +137,7 @@ def find_writers(task: Task, world: World) -> Task:
     nodes_of = {disk: set[int]() for disk in task.disks}
     for node, disk in zip(world.nodes, task.disks, strict=True):
         nodes_of[disk].add(node)
-    kinds: list[str] = gather_objects(world, file_system_type(task.partial))
+    kinds = gather_objects(world, file_system_type(task.partial))
     # Any rank speaks for its disk: the node that serves a file system to the others sees it under another type.
     found = {
         disk: kind

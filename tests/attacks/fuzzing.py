@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dist_convert.errors import ConversionError, CorruptFile
-from dist_convert.formats.huggingface.carried import configs_of
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json
+from dist_convert.formats.huggingface.open import configs_of
 from dist_convert.formats.huggingface.quantised import quantisation_of, with_scales
 from dist_convert.formats.huggingface.read import read_index_file, read_safetensors_shard, read_weights_header
 from dist_convert.formats.megatron.args import architecture_from_args, true_vocab
@@ -40,7 +40,7 @@ from dist_convert.formats.meta.params import args_of_params
 from dist_convert.formats.open import open_checkpoint
 from dist_convert.formats.tokenizer.huggingface import read_huggingface
 from dist_convert.formats.torch.shards import read_shard, shard_to_json
-from dist_convert.formats.torch_dist.run_config import args_of_run_config
+from dist_convert.formats.torch_dist.contents import args_of_run_config
 from dist_convert.models.catalog import Where
 from dist_convert.options import Options
 from dist_convert.ranks.collectives import alone
@@ -130,7 +130,8 @@ def _read_journal(path: Path) -> None:
 
 
 def _read_manifest(path: Path) -> None:
-    facts = {"format": 1, "source": {"files": {}}, "flags": {}, "plan": "", "settings": {}, "conversion": ""}
+    source = {"path": "/in", "files": {}}
+    facts = {"format": 1, "source": source, "flags": {}, "plan": "", "settings": {}, "conversion": ""}
     if what_differs(path.parent, manifest_of(path.parent), facts) is None:
         raise CorruptFile("a damaged manifest")
 
@@ -181,7 +182,8 @@ def _make_files(directory: Path) -> None:
     changed = {"overflowed": ["model.safetensors", "a", 0, 1, 1, 2]}
     lost = {"lost": "model.safetensors", "until": 0}
     (directory / "journal.json").write_text(json.dumps([head, wrote, {"mark": 9}, changed, lost]))
-    manifest = {"format": 1, "source": {"files": {"a": {"size_bytes": 1, "modified_ns": 1, "header": ""}}}, "flags": {}}
+    source = {"path": "/old", "files": {"a": {"size_bytes": 1, "modified_ns": 1, "header": ""}}}
+    manifest = {"format": 1, "source": source, "flags": {}}
     (directory / "conversion.json").write_text(json.dumps(manifest | {"files": {"config.json": {"size_bytes": 1}}}))
     (directory / "args.json").write_text(json.dumps(read_shard(directory / "shard.pt", "shard.pt").args))
 

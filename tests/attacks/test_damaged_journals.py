@@ -17,6 +17,7 @@ import pytest
 import dist_convert.write.resume
 from dist_convert.errors import TargetError
 from dist_convert.records import Window
+from dist_convert.write.files import Directory
 from dist_convert.write.journal import Journal, read_journal, resume_state_of, this_boot
 from tests.attacks.unfinished import go_on
 from tests.distributed.interrupting import hashes_below
@@ -166,11 +167,11 @@ def test_a_journal_of_more_than_the_target_can_need_is_named(
     one: dict[str, Any], left: Path, unfinished: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(dist_convert.write.resume, "FEW_WINDOWS", 4)
+    monkeypatch.setattr(dist_convert.write.journal, "FEW_WINDOWS", 4)
     monkeypatch.setattr(dist_convert.write.resume, "_FEW_BYTES", 0)
     shutil.copytree(left.parent, left.parent.parent / "second")
     assert go_on(unfinished, left) == 0
-    assert "are there already" in capsys.readouterr().err
+    assert "are written already" in capsys.readouterr().err
     second = left.parent.parent / "second" / "out.partial"
     appended(line(one) * 50)(second)
     assert go_on(unfinished, second) == 1
@@ -192,7 +193,7 @@ def test_what_is_in_the_lock_s_place_is_named_and_moved_away_lets_the_conversion
     assert "  remedy:   move away what is there, then start the same command again;" in error
     lock.rename(left.parent / "moved")
     assert go_on(unfinished, left, *more) == 0
-    assert "are there already" in capsys.readouterr().err
+    assert "are written already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.json", "conversion.json"])
@@ -212,7 +213,7 @@ def test_files_that_only_look_like_journals_are_in_nobody_s_way(
 ) -> None:
     shutil.copy(left / JOURNAL, left / ".journal" / name)
     assert go_on(unfinished, left) == 0
-    assert "are there already" in capsys.readouterr().err
+    assert "are written already" in capsys.readouterr().err
 
 
 def test_overwrite_goes_on_where_starting_again_may_be_all_it_takes_and_only_there(
@@ -220,11 +221,11 @@ def test_overwrite_goes_on_where_starting_again_may_be_all_it_takes_and_only_the
 ) -> None:
     shutil.copytree(left.parent, tmp_path / "second")
     assert go_on(unfinished, left, "--overwrite") == 0
-    assert "are there already" in capsys.readouterr().err
+    assert "are written already" in capsys.readouterr().err
     second = tmp_path / "second" / "out.partial"
     (second / "resumable").unlink()
     assert go_on(unfinished, second, "--overwrite") == 0
-    assert "are there already" not in capsys.readouterr().err
+    assert "are written already" not in capsys.readouterr().err
 
 
 def test_blocks_of_another_size_are_told_before_anything_moves(
@@ -232,14 +233,16 @@ def test_blocks_of_another_size_are_told_before_anything_moves(
 ) -> None:
     monkeypatch.setattr(dist_convert.write.resume, "BLOCK_BYTES", 1 << 20)
     assert go_on(unfinished, left) == 1
-    assert "which plans otherwise" in capsys.readouterr().err
+    assert "which plans differently" in capsys.readouterr().err
     assert go_on(unfinished, left, "--overwrite") == 0
 
 
-def test_a_line_behind_one_that_was_cut_off_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_behind_one_that_was_cut_off_counts(
+    tmp_path: Path, here: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".journal").mkdir()
     (tmp_path / "f").write_bytes(bytes(100))
-    journal = Journal(tmp_path, 1, 0)
+    journal = Journal(here, 1, 0)
     journal.wrote([(Window("f", 0, 100), 1)])
     write, calls = os.write, iter([20])
 

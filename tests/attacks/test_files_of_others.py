@@ -17,8 +17,9 @@ import pytest
 import dist_convert.move.convert
 import dist_convert.write.commit
 import dist_convert.write.resume
+from dist_convert.__main__ import main
 from dist_convert.write.commit import publish
-from dist_convert.write.files import Beside
+from dist_convert.write.files import Beside, Directory, held
 from dist_convert.write.trees import remove
 from tests.attacks.unfinished import MODEL, go_on
 from tests.checkpoints import Grid, make
@@ -117,7 +118,7 @@ def test_a_partial_directory_that_others_can_write_is_refused_by_name(
     left.chmod(0o777)
     before = hashes_below(left)
     assert go_on(unfinished, left, *more) == 1
-    assert "may be somebody else's" in (error := capsys.readouterr().err)
+    assert "may belong to somebody else" in (error := capsys.readouterr().err)
     assert "mode 777" in error
     assert hashes_below(left) == before
 
@@ -154,7 +155,7 @@ def test_a_target_of_another_user_is_not_replaced_though_others_may_write_beside
         before = hashes_below(place)
         code, printed = as_nobody(lambda: convert(source, target, "--overwrite", "--target-params-dtype", "fp32"))
         assert (code, hashes_below(place)) == (1, before)
-        assert "the target is not this user's to replace" in printed
+        assert "this user cannot replace the target" in printed
         assert as_nobody(lambda: convert(source, place / "other"))[0] == 0
 
 
@@ -240,7 +241,7 @@ def make_second_name(path: Path, victim: Path) -> None:
     ("name", "make_other", "found"),
     [
         (TRACKER, make_text, "something else"), (ARGS, make_json, "something else"),
-        (TRACKER, make_pipe, "a pipe, a device or the like"), (ARGS, make_directory, "Is a directory"),
+        (TRACKER, make_pipe, "a pipe, a device or something similar"), (ARGS, make_directory, "Is a directory"),
         (TRACKER, make_large, "3.22 GB"), (ARGS, symbolic, "a link"), (ARGS, make_second_name, "something else"),
     ],
 )  # fmt: skip
@@ -290,6 +291,12 @@ def test_a_tracker_of_training_is_replaced(text: str, target: Path, tmp_path: Pa
     assert (target / TRACKER).read_text() == "2"
 
 
+def name_in(iteration: Path, tracker: bytes) -> None:
+    """Give a complete iteration its tracker file."""
+    with held(iteration.parent) as root, held(iteration) as directory:
+        publish(directory, root, {"tracker": Beside(tracker, rb"[0-9]+")})
+
+
 def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"iter_000000{number}" / ".journal").mkdir(parents=True)
@@ -297,11 +304,11 @@ def test_two_conversions_into_one_root_name_their_iterations_without_meeting(tmp
     child = os.fork()
     if not child:
         for _ in range(100):
-            publish(tmp_path / "iter_0000001", {"tracker": Beside(b"1", rb"[0-9]+")})
+            name_in(tmp_path / "iter_0000001", b"1")
         os._exit(0)
     found = set()
     for _ in range(100):
-        publish(tmp_path / "iter_0000002", {"tracker": Beside(b"1234567", rb"[0-9]+")})
+        name_in(tmp_path / "iter_0000002", b"1234567")
         found.add((tmp_path / "tracker").read_bytes())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert found <= {b"1", b"1234567"}
@@ -323,6 +330,28 @@ def test_the_manifest_of_what_is_replaced_is_read_once(source: Path, target: Pat
     assert size_bytes > 2_000_000
     assert bytes_read() - before_bytes < 2 * size_bytes
     assert (target / "conversion.json").stat().st_size < 10_000
+
+
+def test_an_empty_journal_that_a_killed_run_was_about_to_remove_is_in_nobody_s_way(source: Path, target: Path) -> None:
+    assert convert(source, target) == 0
+    (target / ".journal").mkdir()
+    assert convert(source, target, "--overwrite") == 0
+    assert not (target / ".journal").exists()
+
+
+@pytest.mark.parametrize("number", [-(10**400), 10**30], ids=["as large as none", "a time after all calendars"])
+@pytest.mark.parametrize("key", ["size_bytes", "modified_ns"])
+def test_a_manifest_with_numbers_that_cannot_be_is_another_s(
+    key: str, number: int, source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, target) == 0
+    manifest = json.loads((target / "conversion.json").read_text())
+    for known in manifest["source"]["files"].values():
+        known[key] = number
+    (target / "conversion.json").write_text(json.dumps(manifest))
+    assert convert(source, target) == 1
+    assert "the target directory is not empty\n" in capsys.readouterr().err
+    assert convert(source, target, "--overwrite") == 0
 
 
 def test_a_manifest_of_more_files_than_any_has_is_none(
@@ -401,7 +430,8 @@ def by_a_directory(partial: Path, mine: Path) -> None:
 @pytest.mark.parametrize(
     "step",
     [
-        *(f"move.convert.{step}" for step in ("begin", "move", "known_ranges", "commit")),
+        "write.resume.begin",
+        *(f"move.convert.{step}" for step in ("move", "known_ranges", "commit")),
         "write.partial.Lock",
         "write.partial._start_anew",
     ],
@@ -435,11 +465,12 @@ def test_what_takes_the_place_of_a_partial_directory_during_the_run_stays_and_mo
     assert os.listdir(target.parent) == ["out"]
 
 
-@pytest.mark.parametrize("step", ["begin", "known_ranges", "commit"])
+@pytest.mark.parametrize("step", ["write.resume.begin", "move.convert.known_ranges", "move.convert.commit"])
 def test_another_unfinished_conversion_in_place_of_a_partial_directory_stays(
     step: str, left: Path, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other, original = left.rename(tmp_path / "other"), getattr(dist_convert.move.convert, step)
+    module, name = step.rsplit(".", 1)
+    other, original = left.rename(tmp_path / "other"), getattr(importlib.import_module(f"dist_convert.{module}"), name)
     before = hashes_below(other)
 
     def hours_later(*words: Any, **more: Any) -> Any:
@@ -448,9 +479,9 @@ def test_another_unfinished_conversion_in_place_of_a_partial_directory_stays(
         return original(*words, **more)
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(dist_convert.move.convert, step, hours_later)
+        patches.setattr(f"dist_convert.{step}", hours_later)
         assert go_on(unfinished, left, "--target-params-dtype", "fp32") == 1
-    assert "is not what this conversion has begun in" in capsys.readouterr().err
+    assert "is not the one that this conversion began with" in capsys.readouterr().err
     assert hashes_below(left) == before
     assert os.listdir(left.parent) == ["out.partial"]
 
@@ -471,7 +502,7 @@ def test_what_takes_the_name_of_a_target_is_told_and_the_target_given_its_name_b
         patches.setattr(f"dist_convert.{step}", exchanged)
         assert convert(source, target) == 1
     error = capsys.readouterr().err
-    assert "something else has the name that this conversion has given to what it made" in error
+    assert "something else has taken the name of the finished target" in error
     assert f"  file:     {target}\n" in error
     assert (mine / "diary").read_text() == (target / "diary").read_text() == TEXT
     target.rename(tmp_path / "moved")
@@ -479,6 +510,25 @@ def test_what_takes_the_name_of_a_target_is_told_and_the_target_given_its_name_b
     assert convert(source, target) == 0
     assert "is complete already" in capsys.readouterr().err
     assert os.listdir(target.parent) == ["out"]
+
+
+def test_a_directory_above_the_target_that_is_renamed_is_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "above").mkdir()
+
+    def renamed(*_: Any) -> None:
+        (tmp_path / "above").rename(tmp_path / "taken")
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("dist_convert.move.convert.publish", renamed)
+        assert convert(source, tmp_path / "above" / "out") == 1
+    error = capsys.readouterr().err
+    assert "something else has taken the name of the finished target" in error
+    assert "  found:    nothing\n" in error
+    (tmp_path / "taken").rename(tmp_path / "above")
+    assert convert(source, tmp_path / "above" / "out") == 0
+    assert "is complete already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [TRACKER, ARGS])
@@ -522,11 +572,11 @@ def test_what_takes_the_targets_place_at_the_end_keeps_its_mode(
     (mine := tmp_path / "mine").mkdir(mode=0o700)
     remove = dist_convert.write.commit.remove
 
-    def then_exchanged(root: Path, name: str, place: Any) -> None:
-        remove(root, name, place)
+    def then_exchanged(root: Directory, name: str) -> None:
+        remove(root, name)
         if os.listdir(root / ".journal") == ["identity.json"]:
-            root.rename(tmp_path / "taken")
-            root.symlink_to(mine)
+            root.path.rename(tmp_path / "taken")
+            target.symlink_to(mine)
 
     monkeypatch.setattr(dist_convert.write.commit, "remove", then_exchanged)
     convert(source, target)
@@ -551,6 +601,40 @@ def test_what_waits_aside_and_is_changed_there_is_kept_and_named(
     assert not (target / ".journal").exists()
 
 
+def test_what_takes_the_name_of_what_waits_aside_before_that_is_removed_is_kept_and_named(
+    source: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(source, target) == 0
+    own(mine := tmp_path / "mine")
+    aside, is_moved_aside = target.with_name("out.replaced"), dist_convert.write.commit.is_moved_aside
+
+    def then_exchanged(*words: Any) -> bool:
+        answer = is_moved_aside(*words)
+        if aside.exists():
+            aside.rename(tmp_path / "taken")
+            mine.rename(aside)
+        return answer
+
+    monkeypatch.setattr(dist_convert.write.commit, "is_moved_aside", then_exchanged)
+    assert convert(source, target, "--overwrite", "--target-params-dtype", "fp32") == 0
+    assert f"warning: {aside} was changed since it was moved aside, and is kept" in capsys.readouterr().err
+    assert (aside / "diary").read_text() == TEXT
+    assert (tmp_path / "taken" / "conversion.json").exists()
+    assert not (target / ".journal").exists()
+
+
+def test_no_directory_stays_open_whether_a_conversion_ends_or_is_refused(source: Path, target: Path) -> None:
+    def opened() -> list[str]:
+        links = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
+        return [path for path in map(os.path.realpath, links) if path.startswith(str(target.parent))]
+
+    own(target.with_name("out.partial"))
+    assert (convert(source, target), opened()) == (1, [])
+    target.with_name("out.partial").rename(target.with_name("moved"))
+    for more in ((), (), ("--overwrite",)):
+        assert (convert(source, target, *more), opened()) == (0, [])
+
+
 def test_a_target_that_is_a_file_system_of_its_own_is_told_before_the_first_byte(
     source: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -563,6 +647,44 @@ def test_a_target_that_is_a_file_system_of_its_own_is_told_before_the_first_byte
         assert os.listdir(target.parent) == ["out"]
     with mounted("-t", "tmpfs", "dist-convert-test", str(target)):
         assert convert(source, target / "model") == 0
+
+
+@pytest.mark.parametrize("to", ["huggingface", "torch"])
+def test_a_source_under_another_name_of_a_bind_mount_is_not_replaced(
+    to: str, source: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(source), str(target), "--to", to, "--device", "cpu"]) == 0
+    before = hashes_below(target)
+    (tmp_path / "alias").mkdir()
+    with mounted("--bind", str(target.parent), str(tmp_path / "alias")):
+        again = ["convert", str(target), str(tmp_path / "alias/out"), "--to", to, "--overwrite", "--device", "cpu"]
+        assert main([*again, "--target-params-dtype", "fp32"]) == 2
+        assert "the source lies where the target is made" in capsys.readouterr().err
+        inside = ["convert", str(target), str(tmp_path / "alias/out/new"), "--to", "huggingface", "--device", "cpu"]
+        if to == "huggingface":
+            assert main(inside) == 2
+            assert "the target lies in its own source" in capsys.readouterr().err
+    assert hashes_below(target) == before
+
+
+def test_a_target_that_an_overlay_does_not_rename_is_moved_away_and_the_same_command_ends(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "disk").mkdir()
+    with mounted("-t", "tmpfs", "dist-convert-test", str(tmp_path / "disk")):
+        layers = {name: tmp_path / "disk" / name for name in ("lower", "upper", "work", "merged")}
+        for layer in layers.values():
+            layer.mkdir()
+        assert convert(source, layers["lower"] / "out") == 0
+        options = ",".join(f"{name}dir={layers[name]}" for name in ("lower", "upper", "work"))
+        target, capture = layers["merged"] / "out", ["--overwrite", "--target-params-dtype", "fp32"]
+        with mounted("-t", "overlay", "overlay", "-o", f"{options},redirect_dir=off", str(layers["merged"])):
+            assert convert(source, target, *capture) == 1
+            assert "remedy:   move away what is there, then start the same command again" in capsys.readouterr().err
+            shutil.copytree(target, layers["merged"] / "old")
+            shutil.rmtree(target)
+            assert convert(source, target, *capture) == 0
+            assert sorted(os.listdir(layers["merged"])) == ["old", "out"]
 
 
 @pytest.mark.parametrize("name", ["out", "out.partial"])
@@ -582,8 +704,8 @@ def test_what_is_mounted_inside_of_what_would_be_replaced_stays_and_unmounted_le
             error = capsys.readouterr().err
             assert f"  file:     {inside}\n" in error
             assert "  remedy:   unmount it, then start the same command again" in error
-        with pytest.raises(OSError, match="is mounted there"):
-            remove(left.parent, name)
+        with held(left.parent) as directory, pytest.raises(OSError, match="is mounted there"):
+            remove(directory, name)
     assert (tmp_path / "mine" / "diary").read_text() == TEXT
     assert go_on(unfinished, left, "--overwrite", "--target-params-dtype", "fp32") == 0
     assert os.listdir(left.parent) == ["out"]

@@ -85,6 +85,17 @@ def index(*names: str) -> Callable[[Path], None]:
     return build
 
 
+def index_text(count: int, entry: str) -> Callable[[Path], None]:
+    """An index of many entries: names of tensors and of files."""
+
+    def build(source: Path) -> None:
+        (source / "model.safetensors").rename(source / "a.safetensors")
+        entries = ",".join(entry.format(number=number) for number in range(count))
+        (source / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{entries}}}}}')
+
+    return build
+
+
 def link(name: str, to: str) -> Callable[[Path], None]:
     """A link in the directory to a file outside."""
 
@@ -112,34 +123,50 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header nested a million deep": (deep_json, "damaged safetensors header"),
     "a number of a million digits": (long_number, "damaged safetensors header"),
     "a header that is no UTF-8": (lambda source: rewrite_header(source, lambda _: b'{"\xff\xfe":{}}'), "UnicodeDecode"),
-    "a header with one name twice": (duplicate_key, "a name that stands twice"),
+    "a header with one name twice": (duplicate_key, "a name that occurs twice"),
     "tensors that overlap": (
         lambda source: rewrite_header(source, lambda h: {name: first(h) for name in ("a", "b")}),
         "a tensor does not follow the one before it",
     ),
     "a tensor past the end": (set_first(shape=[2**40], data_offsets=[0, 2**41]), "or lies outside the file"),
     "a shape whose size overflows": (set_first(shape=[2**61, 2**61]), "damaged safetensors header"),
+    "a shape of 300,000 dimensions": (set_first(shape=[2**61] * 300_000), "damaged safetensors header"),
     "a negative shape": (set_first(shape=[-1, -1]), "damaged safetensors header"),
     "a tensor at a negative place": (set_first(data_offsets=[-8, 0]), "damaged safetensors header"),
     "an index to the parent": (index("../outside.safetensors"), "not the name of a weights file"),
     "an index to an absolute path": (index("/etc/passwd.safetensors"), "not the name of a weights file"),
     "an index to a device": (index("/dev/zero"), "not the name of a weights file"),
     "an index with a NUL": (index("a\0.safetensors"), "not the name of a weights file"),
+    "an index of a million tensors": (
+        index_text(10**6, '"{number}":"a.safetensors"'), "10000 problems found; nothing was written"),
+    "an index of a million files": (index_text(10**6, '"{number}":"{number}.bin"'), "the index names too many files"),
     "weights that are a link out": (link("model.safetensors", "../outside/{name}"), "outside the directory"),
     "weights that link to all of memory": (link("model.safetensors", "/dev/zero"), "outside the directory"),
     "a config that is a link out": (link("config.json", "{root}/outside/{name}"), "outside the directory"),
     "10^18 layers": (config(num_hidden_layers=ABSURD), "num_hidden_layers"),
     "10^18 layers with biases": (config(num_hidden_layers=ABSURD, attention_bias=True), "num_hidden_layers"),
+    "10^12 layers, some without experts": (
+        config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=10**12,
+               num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8), "num_hidden_layers is not a size"),
+    "10^12 layers, all without experts": (
+        config(model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"], num_hidden_layers=10**12,
+               first_k_dense_replace=10**12), "num_hidden_layers is not a size"),
+    "10^12 layers, some without positions": (
+        config(model_type="smollm3", architectures=["SmolLM3ForCausalLM"], num_hidden_layers=10**12),
+        "num_hidden_layers is not a size"),
+    "1,500,000 layers without experts, listed": (
+        config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=10**4,
+               num_experts=2, mlp_only_layers=[-1] * 1_500_000), ""),
     "a vocabulary of 10^18": (config(vocab_size=ABSURD), ""),
     "a width of 10^30": (config(hidden_size=10**30, head_dim=10**29), ""),
     "10^18 heads": (config(num_attention_heads=ABSURD, num_key_value_heads=ABSURD), ""),
     "10^18 experts": (
         config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=ABSURD), ""),
-    "sizes that are texts": (config(num_hidden_layers="8"), "num_hidden_layers is no size"),
-    "sizes that are lists": (config(hidden_size=[16]), "hidden_size is no size"),
-    "a negative size": (config(intermediate_size=-1), "intermediate_size is no size"),
-    "a theta beyond floating point": (config(rope_parameters={"rope_theta": 10**400}), "rope_theta is no number"),
-    "a theta that is no number": (config(rope_parameters={"rope_theta": float("nan")}), "rope_theta is no number"),
+    "sizes that are texts": (config(num_hidden_layers="8"), "num_hidden_layers is not a size"),
+    "sizes that are lists": (config(hidden_size=[16]), "hidden_size is not a size"),
+    "a negative size": (config(intermediate_size=-1), "intermediate_size is not a size"),
+    "a theta beyond floating point": (config(rope_parameters={"rope_theta": 10**400}), "rope_theta is not a number"),
+    "a theta that is no number": (config(rope_parameters={"rope_theta": float("nan")}), "rope_theta is not a number"),
     "rotary parameters that are lists": (config(rope_parameters=[[]], rope_scaling=[1]), "rotary parameters"),
     "a rotation that is a list": (config(partial_rotary_factor=[[]]), "is rotated"),
     "classes that are a number": (config(architectures=1), "not a model that can be converted"),

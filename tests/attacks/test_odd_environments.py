@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.attacks.unfinished import MODEL
 from tests.checkpoints import Grid, make
 from tests.distributed.launching import REPOSITORY
+from tests.distributed_checkpoints import make_distributed
 from tests.to_megatron import make_hf
 from tests.warm import Process, Run
 
@@ -40,25 +43,28 @@ def assert_one_error(found: Run, what: str, exit_code: int) -> None:
 @pytest.mark.parametrize(
     ("environment", "what"),
     [
-        ({"RANK": "abc"}, "RANK is no number of ranks\n  found:    'abc'\n"),
-        ({"RANK": ""}, "RANK is no number of ranks\n"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is no number of ranks\n"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is no number of ranks\n"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is no number of ranks\n"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is no number of ranks\n"),
+        ({"RANK": "abc"}, "RANK is not a number of ranks\n  found:    'abc'\n"),
+        ({"RANK": ""}, "RANK is not a number of ranks\n"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is not a number of ranks\n"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is not a number of ranks\n"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is not a number of ranks\n"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is not a number of ranks\n"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE\n"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "abc"}, "MASTER_PORT is no port\n"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "99999"}, "MASTER_PORT is no port\n"),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": ".x", "MASTER_PORT": "1"}, "MASTER_ADDR is no machine's "),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "abc"}, "MASTER_PORT is not a port\n"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "99999"}, "MASTER_PORT is not a port\n"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": ".x", "MASTER_PORT": "1"}, "MASTER_ADDR is not the name of "),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a\x1b[2Jb", "MASTER_PORT": "1"},
-            "MASTER_ADDR holds characters that nobody can read\n  found:    'a\\x1b[2Jb'\n",
+            "MASTER_ADDR has unreadable characters\n  found:    'a\\x1b[2Jb'\n",
         ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "a\nb"},
-            "GLOO_SOCKET_IFNAME holds characters that nobody can read\n",
+            "GLOO_SOCKET_IFNAME has unreadable characters\n",
         ),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "nothing says where the ranks meet\n  found:    no MASTER_ADDR and no "),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "the address where the ranks meet is not set\n  found:    no MASTER_ADDR and no ",
+        ),
     ],
 )  # fmt: skip
 def test_what_no_launcher_says_is_named(environment: dict[str, str], what: str, place: Path, tmp_path: Path) -> None:
@@ -92,10 +98,26 @@ def test_an_iteration_that_no_reader_takes_is_refused(place: Path, tmp_path: Pat
     assert run(["convert", "out", "again", "--to", "huggingface"], tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize("number", [True, -5, 10**18])
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_an_iteration_of_a_source_that_no_reader_takes_is_refused(kind: str, number: int, tmp_path: Path) -> None:
+    if kind == "torch":
+        make(tmp_path / "in", MODEL)
+        file = tmp_path / "in/iter_0000004/mp_rank_00/model_optim_rng.pt"
+    else:
+        make_distributed(tmp_path / "in", MODEL)
+        file = tmp_path / "in/iter_0000004/common.pt"
+    torch.save(torch.load(file, weights_only=False) | {"iteration": number}, file)
+    words = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "torch"]
+    assert_one_error(run(words, tmp_path), "found:    " + str(number), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert run([*words, "--iteration", "5"], tmp_path).returncode == 0
+
+
 def test_a_hub_s_address_that_is_none_is_named(tmp_path: Path) -> None:
     endpoint = {"HF_ENDPOINT": "http://[bad", "HF_HUB_OFFLINE": "0"}
     found = run(["convert", "org/name", "out", "--to", "torch"], tmp_path, **endpoint)
-    assert_one_error(found, "HF_ENDPOINT is no address of a hub\n  found:    Invalid IPv6 URL\n", 2)
+    assert_one_error(found, "HF_ENDPOINT is not the address of a hub\n  found:    Invalid IPv6 URL\n", 2)
 
 
 def test_where_no_file_may_have_a_byte_the_limit_is_named(place: Path, tmp_path: Path) -> None:
@@ -108,6 +130,61 @@ def test_where_no_file_may_have_a_byte_the_limit_is_named(place: Path, tmp_path:
     assert Process(["-c", code], os.environ, tmp_path).finish().returncode == 0
     assert not (tmp_path / "out").exists()
     assert run(words, tmp_path).returncode == 0
+
+
+def in_ascii(words: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    """`dist_convert` where standard output takes ASCII alone."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(REPOSITORY)}
+    words = [sys.executable, "-m", "dist_convert", *words]
+    return subprocess.run(words, cwd=directory, capture_output=True, encoding="ascii", check=False, env=env)
+
+
+def test_a_name_that_standard_output_cannot_show_is_escaped(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "hf", tmp_path / "\u00e9\u4e2d")
+    found = in_ascii(["inspect", "\u00e9\u4e2d"], tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "\\xe9\\u4e2d" in found.stdout
+
+
+def test_a_job_file_is_printed_in_ascii_and_is_the_same_job(place: Path, tmp_path: Path) -> None:
+    printed = in_ascii(["convert", str(place / "hf"), "\u00e9\u4e2d", "--to", "torch", "--print-config"], tmp_path)
+    (tmp_path / "job.yaml").write_text(printed.stdout, encoding="ascii")
+    assert run(["convert", "--config", "job.yaml"], tmp_path).returncode == 0
+    assert (tmp_path / "\u00e9\u4e2d" / "iter_0000001").is_dir()
+
+
+def test_a_current_directory_that_is_gone_is_told(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "in"), str(tmp_path / "out"), "--to", "huggingface"]
+    code = (
+        "import os, sys; from dist_convert.__main__ import main;"
+        "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone');"
+        f"sys.exit(main({words!r}))"
+    )
+    found = Process(["-c", code], os.environ, tmp_path).finish()
+    assert_one_error(found, "the current directory is gone", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_may_have_a_name_of_any_bytes(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "in"), str(tmp_path / "out"), "--to", "huggingface"]
+    code = (
+        r"import sys; from dist_convert.__main__ import main; open('/proc/self/comm', 'wb').write(b'tra\xe4\xb8\n');"
+        f"sys.exit(main({words!r}))"
+    )
+    assert Process(["-c", code], os.environ, tmp_path).finish().returncode == 0
+
+
+def test_without_proc_nothing_of_a_replaced_target_is_left(place: Path, tmp_path: Path) -> None:
+    words = ["convert", str(place / "in"), str(tmp_path / "out"), "--to", "huggingface"]
+    assert run(words, tmp_path).returncode == 0
+    command = [sys.executable, "-m", "dist_convert", *words, "--overwrite", "--target-params-dtype", "fp32"]
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if os.geteuid() != 0 or subprocess.run([*hide, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("hiding /proc needs root")
+    done = subprocess.run([*hide, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out" / ".journal").exists()
+    assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
@@ -139,7 +216,7 @@ def test_where_torch_has_no_room_the_limit_is_named(place: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("more", "what"), [(1 << 20, "start no further thread\n"), (13 << 20, "out of memory\n")])
+@pytest.mark.parametrize(("more", "what"), [(1 << 20, "cannot start another thread\n"), (13 << 20, "out of memory\n")])
 def test_where_memory_or_threads_end_the_limit_is_named(more: int, what: str, place: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys, dist_convert.move.convert, dist_convert.compare.verify;"
@@ -167,7 +244,7 @@ def test_a_directory_in_the_place_of_a_small_file_is_named_before_a_byte_is_writ
 ) -> None:
     (tmp_path / "out" / "target_megatron_args.json").mkdir(parents=True)
     found = run(["convert", str(place / "hf"), "out", "--to", "torch"], tmp_path)
-    assert_one_error(found, "has the name of a file that is to be written", 1)
+    assert_one_error(found, "a file of the target exists already and was not made by a conversion", 1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["target_megatron_args.json"]
 
 
@@ -193,7 +270,7 @@ def test_a_path_of_a_job_file_that_no_system_can_have_is_refused(key: str, place
     (tmp_path / "job.yaml").write_text(f'{key}: "t\\0x"\n')
     words = ["convert", str(place / "in"), "out", "--to", "huggingface", "--config", "job.yaml"]
     found = run(words if key != "target" else [*words[:2], *words[3:]], tmp_path)
-    assert_one_error(found, "letters that no path can have", 2)
+    assert_one_error(found, "characters that no path can have", 2)
     assert "(expected )" not in found.stderr
 
 

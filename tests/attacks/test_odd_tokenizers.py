@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from dist_convert.errors import ConversionError, CorruptFile
 from dist_convert.formats.tokenizer.find import named_tokenizer
-from dist_convert.formats.tokenizer.huggingface import write_tokenizer
+from dist_convert.formats.tokenizer.huggingface import tokenizer_files
 from dist_convert.formats.tokenizer.record import Style
 from dist_convert.formats.tokenizer.record import Tokenizer as Record
 from tests.checkpoints import Model, make
@@ -97,12 +97,18 @@ def with_value(content: Any, path: Sequence[str | int], value: Any) -> Any:
     return copy
 
 
+def write(found: Tokenizer, target: Path) -> None:
+    for name, content in tokenizer_files(found, STYLE):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(content)
+
+
 def outcome(source: Path, target: Path) -> Record | ConversionError:
     """The tokenizer that was read and written, or the error of ours."""
     target.mkdir()
     try:
         found = named_tokenizer(source, "--tokenizer")
-        write_tokenizer(found, STYLE, target)
+        write(found, target)
     except ConversionError as error:
         return error
     return found
@@ -126,7 +132,7 @@ def test_any_value_under_any_key_makes_a_tokenizer_or_an_error_that_names_file_a
         if isinstance(found, ConversionError):
             refused += 1
             assert found.file.startswith(str(source)), (place, value)
-            assert str(place[0]) in str(found) or "leave ids out" in found.what, (place, value)
+            assert str(place[0]) in str(found) or "skip ids" in found.what, (place, value)
             continue
         assert isinstance(json.loads((target / "tokenizer_config.json").read_bytes()), dict)
         if kind == "slow":
@@ -208,7 +214,7 @@ def test_pieces_that_are_no_utf_8_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"zz", b"\xff\xfe"))
     with pytest.raises(CorruptFile) as caught:
         named_tokenizer(path, "SRC")
-    assert caught.value.found == r"piece 29 is no text: b'\xff\xfe'"
+    assert caught.value.found == r"piece 29 is not text: b'\xff\xfe'"
 
 
 LONG: dict[str, list[str]] = {
@@ -239,7 +245,7 @@ def test_runs_of_one_letter_as_long_as_real_ones_are_cut_as_sentencepiece_cuts_t
     texts = [*SMALL, *("a" * length for length in range(2, 65)), *(chr(0x200 + n) for n in range(9000))]
     path = pieces(tmp_path / "m", texts)
     witness = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    write_tokenizer(named_tokenizer(path, "SRC"), STYLE, tmp_path)
+    write(named_tokenizer(path, "SRC"), tmp_path)
     built = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for length in (1, 2, 7, 64, 65, 200):
         assert built.encode("a" * length, add_special_tokens=False).ids == witness.encode("a" * length)
@@ -251,7 +257,7 @@ def test_a_file_whose_link_leads_nowhere_is_not_left_out_silently(name: str, tmp
     put(tmp_path / "source", FAST)
     (tmp_path / "source" / name).unlink(missing_ok=True)
     (tmp_path / "source" / name).symlink_to("gone")
-    with pytest.raises(CorruptFile, match=f"{name} is no plain file, or a link to none"):
+    with pytest.raises(CorruptFile, match=f"{name} is not a plain file, or links to something else"):
         named_tokenizer(tmp_path / "source", "SRC")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dist_convert
+from dist_convert.errors import CorruptFile
 from tests.attacks.harmless import MOST_MEMORY_BYTES, MOST_SECONDS, SECRET, assert_harmless, run
 from tests.attacks.watched import Seen, Watcher
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
@@ -155,3 +157,22 @@ def test_links_in_a_megatron_checkpoint_to_shards_elsewhere_are_followed(watched
     (tmp_path / "source" / "mp_rank_00").symlink_to(tmp_path / "elsewhere" / SHARD.rpartition("/")[0])
     seen = run(watched, "megatron-to-hf", tmp_path)
     assert seen.exit_code == 0, seen.printed
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_named_and_not_copied(file: str, tmp_path: Path) -> None:
+    make_hf(tmp_path / "source")
+    (tmp_path / "source" / file).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    )
+    with pytest.raises(CorruptFile, match="a pointer of Git LFS") as raised:
+        dist_convert.convert(tmp_path / "source", tmp_path / "target", "huggingface")
+    assert raised.value.file == str(tmp_path / "source" / file)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_pointer_of_git_lfs_in_place_of_a_rank_file_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "source", Model())
+    (tmp_path / "source" / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CorruptFile, match="a pointer of Git LFS"):
+        dist_convert.convert(tmp_path / "source", tmp_path / "target", "huggingface")

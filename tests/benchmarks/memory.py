@@ -23,16 +23,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_convert.records import human_bytes, parse_bytes
+from tests.benchmarks.bench import FORMATS
 from tests.benchmarks.sources import GRIDS, grid_flags, hand_out, make_megatron, model_near, parse_grid, weights_bytes
 from tests.distributed.launching import environment
 
 GRID = parse_grid(GRIDS["llama"])
+#: Within one format, so that there is something to do.
+OTHER_GRID = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4")
 GROUPS = Path("/sys/fs/cgroup/memory")
 _CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -109,28 +113,24 @@ def beyond_memory(source: Path, scratch: Path, how: Sequence[str], limit_bytes: 
     if not os.access(GROUPS / "cgroup.procs", os.W_OK):
         yield "no writable memory control groups (version 1) here"
         return
-    dist, hf, made, copied = (scratch / name for name in ("dist", "hf", "made", "copied"))
-    grid = grid_flags(GRID)
-    for what, read, target, flags in (
-        ("torch to torch_dist", source, dist, ["--to", "torch_dist", *grid]),
-        ("torch_dist to huggingface", dist, hf, ["--to", "huggingface"]),
-        ("huggingface to torch_dist", hf, made, ["--to", "torch_dist", *grid]),
-        ("torch_dist to torch", dist, made, ["--to", "torch", *grid]),
-        ("huggingface to torch", hf, made, ["--to", "torch", *grid]),
-        ("torch to huggingface", source, made, ["--to", "huggingface"]),
-    ):
+    copied, places = scratch / "copied", {name: scratch / name for name in FORMATS} | {"torch": source}
+    # The first two make what others read.
+    pairs = dict.fromkeys([("torch", "torch_dist"), ("torch_dist", "huggingface"), *product(FORMATS, FORMATS)])
+    for read, to in pairs:
+        target = scratch / "made" if places[to].exists() else places[to]
+        flags = ["--to", to, *(() if to == "huggingface" else grid_flags(GRID) if read != to else OTHER_GRID)]
         with cold(limit_bytes) as group:
-            report = convert([str(read), str(target), *flags, *how], group)
+            report = convert([str(places[read]), str(target), *flags, *how], group)
         with cold(limit_bytes) as group:
             began = time.monotonic()
             run(["cp", "-r", "--reflink=never", str(target), str(copied)], group)
             cp_seconds = time.monotonic() - began
         shutil.rmtree(copied)
-        if target == made:
-            shutil.rmtree(made)
+        if target != places[to]:
+            shutil.rmtree(target)
         seconds = max(profile["moved"] for profile in report["profiles"])
         yield (
-            f"{what:26} data {seconds:6.1f} s, cp {cp_seconds:6.1f} s, {seconds / cp_seconds:.2f} x cp, "
+            f"{f'{read} to {to}':26} data {seconds:6.1f} s, cp {cp_seconds:6.1f} s, {seconds / cp_seconds:.2f} x cp, "
             f"peak of a rank {human_bytes(report['peak_memory_bytes'])}"
         )
 

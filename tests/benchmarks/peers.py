@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks.bench import Machine, file_size, fill, make_sources, read_through, run_command
-from tests.benchmarks.chart import chart
 from tests.oracle.peers.environments import PACKAGES, packages_of
 from tests.warm import REPOSITORY
 
@@ -99,10 +98,10 @@ def measure(tools: Sequence[str], source: Path, weights: int, machine: Machine, 
         for tool in chance.sample(tools, len(tools)):
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            machine.make_ready()
+            is_ready = machine.make_ready()
             target.mkdir()
             trip = by_us(source, target, weights) if tool == OURS else by_peer(tool, source, target)
-            if number:
+            if number and is_ready:
                 trips[tool].append(trip)
         print(f"round {number} of {rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return trips
@@ -129,7 +128,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
     parser.add_argument("--directory", type=Path, help="of sources, which stay, and targets (default: a temporary one)")
     parser.add_argument("--fill", type=Path, help="a page of Markdown that has the marks for the table")
-    parser.add_argument("--chart", type=Path, help="draw what was measured, as SVG")
     given = parser.parse_args()
     tools = [OURS, *PACKAGES]
     for tool in PACKAGES:
@@ -146,14 +144,6 @@ def main() -> int:
     print(text)
     if given.fill:
         fill(given.fill, text, "peers")
-    if given.chart:
-        names = {
-            "Hugging Face to Megatron": "to_megatron_seconds",
-            "Megatron to Hugging Face": "to_huggingface_seconds",
-        }
-        names["there and back, whole commands"] = "whole_seconds"
-        cases = {name: [(tool, middle(trips[tool], field)) for tool in tools] for name, field in names.items()}
-        given.chart.write_text(chart(cases, "seconds, with two ranks: shorter is better"))
     return 0
 
 

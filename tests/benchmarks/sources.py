@@ -6,12 +6,14 @@ million random values; only their number and their shapes matter here.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.models.schema import Architecture
@@ -20,6 +22,7 @@ from tests.checkpoints import State, hf_shapes, training_args
 from tests.full_size import model_of
 from tests.meta_checkpoints import make_meta
 from tests.plan.headers import Shapes, architecture, chunk_shapes, directory, written_pairs
+from tests.quantised import change_config, quantised
 
 GRIDS = {"llama": "TP4xPP2", "mixtral": "TP2xEP4"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -120,6 +123,27 @@ def make_metas(root: Path, model: Architecture, huggingface: Path) -> None:
         name: tensor for file in sorted(huggingface.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
     make_meta(root, 2, "3", model_of(model), state, ffn_dim_multiplier=1.5, multiple_of=256)
+
+
+def make_fp8(root: Path, huggingface: Path) -> None:
+    """Write a Hugging Face model whose matrices but the embedding are in FP8, as DeepSeek-V3 is: blocks of 128 x 128.
+
+    Args:
+        root: to be made.
+        huggingface: the model's directory, in several files.
+    """
+    block, index = (128, 128), "model.safetensors.index.json"
+    shutil.copytree(huggingface, root, ignore=shutil.ignore_patterns("*.safetensors"))
+    weight_map = json.loads((root / index).read_text())
+    for file in sorted(huggingface.glob("*.safetensors")):
+        state = load_file(file)
+        for name in [name for name, weight in state.items() if weight.ndim == 2 and ".layers." in name]:
+            state[name], state[f"{name}_scale_inv"] = quantised(state[name], block)
+        weight_map["weight_map"] |= dict.fromkeys(state, file.name)
+        save_file(state, root / file.name, {"format": "pt"})
+    (root / index).write_text(json.dumps(weight_map))
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    change_config(root, quantization_config=said)
 
 
 def _filled(shapes: Shapes, dtype: torch.dtype, shard: int, expert_shard: int) -> State:

@@ -17,6 +17,7 @@ _IMPORTED = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
+    "torch.distributed.tensor",
     "safetensors",
 )
 
@@ -32,7 +33,7 @@ def train(ranks: int, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`, a model of transformers, and what three ranks have saved of it: `pytorch_model_fsdp_0` by accelerate."""
+    """`hf`, a model of transformers, and what three ranks have saved of it: `fsdp1` and `fsdp2` by accelerate."""
     directory = tmp_path_factory.mktemp("trained")
     make_hf(directory / "hf", MIXTRAL)
     train(3, "save", str(directory / "hf/model.safetensors"), str(directory))

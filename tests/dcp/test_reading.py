@@ -45,7 +45,9 @@ def save_plain(directory: Path, tensors: dict[str, torch.Tensor], model: Model =
     config_of(model).save_pretrained(directory)
 
 
-@pytest.mark.parametrize("kind", ["plain", "safetensors", "shards", "pytorch_model_fsdp_0"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "safetensors", "shards", "fsdp2/pytorch_model_fsdp_0", "fsdp1/pytorch_model_fsdp_0"]
+)
 def test_what_three_ranks_have_saved_becomes_the_model(kind: str, trained: Path, tmp_path: Path) -> None:
     report = dist_convert.convert(trained / kind, tmp_path / "hf", "huggingface", like=trained / "hf", verify="full")
     tensors = load_file(trained / "hf/model.safetensors")

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from tests.checkpoints import hf_tensors
+from tests.converting import assert_same, read_tensors
 from tests.dcp.test_reading import LLAMA, convert, save_plain
+from tests.to_megatron import config_of
 from tests.torch_dist.test_refusals import change_metadata, chunk_of
 
 NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -60,11 +63,11 @@ def _huge(metadata: Any) -> None:
     [
         (_escape, ("damaged .metadata", "../__0_0.distcp", "bare name")),
         (_past_the_end, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
-        (_wrong_dtype, ("a blob is not what .metadata says", NORM, "F32", "BF16")),
+        (_wrong_dtype, ("a blob differs from what .metadata says", NORM, "F32", "BF16")),
         (_chunk_twice, ("a blob reaches into the next one or past its file", "__0_0.distcp")),
         (_one_row_up, ("the chunks do not make up a tensor exactly", QUERY, "covered twice")),
         (_without_a_chunk, ("damaged .metadata", QUERY)),
-        (_compressed, ("compressed or changed", QUERY, "transform_descriptors")),
+        (_compressed, ("compressed or otherwise changed", QUERY, "transform_descriptors")),
         (_huge, ("damaged .metadata", "a torch.Size")),
     ],
 )
@@ -105,9 +108,9 @@ def test_a_tensor_that_is_not_known_is_named(
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("model.module.embedding.word_embeddings.weight", ("torch_dcp or fsdp_dtensor", "--ckpt-format torch_dist")),
-        ("model.embedding.word_embeddings.weight", ("torch_dcp or fsdp_dtensor", "--ckpt-format torch_dist")),
-        ("transformer.wte.weight", ("no language model that is known", "transformer.wte.weight")),
+        ("model.module.embedding.word_embeddings.weight", ("the checkpoint has no args", "--like CONFIG")),
+        ("model.embedding.word_embeddings.weight", ("the checkpoint has no args", "--like CONFIG")),
+        ("transformer.wte.weight", ("no known language model", "transformer.wte.weight")),
     ],
 )
 def test_other_models_are_refused_by_name(
@@ -125,6 +128,32 @@ def test_without_a_config_it_is_said_where_one_is_to_be(tmp_path: Path, capsys: 
     (tmp_path / "dcp/config.json").unlink()
     assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
     assert "--like" in capsys.readouterr().err
+
+
+def test_of_what_accelerate_saves_the_models_directory_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("optimizer_0", "pytorch_model_fsdp_0"):
+        (tmp_path / "root").mkdir(exist_ok=True)
+        save_plain(tmp_path / "root" / part, {})
+        (tmp_path / "root" / part / "config.json").unlink()
+    assert convert(tmp_path / "root", tmp_path / "hf") == 2
+    assert f"did you mean {tmp_path}/root/pytorch_model_fsdp_0?\n" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_files_that_torch_has_saved_as_hugging_faces_need_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "saved").mkdir()
+    torch.distributed.checkpoint.save(
+        hf_tensors(LLAMA), storage_writer=HuggingFaceStorageWriter(tmp_path / "saved"), no_dist=True
+    )
+    assert convert(tmp_path / "saved", tmp_path / "hf") == 2
+    assert "weights without their config.json" in capsys.readouterr().err
+    config_of(LLAMA).save_pretrained(tmp_path / "saved")
+    assert convert(tmp_path / "saved", tmp_path / "hf") == 0
+    assert_same(read_tensors(tmp_path / "hf"), hf_tensors(LLAMA))
 
 
 def _other_offsets(text: str) -> str:

@@ -39,7 +39,7 @@ def two_hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def job(found: Hosts, *more: str) -> list[str]:
-    small_steps = ("--max-memory-per-rank", "72MB", "--timeout", str(TIMEOUT_SECONDS))
+    small_steps = ("--max-memory-per-rank", "76MB", "--timeout", str(TIMEOUT_SECONDS))
     return flags(found.local, found.root / "hf", "--ckpt-dir-name", ITERATION, *small_steps, *more)
 
 
@@ -59,7 +59,7 @@ def assert_resumes(found: Hosts) -> None:
     assert (found.root / "hf.partial" / "resumable").is_file()
     runs = found.torchrun(*job(found))
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
-    assert "are there already; going on" in runs[0].stderr
+    assert "are written already; resuming" in runs[0].stderr
     make(found.root / "again", MODEL, Grid(tp=2))
     undisturbed = ("--ckpt-dir-name", ITERATION, "--placement", "gather")
     assert convert(found.root / "again", found.root / "undisturbed" / "hf", *undisturbed) == 0

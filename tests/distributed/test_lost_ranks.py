@@ -31,7 +31,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def convert(root: Path, target: Path, *faulty: str, start: Callable[..., Run] = run_ranks) -> Run:
     """Gather on two ranks, one of which meets a fault, if one is given."""
-    job = flags(f"{root}/rank{{rank}}", target, "--placement", "gather", "--max-memory-per-rank", "72MB")
+    job = flags(f"{root}/rank{{rank}}", target, "--placement", "gather", "--max-memory-per-rank", "76MB")
     run = start(2, *faulty, *job, module="tests.distributed.programs.faulty_rank" if faulty else "dist_convert")
     assert run.returncode != 0
     assert not target.exists()
@@ -106,9 +106,11 @@ def test_an_error_in_the_header_of_one_ranks_file_ends_all(checkpoint: Path) -> 
     assert run.stderr.count("not a complete torch checkpoint file") == 1
 
 
-def test_wrong_usage_is_named_once_by_torchruns_ranks(tmp_path: Path) -> None:
+def test_wrong_usage_is_named_once_by_torchruns_ranks_and_again_at_the_end_of_its_report(tmp_path: Path) -> None:
     run = torchrun(2, *flags(tmp_path, tmp_path / "hf", "--fast"))
     assert run.returncode != 0
-    ours, _, _ = run.stderr.partition("ChildFailedError")  # whose report repeats it
+    ours, _, torchruns = run.stderr.partition("ChildFailedError")
     assert ours.count("unrecognized arguments: --fast") == 1
+    _, _, root_cause = torchruns.partition("Root Cause")  # the last part of torchrun's report
+    assert "traceback : dist-convert megatron-to-hf: unrecognized arguments: --fast\n" in root_cause
     assert run.stderr.count("exitcode  : 2") >= 1

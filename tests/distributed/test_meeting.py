@@ -43,9 +43,9 @@ def test_ranks_that_have_come_name_the_one_that_has_not(job: list[str]) -> None:
         runs = [zero.finish(20), two.finish(20)]
     assert [run.returncode for run in runs] == [1, 1]
     assert "".join(run.stderr for run in runs) == (
-        "2 of 3 ranks have come\n"
+        "2 of 3 ranks have connected\n"
         "  expected: all of them within 2 s\n"
-        "  found:    nothing of rank 1\n"
+        "  found:    nothing from rank 1\n"
         "  remedy:   look at the log of the first of these: has it started, with the same MASTER_ADDR, MASTER_PORT and "
         "WORLD_SIZE? Allow more time with --timeout\n"
     )
@@ -55,7 +55,7 @@ def test_ranks_that_have_come_name_the_one_that_has_not(job: list[str]) -> None:
     ("address", "is_silent", "reason"),
     [
         ("127.0.0.1", False, "Connection refused"),
-        ("127.0.0.1", True, "something listens there, and does not answer as rank 0 does"),
+        ("127.0.0.1", True, "something listens there that is not rank 0"),
         ("no-such-host.invalid", False, "Name or service not known"),
     ],
 )

@@ -127,7 +127,7 @@ def test_what_other_nodes_began_without_regard_to_it_is_gone_on_with(
     assert -9 in on_nfs.do([*words, "--placement", "direct"], ranks=3, nodes=3, rank=0, moment=40, **killed).exit_codes
     run = on_nfs.do(words, ranks=4, nodes=2)
     assert run.exit_codes == [0] * 4, run.printed
-    assert "are there already; going on" in run.printed
+    assert "are written already; resuming" in run.printed
     assert all(len(of_file) == 1 for of_file in nodes_of_files(run, 2).values())
     assert hashes_below(tmp_path) == expected[case]
 

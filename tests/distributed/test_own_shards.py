@@ -61,7 +61,7 @@ HOW = {
     "auto placement, straight at the shards": (f"/{ITERATION}", ()),
     "direct placement of whole stages": ("", ("--ckpt-dir-name", ITERATION, "--placement", "direct")),
 }
-BY_GATHER = ("", ("--ckpt-dir-name", ITERATION, "--placement", "gather", "--max-memory-per-rank", "72MB"))
+BY_GATHER = ("", ("--ckpt-dir-name", ITERATION, "--placement", "gather", "--max-memory-per-rank", "76MB"))
 
 
 def hand_out(checkpoint: Path, places: Sequence[Sequence[int]], root: Path) -> None:

@@ -27,7 +27,7 @@ CHECKPOINTS = {
 WAYS = {
     "direct": ("--placement", "direct"),
     "gather": ("--placement", "gather"),
-    "gather in small steps": ("--placement", "gather", "--max-memory-per-rank", "64MB"),
+    "gather in small steps": ("--placement", "gather", "--max-memory-per-rank", "68MB"),
 }
 IN_FILES_OF = ("--max-shard-size", "20MB")
 

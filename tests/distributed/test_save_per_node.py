@@ -146,6 +146,46 @@ def test_started_again_after_its_end_it_says_that_nothing_is_left_to_do(runs: Ru
     assert hashes_below(tmp_path) == before
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_part_that_is_gone_since_all_were_complete_is_missed_and_made_with_overwrite(
+    node: int, runs: Runs, tmp_path: Path
+) -> None:
+    source = make_source(tmp_path, "a shared source")
+    assert convert(runs, source, tmp_path).exit_codes == [0, 0]
+    before, part = hashes_below(tmp_path), tmp_path / f"part{node}"
+    shutil.rmtree(part)
+    assert "is complete already" not in convert(runs, source, tmp_path, "--dry-run").printed
+    run = convert(runs, source, tmp_path)
+    assert run.exit_codes == [1, 1]
+    expected = f"it, or all of it in {part}.partial"
+    message = f"the target is complete on other disks, but no longer on this one\n  file:     {part}\n"
+    assert f"{message}  expected: {expected}\n  remedy:   move it away on every node, then start" in run.printed
+    assert not part.exists()
+    assert convert(runs, source, tmp_path, "--overwrite").exit_codes == [0, 0]
+    assert hashes_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("before_last", "is_named", "has_journals"), [(24, False, [True, True]), (8, True, [True, False])],
+    ids=["as only the other node has named its part", "as only the other node has removed its journal"],
+)  # fmt: skip
+def test_a_rank_killed_at_the_end_of_a_replacement_goes_on_with_overwrite(
+    before_last: int, is_named: bool, has_journals: list[bool], runs: Runs, tmp_path: Path
+) -> None:
+    source = make_source(tmp_path, "a shared source")
+    assert convert(runs, source, tmp_path).exit_codes == [0, 0]
+    before = hashes_below(tmp_path)
+    command = job(source, f"{tmp_path}/part{{node}}", "--save-per-node", "--overwrite")
+    moment = runs.do(command, ranks=2, nodes=2).calls[0] - before_last
+    runs.do(command, ranks=2, nodes=2, rank=0, moment=moment, signals=["SIGKILL"], patience_seconds=1)
+    places = [tmp_path / ("part0" if is_named else "part0.partial"), tmp_path / "part1"]
+    assert [(place / ".journal" / "identity.json").exists() for place in places] == has_journals
+    assert not (places[0] / "resumable").exists()
+    run = runs.do(command, ranks=2, nodes=2)
+    assert run.exit_codes == [0, 0], run.printed
+    assert hashes_below(tmp_path) == before
+
+
 def test_a_dry_run_says_which_weights_files_each_node_gets(runs: Runs, tmp_path: Path) -> None:
     source = make_source(tmp_path, "a stage a node")
     before = hashes_below(tmp_path)
@@ -159,7 +199,7 @@ def test_a_dry_run_says_which_weights_files_each_node_gets(runs: Runs, tmp_path:
 REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "without the flag": ((), 1, "give --save-per-node if each node is to keep some of the files"),
     "uploaded": (("--save-per-node", "--push-to-hub", "me/model"), 2, "no node has all files to upload"),
-    "verified": (("--save-per-node", "--verify"), 2, "cannot compare what lies on the disks of different nodes"),
+    "verified": (("--save-per-node", "--verify"), 2, "cannot compare files on the disks of different nodes"),
     "without a gather": (("--save-per-node", "--placement", "direct"), 2, "no rank alone sees all shards"),
 }  # fmt: skip
 
@@ -203,5 +243,5 @@ def test_the_flag_has_no_effect_on_a_disk_that_all_nodes_share(runs: Runs, tmp_p
     source = make_source(tmp_path, "a shared source")
     run = runs.do(job(source, tmp_path / "hf", "--save-per-node"), ranks=2, nodes=2)
     assert run.exit_codes == [0, 0]
-    assert "--save-per-node has no effect: all ranks see one and the same target" in run.printed
+    assert "--save-per-node has no effect: all ranks see the same target" in run.printed
     assert weights(tmp_path / "hf") == [1, 2, 3, 4, 5, 6]

@@ -15,7 +15,7 @@ from tests.distributed.interrupting import Run, Runs, hashes_below
 from tests.distributed.launching import command, environment, flags
 
 MODEL = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
-HOW = "start the same command again; it goes on where this one stopped"
+HOW = "start the same command again; it continues where this one stopped"
 
 
 @pytest.fixture(scope="module")

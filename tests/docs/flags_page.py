@@ -13,8 +13,8 @@ _HEAD = """# Flags
 
 This page is generated from the parser (`python -m tests.docs`). `dist-convert help COMMAND` shows the same.
 
-Every switch has a `--no-` form, for what a job file sets. Flags are known by their whole names only. Sizes have units:
-`512MB` or `2GiB`. `{rank}`, `{local_rank}` and `{node}` in paths stand for this rank's numbers. Each conversion takes
+Every switch has a `--no-` form, which overrides a job file. Flags cannot be abbreviated. Sizes have units:
+`512MB` or `2GiB`. `{rank}`, `{local_rank}` and `{node}` in paths stand for this rank's numbers. Every conversion takes
 its source by `--source`, `--load-path` or `--load-dir`, its target by `--target`, `--save-path` or `--save-dir`.
 """
 

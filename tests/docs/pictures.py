@@ -29,12 +29,12 @@ SITUATIONS = (
 
 def resumed() -> str:
     """The recording in docs/resume.md, line by line."""
-    block = re.search(r"```\n(\$ dist-convert .*?)```", (DOCS / "resume.md").read_text(), re.S)
+    block = re.search(r"```console\n(\$ dist-convert .*?)```", (DOCS / "resume.md").read_text(), re.S)
     assert block is not None
     rows, seconds = [], 0.5
     for line in block[1].splitlines():
         seconds += 1.5 if line.startswith("$") else 0.4
-        kind = "command" if line.startswith("$") else "stop" if line.startswith("stopped") else ""
+        kind = "command" if line.startswith("$") else "stop" if "SIGKILL" in line else ""
         kind = "done" if line.startswith("done") else kind
         rows.append((line, f"line {kind}".strip(), f"animation-delay:{seconds:.1f}s"))
     return _drawn([(0.0, *row) for row in rows])

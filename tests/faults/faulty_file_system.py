@@ -3,7 +3,7 @@
 RULES is a JSON file, read anew at every call: a list of objects with
 
     call     of the system: open, read, write, fsync or rename
-    file     what the path contains
+    file     what the path contains, or of a rename one of both
     at       a byte; reads and writes that touch it are meant
     answer   an errno's name; "half" of the bytes; the bytes "up to" that place; "hang" for long; or a change to a
              file, then the usual answer: "replace", "rewrite", "cut", or "fill" the disk with a new one
@@ -130,7 +130,7 @@ class FaultyFileSystem(Operations):  # type: ignore[misc]
         self._answer("fsync", path)
 
     def rename(self, old: str, new: str) -> None:
-        self._answer("rename", old)
+        self._answer("rename", f"{old} {new}")
         os.rename(self._path(old), self._path(new))
 
     def unlink(self, path: str) -> None:

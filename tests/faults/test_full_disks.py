@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_convert.write.files import reserve_file
+from dist_convert.write.files import held, reserve_file
 from tests.distributed.interrupting import Run, Runs
 from tests.faults.conftest import (
     DIRECTIONS,
@@ -118,7 +118,8 @@ def test_space_is_reserved_by_fallocate_and_where_that_is_refused_by_nothing(
     os.truncate(path, 1 << 20)
     before = path.stat().st_blocks
     root = disk.path if refuses else path.parent
-    assert reserve_file(root, "reserved") is not refuses
+    with held(root) as directory:
+        assert reserve_file(directory, "reserved") is not refuses
     assert (path.stat().st_blocks * 512 >= 1 << 20) is not refuses
     assert path.read_bytes() == b"values" + bytes((1 << 20) - 6)
     assert not refuses or path.stat().st_blocks == before

@@ -64,7 +64,7 @@ def test_a_write_that_takes_a_part_of_the_bytes_is_continued(
 
 PLACES = [
     ("megatron-to-hf", "open", ".journal/run-"), ("megatron-to-hf", "write", ".journal/run-"),
-    ("megatron-to-hf", "write", ".journal/.identity"), ("megatron-to-hf", "write", ".journal/lock"),
+    ("megatron-to-hf", "write", ".journal/.dist_convert-"), ("megatron-to-hf", "write", ".journal/lock"),
     ("megatron-to-hf", "write", "resumable"), ("megatron-to-hf", "open", "hf.partial/model.safetensors"),
     ("megatron-to-hf", "write", "hf.partial/config.json"), ("megatron-to-hf", "write", "conversion.json"),
     ("megatron-to-hf", "fsync", "hf.partial/model.safetensors"), ("megatron-to-hf", "fsync", "hf.partial/config.json"),

@@ -108,7 +108,7 @@ def test_bins_are_left_behind_and_named_unless_they_are_asked_for(
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert not (tmp_path / "out" / "capacity_bins.pt").exists()
     assert_same(read_tensors(tmp_path / "out"), hf)
-    assert "left behind: 24 x capacity bins (statistics of training), 448 B\n" in capsys.readouterr().err
+    assert "not converted: 24 x capacity bins (statistics of training), 448 B\n" in capsys.readouterr().err
 
 
 def test_a_model_without_bins_has_an_empty_file_of_them(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_copy_that_differs_is_an_error_that_names_it_and_how_far_it_is_off(
     assert "copies of one parameter differ" in message
     assert name in message
     assert str(tmp_path / "source" / "iter_0000004" / file) in message
-    assert re.search(r"others, at most 6[345](\.\d)? apart, at row", message)  # rounded in bf16
+    assert re.search(r"other values, at most 6[345](\.\d)? apart, at row", message)  # rounded in bf16
     assert ACCEPT in message
     assert not (tmp_path / "target").exists()
     assert not (tmp_path / "target.partial").exists()
@@ -160,7 +160,7 @@ def test_copies_that_only_a_verification_finds_to_differ_are_told_as_such_and_ma
     assert "copies of one tensor in the source (A) differ, which samples did not show before" in message
     assert f"convert with {ACCEPT}" in message
     assert convert(tmp_path, ACCEPT, "--verify", "--overwrite") == 0
-    assert f"warning: copies differ, and the lowest rank's are taken: {name}" in capsys.readouterr().err
+    assert f"warning: copies differ; the lowest rank's are used: {name}" in capsys.readouterr().err
     published = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(read_tensors(tmp_path / "target")[published], hf[published])
 
@@ -241,7 +241,7 @@ def test_accepted_copies_are_told_in_the_log_and_the_manifest_and_are_another_pl
     with_checksums: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "decoder.layers.1.input_layernorm.weight"
-    warning = f"warning: copies differ, and the lowest rank's are taken: {name}"
+    warning = f"warning: copies differ; the lowest rank's are used: {name}"
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(with_checksums)
     try:

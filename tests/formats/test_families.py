@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError
+from dist_convert.errors import ConversionError, MissingArguments, Problems, UnsupportedModel, UsageError
 from dist_convert.formats.huggingface.config import architecture_from_config, config_json
 from dist_convert.formats.megatron.args import architecture_from_args, in_megatrons_words
 from dist_convert.formats.megatron.said import said_of
@@ -119,6 +119,23 @@ def test_args_that_are_written_say_what_the_config_said(family: str, keys: dict[
     read = architecture_from_args(args, vocab=500, file="shard", family=FAMILIES[family], trusts_factor=True)
     assert replace(read, padded_vocab=500, router_aux_loss=architecture.router_aux_loss) == architecture
     assert json.loads(json.dumps(model_values(read))) == json.loads(json.dumps(model_values(architecture)))
+
+
+def test_the_large_deepseek_v2_is_refused_with_the_reason_that_its_groups_are_chosen_otherwise() -> None:
+    v2 = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
+    experts = {"n_routed_experts": 160, "num_experts_per_tok": 6, "q_lora_rank": 1536}
+    with pytest.raises(Problems) as error:
+        architecture_from_config(config_of("deepseek_v2", **v2, **experts))
+    assert [(one.what, one.expected, one.found) for one in error.value.problems] == [
+        (
+            "topk_method is not supported: DeepSeek-V2 chooses groups of experts by the best score in each, Megatron "
+            "by a sum of scores",
+            "topk_method=greedy",
+            "group_limited_greedy",
+        ),
+        ("n_group is not supported", "n_group=1", "8"),
+        ("topk_group is not supported", "topk_group=1", "3"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -281,13 +298,13 @@ def test_groups_of_experts_without_a_number_of_chosen_ones_are_refused() -> None
 
 def test_a_factor_of_llama_is_refused_for_a_model_with_yarn() -> None:
     where = Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0))
-    with pytest.raises(UsageError, match="this model's is another"):
+    with pytest.raises(UsageError, match="this model has another kind"):
         said_of(where, args_of("deepseek_v3"), "shard")
 
 
 def test_a_factor_is_refused_where_a_model_like_this_one_has_no_scaling() -> None:
     where = Where(Path("in"), Options("huggingface", rope_scaling_factor=8.0), like=config_of("llama"))
-    with pytest.raises(UsageError, match="this model's is another"):
+    with pytest.raises(UsageError, match="this model has another kind"):
         said_of(where, args_of("llama"), "shard")
 
 
@@ -309,7 +326,7 @@ def test_yarn_in_the_args_of_a_model_like_one_without_is_left_out_with_a_warning
     args = args_of("llama", **model_values(architecture_from_config(config_of("llama", rope_scaling=PLAIN_YARN))))
     said = said_of(Where(Path("in"), like=config_of("llama")), args, "shard")
     assert said.architecture(vocab=500, file="shard").rope_scaling is None
-    assert "warning: position_embedding_type is 'yarn' in the args, 'rope' is taken as you say" in said.notes
+    assert "warning: position_embedding_type is 'yarn' in the args, 'rope' is used, as you say" in said.notes
 
 
 def test_positions_that_are_not_rotary_are_refused_whatever_model_it_is_like() -> None:
@@ -341,12 +358,12 @@ def test_a_model_like_this_one_corrects_all_numbers_of_yarn_with_a_warning_each(
     said = said_of(Where(Path("in"), like=config_of("deepseek_v3")), lost, "shard")
     scaling = said.architecture(vocab=500, file="shard").rope_scaling
     assert scaling == YarnScaling(40.0, 32, 1, 4096, 0.707, 0.707)
-    assert "warning: rotary_scaling_factor is 1.0 in the args, 40.0 is taken as you say" in said.notes
+    assert "warning: rotary_scaling_factor is 1.0 in the args, 40.0 is used, as you say" in said.notes
 
 
 @pytest.mark.parametrize("keys", [{"num_hidden_layers": 3}, {"routed_scaling_factor": 1.0}], ids=str)
 def test_a_model_that_is_not_like_this_one_is_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModel, match="--like is of another model"):
+    with pytest.raises(UnsupportedModel, match="--like is not the checkpoint's model"):
         said_of(Where(Path("in"), like=config_of("deepseek_v3", **keys)), args_of("deepseek_v3"), "shard")
 
 

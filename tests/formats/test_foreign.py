@@ -253,7 +253,7 @@ def test_a_directory_of_one_checkpoint_is_answered_with_it(kind: str, tmp_path: 
     maker[kind](tmp_path / "models/llama", LLAMA)
     (tmp_path / "models/logs").mkdir()
     for command in (dist_convert.inspect, dist_convert.open):
-        with pytest.raises(CheckpointNotFound, match="a directory of some") as caught:
+        with pytest.raises(CheckpointNotFound, match="a directory of checkpoints") as caught:
             command(tmp_path / "models")
         assert caught.value.remedy == f"did you mean {tmp_path}/models/llama?"
 
@@ -280,5 +280,5 @@ def test_half_a_model_is_told_by_its_layers(tmp_path: Path) -> None:
     save(tmp_path / "in", {"mp_rank_00": [half]}, training_args(model))
     found = dist_convert.inspect(tmp_path / "in")
     assert found["layers_per_stage"] == {"0": 1}
-    assert "the files hold another number of layers than the args say" in found["not_convertible"]
+    assert "the number of layers in the files differs from the args" in found["not_convertible"]
     assert "num_layers=2" in found["not_convertible"]

@@ -34,15 +34,18 @@ def test_an_object_in_an_argument_that_nothing_needs_is_inert_and_listed(tmp_pat
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("num_layers", "the argument num_layers is no size of a model"),
-        ("norm_epsilon", "the argument norm_epsilon is no size of a model"),
-        ("untie_embeddings_and_output_weights", "the argument untie_embeddings_and_output_weights is no truth value"),
-        ("add_qkv_bias", "the argument add_qkv_bias is no truth value"),
-        ("use_rope_scaling", "the argument use_rope_scaling is no truth value"),
-        ("apply_layernorm_1p", "the argument apply_layernorm_1p is no truth value"),
+        ("num_layers", "the argument num_layers is not a size of a model"),
+        ("norm_epsilon", "the argument norm_epsilon is not a size of a model"),
+        (
+            "untie_embeddings_and_output_weights",
+            "the argument untie_embeddings_and_output_weights is not a truth value",
+        ),
+        ("add_qkv_bias", "the argument add_qkv_bias is not a truth value"),
+        ("use_rope_scaling", "the argument use_rope_scaling is not a truth value"),
+        ("apply_layernorm_1p", "the argument apply_layernorm_1p is not a truth value"),
         (
             "yarn_correction_range_round_to_int",
-            "the argument yarn_correction_range_round_to_int is no truth value",
+            "the argument yarn_correction_range_round_to_int is not a truth value",
         ),
         ("swiglu", "--swiglu has a value that the target cannot express"),
         ("tensor_model_parallel_size", "a parallel grid of impossible sizes"),

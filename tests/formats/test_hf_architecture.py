@@ -123,7 +123,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_that_is_absent_is_named(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"{name} is no size"):
+    with pytest.raises(UnsupportedModel, match=f"{name} is not a size"):
         read(changed(LLAMA, (name,)))
 
 
@@ -200,6 +200,7 @@ def test_a_config_that_we_write_is_read_as_the_same_model(config: dict[str, Any]
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "llama3 or yarn or linear", "dynamic"),
         ({"rope_scaling": {**LLAMA3, "factor": 0.5}}, "a number of at least 1", "0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention in all", "sliding_attention"),
+        ({"layer_types": 1}, "full_attention in all", "1"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor=1", "low_freq_factor=2.0"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 2.0}}, "high_freq_factor=4", "high_freq_factor=2.0"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, "embeddings=8192", "embeddings=4096"),
@@ -227,7 +228,7 @@ def test_what_megatron_cannot_express_is_refused(keys: dict[str, Any], expected:
 
 
 def test_a_partial_rotation_is_refused_where_transformers_5_writes_it() -> None:
-    with pytest.raises(UnsupportedModel, match="another part of each head is rotated"):
+    with pytest.raises(UnsupportedModel, match="a different part of each head is rotated"):
         read(v5(LLAMA, partial_rotary_factor=0.5))
 
 
@@ -288,13 +289,16 @@ VISION = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditiona
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"model_type": "olmo2"}, "its norms come behind attention and MLP"),
+        ({"model_type": "olmo2"}, "its norms come after attention and MLP"),
         ({"model_type": "olmoe"}, "its norms of queries and keys go over all heads"),
         ({"model_type": "gemma2"}, "its layers have four norms"),
         ({"model_type": "gemma3"}, "its layers have four norms"),
         ({"model_type": "gemma3_text"}, "its layers have four norms"),
         ({"model_type": "granite"}, "its embedding, attention, residuals and logits have multipliers"),
         ({"model_type": "granitemoe"}, "its embedding, attention, residuals and logits have multipliers"),
+        ({"model_type": "internlm"}, "its attention may have biases where its MLP has none"),
+        ({"model_type": "internlm2"}, "its queries, keys and values are one tensor"),
+        ({"model_type": "internlm3"}, "its published models scale rotary positions dynamically"),
         ({"model_type": "qwen3_next"}, "most of its layers have linear attention"),
         (VISION, "it has a vision tower beside its language model"),
     ],

@@ -20,7 +20,7 @@ from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.names import hf_view, leftovers
 from dist_convert.formats.huggingface.read import find_weights, read_weights_header
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture, entries, parts_of
+from dist_convert.models.schema import Architecture, entries
 from dist_convert.records import StoredTensor, View
 from tests.oracle.families.models import MODELS
 
@@ -51,7 +51,7 @@ PARTS = {
     part.name: part
     for family in (FAMILIES["llama"], FAMILIES["mixtral"])
     for entry in (*family.before, *family.layer, *family.dense, *family.moe, *family.after)
-    for part in parts_of(entry)
+    for part in entry.parts
 }
 #: Models whose experts transformers 5 has fused in memory, beside Mixtral, which has other names.
 FUSED_MODELS = ("qwen3-moe", "qwen2-moe", "deepseek-v2-lite", "deepseek-v3", "glm45")
@@ -226,16 +226,16 @@ def test_the_head_of_a_tied_model_is_left_behind_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("lm_head.weight", "no part of any row, shape [2, 3]"),
+        ("lm_head.weight", "an unknown tensor, shape [2, 3]"),
         ("model.layers.0.self_attn.q_norm.weight", "a norm of queries or keys, shape [2, 3]"),
         ("model.layers.0.mlp.down_proj.weight_scale_inv", "quantisation, shape [2, 3]"),
         ("model.layers.0.mlp.down_proj.lora_A.default.weight", "an adapter that is not merged, shape [2, 3]"),
         ("model.layers.0.self_attn.q_proj.bias", "a bias, shape [2, 3]"),
         ("model.layers.0.block_sparse_moe.experts.8.w1.weight", "experts, shape [2, 3]"),
-        ("model.layers.32.input_layernorm.weight", "no part of any row, shape [2, 3]"),
-        ("score.weight", "another head than a language model's, shape [2, 3]"),
-        ("inv_freq", "no part of any row, shape [2, 3]"),
-        ("model.layers.0.other_rotary_emb.inv_freq", "no part of any row, shape [2, 3]"),
+        ("model.layers.32.input_layernorm.weight", "an unknown tensor, shape [2, 3]"),
+        ("score.weight", "a head that is not a language model's, shape [2, 3]"),
+        ("inv_freq", "an unknown tensor, shape [2, 3]"),
+        ("model.layers.0.other_rotary_emb.inv_freq", "an unknown tensor, shape [2, 3]"),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_it_may_be(name: str, what: str) -> None:

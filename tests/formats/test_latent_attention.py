@@ -33,7 +33,7 @@ def test_the_flags_that_training_needs_are_printed_and_kept_beside_the_target(
     build(DEEPSEEK_V3).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     assert run(tmp_path / "hf", tmp_path / "megatron", "torch") == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert f"training needs, beside --use-checkpoint-args, which does not restore it: {' '.join(FLAGS)}" in said
+    assert f"training needs these flags, which --use-checkpoint-args does not restore: {' '.join(FLAGS)}" in said
     [beside] = (tmp_path / "megatron").rglob("target_megatron_args.json")
     assert json.loads(beside.read_text())["training_flags"] == FLAGS
 

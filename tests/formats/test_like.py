@@ -42,7 +42,7 @@ def test_a_family_that_the_args_do_not_tell_is_named_with_the_flag(
     make(tmp_path / "in", Model(layers=2, qkv_bias=True))
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert _config(tmp_path / "out")["model_type"] == "qwen2"
-    assert "the args of seed_oss look the same: if it is one, say so with --like" in capsys.readouterr().err
+    assert "the args of seed_oss look the same: if it is one of these, give --like" in capsys.readouterr().err
 
 
 def test_it_gives_the_family_and_no_weight_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_it_may_name_the_file_or_its_directory(tmp_path: Path) -> None:
 def test_a_path_without_a_config_is_an_error_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", MODEL)
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(tmp_path / "nowhere")) == 2
-    said = f"what --like names is not there\n  file:     {tmp_path / 'nowhere'}\n"
+    said = f"the path of --like does not exist\n  file:     {tmp_path / 'nowhere'}\n"
     assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +176,7 @@ def test_all_that_the_args_contradict_is_refused_together(tmp_path: Path, capsys
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 1
     err = capsys.readouterr().err
     assert "num_hidden_layers 5, as --like says" in err
-    assert "2, by the checkpoint's argument num_layers" in err
+    assert "2, from the checkpoint's argument num_layers" in err
     assert "rms_norm_eps 1e-06, as --like says" in err
     assert "num_key_value_heads 4, as --like says" in err
     assert "Traceback" not in err
@@ -196,7 +196,7 @@ def test_another_base_of_the_rotary_frequencies_is_taken_with_a_warning(
     like = _like(tmp_path / "like", rope_theta=1e6)
     assert convert(tmp_path / "in", tmp_path / "out", "--like", str(like)) == 0
     assert _config(tmp_path / "out")["rope_theta"] == 1e6
-    assert "rotary_base is 500000 in the args, 1000000.0 is taken as you say" in capsys.readouterr().err
+    assert "rotary_base is 500000 in the args, 1000000.0 is used, as you say" in capsys.readouterr().err
 
 
 def test_a_vocabulary_that_only_the_config_tells_is_said_to_be_its(

@@ -160,11 +160,11 @@ def test_a_rope_factor_that_training_may_have_ignored_is_refused_until_the_user_
 ) -> None:
     make(tmp_path / "in", LLAMA, use_rope_scaling=True, rope_scaling_factor=32.0)
     assert convert(tmp_path / "in", tmp_path / "out") == 1
-    assert "say which it was: --rope-scaling-factor 32, or 8" in capsys.readouterr().err
+    assert "give the factor of that version: --rope-scaling-factor 32, or 8" in capsys.readouterr().err
     assert convert(tmp_path / "in", tmp_path / "out", "--rope-scaling-factor", flag) == 0
     scaling = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("llama3", factor)
-    warned = "warning: rope_scaling_factor is 32.0 in the args, 8.0 is taken as you say" in capsys.readouterr().err
+    warned = "warning: rope_scaling_factor is 32.0 in the args, 8.0 is used, as you say" in capsys.readouterr().err
     assert warned is (factor == 8.0)
 
 
@@ -174,7 +174,7 @@ def test_a_rope_theta_that_an_importer_lost_is_taken_from_the_flag(
     make(tmp_path / "in", LLAMA, rotary_base=10000)
     assert convert(tmp_path / "in", tmp_path / "out", "--rope-theta", "500000") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 500000.0
-    assert "warning: rotary_base is 10000 in the args, 500000.0 is taken as you say" in capsys.readouterr().err
+    assert "warning: rotary_base is 10000 in the args, 500000.0 is used, as you say" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"])
@@ -306,14 +306,16 @@ def test_a_model_type_that_the_args_allow_is_no_warning(
         (MIXTRAL, {"rotary_base": 10000, "max_position_embeddings": 4096}, 4096),
     ],
 )
-def test_a_theta_that_an_importer_has_left_out_is_a_warning(
+def test_a_theta_that_habanas_importer_may_have_left_out_is_a_warning_that_names_the_flags(
     model: Model, args: dict[str, Any], positions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", model, use_fused_rmsnorm=True, **args)
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert (
         f"warning: rope_theta is 10000, without rope_scaling, according to the args, for {positions} positions; "
-        "Habana's importer leaves that"
+        "Habana's importer writes this whatever the model has. If the checkpoint was imported and not trained since, "
+        "give the right values with --like (the original's config.json), or with --rope-theta and "
+        "--rope-scaling-factor\n"
     ) in capsys.readouterr().err
 
 
@@ -325,7 +327,7 @@ def test_a_theta_that_an_importer_has_left_out_is_a_warning(
         {"rotary_base": 500000, "use_fused_rmsnorm": True},
     ],
 )
-def test_a_theta_that_a_model_may_have_is_no_warning(
+def test_a_theta_that_a_model_may_have_or_without_signs_of_that_importer_is_no_warning(
     args: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "in", LLAMA, **args)

@@ -107,8 +107,8 @@ def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_say
         "  expected: model_optim_rng.pt in mp_rank_01, mp_rank_02, mp_rank_03, mp_rank_04, mp_rank_05, mp_rank_06 "
         "and 1 more\n"
         "  found:    mp_rank_00\n"
-        "  remedy:   copy the missing directories beside the others; before Megatron-Core 0.18 a run with TP larger "
-        "than EP x ETP never wrote some tensor parallel shards: then save again with a newer Megatron-Core"
+        "  remedy:   copy the missing directories beside the others; Megatron-Core before 0.18 does not write "
+        "all tensor parallel shards if TP is larger than EP x ETP: then save again with a newer version"
     )
 
 

@@ -183,9 +183,9 @@ def test_a_target_that_can_exist_is_not_refused(model: Architecture, grid: Grid)
         ({"ffn": 90}, Grid(tensor=4), "the columns of the MLP cannot be divided over the tensor"),
         ({"padded_vocab": 250}, Grid(tensor=4), "the rows of the padded vocabulary cannot be divided over the tensor"),
         ({"heads": 24, "query_groups": 6}, Grid(tensor=4), "the query groups cannot be divided over the tensor"),
-        ({}, Grid(expert=2), "a model without experts has no expert parallel ranks"),
+        ({}, Grid(expert=2), "a model without experts cannot have expert parallel ranks"),
         ({"experts": 8}, Grid(expert=3), "the experts cannot be divided over the expert parallel ranks"),
-        ({"experts": 8}, Grid(tensor=2, expert_tensor=4), "two expert tensor parallel ranks would share the name"),
+        ({"experts": 8}, Grid(tensor=2, expert_tensor=4), "two expert tensor parallel ranks would share one file name"),
         ({"experts": 8, "ffn": 98}, Grid(4, expert_tensor=4), "the columns of an expert cannot be divided over"),
     ],
 )
@@ -204,13 +204,20 @@ def test_a_target_is_refused_with_all_reasons_at_once() -> None:
         "the rows of the padded vocabulary",
         "the query groups",
         "the experts",
-        "two expert tensor parallel ranks would share the name of one file",
+        "two expert tensor parallel ranks would share one file name",
     ]
     assert [problem.remedy for problem in error.value.problems[:4]] == [
-        "choose a --target-tensor-parallel-size that divides 4",
-        "choose a --target-tensor-parallel-size that divides 4",
-        "choose a --target-tensor-parallel-size that divides 4",
-        "choose a --target-expert-parallel-size that divides 8",
+        "choose a --tp that divides 4",
+        "choose a --tp that divides 4",
+        "choose a --tp that divides 4",
+        "choose a --ep that divides 8",
+    ]
+    assert [(problem.expected, problem.found) for problem in error.value.problems] == [
+        ("--tp that divides 8", "3"),
+        ("--tp that divides 256", "3"),
+        ("--tp that divides 4", "3"),
+        ("--ep that divides 8", "5"),
+        ("--etp that divides 3, the tensor parallel size", "6"),
     ]
 
 
@@ -218,6 +225,6 @@ def test_the_remedy_of_a_refused_size_is_a_size_that_is_accepted() -> None:
     model = Architecture(**(vars(LLAMA) | {"heads": 24, "query_groups": 8}))
     with pytest.raises(UsageError) as error:
         check_target(model, Grid(tensor=16))
-    assert error.value.remedy == "choose a --target-tensor-parallel-size that divides 8"
+    assert error.value.remedy == "choose a --tp that divides 8"
     for size in (1, 2, 4, 8):
         check_target(model, Grid(tensor=size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from contextlib import closing
@@ -18,7 +19,6 @@ import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.errors import ConversionError, UsageError
 from dist_convert.formats.huggingface.lay_out import to_huggingface
-from dist_convert.formats.megatron.args import architecture_from_args
 from dist_convert.formats.meta.params import args_of_params
 from dist_convert.formats.open import open_source
 from dist_convert.options import Options
@@ -27,7 +27,7 @@ from dist_convert.plan.steps import steps_of
 from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.records import DTYPE_BYTES, runs
-from tests.checkpoints import Grid
+from tests.checkpoints import Grid, Model
 from tests.converting import assert_same, bytes_read, read_tensors
 from tests.distributed.launching import run_ranks
 from tests.meta_checkpoints import MODEL, POSITIONS, TOKENS, make_meta, metas, params_of, weights
@@ -177,7 +177,7 @@ def of_params(**params: Any) -> Any:
 
 WRONG = {
     "a copy under another name": (copied, "two files hold the same weights"),
-    "no first file": (without_the_first, "not all files of one model"),
+    "no first file": (without_the_first, "the files are not those of one model"),
     "no last file": (without_the_last, "a file is missing"),
     "no head in one file": (lambda root: without("output.weight", root), "the weights are not those of params.json"),
     "no norm in one file": (lambda root: without("norm.weight", root), "the pieces of a tensor do not fit each other"),
@@ -187,17 +187,17 @@ WRONG = {
     "another vocabulary": (of_params(vocab_size=65), "the weights are not those of params.json"),
     "more heads": (of_params(n_heads=16, head_dim=8), "the weights are not those of params.json"),
     "fewer keys": (of_params(n_kv_heads=4), "wrong shape for model.layers.0.self_attn.k_proj.weight"),
-    "vision": (of_params(vision_chunk_size=448), "has no value of a Llama for vision_chunk_size"),
-    "experts": (of_params(moe={"num_experts": 8}), "has no value of a Llama for moe"),
-    "quantised": (of_params(quantization_args={"group_size": 32}), "has no value of a Llama for quantization_args"),
-    "no layers": (of_params(n_layers="gone"), "has no value of a Llama for n_layers"),
-    "a head for three keys": (of_params(n_kv_heads=3), "has no value of a Llama for n_kv_heads"),
-    "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "has no value of a Llama for head_dim"),
-    "an endless factor": (of_params(ffn_dim_multiplier=1e299), "has no value of a Llama for ffn_dim_multiplier"),
-    "a flag that is text": (of_params(use_scaled_rope="false"), "has no value of a Llama for use_scaled_rope"),
-    "a size of null": (of_params(dim=None), "has no value of a Llama for dim"),
-    "a size that is text": (of_params(dim="64"), "has no value of a Llama for dim"),
-    "no theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "has no value of a Llama for use_scaled_rope"),
+    "vision": (of_params(vision_chunk_size=448), "missing or unsupported vision_chunk_size"),
+    "experts": (of_params(moe={"num_experts": 8}), "missing or unsupported moe"),
+    "quantised": (of_params(quantization_args={"group_size": 32}), "missing or unsupported quantization_args"),
+    "no layers": (of_params(n_layers="gone"), "missing or unsupported n_layers"),
+    "a head for three keys": (of_params(n_kv_heads=3), "missing or unsupported n_kv_heads"),
+    "odd heads": (of_params(n_heads=64, n_kv_heads=64, head_dim=1), "missing or unsupported head_dim"),
+    "an endless factor": (of_params(ffn_dim_multiplier=1e299), "missing or unsupported ffn_dim_multiplier"),
+    "a flag that is text": (of_params(use_scaled_rope="false"), "missing or unsupported use_scaled_rope"),
+    "a size of null": (of_params(dim=None), "missing or unsupported dim"),
+    "a size that is text": (of_params(dim="64"), "missing or unsupported dim"),
+    "no theta": (of_params(use_scaled_rope=True, rope_theta="gone"), "missing or unsupported use_scaled_rope"),
 }  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def test_metas_16_files_of_the_405b_are_refused_until_they_are_understood() -> N
     params = {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 16, "ffn_dim_multiplier": 1.2,
               "multiple_of": 4096, "rope_theta": 500000.0, "use_scaled_rope": True}  # fmt: skip
     rows = {"layers.0.attention.wq.weight": 16384, "layers.0.feed_forward.w1.weight": 53248, "output.weight": 128256}
-    with pytest.raises(ConversionError, match="has no value of a Llama for n_kv_heads"):
+    with pytest.raises(ConversionError, match="missing or unsupported n_kv_heads"):
         args_of_params(params, rows, tied=False)
     _, args = args_of_params(params | {"n_kv_heads": 8}, rows, tied=False)
     assert (args["ffn_hidden_size"], args["max_position_embeddings"]) == (53248, 131072)
@@ -256,16 +256,38 @@ def test_the_width_and_the_positions_of_published_models_follow(name: str) -> No
     assert (args["max_position_embeddings"], family) == (positions, "mistral" if "Mistral" in name else "llama")
 
 
-def test_the_factor_of_llama_3_2_has_to_be_said() -> None:
-    params = {
-        "dim": 2048, "ffn_dim_multiplier": 1.5, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16, "rope_theta": 500000.0,
-        "use_scaled_rope": True,
-    }  # fmt: skip
-    rows = {"layers.0.attention.wq.weight": 2048, "layers.0.feed_forward.w1.weight": 8192, "output.weight": 128256}
-    _, args = args_of_params(params, rows, tied=True)
+def test_the_factor_of_llama_3_2_has_to_be_said(tmp_path: Path) -> None:
+    """Of the hidden size and layers of the 1B, which tell it, but with a narrow MLP and narrow heads."""
+    model = Model(hidden=2048, ffn=64, heads=32, groups=8, head_dim=2, layers=16, vocab=64, padded_vocab=64)
+    hf = weights(model)
+    hf["lm_head.weight"] = hf["model.embed_tokens.weight"]
+    make_meta(tmp_path / "in", 1, "3.1", model, hf, ffn_dim_multiplier=0.01, head_dim=2)
     with pytest.raises(ConversionError) as caught:
-        architecture_from_args(args, vocab=None, file="params.json")
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
     assert "--rope-scaling-factor 32, or 8" in str(caught.value)
+    assert str(tmp_path / "in/params.json") in str(caught.value)
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface", rope_scaling_factor=32)
+    del hf["lm_head.weight"]
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    found = config_in(tmp_path / "out")
+    assert (found["rope_scaling"]["factor"], found["tie_word_embeddings"]) == (32, True)
+
+
+def test_what_params_json_leaves_out_is_as_in_metas_own_code(tmp_path: Path) -> None:
+    said = {"multiple_of": None, "norm_eps": None, "ffn_dim_multiplier": 0.5}  # half of 170, rounded up to 256
+    hf = make_meta(tmp_path / "in", 2, "2", replace(MODEL, ffn=256), **said)
+    report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert_same(read_tensors(tmp_path / "out"), hf)
+    assert config_in(tmp_path / "out")["rms_norm_eps"] == 1e-5
+    assert report.left_behind == (("rotary frequencies", 2, 2 * 4 * 4),)
+
+
+def test_params_json_may_have_all_below_model(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", 1)
+    params = {"model": params_of(MODEL, "3") | {"norm_eps": 1e-6}}
+    (tmp_path / "in/params.json").write_text(json.dumps(params))
+    dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert config_in(tmp_path / "out")["rms_norm_eps"] == 1e-6
 
 
 def test_flags_and_a_config_say_what_params_json_does_not(tmp_path: Path) -> None:
@@ -278,7 +300,7 @@ def test_flags_and_a_config_say_what_params_json_does_not(tmp_path: Path) -> Non
     found = config_in(tmp_path / "b")
     assert (found["max_position_embeddings"], found["rope_scaling"]["factor"]) == (100, 32)
     (tmp_path / "config.json").write_text(json.dumps(like | {"num_key_value_heads": 4}))
-    with pytest.raises(ConversionError, match="--like is of another model than the checkpoint, by num_key_value_heads"):
+    with pytest.raises(ConversionError, match="it differs in num_key_value_heads"):
         dist_convert.convert(tmp_path / "in", tmp_path / "c", to="huggingface", like=tmp_path / "config.json")
 
 
@@ -297,9 +319,20 @@ def test_the_tokenizer_beside_the_files_goes_with_them(tmp_path: Path) -> None:
     dist_convert.convert(tmp_path / "in", tmp_path / "hf", to="huggingface")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("hello").input_ids[0] == 1
     assert config_in(tmp_path / "hf")["eos_token_id"] == 2
-    dist_convert.convert(tmp_path / "in", tmp_path / "megatron", to="torch")
+    report = dist_convert.convert(tmp_path / "in", tmp_path / "megatron", to="torch")
+    assert [note for note in report.notes if "--tokenizer-model" in note] == []
     args = load(tmp_path / "megatron/iter_0000001/mp_rank_00/model_optim_rng.pt")["args"]
     assert (args.tokenizer_type, args.tokenizer_model) == ("Llama2Tokenizer", str(tmp_path / "tokenizer.model"))
+
+
+def test_training_is_told_that_it_needs_a_tokenizer_where_none_can_be_named(tmp_path: Path) -> None:
+    """Megatron reads no bare file of Llama 3's."""
+    make_meta(tmp_path / "in", 2)
+    lines = (b"".join(base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(64))).decode()
+    (tmp_path / "in/tokenizer.model").write_text(lines)
+    report = dist_convert.convert(tmp_path / "in", tmp_path / "out", to="torch")
+    needed = "training needs these flags, which --use-checkpoint-args does not restore: --tokenizer-model PATH"
+    assert needed in report.notes
 
 
 def test_the_old_command_line_takes_metas_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

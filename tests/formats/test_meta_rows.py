@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from dist_convert.compare.blocks import BLOCK_BYTES as COMPARED_BYTES
-from dist_convert.models.catalog import Region, cut
-from dist_convert.models.rotary import from_neighbours
+from dist_convert.models.catalog import Region, cut, from_neighbours
 from dist_convert.plan.copies import BLOCK_BYTES, Ends, Stored, bands_of, blocks_of_band
-from dist_convert.read.boxes import reads_of
+from dist_convert.read.file_reader import reads_of
 from dist_convert.records import Box, View, block_tiles, runs
 
 

@@ -28,7 +28,7 @@ def test_a_hugging_face_model_with_further_layers_is_refused_with_the_flag_that_
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 1
     assert "--drop-mtp" in capsys.readouterr().err
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", "--drop-mtp") == 0
-    assert "left behind: 3 x layers of multi-token prediction (--drop-mtp), 1.98 kB" in capsys.readouterr().err
+    assert "not converted: 3 x layers of multi-token prediction (--drop-mtp), 1.98 kB" in capsys.readouterr().err
 
 
 def test_a_megatron_model_with_further_layers_is_refused_with_the_flag_that_leaves_them_out(
@@ -199,7 +199,7 @@ def test_beside_tied_embeddings_they_are_written_for_one_stage(
     save_file(made, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     command = ["convert", str(tmp_path / "hf"), str(tmp_path / "megatron")]
     assert main([*command, *TWO_STAGES]) == 2
-    assert "--target-pipeline-parallel-size 1, or --drop-mtp" in capsys.readouterr().err
+    assert "expected: --pp 1, or --drop-mtp" in capsys.readouterr().err
     assert main([*command, "--to", "torch"]) == 0
     assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again"), *BACK]) == 0
     found = load_file(tmp_path / "again" / "model.safetensors")
@@ -214,7 +214,7 @@ def test_a_copy_that_is_another_one_is_refused(copy: str, tmp_path: Path, capsys
     save_file(made, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     command = ["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), *TWO_STAGES]
     assert main(command) == 1
-    assert "has another embedding or head than the model" in (error := capsys.readouterr().err)
+    assert "has an embedding or head that differs from the model's" in (error := capsys.readouterr().err)
     assert "other values from row 127 on" in error
     assert main([*command, "--drop-mtp"]) == 0
 

@@ -106,7 +106,7 @@ def test_a_fork_s_scaling_that_is_not_sure_is_refused_with_the_flag_that_says_it
     source = with_args(tmp_path, **args)
     with pytest.raises(ConversionError, match=r"--rope-scaling(-type)? has a value") as caught:
         config_of(source, tmp_path / "hf")
-    assert "--like CONFIG says which the model has" in caught.value.remedy
+    assert "--like CONFIG says which scaling the model has" in caught.value.remedy
     dist_convert.convert(source, tmp_path / "hf", to="huggingface", like=tmp_path / "like")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"] is None
 
@@ -207,8 +207,8 @@ def test_where_a_rank_has_another_name_nothing_is_advised_that_would_lose_its_sh
         config_of(source, tmp_path / "hf")
     # Nothing is to be removed or left out: the other directory may be this one's lost shard.
     assert caught.value.remedy == (
-        "two checkpoints may share this directory: copy the one that is meant to a directory of its own, complete, "
-        "from where it was saved"
+        "two checkpoints may share this directory: copy the right one, complete, from where it was saved to a "
+        "directory of its own"
     )
 
 
@@ -219,5 +219,5 @@ def test_a_head_of_another_shape_is_no_copy_of_the_embedding_that_args_tie_it_to
     [*_, last] = shards.values()
     last[0]["output_layer.weight"] = torch.zeros(rows, tied.hidden, dtype=torch.bfloat16)
     save(tmp_path / "megatron", shards, training_args(tied, Grid(pp=2)))
-    with pytest.raises(ConversionError, match="the args tie the head to the embedding, and it has another shape"):
+    with pytest.raises(ConversionError, match="the args tie the head to the embedding, but their shapes differ"):
         config_of(tmp_path / "megatron", tmp_path / "hf")

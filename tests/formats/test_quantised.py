@@ -183,7 +183,7 @@ def test_scales_of_activations_are_left_behind_by_name(tmp_path: Path, capsys: p
     assert run(tmp_path / "fp8", tmp_path / "bf16", "huggingface") == 0
     assert_same(read_tensors(tmp_path / "bf16"), meant)
     said = capsys.readouterr().err
-    assert "left behind: 1 x activation_scale (of inference in FP8), 4 B" in said
+    assert "not converted: 1 x activation_scale (of inference in FP8), 4 B" in said
     assert "weights are stored as FP8 in blocks of 32 x 32 and decoded to bf16" in said
 
 

@@ -123,7 +123,7 @@ def test_a_shard_of_another_run_is_named(name: str, tmp_path: Path, capsys: pyte
         save(tmp_path / "source", {file: chunks}, args)
     assert convert(tmp_path / "source", tmp_path / "hf") == 1
     message = capsys.readouterr().err
-    assert f"two shards disagree about {name}, so they are of different runs" in message
+    assert f"two shards disagree about {name}, so they come from different runs" in message
     assert str(tmp_path / "source/iter_0000004/mp_rank_01") in message
     assert convert(tmp_path / "source", tmp_path / "hf", "--accept-shard-order") == 0
     assert f"warning: accepted: two shards disagree about {name}" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_an_iteration_under_another_ones_name_is_a_warning_that_strict_refuses(k
     root = tmp_path / "in/iter_0000004"
     assert "warnings" not in dist_convert.inspect(root)
     root = root.rename(tmp_path / "in/iter_0000100")
-    warning = "warning: iter_0000100 holds files of iteration 4; they are taken for what they say"
+    warning = "warning: iter_0000100 holds files of iteration 4; the files are right"
     assert dist_convert.inspect(root)["warnings"] == [warning]
     with pytest.raises(SourceError, match="--strict, and 1 warning"):
         dist_convert.convert(root, tmp_path / "hf", to="huggingface", strict=True)

@@ -19,10 +19,10 @@ from tests.golden.test_sums import RECORDED
 from tests.to_megatron import to_megatron
 
 PARTIALS = Path(__file__).parent / "partials"
-REFUSAL = """an unfinished conversion of something else is where the target is made
+REFUSAL = """another unfinished conversion is in the target's .partial directory
   file:     {}
-  found:    made by another version (format 1, 2 now), which alone can go on with it
-  remedy:   to go on with it, start it as it was begun; or start anew with --overwrite
+  found:    made by another version (format 1, 2 now); only that version can resume it
+  remedy:   to resume it, give the flags it was started with; or start over with --overwrite
 """
 CHANGED_NS = 1_700_000_000_000_000_000
 

@@ -94,13 +94,15 @@ class Cluster:
     def wait(self, job: str) -> Job:
         """Wait until a job has ended, however often it goes back into the queue."""
         log = self.directory / f"{job}.log"
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline, started = time.monotonic() + TIMEOUT_SECONDS, "0"
         while time.monotonic() < deadline:
             fields = self.fields(job)
             if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"):
                 return Job(fields["JobState"], int(fields["Restarts"]), log.read_text())
-            if fields["JobState"] == "PENDING" and fields["Restarts"] != "0":
-                # Slurm lets a requeued job wait for two minutes.
+            if fields["JobState"] == "PENDING" and fields["Restarts"] != started:
+                # Slurm lets a requeued job wait for two minutes. A node refuses it in the second in which it was ended.
+                time.sleep(2)
+                started = fields["Restarts"]
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
         raise TimeoutError(f"{self.fields(job)}\n{log.read_text() if log.exists() else 'nothing printed'}")

@@ -16,7 +16,9 @@ import pytest
 from tests.checkpoints import Grid, Model, make
 from tests.converting import assert_same, convert, read_tensors
 from tests.distributed.launching import REPOSITORY, flags, hashes
+from tests.docs.commands import differs
 from tests.launch.slurm_cluster import TIMEOUT_SECONDS, Cluster, cluster, why_not
+from tests.published import make_published
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(reason)
     with cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+def shown_after(words: str) -> tuple[str, ...]:
+    """The log that docs/clusters.md shows after some words."""
+    text = (REPOSITORY / "docs/clusters.md").read_text()
+    return tuple(text[text.index(words) :].split("```")[1].splitlines()[1:])
 
 
 def python_that_is_stopped(directory: Path, until_restart: int) -> str:
@@ -70,6 +78,36 @@ def test_the_documented_srun_line_converts_without_torchrun(slurm: Cluster, tmp_
     size = ("--partition=all", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--output={tmp_path}/printed")
     slurm.run("sbatch", "--wait", *size, f"--wrap=bash -c {shlex.quote(f'{lines} {job}')}")
     assert_same(read_tensors(tmp_path / "hf"), expected)
+
+
+#: DeepSeek-V3 with all of its layers, which are narrow, and eight experts.
+NARROW = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 16,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 4,
+}  # fmt: skip
+
+
+def test_the_documented_job_script_converts_deepseek_v3(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    make_published(tmp_path / "models/DeepSeek-V3", "deepseek-v3", 2, **NARROW)
+    text = (REPOSITORY / "docs/clusters.md").read_text()
+    script = text[text.index("#!/usr/bin/env bash\n#SBATCH --job-name=deepseek-v3") :].partition("```")[0]
+    for documented, here in (
+        ("--nodes=4", "--nodes=2"),
+        ("--cpus-per-task=16", "--cpus-per-task=2"),
+        ("cd /shared/dist_convert && . .venv/bin/activate", f"cd {REPOSITORY}"),
+    ):
+        assert script.count(documented) == 1
+        script = script.replace(documented, here)
+    (tmp_path / "deepseek-v3.sbatch").write_text(script.replace("/shared/", f"{tmp_path}/"))
+    env = {"MASTER_ADDR": "127.0.0.1", "PYTHON": sys.executable}
+    words = ("sbatch", "--parsable", f"--output={slurm.directory}/%j.log", f"{tmp_path}/deepseek-v3.sbatch")
+    job = slurm.wait(slurm.run(*words, env=env).strip())
+    assert job.state == "COMPLETED", job.printed
+    written = {path.parent.name for path in (tmp_path / "ckpts/deepseek-v3/iter_0000001").glob("*/model_optim_rng.pt")}
+    assert written == {f"mp_rank_{n:02d}_{stage:03d}_{n:03d}" for n in range(8) for stage in range(8)}
+    assert not differs(job.printed, shown_after("Its log, of a model")), job.printed
 
 
 #: About 360 MB, of which ranks have written a little when they are found to have begun.
@@ -130,8 +168,10 @@ def test_a_conversion_that_is_stopped_halfway_goes_back_into_the_queue_and_on_to
             os.kill(process, signal.SIGCONT)
     ended = slurm.wait(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.printed
-    assert ended.printed.count("are there already; going on") == 1
+    assert ended.printed.count("are written already; resuming") == 1
     assert hashes(tmp_path / "hf") == hashes(tmp_path / "undisturbed" / "hf")
+    if how == "its steps are signalled":
+        assert not differs(ended.printed, shown_after("This is the log of a job")), ended.printed
 
 
 def test_a_job_starts_again_no_more_often_than_it_may(slurm: Cluster, tmp_path: Path) -> None:
@@ -146,10 +186,10 @@ def test_a_job_starts_again_no_more_often_than_it_may(slurm: Cluster, tmp_path: 
 def test_a_job_that_fails_and_leaves_nothing_to_go_on_with_is_not_started_again(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.submit(*flags(tmp_path / "nothing", tmp_path / "hf"))
     assert (job.state, job.restarts) == ("FAILED", 0), job.printed
-    assert "back into the queue" not in job.printed
+    assert "requeued" not in job.printed
 
 
 def test_a_job_without_a_target_on_the_command_line_says_what_it_needs(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.submit("megatron-to-hf", "--config", "job.yaml")
     assert job.state == "FAILED"
-    assert job.printed.startswith("give the target on the command line")
+    assert job.printed.startswith("put SRC DST right after convert, or give the target with its flag")

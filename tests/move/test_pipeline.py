@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from tests.converting import convert
 SEVERAL_STEPS = Model(hidden=256, ffn=64, heads=4, head_dim=64, layers=1, vocab=20000, padded_vocab=20000)
 
 
+#: Of its four pieces; it is alone.
+AFTER_THE_FIRST_STEP = 4
+
+
 def test_a_step_is_read_while_another_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "in", SEVERAL_STEPS)
-    reads = threading.Semaphore(0)
+    reads, writes = threading.Semaphore(0), itertools.count()
     was_in_time: list[bool] = []
     read, write = FileReader.read_piece, FileWriter.write_piece
 
@@ -28,7 +33,7 @@ def test_a_step_is_read_while_another_is_written(tmp_path: Path, monkeypatch: py
         return read(reader, *rest)
 
     def slow_write(writer: FileWriter, *rest: Any) -> int:
-        if not was_in_time:
+        if next(writes) == AFTER_THE_FIRST_STEP:  # two writers would each wait for the other's read
             was_in_time.append(all(reads.acquire(timeout=20) for _ in range(2)))
         return write(writer, *rest)
 
@@ -59,20 +64,22 @@ def test_a_rank_moves_as_many_steps_at_a_time_as_it_has_cores_and_memory_for_up_
     assert len(writers) == threads
 
 
-def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
+def test_all_that_is_read_is_asked_for_so_many_blocks_ahead_and_once_more_at_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "in", SEVERAL_STEPS)
     asked: list[View] = []
+    again: list[View] = []
     ahead: list[int] = []
     read_ahead, read = FileReader.read_ahead, FileReader.read_piece
 
     def noting(reader: FileReader, view: View) -> None:
-        asked.append(view)
+        (again if view in asked else asked).append(view)
         read_ahead(reader, view)
 
     def counting(reader: FileReader, view: View, first_byte: int) -> tuple[memoryview, int | None]:
         assert view in asked
+        assert view in again or view == asked[0]
         ahead.extend([len(asked) - 1 - asked.index(view)] if first_byte == 0 else [])
         return read(reader, view, first_byte)
 
@@ -82,6 +89,7 @@ def test_all_that_is_read_is_asked_for_before_so_many_blocks_ahead(
     assert convert(tmp_path / "in", tmp_path / "more", "--read-ahead", "9999999") == 0
     assert min(ahead) == 0
     asked.clear()
+    again.clear()
     ahead.clear()
     assert convert(tmp_path / "in", tmp_path / "out", "--read-ahead", "2") == 0
     assert len(ahead) == len(asked) > 4

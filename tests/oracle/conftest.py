@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -84,6 +85,35 @@ def made(ranks: Ranks) -> Callable[[str], Path]:
         )
 
     return of
+
+
+#: A format of FSDP's and a case of `cases.py`.
+FSDP_CASES = (
+    "torch_dcp:llama-tp1", "torch_dcp:mixtral-tp1", "fsdp_dtensor:llama-tp1", "fsdp_dtensor:llama-tp2",
+    "fsdp_dtensor:llama-tied", "fsdp_dtensor:llama-linear-bias-tp2", "fsdp_dtensor:llama-padded-vocab-tp4",
+    "fsdp_dtensor:mixtral-ep2", "fsdp_dtensor:mixtral-tp2-ep2",
+)  # fmt: skip
+EINOPS = "einops==0.8.2"
+
+
+def einops() -> str:
+    """Where einops is, which Megatron's own FSDP needs; for `run_scripts` to import from."""
+
+    def install(directory: Path) -> None:
+        flags = ["--quiet", "--no-deps", "--target", str(directory)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *flags, EINOPS], check=True)
+
+    return f"{kept('einops', EINOPS, install, Path(__file__).parent / 'fsdp')}/"
+
+
+@pytest.fixture(scope="session")
+def fsdp() -> Path:
+    """A directory with FORMAT/CASE, which four ranks of the installed Megatron-Core save: see `fsdp.program`."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install -e '.[test]')")
+    here = Path(__file__).parent
+    scripts = [path.read_text() for path in sorted(here.glob("megatron_*.py"))]
+    make = partial(run_scripts, (einops(), *IMPORTED), "tests.oracle.fsdp.program", 4)
+    return kept("fsdp", f"{FSDP_CASES} {scripts}", lambda directory: make(directory, *FSDP_CASES), here / "fsdp")
 
 
 def family_cases(which: str, few: Sequence[Case]) -> Sequence[Case]:

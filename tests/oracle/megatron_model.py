@@ -110,19 +110,21 @@ def is_grouped(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "GroupedMLP"
 
 
-def build_model(args: Namespace, config: TransformerConfig | None = None) -> list[GPTModel]:
-    """This rank's model chunks, one for every virtual pipeline stage."""
+def build_model(
+    args: Namespace, config: TransformerConfig | None = None, spec: Callable[..., Any] = get_gpt_layer_local_spec
+) -> list[GPTModel]:
+    """This rank's model chunks, one for every virtual pipeline stage, of a spec's layers."""
     config = config or transformer_config(args)
-    return [_build_chunk(args, config, stage) for stage in range(args.virtual_pipeline_model_parallel_size or 1)]
+    return [_build_chunk(args, config, spec, stage) for stage in range(args.virtual_pipeline_model_parallel_size or 1)]
 
 
-def _build_chunk(args: Namespace, config: TransformerConfig, stage: int) -> GPTModel:
+def _build_chunk(args: Namespace, config: TransformerConfig, spec: Callable[..., Any], stage: int) -> GPTModel:
     """The model chunk of one virtual pipeline stage of this rank."""
     chunk: GPTModel = _of_this_version(
         GPTModel,
         config,
         _of_this_version(
-            get_gpt_layer_local_spec,
+            spec,
             num_experts=args.num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=args.qk_layernorm,

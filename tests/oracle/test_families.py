@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def _rows(few: Sequence[Case]) -> list[Any]:
         *(pytest.param(FEW, case, id=case.name) for case in few),
         *(pytest.param(case.model.name, case, id=case.name, marks=pytest.mark.oracle_full) for case in full),
     ]
+
+
+@pytest.mark.parametrize("few", [TO_MEGATRON, TO_HUGGINGFACE], ids=["to Megatron", "to Hugging Face"])
+@pytest.mark.parametrize("has_experts", [False, True], ids=["dense", "experts"])
+def test_every_pair_of_grid_format_and_modules_is_converted_by_default(few: Sequence[Case], has_experts: bool) -> None:
+    converted, possible = (
+        {
+            pair
+            for case in cases
+            if case.model.has_experts == has_experts
+            for pair in combinations((case.grid, case.format, (case.spelling, case.experts)), 2)
+        }
+        for cases in (few, FULL_CASES)
+    )
+    assert len(possible) == (26 if has_experts else 12)
+    assert possible - converted == set()
 
 
 @pytest.fixture(scope="module")

@@ -66,4 +66,4 @@ def test_shards_that_training_never_wrote_are_named(
     assert _convert(case, oracle, tmp_path / "hf") == 1
     message = capsys.readouterr().err
     assert "mp_rank_02_000" in message
-    assert "never wrote" in message
+    assert "does not write" in message

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid
 from tests.oracle.cases import CASES
-from tests.oracle.conftest import IMPORTED, Ranks, kept, run_scripts
+from tests.oracle.conftest import FSDP_CASES, IMPORTED, Ranks, einops, kept, run_scripts
 from tests.oracle.families.cases import FULL_CASES
 from tests.oracle.families.huggingface import save, tensors
 
@@ -50,7 +50,7 @@ def ranks(version: str) -> Ranks:
         subprocess.run([sys.executable, "-m", "pip", "install", *flags, f"megatron-core=={version}"], check=True)
 
     core = kept(f"megatron-core-{version}", "", install)
-    return partial(run_scripts, (f"{core}/", "tests.oracle.without_compilers", *IMPORTED))
+    return partial(run_scripts, (f"{core}/", einops(), "tests.oracle.without_compilers", *IMPORTED))
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,25 @@ def test_the_training_that_it_brings_loads_what_we_write_and_what_it_saves_conve
     assert main(["convert", str(tmp_path / "saved"), str(tmp_path / "hf"), "--to", "huggingface", *KEEP]) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (loaded / f"{case}-hf" / name).read_bytes()
+
+
+#: But for the one of more tokens than the tokenizer of the training here has.
+OF_256_TOKENS = [case for case in FSDP_CASES if KNOWN[case.partition(":")[2]].vocab == 256]
+
+
+@pytest.mark.parametrize("case", OF_256_TOKENS)
+def test_what_the_training_that_it_brings_saves_with_fsdp_becomes_the_same_files(
+    case: str, version: str, fsdp: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    if version < "0.17":
+        pytest.skip("the package of this version has no megatron/training")
+    format, _, name = case.partition(":")
+    source, flags = fsdp / format / name / "torch", ("--to", "torch_dist", "--saver-transformer-impl", "local")
+    assert main(["convert", str(source), str(tmp_path / "dist"), *flags]) == 0
+    more = TRAINING_FLAGS[MIXTRAL] if KNOWN[name].experts else ()
+    ranks("tests.oracle.fsdp.training", 4, format, name, tmp_path / "dist", tmp_path / "saved", *more)
+    for path, target in ((tmp_path / "saved", "hf"), (source, "twin")):
+        how = ("--to", "huggingface", "--target-params-dtype", "fp32")
+        assert main(["convert", str(path), str(tmp_path / target), *how]) == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "twin" / file).read_bytes()

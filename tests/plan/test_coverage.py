@@ -15,7 +15,7 @@ from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import MLP
 from dist_convert.models.catalog import TensorMeta
 from dist_convert.models.llama import LLAMA
-from dist_convert.models.schema import Architecture, Family, Row, ZeroTensor, norm, part
+from dist_convert.models.schema import Architecture, Family, Row, norm, part
 from dist_convert.plan.content import Content, plan_content
 from tests import checkpoints
 from tests.plan import arrays
@@ -100,7 +100,7 @@ def test_tensors_of_zeros_are_in_the_target_and_not_moved() -> None:
 ALL = (*LLAMA.layer, *LLAMA.dense)
 
 
-def with_layer(*layer: Row | ZeroTensor) -> Family:
+def with_layer(*layer: Row) -> Family:
     """Llama with another table of its layers."""
     return replace(LLAMA, layer=layer, dense=())
 
@@ -120,9 +120,7 @@ def test_a_table_that_names_a_target_tensor_twice_is_refused(monkeypatch: pytest
 
 def test_two_rows_with_one_target_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = tuple(
-        norm(entry.megatron, part("model.layers.{layer}.input_layernorm.weight", "hidden"))
-        if isinstance(entry, Row) and entry.is_norm
-        else entry
+        norm(entry.megatron, part("model.layers.{layer}.input_layernorm.weight", "hidden")) if entry.is_norm else entry
         for entry in ALL
     )
     with pytest.raises(ConversionError, match=r"input_layernorm\.weight"):

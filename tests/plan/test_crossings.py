@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_convert.plan.limits import Limits
+from dist_convert.plan.plan import Limits
 from dist_convert.plan.steps import Read, ReadColumns, Step, Write, messages, received_bytes
 from dist_convert.records import Message, View
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from dist_convert.errors import MissingShard, UsageError
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.plan.content import Content
-from dist_convert.plan.limits import Limits
-from dist_convert.plan.plan import check_groups
+from dist_convert.plan.plan import Limits, check_groups
 from dist_convert.plan.steps import bytes_of, messages, received_bytes
 from tests.plan import headers
 from tests.plan.headers import architecture, content, everyone, faults_of, files_of, plan

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dist_convert.compare.elements import check_tensor
 from dist_convert.errors import PlanError
-from dist_convert.formats.megatron.geometry import ShardBox, shard_boxes, shard_size
-from dist_convert.models.blocks import EMBEDDING, MLP, QKV
-from dist_convert.models.schema import Row
+from dist_convert.formats.megatron.geometry import CutRow, ShardBox, shard_boxes
+from dist_convert.models.blocks import MLP, QKV
+from dist_convert.models.schema import EMBEDDING, Row
 from dist_convert.plan.copies import BLOCK_BYTES, bands, blocks_of_band
 from dist_convert.records import Box
 from tests import checkpoints
@@ -26,7 +26,8 @@ GATE, UP = 0, 1
 
 def rows_of(row: Row, sizes: dict[str, int], shards: int, **how: bool) -> list[tuple[int, int, int, int, int]]:
     """(part, first row in the part, shard, first row in the shard, rows) in the order of the shards' rows."""
-    found = [(number, p) for number in range(len(row.parts)) for p in shard_boxes(row, number, sizes, shards, **how)]
+    cut = CutRow(row, sizes, shards, **how)
+    found = [(number, p) for number in range(len(row.parts)) for p in shard_boxes(cut, number)]
     assert all(p.box.columns == p.inside.columns and p.box.column == p.inside.column == 0 for _, p in found)
     assert all(p.box.rows == p.inside.rows for _, p in found)
     in_order = sorted(found, key=lambda one: (one[1].shard, one[1].inside.row))
@@ -69,7 +70,7 @@ def test_without_interleave_the_stacked_gate_and_up_rows_are_cut_plainly() -> No
 
 def test_columns_are_cut_into_equal_shards() -> None:
     sizes = {"ffn": 4, "hidden": 3, "query_groups": 1}
-    assert list(shard_boxes(MLP[2], 0, sizes, 2)) == [
+    assert list(shard_boxes(CutRow(MLP[2], sizes, 2), 0)) == [
         ShardBox(Box(0, 0, 3, 2), 0, Box(0, 0, 3, 2)),
         ShardBox(Box(0, 2, 3, 2), 1, Box(0, 0, 3, 2)),
     ]
@@ -77,7 +78,7 @@ def test_columns_are_cut_into_equal_shards() -> None:
 
 def test_padding_rows_of_the_vocabulary_belong_to_no_tensor_even_where_they_fill_a_shard() -> None:
     sizes = {"vocab": 5, "padded_vocab": 12, "hidden": 3, "query_groups": 1}
-    assert shard_size(EMBEDDING[0], sizes, 4) == (3, 3)
+    assert CutRow(EMBEDDING[0], sizes, 4).shard_size == (3, 3)
     assert rows_of(EMBEDDING[0], sizes, 4) == [(0, 0, 0, 0, 3), (0, 3, 1, 0, 2)]
 
 
@@ -96,7 +97,7 @@ def test_a_parameter_that_cannot_be_cut_into_equal_shards_is_refused_by_name(
     row: Any, sizes: dict[str, int], shards: int
 ) -> None:
     with pytest.raises(PlanError, match=f"cannot be cut into {shards} equal shards") as error:
-        shard_size(row, sizes, shards)
+        _ = CutRow(row, sizes, shards).shard_size
     assert error.value.tensor == row.megatron
 
 

@@ -15,8 +15,7 @@ from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.plan.content import Content
 from dist_convert.plan.copies import BLOCK_BYTES
-from dist_convert.plan.limits import ALIGNMENT_BYTES, STEP_BYTES, Limits, limits
-from dist_convert.plan.plan import Plan, schedule_digest
+from dist_convert.plan.plan import ALIGNMENT_BYTES, STEP_BYTES, Limits, Plan, limits, schedule_digest
 from dist_convert.plan.steps import Step, blocks_alone, blocks_of_group, blocks_of_member
 from dist_convert.records import DTYPE_BYTES
 from tests.plan.headers import (
@@ -231,13 +230,14 @@ def test_the_least_budget_of_any_group_is_accepted(on_accelerator: bool, members
 
 
 def test_the_budget_holds_an_accelerators_staging_and_pinned_memory_in_powers_of_two() -> None:
-    # In KiB: three slots of 4160 read and 3 x 4160 received, pinned as 8192 and 16384; five blocks of 4096; 4160
-    # sent and 12480 received on a card. Over gloo there is a slot more: of the step on its way between ranks. Where
-    # nothing crosses, each of four threads has a slot and five blocks.
+    # In KiB: three slots of 4160 read and 3 x 4160 received, pinned as 8192 and 16384; 4160 sent and 12480 received on
+    # a card; each of two threads has a step of 4160 and five blocks of 4096. Over gloo there is one slot more, of the
+    # step on its way between ranks. Where nothing crosses there are four threads.
+    thread = 4160 + 5 * 4096
     pinned = limits(1000 * MB, Limits(1 << 20, 3, on_accelerator=True))
-    assert pinned.total_bytes == (3 * (8192 + 16384) + 5 * 4096 + 4160 + 12480) << 10
-    assert limits(1000 * MB, Limits(1 << 20, 3)).total_bytes == (4 * (4160 + 12480) + 5 * 4096) << 10
-    assert limits(1000 * MB, Limits(0, 3)).total_bytes == 4 * (4160 + 5 * 4096) << 10
+    assert pinned.total_bytes == (3 * (8192 + 16384) + 4160 + 12480 + 2 * thread) << 10
+    assert limits(1000 * MB, Limits(1 << 20, 3)).total_bytes == (4 * (4160 + 12480) + 2 * thread) << 10
+    assert limits(1000 * MB, Limits(0, 3)).total_bytes == 4 * thread << 10
     for budget_bytes in range(80 * MB, 400 * MB, 7 * MB):
         assert limits(budget_bytes, Limits(1 << 20, 3, on_accelerator=True)).total_bytes <= budget_bytes
 

@@ -106,7 +106,7 @@ def test_norms_that_may_be_stored_as_gamma_minus_one_hide_no_other_problem() -> 
     for shard in made.values():
         shard.args["apply_layernorm_1p"] = True
     (problem,) = refused(made, architecture(layers=2))
-    assert str(problem).startswith("it cannot be told whether the norms are stored as gamma - 1")
+    assert str(problem).startswith("nothing says whether the norms are stored as gamma - 1")
     bend(made, FIRST, **{FC2: None})
     (problem,) = refused(made, architecture(layers=2))
     assert (type(problem), problem.tensor) == (MissingTensor, FC2)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile
-from dist_convert.formats.megatron.iterations import is_distributed, iteration_directory, rank_files
+from dist_convert.formats.megatron.iterations import is_distributed, rank_files
+from dist_convert.formats.open import shared_iteration
+from dist_convert.models.catalog import NOTHING_ASKED, Where
+from dist_convert.ranks.collectives import alone
 from tests.checkpoints import Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import assert_same, convert, read_tensors
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def iteration_directory(root: Path, name: str | None) -> Path:
+    return shared_iteration(Where(root, replace(NOTHING_ASKED, ckpt_dir_name=name)), alone())
 
 
 def add_iteration(root: Path, name: str, *, shard: bytes = b"12345") -> Path:

@@ -13,8 +13,7 @@ import torch
 import dist_convert
 from dist_convert.__main__ import main
 from dist_convert.errors import CorruptFile
-from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import FileReader
+from dist_convert.read.file_reader import FileReader, make_buffer
 from dist_convert.read.record_checks import RecordChecks
 from dist_convert.records import View
 from tests.checkpoints import Model, hf_tensors, make

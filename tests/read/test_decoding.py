@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import CorruptFile, SourceChanged
-from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import FileReader
+from dist_convert.read.file_reader import FileReader, make_buffer
 from dist_convert.read.source import file_signature
 from dist_convert.records import DTYPE_BYTES, Box, Scales, View, side_by_side
 from tests.quantised import packed, quantised, unpacked, values
@@ -135,7 +134,7 @@ def test_four_bits_that_stand_for_no_finite_number_are_an_error(power: int, tmp_
     powers = POWERS.clone()
     powers[0, 40, 1] = power
     write(tmp_path, BLOCKS, powers)
-    with pytest.raises(CorruptFile, match="no finite number"):
+    with pytest.raises(CorruptFile, match="is not a finite number"):
         read(tmp_path, PACKED_VIEW)
 
 
@@ -157,7 +156,7 @@ def test_a_code_that_is_no_number_is_an_error_with_the_weights_name(code: int, t
     codes = CODES.view(torch.uint8).clone()
     codes[40, 30] = code
     write(tmp_path, codes)
-    with pytest.raises(CorruptFile, match="no finite number") as error:
+    with pytest.raises(CorruptFile, match="is not a finite number") as error:
         read(tmp_path, VIEW)
     assert (error.value.tensor, error.value.file) == ("w", str(tmp_path / "weights"))
 
@@ -171,7 +170,7 @@ def test_a_scale_that_is_no_number_is_an_error_with_its_name(dtype: str, scale: 
     scales = SCALES.clone()
     scales[2, 3] = scale
     write(tmp_path, scales=scales.to(TORCH[dtype]))
-    with pytest.raises(CorruptFile, match="no finite number") as error:
+    with pytest.raises(CorruptFile, match="is not a finite number") as error:
         read(tmp_path, replace(VIEW, scales=scales_of(4, *BLOCK, dtype=dtype)))
     assert (error.value.tensor, error.value.file) == ("w_scale_inv", str(tmp_path / "scales"))
 

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_convert.errors import CorruptFile, PlanError, SourceChanged, SourceError, UnsupportedModel
-from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.read.source import changed_files, file_signature
+from dist_convert.read.file_reader import TORCH_DTYPES, FileReader, make_buffer
+from dist_convert.read.source import changed_files, file_signature, usual_read_ahead
 from dist_convert.records import View
 
 FILE = "mp_rank_00/model_optim_rng.pt"
@@ -164,7 +163,7 @@ def test_a_file_that_ends_inside_a_tensor_is_named(window: str, tmp_path: Path) 
 @pytest.mark.parametrize("dtype", ["F64", "F32"])
 def test_values_that_do_not_fit_into_their_buffer_are_not_read(dtype: str, tmp_path: Path) -> None:
     write(tmp_path, VALUES)
-    with pytest.raises(PlanError, match="what is read does not fit into its buffer") as caught:
+    with pytest.raises(PlanError, match="the data read does not fit into its buffer") as caught:
         reader(tmp_path).read(view_of(2, 4, 4, 1, "F64"), dtype, 0, make_buffer(16), 0)
     assert (caught.value.tensor, caught.value.file) == (NAME, str(tmp_path / FILE))
 
@@ -227,6 +226,14 @@ def test_the_system_is_asked_to_read_all_of_what_is_read_whole_soon_and_no_gaps(
         asked.clear()
         files.read_ahead(view)
         assert asked == []
+
+
+def test_a_disk_of_this_machine_is_not_asked_to_read_ahead_and_all_else_is(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/proc/self")
+    assert usual_read_ahead(tmp_path / "link") == 8
+    devices = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    disks = [point for point in devices if point.is_dir() and os.major(point.stat().st_dev)]
+    assert {usual_read_ahead(point) for point in disks} <= {0}
 
 
 def is_cached(path: Path, offset_bytes: int) -> bool:

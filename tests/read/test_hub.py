@@ -180,6 +180,8 @@ def test_hf_token_opens_a_private_model(client: Client) -> None:
         ),
         ("org/gated", {}, "no access to the model", "accept its terms at {url}/org/gated, then set HF_TOKEN"),
         ("org/model@v9", {}, "the model has no such revision", "name a branch, a tag or a whole commit hash"),
+        ("org/model@../x", {}, "the checkpoint directory does not exist", "check the path on every node"),
+        ("org/model@/x", {}, "the checkpoint directory does not exist", "check the path on every node"),
         ("org/mo--del", {}, "neither a directory here nor a model", "check the spelling"),
         ("org/model", {"HF_HUB_OFFLINE": "1"}, "not in the cache, and HF_HUB_OFFLINE forbids", "unset HF_HUB_OFFLINE"),
         ("org/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched, and the cache", "http://127.0.0.1:9;"),
@@ -193,6 +195,8 @@ def test_hf_token_opens_a_private_model(client: Client) -> None:
         "wrong token",
         "gated",
         "revision",
+        "revision that leads away",
+        "revision that is a path",
         "impossible name",
         "offline",
         "unreachable",
@@ -230,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_named(client: Client, tmp_path: Path)
     message = client.refuse("org/model", HF_HOME=str(tmp_path / "file"))
     assert message.startswith("NotFetched")
     assert str(tmp_path / "file") in message
-    assert "set HF_HOME to a directory that this user may write" in message
+    assert "set HF_HOME to a directory that this user can write to" in message
 
 
 def test_a_full_file_system_is_named_with_what_to_do(client: Client, make_disk: Callable[[str], Path]) -> None:

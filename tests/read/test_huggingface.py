@@ -212,7 +212,7 @@ def test_all_disagreements_are_reported_together() -> None:
     with pytest.raises(Problems) as caught:
         check_index(index, headers(a=["y"], b=["z"]))
     assert [(type(p), p.tensor, p.expected) for p in caught.value.problems] == [
-        (MissingShard, "", "2 tensors in it, by the index"),
+        (MissingShard, "", "2 tensors in it, according to the index"),
         (InconsistentShards, "y", "in b.safetensors only"),
         (MissingTensor, "x", ""),
         (UnknownTensor, "z", "only tensors in the index's weight_map"),

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,14 @@ def test_a_tensor_becomes_its_storage_offset_shape_and_strides() -> None:
     stream = io.BytesIO()
     _Recorder(stream, 2).dump(torch.zeros(24)[4:].view(5, 4)[1:, ::2])
     assert load(stream.getvalue(), "f") == Tensor(Storage("0", "F32", 24), 8, (4, 2), (4, 2))
+
+
+def test_a_tensor_whose_values_are_negated_on_loading_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch._neg_view(torch.ones(2))}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt")["weight"].tolist() == [-1, -1]
+    with (tmp_path / "a.pt").open("rb") as file, pytest.raises(CorruptFile) as caught:
+        open_object(file, "a.pt")
+    assert caught.value.found.endswith("a tensor that is stored negated or conjugated; save it with resolve_neg()")
 
 
 def tensor_with(offset: Any = 0, shape: Any = (2,), strides: Any = (1,)) -> bytes:

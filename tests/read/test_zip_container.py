@@ -15,14 +15,23 @@ import pytest
 import torch
 
 from dist_convert.errors import CorruptFile, SourceError, UnsupportedModel
+from dist_convert.formats.saved import lay_out_container
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.read import torch_file
-from dist_convert.read.torch_file import Container, data_offset_bytes, open_container, read_small_record
+from dist_convert.read.source import opened_source
+from dist_convert.read.torch_file import (
+    Container,
+    data_offset_bytes,
+    open_container,
+    open_object,
+    place_tensors,
+    read_small_record,
+)
 
 LABEL = "mp_rank_00/model_optim_rng.pt"
 #: Where fields lie in a central directory header, and in a local one (APPNOTE.TXT, 4.3.12 and 4.3.7).
 FLAGS, STORED_SIZE, SIZE, HEADER_OFFSET, NAME = 8, 20, 24, 42, 46
-LOCAL_NAME_LENGTH, LOCAL_EXTRA_LENGTH = 26, 28
+LOCAL_CHECKSUM, LOCAL_NAME_LENGTH, LOCAL_EXTRA_LENGTH = 14, 26, 28
 
 
 @pytest.fixture
@@ -61,6 +70,10 @@ def patch_directory(path: Path, record: str, field: int, value: bytes) -> None:
     patch(path, header + field, value)
 
 
+def reads_by_this_process() -> int:
+    return int(Path("/proc/self/io").read_text().split()[5])  # syscr
+
+
 def write_zip(path: Path, *names: str, compression: int = zipfile.ZIP_STORED) -> None:
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name in names:
@@ -75,6 +88,57 @@ def test_the_bytes_of_a_storage_are_at_the_offset_given(saved: Path, record: str
     with zipfile.ZipFile(saved) as archive:
         assert found == archive.read(entry(saved, record))
     assert offset % 64 == 0  # so the padding in front of the data was not taken for data
+
+
+def test_a_container_within_a_file_is_read_there(saved: Path, tmp_path: Path) -> None:
+    data = saved.read_bytes()
+    (tmp_path / "blobs").write_bytes(b"PK" * 50 + data + b"PK\5\6" + bytes(18))
+    with (tmp_path / "blobs").open("rb") as file:
+        container = open_container(file, LABEL, 100, len(data))
+        assert read_small_record(container, "byteorder") == b"little"
+        assert data_offset_bytes(container, "data/1") == 100 + place_storages(saved)[1]
+
+
+def write_large(path: Path) -> None:
+    """Records of 5 GiB, which is a hole, and behind it of 3 bytes."""
+    made = lay_out_container(b"N.", (5 << 30, 3))
+    with path.open("wb") as file:
+        for start, piece in made.pieces:
+            file.seek(start)
+            file.write(piece)
+
+
+def test_sizes_and_offsets_beyond_four_gibibytes_are_read_in_full(tmp_path: Path) -> None:
+    write_large(tmp_path / "large.pt")
+    with (tmp_path / "large.pt").open("rb") as file:
+        container = open_container(file, LABEL)
+        assert [container.records[f"data/{key}"].size_bytes for key in (0, 1)] == [5 << 30, 3]
+        first, second = (data_offset_bytes(container, f"data/{key}") for key in (0, 1))
+    assert (5 << 30) < second - first < (5 << 30) + 256
+
+
+def test_a_size_beyond_four_gibibytes_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    write_large(tmp_path / "large.pt")
+    with (tmp_path / "large.pt").open("r+b") as file:
+        file.seek(-1200, os.SEEK_END)
+        tail = file.read()
+        field = struct.pack("<2HQ", 1, 16, 5 << 30)
+        assert tail.count(field) == 1
+        file.seek(-1200 + tail.index(field), os.SEEK_END)
+        file.write(b"\2")  # of another kind
+        with pytest.raises(CorruptFile) as caught:
+            open_container(file, LABEL)
+    assert "a 64-bit number is missing" in caught.value.found
+
+
+def test_a_header_takes_two_reads_however_large_the_tensor(tmp_path: Path) -> None:
+    torch.save(torch.zeros(1000, 1000), tmp_path / "tensor.pt")
+    with opened_source(tmp_path / "tensor.pt", LABEL) as file:
+        counted = [reads_by_this_process(), reads_by_this_process()]  # each counts its own as well
+        container, tensor = open_object(file, LABEL)
+        place_tensors({"a": tensor}, container)
+        counted.append(reads_by_this_process())
+    assert counted[2] - counted[1] - (counted[1] - counted[0]) == 2
 
 
 def test_records_are_named_without_the_archive_folder(saved: Path) -> None:
@@ -159,6 +223,7 @@ def test_a_directory_entry_that_torch_never_writes_is_refused(saved: Path, field
         pytest.param(LOCAL_EXTRA_LENGTH, b"\x80\x00", id="padding that ends in the next record"),
         pytest.param(LOCAL_EXTRA_LENGTH, b"\x01\x00", id="padding that is too short"),
         pytest.param(LOCAL_NAME_LENGTH, b"\x01\x00", id="name that is too short"),
+        pytest.param(LOCAL_CHECKSUM, b"\x01\x00\x00\x00", id="checksum that the directory contradicts"),
     ],
 )
 def test_a_damaged_local_header_cannot_shift_a_storage(saved: Path, record: str, field: int, value: bytes) -> None:
@@ -206,6 +271,7 @@ def test_a_pickle_stored_in_a_way_that_torch_never_does_is_refused(saved: Path, 
 
 def test_big_endian_files_are_refused_by_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"N.")
         archive.writestr("archive/byteorder", b"big")
     with pytest.raises(UnsupportedModel, match="big-endian"):
         read_shard(tmp_path / "file.pt", LABEL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,26 @@ def test_bins_of_another_dtype_in_the_file_are_refused_by_name(
     message = capsys.readouterr().err
     assert "capacity bins of an unexpected dtype\n" in message
     assert f"tensor:   bins_usage of layer 3\n  file:     {file}\n" in message
-    assert "found:    torch.uint8\n" in message
+    assert "found:    U8\n" in message
+
+
+@pytest.mark.parametrize(
+    "values", [torch.ones(1).expand(1 << 40), torch.ones(0), torch.ones(1 << 20)], ids=["of one value", "none", "many"]
+)
+def test_a_bin_of_more_values_than_a_histogram_has_is_refused_unread(
+    values: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_and_convert(tmp_path, Grid())
+    torch.save({"bins_usage": {3: {0: {0: {0: values}}}}}, tmp_path / "hf" / "capacity_bins.pt")
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+    assert "no capacity bins, or too many\n  tensor:   bins_usage of layer 3\n" in capsys.readouterr().err
+
+
+def test_nothing_that_a_file_of_bins_names_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_and_convert(tmp_path, Grid())
+    torch.save({"bins_usage": os.system}, tmp_path / "hf" / "capacity_bins.pt")
+    assert to_megatron(tmp_path / "hf", tmp_path / "back", *LOAD) == 1
+    assert "the pickle names posix.system, which no checkpoint needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", [Model(), MOE], ids=["dense", "dynamic experts"])
@@ -146,7 +166,7 @@ def test_bins_that_were_replaced_while_a_conversion_lay_unfinished_are_refused(r
     bins.write_bytes((tmp_path / "other-hf" / "capacity_bins.pt").read_bytes())
     run = runs.do(flags)
     assert run.exit_codes == [1]
-    assert "an unfinished conversion of something else" in run.printed
+    assert "another unfinished conversion is in the target's .partial directory" in run.printed
     assert "argument capacity_bins.pt was" in run.printed
     bins.write_bytes(old)
     assert runs.do(flags).exit_codes == [0]

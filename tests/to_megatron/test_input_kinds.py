@@ -114,7 +114,7 @@ def test_rotary_frequencies_are_left_behind_by_name(tmp_path: Path, capsys: pyte
     more = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(2) for layer in range(2)}
     make_hf(tmp_path / "hf", MIXTRAL, TENSORS | more)
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", grid=GRID) == 0
-    assert "left behind: 2 x rotary_emb.inv_freq" in capsys.readouterr().err
+    assert "not converted: 2 x rotary_emb.inv_freq" in capsys.readouterr().err
     assert_same_shards(read_shards(tmp_path / "megatron"), SHARDS)
 
 
@@ -123,7 +123,7 @@ def test_a_head_beside_a_tied_embedding_is_left_behind(tmp_path: Path, capsys: p
     tensors = hf_tensors(model)
     make_hf(tmp_path / "hf", model, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", grid=Grid(pp=2)) == 0
-    assert "left behind: 1 x lm_head.weight (tied to the embedding" in capsys.readouterr().err
+    assert "not converted: 1 x lm_head.weight (tied to the embedding" in capsys.readouterr().err
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(model, tensors, Grid(pp=2)))
 
 
@@ -137,7 +137,7 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(
     make_hf(tmp_path / "hf", model, tensors | {"lm_head.weight": head})
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 1
     message = capsys.readouterr().err
-    assert "also stores a head that is not its embedding" in message
+    assert "the model stores a head that differs" in message
     assert "other values from row 17 on" in message
     assert not (tmp_path / "megatron").exists()
 
@@ -157,7 +157,7 @@ def test_output_biases_of_zeros_are_left_behind(tmp_path: Path, capsys: pytest.C
     model = Model(layers=2)
     make_hf(tmp_path / "hf", model, biased(model, torch.zeros(16).bfloat16()), attention_bias=True)
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron") == 0
-    assert "left behind: 2 x output bias of attention (all zeros)" in capsys.readouterr().err
+    assert "not converted: 2 x output bias of attention (all zeros)" in capsys.readouterr().err
 
 
 def test_output_biases_of_zeros_have_no_say_in_the_dtype_of_most(
@@ -175,7 +175,7 @@ def test_output_biases_of_zeros_have_no_say_in_the_dtype_of_most(
     assert {str(value.dtype) for name, value in chunks[0].items() if "embedding" not in name} == {"torch.float16"}
     assert chunks[0]["embedding.word_embeddings.weight"].dtype == torch.float32
     said = capsys.readouterr().err
-    assert "1 tensor kept in another dtype than BF16: model.embed_tokens.weight\n" in said
+    assert "1 tensor kept in a dtype other than BF16: model.embed_tokens.weight\n" in said
 
 
 def test_output_biases_that_are_not_zeros_are_not_taken_for_zeros_however_they_are_stored(

@@ -116,7 +116,7 @@ def test_an_iteration_that_no_conversion_made_is_not_even_overwritten(
     make_hf(tmp_path / "hf", SMALL)
     make_root(tmp_path / "root")
     assert to_megatron(tmp_path / "hf", tmp_path / "root", "--overwrite") == 1
-    assert "no conversion has made the target directory, so it is not replaced" in capsys.readouterr().err
+    assert "the target directory was not made by a conversion, so it is not replaced" in capsys.readouterr().err
     assert files(tmp_path / "root") == OTHERS | {TRACKER: b"1"}
 
 

@@ -202,7 +202,7 @@ def test_parallel_sizes_that_no_flag_gives_are_those_of_the_margs_file(
     margs = ("--source-margs-file", str(tmp_path / "margs.json"))
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *margs, *flags) == 0
     assert_same_shards(read_shards(tmp_path / "megatron"), expected_shards(MIXTRAL, hf, size))
-    assert f"parallel sizes of margs.json, as no flag gives them: {taken}\n" in capsys.readouterr().err
+    assert f"parallel sizes kept from margs.json, as no flag sets them: {taken}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_layout_of_the_margs_file_that_the_target_has_not_is_told(
     (tmp_path / "margs.json").write_text(json.dumps({"pipeline_model_parallel_size": 2, **margs}))
     given = ("--source-margs-file", str(tmp_path / "margs.json"), *flags.split())
     assert to_megatron(tmp_path / "hf", tmp_path / "megatron", *given) == 0
-    _, found, told = capsys.readouterr().err.partition("which only flags bring into the target: ")
+    _, found, told = capsys.readouterr().err.partition("which only flags can set: ")
     assert (bool(found), told.partition("\n")[0]) == (bool(note), note)
 
 
@@ -284,15 +284,17 @@ def test_what_has_no_effect_or_no_reader_is_said(
 
 REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     "heads": (
-        Model(hidden=24, heads=6, groups=6), "--target-tensor-parallel-size 4", ["the attention heads", "found:    6"]
+        Model(hidden=24, heads=6, groups=6), "--target-tensor-parallel-size 4",
+        ["the attention heads", "expected: --tp that divides 6", "found:    4"],
     ),
-    "ffn": (Model(ffn=22), "--target-tensor-parallel-size 4", ["the columns of the MLP", "found:    22"]),
+    "ffn": (Model(ffn=22), "--target-tensor-parallel-size 4", ["the columns of the MLP", "--tp that divides 22"]),
     "groups": (
-        Model(hidden=24, heads=12, groups=6), "--target-tensor-parallel-size 4", ["the query groups", "found:    6"]
+        Model(hidden=24, heads=12, groups=6), "--target-tensor-parallel-size 4",
+        ["the query groups", "--tp that divides 6"],
     ),
     "less than a row of a head for each rank": (
         Model(heads=16, groups=1, head_dim=4, ffn=32), "--target-tensor-parallel-size 16",
-        ["choose a --target-tensor-parallel-size that divides"],
+        ["choose a --tp that divides"],
     ),
     "layers": (Model(), "--target-pipeline-parallel-size 3", ["4 layers cannot be divided over 3 pipeline ranks"]),
     "virtual stages": (
@@ -302,14 +304,14 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     "virtual stages of one rank": (
         Model(), "--target-virtual-pipeline-parallel-size 2", ["virtual stages need at least 2 pipeline ranks"]
     ),
-    "experts": (MIXTRAL, "--target-expert-parallel-size 3", ["the experts cannot be divided", "found:    4"]),
+    "experts": (MIXTRAL, "--target-expert-parallel-size 3", ["the experts cannot be divided", "--ep that divides 4"]),
     "expert tensor ranks": (
         MIXTRAL, "--target-tensor-parallel-size 2 --target-expert-tensor-parallel-size 4",
-        ["two expert tensor parallel ranks would share the name of one file", "found:    4"],
+        ["two expert tensor parallel ranks would share one file name", "found:    4"],
     ),
     "expert ranks of a dense model": (
         Model(), "--target-expert-parallel-size 2",
-        ["a model without experts has no expert parallel ranks", "no --target-expert-parallel-size"],
+        ["a model without experts cannot have expert parallel ranks", "expected: no --ep"],
     ),
     "layers of virtual stages": (
         Model(), "--target-pipeline-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
@@ -342,7 +344,7 @@ REFUSED: dict[str, tuple[Model, str, list[str]]] = {
     "all at once, with experts": (
         replace(MIXTRAL, layers=3), "--target-tensor-parallel-size 3 --target-pipeline-parallel-size 2 "
         "--target-expert-parallel-size 3 --target-expert-tensor-parallel-size 2",
-        ["the attention heads", "the experts cannot be divided", "share the name of one file", "3 layers cannot be"],
+        ["the attention heads", "the experts cannot be divided", "share one file name", "3 layers cannot be"],
     ),
 }  # fmt: skip
 

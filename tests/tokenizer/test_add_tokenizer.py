@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,8 +17,10 @@ from dist_convert.__main__ import main
 from dist_convert.errors import UnsupportedModel
 from dist_convert.formats.huggingface.add_tokenizer import add_tokenizer
 from dist_convert.options import TokenizerJob
+from dist_convert.write.files import held
 from tests.checkpoints import Model, make
 from tests.converting import assert_same, convert, read_tensors
+from tests.file_systems import mounted
 from tests.tokenizer.pieces import train
 from tests.tokenizer.test_finding import tiktoken_lines
 from tests.tokenizer.test_huggingface_directory import files_of, make_tokenizer
@@ -72,11 +74,13 @@ def test_the_conversion_started_again_keeps_the_tokenizer_and_asks_for_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = converted(tmp_path)
-    assert "the target has no tokenizer; its special ids are its family's" in capsys.readouterr().err
+    assert "; add one (a directory or a tokenizer.model) with: dist-convert tokenizer PATH " in capsys.readouterr().err
     assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target), "--instruct"]) == 0
     before = files_of(target)
     assert convert(tmp_path / "in", target) == 0
-    assert capsys.readouterr().err.endswith(f"{target} is complete already, by an earlier run of this conversion\n")
+    assert capsys.readouterr().err.endswith(
+        f"{target} is complete already: an earlier run of this conversion has finished\n"
+    )
     assert files_of(target) == before
 
 
@@ -158,7 +162,7 @@ def test_padding_that_nobody_knew_of_is_named_and_cut_as_by_a_conversion_with_th
     at_once = ("--max-shard-size", size, "--tokenizer", str(source))
     assert convert(tmp_path / "in", tmp_path / "at once", *at_once) == 0
     assert main(["tokenizer", str(source), str(target)]) == 0
-    assert "32 rows for 29 tokens of the tokenizer; --true-vocab-size 29 cuts what is" in capsys.readouterr().err
+    assert "32 rows for 29 tokens of the tokenizer; --true-vocab-size 29 cuts the padding" in capsys.readouterr().err
     assert main(["tokenizer", str(source), str(target), "--true-vocab-size", "29", "--overwrite"]) == 0
     assert_same(read_tensors(target), read_tensors(tmp_path / "at once"))
     found, expected = files_of(target), files_of(tmp_path / "at once")
@@ -203,11 +207,38 @@ def test_a_vocabulary_is_cut_by_the_same_command_after_a_kill_before_any_change(
         assert killed(command, call, moment)
         capsys.readouterr()
         assert main(["inspect", str(target)]) == (1 if moment > 1 else 0)
-        assert ("files of the model wait to replace those of before" in capsys.readouterr().err) == (moment > 1)
+        assert ("new files of the model have not yet replaced the old ones" in capsys.readouterr().err) == (moment > 1)
         assert main(command) == 0
-        found = files_of(target)
-        left = {name for name in found if re.fullmatch(r"\.dist_convert-[0-9a-f]{16}\.partial", name)}
-        assert {name: content for name, content in found.items() if name not in left} == expected
+        assert files_of(target) == expected
+
+
+def test_while_another_run_gives_a_model_its_tokenizer_all_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    (target / WAITING).write_text("half of it")
+    (target / ".dist_convert-waiting.json").write_text(json.dumps({"config.json": WAITING}))
+    before = files_of(target)
+    command = ["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target), "--overwrite"]
+    with held(target) as other:
+        fcntl.flock(other.descriptor, fcntl.LOCK_EX)
+        assert main(command) == 1
+    assert f"\nanother process is changing files of the model\n  file:     {target}\n" in capsys.readouterr().err
+    assert files_of(target) == before
+
+
+def test_what_a_run_was_writing_when_it_was_killed_is_removed(tmp_path: Path) -> None:
+    target = converted(tmp_path)
+    (target / WAITING).write_text("half of it")
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target)]) == 0
+    assert not (target / WAITING).exists()
+
+
+def test_listed_files_that_are_gone_are_not_looked_for(tmp_path: Path) -> None:
+    target = converted(tmp_path)
+    (target / ".dist_convert-waiting.json").write_text(json.dumps({"gone.json": ""}))
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target)]) == 0
+    assert not (target / ".dist_convert-waiting.json").exists()
 
 
 def test_a_tokenizer_goes_on_after_a_kill_and_that_of_another_with_more_files_before_it(tmp_path: Path) -> None:
@@ -233,7 +264,13 @@ def test_a_tokenizer_goes_on_after_a_kill_and_that_of_another_with_more_files_be
     assert "chat_template.jinja" in seen
 
 
-@pytest.mark.parametrize("listed", [[], {"config.json": "../x"}, {"config.json": "README.md"}, {"../x": WAITING}])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [], {"config.json": "../x"}, {"config.json": "README.md"}, {"../x": WAITING}, {"/x": ""}, {".": WAITING},
+        {"": ""}, {"x\0": WAITING}, {"\ud800": WAITING},
+    ],
+)  # fmt: skip
 def test_a_list_of_waiting_files_that_nobody_wrote_is_named(
     listed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +287,7 @@ def test_a_list_of_waiting_files_that_nobody_wrote_is_named(
     ("size", "words"),
     [
         ("40", "--true-vocab-size is not the model's\n  expected: vocab_size 29\n  found:    40\n"),
-        ("28", "--true-vocab-size cuts rows of tokens\n"),
+        ("28", "--true-vocab-size would cut rows of tokens\n"),
     ],
 )
 def test_neither_more_rows_than_there_are_nor_fewer_than_tokens_can_be_kept(
@@ -270,7 +307,7 @@ def test_a_config_whose_vocabulary_is_no_size_is_one_error(size: Any, tmp_path: 
     config = json.loads((target / "config.json").read_text()) | {"vocab_size": size}
     (target / "config.json").write_text(json.dumps(config))
     source = make_tokenizer(tmp_path / "source")
-    with pytest.raises(UnsupportedModel, match="vocab_size is no size"):
+    with pytest.raises(UnsupportedModel, match="vocab_size is not a size"):
         add_tokenizer(TokenizerJob(source, target))
 
 
@@ -317,3 +354,26 @@ def test_models_with_another_tokenizer_than_llama_3s_do_not_get_its_sampling(mod
     )
     generation = json.loads((target / "generation_config.json").read_text())
     assert "temperature" not in generation
+
+
+def test_what_a_generation_config_links_to_outside_is_not_written_into_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    (tmp_path / "keys.json").write_text('{"secret": "only mine"}')
+    (target / "generation_config.json").unlink()
+    (target / "generation_config.json").symlink_to("../keys.json")
+    assert main(["tokenizer", str(make_tokenizer(tmp_path / "source")), str(target)]) == 1
+    assert "a link to a file outside the directory" in capsys.readouterr().err
+    assert (target / "generation_config.json").is_symlink()
+
+
+def test_the_model_itself_under_another_name_is_no_tokenizer_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = converted(tmp_path)
+    shutil.copytree(make_tokenizer(tmp_path / "source"), target, dirs_exist_ok=True)
+    (tmp_path / "alias").mkdir()
+    with mounted("--bind", str(target), str(tmp_path / "alias")):
+        assert main(["tokenizer", str(tmp_path / "alias"), str(target), "--overwrite"]) == 2
+    assert "SRC and DST are the same directory" in capsys.readouterr().err

@@ -74,9 +74,11 @@ def test_a_conversion_without_a_tokenizer_ends_with_the_command_that_adds_one(
     assert convert(tmp_path / "in", tmp_path / "out", *flags) == 0
     err = capsys.readouterr().err
     why = f"{NAMED}/llama3, which the checkpoint's args name, is not on this machine"
-    assert f"no tokenizer files are written: {why}\n" in err
     command = f"dist-convert tokenizer PATH {tmp_path}/out{more}"
-    assert f"add one, a directory or a tokenizer.model, with: {command}\n" in err
+    assert [line for line in err.splitlines() if "tokenizer" in line] == [
+        f"no tokenizer files are written: {why}; special ids in config.json: bos_token_id 1, eos_token_id 2; "
+        f"add one (a directory or a tokenizer.model) with: {command}"
+    ]
     source = make_tokenizer(tmp_path / "made")
     assert main([str(source) if word == "PATH" else word for word in command.split()[1:]]) == 0
     assert files_of(source).items() <= files_of(tmp_path / "out").items()
@@ -101,7 +103,7 @@ def test_a_wrong_flag_is_an_error_before_anything_is_written(
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(wrong)) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"--tokenizer names no tokenizer\n  file:     {wrong}\n  expected: ")
-    assert ("nothing at this path" if kind == "absent" else "nothing of the kind") in err
+    assert ("nothing at this path" if kind == "absent" else "something else") in err
     assert "remedy:   correct --tokenizer" in err
     assert {path.name for path in tmp_path.iterdir()} <= {"in", "made", "wrong"}
 
@@ -113,7 +115,8 @@ def test_a_file_that_the_args_name_and_nobody_understands_is_said_and_left(
     make(tmp_path / "in", LAYER, tokenizer_model=str(tmp_path / "vocab.bpe"))
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert (
-        "vocab.bpe, which the checkpoint's args name, is no tokenizer that can be converted" in capsys.readouterr().err
+        "vocab.bpe, which the checkpoint's args name, is not a tokenizer that can be converted"
+        in capsys.readouterr().err
     )
 
 
@@ -155,7 +158,7 @@ def test_the_flag_then_the_args_tell_llama_3_from_3_1(
     file = tiktoken_lines(tmp_path / "any name")
     make(tmp_path / "in", Model(layers=1, vocab=128256, padded_vocab=128256, hidden=4, ffn=4), **args)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(file), "--dry-run", *flags) == 0
-    why = ", as its config suggests; --source-model-type decides" if guessed else ""
+    why = ", as its config suggests; --source-model-type overrides it" if guessed else ""
     assert (
         f"tokenizer: built from {file} (from --tokenizer); special tokens of {family}{why}\n" in capsys.readouterr().err
     )
@@ -207,7 +210,7 @@ def test_a_tokenizer_that_cannot_be_converted_stops_the_weights_only_if_it_was_a
         file = tmp_path / "tokenizer.model"
         train(file, model_type="unigram")
         words = "no tokenizer files are written: only SentencePiece models like those of Llama 2, Mistral and Mixtral "
-        words += f"are converted: {file} (another model than byte pair encoding)\n"
+        words += f"are converted: {file} (a model other than byte pair encoding); "
     else:
         file = make_tokenizer(tmp_path / "made")
         (file / "tokenizer.json").write_text("{")
@@ -241,7 +244,7 @@ def test_a_config_without_a_vocabulary_is_no_tokenizer(
     make(tmp_path / "in", LAYER, tokenizer_model=str(source))
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 2
     err = capsys.readouterr().err
-    assert "found:    tokenizer_config.json, but no vocabulary that belongs to it" in err
+    assert "found:    tokenizer_config.json, but no vocabulary that matches it" in err
     assert convert(tmp_path / "in", tmp_path / "out") == 0
     assert not (tmp_path / "out" / "tokenizer_config.json").exists()
 
@@ -270,6 +273,21 @@ def test_a_name_on_the_hub_is_looked_up_in_the_cache_alone(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"{model}-hf" / "tokenizer.json").is_file() is found
         assert ("nor in the cache of the Hugging Face Hub" in done.stderr) is not found
+
+
+@pytest.mark.parametrize("revision", ["../../../../elsewhere", "{}/elsewhere", "branches"])
+def test_a_revision_in_the_args_leads_to_no_file_outside_of_the_cache(revision: str, tmp_path: Path) -> None:
+    cached(tmp_path / "home", "meta/some-llama")
+    (tmp_path / "home" / "hub" / "models--meta--some-llama" / "refs" / "branches").mkdir()
+    make_tokenizer(tmp_path / "private")
+    (tmp_path / "elsewhere").write_text(str(tmp_path / "private"))
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    make(tmp_path / "in", LAYER, tokenizer_model=f"meta/some-llama@{revision.format(tmp_path)}")
+    command = [*CLI, "--load-path", str(tmp_path / "in"), "--save-path", str(tmp_path / "out")]
+    done = Process(command, environment).finish()
+    assert done.returncode == 0, done.stderr
+    assert "which the checkpoint's args name, is not on this machine" in done.stderr
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_missing_package_is_named_and_only_the_flag_makes_it_an_error(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_model_beside_what_only_has_the_name_of_a_tokenizers_file_is_not_taken
     train(source / "tokenizer.model")
     replace(source / name)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(source)) == 1
-    assert f"{name} is no plain file, or a link to none" in capsys.readouterr().err
+    assert f"{name} is not a plain file, or links to something else" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -267,7 +267,7 @@ def test_vocabularies_that_a_class_reads_are_counted(names: tuple[str, ...], tmp
             (),
             "vocabulary files that are not copied: qwen.tiktoken",
         ),
-        ({"tokenizer_class": "LlamaTokenizer"}, "", (), "transformers 5 may cut leading spaces in another way than 4"),
+        ({"tokenizer_class": "LlamaTokenizer"}, "", (), "transformers 5 may cut leading spaces differently from 4"),
         ({}, "", ("--instruct",), "--instruct was given, but the tokenizer has no chat template, and none is written"),
     ],
 )

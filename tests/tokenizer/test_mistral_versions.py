@@ -66,5 +66,5 @@ def test_the_note_says_whose_chat_format_it_is_and_nothing_is_sampled(
     require_real_files()
     make(tmp_path / "in", TINY)
     assert convert(tmp_path / "in", tmp_path / "out", "--tokenizer", str(FILES["v3"]), "--instruct") == 0
-    assert "; chat format of Mistral v3, as its control tokens tell\n" in capsys.readouterr().err
+    assert "; chat format of Mistral v3, by its control tokens\n" in capsys.readouterr().err
     assert "temperature" not in (tmp_path / "out" / "generation_config.json").read_text()

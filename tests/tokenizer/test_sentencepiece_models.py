@@ -61,11 +61,11 @@ def test_special_tokens_of_a_model_have_its_own_names_and_ids(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"model_type": "unigram"}, "another model than byte pair encoding"),
+        ({"model_type": "unigram"}, "a model other than byte pair encoding"),
         ({"normalization_rule_name": "nmt_nfkc"}, "a normalization of characters"),
         (
             {"user_defined_symbols": ["<extra_0>"], "remove_extra_whitespaces": True},
-            "user-defined pieces and spaces that are removed, or in them",
+            "user-defined pieces with spaces in them or with spaces that are removed",
         ),
     ],
     ids=["unigram", "normalization", "user-defined pieces"],
@@ -152,5 +152,5 @@ def test_added_tokens_that_leave_ids_out_fail_in_a_dry_run_too(
     (tmp_path / "slow" / "added_tokens.json").write_text(json.dumps({"<far>": 410}))
     assert convert_with(tmp_path / "slow", tmp_path, "--dry-run") == 1
     err = capsys.readouterr().err
-    assert "added tokens of the tokenizer leave ids out" in err
+    assert "added tokens of the tokenizer skip ids or repeat a token" in err
     assert "expected: id 402\n  found:    id 410: '<far>'" in err

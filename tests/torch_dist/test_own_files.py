@@ -49,7 +49,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         if case == "another metadata on one disk":
             other = (root / case / "whole" / ITERATION / ".metadata").read_bytes().replace(b"__3_0", b"__0_0")
             (root / case / "rank/1" / ITERATION / ".metadata").write_bytes(other)
-        how = ("--ckpt-dir-name", ITERATION, "--max-memory-per-rank", "72MB")
+        how = ("--ckpt-dir-name", ITERATION, "--max-memory-per-rank", "76MB")
         jobs[case] = flags(f"{root / case}/rank/{{rank}}", root / case / "hf", *how)
     answers = run_jobs(4, jobs, root)
     return {case: (answers[case], expected[case], root / case / "hf") for case in jobs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.converting import convert
+from tests.distributed.launching import REPOSITORY
 
-FIXTURES = Path(os.environ.get("DIST_CONVERT_FIXTURES", "../shared/fixtures")) / "torch_dist"
+
+def _main_checkout() -> Path:
+    """The checkout whose worktree this one is, else this one."""
+    ask = ["git", "-C", str(REPOSITORY), "rev-parse", "--path-format=absolute", "--git-common-dir"]
+    answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return Path(answer.stdout.strip()).parent if answer.returncode == 0 else REPOSITORY
+
+
+FIXTURES = Path(os.environ.get("DIST_CONVERT_FIXTURES") or _main_checkout().parent / "shared/fixtures") / "torch_dist"
 pytestmark = pytest.mark.skipif(
     not FIXTURES.is_dir(), reason=f"{FIXTURES} is not here; DIST_CONVERT_FIXTURES names the place of real checkpoints"
 )
@@ -21,15 +31,16 @@ NAMES = (
     "0.16.1-llama-optimizer-fully-reshardable", "0.16.1-mixtral-tp2ep2", "0.16.1-mixtral-grouped",
     "0.16.1-mixtral-singleton",
 )  # fmt: skip
-#: The same models in the format torch.
+#: The same models in the format torch, or with their experts under other keys.
 TWINS = {
     "llama-tp2pp2": "0.16.1-llama-tp2pp2-torch",
     "mixtral-grouped": "0.16.1-mixtral-grouped-torch",
+    "mixtral-singleton": "0.16.1-mixtral-tp2ep2",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_becomes_the_files_of_its_torch_twin_with_the_logits_of_megatron(name: str, tmp_path: Path) -> None:
+def test_it_becomes_the_files_of_its_twin_with_the_logits_of_megatron(name: str, tmp_path: Path) -> None:
     assert convert(FIXTURES / name, tmp_path / "hf") == 0
     if twin := TWINS.get(name.partition("-")[2]):
         assert convert(FIXTURES / twin, tmp_path / "twin") == 0

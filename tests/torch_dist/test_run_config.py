@@ -11,7 +11,7 @@ import yaml
 
 from dist_convert.__main__ import main
 from dist_convert.errors import SourceError
-from dist_convert.formats.torch_dist.run_config import args_of_run_config
+from dist_convert.formats.torch_dist.contents import args_of_run_config
 from tests.checkpoints import Grid, Model
 from tests.converting import convert
 from tests.distributed_checkpoints import make_distributed
@@ -75,8 +75,8 @@ def test_it_becomes_torch_with_args_that_training_reads(tmp_path: Path) -> None:
         ("multi_latent_attention", True, "--multi-latent-attention has a value"),
         ("rope_scaling_factor", 1.0, ""),
         ("hidden_size", 32, "wrong shape for embedding.word_embeddings.weight"),
-        ("num_layers", "many", "num_layers is no size of a model"),
-        ("share_embeddings_and_output_weights", True, "a head of its own beside args that tie it"),
+        ("num_layers", "many", "num_layers is not a size of a model"),
+        ("share_embeddings_and_output_weights", True, "a separate head, although the args tie it"),
     ],
 )
 def test_what_it_says_of_another_model_is_refused(
@@ -96,7 +96,7 @@ def test_what_it_says_of_another_model_is_refused(
         ("model: []", "no num_layers, hidden_size"),
         ("[]", "list"),
         ("a: [", "while parsing a flow node"),
-        ("a: !!python/object/apply:os.system [true]", "line 1: a value of another kind"),
+        ("a: !!python/object/apply:os.system [true]", "line 1: an unsupported kind of value"),
         ("a: &a [1]\nb: *a", "line 1: an alias"),
         ("a: " + "[" * 5000, "recursion"),
         ("a: " + "9" * 5000, "Exceeds the limit"),

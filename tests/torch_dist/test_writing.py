@@ -136,6 +136,66 @@ def test_there_is_a_file_for_each_model_parallel_rank_and_the_args_say_the_forma
     assert (tmp_path / "dist/latest_checkpointed_iteration.txt").read_text() == "1"
 
 
+QKV, FC1 = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+PROJ, NORM = "decoder.layers.self_attention.linear_proj.weight", "decoder.layers.pre_mlp_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("grid", "files", "places"),
+    [
+        # Rank 0 has experts 0 and 1 whole, rank 1 experts 2 and 3: no other pair of dense and expert shards exists.
+        (
+            Grid(tp=2, ep=2, etp=1),
+            ["__0_0.distcp", "__3_0.distcp"],
+            {
+                (QKV, (0, 0, 0)): "__0_0.distcp", (QKV, (0, 16, 0)): "__3_0.distcp",
+                (QKV, (1, 0, 0)): "__0_0.distcp", (QKV, (1, 16, 0)): "__3_0.distcp",
+                (NORM, (0, 0)): "__0_0.distcp", (NORM, (1, 0)): "__0_0.distcp",
+                (FC1, (0, 1, 0, 0)): "__0_0.distcp", (FC1, (0, 1, 24, 0)): "__0_0.distcp",
+                (FC1, (0, 2, 0, 0)): "__3_0.distcp", (FC1, (1, 3, 24, 0)): "__3_0.distcp",
+            },
+        ),
+        # Ranks 0 and 2 both have experts 0 and 1, ranks 1 and 3 experts 2 and 3.
+        (
+            Grid(tp=4, ep=2, etp=1),
+            ["__0_0.distcp", "__2_0.distcp", "__5_0.distcp", "__7_0.distcp"],
+            {
+                (QKV, (0, 0, 0)): "__0_0.distcp", (QKV, (0, 8, 0)): "__5_0.distcp",
+                (QKV, (0, 16, 0)): "__2_0.distcp", (QKV, (0, 24, 0)): "__7_0.distcp",
+                (FC1, (0, 0, 0, 0)): "__0_0.distcp", (FC1, (1, 1, 24, 0)): "__0_0.distcp",
+                (FC1, (0, 2, 0, 0)): "__5_0.distcp", (FC1, (1, 3, 24, 0)): "__5_0.distcp",
+            },
+        ),
+        # Files 0 to 3 are of layer 0's stage, 4 to 7 of layer 1's; in each, the first two of expert rank 0.
+        (
+            Grid(tp=2, pp=2, ep=2),
+            [f"__{number}_0.distcp" for number in range(8)],
+            {
+                (QKV, (0, 0, 0)): "__0_0.distcp", (QKV, (0, 16, 0)): "__1_0.distcp",
+                (PROJ, (0, 0, 0)): "__2_0.distcp", (PROJ, (0, 0, 8)): "__3_0.distcp",
+                (NORM, (0, 0)): "__0_0.distcp",
+                (QKV, (1, 0, 0)): "__6_0.distcp", (QKV, (1, 16, 0)): "__7_0.distcp",
+                (PROJ, (1, 0, 0)): "__4_0.distcp", (PROJ, (1, 0, 8)): "__5_0.distcp",
+                (NORM, (1, 0)): "__6_0.distcp",
+                (FC1, (0, 1, 0, 0)): "__0_0.distcp", (FC1, (0, 1, 12, 0)): "__1_0.distcp",
+                (FC1, (0, 2, 0, 0)): "__2_0.distcp", (FC1, (0, 2, 12, 0)): "__3_0.distcp",
+                (FC1, (1, 0, 0, 0)): "__4_0.distcp", (FC1, (1, 3, 36, 0)): "__7_0.distcp",
+            },
+        ),
+    ],
+    ids=["tp2-ep2-etp1", "tp4-ep2-etp1", "tp2-pp2-ep2"],
+)  # fmt: skip
+def test_dense_chunks_go_round_the_files_of_a_stages_expert_ranks_and_experts_to_the_lowest_rank_that_holds_them(
+    grid: Grid, files: list[str], places: dict[tuple[str, tuple[int, ...]], str], tmp_path: Path
+) -> None:
+    make_hf(tmp_path / "hf", MIXTRAL)
+    assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", grid) == 0
+    assert sorted(path.name for path in tmp_path.glob("dist/iter_*/*.distcp")) == files
+    stored = metadata_of(tmp_path / "dist").storage_data.items()
+    found = {(index.fqn, tuple(index.offset or ())): place.relative_path for index, place in stored}
+    assert {chunk: found[chunk] for chunk in places} == places
+
+
 def test_every_blob_passes_the_test_of_its_zip_container_and_torch_loads_it(tmp_path: Path) -> None:
     make_hf(tmp_path / "hf", MIXTRAL)
     assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(tp=2, ep=2)) == 0
@@ -248,7 +308,7 @@ def test_what_only_rank_files_have_is_refused(flag: str, tmp_path: Path, capsys:
     make_hf(tmp_path / "hf", MIXTRAL)
     more = [flag, "2"] if flag == "--target-ranks-per-node" else [flag]
     assert to_torch_dist(tmp_path / "hf", tmp_path / "dist", Grid(), *more) == 2
-    assert f"{flag}: no meaning in a conversion from huggingface to torch_dist" in capsys.readouterr().err
+    assert f"{flag}: no effect in a conversion from huggingface to torch_dist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["torch", "torch_dist"])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dist_convert.__main__ import main
-from dist_convert.formats.megatron import geometry, parameters
-from dist_convert.formats.megatron.geometry import ShardBox
-from dist_convert.models.schema import Row
+from dist_convert.formats.megatron import geometry
+from dist_convert.formats.megatron.geometry import CutRow, ShardBox, shard_boxes
 from dist_convert.read.file_reader import FileReader
 from dist_convert.records import View
 from dist_convert.write.files import FileWriter, Written
@@ -32,7 +31,7 @@ def test_a_right_conversion_is_verified_and_gets_its_name(
     ends = "1/16 of the blocks, and the first and last block of every tensor: 100 % of all elements"
     sample = f" (a sample: {ends})" if "sample" in how else ""
     assert said == [
-        f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 22 config fields are the source's{sample}"
+        f"{tmp_path / name}: verified, 41 tensors with 12,400 elements and 22 config fields equal the source{sample}"
         for name in ("hf", "back/iter_0000001")
     ]
 
@@ -78,12 +77,9 @@ def test_a_job_file_has_the_flag_as_true_or_as_a_word(tmp_path: Path, capsys: py
     assert [f"{tmp_path}/{name}: verified" in said for name in ("full", "share", "none")] == [True, True, False]
 
 
-def gate_and_up_exchanged(
-    row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool
-) -> Iterator[ShardBox]:
+def gate_and_up_exchanged(cut: CutRow, part: int) -> Iterator[ShardBox]:
     """A mistake of the catalog, which a conversion and both sides of its verification share."""
-    other = 1 - part if len(row.parts) == 2 else part
-    return geometry.shard_boxes(row, other, sizes, shards, is_per_shard=is_per_shard)
+    return shard_boxes(cut, 1 - part if len(cut.row.parts) == 2 else part)
 
 
 @pytest.mark.parametrize("direction", ["to hf", "to megatron"])
@@ -92,7 +88,7 @@ def test_a_mistake_in_the_plan_is_found_and_the_target_stays_without_its_name(
 ) -> None:
     tensors = make(tmp_path / "megatron", Model(), Grid(tp=2))
     make_hf(tmp_path / "hf", Model(), tensors)
-    monkeypatch.setattr(parameters, "shard_boxes", gate_and_up_exchanged)
+    monkeypatch.setattr(geometry, "shard_boxes", gate_and_up_exchanged)
     target = tmp_path / "out" if direction == "to hf" else tmp_path / "out" / "iter_0000001"
     if direction == "to hf":
         code = convert(tmp_path / "megatron", target, "--verify")
@@ -100,7 +96,7 @@ def test_a_mistake_in_the_plan_is_found_and_the_target_stays_without_its_name(
         code = to_megatron(tmp_path / "hf", tmp_path / "out", "--verify", grid=Grid(tp=2))
     error = capsys.readouterr().err
     assert code == 1
-    assert "element [0, 0] is taken from another place than Megatron's layout has it" in error
+    assert "element [0, 0] was not taken from its place in Megatron's layout" in error
     assert "model.layers.0.mlp.gate_proj.weight" in error
     assert not target.exists()
     assert target.with_name(target.name + ".partial").is_dir()

@@ -138,7 +138,7 @@ def test_a_rounded_model_is_not_the_one_that_it_was_made_from_and_the_report_say
     make_hf(tmp_path / "hf", model, {name: tensor.bfloat16() for name, tensor in tensors.items()})
     code, report = verify(tmp_path / "hf", tmp_path / "megatron", capsys)
     assert code == 1
-    assert report["notes"] == ["A is of the narrower dtype: if A was made from B, give them in the other order"]
+    assert report["notes"] == ["A has the narrower dtype: if A was made from B, swap them"]
 
 
 def test_experts_of_habanas_importer_are_the_same_with_their_flag_only(
@@ -187,7 +187,7 @@ def test_a_vocabulary_that_one_does_not_say_is_taken_from_the_other(
     code, report = verify(tmp_path / "megatron", tmp_path / "hf", capsys)
     assert code == 0
     assert report["notes"] == [
-        "A does not say how many tokens its vocabulary has: that of the other is taken (or give --true-vocab-size)"
+        "A does not say how many tokens its vocabulary has: that of the other is used (or give --true-vocab-size)"
     ]
 
 
@@ -221,7 +221,7 @@ def test_the_report_for_people_says_what_was_compared(tmp_path: Path, capsys: py
         "tensors  39 compared, bit for bit in BF16",
         "values   8,752 elements, 17.8 kB of A, 17.5 kB of B",
         "copies   288 B of A and 0 B of B are further copies of the same tensors, compared with the first",
-        "padding  6 rows of A and 0 rows of B, no part of the model",
+        "padding  6 rows of A and 0 rows of B, not part of the model",
         "the same model",
     ]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_convert.formats.torch.target import Skeleton, lay_out_skeleton
 from dist_convert.records import TensorSpec
-from dist_convert.write.files import make_file
+from dist_convert.write.files import held, make_file
 
 
 def write_skeleton(
@@ -13,5 +13,6 @@ def write_skeleton(
 ) -> Skeleton:
     """Make one rank's file in its final size, with zeros for every tensor, or what an earlier run has put there."""
     skeleton = lay_out_skeleton(args, iteration, chunks, str(root / name))
-    make_file(root, name, skeleton.container.pieces, skeleton.container.size_bytes)
+    with held(root) as directory:
+        make_file(directory, name, skeleton.container.pieces, skeleton.container.size_bytes)
     return skeleton

@@ -56,17 +56,22 @@ def in_a_fork(work: Callable[[], int]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
-def counting(command: Sequence[str], moment: int) -> int:
-    """Run a command, and kill this process at a moment; prints the number of moments if there were fewer."""
-    lock, made = threading.Lock(), [0]
+def kill() -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
+def counting(command: Sequence[str], moment: int, act: Callable[[], bool] = kill) -> int:
+    """Run a command, and do something from a moment on until it is done, such as a kill; prints how many there were."""
+    lock, made, done = threading.Lock(), [0], [False]
     os.fsync = os.fdatasync = lambda descriptor: None  # a kill loses nothing that the kernel has
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with lock:
                 made[0] += 1
-                if made[0] == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if made[0] >= moment and not done[0]:
+                    done[0] = act()
             return function(*args, **kwargs)
 
         return call

@@ -18,7 +18,7 @@ from dist_convert.errors import CorruptFile
 from dist_convert.formats.saved import lay_out_container
 from dist_convert.read.torch_file import data_offset_bytes, open_container
 from dist_convert.write.checksums import KnownRange, ZipRecord, checksum_of, write_record_checksums
-from dist_convert.write.files import make_file, opened
+from dist_convert.write.files import held, make_file, opened
 from tests.write import write_skeleton
 
 STATE = {
@@ -53,7 +53,8 @@ def storages(whole: Path) -> Storages:
     """`filled.pt` beside it with the same object, and the data written into it afterwards: its storages."""
     with zipfile.ZipFile(whole) as archive:
         container = lay_out_container(archive.read("archive/data.pkl"), [len(data) for data in DATA.values()])
-    make_file(whole.parent, "filled.pt", container.pieces, container.size_bytes)
+    with held(whole.parent) as directory:
+        make_file(directory, "filled.pt", container.pieces, container.size_bytes)
     with (whole.parent / "filled.pt").open("r+b") as file:
         for record, data in zip(container.storages, DATA.values(), strict=True):
             os.pwrite(file.fileno(), data, record.start_bytes)
@@ -67,7 +68,8 @@ def filled(storages: Storages, tmp_path: Path) -> Path:
 
 
 def seal(path: Path, storages: Storages, known: Sequence[KnownRange] = ()) -> None:
-    write_record_checksums(path.parent, path.name, path.stat().st_size, storages, known)
+    with held(path.parent) as directory:
+        write_record_checksums(directory, path.name, path.stat().st_size, storages, known)
 
 
 def without_serialization_id(path: Path) -> bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dist_convert.errors import NotEnoughSpace, TargetError, TargetExists, UsageError
 from dist_convert.write.commit import check_target, commit, remove_leftovers
+from dist_convert.write.files import held
 from dist_convert.write.manifest import manifest_of
 from dist_convert.write.partial import look
 
@@ -47,6 +49,13 @@ def write_model(directory: Path) -> None:
 
 def beside(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir())
+
+
+def name_it(partial: Path, target: Path, replaces: str = "") -> None:
+    """Give a finished conversion its name, and do what is left then."""
+    with held(target.absolute().parent) as parent, held(partial, parent) as directory:
+        commit(directory, parent, target, replaces=replaces)
+        remove_leftovers(replace(directory, path=target), parent, {})
 
 
 def check(target: Path, source: Path, *, overwrite: bool = False, needed_bytes: int = 1) -> int:
@@ -102,7 +111,7 @@ def test_a_file_that_only_has_the_name_of_a_manifest_does_not_make_a_directory_r
     text: str, target: Path, source: Path
 ) -> None:
     write(target, "conversion.json", text)
-    with pytest.raises(TargetExists, match="no conversion has made the target directory"):
+    with pytest.raises(TargetExists, match="the target directory was not made by a conversion"):
         check(target, source, overwrite=True)
 
 
@@ -147,15 +156,14 @@ def test_a_directory_without_write_permission_is_named(target: Path, source: Pat
     target.parent.mkdir(mode=0o500)
     with pytest.raises(TargetError) as caught:
         check(target, source)
-    assert caught.value.found == f"{target.parent} is no directory or is write-protected"
+    assert caught.value.found == f"{target.parent} is not a directory, or is write-protected"
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "empty directory"])
 def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, there: bool) -> None:
     if there:
         target.mkdir()
-    commit(partial, target, replaces="", place=None)
-    remove_leftovers(target, None, {})
+    name_it(partial, target)
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
 
@@ -163,8 +171,7 @@ def test_the_partial_directory_becomes_the_target(target: Path, partial: Path, t
 def test_with_overwrite_nothing_of_the_old_target_is_left(target: Path, partial: Path) -> None:
     write(target, "config.json", "old")
     write(target, "model-00001-of-00002.safetensors", "old")
-    commit(partial, target, replaces=look(target), place=None)
-    remove_leftovers(target, None, {})
+    name_it(partial, target, look(target))
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert (target / "config.json").read_text() == "new"
     assert beside(target) == ["model"]
@@ -189,7 +196,7 @@ def test_a_source_where_the_target_is_made_is_refused(target: Path, name: str) -
 def test_a_target_that_appeared_meanwhile_is_left_alone_without_overwrite(target: Path, partial: Path) -> None:
     write(target, "config.json", "someone else's")
     with pytest.raises(TargetExists) as caught:
-        commit(partial, target, replaces="", place=None)
+        name_it(partial, target)
     assert caught.value.file == str(target)
     assert (target / "config.json").read_text() == "someone else's"
     assert (partial / "config.json").read_text() == "new"
@@ -200,7 +207,7 @@ def test_a_target_may_be_named_relative_to_the_working_directory(
     target: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(target.parent)
-    commit(Path("model.partial"), Path("model"), replaces="", place=None)
+    name_it(Path("model.partial"), Path("model"))
     assert (target / "config.json").read_text() == "new"
 
 
@@ -208,8 +215,7 @@ def test_a_link_to_a_model_is_replaced_and_the_model_it_leads_to_is_kept(target:
     elsewhere = target.parent / "elsewhere"
     write(elsewhere, "config.json", "old")
     target.symlink_to(elsewhere)
-    commit(partial, target, replaces=look(target), place=None)
-    remove_leftovers(target, None, {})
+    name_it(partial, target, look(target))
     assert (target / "config.json").read_text() == "new"
     assert (elsewhere / "config.json").read_text() == "old"
     assert beside(target) == ["elsewhere", "model"]

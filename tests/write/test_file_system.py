@@ -21,6 +21,9 @@ LISTED: dict[str, tuple[str, dict[str, str]]] = {
         "98 22 0:45 / /mnt/models rw - nfs server:/models rw\n99 22 0:45 /llama /llama rw - nfs server:/models rw\n",
         {"0:45": "nfs"},
     ),
+    "characters that Python takes for ends of lines": (
+        "98 22 0:45 / /mnt/a\fb\x85c\u2028d rw - fuse.sshfs server:/models rw\n", {"0:45": "fuse.sshfs"}
+    ),
     "blanks, and a hyphen between them": (
         "98 22 0:45 / /mnt/our\\040-\\040models rw - cifs //server/our\\040-\\040models rw\n",
         {"0:45": "cifs"},

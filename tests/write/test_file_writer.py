@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from dist_convert.errors import NotEnoughSpace, PlanError, TargetError
 from dist_convert.records import View
-from dist_convert.write.files import FileWriter
+from dist_convert.write.files import FileWriter, held
 
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[FileWriter]:
     (tmp_path / "a").write_bytes(b"." * 16)
-    writer = FileWriter(tmp_path)
-    yield writer
-    writer.close()
+    with held(tmp_path) as directory, closing(FileWriter(directory)) as writer:
+        yield writer
 
 
 def view(
@@ -105,8 +105,6 @@ def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path, writer: 
 def test_a_full_file_system_is_told_from_other_refusals(make_disk: Callable[[str], Path]) -> None:
     disk = make_disk("size=16k")
     (disk / "full").touch()
-    writer = FileWriter(disk)
-    with pytest.raises(NotEnoughSpace) as caught:
+    with held(disk) as directory, closing(FileWriter(directory)) as writer, pytest.raises(NotEnoughSpace) as caught:
         writer.write(view(0, 1, 20_000, file="full"), memoryview(bytes(20_000)))
-    writer.close()
     assert (caught.value.file, caught.value.found) == (str(disk / "full"), "No space left on device")

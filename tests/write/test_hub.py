@@ -261,7 +261,7 @@ def test_ctrl_c_ends_an_upload_without_a_traceback(client: Client, arguments: tu
     assert process.returncode == 130
     assert "Traceback" not in printed
     assert printed.endswith("stopped by SIGINT\n")
-    assert "if that breaks off, go on with: dist-convert push" in printed
+    assert "if it is interrupted, continue with: dist-convert push" in printed
 
 
 def test_a_conversion_with_the_flag_uploads_what_it_has_made(client: Client) -> None:
@@ -278,7 +278,7 @@ def test_the_flag_uploads_what_is_complete_already(client: Client) -> None:
     before = contents(client.place / "out")
     done = client.run(*CONVERT, "--push-to-hub", "org/name", "--keep-paths")
     assert done.returncode == 0, done.stderr
-    assert "is complete already, by an earlier run of this conversion\n" in done.stderr
+    assert "is complete already: an earlier run of this conversion has finished\n" in done.stderr
     assert client.hub.repositories["org/name"].files == contents(client.place / "out") == before
 
 
@@ -299,13 +299,13 @@ def test_a_dry_run_says_where_the_upload_would_go_and_leaves_no_trace(client: Cl
 
 #: What can be known before: name, token, environment, and what the message says.
 EARLY = {
-    "offline": ("org/name", TOKEN, {"HF_HUB_OFFLINE": "1"}, ("HF_HUB_OFFLINE forbids to upload", "unset it")),
+    "offline": ("org/name", TOKEN, {"HF_HUB_OFFLINE": "1"}, ("HF_HUB_OFFLINE forbids uploads", "unset it")),
     "no token": ("org/name", "", {}, ("no token for the hub", "set HF_TOKEN to a token of {url}/settings/tokens")),
     "wrong token": ("org/name", "hf_wrong", {}, ("does not accept the token", "set HF_TOKEN to a valid token")),
-    "token that only reads": ("org/name", "hf_read", {}, ("may read and not write", "'laptop' of alice")),
+    "token that only reads": ("org/name", "hf_read", {}, ("can read but not write", "'laptop' of alice")),
     "not a member": ("other/name", TOKEN, {}, ("no permission to write to other", "one of alice, org\n")),
     "a member who only reads": ("readers/name", TOKEN, {}, ("no permission to write to readers", "another repository")),
-    "public": ("org/public", TOKEN, {}, ("is there, and it is public", "make it private in its settings")),
+    "public": ("org/public", TOKEN, {}, ("exists and is public", "make it private in its settings")),
     "unreachable": (
         "org/name",
         TOKEN,
@@ -374,7 +374,7 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     message = client.refuse(*CONVERT, "--push-to-hub", "org/name", "--private", "--keep-paths")
     command = f"dist-convert push {client.place}/out org/name --private --keep-paths"
     assert f"{said}; the model in {client.place}/out is complete" in message
-    assert f"then go on with: {command}" in message
+    assert f"then continue with: {command}" in message
 
     client.hub.faults.clear()
     done = client.run(*command.split()[1:])
@@ -386,10 +386,10 @@ def test_a_later_failure_says_that_the_directory_is_complete_and_how_to_upload_i
     ("directory", "exit_code", "said"),
     [
         ("short", 1, "without model-00002-of-00004.safetensors"),
-        ("model.partial", 1, "a conversion left that did not finish"),
+        ("model.partial", 1, "an unfinished conversion"),
         ("in", 2, "a Megatron checkpoint, not a Hugging Face directory"),
         ("nowhere", 2, "does not exist"),
-        ("half a tokenizer", 1, "holds what did not finish"),
+        ("half a tokenizer", 1, "has unfinished files"),
     ],
 )
 def test_what_is_no_finished_model_is_not_uploaded(

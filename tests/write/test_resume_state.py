@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_convert.records import Window
+from dist_convert.write.files import Directory
 from dist_convert.write.journal import Journal, ResumeState, joined, journals, last_run, read_journal, resume_state_of
 
 FILE, NAME = "model.safetensors", "run-00001-rank-00000"
@@ -77,11 +78,11 @@ def test_a_line_that_was_written_while_its_mark_was_made_is_not_behind_it(tmp_pa
 
 
 def test_a_mark_stands_for_the_lines_that_were_there_when_it_was_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, here: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".journal").mkdir()
     (tmp_path / FILE).write_bytes(bytes(12))
-    journal = Journal(tmp_path, 1, 0)
+    journal = Journal(here, 1, 0)
     journal.wrote([(Window(FILE, 0, 4), zlib.crc32(b"abcd"))])
     fdatasync = os.fdatasync
     late = [(Window(FILE, 8, 4), zlib.crc32(b"ijkl"))]

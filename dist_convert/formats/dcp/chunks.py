@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dist_convert.errors import PlanError
-from dist_convert.models.catalog import Region
-from dist_convert.models.rotary import from_neighbours
+from dist_convert.models.catalog import Region, from_neighbours
 from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, cover_fault, row_major
 
@@ -76,7 +75,7 @@ class Stored:
         fault = cover_fault(boxes, *(*self.shape, 1)[:2])
         if fault is not None:
             file = self.whole.file
-            raise PlanError("the chunks do not make up a tensor exactly", tensor=self.key, file=file, found=fault)
+            raise PlanError("the chunks do not make up a tensor exactly", file, tensor=self.key, found=fault)
 
     def regions(self, view: View) -> tuple[Region, ...]:
         """Where a window of `whole` lies."""

@@ -1,9 +1,8 @@
 """The files of a distributed checkpoint before any data, and what completes them: blobs, checksums, `.metadata`."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dist_convert.formats.dcp.chunks import Stored, StoredChunk, chunk_name
 from dist_convert.formats.dcp.pickled_metadata import metadata_bytes
@@ -12,8 +11,8 @@ from dist_convert.formats.saved import Container, SavedTensor, lay_out_container
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX, Blob, Chunk
 from dist_convert.read.dcp import SavedTensor as ListedTensor
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, row_major
-from dist_convert.write.checksums import KnownRange, ZipRecord, write_record_checksums
-from dist_convert.write.files import make_file, write_file
+from dist_convert.write.checksums import KnownRanges, ZipRecord, write_record_checksums
+from dist_convert.write.files import Directory, make_file, write_file
 
 #: Chunks of this size begin on a page, as direct reads and writes of them want it.
 _LARGE_BYTES, _PAGE_BYTES = 1 << 20, 4096
@@ -100,7 +99,7 @@ class PlannedFiles:
             boxes[box.key].append(box)
         return boxes
 
-    def make(self, partial: Path, files: Iterable[TargetFile]) -> None:
+    def make(self, partial: Directory, files: Iterable[TargetFile]) -> None:
         """Make some files with all that is no tensor's values."""
         for file in files:
             make_file(partial, file.name, self._pieces(file.name), file.size_bytes)
@@ -110,15 +109,13 @@ class PlannedFiles:
             pieces = self.templates[blob.dtype, blob.sizes].pieces
             yield from ((blob.place.offset_bytes + at, piece) for at, piece in pieces)
 
-    def write_checksums(
-        self, partial: Path, files: Iterable[TargetFile], known: Mapping[str, Sequence[KnownRange]]
-    ) -> None:
+    def write_checksums(self, partial: Directory, files: Iterable[TargetFile], known: KnownRanges) -> None:
         """Write the checksum of each chunk of some files to both places that hold it."""
         for name in (file.name for file in files):
             chunks = (self._record(blob) for blob in self.blobs[name] if blob.dtype)
             write_record_checksums(partial, name, self.sizes_bytes[name], chunks, known.get(name, ()))
 
-    def write_metadata(self, partial: Path, *, has_paths: bool = False) -> None:
+    def write_metadata(self, partial: Directory, *, has_paths: bool = False) -> None:
         """Write `.metadata`; see `metadata_bytes`."""
         tensors = {
             key: ListedTensor(

@@ -18,7 +18,7 @@ from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, 
 from dist_convert.read.discover import Discovery, check_same_files, discover, gather_listings
 from dist_convert.read.source import file_signature, opened_source, read_small_file
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES
-from dist_convert.records import StoredTensor, names
+from dist_convert.records import JsonObject, StoredTensor, names
 
 
 def sort_out(metadata: Metadata, reason_of: Callable[[str, SavedTensor | Blob], str]) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def sort_out(metadata: Metadata, reason_of: Callable[[str, SavedTensor | Blob], 
         metadata: what `.metadata` says.
         reason_of: why something under a key is left, "" for tensors of the model.
     """
-    tensors: dict[str, Any] = {}
-    left: list[tuple[str, int, int]] = []
+    tensors = {}
+    left = []
     listed: dict[str, SavedTensor | Blob] = {**metadata.tensors, **metadata.objects}
     for key, saved in listed.items():
         reason = reason_of(key, saved)
@@ -60,12 +60,10 @@ def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, 
     listings = gather_listings(world, {METADATA_FILE: file_signature(path)} if path.is_file() else {})
     seeing = [rank for rank, listing in enumerate(listings) if listing]
     if not seeing:
-        raise CheckpointNotFound(
-            "no rank sees .metadata, without which the .distcp files cannot be read",
-            file=str(path),
-            expected="the file that training writes last, on the node of its first rank",
-            remedy="copy it beside the .distcp files; a save that was interrupted has none: take an earlier iteration",
-        )
+        what = "no rank sees .metadata, and the .distcp files cannot be read without it"
+        expected = "the file that training writes last, on the node of its first rank"
+        remedy = "copy it beside the .distcp files; an interrupted save has none: then use an earlier iteration"
+        raise CheckpointNotFound(what, path, expected, remedy=remedy)
     check_same_files(
         world, directory, listings, lambda _: hashlib.sha256(read_small_file(path, MAX_PICKLE_BYTES)).hexdigest()
     )
@@ -74,12 +72,12 @@ def read_by_one(directory: Path, world: World, read: Callable[[Path], dict[str, 
 
 def _shared(directory: Path, reader: int, world: World, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     data = json.dumps(read(directory)).encode() if world.rank == reader else b""
-    size_bytes: int = gather_objects(world, len(data))[reader]
+    size_bytes = gather_objects(world, len(data))[reader]
     said: dict[str, Any] = json.loads(broadcast(world, data, size_bytes, reader))
     return said
 
 
-def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tuple[Discovery, dict[str, Stored]]:
+def find_chunks(directory: Path, listed: JsonObject, world: World) -> tuple[Discovery, dict[str, Stored]]:
     """The files of a checkpoint, and where in them each chunk lies: each blob's header is read on a rank that sees it.
 
     Args:
@@ -104,7 +102,7 @@ def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tup
     if missing:
         raise MissingShard(
             "files that .metadata names are on no rank's disk",
-            file=str(directory),
+            directory,
             expected=f"{len(chunks_of)} files with weights",
             found=f"{len(missing)} missing: {names(missing)}",
             remedy="copy the missing files beside the others, or run on all nodes that hold some of them",
@@ -122,7 +120,7 @@ def find_chunks(directory: Path, listed: Mapping[str, Any], world: World) -> tup
 def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
     """Of each chunk of a file its key, its box, where its elements lie, and their size and checksum."""
     chunks, path = chunks_of[file], directory / file
-    with opened_source(path, str(path)) as opened:
+    with opened_source(path) as opened:
         is_safetensors = opened.read(9)[8:] == b"{"  # behind the length of the header; a zip has zeros there
     placed = _in_safetensors(path, file, chunks) if is_safetensors else place_chunks(directory, file, chunks)
     return [
@@ -154,7 +152,7 @@ def read_shards(directory: Path) -> Metadata:
         CorruptFile: a damaged file.
     """
     chunks_of: dict[str, list[Chunk]] = {}
-    dtypes: dict[str, str] = {}
+    dtypes = {}
     for file in shards_of(directory):
         with below(directory):
             tensors, offsets = read_safetensors_shard(directory / file, file)

@@ -20,7 +20,6 @@ from dist_convert.records import names
 #: What the embedding is called, whose key tells where the model lies: in a model of transformers, in one of torchtitan,
 #: in a base model.
 _EMBEDDINGS = ("model.embed_tokens.weight", EMBEDDING, "embed_tokens.weight")
-_OF_MEGATRON = "embedding.word_embeddings.weight"
 
 #: What the tables call a tensor -> torchtitan's names of it, of version 0.3 and of earlier ones; experts without number
 #: lie along the first axis.
@@ -84,8 +83,8 @@ def huggingface_tensors(stored: Mapping[str, Stored], architecture: Architecture
     Only its Llama, which has no norms of queries and keys, has the rows of heads in Meta's order: DeepSeek's rotate
     neighbours in transformers, too.
     """
-    found: dict[str, Stored] = {}
-    used: set[str] = set()
+    found = {}
+    used = set()
     own = _OF_FAMILY.get(architecture.family)
     head_dim = 0 if own or architecture.qk_norm else architecture.head_dim
     all_layers = range(architecture.layers + architecture.fact("mtp_layers"))
@@ -117,7 +116,7 @@ def find_prefix(keys: Collection[str], file: str) -> str:
         file: that has them, for messages.
 
     Raises:
-        UnsupportedModel: there is no model, or one of Megatron's.
+        UnsupportedModel: there is no model.
         InconsistentShards: there are several.
     """
     ours = [f".{normalise(key)}" for key in keys if not reason_to_leave(key)]
@@ -126,24 +125,18 @@ def find_prefix(keys: Collection[str], file: str) -> str:
         if len(found) > 1:
             raise InconsistentShards(
                 "several models in one checkpoint",
-                file=file,
+                file,
                 expected="one embedding",
                 found=names([f"{prefix}{embedding}" for prefix in found]),
-                remedy="save the one that is meant on its own",
+                remedy="save the model you mean on its own",
             )
         if found:
             return found[0]
-    is_of_megatron = any(key.endswith(_OF_MEGATRON) for key in ours)
-    raise UnsupportedModel(
-        "not read: Megatron's torch_dcp or fsdp_dtensor" if is_of_megatron else "no language model that is known",
-        file=file,
-        expected=f"a key that ends in one of {', '.join(_EMBEDDINGS)}",
-        found=names(sorted(keys)) or "no tensor",
-        remedy="load one of Megatron's with Megatron-LM and save it with --ckpt-format torch_dist; of any other, give "
-        "the directory that holds its own .metadata",
-    )
+    what, expected = "no known language model", f"a key that ends in one of {', '.join(_EMBEDDINGS)}"
+    remedy = "give the directory that holds the model's own .metadata"
+    raise UnsupportedModel(what, file, expected, found=names(sorted(keys)) or "no tensor", remedy=remedy)
 
 
 def reason_to_leave(key: str) -> str:
-    """What of a checkpoint is no part of the model, by its key; "" for weights and for what is not known."""
+    """What of a checkpoint is not part of the model, by its key; "" for weights and for what is not known."""
     return "optimizer" if any(part.startswith("optim") for part in key.split(".")) else ""

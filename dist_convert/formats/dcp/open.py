@@ -49,20 +49,17 @@ def open_dcp(where: Where, directory: Path, world: World) -> HuggingFaceModel:
     """
     said = read_by_one(directory, world, read_contents)
     if where.like is None and not (directory / CONFIG_FILE).is_file():
-        raise MissingArguments(
-            "a distributed checkpoint does not say what its model is",
-            file=str(directory),
-            expected=f"{CONFIG_FILE} of the model beside {METADATA_FILE}",
-            found="none",
-            remedy=f"copy the {CONFIG_FILE} of the model that was trained there, or say where it is with --like",
-        )
+        what = "a distributed checkpoint does not say what its model is"
+        expected = f"{CONFIG_FILE} of the model beside {METADATA_FILE}"
+        remedy = f"copy the {CONFIG_FILE} of the model that was trained there, or say where it is with --like"
+        raise MissingArguments(what, directory, expected, found="none", remedy=remedy)
     given = where.like or read_config(directory)
     config = {name: value for name, value in given.items() if name != QUANTISED_BY}  # what is trained is not quantised
     found, stored = find_chunks(directory, said["tensors"], world)
     chunks = {normalise(key).removeprefix(said["prefix"]): tensor for key, tensor in stored.items()}
     if len(chunks) < len(stored):
         twice = names(sorted(key for key, tensor in stored.items() if tensor not in chunks.values()))
-        raise InconsistentShards("tensors are stored twice", file=str(directory / METADATA_FILE), found=twice)
+        raise InconsistentShards("tensors are stored twice", directory / METADATA_FILE, found=twice)
     if is_of_torchtitan(chunks):
         with below(directory):
             chunks = huggingface_tensors(chunks, architecture_from_config(config))

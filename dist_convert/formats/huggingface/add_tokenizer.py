@@ -1,27 +1,27 @@
 """`dist-convert tokenizer`: gives a converted model its tokenizer, or another one, and cuts rows that no token has."""
 
+import contextlib
 import json
+import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dist_convert.errors import CorruptFile, TargetError, TargetExists, UnsupportedModel, UsageError, below, shown_line
-from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface.config import architecture_from_config, with_special_ids
 from dist_convert.formats.huggingface.files import INDEX_FILE, index_json, target_file, target_tensors
 from dist_convert.formats.huggingface.open import open_huggingface
-from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, GENERATION_FILE, SAFETENSORS, read_config
+from dist_convert.formats.huggingface.read import ARGS_FILE, GENERATION_FILE, SAFETENSORS, check_inside, read_config
 from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.tokenizer.find import named_tokenizer
-from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, write_tokenizer
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, files_of, tokenizer_files
 from dist_convert.formats.tokenizer.record import notes_on_tokenizer, style_of, vocabulary_warnings
 from dist_convert.options import TokenizerJob
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.source import opened_source, read_json
 from dist_convert.records import StoredTensor, TargetFile, TensorSpec
-from dist_convert.write.files import WAITING, go_on_replacing, replace_files
+from dist_convert.write.files import WAITING, Directory, go_on_replacing, held, replace_files
 from dist_convert.write.manifest import renew_manifest
 from dist_convert.write.partial import refuse_unfinished
 from dist_convert.write.trees import remove
@@ -36,39 +36,37 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
         The names of all files that are new or changed.
 
     Raises:
-        UsageError: the source is no tokenizer, or the target no model, or one with fewer rows than it shall keep.
+        UsageError: the source is no tokenizer, or the target a model with fewer rows than it shall keep.
         SourceError: the tokenizer cannot be converted, or the target's config is no model's.
         TargetExists: the target has a tokenizer, and `--overwrite` was not given.
+        TargetBusy: another process gives it one.
         MissingPackage, TargetError
     """
-    refuse_foreign(job.target)
-    waiting = go_on_replacing(root := job.target.resolve())
-    refuse_unfinished(job.target)
-    if not (job.target / CONFIG_FILE).is_file():
-        raise UsageError(
-            "DST is not a converted model",
-            file=str(job.target),
-            expected=f"a Hugging Face directory with {CONFIG_FILE}",
-            found=f"no {CONFIG_FILE}" if job.target.is_dir() else "no such directory",
-            remedy="give the --save-path of the conversion",
-        )
+    with held(job.target.resolve()) as root:
+        waiting = go_on_replacing(root, TEMPLATES)
+        refuse_unfinished(job.target)
+        return _add(job, root, waiting)
+
+
+def _add(job: TokenizerJob, root: Directory, waiting: Sequence[str]) -> tuple[str, ...]:
+    """`add_tokenizer` to a model, of which a run before has listed files that were waiting for their names."""
     config = read_config(job.target)
     with below(job.target):
         rows = architecture_from_config(config, zero_output_bias=True).vocab
     tokenizer, old = named_tokenizer(job.source, "SRC"), files_of(job.target)
     path = tokenizer.path
-    if path is not None and tokenizer.kind in ("huggingface", "slow") and path.resolve() == job.target.resolve():
-        raise UsageError("SRC and DST are the same directory", file=str(path))
+    if path is not None and tokenizer.kind in ("huggingface", "slow") and path.samefile(job.target):
+        raise UsageError("SRC and DST are the same directory", path)
     if old and not job.overwrite and not waiting:
         remedy = "replace it with --overwrite"
-        raise TargetExists("the model has a tokenizer", file=str(job.target), found=", ".join(old), remedy=remedy)
+        raise TargetExists("the model has a tokenizer", job.target, found=", ".join(old), remedy=remedy)
     style = style_of(tokenizer, config, job)
     kept, contents = job.true_vocab_size or rows, dict[str, bytes | Iterable[bytes]]()
     if kept < (needed := min(rows, tokenizer.size or rows)):
-        what, remedy = "--true-vocab-size cuts rows of tokens", "keep a row for each token of the tokenizer"
+        what, remedy = "--true-vocab-size would cut rows of tokens", "keep a row for each token of the tokenizer"
         if not tokenizer.size:
-            what, remedy = "the tokenizer does not tell how many tokens it has", "leave --true-vocab-size out"
-        raise UsageError(what, file=str(job.target), expected=f"{needed} or more", found=kept, remedy=remedy)
+            what, remedy = "the tokenizer does not say how many tokens it has", "leave --true-vocab-size out"
+        raise UsageError(what, job.target, expected=f"{needed} or more", found=kept, remedy=remedy)
     if kept != rows:
         contents |= _cut_vocabulary(job.target, kept)
         config["vocab_size"] = kept
@@ -80,19 +78,20 @@ def add_tokenizer(job: TokenizerJob) -> tuple[str, ...]:
     notes += vocabulary_warnings(claims, rows, kept)
     if tokenizer.size and tokenizer.size < kept:
         padding = f"vocabulary: {kept} rows for {tokenizer.size} tokens of the tokenizer"
-        notes.append(f"{padding}; --true-vocab-size {tokenizer.size} cuts what is padding")
+        notes.append(f"{padding}; --true-vocab-size {tokenizer.size} cuts the padding")
     print(*map(shown_line, notes), sep="\n", file=sys.stderr)
 
+    if os.path.lexists(job.target / GENERATION_FILE):
+        check_inside(job.target, GENERATION_FILE)  # its content is written again
     generation = read_json(job.target / GENERATION_FILE) if (job.target / GENERATION_FILE).is_file() else {}
     changed = with_special_ids(config, generation, tokenizer, style, tokenizer.path)
-    with tempfile.TemporaryDirectory() as scratch:
-        names = write_tokenizer(tokenizer, style, Path(scratch))
-        contents |= {name: (Path(scratch) / name).read_bytes() for name in names}
-    contents |= {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in changed.items()}
+    files = dict(tokenizer_files(tokenizer, style))
+    names = tuple(files)
+    contents |= files | {name: (json.dumps(data, indent=2) + "\n").encode() for name, data in changed.items()}
     replace_files(root, contents, waiting=waiting)
     fresh = dict.fromkeys((*names, *changed, *cut, *waiting))
     renew_manifest(job.target, gone=set(old) - fresh.keys(), fresh=fresh)
-    _remove(job.target, [name for name in old if name not in names])
+    _remove(root, [name for name in old if name not in names])
     remove(root, WAITING)
     return (*names, *changed, *cut)
 
@@ -110,8 +109,8 @@ def _cut_vocabulary(directory: Path, rows: int) -> dict[str, Iterable[bytes]]:
     if rows > architecture.vocab:
         check_own_vocab(rows, architecture.vocab)
     if model.quantisation or not all(one.file.endswith(SAFETENSORS) for one in model.stored.values()):
-        what, remedy = "rows are cut from plain safetensors only", "convert it with --to huggingface first"
-        raise UnsupportedModel(what, file=str(directory), remedy=remedy)
+        remedy = "convert it with --to huggingface first"
+        raise UnsupportedModel("rows are cut from plain safetensors only", directory, remedy=remedy)
     smaller = replace(catalog, architecture=replace(architecture, vocab=rows))
     shapes = {name: shape for name, _, shape in target_tensors(smaller, None)}
     cut = {name for name, meta in catalog.tensors.items() if shapes.get(name, meta.shape) != meta.shape}
@@ -133,29 +132,26 @@ def _pieces(directory: Path, file: TargetFile, stored: Mapping[str, StoredTensor
     """A weights file of the first rows of stored tensors."""
     path = directory / file.name
     yield file.header
-    with opened_source(path, str(path)) as opened:
+    with opened_source(path) as opened:
         for tensor in file.tensors:
             opened.seek(stored[tensor.name].offset_bytes)
             left_bytes = tensor.size_bytes
             while left_bytes:
                 block = opened.read(min(left_bytes, _BLOCK_BYTES))
                 if not block:
-                    raise CorruptFile("the file ends early", tensor=tensor.name, file=str(path))
+                    raise CorruptFile("the file ends early", path, tensor=tensor.name)
                 left_bytes -= len(block)
                 yield block
 
 
-def _remove(target: Path, obsolete: Sequence[str]) -> None:
+def _remove(root: Directory, obsolete: Sequence[str]) -> None:
     """Remove what only the old tokenizer had, now that the new one is complete."""
     try:
         for name in obsolete:
-            (target / name).unlink(missing_ok=True)
-        if (target / TEMPLATES).is_dir() and not any((target / TEMPLATES).iterdir()):
-            (target / TEMPLATES).rmdir()
+            remove(root, name)
     except OSError as error:
-        raise TargetError(
-            "the new tokenizer is written, but a file of the old one cannot be removed",
-            file=str(error.filename or target),
-            found=error.strerror or str(error),
-            remedy="remove it, or repeat the command with --overwrite",
-        ) from error
+        what = "the new tokenizer is written, but a file of the old one cannot be removed"
+        remedy = "remove it, or repeat the command with --overwrite"
+        raise TargetError(what, error.filename, found=error.strerror or error, remedy=remedy) from error
+    with contextlib.suppress(OSError):  # it is not there, or has others
+        os.rmdir(TEMPLATES, dir_fd=root.descriptor)

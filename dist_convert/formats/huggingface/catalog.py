@@ -10,7 +10,7 @@ from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.huggingface.names import HEAD, hf_view, leftovers
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import LeftBehind, Region, TensorMeta, cut
-from dist_convert.models.schema import Architecture, Row, copies_of, entries, part_shape, parts_of
+from dist_convert.models.schema import Architecture, copies_of, entries, part_shape
 from dist_convert.records import DTYPE_BYTES, FLOAT_DTYPES, Box, StoredTensor, View, counted
 
 
@@ -43,7 +43,7 @@ class HuggingFaceCatalog:
 
     @cached_property
     def params_dtype(self) -> str:
-        bytes_of: Counter[str] = Counter()
+        bytes_of = Counter[str]()
         for name, meta in self.tensors.items():
             if name not in self.optional:
                 bytes_of[meta.dtype] += meta.box.elements * DTYPE_BYTES[meta.dtype]
@@ -75,7 +75,7 @@ def open_catalog(
     with_tied_copies: bool = False,
     drops_mtp: bool = False,
 ) -> tuple[HuggingFaceCatalog, LeftBehind]:
-    """A model from the headers of its files, and what of it is no part of the model.
+    """A model from the headers of its files, and what of it is not part of the model.
 
     Args:
         stored: all tensors of the model by name.
@@ -88,31 +88,23 @@ def open_catalog(
         Problems, or the one problem there is: tensors that are missing, unknown, misshapen or no floats.
     """
     family, sizes = FAMILIES[architecture.family], architecture.sizes()
-    tensors: dict[str, TensorMeta] = {}
-    views: dict[str, tuple[View, ...]] = {}
-    optional: set[str] = set()
-    problems: list[ConversionError] = []
-    for entry, layer, expert in entries(family, architecture):
-        for part in parts_of(entry):
+    tensors, views = dict[str, TensorMeta](), dict[str, tuple[View, ...]]()
+    optional, problems = set[str](), list[ConversionError]()
+    for row, layer, expert in entries(family, architecture):
+        for part in row.parts:
             name = part.name.format(layer=layer, expert=expert)
             try:
                 view = hf_view(part, layer, expert, stored, sizes)
             except ConversionError as problem:
                 problems.append(problem)
                 continue
-            if not isinstance(entry, Row):
+            if not row.megatron:
                 optional.add(name)
             if view.value_dtype not in FLOAT_DTYPES:
-                problems.append(
-                    UnsupportedModel(
-                        "a weight of an unexpected dtype",
-                        tensor=view.tensor,
-                        file=view.file,
-                        expected=" or ".join(FLOAT_DTYPES),
-                        found=view.dtype,
-                        remedy="save the model dequantised",
-                    )
-                )
+                what, found, wanted = "a weight of an unexpected dtype", view.dtype, " or ".join(FLOAT_DTYPES)
+                remedy, tensor, file = "save the model dequantised", view.tensor, view.file
+                wrong = UnsupportedModel(what, file, tensor=tensor, expected=wanted, found=found, remedy=remedy)
+                problems.append(wrong)
             tensors[name], views[name] = TensorMeta(part_shape(part, sizes), view.value_dtype, part.dtype), (view,)
     further = copies_of(family, architecture) if not problems else {}
     if with_tied_copies and architecture.tied and not problems:
@@ -124,10 +116,8 @@ def open_catalog(
             if (copy.value_dtype, copy.rows, copy.columns) == (view.value_dtype, view.rows, view.columns):
                 views[name] += (copy,)
     used = {view.tensor for of_tensor in views.values() for view in of_tensor} | {p.tensor for p in problems}
-    dropped_from = architecture.layers if drops_mtp else None
-    left_behind, unknown = leftovers(
-        stored, used, hf_class=family.hf_class, tied=architecture.tied, dropped_from=dropped_from
-    )
+    first, tied = architecture.layers if drops_mtp else None, architecture.tied
+    left_behind, unknown = leftovers(stored, used, hf_class=family.hf_class, tied=tied, dropped_from=first)
     raise_together([*problems, *unknown])
     catalog = HuggingFaceCatalog(architecture, tensors, views, frozenset(optional), chunks or {}, bool(chunks))
     for name in tensors if chunks else ():

@@ -15,7 +15,7 @@ from dist_convert.formats.huggingface.names import published
 from dist_convert.formats.huggingface.read import WEIGHTS_KINDS
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
-from dist_convert.models.schema import Architecture, alias_shape, copies_of, entries, parts_of
+from dist_convert.models.schema import Architecture, alias_shape, copies_of, entries
 from dist_convert.records import DTYPE_BYTES, StoredTensor, TargetFile, TensorSpec, row_major
 
 #: Data begins at a multiple of this, the size of a page. What is written then lies in memory and in the file's pages at
@@ -36,26 +36,19 @@ def target_tensors(source: Catalog, target_dtype: str | None) -> list[TensorSpec
     family = FAMILIES[source.architecture.family]
     copies = copies_of(family, source.architecture)
     specs: dict[str, TensorSpec] = {}
-    for entry, layer, expert in entries(family, source.architecture):
-        for part in parts_of(entry):
+    for row, layer, expert in entries(family, source.architecture):
+        for part in row.parts:
             dtype = source.tensors[part.name.format(layer=layer, expert=expert)].dtype_in(target_dtype, main_dtype)
             alias = published(part)
             name = alias.name.format(layer=layer, expert=expert)
             spec = specs.setdefault(name, (name, dtype, alias_shape(part, alias, sizes)))
             if spec[1] != dtype:
+                what, remedy = "a tensor has parts of different dtypes", "give a --target-params-dtype other than keep"
                 raise UnsupportedModel(
-                    "a tensor has parts of different dtypes",
-                    tensor=name,
-                    expected=f"one dtype, as {spec[1]}",
-                    found=dtype,
-                    remedy="give another --target-params-dtype than keep",
+                    what, tensor=name, expected=f"one dtype, as {spec[1]}", found=dtype, remedy=remedy
                 )
             specs |= {copy: (copy, *spec[1:]) for copy in copies.get(name, ())}
     return list(specs.values())
-
-
-def _size_bytes(spec: TensorSpec) -> int:
-    return DTYPE_BYTES[spec[1]] * prod(spec[2])
 
 
 def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tuple[TargetFile, ...]:
@@ -64,11 +57,11 @@ def lay_out_files(specs: Iterable[TensorSpec], max_shard_size_bytes: int) -> tup
     As `save_pretrained` does, sizes count tensor bytes and a tensor larger than the limit has a file of its own, while
     the file before it stays open.
     """
-    groups: list[list[TensorSpec]] = []
+    groups = []
     current: list[TensorSpec] = []
     filled = 0
     for spec in specs:
-        size_bytes = _size_bytes(spec)
+        size_bytes = DTYPE_BYTES[spec[1]] * prod(spec[2])
         if size_bytes > max_shard_size_bytes:
             groups.append([spec])
             continue
@@ -88,21 +81,16 @@ def target_file(name: str, specs: Sequence[TensorSpec]) -> TargetFile:
     # Readers view the data in place, so wider elements come first and every tensor is aligned to its own.
     ordered = sorted(specs, key=lambda spec: -DTYPE_BYTES[spec[1]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places, offset = [], 0
-    for spec in ordered:
-        tensor, dtype, shape = spec
-        end = offset + _size_bytes(spec)
-        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        places.append((spec, offset))
-        offset = end
+    tensors, end = [], 0
+    for tensor, dtype, shape in ordered:
+        tensors.append(StoredTensor(tensor, name, dtype, shape, row_major(shape), end))
+        end += tensors[-1].size_bytes
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [tensors[-1].offset_bytes, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _DATA_ALIGNMENT_BYTES)
     prefix = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    tensors = tuple(
-        StoredTensor(tensor, name, dtype, shape, row_major(shape), len(prefix) + offset)
-        for (tensor, dtype, shape), offset in places
-    )
-    return TargetFile(name, prefix, len(prefix) + offset, tensors)
+    placed = tuple(replace(one, offset_bytes=len(prefix) + one.offset_bytes) for one in tensors)
+    return TargetFile(name, prefix, len(prefix) + end, placed)
 
 
 def catalog_of_files(

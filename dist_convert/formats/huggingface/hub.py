@@ -13,22 +13,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dist_convert.errors import CheckpointNotFound, ConversionError, NotEnoughSpace, NotFetched, UsageError
-from dist_convert.formats.huggingface.read import (
-    ARGS_FILE,
-    CONFIG_FILE,
-    GENERATION_FILE,
-    WEIGHTS_KINDS,
-    find_weights,
-    read_index_file,
-)
+from dist_convert.formats.huggingface import read as hf
 from dist_convert.formats.tokenizer.huggingface import FILES
 from dist_convert.read.source import no_directory
 from dist_convert.records import names
 
 #: Beside the weights: config, tokenizer, and what a conversion from Megatron has left for the way back.
-_SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, *FILES, ARGS_FILE, "capacity_bins.pt")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_SMALL_FILES = (hf.CONFIG_FILE, hf.GENERATION_FILE, *FILES, hf.ARGS_FILE, "capacity_bins.pt")
 _FROM_ELSEWHERE = "unset HF_HUB_OFFLINE, or fetch the model on a machine with a connection and copy its HF_HOME here"
 
 
@@ -49,23 +40,19 @@ def local_directory(name: str, *, cache_only: bool = False) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository, revision = repository_and_revision(name)
-    files = [*_SMALL_FILES, *(index for index, _ in WEIGHTS_KINDS)]
+    files = [*_SMALL_FILES, *(index for index, _ in hf.WEIGHTS_KINDS)]
     directory = _snapshot(repository, revision, files, cache_only=cache_only)
-    for index, single in WEIGHTS_KINDS:
-        named = set(read_index_file(directory, index).values()) if (directory / index).is_file() else set()
+    for index, single in hf.WEIGHTS_KINDS:
+        named = set(hf.read_index_file(directory, index).values()) if (directory / index).is_file() else set()
         # The same commit: a branch may move on between the calls.
         directory = _snapshot(repository, directory.name, sorted({*named, single}), cache_only=cache_only)
         if named or (directory / single).is_file():
             break
-    missing = [file for file in find_weights(directory) if not (directory / file).is_file()]
+    missing = [file for file in hf.find_weights(directory) if not (directory / file).is_file()]
     if missing:
-        raise NotFetched(
-            "the cache holds only a part of the model",
-            file=str(directory),
-            expected=names(missing),
-            found="not in the cache, and not on the hub or no way to it",
-            remedy=_FROM_ELSEWHERE,
-        )
+        what = "the cache holds only a part of the model"
+        found = "not in the cache, and the hub does not have it or cannot be reached"
+        raise NotFetched(what, directory, expected=names(missing), found=found, remedy=_FROM_ELSEWHERE)
     return directory
 
 
@@ -75,19 +62,18 @@ def revision_on_hub(name: str) -> str:
     It raises what `local_directory` does; also where there is a directory of that name.
     """
     repository, revision = repository_and_revision(name)
-    return f"{repository}@{_snapshot(repository, revision, [CONFIG_FILE]).name}"
+    return f"{repository}@{_snapshot(repository, revision, [hf.CONFIG_FILE]).name}"
 
 
 def cached_snapshot(name: str) -> Path | None:
     """The cache's directory of `org/name` or `org/name@revision`, which may hold a part of it; nothing is fetched."""
     check_endpoint()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (OSError, ValueError):  # not there, no such name, or a directory where the revision's commit should be
         return None
 
 
@@ -97,7 +83,7 @@ def check_endpoint() -> None:
         urlsplit(os.environ.get("HF_ENDPOINT", ""))
     except ValueError as error:
         raise UsageError(
-            "HF_ENDPOINT is no address of a hub", found=error, remedy="unset it, or give https://..."
+            "HF_ENDPOINT is not the address of a hub", found=error, remedy="unset it, or give https://..."
         ) from error
 
 
@@ -108,14 +94,12 @@ def repository_and_revision(name: str) -> tuple[str, str | None]:
     path = Path(name)
     if path.is_file():
         raise no_directory(path, "checkpoint")
-    if organisation in ("", ".", "..", "~") or not model or "/" in model or path.exists():
-        raise CheckpointNotFound(
-            "the checkpoint directory does not exist",
-            file=name,
-            expected="a directory, or org/name[@revision] on the Hugging Face Hub",
-            found="a directory, but not on every node" if path.exists() else "nothing",
-            remedy="check the path on every node",
-        )
+    leads_away = revision and {"", ".", ".."} & {*revision.split("/")}  # huggingface_hub makes a path of it
+    if organisation in ("", ".", "..", "~") or not model or "/" in model or path.exists() or leads_away:
+        what = "the checkpoint directory does not exist"
+        expected = "a directory, or org/name[@revision] on the Hugging Face Hub"
+        found = "a directory, but not on every node" if path.exists() else "nothing"
+        raise CheckpointNotFound(what, name, expected, found, remedy="check the path on every node")
     return repository, revision or None
 
 
@@ -152,7 +136,7 @@ def _explain(error: Exception, repository: str, revision: str | None) -> Convers
 
     kind: type[ConversionError] = NotFetched
     number = error.errno if isinstance(error, OSError) else None
-    if number in _NO_SPACE:
+    if number in (errno.ENOSPC, errno.EDQUOT):
         kind, what, remedy = NotEnoughSpace, "no space for the hub's cache", "set HF_HOME to a larger file system"
     elif isinstance(error, GatedRepoError):
         what = "no access to the model"
@@ -163,18 +147,14 @@ def _explain(error: Exception, repository: str, revision: str | None) -> Convers
     elif isinstance(error, RevisionNotFoundError):
         kind, what = CheckpointNotFound, "the model has no such revision"
         remedy = "name a branch, a tag or a whole commit hash after the @"
-    elif number in _NOT_WRITABLE:
-        what, remedy = "the hub's cache cannot be written", "set HF_HOME to a directory that this user may write"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        what, remedy = "the hub's cache is not writable", "set HF_HOME to a directory that this user can write to"
     elif constants.HF_HUB_OFFLINE:
-        what, remedy = "the model is not in the cache, and HF_HUB_OFFLINE forbids to fetch it", _FROM_ELSEWHERE
+        what, remedy = "the model is not in the cache, and HF_HUB_OFFLINE forbids downloads", _FROM_ELSEWHERE
     else:
         what = "the model cannot be fetched, and the cache does not hold all of it"
         remedy = f"check the connection to {constants.ENDPOINT}; what has been fetched is kept"
     cause = error.__cause__ or error
-    return kind(
-        what,
-        file=f"{repository}@{revision}" if revision else repository,
-        expected=f"in {constants.HF_HUB_CACHE} or on {constants.ENDPOINT}",
-        found=f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}",
-        remedy=remedy,
-    )
+    expected = f"in {constants.HF_HUB_CACHE} or on {constants.ENDPOINT}"
+    found = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    return kind(what, f"{repository}@{revision}" if revision else repository, expected, found, remedy)

@@ -12,49 +12,35 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dist_convert.errors import shown_line
 from dist_convert.formats.dcp.files import PlannedFiles, lay_out_chunks
 from dist_convert.formats.format import Model
-from dist_convert.formats.huggingface.carried import configs_of
-from dist_convert.formats.huggingface.config import TORCH_NAMES
-from dist_convert.formats.huggingface.files import (
-    INDEX_FILE,
-    catalog_of_files,
-    index_json,
-    lay_out_files,
-    target_tensors,
-)
-from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied
+from dist_convert.formats.huggingface import files as hf_files
+from dist_convert.formats.huggingface.config import SPECIAL_IDS, TORCH_NAMES
+from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, configs_of
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import check_own_vocab, is_of_habana, model_type_from_args, true_vocab
-from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, write_tokenizer
-from dist_convert.formats.tokenizer.record import (
-    Style,
-    Tokenizer,
-    how_to_add_tokenizer,
-    notes_on_tokenizer,
-    style_of,
-    vocabulary_warnings,
-)
+from dist_convert.formats.tokenizer import record as tokenizers
+from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, tokenizer_files
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins, write_bins
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models import FAMILIES
 from dist_convert.models.catalog import Catalog
-from dist_convert.options import DCP, TARGET_DTYPES, Options
+from dist_convert.options import DCP, FSDP_DTENSOR, TARGET_DTYPES, Options
 from dist_convert.plan.content import Content, notes_on_content, plan_content
 from dist_convert.plan.file_owners import deal_files, file_numbers, notes_on_disks
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.source import MAX_BYTES, read_small_file, reading
-from dist_convert.records import TargetFile, __version__, human_bytes, names
-from dist_convert.write.checksums import KnownRange
-from dist_convert.write.files import make_file, write_file
+from dist_convert.read.source import MAX_BYTES, opened_source, read_small_file, reading
+from dist_convert.records import JsonObject, TargetFile, __version__, human_bytes, names
+from dist_convert.write.checksums import KnownRanges
+from dist_convert.write.files import Directory, make_file, write_file
 from dist_convert.write.manifest import MANIFEST_FILE
+from dist_convert.write.partial import RESUMABLE
 from dist_convert.write.target_disks import find_disks
 from dist_convert.write.task import Target, Task
 
@@ -82,29 +68,28 @@ class HuggingFaceTarget(Target):
     job: Options
     content: Content
     model: Model
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, JsonObject]
     copied: Sequence[str] = ()
     bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
     disks: int = 1
     planned: PlannedFiles | None = None
 
     @property
-    def style(self) -> Style:
+    def style(self) -> tokenizers.Style:
         """Of the tokenizer."""
-        return style_of(self.model.tokenizer, self.configs[CONFIG_FILE], self.job)
+        return tokenizers.style_of(self.model.tokenizer, self.configs[CONFIG_FILE], self.job)
 
-    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+    def make_files(self, partial: Directory, files: Sequence[TargetFile], *, is_first: bool) -> None:
         if is_first:  # first, so that what fails here fails early
-            write_tokenizer(self.model.tokenizer, self.style, partial)
+            for name, content in tokenizer_files(self.model.tokenizer, self.style):
+                write_file(partial, name, content)
         if self.planned is not None:
             self.planned.make(partial, files)
             return
         for file in files:
             make_file(partial, file.name, [(0, file.header)], file.size_bytes)
 
-    def complete(
-        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
-    ) -> None:
+    def complete(self, partial: Directory, files: Sequence[TargetFile], known: KnownRanges, *, is_first: bool) -> None:
         """Write or copy all that is no weight into the partial directory."""
         if self.planned is not None:
             self.planned.write_checksums(partial, files, known)
@@ -120,27 +105,29 @@ class HuggingFaceTarget(Target):
             write_file(partial, name, (json.dumps(config, indent=2) + "\n").encode())
         if self.planned is not None:
             self.planned.write_metadata(partial, has_paths=True)
-        elif index := index_json(self.content.files):
-            write_file(partial, INDEX_FILE, index.encode())
+        elif index := hf_files.index_json(self.content.files):
+            write_file(partial, hf_files.INDEX_FILE, index.encode())
 
-    def to_do(self) -> str:
+    def next_step(self) -> str:
         """See `Target`; after an upload it is said there."""
-        job, disks, lines = self.job, self.disks, []
-        if job.push_to_hub:
-            return ""
-        if disks > 1:
-            lines.append(f"{job.target} is a part of the model on each of {disks} disks: copy them into one directory")
-        if not isinstance(self.model, HuggingFaceModel) and not has_tokenizer_files(job.target):
-            lines.append(how_to_add_tokenizer(job))
-        return "\n".join(map(shown_line, lines))
+        lines, target = [], self.job.target
+        if self.disks > 1:
+            lines.append(f"{target} is a part of the model on each of {self.disks} disks: copy them into one directory")
+        is_none = self.model.tokenizer.kind == "none" and not isinstance(self.model, HuggingFaceModel)
+        if is_none and not has_tokenizer_files(target):  # none was added since, either
+            config = self.configs[CONFIG_FILE]
+            ids = ", ".join(f"{key} {config[key]}" for key in SPECIAL_IDS if config.get(key) is not None) or "none"
+            (why,) = tokenizers.notes_on_tokenizer(self.model.tokenizer, self.style, None)
+            lines.append(f"{why}; special ids in {CONFIG_FILE}: {ids}; {tokenizers.how_to_add_tokenizer(self.job)}")
+        return "" if self.job.push_to_hub else "\n".join(map(shown_line, lines))
 
 
 def files_to_copy(directory: Path, weights: Collection[str]) -> tuple[list[str], list[str]]:
     """The files of a model that are copied, and the names of all else there that is not its weights.
 
     Raises:
-        CorruptFile: one is a link to somewhere else.
-        SourceError: the directory cannot be read.
+        CorruptFile: one is a link to somewhere else, or no file to be read.
+        SourceError: one or the directory cannot be read.
     """
     copied, others = [], []
     weights = {*weights, *_NOT_COPIED}
@@ -150,12 +137,19 @@ def files_to_copy(directory: Path, weights: Collection[str]) -> tuple[list[str],
                 continue
             if path.name == TEMPLATES:
                 copied += [f"{TEMPLATES}/{template.name}" for template in sorted(path.glob("*.jinja"))]
-            elif path.is_file() and path.suffix in _SUFFIXES and path.stat().st_size <= MAX_BYTES:
+            elif (
+                path.is_file()
+                and path.suffix in _SUFFIXES
+                and path.name != RESUMABLE
+                and path.stat().st_size <= MAX_BYTES
+            ):
                 copied.append(path.name)
             else:
                 others.append(path.name)
     for name in copied:
         check_inside(directory, name)
+        with opened_source(directory / name, str(directory / name)):
+            pass
     return copied, others
 
 
@@ -164,10 +158,9 @@ def model_card(content: Content, model: Model) -> str:
     a, grid = content.ends.source.architecture, content.ends.source.title.partition(", ")[2]
     hf_class = FAMILIES[a.family].hf_class
     checkpoint = Path(os.path.abspath(model.directory))  # a relative path has no parent; a link keeps its name
-    elements: Counter[str] = Counter()
-    for file in content.files:
-        for tensor in file.tensors:
-            elements[tensor.dtype] += tensor.elements
+    elements = Counter[str]()
+    for tensor in (tensor for file in content.files for tensor in file.tensors):
+        elements[tensor.dtype] += tensor.elements
     stored = ", ".join(f"{TORCH_NAMES[dtype]} ({count:,})" for dtype, count in elements.most_common())
     is_megatron = model.args is not None
     kind, tag = ("a Megatron-LM checkpoint", "\n- megatron-lm") if is_megatron else ("Meta's own files", "")
@@ -214,7 +207,7 @@ checkpoint; this card does not know it.
 """
 
 
-def _origin(tokenizer: Tokenizer) -> str:
+def _origin(tokenizer: tokenizers.Tokenizer) -> str:
     """Where the tokenizer came from, and by which packages it was built."""
     if tokenizer.path is None:
         return "none"
@@ -238,10 +231,9 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     """Work out the Hugging Face directory that a model becomes.
 
     Raises:
-        SourceError: all that the headers show to be wrong.
-        UsageError: flags that contradict the source.
+        SourceError, UsageError: all that the headers and flags show to be wrong.
         UploadError: what can be known now of an upload that would not start.
-        TargetError, UsageError: see `find_disks`.
+        TargetError: see `find_disks`.
     """
     source, left_behind = model.catalog()
     if model.args is None:
@@ -251,27 +243,18 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
         notes.append(check_upload(job))
     job = replace(job, target_params_dtype=job.target_params_dtype or ("bf16" if model.args else "keep"))
     target_dtype = TARGET_DTYPES[job.target_params_dtype or "keep"]
-    specs = target_tensors(source, target_dtype)
+    specs = hf_files.target_tensors(source, target_dtype)
     planned = lay_out_chunks(specs, job.max_shard_size_bytes) if job.to == DCP else None
-    files = planned.target_files() if planned else lay_out_files(specs, job.max_shard_size_bytes)
-    content = plan_content(
-        source,
-        catalog_of_files(source.architecture, files, planned.stored() if planned else None),
-        files,
-        target_dtype=target_dtype,
-        left_behind=left_behind,
-    )
+    files = planned.target_files() if planned else hf_files.lay_out_files(specs, job.max_shard_size_bytes)
+    catalog = hf_files.catalog_of_files(source.architecture, files, planned.stored() if planned else None)
+    content = plan_content(source, catalog, files, target_dtype=target_dtype, left_behind=left_behind)
     if isinstance(model, HuggingFaceModel):
         check_tied(model, source, world)
-    disks = find_disks(
-        world,
-        job.target,
-        is_per_node=job.save_per_node,
-        otherwise="--save-per-node if each node is to keep some of the files",
-    )
+    otherwise = "--save-per-node if each node is to keep some of the files"
+    disks = find_disks(world, job.target, is_per_node=job.save_per_node, otherwise=otherwise)
     all_files = (frozenset(file.name for file in content.files),)
     of_disks = deal_files(content, model.found.visible, disks) if max(disks) else all_files
-    configs, dtype = dict[str, Mapping[str, Any]](), content.ends.target.params_dtype
+    configs, dtype = dict[str, JsonObject](), content.ends.target.params_dtype
     if world.rank == 0:  # a tokenizer's or another path may be there only
         configs |= configs_of(model, source.architecture, dtype, job)
     configs = gather_objects(world, configs)[0] | ({} if model.args is None else {ARGS_FILE: model.args})
@@ -280,14 +263,11 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     bins = _bins(job, model, source, world)
     target = HuggingFaceTarget(job, content, model, configs, copied, bins, len(of_disks), planned)
     notes += [*model.notes, *(notes_on_content(content) if is_copy else _notes(target))]
-    notes += [f"left behind: files that are no part of the model: {names(others)}"] if others else []
+    notes += [f"not converted: files that are not part of the model: {names(others)}"] if others else []
     if job.save_per_node:
-        listed = [
-            f"weights files {file_numbers(content, held)} of {len(content.files)}, "
-            + human_bytes(sum(file.size_bytes for file in content.files if file.name in held))
-            for held in of_disks
-        ]
-        notes += notes_on_disks("--save-per-node", disks, listed)
+        sizes = [human_bytes(sum(file.size_bytes for file in content.files if file.name in held)) for held in of_disks]
+        numbers = [f"weights files {file_numbers(content, held)} of {len(content.files)}" for held in of_disks]
+        notes += notes_on_disks("--save-per-node", disks, [*map(", ".join, zip(numbers, sizes, strict=True))])
     return Task(
         job=job,
         content=content,
@@ -307,7 +287,7 @@ def _bins(job: Options, model: Model, source: Catalog, world: World) -> tuple[To
     if not (job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog)):
         return None
     mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
-    of_ranks: list[list[Bin]] = gather_objects(world, read_bins(model.directory, mine))
+    of_ranks = gather_objects(world, read_bins(model.directory, mine))
     return source, [bin for of_rank in of_ranks for bin in of_rank]
 
 
@@ -325,30 +305,31 @@ def _notes(target: HuggingFaceTarget) -> list[str]:
         notes.append("warning: the model is uploaded without a tokenizer")
     decided, said = model_type_from_args(args), job.source_model_type
     if said and (said != decided if decided else said in ("mixtral", "llama3.1")):
-        notes.append(
-            f"warning: --source-model-type says {said}, the checkpoint's args say "
-            f"{decided or 'llama without rope scaling'}; the args are followed"
-        )
+        args_say = f"the checkpoint's args say {decided or 'llama without rope scaling'}"
+        notes.append(f"warning: --source-model-type says {said}, {args_say}; the args are followed")
     is_longer = decided or architecture.max_positions > _LLAMA_2_POSITIONS
     if is_of_habana(args) and architecture.rope_theta == 10000 and is_longer:
         scaled = "rope_theta is 10000" + ("" if architecture.rope_scaling else ", without rope_scaling,")
         notes.append(
             f"warning: {scaled} according to the args, for {architecture.max_positions} positions; Habana's importer "
-            "leaves that whatever the model has. If the checkpoint was imported and not trained since, say both with "
-            "--like, the original's config.json, or with --rope-theta and --rope-scaling-factor"
+            "writes this whatever the model has. If the checkpoint was imported and not trained since, give the right "
+            "values with --like (the original's config.json), or with --rope-theta and --rope-scaling-factor"
         )
     flag, rows = job.true_vocab_size, architecture.padded_vocab
     size, who = true_vocab(flag=flag, args=args, tokenizer=tokenizer.size, padded=rows, file="args")
     if size != rows or who == "padded size":
-        hint = "; --true-vocab-size cuts what is padding" if who == "padded size" else ""
+        hint = "; --true-vocab-size cuts the padding" if who == "padded size" else ""
         notes.append(f"vocabulary: {size} tokens according to {who}, {rows} rows in the embedding{hint}")
     claims = {"tokenizer": tokenizer.size, "args": args.get("vocab_size")}
-    notes += vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
+    notes += tokenizers.vocabulary_warnings(claims | ({} if flag is None else {"--true-vocab-size": flag}), rows, size)
     trained = str(args.get("params_dtype")).removeprefix("torch.")
     stored = TORCH_NAMES[content.ends.source.params_dtype]
-    if trained in TORCH_NAMES.values() and trained != stored:
+    is_beside = target.model.format == FSDP_DTENSOR  # saves what training keeps in fp32 beside the parameters
+    if trained in TORCH_NAMES.values() and trained != stored and not is_beside:
         notes.append(f"warning: the args say {trained}, most weights are stored in {stored}")
     notes += notes_on_content(content)
     if content.zero_tensors:
         notes.append(f"all zeros, because Megatron has no such parameter: {names(content.zero_tensors)}")
-    return notes + notes_on_tokenizer(tokenizer, target.style, said)
+    if tokenizer.kind == "none" and not (job.dry_run or job.push_to_hub):
+        return notes  # the end says it, with what to do
+    return notes + tokenizers.notes_on_tokenizer(tokenizer, target.style, said)

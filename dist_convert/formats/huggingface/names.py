@@ -37,7 +37,7 @@ _HOMELESS = (
     ((".shared_expert",), "shared experts"),
     ((".experts.", ".block_sparse_moe."), "experts"),
     ((".bias",), "a bias"),
-    (("score.", "classifier.", "v_head."), "another head than a language model's"),
+    (("score.", "classifier.", "v_head."), "a head that is not a language model's"),
 )
 
 
@@ -57,15 +57,11 @@ def _spellings(part: Part) -> dict[str, Alias]:
 
 
 def hf_view(
-    part: Part,
-    layer: int | None,
-    expert: int | None,
-    stored: Mapping[str, StoredTensor],
-    sizes: Mapping[str, int],
+    part: Part, layer: int | None, expert: int | None, stored: Mapping[str, StoredTensor], sizes: Mapping[str, int]
 ) -> View:
     """Where a table's part at one layer and expert is stored, as rows x columns; vectors have one column.
 
-    `stored` are all tensors of the model by name, `sizes` those by config.json, see `Architecture.sizes`.
+    `stored` are all tensors of the model by name, `sizes` see `Architecture.sizes`.
 
     Raises:
         MissingTensor: under none of its names.
@@ -76,50 +72,35 @@ def hf_view(
     name, first = next(iter(spellings.items()))
     present = [(alias, stored[other]) for other, alias in spellings.items() if other in stored]
     if not present:
-        remedy = f"the model is incomplete, or {CONFIG_FILE} is of another one; download or save it again"
+        remedy = f"the model is incomplete, or {CONFIG_FILE} is another model's; download or save it again"
         if name == HEAD:
-            remedy = (
-                "a base model was saved without its head: save the ...ForCausalLM model; "
-                f"if it shares the embedding, set tie_word_embeddings in {CONFIG_FILE}"
-            )
-        raise MissingTensor(
-            f"no tensor for {name}",
-            tensor=name,
-            expected=f"shape {list(alias_shape(part, first, sizes))}, under one of {', '.join(spellings)}",
-            found="nothing in any weights file",
-            remedy=remedy,
-        )
+            remedy = "a base model was saved without its head: save the ...ForCausalLM model; "
+            remedy += f"if it shares the embedding, set tie_word_embeddings in {CONFIG_FILE}"
+        found = "nothing in any weights file"
+        expected = f"shape {list(alias_shape(part, first, sizes))}, under one of {', '.join(spellings)}"
+        raise MissingTensor(f"no tensor for {name}", tensor=name, expected=expected, found=found, remedy=remedy)
     if len(present) > 1:
-        raise InconsistentShards(
-            f"{name} is stored twice",
-            tensor=name,
-            file=", ".join(dict.fromkeys(tensor.file for _, tensor in present)),
-            expected="one spelling of a tensor",
-            found=", ".join(tensor.name for _, tensor in present),
-            remedy="two saves are mixed in this directory; download or save the model again",
-        )
+        expected = "one spelling for each tensor"
+        files, found = dict.fromkeys(tensor.file for _, tensor in present), ", ".join(one.name for _, one in present)
+        remedy = "two saves are mixed in this directory; download or save the model again"
+        raise InconsistentShards(f"{name} is stored twice", ", ".join(files), expected, found, remedy, tensor=name)
     [(alias, tensor)] = present
-    expected = alias_shape(part, alias, sizes)
-    if tensor.shape != expected:
+    if tensor.shape != (shape := alias_shape(part, alias, sizes)):
         raise WrongShape(
             f"wrong shape for {name}",
+            tensor.file,
             tensor=tensor.name,
-            file=tensor.file,
-            expected=f"{list(expected)} from {CONFIG_FILE}",
+            expected=f"{list(shape)} from {CONFIG_FILE}",
             found=f"{list(tensor.shape)}",
             remedy=f"{CONFIG_FILE} is not this model's, or was changed; take both from the same place",
         )
-    return _view(part, alias, tensor, expert, sizes)
-
-
-def _view(part: Part, alias: Alias, tensor: StoredTensor, expert: int | None, sizes: Mapping[str, int]) -> View:
     if tensor.scales and (alias.is_transposed or (alias.in_turn and tensor.scales.block_rows > 1)):
         tensor = replace(tensor, scales=None)  # blocks that do not lie along the rows are not decoded: another dtype
     whole = View.of(tensor.entry(expert or 0) if alias.is_stacked else tensor)
     whole = whole.transposed() if alias.is_transposed else whole
     rows, heights = part_size(part, sizes)[0], [sizes[name] for name in alias.rows]
-    first = alias.part if alias.in_turn else sum(heights[: alias.part])
-    begun = whole.window(Box(first, 0, rows, whole.columns))
+    begin = alias.part if alias.in_turn else sum(heights[: alias.part])
+    begun = whole.window(Box(begin, 0, rows, whole.columns))
     return begun.with_row_stride(rows, len(heights) * whole.row_stride) if alias.in_turn else begun
 
 
@@ -131,14 +112,10 @@ def leftovers(
     tied: bool,
     dropped_from: int | None = None,
 ) -> tuple[tuple[tuple[str, int, int], ...], list[ConversionError]]:
-    """The stored tensors of a model that no part used.
+    """Stored tensors that no part used: what is dropped on purpose, and an `UnknownTensor` for each other.
 
-    Args:
-        dropped_from: layers of multi-token prediction from this number on are left out.
-        tied: whether config.json says that the head is the embedding; `check_tied` compares a stored head with it.
-
-    Returns:
-        What is dropped on purpose, and an `UnknownTensor` for each tensor that nothing explains.
+    Layers of multi-token prediction from `dropped_from` on are left out; `check_tied` compares a head that is stored
+    though config.json says that it is `tied`.
     """
     dropped: dict[str, list[int]] = {}
     unknown: list[ConversionError] = []
@@ -170,13 +147,13 @@ def _layer_of(name: str) -> int:
 
 
 def _unknown(tensor: StoredTensor, hf_class: str) -> UnknownTensor:
-    what = next((what for marks, what in _HOMELESS if any(mark in tensor.name for mark in marks)), "no part of any row")
+    what = next((what for marks, what in _HOMELESS if any(mark in tensor.name for mark in marks)), "an unknown tensor")
     return UnknownTensor(
         f"{tensor.name} has no place in a {hf_class}",
+        tensor.file,
         tensor=tensor.name,
-        file=tensor.file,
         expected=f"only tensors of {hf_class} with the sizes in {CONFIG_FILE}",
         found=f"{what}, shape {list(tensor.shape)}",
-        remedy="nothing is dropped silently: check num_hidden_layers and model_type; layers of multi-token prediction, "
-        "which are numbered on, are left out with --drop-mtp",
+        remedy="nothing is dropped silently: check num_hidden_layers and model_type; give --drop-mtp "
+        "to leave out layers of multi-token prediction, which are numbered after the others",
     )

@@ -1,5 +1,8 @@
 """Opens a Hugging Face directory: its config, which rank sees which weights file, and every header.
 
+What it says of itself that Megatron has no place for (special ids, sampling defaults, keys that only transformers
+reads) is carried along in a Megatron checkpoint's iteration, and comes back when that is converted again.
+
 Some values must be known before a conversion can be planned, too. A head that should be tied: transformers 4 drops one
 that is stored, transformers 5 warns and keeps it where its values differ, so it leaves open which model is meant
 (docs/formats.md, "Shards and index"). Biases that should be zero: transformers' Llama stores an output bias wherever
@@ -15,32 +18,24 @@ from typing import Any
 from dist_convert.errors import InconsistentShards, below
 from dist_convert.formats.dcp.chunks import Stored
 from dist_convert.formats.foreign import refuse_foreign_tensors
+from dist_convert.formats.format import Model
+from dist_convert.formats.huggingface import config as configs
+from dist_convert.formats.huggingface import read as hf
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
-from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.huggingface.names import HEAD, OF_MTP
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, Quantisation, quantisation_of, with_scales
-from dist_convert.formats.huggingface.read import (
-    check_index,
-    find_weights,
-    header_from_json,
-    header_to_json,
-    read_config,
-    read_index,
-    read_weights_header,
-)
-from dist_convert.formats.tokenizer.record import Tokenizer
+from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.formats.tokenizer.record import Tokenizer, style_of
 from dist_convert.models import FAMILIES
-from dist_convert.models.blocks import OUTPUT_BIAS_OF_ZEROS
+from dist_convert.models.blocks import MTP_KEY, OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.catalog import Catalog, LeftBehind, Region
-from dist_convert.models.prediction import MTP_KEY
-from dist_convert.models.schema import MOST_LAYERS, copies_of, is_size
-from dist_convert.options import DCP, HUGGINGFACE
+from dist_convert.models.schema import MOST_LAYERS, Architecture, copies_of, is_size
+from dist_convert.options import DCP, HUGGINGFACE, Options
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.boxes import read_box
-from dist_convert.read.buffers import make_buffer
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.file_reader import FileReader
-from dist_convert.records import DTYPE_BYTES, StoredTensor, View, tiles
+from dist_convert.read.file_reader import FileReader, make_buffer, read_box
+from dist_convert.read.source import read_json
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, View, tiles
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class HuggingFaceModel:
     """
 
     directory: Path
-    config: Mapping[str, Any]
+    config: JsonObject
     found: Discovery
     stored: Mapping[str, StoredTensor]
     zero_biases: frozenset[str] | None = None
@@ -101,7 +96,7 @@ class HuggingFaceModel:
         with below(self.directory):
             catalog, left_behind = open_catalog(
                 self.stored,
-                architecture_from_config(config, zero_output_bias=is_zero),
+                configs.architecture_from_config(config, zero_output_bias=is_zero),
                 chunks=self.chunks,
                 with_tied_copies=with_tied_copies,
                 drops_mtp=self.drops_mtp,
@@ -116,28 +111,23 @@ class HuggingFaceModel:
 def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) -> HuggingFaceModel:
     """Read the config and the headers of all weights files, each by one rank that sees it.
 
-    Args:
-        directory: of the model, as this rank sees it.
-        world: this rank.
-        drops_mtp: see `HuggingFaceModel`.
-
     Raises:
         CheckpointNotFound, SourceError: there is none, a damaged file, or files that are not those of the index.
     """
     with below(directory):
-        weights = find_weights(directory)
-        config = read_config(directory)
+        weights = hf.find_weights(directory)
+        config = hf.read_config(directory)
         found = discover(
             world,
             directory,
             [file for file in weights if (directory / file).is_file()],
-            lambda file: {file: header_to_json(read_weights_header(directory / file, file))},
+            lambda file: {file: hf.header_to_json(hf.read_weights_header(directory / file, file))},
             expected="safetensors or pytorch_model files",
         )
-        headers = {file: header_from_json(file, header[file]) for file, header in found.headers.items()}
+        headers = {file: hf.header_from_json(file, header[file]) for file, header in found.headers.items()}
         refuse_foreign_tensors(headers, directory)
-        if (index := read_index(directory)[1]) is not None:
-            check_index(index, headers)
+        if (index := hf.read_index(directory)[1]) is not None:
+            hf.check_index(index, headers)
         stored = {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
         found = found.with_checksums(stored.values())
         quantisation = quantisation_of(config)
@@ -159,19 +149,15 @@ def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
     """
     architecture = catalog.architecture
     if architecture.tied and HEAD in model.stored:
-        own = catalog.regions(next(iter(catalog.tensors)))  # the embedding comes first in every table
-        what = "the model is tied by config.json, but it also stores a head that is not its embedding"
-        remedy = (
-            "if the head is the model's, set tie_word_embeddings to false in config.json; if it is a leftover, "
-            "save the model again without it"
-        )
-        _check_equal(model, own, model.stored[HEAD], world, what, remedy)
+        embedding = next(iter(catalog.tensors))  # it comes first in every table
+        what = "config.json ties the head to the embedding, but the model stores a head that differs"
+        remedy = "set tie_word_embeddings to false in config.json if the head is the model's, else save without a head"
+        _check_equal(model, catalog.regions(embedding), model.stored[HEAD], world, what, remedy)
     for name, copies in copies_of(FAMILIES[architecture.family], architecture).items():
-        for copy in copies:
-            if copy in model.stored:
-                what = "a layer of multi-token prediction has another embedding or head than the model"
-                remedy = "Megatron has one for all: leave these layers out with --drop-mtp"
-                _check_equal(model, catalog.regions(name), model.stored[copy], world, what, remedy)
+        for copy in (copy for copy in copies if copy in model.stored):
+            what = "a layer of multi-token prediction has an embedding or head that differs from the model's"
+            remedy = "Megatron has one for all layers: leave these layers out with --drop-mtp"
+            _check_equal(model, catalog.regions(name), model.stored[copy], world, what, remedy)
 
 
 def _check_equal(
@@ -192,14 +178,9 @@ def _check_equal(
         if row is None:
             return
         found = f"other values from row {row} on"
-    raise InconsistentShards(
-        what,
-        tensor=copy.name,
-        file=str(model.directory / copy.file),
-        expected=f"the same values as {own[0].replicas[0].tensor} in {model.directory / own[0].replicas[0].file}",
-        found=found,
-        remedy=remedy,
-    )
+    file, same = model.directory / copy.file, own[0].replicas[0]
+    expected = f"the same values as {same.tensor} in {model.directory / same.file}"
+    raise InconsistentShards(what, file, expected, found, remedy, tensor=copy.name)
 
 
 def first_different_row(directory: Path, first: Sequence[Region], second: Sequence[Region]) -> int | None:
@@ -220,22 +201,17 @@ def first_different_row(directory: Path, first: Sequence[Region], second: Sequen
 
 
 def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
-    """The model, after a look at the output projections' biases, where no other layer has output biases.
-
-    Raises:
-        SourceError: a file cannot be read.
-    """
+    """The model, after a look at the output projections' biases, where no other layer has output biases."""
     layers = model.config.get("num_hidden_layers")
     may_be = model.config.get("attention_bias") and not model.config.get("mlp_bias")
-    names: list[str] = []
+    names = []
     if may_be and isinstance(layers, int) and is_size(layers, MOST_LAYERS):
-        names = [OUTPUT_BIAS_OF_ZEROS.part.name.format(layer=layer) for layer in range(layers)]
+        names = [OUTPUT_BIAS_OF_ZEROS.parts[0].name.format(layer=layer) for layer in range(layers)]
     biases = [model.stored[name] for name in names if name in model.stored and len(model.stored[name].shape) == 1]
     are_zero = False
     if names and len(biases) == len(names):
         # Each chunk is read by the first rank that sees its file.
-        regions = [region for bias in biases for region in regions_of((View.of(bias),), model.chunks)]
-        views = [region.replicas[0] for region in regions]
+        views = [r.replicas[0] for bias in biases for r in regions_of((View.of(bias),), model.chunks)]
         readers = {v.file: next(n for n, files in enumerate(model.found.visible) if v.file in files) for v in views}
         mine = [view for view in views if readers[view.file] == world.rank]
         are_zero = all(gather_objects(world, _only_zeros(model.directory, mine)))
@@ -250,3 +226,48 @@ def _only_zeros(directory: Path, views: Iterable[View]) -> bool:
             if buffer.memory[: view.size_bytes].tobytes().strip(b"\0"):
                 return False
     return True
+
+
+def carried_configs(model: Model) -> dict[str, dict[str, Any]]:
+    """File name to content: config.json and generation_config.json of a model, or of the one that it was made from.
+
+    Raises:
+        SourceError: a file of them is damaged.
+    """
+    if model.args is None:
+        found: dict[str, Any] = {hf.CONFIG_FILE: dict(model.config or {})}
+        if (model.directory / hf.GENERATION_FILE).is_file():
+            hf.check_inside(model.directory, hf.GENERATION_FILE)
+            found[hf.GENERATION_FILE] = read_json(model.directory / hf.GENERATION_FILE)
+        return found
+    return read_carried(model.directory)
+
+
+def read_carried(directory: Path) -> dict[str, dict[str, Any]]:
+    """The same of what lies beside an iteration's weights, if anything; a SourceError if that is damaged."""
+    path = directory / CARRIED_FILE
+    found = read_json(path) if path.is_file() else {}
+    return {name: found[name] for name in (hf.CONFIG_FILE, hf.GENERATION_FILE) if isinstance(found.get(name), dict)}
+
+
+def configs_of(model: Model, architecture: Architecture, dtype: str, job: Options) -> dict[str, dict[str, Any]]:
+    """File name to content: config.json of what a model becomes and, but for a copy, generation_config.json.
+
+    `dtype` is the safetensors name of most weights of the target; `job` says what the model is like.
+
+    Raises:
+        SourceError: a file that the model carries along is damaged.
+    """
+    if isinstance(model, HuggingFaceModel):
+        counts = {MTP_KEY.config, *MTP_KEY.aliases} & model.config.keys() if model.drops_mtp else ()
+        return {
+            hf.CONFIG_FILE: configs.config_of_copy({**model.config, **dict.fromkeys(counts, 0)}, architecture, dtype)
+        }
+    carried, tokenizer = read_carried(model.directory), model.tokenizer
+    is_carried = model.config is None and configs.describes(carried.get(hf.CONFIG_FILE, {}), architecture)
+    given = carried[hf.CONFIG_FILE] if is_carried else model.config
+    config = configs.config_like(given, architecture, dtype) if given else configs.config_json(architecture, dtype)
+    path = job.like or tokenizer.path
+    if is_carried and path is None and hf.GENERATION_FILE in carried:
+        return {hf.CONFIG_FILE: config, hf.GENERATION_FILE: carried[hf.GENERATION_FILE]}
+    return configs.with_special_ids(config, {}, tokenizer, style_of(tokenizer, config, job), path)

@@ -4,14 +4,13 @@ The files are believed, not what a config lists as left out: codes need scales, 
 and rules: docs/formats.md, "Quantised weights".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dist_convert.errors import ConversionError, MissingShard, MissingTensor, UnsupportedModel, raise_together
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.models.schema import is_size
-from dist_convert.records import Scales, StoredTensor, View, row_major
+from dist_convert.records import FilesOfRanks, JsonObject, Scales, StoredTensor, View, row_major
 
 QUANTISED_BY = "quantization_config"
 #: Ends of the names of codes and of their scales; what comes before is the weight's.
@@ -38,12 +37,8 @@ class Quantisation:
         return f"{self.method.upper()} in {block}"
 
 
-def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
-    """What a config.json says of its weights; None of a model that is not quantised.
-
-    Raises:
-        UnsupportedModel: by its name, a scheme that is not decoded.
-    """
+def quantisation_of(config: JsonObject) -> Quantisation | None:
+    """What config.json says of its weights, None of plain ones; an UnsupportedModel for what is not decoded."""
     said = config.get(QUANTISED_BY)
     if not said:
         return None
@@ -54,24 +49,18 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
         return Quantisation(method, 1, _PACKED * _BLOCK_BYTES)
     if method == "fp8" and found.get("fmt", "e4m3") == "e4m3" and (is_block or block is None):
         return Quantisation(method, *block or (0, 0))
-    raise UnsupportedModel(
-        f"weights quantised by {method} are not decoded",
-        file=CONFIG_FILE,
-        expected=f"no {QUANTISED_BY}, or quant_method mxfp4, or fp8 with fmt e4m3 and two sizes as weight_block_size",
-        found=repr(said)[:200],
-        remedy="load the model dequantised, save it in bfloat16, and convert that",
-    )
+    what = f"weights quantised by {method} are not decoded"
+    expected = f"no {QUANTISED_BY}, or quant_method mxfp4, or fp8 with fmt e4m3 and two sizes as weight_block_size"
+    remedy = "load the model dequantised, save it in bfloat16, and convert that"
+    raise UnsupportedModel(what, CONFIG_FILE, expected, found=repr(said)[:200], remedy=remedy)
 
 
 def with_scales(
-    stored: Mapping[str, StoredTensor], quantisation: Quantisation | None, visible: Sequence[frozenset[str]]
+    stored: Mapping[str, StoredTensor], quantisation: Quantisation | None, visible: FilesOfRanks
 ) -> dict[str, StoredTensor]:
     """The tensors of a model, those of codes with their scales, which are none of their own any more.
 
-    Args:
-        stored: all tensors by name.
-        quantisation: of the model.
-        visible: for each rank, the files that it sees.
+    `visible` are for each rank the files that it sees.
 
     Raises:
         Problems, or the one problem there is: codes without one scale for each block, or where no rank may read both.
@@ -106,11 +95,7 @@ def _codes(tensor: StoredTensor, quantisation: Quantisation) -> StoredTensor | N
 
 
 def _scaled(
-    codes: StoredTensor,
-    name: str,
-    scales: StoredTensor | None,
-    quantisation: Quantisation,
-    visible: Sequence[frozenset[str]],
+    codes: StoredTensor, name: str, scales: StoredTensor | None, quantisation: Quantisation, visible: FilesOfRanks
 ) -> StoredTensor:
     rows, columns = codes.shape[-2:]
     block = quantisation.block_rows or max(1, rows), quantisation.block_columns or max(1, columns)
@@ -120,22 +105,19 @@ def _scaled(
     if scales is None or not is_fit or scales.dtype not in _SCALE_DTYPES:
         raise MissingTensor(
             "a quantised weight without one scale for each block",
+            (scales or codes).file,
             tensor=name,
-            file=(scales or codes).file,
             expected=f"shape {list(shape)} in {', '.join(_SCALE_DTYPES)}: {codes.name} is quantised by {quantisation}",
             found=f"shape {list(scales.shape)} in {scales.dtype}" if scales else "nothing in any weights file",
-            remedy=f"download the weights and {CONFIG_FILE} again, from one place; without these scales they are wrong",
+            remedy=f"without these scales the weights are wrong: download them and {CONFIG_FILE} again, from one place",
         )
     for files in dict.fromkeys(visible) if scales.file != codes.file else ():
         if codes.file in files and scales.file not in files:
-            raise MissingShard(
-                f"the scales of a quantised weight are not on the disk that has the weight, {codes.name}",
-                tensor=name,
-                file=scales.file,
-                expected=f"a file that every rank sees which sees {codes.file}",
-                found=f"rank {visible.index(files)} does not see it",
-                remedy=f"copy {scales.file} to every node that has {codes.file}, or use a shared file system",
-            )
+            what = f"the scales of a quantised weight are not on the disk that has the weight, {codes.name}"
+            expected = f"every rank that sees {codes.file} sees this file, too"
+            found = f"rank {visible.index(files)} does not see it"
+            remedy = f"copy {scales.file} to every node that has {codes.file}, or use a shared file system"
+            raise MissingShard(what, scales.file, expected, found, remedy, tensor=name)
     place = scales.file, name, _SCALE_DTYPES[scales.dtype], scales.offset_bytes
     packed = _PACKED if quantisation.method == "mxfp4" else 1
     return replace(codes, scales=Scales(View(*place, 1, 1, shape[-1], 1), *block, packed))

@@ -13,21 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dist_convert.errors import (
-    CheckpointNotFound,
-    ConversionError,
-    CorruptFile,
-    InconsistentShards,
-    MissingShard,
-    MissingTensor,
-    UnknownTensor,
-    UnsupportedModel,
-    raise_together,
-)
+from dist_convert import errors
 from dist_convert.formats.megatron.iterations import is_checkpoint, meant_below
-from dist_convert.read.source import check_values, no_directory, opened_source, read_json
+from dist_convert.read.source import MOST_VALUES, check_values, no_directory, opened_source, read_json
 from dist_convert.read.torch_file import read_pickled_weights
-from dist_convert.records import DTYPE_BYTES, StoredTensor, names, row_major
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, names, row_major
 
 CONFIG_FILE, GENERATION_FILE, ARGS_FILE = "config.json", "generation_config.json", "source_megatron_args.json"
 SAFETENSORS, PICKLED = ".safetensors", ".bin"
@@ -37,6 +27,8 @@ WEIGHTS_KINDS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 _MAX_NAME_BYTES = 255
+#: Files of an index; and what is told at once of an index, as each error takes far more memory than a name in the file.
+_MOST_FILES, _MOST_PROBLEMS = 20_000, 10_000
 _MAX_CONFIG_BYTES = 8_000_000
 
 
@@ -47,38 +39,30 @@ def read_index_file(directory: Path, index_file: str) -> dict[str, str]:
         CorruptFile: no weight map, or one that names something else than weights files inside the directory.
     """
     check_inside(directory, index_file)
-    weight_map = read_json(directory / index_file).get("weight_map")
+    weight_map = read_json(directory / index_file, most_values=MOST_VALUES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFile(
-            "the index has no weight_map",
-            file=index_file,
-            expected="an object: tensor -> file",
-            found="an empty one" if weight_map == {} else type(weight_map).__name__,
-        )
+        found = "an empty weight_map" if weight_map == {} else type(weight_map).__name__
+        raise errors.CorruptFile("the index has no weight_map", index_file, expected="tensor -> file", found=found)
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise CorruptFile("the index names no file for a tensor", tensor=tensor, file=index_file)
-    for name in dict.fromkeys(weight_map.values()):
+            raise errors.CorruptFile("the index names no file for a tensor", index_file, tensor=tensor)
+    files = dict.fromkeys(weight_map.values())
+    if len(files) > _MOST_FILES:  # each is looked up
+        found = f"{len(files):,}"
+        raise errors.CorruptFile("the index names too many files", index_file, expected=f"{_MOST_FILES:,}", found=found)
+    for name in files:
         check_weights_name(directory, name, index_file)
     return weight_map
 
 
 def check_weights_name(directory: Path, name: str, named_by: str) -> None:
-    """Refuse a name that is no weights file's, or leads out of the directory.
-
-    Raises:
-        CorruptFile: quoting the name, and the file `named_by` that has it.
-    """
+    """Refuse by a CorruptFile a name, had from `named_by`, that is no weights file's or leads out of the directory."""
     path = PurePosixPath(name)
     is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
     is_possible = name.isprintable() and len(os.fsencode(name)) <= _MAX_NAME_BYTES
     if not is_plain or not is_possible or path.suffix not in (SAFETENSORS, PICKLED):
-        raise CorruptFile(
-            "not the name of a weights file",
-            file=named_by,
-            expected=f"a relative path inside the directory, ending in {SAFETENSORS} or {PICKLED}",
-            found=repr(name[:80]),
-        )
+        expected = f"a relative path inside the directory, ending in {SAFETENSORS} or {PICKLED}"
+        raise errors.CorruptFile("not the name of a weights file", named_by, expected, found=repr(name[:80]))
     check_inside(directory, name)
 
 
@@ -95,18 +79,15 @@ def check_inside(directory: Path, name: str) -> None:
         if blob.parent == root.parent.parent / "blobs":
             return
     if not found.is_relative_to(root):
-        raise CorruptFile(
-            f"{name} is a link to a file outside the directory",
-            file=str(directory / name),
-            expected="a file in this directory, or the hub cache's own links to its blobs",
-            found=found,
-            remedy="give the directory in which the file lies, or copy the file here",
-        )
+        what = f"{name} is a link to a file outside the directory"
+        expected = "a file in this directory, or the hub cache's own links to its blobs"
+        remedy = "give the directory that holds the file, or copy the file here"
+        raise errors.CorruptFile(what, directory / name, expected, found, remedy)
 
 
 #: The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
-_LIMIT = 1 << 62
+_LIMIT, _MOST_DIMENSIONS = 1 << 62, 8
 #: Where torch.distributed.checkpoint says which box each tensor of a file is.
 _METADATA, _SHARDING = "__metadata__", "DCP_SHARDING_INFO"
 
@@ -127,12 +108,8 @@ def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTenso
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length) if 2 <= length <= most else b""
     if not text:
-        raise CorruptFile(
-            "no safetensors header",
-            file=file,
-            expected=f"a header of at most {max(0, most)} bytes",
-            found=f"{length} bytes",
-        )
+        expected = f"a header of at most {max(0, most)} bytes"
+        raise errors.CorruptFile("no safetensors header", file, expected, found=f"{length} bytes")
     try:
         header = _loads(text)
         metadata = header.pop(_METADATA, {})
@@ -140,17 +117,16 @@ def read_safetensors_shard(path: Path, file: str) -> tuple[dict[str, StoredTenso
         boxes = _loads(metadata[_SHARDING].encode()) if _SHARDING in metadata else {}
         offsets = {name: _offsets(boxes[name]["saved_offsets"], tensors[name].shape) for name in tensors if boxes}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptFile("damaged safetensors header", file=file, found=f"{type(error).__name__}: {error}") from error
+        raise errors.CorruptFile(
+            "damaged safetensors header", file, found=f"{type(error).__name__}: {error}"
+        ) from error
     position = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
         if tensor.offset_bytes != position or position + tensor.size_bytes > size_bytes:
-            raise CorruptFile(
-                "a tensor does not follow the one before it, or lies outside the file",
-                tensor=tensor.name,
-                file=file,
-                expected=f"bytes from {position} on, up to {size_bytes} at most",
-                found=f"{tensor.offset_bytes}..{tensor.offset_bytes + tensor.size_bytes}",
-            )
+            what = "a tensor does not follow the one before it, or lies outside the file"
+            expected = f"bytes from {position} on, up to {size_bytes} at most"
+            found = f"{tensor.offset_bytes}..{tensor.offset_bytes + tensor.size_bytes}"
+            raise errors.CorruptFile(what, file, expected, found, tensor=tensor.name)
         position += tensor.size_bytes
     return tensors, offsets
 
@@ -167,26 +143,22 @@ def _offsets(numbers: list[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name that stands twice")
+        raise ValueError("a name that occurs twice")
     return found
 
 
-def _stored(name: str, entry: dict[str, Any], file: str, data_bytes: int) -> StoredTensor:
+def _stored(name: str, entry: JsonObject, file: str, data_bytes: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     whole = all(type(number) is int and 0 <= number < _LIMIT for number in numbers) and len(offsets) == 2
+    whole = whole and len(shape) <= _MOST_DIMENSIONS  # of a million the product alone would take hours
     if whole and isinstance(dtype, str) and dtype.isidentifier() and dtype not in DTYPE_BYTES:
-        raise UnsupportedModel(
-            "a dtype that no weight of these families has",
-            tensor=name,
-            file=file,
-            expected=", ".join(DTYPE_BYTES),
-            found=dtype,
-            remedy="save the model dequantised, in bf16, fp16 or fp32",
-        )
+        what, expected = "a dtype that no weight of these families has", ", ".join(DTYPE_BYTES)
+        remedy = "save the model dequantised, in bf16, fp16 or fp32"
+        raise errors.UnsupportedModel(what, file, expected, tensor=name, found=dtype, remedy=remedy)
     if not whole or dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has no known dtype, shape and data_offsets")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
@@ -195,20 +167,11 @@ def _stored(name: str, entry: dict[str, Any], file: str, data_bytes: int) -> Sto
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-        CheckpointNotFound: there is none.
-        CorruptFile: it is a link to somewhere else, or no JSON object.
-    """
+    """The content of config.json; a CheckpointNotFound where there is none, a CorruptFile where it is no JSON."""
     if not (directory / CONFIG_FILE).is_file():
-        raise CheckpointNotFound(
-            f"no {CONFIG_FILE} beside the weights",
-            file=str(directory / CONFIG_FILE),
-            expected="the directory that save_pretrained made",
-            found=_listing(directory),
-            remedy="copy the model's config.json there",
-        )
+        what, file = f"no {CONFIG_FILE} beside the weights", str(directory / CONFIG_FILE)
+        expected, remedy = "the directory that save_pretrained made", "copy the model's config.json there"
+        raise errors.CheckpointNotFound(what, file, expected, found=_listing(directory), remedy=remedy)
     check_inside(directory, CONFIG_FILE)
     return read_json(directory / CONFIG_FILE, _MAX_CONFIG_BYTES)
 
@@ -220,22 +183,15 @@ def find_weights(directory: Path) -> tuple[str, ...]:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a directory is a Hugging Face model. A config.json beside a Megatron checkpoint does not make it one.
-
-    Raises:
-        CheckpointNotFound: it is both.
-    """
+    """Whether a directory is a Hugging Face model and no Megatron checkpoint; a CheckpointNotFound where it is both."""
     if not (path / CONFIG_FILE).is_file() or not is_checkpoint(path):
         return (path / CONFIG_FILE).is_file()
     weights = [name for kind in WEIGHTS_KINDS for name in kind if (path / name).is_file()]
     if weights:
-        raise CheckpointNotFound(
-            "a Megatron checkpoint and a Hugging Face model in one directory",
-            file=str(path),
-            expected="one of them",
-            found=f"{weights[0]}, and a tracker file or rank directories",
-            remedy="say which is meant with megatron-to-hf or hf-to-megatron, or give the iteration's directory",
-        )
+        what = "a Megatron checkpoint and a Hugging Face model in one directory"
+        found = f"{weights[0]}, and a tracker file or rank directories"
+        remedy = "say which one you mean: megatron-to-hf or hf-to-megatron; or give the iteration's directory"
+        raise errors.CheckpointNotFound(what, path, expected="one of them", found=found, remedy=remedy)
     return False
 
 
@@ -254,9 +210,9 @@ def read_index(directory: Path) -> tuple[str, dict[str, str] | None]:
             index = read_index_file(directory, index_file)
             # transformers would load the single file, and the index is what a sharded save left: no guess is safe.
             if (directory / single).is_file() and single not in index.values():
-                raise InconsistentShards(
+                raise errors.InconsistentShards(
                     f"two sets of weights: {single}, and the files that {index_file} names",
-                    file=str(directory),
+                    directory,
                     expected=f"{index_file} names {single}, or only one of them is here",
                     remedy="give a directory that has only the right ones",
                 )
@@ -265,19 +221,15 @@ def read_index(directory: Path) -> tuple[str, dict[str, str] | None]:
             check_weights_name(directory, single, single)
             if (directory / single).is_file():
                 return single, None
-    is_megatron = is_checkpoint(directory)
     remedy = "give the directory that save_pretrained made"
-    if is_megatron:
+    what = "no weights in the Hugging Face directory"
+    expected = ", ".join(name for kind in WEIGHTS_KINDS for name in kind)
+    if is_checkpoint(directory):
+        what, expected = "a Megatron checkpoint, not a Hugging Face directory", CONFIG_FILE
         remedy += ", or convert the other way with megatron-to-hf"
-    raise CheckpointNotFound(
-        "a Megatron checkpoint, not a Hugging Face directory"
-        if is_megatron
-        else "no weights in the Hugging Face directory",
-        file=str(directory),
-        expected=CONFIG_FILE if is_megatron else "one of " + ", ".join(name for kind in WEIGHTS_KINDS for name in kind),
-        found=_listing(directory),
-        remedy=remedy if is_megatron else meant_below(directory) or remedy,
-    )
+    else:
+        expected, remedy = f"one of {expected}", meant_below(directory) or remedy
+    raise errors.CheckpointNotFound(what, directory, expected, found=_listing(directory), remedy=remedy)
 
 
 def _listing(directory: Path) -> str:
@@ -299,46 +251,30 @@ def check_index(index: Mapping[str, str], headers: Mapping[str, Mapping[str, Sto
     for file in sorted(headers):
         for name in headers[file]:
             holders.setdefault(name, []).append(file)
-    problems: list[ConversionError] = [
-        MissingShard(
-            "a weights file is missing",
-            file=file,
-            expected=f"{count} tensors in it, by the index",
-            found="no such file on any rank",
-            remedy="download the model again, or copy the file beside the others",
-        )
-        for file, count in sorted(Counter(index.values()).items())
-        if file not in headers
-    ]
+    problems = []
+
+    def add(kind: type[errors.ConversionError], what: str, tensor: str, file: str, expected: str, found: str) -> None:
+        remedy = "the index and the files come from different saves: download all again, or copy them from one place"
+        problems.append(kind(what, file, expected, found, remedy, tensor=tensor))
+        if len(problems) == _MOST_PROBLEMS:
+            errors.raise_together(problems)
+
+    for file, count in sorted(Counter(index.values()).items()):
+        if file not in headers:
+            expected = f"{count} tensors in it, according to the index"
+            add(errors.MissingShard, "a weights file is missing", "", file, expected, "no such file on any rank")
     for name, file in index.items():
-        found = holders.get(name, [])
-        if file in headers and not found:
-            what, remedy = "the index names a tensor that no file holds", "copy or download both files again"
-            problems.append(MissingTensor(what, tensor=name, file=file, found="nothing", remedy=remedy))
-        elif file in headers and found != [file]:
-            problems.append(
-                InconsistentShards(
-                    "a tensor is stored twice" if len(found) > 1 else "a tensor lies elsewhere than the index says",
-                    tensor=name,
-                    file=file,
-                    expected=f"in {file} only",
-                    found=f"in {', '.join(found)}",
-                    remedy="the files are of different saves; copy all of them again",
-                )
-            )
-    problems += [
-        UnknownTensor(
-            "a tensor that the index does not name",
-            tensor=name,
-            file=files[0],
-            expected="only tensors in the index's weight_map",
-            found=f"shape {list(headers[files[0]][name].shape)}",
-            remedy="the file is of another save than the index; copy both again",
-        )
-        for name, files in holders.items()
-        if name not in index
-    ]
-    raise_together(problems)
+        others = holders.get(name, [])
+        if file in headers and not others:
+            add(errors.MissingTensor, "the index names a tensor that no file holds", name, file, "", "nothing")
+        elif file in headers and others != [file]:
+            what = "a tensor is stored twice" if len(others) > 1 else "a tensor lies elsewhere than the index says"
+            add(errors.InconsistentShards, what, name, file, f"in {file} only", f"in {', '.join(others)}")
+    for name, (file, *_) in holders.items():
+        if name not in index:
+            what, found = "a tensor that the index does not name", f"shape {list(headers[file][name].shape)}"
+            add(errors.UnknownTensor, what, name, file, "only tensors in the index's weight_map", found)
+    errors.raise_together(problems)
 
 
 def header_to_json(tensors: Mapping[str, StoredTensor]) -> list[list[Any]]:

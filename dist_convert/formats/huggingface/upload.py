@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,8 @@ from dist_convert.formats.tokenizer.huggingface import FILES, TEMPLATES, has_tok
 from dist_convert.options import Options, given_flags
 from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.read.source import no_directory, read_json
-from dist_convert.records import human_bytes, names
+from dist_convert.records import JsonObject, human_bytes, names
 from dist_convert.write.files import PARTIAL_SUFFIX
-from dist_convert.write.manifest import MANIFEST_FILE, renew_manifest
 from dist_convert.write.partial import refuse_unfinished
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ _WEIGHTS = (
 )  # fmt: skip
 #: Files of an earlier tokenizer, which go where the directory has one: some reader might mix them with the new ones.
 _TOKENIZER = (*FILES, f"{TEMPLATES}/*.jinja", "tokenizer.model.v*", "tekken.json", "spiece.model")
+#: How long one answer is waited for, before the upload itself, which takes as long as it takes.
+_ANSWER_SECONDS = 30.0
 
 
 def _check_directory(directory: Path) -> int:
@@ -55,20 +56,13 @@ def _check_directory(directory: Path) -> int:
         raise no_directory(directory, "finished")
     missing = [name for name in (CONFIG_FILE, *find_weights(directory)) if not (directory / name).is_file()]
     if missing or directory.resolve().name.endswith(PARTIAL_SUFFIX):
-        raise UploadError(
-            "the directory to be uploaded is not complete",
-            file=str(directory),
-            found=f"without {names(missing)}" if missing else "what a conversion left that did not finish",
-            remedy="convert again",
-        )
+        found = f"without {names(missing)}" if missing else "an unfinished conversion"
+        raise UploadError("the directory to upload is not complete", directory, found=found, remedy="convert again")
     leftovers = sorted(path.name for path in directory.iterdir() if path.name.endswith(PARTIAL_SUFFIX))
     if leftovers:
-        raise UploadError(
-            "the directory to be uploaded holds what did not finish",
-            file=str(directory),
-            found=names(leftovers),
-            remedy="run again what was interrupted, such as dist-convert tokenizer, or remove it",
-        )
+        what = "the directory to upload has unfinished files"
+        remedy = "run the interrupted command again, such as dist-convert tokenizer, or remove it"
+        raise UploadError(what, directory, found=names(leftovers), remedy=remedy)
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     paths = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
@@ -78,16 +72,8 @@ def _check_directory(directory: Path) -> int:
     return sum((directory / path).stat().st_size for path in sent)
 
 
-#: How long one answer is waited for, before the upload itself, which takes as long as it takes.
-_ANSWER_SECONDS = 30.0
-
-
 def check_repository_name(text: str) -> str:
-    """The name of a repository, if it is one.
-
-    Raises:
-        UsageError: not `organisation/name`, in the letters that a hub allows.
-    """
+    """The name of a repository, `organisation/name`; a UsageError if it is none that a hub allows."""
     check_endpoint()
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -109,14 +95,11 @@ def push_command(job: Options) -> str:
 
 
 def check_upload(job: Options, answer_seconds: float = _ANSWER_SECONDS) -> str:
-    """Find out, without a trace on the hub, what would keep an upload from starting; waits so long for each answer.
-
-    Returns:
-        Where the upload would go, in a sentence.
+    """Find out, without a trace on the hub, what would keep an upload from starting; says where it would go.
 
     Raises:
         UploadError: offline; no token, or one that is not valid or may not write there; a public repository that should
-            be private; a hub that cannot be reached or does not answer.
+            be private; a hub that cannot be reached or does not answer in so many seconds.
     """
     from huggingface_hub import HfApi, constants
 
@@ -129,22 +112,17 @@ def check_upload(job: Options, answer_seconds: float = _ANSWER_SECONDS) -> str:
         _check_permission(call_with_timeout(answer_seconds, api.whoami), repository)
         is_there = call_with_timeout(answer_seconds, lambda: _check_privacy(api, repository, job.private))
     kind = "private repository" if job.private else "repository"
+    kind = f"an existing {kind}" if is_there else f"a new {kind}"
     paths = "whole, as --keep-paths says" if job.keep_paths else "as names (--keep-paths leaves them whole)"
-    return (
-        f"the finished directory goes to {constants.ENDPOINT}/{repository}, "
-        + (f"a {kind} that is there already" if is_there else f"a new {kind}")
-        + f"; the training's arguments go with it, their paths {paths}"
-    )
+    where = f"the finished directory goes to {constants.ENDPOINT}/{repository}, {kind}"
+    return f"{where}; the training's arguments go with it, their paths {paths}"
 
 
 def upload(job: Options) -> str:
-    """Upload a finished target; what the hub has of it already is not sent again.
+    """Upload a finished target, and return its address; what the hub has of it already is not sent again.
 
     Files of the same names are replaced; weights that the directory does not have are removed, and so are tokenizer
     files where the directory has a tokenizer; other files stay. Hidden files are not sent.
-
-    Returns:
-        The address of what was uploaded.
 
     Raises:
         UploadError, CheckpointNotFound: as `check_upload`, or the upload broke off, or the directory is not complete.
@@ -160,10 +138,10 @@ def upload(job: Options) -> str:
         if "HF_HUB_VERBOSITY" not in os.environ:
             hub_logging.set_verbosity(logging.INFO)  # a line now and then, in place of bars
     command, where = push_command(job), f"{constants.ENDPOINT}/{repository}"
-    remedy = f"then go on with: {command}"
+    remedy = f"then continue with: {command}"
     with _explained(repository, remedy):
         _check_settings()
-    work = f"uploading {human_bytes(size_bytes)} to {where}; if that breaks off, go on with: {command}"
+    work = f"uploading {human_bytes(size_bytes)} to {where}; if it is interrupted, continue with: {command}"
     print(shown_line(work), file=sys.stderr)
     if not has_tokenizer:
         print(shown_line(f"warning: {directory} has no tokenizer and is uploaded without one"), file=sys.stderr)
@@ -190,6 +168,8 @@ _DIRECTORIES = re.compile(r"(?<![\w.:/~-])~?/(?:[^/\s]+/)*")
 @contextmanager
 def _without_paths(directory: Path) -> Iterator[Path]:
     """A directory of links to the files of another one; what has paths in it is there as a copy with their names."""
+    from dist_convert.write.manifest import MANIFEST_FILE, renew_manifest  # torch is behind it; a wrong path needs none
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for path in (path for path in directory.rglob("*") if path.is_file()):
@@ -220,36 +200,27 @@ def _check_settings() -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UploadError("HF_HUB_OFFLINE forbids to upload", remedy="unset it")
+        raise UploadError("HF_HUB_OFFLINE forbids uploads", remedy="unset it")
     if get_token() is None:
-        raise UploadError(
-            "no token for the hub",
-            expected="HF_TOKEN, or what `hf auth login` leaves below HF_HOME",
-            found="neither",
-            remedy=f"set HF_TOKEN to a token of {constants.ENDPOINT}/settings/tokens that may write",
-        )
+        expected = "HF_TOKEN, or what `hf auth login` leaves below HF_HOME"
+        remedy = f"set HF_TOKEN to a token of {constants.ENDPOINT}/settings/tokens that may write"
+        raise UploadError("no token for the hub", expected=expected, found="neither", remedy=remedy)
 
 
-def _check_permission(who: Mapping[str, Any], repository: str) -> None:
+def _check_permission(who: JsonObject, repository: str) -> None:
     """Refuse where the hub says outright that this token cannot write; what it leaves open is seen at the upload."""
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise UploadError(
-            "the token may read and not write",
-            expected="a token with the role write, or a fine-grained one",
-            found=f"the token {token.get('displayName', '')!r} of {who.get('name')}",
-            remedy="set HF_TOKEN to a token that may write",
-        )
+        what, expected = "the token can read but not write", "a token with the role write, or a fine-grained one"
+        found = f"the token {token.get('displayName', '')!r} of {who.get('name')}"
+        raise UploadError(what, expected=expected, found=found, remedy="set HF_TOKEN to a token that may write")
     namespace = repository.partition("/")[0]
     organisations = [org for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"]
     writable = [str(member.get("name")) for member in (who, *organisations)]
     if namespace.lower() not in map(str.lower, writable):
-        raise UploadError(
-            f"no permission to write to {namespace}",
-            expected=f"one of {', '.join(writable)}",
-            found=repository,
-            remedy="name another repository, or set HF_TOKEN to the token of a member",
-        )
+        expected = f"one of {', '.join(writable)}"
+        remedy = "name another repository, or set HF_TOKEN to the token of a member"
+        raise UploadError(f"no permission to write to {namespace}", expected=expected, found=repository, remedy=remedy)
 
 
 def _check_privacy(api: HfApi, repository: str, private: bool) -> bool:
@@ -261,12 +232,9 @@ def _check_privacy(api: HfApi, repository: str, private: bool) -> bool:
     except RepositoryNotFoundError:
         return False
     if private and not is_private:
-        raise UploadError(
-            "the repository is there, and it is public",
-            expected="a private repository, because of --private",
-            found=f"{repository}, public",
-            remedy="make it private in its settings, or name another one",
-        )
+        what, expected = "the repository exists and is public", "a private repository, because of --private"
+        remedy = "make it private in its settings, or name another one"
+        raise UploadError(what, expected=expected, found=f"{repository}, public", remedy=remedy)
     return True
 
 
@@ -292,6 +260,7 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
         codes = (getattr(getattr(link, "response", None), "status_code", None) for link in chain)
         status = next(filter(None, codes), None)
         first = f"check the connection to {constants.ENDPOINT}"
+        what = "the hub cannot be queried" if status else "the hub cannot be reached"
         if status == 401:
             what, first = "the hub does not accept the token", "set HF_TOKEN to a valid token"
         elif status == 403:
@@ -300,13 +269,7 @@ def _explained(repository: str, remedy: str, directory: Path | None = None) -> I
             what = "the hub does not answer"
         elif directory is not None:
             what = "the upload broke off"
-        else:
-            what = "the hub cannot be asked" if status else "the hub cannot be reached"
-        if directory is not None:
-            what += f"; the model in {directory} is complete"
-        raise UploadError(
-            what,
-            file=f"{constants.ENDPOINT}/{repository}",
-            found="; ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in chain[:2]),
-            remedy=f"{first}, {remedy}",
-        ) from error
+        what += f"; the model in {directory} is complete" if directory is not None else ""
+        file = f"{constants.ENDPOINT}/{repository}"
+        found = "; ".join(f"{type(link).__name__}: {' '.join(str(link).split())}" for link in chain[:2])
+        raise UploadError(what, file, found=found, remedy=f"{first}, {remedy}") from error

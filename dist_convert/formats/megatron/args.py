@@ -10,16 +10,8 @@ from typing import Any
 
 from dist_convert.errors import ConversionError, MissingArguments, UnsupportedModel, UsageError, raise_together
 from dist_convert.formats.huggingface.config import LLAMA3, ORIGINAL
-from dist_convert.models import FAMILIES
-from dist_convert.models.keys import (
-    architecture_of,
-    cannot_express,
-    check_computed_alike,
-    fits_signs,
-    is_set,
-    of_arg,
-    pins_of,
-)
+from dist_convert.formats.megatron.grid import SIZES
+from dist_convert.models import FAMILIES, keys
 from dist_convert.models.schema import (
     MOST,
     Architecture,
@@ -33,6 +25,7 @@ from dist_convert.models.schema import (
     is_number,
     is_size,
 )
+from dist_convert.records import JsonObject
 
 _NUMERIC = ("plain", "or_none", "if_any", "or_one", "experts_wide")
 #: Arguments that are computed with, and what they are at most.
@@ -40,10 +33,7 @@ _KEYS = [key for family in FAMILIES.values() for key in family.keys if key.arg a
 _SIZES = {"moe_ffn_hidden_size": MOST, "padded_vocab_size": MOST} | {
     key.arg: key.most for key in _KEYS if key.kind == "size"
 }
-_PARALLEL = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-    "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size", "make_vocab_size_divisible_by",
-)  # fmt: skip
+_PARALLEL = (*SIZES, "virtual_pipeline_model_parallel_size", "make_vocab_size_divisible_by")
 #: What linear scaling divides rotary frequencies by.
 INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _NUMBERS = dict.fromkeys(
@@ -67,7 +57,7 @@ _FORK_SCALING = {
 FORKS_SCALING = ("rope_scaling", "rope_scaling_type")
 
 
-def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
+def in_megatrons_words(args: JsonObject) -> dict[str, Any]:
     """Args with numbers in place of texts of numbers, and rotary scaling in words that all versions share."""
     found = dict(args)
     numeric = [name for name in (*_SIZES, *_NUMBERS, *_PARALLEL) if isinstance(found.get(name), str)]
@@ -91,7 +81,7 @@ def in_megatrons_words(args: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_transformers(said: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any] | None:
+def _of_transformers(said: JsonObject, args: JsonObject) -> dict[str, Any] | None:
     """Megatron's words for a scaling in transformers', which ms-swift computes by transformers' own functions.
 
     None where Megatron has none, or where versions of transformers compute another one.
@@ -116,7 +106,7 @@ def _of_transformers(said: Mapping[str, Any], args: Mapping[str, Any]) -> dict[s
 
 
 #: Arguments of YaRN in the order of `YarnScaling`, with the defaults of Megatron's command line.
-YARN: dict[str, Any] = {
+YARN: JsonObject = {
     "rotary_scaling_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
     "mscale": 1.0, "mscale_all_dim": 0.0,
 }  # fmt: skip
@@ -124,7 +114,7 @@ YARN: dict[str, Any] = {
 SHARED_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 
-def check_sizes(args: Mapping[str, Any], file: str) -> None:
+def check_sizes(args: JsonObject, file: str) -> None:
     """Refuse arguments that are no numbers or truth values of a model, before anything is computed with them.
 
     Raises:
@@ -132,20 +122,18 @@ def check_sizes(args: Mapping[str, Any], file: str) -> None:
     """
     wrong = {name: f"a whole number up to {most}" for name, most in _SIZES.items() if not is_size(args.get(name), most)}
     numbers = {name: args[name] for name in _NUMBERS if args.get(name) is not None}
-    wrong |= {name: "a number from 0 on" for name, one in numbers.items() if not is_number(one) or one < 0}
+    wrong |= {name: "a number of at least 0" for name, one in numbers.items() if not is_number(one) or one < 0}
     wrong |= {} if numbers.get("rotary_base", 1) else {"rotary_base": "a number above 0"}
-    coefficient = args.get("moe_aux_loss_coeff")  # a list has one for each kind of balancing
-    if coefficient is not None and not all(
-        map(is_number, coefficient if isinstance(coefficient, list) else [coefficient])
-    ):
+    losses = args.get("moe_aux_loss_coeff")  # a list has one for each kind of balancing
+    if losses is not None and not all(map(is_number, losses if isinstance(losses, list) else [losses])):
         wrong["moe_aux_loss_coeff"] = "a number, or several"
     wrong |= {name: "True or False" for name in _FLAGS if args.get(name) not in (None, True, False)}
     raise_together(
         [
             UnsupportedModel(
-                f"the argument {name} is no {'truth value' if name in _FLAGS else 'size of a model'}",
-                file=file,
-                expected=expected,
+                f"the argument {name} is not a {'truth value' if name in _FLAGS else 'size of a model'}",
+                file,
+                expected,
                 found=repr(args[name])[:80],
                 remedy="copy the file again if it is damaged; a program that saves this must save a plain value",
             )
@@ -161,7 +149,7 @@ _OTHER_ROUTINGS = ("sinkhorn", "quantile_balancing")
 _LLAMA3_FACTOR = 8.0
 
 
-def families_of_args(args: Mapping[str, Any]) -> list[Family]:
+def families_of_args(args: JsonObject) -> list[Family]:
     """The families that models trained with these arguments may be of, the likeliest first.
 
     Where there is none, it is the nearest with experts or without, whose pins tell what is wrong: the one that leaves
@@ -169,26 +157,25 @@ def families_of_args(args: Mapping[str, Any]) -> list[Family]:
     """
 
     def distance(family: Family) -> tuple[int, int]:
-        others = {name for name, wanted in family.signs.items() if not wanted and is_set(args.get(name))}
+        others = {name for name, wanted in family.signs.items() if not wanted and keys.is_set(args.get(name))}
         return len(others - {key.arg for key in family.keys}), -sum(family.signs.values())
 
-    fitting = [family for family in FAMILIES.values() if fits_signs(family, args)]
+    fitting = [family for family in FAMILIES.values() if keys.fits_signs(family, args)]
     alike = [
         family
         for family in FAMILIES.values()
         if bool(family.moe) == bool(args.get("num_experts"))
-        and all(is_set(args.get(name)) for name, wanted in family.signs.items() if wanted)
+        and all(keys.is_set(args.get(name)) for name, wanted in family.signs.items() if wanted)
     ]
     return fitting or [min(alike, key=distance)]
 
 
 def architecture_from_args(
-    args: Mapping[str, Any], *, vocab: int | None, file: str, family: Family | None = None, trusts_factor: bool = False
+    args: JsonObject, *, vocab: int | None, file: str, family: Family | None = None, trusts_factor: bool = False
 ) -> Architecture:
     """The model that the training arguments describe.
 
     Args:
-        args: the checkpoint's `args` as JSON values.
         vocab: true vocabulary size, if it is known from elsewhere (see `vocabulary`).
         file: where the args came from, for messages.
         family: of the model, if it is known from elsewhere.
@@ -200,64 +187,54 @@ def architecture_from_args(
     """
     check_sizes(args, file)
     family = family or families_of_args(args)[0]
-    pins = pins_of(family)
+    pins = keys.pins_of(family)
     read = {*(key.arg for key in family.keys), *(pin.arg for pin in pins)}
     # What tells another family, and nothing of this one reads, would be dropped without a word.
     signs = [name for name, is_there in family.signs.items() if not is_there and name not in read]
-    pins += tuple(Pin(name, (None,), f"no {family.name} has it") for name in signs if is_set(args.get(name)))
+    pins += tuple(Pin(name, (None,), f"no {family.name} has it") for name in signs if keys.is_set(args.get(name)))
     problems: list[ConversionError] = [
-        cannot_express(pin.arg, file, " or ".join(map(repr, pin.allowed)), args[pin.arg], pin.why)
+        keys.cannot_express(pin.arg, file, " or ".join(map(repr, pin.allowed)), args[pin.arg], pin.why)
         for pin in pins
         if pin.arg in args and _one_for_all(args[pin.arg]) not in pin.allowed and (not pin.when or args.get(pin.when))
         if not (pin.arg == INTERPOLATION and trusts_factor and _is_linear(args, family))
     ]
     factor = args.get("rope_scaling_factor")
     if args.get("use_rope_scaling") and factor not in (None, _LLAMA3_FACTOR) and not trusts_factor:
-        problems.append(
-            UnsupportedModel(
-                "the factor of the rotary scaling cannot be told",
-                file=file,
-                expected=f"rope_scaling_factor {_LLAMA3_FACTOR:g}, with which versions train that ignore the argument",
-                found=f"rope_scaling_factor {factor:g}",
-                remedy=f"say which it was: --rope-scaling-factor {factor:g}, or {_LLAMA3_FACTOR:g}",
-            )
-        )
+        found = f"rope_scaling_factor {factor:g}"
+        expected = f"rope_scaling_factor {_LLAMA3_FACTOR:g}: versions that ignore the argument train with it"
+        remedy = f"give the factor of that version: --rope-scaling-factor {factor:g}, or {_LLAMA3_FACTOR:g}"
+        problems.append(UnsupportedModel("the factor of the rotary scaling is unknown", file, expected, found, remedy))
     balancing = args.get("moe_router_load_balancing_type")
     if family.moe and any(other in str(balancing) for other in _OTHER_ROUTINGS):
-        why = "it chooses experts and their weights otherwise than transformers"
-        problems.append(cannot_express("moe_router_load_balancing_type", file, "aux_loss or none", balancing, why))
+        why = "it chooses experts and their weights differently from transformers"
+        problems.append(keys.cannot_express("moe_router_load_balancing_type", file, "aux_loss or none", balancing, why))
+    lack = "the checkpoint's args lack "
     if family.moe and (args.get("moe_router_num_groups") or 1) > 1 and not args.get("moe_router_group_topk"):
-        problems.append(
-            MissingArguments("the checkpoint's args lack moe_router_group_topk beside moe_router_num_groups", file=file)
-        )
+        problems.append(MissingArguments(f"{lack}moe_router_group_topk beside moe_router_num_groups", file))
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "padded_vocab_size")
-    absent = [name for name in names if not args.get(name)]
-    if absent:
-        problems.append(
-            MissingArguments(
-                "the checkpoint's args lack " + ", ".join(absent), file=file, remedy="save it with its full args"
-            )
-        )
+    if absent := [name for name in names if not args.get(name)]:
+        problems.append(MissingArguments(lack + ", ".join(absent), file, remedy="save it with its full args"))
     raise_together(problems)
-    heads = args["num_attention_heads"]
-    coefficient = args.get("moe_aux_loss_coeff") if family.moe else None
-    coefficient = coefficient or 0.0  # a list has one for each kind of balancing
+    heads, groups = args["num_attention_heads"], args.get("num_query_groups") or 1
+    ffn = _ffn(args, family)
+    losses = (args.get("moe_aux_loss_coeff") if family.moe else None) or 0.0  # a list: one for each kind of balancing
     facts: dict[str, Any] = {key.field: key.default for key in family.keys if not key.arg and not key.config}
-    facts |= {key.field: of_arg(key, args, file) for key in family.keys if key.arg}
+    facts |= {key.field: keys.of_arg(key, args, file) for key in family.keys if key.arg}
     facts |= {
-        "ffn": _ffn(args, family),
-        "expert_ffn": facts.get("expert_ffn") or (_ffn(args, family) if "expert_ffn" in facts else 0),
-        "query_groups": _query_groups(args, heads),
+        "ffn": ffn,
+        "expert_ffn": facts.get("expert_ffn") or (ffn if "expert_ffn" in facts else 0),
+        # argparse leaves num_query_groups at 1 in args of models without grouped queries.
+        "query_groups": groups if args.get("group_query_attention", groups > 1) else heads,
         "head_dim": facts.get("head_dim") or args["hidden_size"] // heads,
         "vocab": vocab or args.get("vocab_size") or args["padded_vocab_size"],
         "padded_vocab": args["padded_vocab_size"],
         "norm_epsilon": float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or facts["norm_epsilon"]),
         "rope_scaling": _scaling(args, file, family),
         "qkv_bias": bool(facts.get("qkv_bias") or facts.get("linear_bias")),
-        "router_aux_loss": float(coefficient[0] if isinstance(coefficient, list) else coefficient),
+        "router_aux_loss": float(losses[0] if isinstance(losses, list) else losses),
     }
-    architecture = architecture_of(family, facts)
-    check_computed_alike(architecture, file)
+    architecture = keys.architecture_of(family, facts)
+    keys.check_computed_alike(architecture, file)
     return architecture
 
 
@@ -266,20 +243,14 @@ def _one_for_all(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
 
 
-def _ffn(args: Mapping[str, Any], family: Family) -> int:
+def _ffn(args: JsonObject, family: Family) -> int:
     dense = args.get("ffn_hidden_size") or int((4 * args["hidden_size"] * 2 / 3) / 64) * 64
     if family.moe and not family.dense and not args.get("moe_dynamic_hpu"):
         return args.get("moe_ffn_hidden_size") or dense
     return dense  # Habana's dynamic experts take ffn_hidden_size
 
 
-def _query_groups(args: Mapping[str, Any], heads: int) -> int:
-    # argparse leaves num_query_groups at 1 in args of models without grouped queries.
-    groups = args.get("num_query_groups") or 1
-    return groups if args.get("group_query_attention", groups > 1) else heads
-
-
-def _scaling(args: Mapping[str, Any], file: str, family: Family) -> RotaryScaling | None:
+def _scaling(args: JsonObject, file: str, family: Family) -> RotaryScaling | None:
     if family.is_latent:
         return _yarn(args, file, "")
     if "default" not in family.scalings or args.get("position_embedding_type") == "yarn":
@@ -289,37 +260,33 @@ def _scaling(args: Mapping[str, Any], file: str, family: Family) -> RotaryScalin
     return LinearScaling(float(args[INTERPOLATION])) if _is_linear(args, family) else None
 
 
-def _is_linear(args: Mapping[str, Any], family: Family) -> bool:
+def _is_linear(args: JsonObject, family: Family) -> bool:
     """Whether linear scaling of rotary frequencies is asked for, and no other."""
     others = args.get("use_rope_scaling") or args.get("position_embedding_type") == "yarn"
     return args.get(INTERPOLATION) not in (None, 1) and not others and "linear" in family.scalings
 
 
-def _yarn(args: Mapping[str, Any], file: str, prefix: str) -> YarnScaling | None:
-    """What rotary frequencies are scaled by; a factor of 1 is none in latent attention, whose arguments have no prefix.
-
-    Raises:
-        MissingArguments: the factor, for which Megatron's classes and its command line have different defaults.
-        UnsupportedModel: attention is scaled as by YaRN, and frequencies are not.
-    """
+def _yarn(args: JsonObject, file: str, prefix: str) -> YarnScaling | None:
+    """What scales rotary frequencies; a factor of 1 is none in latent attention, whose arguments have no prefix."""
     kind, factor = "yarn" if prefix else args.get("rope_type") or "yarn", f"{prefix}rotary_scaling_factor"
     absent = [] if is_number(args.get(factor)) or kind != "yarn" else [factor]
     absent += [ROUNDED] if prefix and ROUNDED not in args else []
     if absent:
         beside = " beside position_embedding_type yarn" if prefix else ""
-        raise MissingArguments(f"the checkpoint's args lack {' and '.join(absent)}{beside}", file=file)
+        raise MissingArguments(f"the checkpoint's args lack {' and '.join(absent)}{beside}", file)
     said = {name: args[prefix + name] for name in YARN if is_number(args.get(prefix + name))}
     scaling = YarnScaling(*(*{**YARN, **said}.values(), not prefix or bool(args.get(ROUNDED))))
     # Latent attention scales its softmax by these two whatever the frequencies are scaled by.
     if kind not in ("rope", "yarn") or (kind == "rope" and scaling.factor > 1 and scaling.mscale_all_dim):
         expected = "yarn, or rope with a rotary_scaling_factor of 1 or an mscale_all_dim of 0"
-        raise cannot_express("rope_type", file, expected, (kind, scaling.factor, scaling.mscale_all_dim))
+        raise keys.cannot_express("rope_type", file, expected, (kind, scaling.factor, scaling.mscale_all_dim))
     return scaling if prefix or (kind == "yarn" and scaling.factor != 1) else None
 
 
-def true_vocab(
-    *, flag: int | None, args: Mapping[str, Any], tokenizer: int | None, padded: int, file: str
-) -> tuple[int, str]:
+_TRUE_VOCAB = "--true-vocab-size"
+
+
+def true_vocab(*, flag: int | None, args: JsonObject, tokenizer: int | None, padded: int, file: str) -> tuple[int, str]:
     """The vocabulary without padding, and who said so. Authority: flag, args, tokenizer, else the padding is kept.
 
     Raises:
@@ -328,57 +295,42 @@ def true_vocab(
     said = args.get("vocab_size")
     if said and said < padded and args.get("tokenizer_type") == "NullTokenizer":
         said += 1  # which has an end of text behind them
-    claims: tuple[tuple[int | None, str], ...] = (
-        (flag, "--true-vocab-size"),
-        (said, "args"),
-        (tokenizer, "tokenizer"),
-    )
-    size, who = next((size, who) for size, who in (*claims, (padded, "padded size")) if size)
+    claims = {_TRUE_VOCAB: flag, "args": said, "tokenizer": tokenizer}
+    who, size = next((who, size) for who, size in (claims | {"padded size": padded}).items() if size)
     if size > padded:
-        raise (UsageError if who == claims[0][1] else UnsupportedModel)(
+        raise (UsageError if who == _TRUE_VOCAB else UnsupportedModel)(
             f"the vocabulary size of {who} does not fit the embedding",
             file=file,
             expected=f"at most {padded} (padded_vocab_size)",
-            found=", ".join(f"{name} {claim if claim else 'unknown'}" for claim, name in claims),
-            remedy="give the right size with --true-vocab-size",
+            found=", ".join(f"{name} {claim or 'unknown'}" for name, claim in claims.items()),
+            remedy=f"give the right size with {_TRUE_VOCAB}",
         )
     return size, who
 
 
 def check_own_vocab(said: int | None, vocab: int | None) -> None:
-    """Refuse a flag that contradicts a source which says its vocabulary itself.
-
-    Raises:
-        UsageError
-    """
+    """Refuse a flag that contradicts a source which says its vocabulary itself, by a UsageError."""
     if said not in (None, vocab):
-        raise UsageError(
-            "--true-vocab-size is not the model's",
-            expected=f"vocab_size {vocab}",
-            found=said,
-            remedy="leave --true-vocab-size out",
-        )
+        remedy = f"leave {_TRUE_VOCAB} out"
+        raise UsageError(f"{_TRUE_VOCAB} is not the model's", expected=f"vocab_size {vocab}", found=said, remedy=remedy)
 
 
-def model_type_from_args(args: Mapping[str, Any]) -> str | None:
+def model_type_from_args(args: JsonObject) -> str | None:
     """`--source-model-type` as far as the args decide it: mixtral by its experts, llama3.1 by its rope scaling."""
     if args.get("num_experts"):
         return "mixtral"
     return "llama3.1" if args.get("use_rope_scaling") else None
 
 
-def is_of_habana(args: Mapping[str, Any]) -> bool:
+def is_of_habana(args: JsonObject) -> bool:
     """Whether the args are those of Habana's tree."""
     return "use_fused_rmsnorm" in args
 
 
-def added_to_norms(args: Mapping[str, Any], file: str, *, is_fused: bool) -> int:
-    """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings").
+def added_to_norms(args: JsonObject, file: str, *, is_fused: bool) -> int:
+    """1 where norms are stored as gamma - 1 (docs/formats.md, "Norms and their spellings"), else 0.
 
-    Args:
-        args: the training arguments.
-        file: where the args are, for messages.
-        is_fused: whether norms are Transformer Engine's, which fuses them into the linear layers behind.
+    `is_fused`: they are Transformer Engine's, which fuses them into the linear layers behind.
 
     Raises:
         UnsupportedModel: the args ask for it, but nothing shows whether the norm's class obeyed.
@@ -387,21 +339,15 @@ def added_to_norms(args: Mapping[str, Any], file: str, *, is_fused: bool) -> int
         return 0
     if is_fused != is_of_habana(args):
         return int(is_fused)  # Transformer Engine's norms obey, Habana's own RMSNorm ignores the argument
-    raise UnsupportedModel(
-        "it cannot be told whether the norms are stored as gamma - 1",
-        file=file,
-        expected="--apply-layernorm-1p with one kind of norm in all layers",
-        found="norms of Transformer Engine beside Habana's" if is_fused else "norms that refuse --apply-layernorm-1p",
-        remedy="save the checkpoint without --apply-layernorm-1p",
-    )
+    what = "nothing says whether the norms are stored as gamma - 1"
+    expected = "--apply-layernorm-1p with one kind of norm in all layers"
+    found = "norms of Transformer Engine beside Habana's" if is_fused else "norms that refuse --apply-layernorm-1p"
+    raise UnsupportedModel(what, file, expected, found, remedy="save the checkpoint without --apply-layernorm-1p")
 
 
-def dialect_of_args(args: Mapping[str, Any]) -> tuple[str, str]:
+def dialect_of_args(args: JsonObject) -> tuple[str, str]:
     """How the modules that the args describe spell norms and experts, as `names.dialect_of` says it of names."""
     is_local = args.get("transformer_impl") == "local"
-    experts = ""
-    if args.get("num_experts"):
-        is_legacy = is_local or args.get("moe_use_legacy_grouped_gemm")
-        grouped = "grouped" if is_legacy else "te-grouped"
-        experts = grouped if args.get("moe_grouped_gemm") else "sequential"
-    return "local" if is_local else "transformer_engine", experts
+    grouped = "grouped" if is_local or args.get("moe_use_legacy_grouped_gemm") else "te-grouped"
+    experts = grouped if args.get("moe_grouped_gemm") else "sequential"
+    return "local" if is_local else "transformer_engine", experts if args.get("num_experts") else ""

@@ -5,8 +5,10 @@ Facts: docs/formats.md, "Attention and the query-group interleave" and "MLP and 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from dist_convert.errors import PlanError
+from dist_convert.formats.megatron.names import Spelling, spellings
 from dist_convert.models.schema import Row, part_size
 from dist_convert.records import Box, cover_fault
 
@@ -20,67 +22,93 @@ class ShardBox:
     inside: Box
 
 
-def shard_count(row: Row, tensor_parallel: int) -> int:
-    """How many different shards a parameter has on a grid of that (expert) tensor parallel size."""
-    return 1 if row.split == "replicated" else tensor_parallel
+@dataclass(frozen=True)
+class CutRow:
+    """A table row that is cut into so many different shards: what its parameters of all layers and experts share.
 
-
-def _turns(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool) -> int:
-    """How often the rows of a parameter's tensors follow each other."""
-    if row.by_query_group:
-        return sizes["query_groups"]
-    return shards if is_per_shard and row.split == "rows" and len(row.parts) > 1 else 1
-
-
-def shard_size(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> tuple[int, int]:
-    """Rows and columns of each shard of a Megatron parameter; the arguments are those of `shard_boxes`.
-
-    Raises:
-        PlanError: the parameter cannot be cut into that many equal shards.
-    """
-    rows = sum(part_size(part, sizes)[0] for part in row.parts)
-    rows = sizes[row.padded_rows] if row.padded_rows else rows
-    columns = part_size(row.parts[0], sizes)[1]
-    length = {"rows": rows, "columns": columns, "replicated": shards}[row.split]
-    turns = _turns(row, sizes, shards, is_per_shard=is_per_shard)
-    uneven = not row.by_query_group and any(part_size(part, sizes)[0] % turns for part in row.parts)
-    if length % shards or uneven:
-        raise PlanError(
-            f"cannot be cut into {shards} equal shards",
-            tensor=row.megatron,
-            expected=f"a multiple of {shards} {row.split}",
-            found=" + ".join(f"{part_size(part, sizes)[0]}" for part in row.parts) + f" rows, {columns} columns",
-            remedy="the tensor parallel size in the checkpoint's args does not belong to this model",
-        )
-    return (
-        rows // shards if row.split == "rows" else rows,
-        columns // shards if row.split == "columns" else columns,
-    )
-
-
-def shard_boxes(
-    row: Row, part: int, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True
-) -> Iterator[ShardBox]:
-    """Every box of one tensor of a parameter, in the order of its rows, or of its columns where those are cut.
-
-    Args:
+    Attributes:
         row: of the table.
-        part: number of the tensor in the row's parts.
         sizes: see `Architecture.sizes`.
-        shards: different shards of the parameter.
+        shards: different shards of each parameter.
         is_per_shard: tensors that are stacked and cut in rows are cut first and stacked in each shard, as Megatron does
             with gate and up, and not stacked first. Where they alternate by query groups it makes no difference.
     """
-    rows, columns = part_size(row.parts[part], sizes)
-    shard_rows, shard_columns = shard_size(row, sizes, shards, is_per_shard=is_per_shard)
-    if row.split != "rows":
-        for shard in range(shards):
+
+    row: Row
+    sizes: Mapping[str, int]
+    shards: int
+    is_per_shard: bool = True
+
+    @property
+    def part_rows(self) -> list[int]:
+        """Rows of each of its tensors."""
+        return [part_size(part, self.sizes)[0] for part in self.row.parts]
+
+    @property
+    def turns(self) -> int:
+        """How often the rows of its tensors follow each other."""
+        if self.row.by_query_group:
+            return self.sizes["query_groups"]
+        return self.shards if self.is_per_shard and self.row.split == "rows" and len(self.row.parts) > 1 else 1
+
+    @cached_property
+    def shard_size(self) -> tuple[int, int]:
+        """Rows and columns of each shard; a PlanError where the parameter cannot be cut into that many equal ones."""
+        row, shards = self.row, self.shards
+        rows = self.sizes[row.padded_rows] if row.padded_rows else sum(self.part_rows)
+        columns = part_size(row.parts[0], self.sizes)[1]
+        length = {"rows": rows, "columns": columns, "replicated": shards}[row.split]
+        if length % shards or (not row.by_query_group and any(of_part % self.turns for of_part in self.part_rows)):
+            what, expected = f"cannot be cut into {shards} equal shards", f"a multiple of {shards} {row.split}"
+            found = f"{' + '.join(map(str, self.part_rows))} rows, {columns} columns"
+            remedy = "the tensor parallel size in the checkpoint's args does not belong to this model"
+            raise PlanError(what, tensor=row.megatron, expected=expected, found=found, remedy=remedy)
+        return rows // shards if row.split == "rows" else rows, columns // shards if row.split == "columns" else columns
+
+    @cached_property
+    def boxes(self) -> tuple[tuple[ShardBox, ...], ...]:
+        """For each of its tensors, see `shard_boxes`."""
+        return tuple(tuple(shard_boxes(self, number)) for number in range(len(self.row.parts)))
+
+    @cached_property
+    def padding(self) -> tuple[ShardBox, ...]:
+        """The rows of each shard behind the last one of the only tensor, as the tensor's rows would go on."""
+        found, (rows, columns), (real_rows, *_) = [], self.shard_size, self.part_rows
+        for shard in range(self.shards) if self.row.padded_rows else ():
+            first = min(rows, max(0, real_rows - shard * rows))
+            if first < rows:
+                inside = Box(first, 0, rows - first, columns)
+                found.append(ShardBox(Box(shard * rows + first, 0, rows - first, columns), shard, inside))
+        return tuple(found)
+
+    @cached_property
+    def spellings(self) -> tuple[Spelling, ...]:
+        """See `names.spellings`."""
+        return spellings(self.row)
+
+    @cached_property
+    def faults(self) -> tuple[str, ...]:
+        """Why the boxes do not cover its tensors, and its shards, exactly once each."""
+        every = [one for of_part in self.boxes for one in of_part] + list(self.padding)
+        faults = ["rows lie beyond the last shard" if any(one.shard >= self.shards for one in every) else None]
+        for part, of_part in zip(self.row.parts, self.boxes, strict=True):
+            faults.append(cover_fault((one.box for one in of_part), *part_size(part, self.sizes)))
+        for shard in range(self.shards):
+            faults.append(cover_fault((one.inside for one in every if one.shard == shard), *self.shard_size))
+        return tuple(fault for fault in faults if fault is not None)
+
+
+def shard_boxes(cut: CutRow, part: int) -> Iterator[ShardBox]:
+    """Every box of the tensor of that number, in the order of its rows, or of its columns where those are cut."""
+    rows, columns = part_size(cut.row.parts[part], cut.sizes)
+    shard_rows, shard_columns = cut.shard_size
+    if cut.row.split != "rows":
+        for shard in range(cut.shards):
             box = Box(0, shard * shard_columns, rows, shard_columns)
             yield ShardBox(box, shard, Box(0, 0, rows, shard_columns))
         return
-    turns = _turns(row, sizes, shards, is_per_shard=is_per_shard)
-    heights = [part_size(other, sizes)[0] // turns for other in row.parts]
-    for turn in range(turns):
+    heights = [of_part // cut.turns for of_part in cut.part_rows]
+    for turn in range(cut.turns):
         stacked_row, end = turn * sum(heights) + sum(heights[:part]), turn * sum(heights) + sum(heights[: part + 1])
         tensor_row = turn * heights[part]
         while stacked_row < end:  # a query group may lie in two shards
@@ -88,32 +116,3 @@ def shard_boxes(
             count = min(end - stacked_row, shard_rows - inside)
             yield ShardBox(Box(tensor_row, 0, count, columns), shard, Box(inside, 0, count, columns))
             stacked_row, tensor_row = stacked_row + count, tensor_row + count
-
-
-def padding_boxes(row: Row, sizes: Mapping[str, int], shards: int) -> Iterator[ShardBox]:
-    """The rows of each shard behind the last one of the only tensor, as the tensor's rows would go on."""
-    if row.padded_rows is None:
-        return
-    rows, columns = shard_size(row, sizes, shards)
-    real_rows = part_size(row.parts[0], sizes)[0]
-    for shard in range(shards):
-        first = min(rows, max(0, real_rows - shard * rows))
-        if first < rows:
-            count = rows - first
-            yield ShardBox(Box(shard * rows + first, 0, count, columns), shard, Box(first, 0, count, columns))
-
-
-def cover_faults(row: Row, sizes: Mapping[str, int], shards: int, *, is_per_shard: bool = True) -> Iterator[str]:
-    """Why the boxes do not cover the tensors of a parameter, and its shards, exactly once each."""
-    listed = [
-        list(shard_boxes(row, number, sizes, shards, is_per_shard=is_per_shard)) for number in range(len(row.parts))
-    ]
-    every = [one for of_part in listed for one in of_part] + list(padding_boxes(row, sizes, shards))
-    faults = ["rows lie beyond the last shard" if any(one.shard >= shards for one in every) else None]
-    faults += [
-        cover_fault((one.box for one in of_part), *part_size(part, sizes))
-        for part, of_part in zip(row.parts, listed, strict=True)
-    ]
-    size = shard_size(row, sizes, shards, is_per_shard=is_per_shard)
-    faults += [cover_fault((one.inside for one in every if one.shard == s), *size) for s in range(shards)]
-    yield from (fault for fault in faults if fault is not None)

@@ -7,16 +7,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dist_convert.errors import ConversionError, MissingShard, UnsupportedModel, UsageError, raise_together
-from dist_convert.models.prediction import MTP_KEY
+from dist_convert.errors import MissingShard, UnsupportedModel, UsageError, raise_together
+from dist_convert.models.blocks import MTP_KEY
 from dist_convert.models.schema import MOST_RANKS, Architecture, is_size
-from dist_convert.records import counted, local_name
+from dist_convert.records import JsonObject, counted, local_name
 from dist_convert.records import names as some
 
 SHARD_FILE = "model_optim_rng.pt"
-COPY_ONE = "copy the one that is meant to a directory of its own, complete, from where it was saved"
+#: The arguments of a grid's sizes, but for the virtual pipeline's.
+SIZES = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)  # fmt: skip
+COPY_ONE = "copy the right one, complete, from where it was saved to a directory of its own"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def rank_numbers(file: str) -> tuple[int, ...]:
     return tuple(map(int, file.partition("/")[0].split("_")[2:]))
 
 
-def sizes_of_directories(files: Iterable[str], args: Mapping[str, Any]) -> dict[str, int]:
+def sizes_of_directories(files: Iterable[str], args: JsonObject) -> dict[str, int]:
     """The parallel sizes that args lack and the names of all rank directories tell, by their arguments.
 
     Of two numbers the second one is the pipeline's, but where experts are divided.
@@ -71,37 +75,26 @@ def sizes_of_directories(files: Iterable[str], args: Mapping[str, Any]) -> dict[
     if len(set(map(len, ranks))) > 1:
         return {}  # of several grids, which is told where the files are counted
     has_pipeline = len(ranks[0]) > 2 or (args.get("expert_model_parallel_size") or 1) == 1
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")[: 1 + has_pipeline]
+    names = SIZES[: 1 + has_pipeline]
     told = {name: max(numbers) + 1 for name, numbers in zip(names, zip(*ranks, strict=True), strict=False)}
     return {name: size for name, size in told.items() if args.get(name) is None}
 
 
-def grid_from_args(args: Mapping[str, Any], chunks: int, *, imported_experts: bool) -> Grid:
-    """The grid that training ran with.
+def grid_from_args(args: JsonObject, chunks: int, *, imported_experts: bool) -> Grid:
+    """The grid that training ran with; `chunks` are the models found in each file, the virtual pipeline size.
 
-    Args:
-        args: the training arguments.
-        chunks: models found in each file, the virtual pipeline size.
-        imported_experts: Habana's importer made the checkpoint; it splits experts over all tensor parallel ranks and
-            leaves expert_tensor_parallel_size at 1.
+    `imported_experts`: Habana's importer made the checkpoint; it splits experts over all tensor parallel ranks and
+    leaves expert_tensor_parallel_size at 1.
 
     Raises:
         UnsupportedModel: a grid whose files cannot hold the whole model, or are split in a way that is not read.
     """
-    tensor = args.get("tensor_model_parallel_size") or 1
-    expert = args.get("expert_model_parallel_size") or 1
-    expert_tensor = args.get("expert_tensor_parallel_size") or tensor
-    if imported_experts or not args.get("num_experts"):
-        expert_tensor = tensor
-    grid = Grid(tensor, args.get("pipeline_model_parallel_size") or 1, chunks, expert, expert_tensor)
-    sizes = {
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": grid.pipeline,
-        "expert_model_parallel_size": expert,
-        "expert_tensor_parallel_size": expert_tensor,
-    }
+    sizes = {name: args.get(name) or 1 for name in SIZES}
+    if imported_experts or not args.get("num_experts") or not args.get("expert_tensor_parallel_size"):
+        sizes["expert_tensor_parallel_size"] = sizes["tensor_model_parallel_size"]
+    tensor, pipeline, expert, expert_tensor = sizes.values()
     wrong = {name: size for name, size in sizes.items() if not is_size(size, MOST_RANKS)}
-    if wrong or tensor * grid.pipeline * expert > MOST_RANKS:
+    if wrong or tensor * pipeline * expert > MOST_RANKS:
         raise UnsupportedModel(
             "a parallel grid of impossible sizes",
             expected=f"whole numbers, and at most {MOST_RANKS} ranks",
@@ -109,22 +102,17 @@ def grid_from_args(args: Mapping[str, Any], chunks: int, *, imported_experts: bo
             remedy="the args are damaged; copy the checkpoint again from where it was saved",
         )
     if tensor % expert_tensor:
-        raise UnsupportedModel(
-            "several expert tensor parallel ranks of this grid shared one file name; only one of them was kept",
-            expected="expert_tensor_parallel_size divides tensor_model_parallel_size",
-            found=f"{expert_tensor} and {tensor}",
-            remedy="the lost expert shards are in no file; save the checkpoint again with expert_tensor <= tensor",
-        )
+        what = "several expert tensor parallel ranks of this grid shared one file name; only one of them was kept"
+        expected = "expert_tensor_parallel_size divides tensor_model_parallel_size"
+        remedy = "the lost expert shards are in no file; save the checkpoint again with expert_tensor <= tensor"
+        raise UnsupportedModel(what, expected=expected, found=f"{expert_tensor} and {tensor}", remedy=remedy)
     # Versions that know expert_tensor_parallel_size parse --moe-extended-tp and ignore it.
     extended = args.get("moe_extended_tp") and "expert_tensor_parallel_size" not in args
     if extended and tensor * expert > 1 and args.get("num_experts"):
-        raise UnsupportedModel(
-            "experts were split over tensor x expert parallel ranks (--moe-extended-tp)",
-            expected="moe_extended_tp false",
-            found="true",
-            remedy="load and save the checkpoint without --moe-extended-tp",
-        )
-    return grid
+        what = "experts were split over tensor x expert parallel ranks (--moe-extended-tp)"
+        remedy = "load and save the checkpoint without --moe-extended-tp"
+        raise UnsupportedModel(what, expected="moe_extended_tp false", found="true", remedy=remedy)
+    return Grid(tensor, pipeline, chunks, expert, expert_tensor)
 
 
 @dataclass(frozen=True)
@@ -141,11 +129,7 @@ class ShardFiles:
 
 
 def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
-    """Place the rank files that are there in the grid.
-
-    Args:
-        grid: from the args.
-        files: each `model_optim_rng.pt`; of one on several disks, all are equal copies (see `records.name_at`).
+    """Place the files, each rank's `model_optim_rng.pt`, in the grid; of one on several disks, all are equal copies.
 
     Raises:
         MissingShard: a directory that the grid does not name, or a shard that no directory holds.
@@ -155,25 +139,20 @@ def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
         at.setdefault(local_name(file).partition("/")[0], []).append(file)
     missing, foreign = missing_directories(grid, at), foreign_directories(grid, at)
     if foreign:
-        raise MissingShard(
-            "rank directories that the checkpoint's own args do not name",
-            expected=f"the directories of {grid}" + (f", of which are missing: {some(missing, 6)}" if missing else ""),
-            found=some(foreign, 6),
-            remedy=f"two checkpoints may share this directory: {COPY_ONE}",
-        )
+        what = "rank directories that the checkpoint's own args do not name"
+        remedy = "two checkpoints may share this directory"
+        expected = f"the directories of {grid}" + (f"; missing: {some(missing, 6)}" if missing else "")
+        raise MissingShard(what, expected=expected, found=some(foreign, 6), remedy=f"{remedy}: {COPY_ONE}")
     if missing:
         remedy = "copy the missing directories beside the others"
         if grid.expert_tensor < grid.tensor:
             remedy += (
-                "; before Megatron-Core 0.18 a run with TP larger than EP x ETP never wrote some tensor parallel "
-                "shards: then save again with a newer Megatron-Core"
+                "; Megatron-Core before 0.18 does not write all tensor parallel shards if TP is larger than "
+                "EP x ETP: then save again with a newer version"
             )
-        raise MissingShard(
-            f"{counted(len(missing), 'rank directory', 'rank directories')} of {grid} missing",
-            expected=f"{SHARD_FILE} in {some(missing, 6)}",
-            found=some(sorted(at), 6) or "none",
-            remedy=remedy,
-        )
+        what = f"{counted(len(missing), 'rank directory', 'rank directories')} of {grid} missing"
+        found = some(sorted(at), 6)
+        raise MissingShard(what, expected=f"{SHARD_FILE} in {some(missing, 6)}", found=found or "none", remedy=remedy)
     return _holders(grid, at)
 
 
@@ -236,11 +215,7 @@ class Chunk:
 
 
 def place_chunks(stages: Sequence[Sequence[int]]) -> tuple[Chunk, ...]:
-    """Number the layers over all chunks, in the order in which a token meets them.
-
-    Args:
-        stages: layers of each chunk, by virtual stage, then by pipeline rank.
-    """
+    """Number the layers of each chunk, by virtual stage, then by pipeline rank: the order in which tokens meet them."""
     chunks, first_layer = [], 0
     for virtual, stage in enumerate(stages):
         for pipeline, layers in enumerate(stage):
@@ -260,43 +235,31 @@ def chunk_of_mtp(chunks: Sequence[Chunk], layout: object) -> Chunk:
     return next((chunk for chunk, stage in zip(chunks, stages, strict=False) if "m" in stage), chunks[-1])
 
 
-def grid_of_args(args: Mapping[str, Any], layers: int) -> tuple[Grid, tuple[Chunk, ...]]:
+def grid_of_args(args: JsonObject, layers: int) -> tuple[Grid, tuple[Chunk, ...]]:
     """The grid that training ran with and its chunks, as its args describe them, where no file shows them.
-
-    Args:
-        args: the training arguments.
-        layers: of the model.
 
     Raises:
         UnsupportedModel: the args describe no pipeline of that many layers.
     """
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-    tensor, pipeline, expert = (_count(args, name) or 1 for name in names)
-    expert_tensor = _count(args, "expert_tensor_parallel_size") if args.get("num_experts") else None
+    tensor, pipeline, expert, expert_tensor = (count_of(args, name) or 1 for name in SIZES)
+    if not args.get("num_experts") or not count_of(args, SIZES[3]):
+        expert_tensor = tensor
     try:
-        stages = stage_layers(layers, pipeline, cut_of_args(args), mtp=_count(args, MTP_KEY.arg) or 0)
+        stages = stage_layers(layers, pipeline, cut_of_args(args), mtp=count_of(args, MTP_KEY.arg) or 0)
     except UsageError as error:
-        raise UnsupportedModel(
-            "the args describe no pipeline of this model",
-            expected=f"{layers} layers in {pipeline} stages",
-            found=str(error),
-            remedy=SAY_STAGES,
-        ) from error
-    return Grid(tensor, pipeline, len(stages), expert, expert_tensor or tensor), place_chunks(stages)
+        what, expected = "the pipeline in the args does not fit the model", f"{layers} layers in {pipeline} stages"
+        raise UnsupportedModel(what, expected=expected, found=error, remedy=SAY_STAGES) from error
+    return Grid(tensor, pipeline, len(stages), expert, expert_tensor), place_chunks(stages)
 
 
-def _count(args: Mapping[str, Any], *names: str) -> int | None:
+def count_of(args: JsonObject | None, *names: str) -> int | None:
     """The first of some arguments that is a number of something."""
-    found = (args.get(name) for name in names)
+    found = ((args or {}).get(name) for name in names)
     return next((value for value in found if type(value) is int and 0 < value <= MOST_RANKS), None)
 
 
 def files_of_disks(
-    grid: Grid,
-    disk_of_rank: Sequence[int],
-    node_of_rank: Sequence[int],
-    ranks_per_node: int,
-    args: Mapping[str, Any] | None,
+    grid: Grid, disk_of_rank: Sequence[int], node_of_rank: Sequence[int], ranks_per_node: int, args: JsonObject | None
 ) -> tuple[frozenset[str], ...]:
     """For each disk, the rank files that the training processes of all its nodes load.
 
@@ -304,21 +267,17 @@ def files_of_disks(
     then expert and data parallel, pipeline last (docs/formats.md, "Rank directories").
 
     Args:
-        grid: of the target.
+        grid, args: of the target, and of its training if there are any.
         disk_of_rank, node_of_rank: where each rank of the conversion writes, and runs; training has the same nodes.
         ranks_per_node: training processes on each.
-        args: of the training, if there are any.
 
     Raises:
         UsageError: so many processes cannot hold whole replicas of the model, or they are numbered in another order.
     """
     if args is not None and args.get("use_tp_pp_dp_mapping"):
-        raise UsageError(
-            "training with use_tp_pp_dp_mapping puts other rank directories on a node",
-            expected="Megatron's default order of ranks",
-            found="use_tp_pp_dp_mapping in the margs file",
-            remedy="set it to false there, or convert to a shared directory and copy the directories to their nodes",
-        )
+        what = "training with use_tp_pp_dp_mapping puts other rank directories on a node"
+        remedy = "set it to false there, or convert to a shared directory and copy the directories to their nodes"
+        raise UsageError(what, expected="Megatron's default order of ranks", remedy=remedy)
     nodes = max(node_of_rank) + 1
     processes = nodes * ranks_per_node
     in_stage = math.lcm(grid.tensor, grid.expert_tensor * grid.expert)
@@ -342,11 +301,6 @@ def files_of_disks(
 def check_target(architecture: Architecture, grid: Grid, expert_layout: str = "sequential") -> None:
     """Refuse a target that cannot exist, whatever its pipeline is like (see `stage_layers`).
 
-    Args:
-        architecture: the model.
-        grid: parallel sizes of the target.
-        expert_layout: spelling of its experts.
-
     Raises:
         UsageError: with the reason; all reasons are reported together.
     """
@@ -365,56 +319,39 @@ def check_target(architecture: Architecture, grid: Grid, expert_layout: str = "s
         ("the columns of the MLP", ffn, "tensor"),
         ("the columns of the shared experts", shared_ffn, "tensor"),
     )
-    ranks_of = {"tensor": grid.tensor, "expert": grid.expert, "expert-tensor": grid.expert_tensor}
-    allowed = {  # every divisor of these is accepted: a remedy must not lead into the next refusal
-        "tensor": math.gcd(a.heads, a.query_groups, ffn, shared_ffn),  # the vocabulary is padded for any
-        "expert": experts,
-        "expert-tensor": math.gcd(expert_width, grid.tensor),
+    # Every divisor of the latter is accepted: a remedy must not lead into the next refusal. The vocabulary is padded.
+    of_axis = {
+        "tensor": ("--tp", grid.tensor, math.gcd(a.heads, a.query_groups, ffn, shared_ffn)),
+        "expert": ("--ep", grid.expert, experts),
+        "expert-tensor": ("--etp", grid.expert_tensor, math.gcd(expert_width, grid.tensor)),
     }
-    problems: list[ConversionError] = [
-        UsageError(
-            f"{what} cannot be divided over the {axis} parallel ranks",
-            expected=f"a multiple of {ranks_of[axis]}",
-            found=size,
-            remedy=f"choose a --target-{axis}-parallel-size that divides {allowed[axis]}",
-        )
-        for what, size, axis in divided
-        if size % ranks_of[axis]
-    ]
+    problems = []
+    for what, size, axis in divided:
+        short, ranks, allowed = of_axis[axis]
+        if size % ranks:
+            what = f"{what} cannot be divided over the {axis} parallel ranks"
+            remedy = f"choose a {short} that divides {allowed}"
+            problems.append(UsageError(what, expected=f"{short} that divides {size}", found=ranks, remedy=remedy))
     has_biases = experts and a.linear_bias
-    refused = (
-        (
-            experts and grid.tensor % grid.expert_tensor,
-            "two expert tensor parallel ranks would share the name of one file",
-            f"--target-expert-tensor-parallel-size divides the tensor parallel size {grid.tensor}",
-            grid.expert_tensor,
-        ),
-        (
-            has_biases and grid.expert_tensor > 1,
-            "Megatron does not cut experts that have biases",
-            "--target-expert-tensor-parallel-size 1",
-            grid.expert_tensor,
-        ),
-        (
-            has_biases and expert_layout not in ("sequential", "te-grouped"),
-            "this layout of experts has no place for their biases",
-            "--expert-layout sequential or te-grouped",
-            expert_layout,
-        ),
-        (
-            not experts and grid.expert > 1,
-            "a model without experts has no expert parallel ranks",
-            "no --target-expert-parallel-size",
-            grid.expert,
-        ),
-        (
-            a.fact(MTP_KEY.field) and a.tied and grid.pipeline > 1,
-            "Megatron-Core loads no layers of multi-token prediction beside tied embeddings from several stages",
-            "--target-pipeline-parallel-size 1, or --drop-mtp",
-            grid.pipeline,
-        ),
-    )
-    problems += [UsageError(what, expected=needed, found=found) for is_so, what, needed, found in refused if is_so]
+
+    def refuse(what: str, expected: str, found: object) -> None:
+        problems.append(UsageError(what, expected=expected, found=found))
+
+    flag, expert_tensor = "--etp", grid.expert_tensor
+    if experts and grid.tensor % expert_tensor:
+        what = "two expert tensor parallel ranks would share one file name"
+        refuse(what, f"{flag} that divides {grid.tensor}, the tensor parallel size", expert_tensor)
+    if has_biases and expert_tensor > 1:
+        refuse("Megatron does not cut experts that have biases", f"{flag} 1", expert_tensor)
+    if has_biases and expert_layout not in ("sequential", "te-grouped"):
+        what = "this layout of experts has no place for their biases"
+        refuse(what, "--expert-layout sequential or te-grouped", expert_layout)
+    if not experts and grid.expert > 1:
+        what = "a model without experts cannot have expert parallel ranks"
+        refuse(what, "no --ep", grid.expert)
+    if a.fact(MTP_KEY.field) and a.tied and grid.pipeline > 1:
+        what = "Megatron-Core loads no layers of multi-token prediction beside tied embeddings from several stages"
+        refuse(what, "--pp 1, or --drop-mtp", grid.pipeline)
     raise_together(problems)
 
 
@@ -449,15 +386,15 @@ class Cut:
     with_loss: bool = False
 
 
-def cut_of_args(args: Mapping[str, Any]) -> Cut:
+def cut_of_args(args: JsonObject) -> Cut:
     """How training cut its pipeline."""
     layout = args.get("pipeline_model_parallel_layout")
     return Cut(
-        _count(args, "decoder_first_pipeline_num_layers"),
-        _count(args, "decoder_last_pipeline_num_layers"),
+        count_of(args, "decoder_first_pipeline_num_layers"),
+        count_of(args, "decoder_last_pipeline_num_layers"),
         layout if layout and isinstance(layout, str) else None,
-        _count(args, "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank") or 1,
-        _count(args, "num_layers_per_virtual_pipeline_stage"),
+        count_of(args, "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank") or 1,
+        count_of(args, "num_layers_per_virtual_pipeline_stage"),
         bool(args.get("account_for_embedding_in_pipeline_split")),
         bool(args.get("account_for_loss_in_pipeline_split")),
     )
@@ -466,18 +403,14 @@ def cut_of_args(args: Mapping[str, Any]) -> Cut:
 def stage_layers(layers: int, pipeline: int, cut: Cut, *, mtp: int = 0) -> tuple[tuple[int, ...], ...]:
     """Layers of each chunk, by virtual stage, then by pipeline rank: the order in which a token meets them.
 
-    Args:
-        layers: of the model.
-        pipeline: ranks.
-        cut: what is said of its stages.
-        mtp: layers of multi-token prediction, which only a layout names (`m`).
+    `mtp` are layers of multi-token prediction, which only a layout names (`m`).
 
     Raises:
         UsageError: no such pipeline exists; its text gives all reasons.
     """
-    reasons: list[str] = []
+    reasons = []
     total, virtual = layers + cut.with_embedding + cut.with_loss, cut.virtual
-    stages: list[list[int]] = []
+    stages = []
     if cut.layout is not None:
         if (cut.first, cut.last) != (None, None):
             reasons.append(f"{_LAYOUT} excludes {_FIRST} and {_LAST}")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dist_convert.errors import CheckpointNotFound, CorruptFile
 from dist_convert.formats.megatron.grid import SHARD_FILE, is_rank_directory
-from dist_convert.models.catalog import NAME_FLAG
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, SUFFIX
 from dist_convert.read.source import no_directory, read_json, reading
 from dist_convert.records import names
@@ -23,39 +22,6 @@ _MAX_DIGITS = 18
 _MAX_TRACKER_CHARACTERS = 1024
 
 
-def iteration_directory(root: Path, name: str | None, name_flag: str = NAME_FLAG) -> Path:
-    """The directory of one iteration.
-
-    Args:
-        root: the checkpoint's root, or the iteration's directory itself.
-        name: such as "iter_0000004" or "release"; None asks the tracker file.
-        name_flag: that gives the name, for messages.
-
-    Raises:
-        CheckpointNotFound: no such directory, or no tracker.
-        CorruptFile: a tracker that names no iteration.
-    """
-    if not root.is_dir():
-        raise no_directory(root, "checkpoint")
-    named = name or tracked_name(root, name_flag)
-    if named is None:
-        raise _not_a_checkpoint(root, name_flag)
-    directory = root / named
-    if not directory.is_dir():
-        here = names(_iterations(root))
-        remedy = f"name an existing iteration with {name_flag}" if here else "copy it here from where it was saved"
-        if name and (rank_files(root) or is_distributed(root)):
-            remedy = f"leave {name_flag} out: {root} is an iteration itself"
-        raise CheckpointNotFound(
-            "the iteration does not exist",
-            file=str(directory),
-            expected=f"one of: {here}" if here else "an iteration, of which none is here",
-            found="nothing",
-            remedy=remedy,
-        )
-    return directory
-
-
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory looks like a Megatron checkpoint's root or like one of its iterations, of any format."""
     return (path / TRACKER_FILE).is_file() or bool(rank_files(path)) or is_distributed(path)
@@ -65,10 +31,8 @@ def is_distributed(directory: Path) -> bool:
     """Whether a directory holds a distributed checkpoint (`torch_dist` and its relatives), or some of its files."""
     if not directory.is_dir():
         return False
-    has_files = (directory / METADATA_FILE).is_file() or any(
-        path.suffix == SUFFIX or path.match(SHARDS) for path in directory.iterdir()
-    )
-    return has_files or _has_kind(directory / KIND_FILE)
+    names_file = (path.suffix == SUFFIX or path.match(SHARDS) for path in directory.iterdir())
+    return (directory / METADATA_FILE).is_file() or any(names_file) or _has_kind(directory / KIND_FILE)
 
 
 def has_rank_directories(directory: Path) -> bool:
@@ -102,47 +66,47 @@ def tracked_name(root: Path, name_flag: str) -> str | None:
     if text == "release":
         return text
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise CorruptFile(
-            "the tracker file names no iteration",
-            file=str(tracker),
-            expected="a number, or the word release",
-            # A link that leads out of the checkpoint may lead to a file that is nobody's business.
-            found=repr(text[:40]) if tracker.resolve().is_relative_to(root.resolve()) else "a link to something else",
-            remedy=f"name the iteration with {name_flag}",
-        )
+        what, remedy = "the tracker file names no iteration", f"name the iteration with {name_flag}"
+        # A link that leads out of the checkpoint may lead to a file that is nobody's business.
+        found = repr(text[:40]) if tracker.resolve().is_relative_to(root.resolve()) else "a link to something else"
+        raise CorruptFile(what, tracker, expected="a number, or the word release", found=found, remedy=remedy)
     return f"iter_{int(text):07d}"
 
 
-def _not_a_checkpoint(path: Path, name_flag: str) -> CheckpointNotFound:
-    """The error about a directory that is no Megatron checkpoint itself, and what was probably meant."""
-    here, below = _iterations(path), meant_below(path)
+def no_iteration(root: Path, name: str | None, name_flag: str) -> CheckpointNotFound:
+    """The error about a directory that has no iteration of that name, or no tracker file that names one."""
+    if not root.is_dir():
+        return no_directory(root, "checkpoint")
+    directories = (path.name for path in root.iterdir() if path.is_dir())
+    here = sorted(one for one in directories if one == "release" or one.startswith("iter_"))
+    below = meant_below(root)
+    if name is not None:
+        remedy = f"name an existing iteration with {name_flag}" if here else "copy it here from where it was saved"
+        if rank_files(root) or is_distributed(root):
+            remedy = f"leave {name_flag} out: {root} is an iteration itself"
+        expected = f"one of: {names(here)}" if here else "an iteration, but there is none here"
+        return CheckpointNotFound("the iteration does not exist", root / name, expected, found="nothing", remedy=remedy)
     what, remedy = "no checkpoint", "check the path on every node"
     if here:
         what, remedy = f"no {TRACKER_FILE}", f"name the iteration with {name_flag}, or give its path"
-    elif (path / "config.json").is_file():
+    elif (root / "config.json").is_file():
         what = "a Hugging Face directory, not a Megatron checkpoint"
         remedy = "give the Megatron checkpoint's root, or convert the other way with hf-to-megatron"
     elif below:
-        what, remedy = "no checkpoint itself, but a directory of some", below
-    return CheckpointNotFound(
-        what,
-        file=str(path),
-        expected=f"{TRACKER_FILE}, mp_rank_* directories, *{SUFFIX} files, or a config.json with its weights",
-        found=names(here or sorted(one.name for one in path.iterdir())) or "nothing",
-        remedy=remedy,
-    )
+        what, remedy = "not a checkpoint, but a directory of checkpoints", below
+    elif any(root.glob("*.safetensors")):
+        what, remedy = "weights without their config.json", "copy the config.json of the model beside them"
+    expected = f"{TRACKER_FILE}, mp_rank_* directories, *{SUFFIX} files, or a config.json with its weights"
+    found = names(here or sorted(one.name for one in root.iterdir())) or "nothing"
+    return CheckpointNotFound(what, root, expected, found, remedy)
 
 
 def meant_below(path: Path) -> str:
     """A question for whoever gave a directory of checkpoints, of either kind; "" where it is none."""
-    below = [one for one in sorted(path.iterdir()) if one.is_dir()]
+    # accelerate saves the optimizer as a checkpoint of its own beside the model.
+    below = [one for one in sorted(path.iterdir()) if one.is_dir() and not one.name.startswith("optim")]
     found = [str(one) for one in below if is_checkpoint(one) or (one / "config.json").is_file()]
     return f"did you mean {' or '.join(found[:4])}?" if found else ""
-
-
-def _iterations(root: Path) -> list[str]:
-    found = (path.name for path in root.iterdir() if path.is_dir())
-    return sorted(name for name in found if name == "release" or name.startswith("iter_"))
 
 
 def notes_on_iteration(directory: Path, iteration: int | None) -> tuple[str, ...]:
@@ -150,7 +114,7 @@ def notes_on_iteration(directory: Path, iteration: int | None) -> tuple[str, ...
     prefix, _, number = directory.resolve().name.partition("_")
     if prefix != "iter" or not number.isdecimal() or iteration is None or int(number) == iteration:
         return ()
-    return (f"warning: {prefix}_{number} holds files of iteration {iteration}; they are taken for what they say",)
+    return (f"warning: {prefix}_{number} holds files of iteration {iteration}; the files are right",)
 
 
 def rank_files(directory: Path) -> dict[str, int]:

@@ -7,7 +7,7 @@ and their spellings" and "Experts".
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dist_convert.models.schema import Row
@@ -166,26 +166,15 @@ def spellings(row: Row) -> tuple[Spelling, ...]:
         Spelling("habana-dynamic", (Piece(f"{dynamic}_weight"),)),
         Spelling("habana-dynamic-transposed", (Piece(f"{dynamic}_weight", "transposed"),)),
     ]
-    storages: tuple[tuple[Storage, str], ...] = (
-        ("plain", "habana-dynamic-unfused"),
-        ("transposed", "habana-dynamic-transposed-unfused"),
-    )
-    if linear == "linear_fc1":
-        for storage, dialect in storages:
-            gate = Piece(f"{dynamic}1_weight", storage, part=0, parts=2)
-            up = Piece(f"{dynamic}2_weight", storage, part=1, parts=2)
-            found.append(Spelling(dialect, (gate, up)))
-    return tuple(found)
+    halves = (0, 1) if linear == "linear_fc1" else ()
+    unfused = [Piece(f"{dynamic}{half + 1}_weight", part=half, parts=2) for half in halves]
+    transposed = [replace(half, storage="transposed") for half in unfused]
+    listed = (("habana-dynamic-unfused", unfused), ("habana-dynamic-transposed-unfused", transposed))
+    return (*found, *(Spelling(dialect, tuple(pieces)) for dialect, pieces in listed if pieces))
 
 
 def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str) -> Spelling:
-    """The spelling that a target wants.
-
-    Args:
-        found: all spellings of one parameter.
-        norms: "local", "transformer_engine" or "habana", which has the names of "local".
-        experts: "sequential", "te-grouped", "grouped" or "habana-dynamic".
-    """
+    """The spelling, among all of one parameter, that a target of this dialect wants; see `TargetDialect`."""
     listed = tuple(found)
     wanted = (experts, "transformer_engine" if norms == "transformer_engine" else "canonical", "canonical")
     return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
@@ -206,9 +195,7 @@ def stored_shape(piece: Piece, rows: int, columns: int, *, is_vector: bool) -> t
 def choose(found: Iterable[Spelling], *, permuted: bool) -> Spelling | None:
     """The one spelling among those that fit the stored shapes; None when there is none or more than one.
 
-    Args:
-        found: spellings whose pieces are all stored with fitting shapes.
-        permuted: `moe_permuted_weights` of the args, which decides for square matrices only.
+    `permuted` is `moe_permuted_weights` of the args, which decides for square matrices only.
     """
     fitting = list(found)
     if len(fitting) == 2 and fitting[1].dialect.startswith(f"{fitting[0].dialect.removesuffix('-unfused')}-transposed"):
@@ -217,13 +204,7 @@ def choose(found: Iterable[Spelling], *, permuted: bool) -> Spelling | None:
 
 
 def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | None:
-    """A stored tensor seen as `rows` x `columns` of the canonical shard, or None where its shape does not fit.
-
-    Args:
-        piece: how it is stored.
-        stored: what the file holds under the piece's name.
-        rows, columns: of this piece; vectors have one column.
-    """
+    """A stored tensor seen as `rows` x `columns` of its piece, None where it does not fit; vectors have one column."""
     shape, strides = stored.shape, stored.strides
     offset, between = 0, (0, 0)  # elements before the first one; between rows, and between columns
     if piece.storage == "plain" and shape == (rows, columns):
@@ -234,18 +215,15 @@ def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | 
         between = strides[1], strides[0]
     elif piece.storage == "stacked" and shape == (piece.count, rows, columns):
         offset, between = piece.index * strides[0], (strides[1], strides[2])
-    elif piece.storage == "grouped" and _is_grouped(piece, stored, rows, columns):
+    elif piece.storage == "grouped" and len(shape) == 2 and strides == (shape[1], 1):
+        # weight1 is declared [hidden, experts x rows], weight2 [experts x columns, hidden]; the memory is alike.
+        if shape not in ((columns, piece.count * rows), (piece.count * columns, rows)):
+            return None
         offset, between = piece.index * rows * columns, (1, rows)
     else:
         return None
     offset_bytes = stored.offset_bytes + offset * DTYPE_BYTES[stored.dtype]
     return View(stored.file, stored.name, stored.dtype, offset_bytes, rows, columns, *between)
-
-
-def _is_grouped(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> bool:
-    # weight1 is declared [hidden, experts x rows], weight2 [experts x columns, hidden]; the memory is alike.
-    shapes = ((columns, piece.count * rows), (piece.count * columns, rows))
-    return stored.shape in shapes and stored.strides == (stored.shape[1], 1)
 
 
 #: Parameters that exist in Megatron and have no place in any family here: part of the name -> what it is.

@@ -13,10 +13,11 @@ from dist_convert.formats.huggingface.config import architecture_from_config, de
 from dist_convert.formats.megatron.args import FORKS_SCALING, architecture_from_args, families_of_args
 from dist_convert.formats.megatron.target_args import padded_vocab, rope_values
 from dist_convert.models import FAMILIES
+from dist_convert.models.blocks import MTP_KEY
 from dist_convert.models.catalog import Where
 from dist_convert.models.keys import to_arg
-from dist_convert.models.prediction import MTP_KEY
-from dist_convert.models.schema import Architecture, Family, Key, RopeScaling, is_size
+from dist_convert.models.schema import Architecture, Family, RopeScaling, is_size
+from dist_convert.records import JsonObject
 
 _LIKE = "--like"
 _FACTOR, _POSITIONS = "rope_scaling_factor", "position_embedding_type"
@@ -38,9 +39,9 @@ class Said:
         notes: what the user should know of it, a line each.
     """
 
-    args: Mapping[str, Any]
+    args: JsonObject
     family: Family | None = None
-    config: Mapping[str, Any] | None = None
+    config: JsonObject | None = None
     trusts_factor: bool = False
     drops_mtp: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -53,19 +54,10 @@ class Said:
         return replace(found, vocab=min(found.vocab, found.padded_vocab))
 
 
-def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
-    """The args of a checkpoint, corrected.
-
-    Args:
-        where: the checkpoint, and what is said of it.
-        args: its training arguments.
-        file: that holds them, for messages.
-
-    Raises:
-        UnsupportedModel: `--like` is of another model; all differences are reported together.
-    """
-    corrected: Mapping[str, Any] = args
-    notes: list[str] = []
+def said_of(where: Where, args: JsonObject, file: str) -> Said:
+    """The args of a checkpoint, corrected by what is said of it; an UnsupportedModel where `--like` is of another."""
+    corrected: JsonObject = args
+    notes = []
     asked = where.asked
     scaling = {} if asked.rope_scaling_factor is None else {_FACTOR: asked.rope_scaling_factor}
     flags: dict[str, Any] = scaling | ({} if asked.rope_theta is None else {"rotary_base": asked.rope_theta})
@@ -76,24 +68,27 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
         family, trusts_factor = FAMILIES[like.family], True
         forks = dict.fromkeys(name for name in FORKS_SCALING if isinstance(args.get(name), Mapping | str))
         flags = {"rotary_base": like.rope_theta, **forks, **_scaling(like, args)} | flags
-        silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and _is_silent(key, args)}
+        # None says nothing, unless it is one of the values that an argument may have.
+        plain = {key.arg for key in family.keys if key.codec == "plain" and key.kind != "flag"}
+        told = {name for name, value in args.items() if value is not None or name not in plain}
+        silent = {key.arg: to_arg(key, like) for key in family.keys if key.arg and key.arg not in told}
         corrected = {**args, **silent}
     elif where.family is not None:
         family = _possible(FAMILIES[where.family], args, file)
     else:
-        family = _carried(where.carried or {}, args, file)
+        carried = where.carried or {}
+        named = next((one for one in families_of_args(args) if one.name == carried.get("model_type")), None)
+        family = named and _possible(named, args, file, carried)
     has_another = "llama3" not in (family or families_of_args(args)[0]).scalings or args.get(_POSITIONS) == "yarn"
     if scaling and (has_another or (where.like is not None and not isinstance(like.rope_scaling, RopeScaling))):
-        raise UsageError(
-            "--rope-scaling-factor is of Llama 3.1's rotary scaling, and this model's is another",
-            file=file,
-            remedy=f"leave it out; {_LIKE} CONFIG, of such a model, says all numbers of its scaling",
-        )
+        what = "--rope-scaling-factor sets Llama 3.1's rotary scaling, and this model has another kind"
+        remedy = f"leave it out; {_LIKE} CONFIG, the config of a model with that scaling, sets all its numbers"
+        raise UsageError(what, file, remedy=remedy)
     if scaling:
         flags["use_rope_scaling"] = True
     for name, value in flags.items():
         if (args.get(name) or None) != (value or None) and (args.get(name) or name not in (_FACTOR, _POSITIONS)):
-            notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is taken as you say")
+            notes.append(f"warning: {name} is {args.get(name)!r} in the args, {value!r} is used, as you say")
     if where.like is not None and "vocab_size" in silent:
         if asked.true_vocab_size is None:
             _check_rows(like, args, file)
@@ -108,50 +103,33 @@ def said_of(where: Where, args: Mapping[str, Any], file: str) -> Said:
     elif family is None and len(fitting := families_of_args(args)) > 1:
         others = " or ".join(one.name for one in fitting[1:])
         note = (
-            f"family: {fitting[0].name}; the args of {others} look the same: if it is one, say so with {_LIKE} CONFIG"
+            f"family: {fitting[0].name}; the args of {others} look the same: if it is one of these, give {_LIKE} CONFIG"
         )
         said = replace(said, notes=(*notes, note))
     return said
 
 
-def _carried(config: Mapping[str, Any], args: Mapping[str, Any], file: str) -> Family | None:
-    """The family that a config beside the checkpoint names, if that config is of a model with these args."""
-    named = next((family for family in families_of_args(args) if family.name == config.get("model_type")), None)
-    return named and _possible(named, args, file, config)
-
-
-def _scaling(like: Architecture, args: Mapping[str, Any]) -> dict[str, object]:
+def _scaling(like: Architecture, args: JsonObject) -> dict[str, object]:
     """How a model scales its rotary frequencies, in training arguments; that it has others is not corrected."""
     unused = [] if isinstance(like.rope_scaling, RopeScaling) else [_FACTOR]
     unused += [_POSITIONS] if args.get(_POSITIONS) not in (None, "rope", "yarn") else []
     return {name: value for name, value in rope_values(like).items() if name not in unused}
 
 
-def _check_rows(like: Architecture, args: Mapping[str, Any], file: str) -> None:
+def _check_rows(like: Architecture, args: JsonObject, file: str) -> None:
     """Refuse a vocabulary that training would have padded to other rows than the embedding has."""
     rows, divisible_by = args.get("padded_vocab_size"), args.get("make_vocab_size_divisible_by")
     tensor = args.get("tensor_model_parallel_size") or 1
     if not rows or not divisible_by or not is_size(divisible_by) or not is_size(tensor):
         return
-    padded = padded_vocab(like.vocab, divisible_by, tensor)
-    if padded != rows:
-        raise UnsupportedModel(
-            f"{_LIKE} is of another model than the checkpoint, by vocab_size",
-            file=file,
-            expected=f"tokens that are padded to {rows} rows",
-            found=f"{like.vocab}, which are padded to {padded}",
-            remedy="give the config of this model, or say how many tokens it has with --true-vocab-size",
-        )
+    if (padded := padded_vocab(like.vocab, divisible_by, tensor)) != rows:
+        what = f"{_LIKE} is not the checkpoint's model: it differs in vocab_size"
+        expected, found = f"tokens that are padded to {rows} rows", f"{like.vocab}, which are padded to {padded}"
+        remedy = "give the config of this model, or say how many tokens it has with --true-vocab-size"
+        raise UnsupportedModel(what, file, expected, found, remedy)
 
 
-def _is_silent(key: Key, args: Mapping[str, Any]) -> bool:
-    """Whether the args do not tell a fact."""
-    return key.arg not in args or (args[key.arg] is None and key.codec == "plain" and key.kind != "flag")
-
-
-def _possible(
-    family: Family, args: Mapping[str, Any], file: str, config: Mapping[str, Any] | None = None
-) -> Family | None:
+def _possible(family: Family, args: JsonObject, file: str, config: JsonObject | None = None) -> Family | None:
     """A family, if a model with these args can be of it, and is that of a config where one is given."""
     if bool(family.moe) != bool(args.get("num_experts")):
         return None
@@ -165,17 +143,13 @@ def _possible(
 def _check_like(said: Said, like: Architecture, file: str) -> None:
     """Refuse a config that the args contradict."""
     own = said.architecture(vocab=None, file=file)
-    names = {key.field: key for key in FAMILIES[like.family].keys if key.arg and key.field not in _CORRECTED}
-    raise_together(
-        [
-            UnsupportedModel(
-                f"{_LIKE} is of another model than the checkpoint, by {key.config or key.arg}",
-                file=file,
-                expected=f"{key.config or key.arg} {like.fact(name)}, as {_LIKE} says",
-                found=f"{own.fact(name)}, by the checkpoint's argument {key.arg}",
-                remedy=f"give the config of this model; where the training changed it, change it in a copy for {_LIKE}",
-            )
-            for name, key in names.items()
-            if own.fact(name) != like.fact(name)
-        ]
-    )
+    problems = []
+    for key in FAMILIES[like.family].keys:
+        said_here, said_there, name = own.fact(key.field), like.fact(key.field), key.config or key.arg
+        if key.arg and key.field not in _CORRECTED and said_here != said_there:
+            what = f"{_LIKE} is not the checkpoint's model: it differs in {name}"
+            expected = f"{name} {said_there}, as {_LIKE} says"
+            found = f"{said_here}, from the checkpoint's argument {key.arg}"
+            remedy = "give the config of this model; if training changed the value, give a copy with the new value"
+            problems.append(UnsupportedModel(what, file, expected, found, remedy))
+    raise_together(problems)

@@ -25,12 +25,13 @@ from dist_convert.formats.megatron.args import (
     YARN,
     architecture_from_args,
 )
-from dist_convert.formats.megatron.grid import Chunk, Grid
+from dist_convert.formats.megatron.grid import SIZES, Chunk, Grid
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
 from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
 from dist_convert.options import MTP_LAYER_NAMES, TORCH, TORCH_DIST, VIRTUAL_STAGE_FLAGS, Options, given_flags
 from dist_convert.read.source import read_json
+from dist_convert.records import JsonObject
 
 #: Where a value can be from.
 CONFIG, MARGS, DEFAULT, SOURCE = "config.json", "--source-margs-file", "default", "the source's args"
@@ -72,7 +73,7 @@ class MegatronSource:
         dialect: how it spells norms and experts.
     """
 
-    args: Mapping[str, Any]
+    args: JsonObject
     grid: Grid
     chunks: tuple[Chunk, ...]
     iteration: int | None
@@ -88,14 +89,14 @@ class TargetInputs:
         tokenizer_model, tokenizer_type: see `target_tokenizer`.
         vocab: tokens without padding; None where nobody says.
         own: what a Megatron source says of itself.
-        carried: file name to content, see `huggingface.carried`.
+        carried: file name to content, see `huggingface.open`.
         tokens: of the tokenizer; None where it is not here.
     """
 
-    training_args: Mapping[str, Any] | None
+    training_args: JsonObject | None
     tokenizer_model: str | None
     tokenizer_type: str | None
-    carried: Mapping[str, Mapping[str, Any]]
+    carried: Mapping[str, JsonObject]
     vocab: int | None = None
     own: MegatronSource | None = None
     tokens: int | None = None
@@ -155,21 +156,19 @@ def model_values(a: Architecture) -> dict[str, object]:
     written = (pin for pin in pins_of(family) if pin.is_written and (not pin.when or facts.get(pin.when)))
     pinned = {pin.arg: pin.allowed[0] for pin in written}
     rope = rope_values(a)
-    return (
-        facts
-        | pinned
-        | {
-            "group_query_attention": a.query_groups != a.heads,
-            "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
-            "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
-            **rope,
-            **{name: rope[f"{PLAIN_YARN}{name}"] for name in SHARED_YARN if f"{PLAIN_YARN}{name}" in rope},
-            "window_size": facts.get("window_size"),
-            "apply_layernorm_1p": False,
-            "num_experts": a.experts or None,
-            "moe_ffn_hidden_size": a.expert_width if a.experts else None,
-        }
-    )
+    return {
+        **facts,
+        **pinned,
+        "group_query_attention": a.query_groups != a.heads,
+        "add_position_embedding": True,  # argparse's default, which Megatron-LM compares on loading
+        "rotary_base": int(a.rope_theta) if a.rope_theta == int(a.rope_theta) else a.rope_theta,
+        **rope,
+        **{name: rope[f"{PLAIN_YARN}{name}"] for name in SHARED_YARN if f"{PLAIN_YARN}{name}" in rope},
+        "window_size": facts.get("window_size"),
+        "apply_layernorm_1p": False,
+        "num_experts": a.experts or None,
+        "moe_ffn_hidden_size": a.expert_width if a.experts else None,
+    }
 
 
 def rope_values(a: Architecture) -> dict[str, object]:
@@ -218,19 +217,6 @@ def training_flags(a: Architecture) -> list[str]:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
             found.append(flag if value is True else f"{flag} {shlex.quote(text)}")
     return found
-
-
-def vocabulary_values(a: Architecture, vocab: int | None, divisible_by: int) -> Found:
-    """Sizes of the vocabulary, `vocab` without padding (docs/formats.md, "Vocabulary padding")."""
-    padding = {"padded_vocab_size": a.padded_vocab, "make_vocab_size_divisible_by": divisible_by}
-    known = _all_from(CONFIG, vocab_size=vocab) if vocab else {}
-    return known | _all_from("flag --make-vocab-size-divisible-by", **padding)
-
-
-def precision_values(params_dtype: str) -> Found:
-    """The dtype of the weights, from its safetensors name."""
-    name, is_bf16, is_fp16 = f"torch.{TORCH_NAMES[params_dtype]}", params_dtype == "BF16", params_dtype == "F16"
-    return _all_from("flag --target-params-dtype", params_dtype=name, bf16=is_bf16, fp16=is_fp16)
 
 
 def parallel_values(job: Options, a: Architecture, settings: Settings, given: Collection[str]) -> Found:
@@ -285,7 +271,7 @@ def run_values(to: str, iteration: int | None, *, is_trained: bool) -> Found:
 
 def spelling_values(job: Options, a: Architecture, dialect: TargetDialect, own: MegatronSource | None) -> Found:
     """Which classes of norms and experts the tensors' names belong to, where a Megatron source's args do not say so."""
-    found: Found = {}
+    found = {}
     is_silent = job.to == TORCH_DIST and own is not None and own.args.get("transformer_impl") is None
     if own is None or dialect.norms != own.dialect.norms or is_silent:
         impl = "local" if dialect.norms == "local" else "transformer_engine"  # what Habana's modules go by, too
@@ -326,9 +312,7 @@ ORIGINS = "origins_of_arguments"
 TRAINING_FLAGS = "training_flags"
 
 #: Sizes of the grid that a margs file gives where no flag does.
-TAKEN_SIZES = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size",
-)  # fmt: skip
+TAKEN_SIZES = (*SIZES[:2], "transformer_pipeline_model_parallel_size")
 
 TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
 #: What JSON and the reader made of objects of Megatron and Python: enum members, functions, classes, anything else.
@@ -361,19 +345,11 @@ class TargetArgs:
     origins: dict[str, str]
 
 
-def read_training_args(path: Path) -> dict[str, Any]:
-    """The training arguments in a `source_megatron_args.json`.
-
-    Raises:
-        UsageError: there is no such file.
-        CorruptFile: it holds something else.
-    """
+def read_training_args(path: Path) -> JsonObject:
+    """The training arguments in a `source_megatron_args.json`; a UsageError where there is no such file."""
     if not path.is_file():
-        raise UsageError(
-            "the file of --source-margs-file does not exist",
-            file=str(path),
-            remedy="give its right path, or leave the flag out: then arguments follow from config.json",
-        )
+        remedy = "give its right path, or leave the flag out: then arguments follow from config.json"
+        raise UsageError("the file of --source-margs-file does not exist", path, remedy=remedy)
     return {name: value for name, value in read_json(path).items() if name not in (ORIGINS, TRAINING_FLAGS)}
 
 
@@ -389,7 +365,7 @@ def target_args(
         UnsupportedModel: the margs file describes a model that the weights are not of.
     """
     own, flags = given.own, given_flags(job)
-    origins: dict[str, str] = {}
+    origins = {}
     excluded = frozenset[str]()
     found, fixed = Found(), Found()
     said, whose = (own.args, SOURCE) if own else (given.training_args or {}, MARGS)
@@ -406,22 +382,28 @@ def target_args(
             origins[name] = f"dropped: {value} of {whose} is an object that only Megatron can make"
         else:
             found[name] = _with_dtype(value), whose
-    fixed |= vocabulary_values(architecture, given.vocab, settings.divisible_by)
-    fixed |= precision_values(params_dtype) if params_dtype else {}
+    fixed |= _all_from(CONFIG, vocab_size=given.vocab) if given.vocab else {}
+    padding = {"padded_vocab_size": architecture.padded_vocab, "make_vocab_size_divisible_by": settings.divisible_by}
+    fixed |= _all_from("flag --make-vocab-size-divisible-by", **padding)
+    if params_dtype:
+        is_16_bits = {"bf16": params_dtype == "BF16", "fp16": params_dtype == "F16"}
+        dtype = f"torch.{TORCH_NAMES[params_dtype]}"
+        fixed |= _all_from("flag --target-params-dtype", params_dtype=dtype, **is_16_bits)
     fixed |= parallel_values(job, architecture, settings, flags)
     fixed |= run_values(job.to, settings.iteration, is_trained=own is not None)
     fixed |= spelling_values(job, architecture, settings.dialect, own)
     if own:
         fixed |= _kept_values(own.args, architecture, settings)
-    if given.tokenizer_model is not None:
-        fixed["tokenizer_model"] = given.tokenizer_model, _of_flag("--tokenizer-model", flags, "the model's own")
-    if given.tokenizer_type is not None:
-        fixed["tokenizer_type"] = given.tokenizer_type, _of_flag("--tokenizer-type", flags, "the model's own")
+    tokenizer = {"tokenizer_model": given.tokenizer_model, "tokenizer_type": given.tokenizer_type}
+    for name, value in tokenizer.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            fixed[name] = value, f"flag {flag}" if flag in flags else "the model's own"
     for name, (value, origin) in fixed.items():
-        if origin.startswith("flag "):
-            flag = origin.removeprefix("flag ")
+        flag = origin.removeprefix("flag ")
+        if flag != origin and flag not in flags:
             is_theirs = (own is not None or name in TAKEN_SIZES) and name in said and said[name] == value
-            origin = _of_flag(flag, flags, whose if is_theirs else f"default of {flag}")
+            origin = whose if is_theirs else f"default of {flag}"
         theirs = found.get(name, (value, DEFAULT))
         differs = theirs[1] == whose and plain(theirs[0]) != plain(value)
         found[name] = _with_dtype(value), f"{origin} (not {theirs[0]}, as {whose} says)" if differs else origin
@@ -435,7 +417,7 @@ def target_args(
     return args
 
 
-def _kept_values(own: Mapping[str, Any], a: Architecture, settings: Settings) -> Found:
+def _kept_values(own: JsonObject, a: Architecture, settings: Settings) -> Found:
     """Arguments of the layout that a source's own decide, where it stays or has nothing to do with it."""
     found: Found = {}
     if a.tied == bool(own.get(_UNTIED)):
@@ -453,10 +435,6 @@ PIPELINE_LAYOUT = (
     "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
     "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
 )  # fmt: skip
-
-
-def _of_flag(flag: str, given: Collection[str], otherwise: str) -> str:
-    return f"flag {flag}" if flag in given else otherwise
 
 
 def _is_object(value: Any) -> bool:
@@ -487,14 +465,8 @@ def target_args_json(args: TargetArgs, flags: Sequence[str] = ()) -> str:
 
 def describe_origins(args: TargetArgs) -> list[str]:
     """One line for each argument: its value and where that is from."""
-    names = sorted(args.origins)
-    width = max(map(len, names))
-    return [
-        f"{name:{width}}  {args.values[name]!s}  <- {args.origins[name]}"
-        if name in args.values
-        else f"{name:{width}}  {args.origins[name]}"
-        for name in names
-    ]
+    width, values = max(map(len, args.origins)), {name: f"{value}  <- " for name, value in args.values.items()}
+    return [f"{name:{width}}  {values.get(name, '')}{args.origins[name]}" for name in sorted(args.origins)]
 
 
 def padded_vocab(vocab: int, divisible_by: int, tensor: int) -> int:
@@ -522,7 +494,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def target_tokenizer(
-    asked: str | None, asked_type: str | None, load_dir: str, directory: Path, training_args: Mapping[str, Any] | None
+    asked: str | None, asked_type: str | None, load_dir: str, directory: Path, training_args: JsonObject | None
 ) -> tuple[str | None, str | None]:
     """`tokenizer_model` and `tokenizer_type` of the target, which go together.
 
@@ -530,10 +502,8 @@ def target_tokenizer(
     or to the family.
 
     Args:
-        asked: by `--tokenizer-model`.
-        asked_type: by `--tokenizer-type`.
-        load_dir: of the model as the user gave it, a directory or a hub id.
-        directory: where its files are.
+        asked, asked_type: by `--tokenizer-model` and `--tokenizer-type`.
+        load_dir, directory: of the model as the user gave it, a directory or a hub id; and where its files are.
         training_args: content of the margs file, if one was given.
     """
     kind = asked_type or (training_args or {}).get("tokenizer_type") or _HUGGING_FACE

@@ -25,7 +25,7 @@ NAMES = {
 EMBEDDING, HEAD = NAMES["model.embed_tokens.weight"], NAMES["lm_head.weight"]
 #: Of the first layer, which tells what a head and the MLP have.
 QUERY, GATE = "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"
-#: Those whose heads' rows are in another order, see `models.rotary`.
+#: Those whose heads' rows are in another order, see `models.catalog.from_neighbours`.
 ROTATED = frozenset((f"{HF}.self_attn.q_proj.weight", f"{HF}.self_attn.k_proj.weight"))
 #: No weights: what the positions and the sizes tell.
 DROPPED = "rope.freqs"

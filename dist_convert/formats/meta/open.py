@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingShard, WrongShape, below, raise_together
 from dist_convert.formats.dcp.chunks import Stored, StoredChunk
@@ -30,7 +29,7 @@ from dist_convert.options import META
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
 from dist_convert.read.source import read_json
-from dist_convert.records import StoredTensor, View, names
+from dist_convert.records import JsonObject, StoredTensor, View, names
 
 #: For each file, its tensors by name.
 Headers = Mapping[str, Mapping[str, StoredTensor]]
@@ -53,7 +52,7 @@ class MetaModel:
     found: Discovery
     content: HuggingFaceCatalog
     left_behind: LeftBehind
-    config: Mapping[str, Any]
+    config: JsonObject
     tokenizer: Tokenizer
     notes: tuple[str, ...] = ()
     args: None = None
@@ -70,12 +69,8 @@ class MetaModel:
         return self.content, self.left_behind
 
 
-def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, Mapping[str, Any]]:
-    """The files, the headers of all, each read by one rank that sees it, and the content of params.json.
-
-    Raises:
-        SourceError: a file is missing or damaged.
-    """
+def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, JsonObject]:
+    """The files, the headers of all, each read by one rank, and params.json; a SourceError where one is damaged."""
     with below(directory):
         found = discover(
             world,
@@ -87,13 +82,9 @@ def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, Map
     headers = {file: header_from_json(file, header) for file, header in sorted(found.headers.items())}
     expected = [f"consolidated.{number:02d}.pth" for number in range(len(headers))]
     if list(headers) not in (expected, ["consolidated.safetensors"]):
-        raise MissingShard(
-            "not all files of one model",
-            file=str(directory),
-            expected=", ".join(expected),
-            found=", ".join(headers),
-            remedy="copy the missing one from where the model came from, or what is too much elsewhere",
-        )
+        what = "the files are not those of one model"
+        remedy = "copy the missing file from where the model came from, or move the extra one elsewhere"
+        raise MissingShard(what, directory, expected=", ".join(expected), found=", ".join(headers), remedy=remedy)
     is_here = (directory / PARAMS_FILE).is_file()
     told = gather_objects(world, read_json(directory / PARAMS_FILE) if is_here else None)
     params = next(one for one in told if one is not None)
@@ -131,11 +122,13 @@ def open_meta(where: Where, world: World) -> MetaModel:
         config = config_json(architecture, content.params_dtype) | {"bos_token_id": bos, "eos_token_id": eos}
     notes = list(said.notes)
     if where.like is None:
-        notes.append(f"{architecture.max_positions} positions, as usual for such a model; --like CONFIG says others")
+        notes.append(
+            f"{architecture.max_positions} positions, the usual number for this model; --like CONFIG changes it"
+        )
     content = replace(content, layout="Meta's layout")
     model = MetaModel(where.path, found, content, left_behind, config, tokenizer)
     if differing := _differing_norms(model, headers, world):
-        notes.append(f"warning: norms differ between files, and the first file's are taken: {names(differing)}")
+        notes.append(f"warning: norms differ between files; the first file's are used: {names(differing)}")
     return replace(model, notes=tuple(notes))
 
 
@@ -155,16 +148,10 @@ def tensors_of(headers: Headers, hidden: int) -> dict[str, Stored]:
         axis = int(all(shape[1:] and shape[1] != hidden for shape in shapes))
         alike = {shape if len(shape) == 1 else shape[1 - axis :][:1] for shape in shapes}
         if len(shapes) < len(headers) or len(shapes[0]) not in (1, 2) or len(alike) > 1 or not all(map(prod, shapes)):
-            problems.append(
-                WrongShape(
-                    "the pieces of a tensor do not fit each other",
-                    tensor=name,
-                    file=next((file for file, held in headers.items() if name not in held), pieces[0].file),
-                    expected="a vector, or as many rows or columns, in every file",
-                    found=", ".join(str(list(shape)) for shape in shapes),
-                    remedy="a file is damaged, or of another model: copy all of them again",
-                )
-            )
+            what, remedy = "the pieces of a tensor do not fit each other", "a file is of another model: copy all again"
+            file = next((file for file, held in headers.items() if name not in held), pieces[0].file)
+            wanted, here = "a vector, or as many rows or columns in each file", ", ".join(str([*s]) for s in shapes)
+            problems.append(WrongShape(what, file, tensor=name, expected=wanted, found=here, remedy=remedy))
             continue
         problems += [problem for piece in pieces for problem in dtype_problems(View.of(piece), pieces[0].dtype)]
         chunks, end = [], 0
@@ -180,10 +167,8 @@ def tensors_of(headers: Headers, hidden: int) -> dict[str, Stored]:
 
 def rows_of(headers: Headers) -> dict[str, int]:
     """Of the tensors that tell a model's sizes, the rows in all files together."""
-    return {
-        name: sum(found[name].shape[0] for found in headers.values() if name in found and found[name].shape)
-        for name in (QUERY, GATE, HEAD)
-    }
+    held = {name: [of[name].shape for of in headers.values() if name in of] for name in (QUERY, GATE, HEAD)}
+    return {name: sum(shape[0] for shape in shapes if shape) for name, shapes in held.items()}
 
 
 def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) -> bool:
@@ -199,11 +184,7 @@ def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) 
 
 
 def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[str]:
-    """The norms whose copies differ between files: those of some published models do, by a little.
-
-    Raises:
-        InconsistentShards: a file is a copy of another one under its own name.
-    """
+    """The norms whose copies differ between files: those of some published models do, by a little."""
     tensors, *_ = headers.values()
     norms = [name for name, one in tensors.items() if len(one.shape) == 1 and name != DROPPED]
     views = [View.of(held[name]) for name in (QUERY, *norms) for held in headers.values()]
@@ -212,12 +193,7 @@ def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[s
     for file, digest in zip(headers, islice(digests, len(headers)), strict=True):
         twin = of_digest.setdefault(digest, file)
         if twin != file and not digest.startswith(ALIKE):
-            raise InconsistentShards(
-                "two files hold the same weights",
-                tensor=QUERY,
-                file=str(model.directory / file),
-                expected="rows of its own",
-                found=f"those of {model.directory / twin}",
-                remedy="one was copied under the other's name: copy the right one again from where it came from",
-            )
+            what, found = "two files hold the same weights", f"the rows of {model.directory / twin}"
+            remedy = "one was copied under the other's name: copy the right one again from where it came from"
+            raise InconsistentShards(what, model.directory / file, tensor=QUERY, found=found, remedy=remedy)
     return [name for name in norms if len({next(digests) for _ in headers}) > 1]

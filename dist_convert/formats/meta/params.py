@@ -9,20 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import InconsistentShards, UnsupportedModel, raise_together
+from dist_convert.errors import ConversionError, InconsistentShards, UnsupportedModel, raise_together
 from dist_convert.formats.huggingface.read import CONFIG_FILE
 from dist_convert.formats.meta.names import GATE, HEAD, QUERY
 from dist_convert.models.schema import is_number, is_size
+from dist_convert.records import JsonObject
 
 PARAMS_FILE = "params.json"
 _WEIGHTS = re.compile(r"consolidated\.(\d+\.pth|safetensors)")
 
-_NEEDED, _SIZES = (
-    ("dim", "n_layers", "n_heads"),
-    ("n_kv_heads", "multiple_of", "head_dim", "hidden_dim", "sliding_window"),
-)
+_NEEDED = ("dim", "n_layers", "n_heads")
+_SIZES = (*_NEEDED, "n_kv_heads", "multiple_of", "head_dim", "hidden_dim", "sliding_window")
 _NUMBERS, _FLAG = ("norm_eps", "rope_theta", "ffn_dim_multiplier"), "use_scaled_rope"
-_KNOWN = (*_NEEDED, *_SIZES, *_NUMBERS, _FLAG, "vocab_size", "max_seq_len", "max_batch_size")
+_KNOWN = (*_SIZES, *_NUMBERS, _FLAG, "vocab_size", "max_seq_len", "max_batch_size")
 #: Hidden size and layers of Llama 3.2's 1B and 3B: their flag is that of Llama 3.1, their factor is 32 and not 8.
 _LLAMA_32 = ((2048, 16), (3072, 28))
 #: Hidden size of Llama 3.1 405B, of which Meta has published files with other key and value heads than it has.
@@ -36,20 +35,17 @@ def weights_files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name))
 
 
-def args_of_params(params: Mapping[str, Any], rows: Mapping[str, int], *, tied: bool) -> tuple[str, dict[str, Any]]:
-    """The family of a model, and its training arguments.
+def args_of_params(params: JsonObject, rows: Mapping[str, int], *, tied: bool) -> tuple[str, dict[str, Any]]:
+    """The family of a model, and its training arguments, of the content of params.json.
 
-    Args:
-        params: the content of params.json.
-        rows: of some tensors, by Meta's names, of all files together.
-        tied: the head is the embedding.
+    `rows` are those of some tensors, by Meta's names, of all files together; `tied`: the head is the embedding.
 
     Raises:
         UnsupportedModel, InconsistentShards: no model that is known, or another than the weights.
     """
     wrong = [name for name, value in params.items() if name not in _KNOWN and value is not None]
     wrong += [name for name in _NEEDED if params.get(name) is None]
-    wrong += [name for name in (*_NEEDED, *_SIZES) if not is_size(params.get(name)) or params.get(name) == 0]
+    wrong += [name for name in _SIZES if not is_size(params.get(name)) or params.get(name) == 0]
     given = {name: params[name] for name in _NUMBERS if params.get(name) is not None}
     wrong += [name for name, value in given.items() if not (is_number(value) and 0 < value < 1e12)]
     is_scaled, theta, is_mistral = params.get(_FLAG), given.get("rope_theta"), "hidden_dim" in params
@@ -59,36 +55,26 @@ def args_of_params(params: Mapping[str, Any], rows: Mapping[str, int], *, tied: 
         groups, head_dim = params.get("n_kv_heads") or heads, params.get("head_dim") or hidden // heads
         is_repeated = hidden == _LLAMA_405B and groups != _GROUPS_405B
         wrong += (["n_kv_heads"] if heads % groups or is_repeated else []) + (["head_dim"] if head_dim % 2 else [])
-    raise_together(
-        [
-            UnsupportedModel(
-                f"{PARAMS_FILE} has no value of a Llama for {name}",
-                file=PARAMS_FILE,
-                found=f"{name}: {params.get(name)!r}"[:80],
-                remedy="Llama 2, 3, 3.1, 3.2 and Mistral are read, without vision, experts and quantisation, and 405B "
-                f"with {_GROUPS_405B} key and value heads; take {PARAMS_FILE} anew if it is of one of these",
-            )
-            for name in dict.fromkeys(wrong)
-        ]
-    )
+    remedy = "only Llama 2, 3, 3.1, 3.2 and Mistral are read, without vision, experts and quantisation; 405B "
+    remedy += f"with {_GROUPS_405B} key and value heads; if this is one of them, copy {PARAMS_FILE} again"
+    problems: list[ConversionError] = []
+    for name in dict.fromkeys(wrong):
+        what = f"{PARAMS_FILE} is not a Llama's: missing or unsupported {name}"
+        problems.append(UnsupportedModel(what, PARAMS_FILE, found=f"{name}: {params.get(name)!r}"[:80], remedy=remedy))
+    raise_together(problems)
     # The width of the MLP: two thirds of four times the hidden size, times a factor, rounded up.
     multiple, width = params.get("multiple_of") or 256, int(given.get("ffn_dim_multiplier", 1) * int(8 * hidden / 3))
     ffn, vocab = params.get("hidden_dim") or multiple * -(-width // multiple), params.get("vocab_size", -1)
     told = {QUERY: heads * head_dim, GATE: ffn, HEAD: rows[HEAD] if vocab == -1 else vocab}
-    raise_together(
-        [
-            InconsistentShards(
-                f"the weights are not those of {PARAMS_FILE}",
-                tensor=name,
-                file=PARAMS_FILE,
-                expected=f"{size} rows in all files together",
-                found=rows[name],
-                remedy="a file is missing, or one of them is of another model: copy all of them again",
+    what = f"the weights are not those of {PARAMS_FILE}"
+    remedy = "a file is missing or of another model: copy all again"
+    for name, size in told.items():
+        if rows[name] != size:
+            expected = f"{size} rows in all files together"
+            problems.append(
+                InconsistentShards(what, PARAMS_FILE, expected, tensor=name, found=rows[name], remedy=remedy)
             )
-            for name, size in told.items()
-            if rows[name] != size
-        ]
-    )
+    raise_together(problems)
     # What transformers' scripts give Llama 2, 3 and, with another theta, Code Llama.
     positions = {None: 4096, 10000: 4096, 500000: 8192}.get(theta, 16384)
     args = {

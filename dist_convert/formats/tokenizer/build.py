@@ -61,11 +61,9 @@ def _read(path: Path) -> Any:
     try:
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise MissingPackage(
-            "building a tokenizer from this file needs the package protobuf",
-            file=str(path),
-            remedy="pip install protobuf, or give the directory of a Hugging Face tokenizer",
-        ) from error
+        what = "building a tokenizer from this file needs the package protobuf"
+        remedy = "pip install protobuf, or give the directory of a Hugging Face tokenizer"
+        raise MissingPackage(what, path, remedy=remedy) from error
     from transformers.convert_slow_tokenizer import import_protobuf
 
     message: Any = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
@@ -75,7 +73,7 @@ def _read(path: Path) -> Any:
     except DecodeError as error:
         damage = str(error)
     if damage:
-        raise CorruptFile("not a SentencePiece model", file=str(path), found=damage, remedy=_ANOTHER)
+        raise CorruptFile("not a SentencePiece model", path, found=damage, remedy=_ANOTHER)
     _refuse_others(message, path)
     _refuse_long(_pieces(message, _NORMAL), message.ByteSize(), path)
     return message
@@ -87,14 +85,14 @@ def _damage(proto: Any) -> str:
     for number, piece in enumerate(proto.pieces):
         text = piece.piece
         if not isinstance(text, str) or not text or "\0" in text:
-            return f"piece {number} is no text: {text[:60]!r}"
+            return f"piece {number} is not text: {text[:60]!r}"
         if ids.setdefault(text, number) != number:
             return f"pieces {ids[text]} and {number} are both {text[:60]!r}"
     if (unknown := len(_pieces(proto, _UNKNOWN))) != 1:
-        return f"{unknown} pieces for what is unknown, not 1"
+        return f"{unknown} pieces for unknown text, not 1"
     expected = {f"<0x{byte:02X}>" for byte in range(256)} if proto.trainer_spec.byte_fallback else set()
     if set(_pieces(proto, _BYTE)) != expected:
-        return f"other pieces for bytes than its {len(expected)}"
+        return f"its pieces for bytes are not the expected {len(expected)}"
     return ""
 
 
@@ -102,42 +100,28 @@ def _refuse_others(proto: Any, path: Path) -> None:
     """Refuse what tokenizer.json cannot express exactly; Llama 2, Mistral and Mixtral have none of it."""
     user_defined, ids = _pieces(proto, _USER_DEFINED), _roles(proto)[:2]
     moves_spaces = proto.normalizer_spec.remove_extra_whitespaces or any(_SPACE in text for text in user_defined)
-    faults = (
-        (proto.trainer_spec.model_type != _BPE, "another model than byte pair encoding"),
-        (bool(proto.normalizer_spec.precompiled_charsmap), "a normalization of characters"),
-        (bool(_pieces(proto, _UNUSED)), "unused pieces"),
-        (bool(user_defined) and moves_spaces, "user-defined pieces and spaces that are removed, or in them"),
-        (any(isnan(piece.score) for piece in proto.pieces), "scores that are no numbers"),
-        (
-            not all(can_begin(proto.pieces[number].piece) for number in ids if number is not None),
-            "colons in begin or end",
-        ),
-    )
-    found = [what for is_there, what in faults if is_there]
-    if found:
-        raise UnsupportedModel(
-            "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted",
-            file=str(path),
-            found=", ".join(found),
-            remedy="give the directory of a Hugging Face tokenizer",
-        )
+    ends = [proto.pieces[number].piece for number in ids if number is not None]
+    faults = {
+        "a model other than byte pair encoding": proto.trainer_spec.model_type != _BPE,
+        "a normalization of characters": proto.normalizer_spec.precompiled_charsmap,
+        "unused pieces": _pieces(proto, _UNUSED),
+        "user-defined pieces with spaces in them or with spaces that are removed": user_defined and moves_spaces,
+        "scores that are not numbers": any(isnan(piece.score) for piece in proto.pieces),
+        "colons in begin or end": not all(map(can_begin, ends)),
+    }
+    if found := ", ".join(what for what, is_there in faults.items() if is_there):
+        what = "only SentencePiece models like those of Llama 2, Mistral and Mixtral are converted"
+        raise UnsupportedModel(what, path, found=found, remedy="give the directory of a Hugging Face tokenizer")
 
 
 def _refuse_long(tokens: Iterable[str | bytes], size_bytes: int, path: Path) -> None:
-    """Refuse tokens so long that to try all ways to cut them takes time, and the merges memory, beyond a file's size.
-
-    Raises:
-        CorruptFile
-    """
+    """Refuse tokens so long that to try all cuts takes time, and the merges memory, beyond a file's size."""
     lengths = [len(token) for token in tokens]
     if sum(length**2 for length in lengths) > _MOST_WORK * size_bytes:
-        raise CorruptFile(
-            "the tokens of the tokenizer are too long",
-            file=str(path),
-            expected=f"tokens whose squared lengths add up to {_MOST_WORK} times the file's size, or less",
-            found=f"{len(lengths)} tokens of up to {max(lengths)} in {size_bytes} bytes",
-            remedy=_ANOTHER,
-        )
+        what, found = "the tokens of the tokenizer are too long", f"{len(lengths)} tokens of up to {max(lengths)}"
+        expected = f"squared token lengths that add up to at most {_MOST_WORK} times the file's size"
+        found += f" in {size_bytes} bytes"
+        raise CorruptFile(what, path, expected, found, remedy=_ANOTHER)
 
 
 def build_llama2(path: Path) -> tuple[Any, dict[str, str]]:
@@ -272,22 +256,14 @@ def _ids_of(path: Path) -> dict[bytes, int]:
         except binascii.Error:
             token = b""
         if not token or token in ids:
-            raise CorruptFile(
-                "the tokenizer file is damaged",
-                file=str(path),
-                expected=f"line {number + 1}: a token in base64 and its id, {number}",
-                found=repr(line[:60]) + (f", the token of id {ids[token]}" if token in ids else ""),
-                remedy=_ANOTHER,
-            )
+            expected = f"line {number + 1}: a token in base64 and its id, {number}"
+            found = repr(line[:60]) + (f", the token of id {ids[token]}" if token in ids else "")
+            raise CorruptFile("the tokenizer file is damaged", path, expected, found, remedy=_ANOTHER)
         ids[token] = number
     if len(ids) != BASE_TOKENS:
-        raise UnsupportedModel(
-            "only Llama 3's tokenizer can be built from tiktoken's lines",
-            file=str(path),
-            expected=f"{BASE_TOKENS} lines",
-            found=len(ids),
-            remedy="give the directory of a Hugging Face tokenizer with --tokenizer",
-        )
+        what = "only Llama 3's tokenizer can be built from tiktoken's lines"
+        remedy = "give the directory of a Hugging Face tokenizer with --tokenizer"
+        raise UnsupportedModel(what, path, expected=f"{BASE_TOKENS} lines", found=len(ids), remedy=remedy)
     _refuse_long(ids, len(content), path)
     return ids
 
@@ -313,7 +289,9 @@ def build_llama3(path: Path, model_type: str) -> Any:
     ids = _ids_of(path)
     letters = _letters()
     text = {token: "".join(letters[byte] for byte in token) for token in ids}
-    merges = [(text[left], text[right]) for left, right in _merges_by_id(ids)]
+    # All ways to cut each token in two tokens, by its id; ways of one token by the ids of the parts.
+    ways = (way for token in ids for way in sorted(_cut(token, ids), key=lambda way: (ids[way[0]], ids[way[1]])))
+    merges = [(text[left], text[right]) for left, right in ways]
     # A piece of text that is a token is that token, whichever merges lead to it: so does tiktoken.
     model = models.BPE({text[token]: number for token, number in ids.items()}, merges, ignore_merges=True)
     tokenizer: Any = Tokenizer(model)
@@ -325,11 +303,6 @@ def build_llama3(path: Path, model_type: str) -> Any:
     by_letter = processors.ByteLevel(trim_offsets=False)
     tokenizer.post_processor = processors.Sequence([by_letter, around_texts(tokenizer, [BEGIN])])
     return tokenizer
-
-
-def _merges_by_id(ids: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """All ways to cut each token in two tokens, by its id; ways of one token by the ids of the parts."""
-    return [way for token in ids for way in sorted(_cut(token, ids), key=lambda way: (ids[way[0]], ids[way[1]]))]
 
 
 def _letters() -> list[str]:

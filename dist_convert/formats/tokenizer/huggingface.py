@@ -10,7 +10,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,19 +19,12 @@ from typing import Any
 
 from dist_convert.errors import CorruptFile
 from dist_convert.formats.huggingface.read import CONFIG_FILE, GENERATION_FILE, check_inside
-from dist_convert.formats.tokenizer.build import (
-    around_texts,
-    build_llama2,
-    build_llama3,
-    can_begin,
-    is_sentencepiece,
-    read_sentencepiece,
-    roles,
-)
+from dist_convert.formats.tokenizer import build
+from dist_convert.formats.tokenizer.build import roles
 from dist_convert.formats.tokenizer.chat import CHAT_TEMPLATES
 from dist_convert.formats.tokenizer.record import Style, Tokenizer
 from dist_convert.read.source import read_json, read_small_file
-from dist_convert.write.files import write_file
+from dist_convert.records import JsonObject
 
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -87,14 +80,14 @@ class _Settings:
         added: the tokens that were added to the model's, by id, each with its text and flags.
     """
 
-    config: Mapping[str, Any]
+    config: JsonObject
     roles: Mapping[str, str | None]
-    added: Mapping[int, Mapping[str, Any]]
+    added: Mapping[int, JsonObject]
 
 
 def _damaged(path: Path, key: str, expected: str, found: object) -> CorruptFile:
     what, remedy = "a file of the tokenizer is damaged", "copy it again, or give another directory with --tokenizer"
-    return CorruptFile(what, file=str(path), expected=f"{key}: {expected}", found=reprlib.repr(found), remedy=remedy)
+    return CorruptFile(what, path, expected=f"{key}: {expected}", found=reprlib.repr(found), remedy=remedy)
 
 
 def _typed(path: Path, key: str, value: Any, *types: type) -> Any:
@@ -111,22 +104,18 @@ def _id(path: Path, key: str, value: Any) -> int:
 
 
 def _settings(directory: Path) -> _Settings:
-    """The settings in a directory, whose links have been checked.
-
-    Raises:
-        CorruptFile: naming file and key.
-    """
+    """The settings in a directory, whose links have been checked."""
     paths = [directory / name for name in (_SPECIAL_TOKENS, CONFIG, _ADDED_FILE)]
     tokens, config, ids = map(_read_settings, paths)
     for key, types in _TYPES.items():
         _typed(paths[1], key, config.get(key), *types, NoneType)
-    roles: dict[str, str | None] = {}
+    roles = {}
     for (path, content), role in product(zip(paths, (tokens, config), strict=False), _ROLES):  # the latter file wins
         if role in content:
             token = content[role]
             text = token.get("content") if isinstance(token, dict) else token
             roles[role] = None if token is None else _typed(path, role, text, str)
-    added: dict[int, dict[str, Any]] = {_id(paths[2], text, number): {"content": text} for text, number in ids.items()}
+    added: dict[int, JsonObject] = {_id(paths[2], text, number): {"content": text} for text, number in ids.items()}
     for number, token in (config.get("added_tokens_decoder") or {}).items():
         key = f"added_tokens_decoder, {number}"
         _typed(paths[1], key, token, dict)
@@ -137,7 +126,7 @@ def _settings(directory: Path) -> _Settings:
     return _Settings(config, roles, added)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> JsonObject:
     """An object from a file, nothing where there is none, whose texts can be written again."""
     content = read_json(path) if path.is_file() else {}
     for key, value in content.items():
@@ -165,7 +154,7 @@ def read_huggingface(directory: Path) -> Tokenizer:
             read_json(directory / name)
     said = _settings(directory)
     if is_slow(directory):
-        model, ids = read_sentencepiece(directory / MODEL_FILE)
+        model, ids = build.read_sentencepiece(directory / MODEL_FILE)
         model = replace(model, kind="slow", path=directory, chat=None)
         _check_added(directory, ids, said)
     else:
@@ -191,24 +180,16 @@ def read_huggingface(directory: Path) -> Tokenizer:
 
 
 def _check_added(directory: Path, pieces: Mapping[str, int], said: _Settings) -> None:
-    """Refuse what cannot be added to a model's pieces in the order of the ids, and roles of no token.
-
-    Raises:
-        CorruptFile
-    """
+    """Refuse what cannot be added to a model's pieces in the order of the ids, and roles of no token."""
     ids = dict(pieces)
     for number, token in sorted(said.added.items()):
         text = token["content"]
         expected = ids.setdefault(text, len(ids))
         if expected != number or not text:
-            raise CorruptFile(
-                "added tokens of the tokenizer leave ids out, or are there already",
-                file=str(directory),
-                expected=f"id {expected}",
-                found=f"id {number}: {text!r}",
-            )
+            what = "added tokens of the tokenizer skip ids or repeat a token"
+            raise CorruptFile(what, directory, expected=f"id {expected}", found=f"id {number}: {text!r}")
     for role, text in said.roles.items():
-        if text and (text not in ids or not can_begin(text)):
+        if text and (text not in ids or not build.can_begin(text)):
             name = CONFIG if role in said.config else _SPECIAL_TOKENS
             raise _damaged(directory / name, role, "a token of the model, or an added one, without colons", text)
 
@@ -238,17 +219,15 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     return {line.removesuffix("\r"): number for number, line in enumerate(text.removesuffix("\n").split("\n"))}
 
 
-def _notes_on(directory: Path, config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+def _notes_on(directory: Path, config: JsonObject) -> tuple[bool, tuple[str, ...]]:
     """Whether there is a chat template, and what a copy of the directory may not do as the original does."""
     name, is_fast, found = config.get("tokenizer_class"), (directory / _FAST_FILE).is_file(), []
     has_template = bool(config.get("chat_template"))
     if config.get("auto_map"):
         found.append("the tokenizer's auto_map names Python code, which is not copied")
     if name in _LLAMA_CLASSES and is_fast:
-        found.append(
-            f"transformers 5 may cut leading spaces in another way than 4 with the tokenizer's class {name}, "
-            "which is copied as it is"
-        )
+        cuts = "transformers 5 may cut leading spaces differently from 4"
+        found.append(f"{cuts} with the tokenizer's class {name}, which is copied as it is")
     if not name and not is_fast:
         found.append(f"no tokenizer_class in the tokenizer's {CONFIG} says how its vocabulary is read")
     if others := sorted({path.name for pattern in _NOT_COPIED for path in directory.glob(pattern)}):
@@ -268,7 +247,7 @@ def files_of(directory: Path) -> tuple[str, ...]:
     for name in found:
         check_inside(directory, name)
         if not (directory / name).is_file():  # such as a link of the hub's cache to what is gone
-            raise CorruptFile(f"{name} is no plain file, or a link to none", file=str(directory / name))
+            raise CorruptFile(f"{name} is not a plain file, or links to something else", directory / name)
     return found
 
 
@@ -302,15 +281,15 @@ def is_slow(directory: Path) -> bool:
     if not os.path.isfile(model) or not os.path.lexists(directory / CONFIG) or has_tokenizer_files(directory):
         return False
     with model.open("rb") as opened:
-        return is_sentencepiece(opened.read(3))
+        return build.is_sentencepiece(opened.read(3))
 
 
-def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _build_slow(directory: Path) -> tuple[Any, JsonObject]:
     """A `tokenizers.Tokenizer` of a directory that has been read, and its tokenizer_config.json for it."""
     from tokenizers import AddedToken, pre_tokenizers
 
     said = _settings(directory)
-    tokenizer, special = build_llama2(directory / MODEL_FILE)
+    tokenizer, special = build.build_llama2(directory / MODEL_FILE)
     for number, token in sorted(said.added.items()):
         if number >= tokenizer.get_vocab_size():
             added = AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS if flag in token})
@@ -321,26 +300,25 @@ def _build_slow(directory: Path) -> tuple[Any, dict[str, Any]]:
     special |= {role: text for role, text in said.roles.items() if text}
     begin = [special["bos_token"]] if said.config.get("add_bos_token", True) and "bos_token" in special else []
     end = [special["eos_token"]] if said.config.get("add_eos_token", False) and "eos_token" in special else []
-    tokenizer.post_processor = around_texts(tokenizer, begin, end)
+    tokenizer.post_processor = build.around_texts(tokenizer, begin, end)
     kept = {key: value for key, value in said.config.items() if key not in _TAKEN_OVER}
     ours = {"tokenizer_class": _FAST_CLASS, "added_tokens_decoder": _added_to(tokenizer)}
     return tokenizer, {**special, "model_input_names": _INPUT_NAMES, **kept, **ours}
 
 
-def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[str, ...]:
-    """Write the tokenizer's files, as found on this machine, into an existing directory; returns their names.
+def tokenizer_files(tokenizer: Tokenizer, style: Style) -> Iterator[tuple[str, bytes]]:
+    """The files of the tokenizer as found on this machine, each read when it is its turn: name and content.
 
     Raises:
         SourceError: a file of the tokenizer cannot be read.
         MissingPackage: what building one needs is not installed.
-        TargetError, NotEnoughSpace: the target's file system refuses.
     """
     path = tokenizer.path
     if path is None:
-        return ()
-    files: dict[str, bytes | None] = {}
+        return
+    files = {}
     if tokenizer.kind in ("huggingface", "slow"):
-        files = dict.fromkeys(files_of(path))  # of which the content is read when it is written
+        files = dict.fromkeys(files_of(path))
     if tokenizer.kind == "huggingface":
         changed = _for_both_versions(path)
         files |= {} if changed is None else {CONFIG: changed}
@@ -349,9 +327,12 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         files |= {_FAST_FILE: built.to_str(pretty=True).encode(), CONFIG: _json(config)}
     else:
         if tokenizer.kind == "tiktoken":
-            built, special = build_llama3(path, style.model_type), roles(style.model_type, instruct=style.instruct)
+            built, special = (
+                build.build_llama3(path, style.model_type),
+                roles(style.model_type, instruct=style.instruct),
+            )
         else:
-            built, special = build_llama2(path)
+            built, special = build.build_llama2(path)
         # In transformers 4's keys, which 5 reads too. With the class LlamaTokenizer, 5 would replace the normalizer and
         # cut leading spaces another way.
         config = {
@@ -368,14 +349,13 @@ def write_tokenizer(tokenizer: Tokenizer, style: Style, target: Path) -> tuple[s
         if tokenizer.kind == "sentencepiece":
             files[MODEL_FILE] = read_small_file(path)  # some readers prefer it
     for name, content in files.items():
-        write_file(target, name, read_small_file(path / name) if content is None else content)
-    return tuple(files)
+        yield name, read_small_file(path / name) if content is None else content
 
 
-def _added_to(built: Any) -> dict[str, dict[str, Any]]:
+def _added_to(built: Any) -> dict[str, JsonObject]:
     added = sorted(built.get_added_tokens_decoder().items())
     return {str(number): {key: getattr(token, key) for key in ("content", *_FLAGS)} for number, token in added}
 
 
-def _json(data: Mapping[str, Any]) -> bytes:
+def _json(data: JsonObject) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dist_convert.errors import quoted
 from dist_convert.options import Options, TokenizerJob
+from dist_convert.records import JsonObject
 
 #: A directory that is copied; one that is copied and lacks tokenizer.json, which is built; tiktoken's lines or a
 #: SentencePiece model, which a Hugging Face tokenizer is built from.
@@ -60,7 +61,7 @@ class Style:
     max_positions: int
 
 
-def style_of(tokenizer: Tokenizer, config: Mapping[str, Any], job: Options | TokenizerJob) -> Style:
+def style_of(tokenizer: Tokenizer, config: JsonObject, job: Options | TokenizerJob) -> Style:
     """The style that the tokenizer tells or `--source-model-type` asks for, as far as it fits; else the config's."""
     said, positions = job.source_model_type, int(config.get("max_position_embeddings") or 0)
     if tokenizer.chat is not None:
@@ -94,27 +95,24 @@ def notes_on_tokenizer(tokenizer: Tokenizer, style: Style, said: str | None) -> 
     details += ["chat format"] if style.instruct else []
     if not details:
         return [f"tokenizer: built from {tokenizer.note}"]
-    why = "" if said == style.model_type else ", as its config suggests; --source-model-type decides"
-    why = ", as its control tokens tell" if tokenizer.chat is not None else why
+    why = "" if said == style.model_type else ", as its config suggests; --source-model-type overrides it"
+    why = ", by its control tokens" if tokenizer.chat is not None else why
     return [f"tokenizer: built from {tokenizer.note}; {' and '.join(details)} of {_NAMES[style.model_type]}{why}"]
 
 
 def how_to_add_tokenizer(job: Options) -> str:
-    """The line that ends a conversion without a tokenizer."""
+    """What to do about a conversion's target that has no tokenizer."""
     flags = " --instruct" if job.instruct else ""
     flags += f" --source-model-type {job.source_model_type}" if job.source_model_type else ""
-    ids = "its special ids are its family's, those of the model that it was made from, or none"
     how = f"dist-convert tokenizer PATH {quoted(str(job.target))}{flags}"
-    return f"the target has no tokenizer; {ids}; add one, a directory or a tokenizer.model, with: {how}"
+    return f"add one (a directory or a tokenizer.model) with: {how}"
 
 
 def vocabulary_warnings(claims: Mapping[str, int | None], rows: int, kept: int) -> list[str]:
     """What to say where sizes of the vocabulary disagree, and where the tokenizer has tokens without a row.
 
-    Args:
-        claims: who says how many tokens there are, such as {"tokenizer": 128256, "args": None}.
-        rows: of the embedding, padding included.
-        kept: rows that the target has.
+    `claims` are who says how many tokens there are, such as {"tokenizer": 128256, "args": None}; `rows` the
+    embedding's, padding included; `kept` those that the target has.
     """
     known = {size for size in claims.values() if size is not None}
     tokens = claims.get("tokenizer")

@@ -5,22 +5,24 @@ They are written as `capacity_bins.pt` in the nesting that Habana's converter us
 """
 
 import io
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel, UsageError
+from dist_convert.errors import CheckpointNotFound, CorruptFile, UnsupportedModel, UsageError, below
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, Grid, Rank, grid_ranks, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import CAPACITY_BINS, capacity_bin, layer_of, normalise
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.read.file_reader import TORCH_DTYPES
+from dist_convert.read.restricted_pickle import Tensor
 from dist_convert.read.source import opened_source
+from dist_convert.read.torch_file import open_dict, place_tensors
 from dist_convert.records import DTYPE_BYTES, StoredTensor, counted, local_name
-from dist_convert.write.files import write_file
+from dist_convert.write.files import Directory, write_file
 
 FILE = "capacity_bins.pt"
 _DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
@@ -33,23 +35,30 @@ Bins = Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]]
 
 def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
     """Read the capacity bins of the shards that this rank answers for."""
-    found: list[Bin] = []
+    found = []
     for shard in shards:
         for virtual, chunk in enumerate(shard.chunks):
             for stored_name, tensor in chunk.items():
                 prefix, _, name = normalise(stored_name).partition(CAPACITY_BINS)
                 layer = layer_of(prefix)
                 if name and layer is not None:
-                    found.append((shard.file, virtual, layer, name, tensor.dtype, _read(directory, tensor)))
+                    values = _read(directory, tensor, "--save-capacity-bins")
+                    found.append((shard.file, virtual, layer, name, tensor.dtype, values))
     return found
 
 
-def _read(directory: Path, tensor: StoredTensor) -> list[float]:
-    path = directory / tensor.file
-    if tensor.dtype not in _DTYPES:
-        raise _unexpected(tensor.dtype, tensor.name, str(path), "--save-capacity-bins")
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    with opened_source(path, str(path)) as file:
+#: A bin has a value for each boundary of a histogram, and the file may hold fewer than its shape says.
+_MOST_VALUES = 1 << 16
+
+
+def _read(directory: Path, tensor: StoredTensor, flag: str) -> list[float]:
+    path, span = directory / tensor.file, 1 + sum(map(mul, tensor.strides, (size - 1 for size in tensor.shape)))
+    if tensor.dtype not in _DTYPES or not 0 < tensor.elements <= _MOST_VALUES or span > _MOST_VALUES:
+        what, expected, found = "no capacity bins, or too many", f"1 to {_MOST_VALUES:,} values", str(tensor.elements)
+        if tensor.dtype not in _DTYPES:
+            what, expected, found = "capacity bins of an unexpected dtype", ", ".join(_DTYPES), tensor.dtype
+        raise UnsupportedModel(what, path, expected, found, remedy=f"leave {flag} out", tensor=tensor.name)
+    with opened_source(path) as file:
         file.seek(tensor.offset_bytes)
         data = bytearray(file.read(span * DTYPE_BYTES[tensor.dtype]))
     stored = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])
@@ -57,18 +66,7 @@ def _read(directory: Path, tensor: StoredTensor) -> list[float]:
     return values
 
 
-def _unexpected(dtype: str, name: str, file: str, flag: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        "capacity bins of an unexpected dtype",
-        tensor=name,
-        file=file,
-        expected=", ".join(_DTYPES),
-        found=dtype,
-        remedy=f"leave {flag} out",
-    )
-
-
-def write_bins(target: Path, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
+def write_bins(target: Directory, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
     """Write the bins of all ranks as `capacity_bins.pt`; slots without one are empty dicts."""
     places = {f"{rank_directory(catalog.grid, rank)}/{SHARD_FILE}": rank for rank in grid_ranks(catalog.grid)}
     first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in catalog.chunks}
@@ -100,30 +98,28 @@ def load_bins(path: Path) -> Bins:
         UnsupportedModel: bins of another dtype.
     """
     if not path.is_file():
-        raise CheckpointNotFound(f"no {FILE}", file=str(path), remedy="leave --load-capacity-bins out")
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    try:
-        found = {
-            (layer, pipeline, expert, tensor, name): (names.get(values.dtype) or str(values.dtype), values.tolist())
-            for name, layers in torch.load(path, weights_only=True).items()
-            for layer, pipelines in layers.items()
-            for pipeline, experts in pipelines.items()
-            for expert, tensors in experts.items()
-            for tensor, values in tensors.items()
-            if isinstance(values, torch.Tensor) and values.dim() == 1
-        }
-    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise CorruptFile("damaged capacity bins", file=str(path), found=f"{type(error).__name__}: {error}") from error
-    for (layer, *_, name), (dtype, _) in found.items():
-        if dtype not in _DTYPES:
-            raise _unexpected(dtype, f"{name} of layer {layer}", str(path), "--load-capacity-bins")
+        raise CheckpointNotFound(f"no {FILE}", path, remedy="leave --load-capacity-bins out")
+    with below(path.parent), opened_source(path, FILE) as file:
+        container, saved = open_dict(file, FILE)
+        try:
+            tensors = {
+                (layer, pipeline, expert, tensor, name): values
+                for name, layers in saved.items()
+                for layer, pipelines in layers.items()
+                for pipeline, experts in pipelines.items()
+                for expert, tensors in experts.items()
+                for tensor, values in tensors.items()
+                if isinstance(name, str) and isinstance(values, Tensor) and len(values.shape) == 1
+            }
+        except AttributeError as error:
+            raise CorruptFile("damaged capacity bins", FILE, found=error) from error
+        found = {}
+        for place, values in tensors.items():
+            [bin] = place_tensors({f"{place[-1]} of layer {place[0]}": values}, container).values()
+            found[place] = bin.dtype, _read(path.parent, bin, "--load-capacity-bins")
     if not found:
-        raise CorruptFile(
-            "no capacity bins in the file",
-            file=str(path),
-            expected="vectors, by name, layer, pipeline, expert and tensor rank",
-            remedy="leave --load-capacity-bins out",
-        )
+        expected = "vectors, by name, layer, pipeline, expert and tensor rank"
+        raise CorruptFile("no capacity bins in the file", path, expected, remedy="leave --load-capacity-bins out")
     return found
 
 
@@ -131,10 +127,6 @@ def place_bins(
     bins: Bins, grid: Grid, chunks: Sequence[Chunk]
 ) -> dict[tuple[str, int], dict[str, tuple[str, list[float]]]]:
     """The bins that each file holds: (file, virtual stage) -> name there -> dtype and values.
-
-    Args:
-        bins: of `load_bins`.
-        grid, chunks: of the target.
 
     Raises:
         UsageError: the bins are of another grid; each rank has its own, so they fit no other.
@@ -147,7 +139,7 @@ def place_bins(
     if astray or held != wanted:
         raise UsageError(
             "the capacity bins are of another parallel grid",
-            file=FILE,
+            FILE,
             expected=f"bins of {counted(len(wanted), 'rank')} of {grid}",
             found=f"bins of {counted(len(held), 'rank')}, {counted(len(astray), 'layer')} on other stages",
             remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",

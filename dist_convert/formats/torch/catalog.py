@@ -4,41 +4,35 @@ It serves a source, from the headers of its files, and a target, from those that
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from dist_convert.errors import ConversionError, InconsistentShards, MissingTensor, WrongShape
 from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, layer_chunks
 from dist_convert.formats.megatron.names import Numbers, Piece, Spelling
-from dist_convert.formats.megatron.parameters import Parameter, Replica, held_padding, held_regions, parameters_of
-from dist_convert.models.catalog import Region, TensorMeta
-from dist_convert.models.schema import Architecture, Family
+from dist_convert.formats.megatron.parameters import MegatronCatalog, Parameter, Replica, parameters_of
+from dist_convert.models.schema import Family
 from dist_convert.records import StoredTensor, View
 
 
-@dataclass(frozen=True)
-class TorchCatalog:
+@dataclass(frozen=True, kw_only=True)
+class TorchCatalog(MegatronCatalog):
     """A `Catalog` of rank files.
 
     Attributes:
-        architecture, family, grid: the model, its table, and how it is cut.
+        family, grid: the model's table, and how it is cut.
         chunks: which layers each virtual pipeline stage holds.
         files: which files hold which shard.
         stored: each tensor by file and virtual stage, then by its normalised name.
         imported_experts: see `survey.open_catalog`.
         whole_latents: see `parameters.parameters_of`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
-        add_to_norms: 1 where norms are stored as gamma - 1.
         pinned: parameters whose copies differ; that of the lowest rank is taken.
         drops_mtp: layers of multi-token prediction are left out.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
-        tensors: the logical tensors.
-        parameters, replicas: see `parameters.Holder`.
-        params_dtype: in which most bytes are stored.
     """
 
-    architecture: Architecture
     family: Family
     grid: Grid
     chunks: tuple[Chunk, ...]
@@ -47,25 +41,9 @@ class TorchCatalog:
     imported_experts: bool = False
     whole_latents: bool = False
     permuted_experts: bool = False
-    add_to_norms: int = 0
     pinned: frozenset[str] = frozenset()
     with_tied_copies: bool = False
     drops_mtp: bool = False
-    tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
-    parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
-    replicas: Mapping[str, Sequence[Sequence[Replica]]] = field(default_factory=dict)
-    params_dtype: str = ""
-
-    @property
-    def is_owned(self) -> bool:
-        return True
-
-    def regions(self, name: str) -> Sequence[Region]:
-        """See `Catalog`; replicas are in the order of their files' ranks."""
-        return held_regions(self, name)
-
-    def padding(self, name: str) -> Sequence[Region]:
-        return held_padding(self, name)
 
     def checksum(self, view: View) -> int | None:
         """What the file tells of a stored tensor, where all of it is one copy or several."""
@@ -93,7 +71,7 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         MissingTensor, WrongShape: naming the tensor and the file.
         InconsistentShards: equal copies of a shard are stored in different pieces.
     """
-    found = replicas(catalog, parameter, shard)
+    found = tuple(_chosen(catalog, parameter, file)[1] for file in files_of(catalog, parameter, shard))
     if parameter.name in catalog.pinned:
         return found[:1]
     if catalog.with_tied_copies:
@@ -101,8 +79,8 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     if len(found) > 1 and len({tuple((row, view.rows) for row, _, view in replica) for replica in found}) > 1:
         raise InconsistentShards(
             "equal copies are stored in different layouts",
+            ", ".join(replica[0][2].file for replica in found),
             tensor=parameter.name,
-            file=", ".join(replica[0][2].file for replica in found),
         )
     return found
 
@@ -174,15 +152,6 @@ def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) ->
     return [(spelling, views) for spelling, views in found if views is not None]
 
 
-def replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
-    """Where one shard of a parameter is stored, once for every file that has it.
-
-    Raises:
-        MissingTensor, WrongShape: naming the tensor and the file.
-    """
-    return tuple(_chosen(catalog, parameter, file)[1] for file in files_of(catalog, parameter, shard))
-
-
 def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str) -> tuple[Spelling, Replica]:
     fitting = fitting_spellings(catalog, parameter, file)
     chosen = megatron_names.choose([spelling for spelling, _ in fitting], permuted=catalog.permuted_experts)
@@ -250,24 +219,19 @@ def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> Conver
         )
         return MissingTensor(
             f"no tensor for {parameter.name}",
+            file,
             tensor=spelled[0],
-            file=file,
             expected=f"shape {shape}, under one of {', '.join(spelled)}",
             found="nothing",
             remedy="the shard is incomplete or of another model; copy it again",
         )
     if len({tensor.name for tensor in present}) > 1 and len(fitting_spellings(catalog, parameter, file)) > 1:
         return InconsistentShards(
-            f"{parameter.name} is stored twice", file=file, found=", ".join(sorted({t.name for t in present}))
+            f"{parameter.name} is stored twice", file, found=", ".join(sorted({t.name for t in present}))
         )
     remedy = "the shard is of another model, or the args are not those it was trained with"
     if parameter.expert is not None and catalog.grid.expert_tensor < catalog.grid.tensor:
         remedy += "; if Habana's converter imported this checkpoint, add --habana-imported-experts"
-    return WrongShape(
-        f"wrong shape for {parameter.name}",
-        tensor=present[0].name,
-        file=file,
-        expected=f"{shape} from the args and {catalog.grid}",
-        found=f"{list(present[0].shape)}",
-        remedy=remedy,
-    )
+    expected = f"{shape} from the args and {catalog.grid}"
+    found = f"{list(present[0].shape)}"
+    return WrongShape(f"wrong shape for {parameter.name}", file, expected, found, remedy, tensor=present[0].name)

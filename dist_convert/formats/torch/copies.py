@@ -8,10 +8,9 @@ alone; headers show of some that they were copied twice or swapped.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -24,9 +23,8 @@ from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Where
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.buffers import make_buffer
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader
-from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, local_name, names, row_major, tiles
+from dist_convert.read.file_reader import TORCH_DTYPES, FileReader, make_buffer
+from dist_convert.records import DTYPE_BYTES, Box, JsonObject, StoredTensor, View, local_name, names, row_major, tiles
 
 _SAMPLE_BYTES = 64 << 10
 #: Of what every rank has whole: norms and routers end before.
@@ -95,16 +93,6 @@ _OF_RUN = ("seed", "world_size", "consumed_train_samples")
 _SAMPLED = 2
 
 
-def order_problems(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
-    """Rank directories that hold another's shard, or one of another run; every rank gets the same.
-
-    Args:
-        model, catalog: whose headers are read.
-        world: this rank.
-    """
-    return [*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)]
-
-
 def _of_other_runs(model: TorchModel) -> Iterator[ConversionError]:
     first = min(model.shards)
     for file, shard in sorted(model.shards.items()):
@@ -112,8 +100,8 @@ def _of_other_runs(model: TorchModel) -> Iterator[ConversionError]:
             expected, found = model.args.get(name), shard.args.get(name)
             if found != expected and None not in (found, expected):
                 yield InconsistentShards(
-                    f"two shards disagree about {name}, so they are of different runs",
-                    file=str(model.directory / file),
+                    f"two shards disagree about {name}, so they come from different runs",
+                    model.directory / file,
                     expected=f"{expected!r} as in {model.directory / first}",
                     found=repr(found),
                     remedy=f"copy all shards again from one run; if they belong together, convert with {ACCEPT_ORDER}",
@@ -138,7 +126,7 @@ def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionErr
             if said != named[file][axis]:
                 yield InconsistentShards(
                     f"a rank directory holds the shard of another {axis} parallel rank",
-                    file=str(model.directory / file),
+                    model.directory / file,
                     expected=f"{axis} parallel rank {named[file][axis]}, as the directory's name says",
                     found=f"args.rank {shard.args['rank']}, which is {axis} parallel rank {said}",
                     remedy="shards may have been swapped: copy them again from where they were saved; if the names are "
@@ -146,7 +134,7 @@ def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionErr
                 )
 
 
-def _place_of(rank: int, args: Mapping[str, Any], grid: Grid) -> dict[str, int]:
+def _place_of(rank: int, args: JsonObject, grid: Grid) -> dict[str, int]:
     """Where in the grid Megatron puts a process, as far as that is the same in all its versions.
 
     Tensor parallel ranks are numbered first and pipeline parallel ones last (docs/formats.md, "Rank directories").
@@ -188,7 +176,7 @@ def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> lis
     return [
         InconsistentShards(
             "two rank directories hold the same shard",
-            file=str(model.directory / file),
+            model.directory / file,
             expected="matrices of its own",
             found=f"those of {model.directory / twin}",
             remedy="one of them was copied under the other's name: copy the right one again from where it was saved; "
@@ -249,21 +237,20 @@ def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
     A head beside args that do not say whether it is tied is so only if it is the embedding.
 
     Args:
-        model: whose headers are read.
         where: how it is to be read. Where copies differ and that is accepted, that of the lowest rank is taken, and a
             head that is not its embedding becomes one of its own. Of what is compared only such a head is looked at.
-        world: this rank.
 
     Raises:
         InconsistentShards: copies differ, or rank directories hold others' shards, and that is not accepted.
     """
     asked, is_silent = where.asked, model.args.get("untie_embeddings_and_output_weights") is None
-    if where.is_compared and not (is_silent and _has_head(model)):
+    stored = (name for shard in model.shards.values() for chunk in shard.chunks for name in chunk)
+    if where.is_compared and not (is_silent and any(normalise(name) == TIED[1] for name in stored)):
         return model
     catalog, _ = model.catalog(with_tied_copies=True)
     notes = list(model.notes)
     if not where.is_compared:
-        problems = order_problems(model, catalog, world)
+        problems = [*_of_other_runs(model), *_swapped(model, catalog), *_copied_twice(model, catalog, world)]
         raise_together([] if asked.accept_shard_order else problems)
         notes += [f"warning: accepted: {one.what}: {one.file}" for one in problems]
     differing = _differing(catalog, model, world, are_accepted=asked.accept_differing_copies, is_silent=is_silent)
@@ -274,14 +261,10 @@ def settle_copies(model: TorchModel, where: Where, world: World) -> TorchModel:
     raise_together([_problem(pair, model, world, is_measured=n < _MEASURED) for n, pair in enumerate(wrong)])
     pinned = frozenset(pair.parameter.name for pair in differing if not pair.ends_in_head)
     if pinned:
-        notes.append(f"warning: copies differ, and the lowest rank's are taken: {names(sorted(pinned))}")
+        notes.append(f"warning: copies differ; the lowest rank's are used: {names(sorted(pinned))}")
     if is_untied and not is_silent:
-        notes.append("warning: the head is not the embedding that the args tie it to: it becomes one of its own")
+        notes.append("warning: the head is not the embedding that the args tie it to: it becomes a separate head")
     return replace(model, pinned=pinned, is_untied=is_untied, notes=tuple(notes))
-
-
-def _has_head(model: TorchModel) -> bool:
-    return any(normalise(name) == TIED[1] for s in model.shards.values() for chunk in s.chunks for name in chunk)
 
 
 def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
@@ -292,27 +275,21 @@ def _copies(catalog: TorchCatalog) -> Iterator[_Copies]:
                 yield _Copies(parameter, shard, tuple(replica[number][2] for replica in found))
 
 
-def _has_checksums(catalog: TorchCatalog, copies: _Copies) -> bool:
-    """Whether checksums tell if copies are equal."""
-    return None not in map(catalog.checksum, copies.views) and len({view.dtype for view in copies.views}) == 1
-
-
 def _differing(
     catalog: TorchCatalog, model: TorchModel, world: World, *, are_accepted: bool, is_silent: bool
 ) -> list[_Copies]:
     """Pairs of copies that differ: by their checksums, which read nothing, else by samples of their values.
 
     Args:
-        catalog, model: whose headers are read.
-        world: this rank.
         are_accepted: whether all values are compared, as copies that differ will be taken from the lowest rank.
         is_silent: whether all values of a head are, as nothing else says whether it is tied.
     """
     found: list[_Copies] = []
-    unknown: list[_Copies] = []
+    unknown = []
     for copies in _copies(catalog):
-        if _has_checksums(catalog, copies):
-            found += _pairs(copies, [catalog.checksum(view) for view in copies.views])
+        checksums = list(map(catalog.checksum, copies.views))
+        if None not in checksums and len({view.dtype for view in copies.views}) == 1:
+            found += _pairs(copies, checksums)
         else:
             unknown.append(copies)
     of_size: dict[int, list[_Copies]] = {}
@@ -339,17 +316,17 @@ def _pairs(copies: _Copies, sums: Sequence[object]) -> Iterator[_Copies]:
 def _problem(pair: _Copies, model: TorchModel, world: World, *, is_measured: bool) -> ConversionError:
     first, other = pair.views
     what = "copies of one parameter differ"
-    remedy = "one of them is of another run, or damaged: copy the checkpoint again from where it was saved; or take "
+    remedy = "one of them is damaged or from another run: copy the checkpoint again from where it was saved; or take "
     remedy += f"that of the lowest rank with {ACCEPT_COPIES}"
     if pair.ends_in_head:
         what = "the head on the last stage is not the embedding that the args tie it to"
-        remedy = f"if the model was trained with a head of its own, convert it so with {ACCEPT_COPIES}"
+        remedy = f"if the model was trained with a separate head, convert it with {ACCEPT_COPIES}"
     return InconsistentShards(
         what,
+        f"{model.directory / other.file}",
         tensor=f"{pair.parameter.name}, shard {pair.shard}",
-        file=f"{model.directory / other.file}",
         expected=f"the values in {model.directory / first.file}",
-        found=_largest_difference(first, other, model, world) if is_measured else "others",
+        found=_largest_difference(first, other, model, world) if is_measured else "other values",
         remedy=remedy,
     )
 
@@ -358,7 +335,7 @@ def _largest_difference(first: View, other: View, model: TorchModel, world: Worl
     """How far two copies are apart, as the first rank finds that sees both."""
     able = [rank for rank, files in enumerate(model.found.visible) if {first.file, other.file} <= files]
     if not able:
-        return "others, on different nodes"
+        return "other values, on different nodes"
     mine = ""
     if world.rank == able[0]:
         buffers = make_buffer(BLOCK_BYTES), make_buffer(BLOCK_BYTES)
@@ -375,6 +352,6 @@ def _largest_difference(first: View, other: View, model: TorchModel, world: Worl
                 if float(apart.max()) > largest:
                     inside = divmod(int(apart.argmax()), tile.columns)
                     largest, row, column = float(apart.max()), tile.row + inside[0], tile.column + inside[1]
-        mine = f"others, at most {largest:.3g} apart, at row {row}, column {column} of the shard"
-    told: list[str] = gather_objects(world, mine)
+        mine = f"other values, at most {largest:.3g} apart, at row {row}, column {column} of the shard"
+    told = gather_objects(world, mine)
     return told[able[0]]

@@ -7,12 +7,12 @@ from typing import Any
 
 from dist_convert.errors import InconsistentShards, below
 from dist_convert.formats.foreign import notes_on_classes, refuse_foreign_tensors
+from dist_convert.formats.format import MegatronModel
 from dist_convert.formats.megatron.grid import COPY_ONE, SHARD_FILE, rank_numbers, sizes_of_directories
 from dist_convert.formats.megatron.iterations import notes_on_iteration, rank_files
 from dist_convert.formats.megatron.names import TELLING_SIZES, TIED, normalise
-from dist_convert.formats.megatron.said import Said, said_of
+from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.tokenizer.find import shared_tokenizer
-from dist_convert.formats.tokenizer.record import Tokenizer
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.shards import (
     Shard,
@@ -28,56 +28,27 @@ from dist_convert.models.schema import MOST_RANKS, is_size
 from dist_convert.options import TORCH
 from dist_convert.ranks.collectives import World, gather_objects
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.records import counted, names
+from dist_convert.records import JsonObject, counted, names
 
 
-@dataclass(frozen=True)
-class TorchModel:
-    """A checkpoint whose headers are read.
+@dataclass(frozen=True, kw_only=True)
+class TorchModel(MegatronModel):
+    """A checkpoint whose headers are read; its args are those of the first file.
 
     Attributes:
-        directory: the iteration's, as this rank sees it.
-        found: its files.
-        shards: their headers, by file.
-        said: their args, and what is known beside.
-        tokenizer: the one that the args or the user name, as rank 0 sees it.
-        vocab: tokens without padding; None where nobody says.
+        shards: the headers, by file.
         imported_experts: see `survey.open_catalog`.
-        beside: further files in the rank directories.
         pinned: see `TorchCatalog`.
         is_untied: its head is not the embedding, whatever the args say or leave open.
-        notes: what the user should know of it.
         surveyed: what `catalog` answered last, to which the same question is answered alike.
     """
 
-    directory: Path
-    found: Discovery
     shards: Mapping[str, Shard]
-    said: Said
-    tokenizer: Tokenizer
-    vocab: int | None
     imported_experts: bool = False
-    beside: LeftBehind = ()
     pinned: frozenset[str] = frozenset()
     is_untied: bool = False
-    notes: tuple[str, ...] = ()
     surveyed: list[tuple[TorchCatalog, LeftBehind]] = field(default_factory=list, repr=False)
     format: str = TORCH
-
-    @property
-    def config(self) -> Mapping[str, Any] | None:
-        """Of such a model, where the user names one."""
-        return self.said.config
-
-    @property
-    def args(self) -> Mapping[str, Any]:
-        """The training arguments, as the first file has them, and the user corrects them."""
-        return self.said.args
-
-    @property
-    def iteration(self) -> int | None:
-        """Training step, or None."""
-        return self.shards[min(self.shards)].iteration
 
     def catalog(self, vocab: int | None = None, *, with_tied_copies: bool = False) -> tuple[TorchCatalog, LeftBehind]:
         """See `Model`."""
@@ -101,9 +72,7 @@ class TorchModel:
         return catalog, (*left_behind, *self.beside)
 
 
-def with_stored_sizes(
-    args: Mapping[str, Any], shards: Mapping[str, Shard]
-) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def with_stored_sizes(args: JsonObject, shards: Mapping[str, Shard]) -> tuple[JsonObject, tuple[str, ...]]:
     """The args with the sizes that tensors tell: the padded one of the vocabulary, and those of layers that are absent.
 
     Returns:
@@ -120,11 +89,11 @@ def with_stored_sizes(
     rows = tensor.shape[0] * tensor_parallel
     sizes = dict.fromkeys(str(shard.args.get("padded_vocab_size") or rows) for shard in shards.values())
     said = names(sizes, between=" and ")
-    warning = f"warning: the args say padded_vocab_size {said}, the embedding has {rows} rows, which count"
+    warning = f"warning: the args say padded_vocab_size {said}, the embedding has {rows} rows; the embedding is right"
     return {**args, "padded_vocab_size": rows}, () if said == str(rows) else (warning,)
 
 
-def _sizes_of_layers(args: Mapping[str, Any], shard: Shard, tensor_parallel: int) -> dict[str, Any]:
+def _sizes_of_layers(args: JsonObject, shard: Shard, tensor_parallel: int) -> JsonObject:
     """What args do not say of gated layers with query groups, from the shapes of those in a shard."""
     shapes = {
         ".".join(normalise(name).split(".")[-3:]): one.shape for chunk in shard.chunks for name, one in chunk.items()
@@ -143,10 +112,6 @@ def _sizes_of_layers(args: Mapping[str, Any], shard: Shard, tensor_parallel: int
 
 def read_shards(directory: Path, world: World) -> tuple[Discovery, dict[str, Shard]]:
     """The files of an iteration and their headers, each read by one rank that sees it.
-
-    Args:
-        directory: of the iteration, as this rank sees it.
-        world: this rank.
 
     Raises:
         CheckpointNotFound: no rank sees any file.
@@ -194,8 +159,8 @@ def _check_alike(files: Mapping[str, Sequence[str]], directory: Path, tensor: st
         shown = [f"{what} in {names(file.partition('/')[0] for file in which)}" for what, which in files.items()]
         raise InconsistentShards(
             "rank directories of two grids, and the args do not say which one is meant",
+            directory,
             tensor=tensor,
-            file=str(directory),
             expected="directories of one grid, with equal shares of every tensor",
             found="; ".join(shown),
             remedy=COPY_ONE,
@@ -207,18 +172,13 @@ def open_torch(
 ) -> TorchModel:
     """The model of all shards' headers.
 
-    Args:
-        where: the checkpoint.
-        directory: of its iteration, as this rank sees it.
-        world: this rank.
-        found, shards: of `read_shards`.
-
     Raises:
         SourceError: the shards are not of one run, or their args say no model.
     """
     refuse_foreign_tensors({file: stored_names(shard) for file, shard in shards.items()}, directory)
     check_same_run(shards.values(), directory)
     file = min(shards)
+    iteration = shards[file].iteration
     with below(directory):
         args, on_rows = with_stored_sizes(shards[file].args, shards)
         said = said_of(where, args, file)
@@ -227,24 +187,23 @@ def open_torch(
     found = found.with_checksums(tensor for chunk in chunks for tensor in chunk.values())
     shown = str(directory / file)
     tokenizer, vocab = shared_tokenizer(where, said.args, directory, world, padded=padded, file=shown)
-    beside = _beside(world, directory, found.headers_of[world.rank])
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
-    notes = (*said.notes, *notes_on_iteration(directory, shards[file].iteration), *notes_on_classes(classes))
     return TorchModel(
-        directory,
-        found,
-        shards,
-        said,
-        tokenizer,
-        vocab,
-        where.asked.habana_imported_experts,
-        beside,
-        notes=(*on_rows, *notes),
+        directory=directory,
+        found=found,
+        said=said,
+        iteration=iteration,
+        tokenizer=tokenizer,
+        vocab=vocab,
+        beside=_beside(world, directory, found.headers_of[world.rank]),
+        notes=(*on_rows, *said.notes, *notes_on_iteration(directory, iteration), *notes_on_classes(classes)),
+        shards=shards,
+        imported_experts=where.asked.habana_imported_experts,
     )
 
 
 def _beside(world: World, directory: Path, mine: Sequence[str]) -> LeftBehind:
     """Files in the rank directories that hold no weights, each counted by the rank that read the header beside it."""
-    listings: list[list[dict[str, int]]] = gather_objects(world, [files_beside(directory, file) for file in mine])
+    listings = gather_objects(world, [files_beside(directory, file) for file in mine])
     found = (item for of_rank in listings for of_directory in of_rank for item in of_directory.items())
     return by_reason((name, 1, size_bytes) for name, size_bytes in found)

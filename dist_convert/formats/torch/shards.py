@@ -17,8 +17,8 @@ from dist_convert.formats.megatron.grid import SHARD_FILE
 from dist_convert.formats.megatron.names import reason_to_drop
 from dist_convert.read.restricted_pickle import Inert, Tensor, class_of, foreign_classes, inside, plain_dict
 from dist_convert.read.source import opened_source, reading
-from dist_convert.read.torch_file import Container, open_dict, place_tensors
-from dist_convert.records import DTYPE_BYTES, StoredTensor, human_bytes
+from dist_convert.read.torch_file import open_dict, place_tensors
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, human_bytes
 
 
 def files_beside(directory: Path, file: str) -> dict[str, int]:
@@ -49,7 +49,7 @@ class Shard:
     file: str
     size_bytes: int
     iteration: int | None
-    args: dict[str, Any]
+    args: JsonObject
     chunks: tuple[dict[str, StoredTensor], ...]
     opaque: tuple[dict[str, str], ...]
     others: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -57,11 +57,7 @@ class Shard:
 
 
 def read_shard(path: Path, file: str) -> Shard:
-    """Read the header of one rank's file.
-
-    Args:
-        path: the file on this machine.
-        file: its name relative to the iteration's directory.
+    """Read the header of one rank's file, which is called `file` from the iteration's directory.
 
     Raises:
         CorruptFile, UnsafePickle: see `torch_file` and `restricted_pickle`.
@@ -73,27 +69,34 @@ def read_shard(path: Path, file: str) -> Shard:
         args = saved.get("args")
         values = args.state if isinstance(args, Inert) else args
         if not isinstance(values, Mapping):
-            raise MissingArguments(
-                "the checkpoint has no args",
-                file=file,
-                expected="an argparse.Namespace or a dict under the key 'args'",
-                found=_listed(saved) or "an empty dict",
-                remedy="convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the sizes",
-            )
+            what, expected = "the checkpoint has no args", "an argparse.Namespace or a dict under the key 'args'"
+            remedy = "convert a checkpoint that Megatron-LM's training saved; bare state dicts lack the sizes"
+            raise MissingArguments(what, file, expected, found=_listed(saved) or "an empty dict", remedy=remedy)
         models = _models(saved, file)
         if any("query_key_value" in name for model in models for name in model):
             _refuse_old_version(saved.get("checkpoint_version"), file)
         prefixes = model_prefixes(len(models))
-        chunks = tuple(_stored_tensors(*one, container) for one in zip(models, prefixes, strict=True))
+        chunks = []
+        for prefix, model in zip(prefixes, models, strict=True):
+            tensors = {prefix + name: value for name, value in model.items() if isinstance(value, Tensor)}
+            placed = place_tensors(tensors, container)
+            chunks.append({name.removeprefix(prefix): tensor for name, tensor in placed.items()})
         iteration = saved.get("iteration")
         return Shard(
             file=file,
             size_bytes=container.size_bytes,
             iteration=iteration if isinstance(iteration, int) else None,
             args=in_megatrons_words(plain_dict(values)),
-            chunks=chunks,
-            opaque=tuple(map(_opaque, models)),
-            others={str(name): _amount(value) for name, value in saved.items() if _is_beside(str(name))},
+            chunks=tuple(chunks),
+            opaque=tuple(
+                {name: class_of(value) for name, value in model.items() if not isinstance(value, Tensor)}
+                for model in models
+            ),
+            others={
+                name: _amount(value)
+                for name, value in ((str(key), value) for key, value in saved.items())
+                if name not in _OF_MODEL and not name.removeprefix("model").isdecimal()
+            },
             foreign_classes=foreign_classes(saved),
         )
 
@@ -106,10 +109,6 @@ def _listed(saved: Mapping[Any, Any]) -> str:
     return ", ".join(f"{str(name)[:200]}: {class_of(value)}" for name, value in islice(saved.items(), 100))
 
 
-def _is_beside(name: str) -> bool:
-    return name not in _OF_MODEL and not name.removeprefix("model").isdecimal()
-
-
 def _amount(saved: Any) -> tuple[int, int]:
     """How many tensors a value holds, at any depth, and the bytes of their storages."""
     tensors = [value for value in inside(saved) if isinstance(value, Tensor)]
@@ -119,13 +118,9 @@ def _amount(saved: Any) -> tuple[int, int]:
 
 def _refuse_old_version(version: object, file: str) -> None:
     if not isinstance(version, int | float) or version < 2:
-        raise UnsupportedModel(
-            "a checkpoint older than version 2 orders the rows of QKV differently",
-            file=file,
-            expected="checkpoint_version 2.0 or newer",
-            found=version,
-            remedy="load and save it once with a Megatron-LM of 2021 or later",
-        )
+        what = "a checkpoint older than version 2 orders the rows of QKV differently"
+        remedy = "load and save it once with a Megatron-LM of 2021 or later"
+        raise UnsupportedModel(what, file, expected="checkpoint_version 2.0 or newer", found=version, remedy=remedy)
 
 
 def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
@@ -134,12 +129,8 @@ def _models(saved: Mapping[str, Any], file: str) -> tuple[dict[str, Any], ...]:
         keys.append(f"model{len(keys)}")
     models = [saved[key] for key in keys]
     if not models or not all(isinstance(model, Mapping) for model in models):
-        raise CorruptFile(
-            "the file holds no model",
-            file=file,
-            expected="a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages",
-            found=_listed(saved),
-        )
+        expected = "a dict under 'model', or under 'model0', 'model1', ... with virtual pipeline stages"
+        raise CorruptFile("the file holds no model", file, expected, found=_listed(saved))
     return tuple(_flat(model, file) for model in models)
 
 
@@ -162,15 +153,12 @@ def _flat(model: Mapping[Any, Any], file: str) -> dict[str, Any]:
                 opened.append((f"{name}.{inner}", value[inner]) if is_nested else (name, value))
                 names_bytes += len(opened[-1][0]) + _NAME_BYTES
                 if names_bytes > _MOST_NAMES_BYTES:
-                    raise CorruptFile(
-                        "a model has too many entries, or too long names",
-                        file=file,
-                        expected=f"names of {human_bytes(_MOST_NAMES_BYTES)} in all, at most",
-                    )
+                    expected = f"names of at most {human_bytes(_MOST_NAMES_BYTES)} in all"
+                    raise CorruptFile("a model has too many entries, or names that are too long", file, expected)
         pairs = opened
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise CorruptFile("two entries of a model have one name", file=file)
+        raise CorruptFile("two entries of a model have one name", file)
     return found
 
 
@@ -179,28 +167,18 @@ def model_prefixes(count: int) -> list[str]:
     return [""] if count == 1 else [f"model{virtual}." for virtual in range(count)]
 
 
-def _stored_tensors(model: Mapping[str, Any], prefix: str, container: Container) -> dict[str, StoredTensor]:
-    tensors = {prefix + name: value for name, value in model.items() if isinstance(value, Tensor)}
-    return {name.removeprefix(prefix): tensor for name, tensor in place_tensors(tensors, container).items()}
-
-
-def _opaque(model: Mapping[str, Any]) -> dict[str, str]:
-    """The entries that are no tensors, and what they are."""
-    return {name: class_of(value) for name, value in model.items() if not isinstance(value, Tensor)}
-
-
 def stored_names(shard: Shard) -> list[str]:
     """The names of all that a file's models hold, tensors or not."""
     models: list[Mapping[str, object]] = [*shard.chunks, *shard.opaque]
     return [name for model in models for name in model]
 
 
-def shard_to_json(shard: Shard) -> dict[str, Any]:
+def shard_to_json(shard: Shard) -> JsonObject:
     """A compact JSON form, for sending headers between ranks."""
     return vars(shard) | {"chunks": [header_to_json(chunk) for chunk in shard.chunks]}
 
 
-def shard_from_json(data: dict[str, Any]) -> Shard:
+def shard_from_json(data: JsonObject) -> Shard:
     """The inverse of `shard_to_json`."""
     headers = [header_from_json(data["file"], chunk) for chunk in data["chunks"]]
     chunks = tuple(

@@ -4,44 +4,22 @@ Every parameter is found and every stored tensor accounted for. All that the hea
 together: missing, unknown and misshapen tensors, with their files.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_convert.errors import (
-    ConversionError,
-    InconsistentShards,
-    MissingTensor,
-    PlanError,
-    UnsupportedModel,
-    WrongShape,
-    raise_together,
-)
+from dist_convert import errors
 from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron import parameters as params
 from dist_convert.formats.megatron.args import added_to_norms
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, find_shards, grid_from_args, place_chunks
-from dist_convert.formats.megatron.parameters import (
-    Replica,
-    cover_problems,
-    dtype_problems,
-    tensors_of,
-    unknown_tensor,
-)
-from dist_convert.formats.torch.catalog import (
-    TorchCatalog,
-    equal_replicas,
-    files_of,
-    fitting_spellings,
-    parameters,
-    stored_as,
-)
+from dist_convert.formats.torch import catalog as catalogs
 from dist_convert.formats.torch.shards import Shard
 from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import MTP_REASON
 from dist_convert.models.catalog import LeftBehind, by_reason
 from dist_convert.models.neutral import NEUTRAL
-from dist_convert.models.schema import Architecture, Row, part_shape
+from dist_convert.models.schema import Architecture, part_shape
 from dist_convert.records import StoredTensor, TargetFile, names
 
 #: Args that must be the same in every shard besides those of the families; they decide where bytes go. The padded
@@ -71,9 +49,9 @@ def check_same_run(shards: Iterable[Shard], directory: Path) -> None:
         pairs += [(name, first.args.get(name), shard.args.get(name)) for name in compared]
         pairs += [("number of models", len(first.chunks), len(shard.chunks))]
         problems += [
-            InconsistentShards(
+            errors.InconsistentShards(
                 f"two shards disagree about {name}",
-                file=str(directory / shard.file),
+                directory / shard.file,
                 expected=f"{expected!r} as in {directory / first.file}",
                 found=repr(found),
                 remedy="shards of different runs or iterations were mixed; copy this one again",
@@ -81,7 +59,7 @@ def check_same_run(shards: Iterable[Shard], directory: Path) -> None:
             for name, expected, found in pairs
             if expected != found
         ]
-    raise_together(problems)
+    errors.raise_together(problems)
 
 
 def open_catalog(
@@ -92,7 +70,7 @@ def open_catalog(
     with_tied_copies: bool = False,
     pinned: frozenset[str] = frozenset(),
     drops_mtp: bool = False,
-) -> tuple[TorchCatalog, LeftBehind]:
+) -> tuple[catalogs.TorchCatalog, LeftBehind]:
     """A checkpoint from the headers of its files, and what of it holds no weights.
 
     Args:
@@ -105,7 +83,7 @@ def open_catalog(
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
     """
-    raise_together(list(_no_tensors(shards.values())))
+    errors.raise_together(list(_no_tensors(shards.values())))
     first = shards[min(shards)]
     grid = grid_from_args(first.args, len(first.chunks), imported_experts=imported_experts)
     files = find_shards(grid, shards)
@@ -114,13 +92,13 @@ def open_catalog(
         for shard in shards.values()
         for virtual, chunk in enumerate(shard.chunks)
     }
-    catalog = TorchCatalog(
-        architecture,
-        FAMILIES[architecture.family],
-        grid,
-        _place_layers(architecture, grid, files, stored),
-        files,
-        stored,
+    catalog = catalogs.TorchCatalog(
+        architecture=architecture,
+        family=FAMILIES[architecture.family],
+        grid=grid,
+        chunks=_place_layers(architecture, grid, files, stored),
+        files=files,
+        stored=stored,
         imported_experts=imported_experts,
         whole_latents=_latents_are_whole(architecture, stored),
         with_tied_copies=with_tied_copies,
@@ -136,15 +114,15 @@ def open_catalog(
     ), left_behind
 
 
-def _no_tensors(shards: Iterable[Shard]) -> Iterator[UnsupportedModel]:
+def _no_tensors(shards: Iterable[Shard]) -> Iterator[errors.UnsupportedModel]:
     """Errors about objects among the tensors, which else would be missed by their names."""
     for shard in shards:
         for name, kind in (entry for opaque in shard.opaque for entry in opaque.items()):
             if megatron_names.reason_to_drop(megatron_names.normalise(name)) is None:
-                yield UnsupportedModel(
+                yield errors.UnsupportedModel(
                     f"an object of class {kind}, which is not imported, among the model's tensors",
+                    shard.file,
                     tensor=name,
-                    file=shard.file,
                     remedy="load the checkpoint with the program that saved it, and save plain tensors",
                 )
 
@@ -174,9 +152,9 @@ def _place_layers(
     if found != architecture.layers:
         listed = names(name for chunk in stored.values() for name in chunk)
         by_stage = ", ".join(f"stage {p} model{v}: {n}" for (p, v), n in layers_of.items())
-        raise UnsupportedModel(
-            "the files hold another number of layers than the args say" if found else "the files hold no layers",
-            file=min(first_file.values()),
+        raise errors.UnsupportedModel(
+            "the number of layers in the files differs from the args" if found else "the files hold no layers",
+            min(first_file.values()),
             expected=f"num_layers={architecture.layers}",
             found=f"{found} ({by_stage})" if found else listed or "models without tensors",
             remedy="a pipeline stage is incomplete, or of another run or grid: copy it again from where it was saved"
@@ -196,7 +174,7 @@ def _latents_are_whole(
     architecture: Architecture, stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
 ) -> bool:
     """Whether every rank has all of what Transformer Engine's modules do not cut: by the shape of any such tensor."""
-    rows = [row for row in FAMILIES[architecture.family].layer if isinstance(row, Row) and row.is_whole_in_te]
+    rows = [row for row in FAMILIES[architecture.family].layer if row.is_whole_in_te]
     for row in rows:
         whole = part_shape(row.parts[0], architecture.sizes())
         for chunk in stored.values():
@@ -206,12 +184,12 @@ def _latents_are_whole(
     return False
 
 
-def _experts_are_permuted(catalog: TorchCatalog, flag: bool) -> bool:
+def _experts_are_permuted(catalog: catalogs.TorchCatalog, flag: bool) -> bool:
     """Whether Habana's dynamic experts are stored as rows x columns: by the shape of any that is not square."""
-    for parameter in parameters(catalog):
+    for parameter in catalogs.parameters(catalog):
         if parameter.expert is not None:
-            for file in files_of(catalog, parameter, 0):
-                dialects = [spelling.dialect for spelling, _ in fitting_spellings(catalog, parameter, file)]
+            for file in catalogs.files_of(catalog, parameter, 0):
+                dialects = [spelling.dialect for spelling, _ in catalogs.fitting_spellings(catalog, parameter, file)]
                 if len(dialects) == 1 and dialects[0].startswith("habana-dynamic"):
                     return "transposed" not in dialects[0]
             if parameter.expert:
@@ -219,45 +197,38 @@ def _experts_are_permuted(catalog: TorchCatalog, flag: bool) -> bool:
     return flag
 
 
-def _survey(catalog: TorchCatalog, shards: Mapping[str, Shard]) -> tuple[TorchCatalog, LeftBehind]:
+def _survey(catalog: catalogs.TorchCatalog, shards: Mapping[str, Shard]) -> tuple[catalogs.TorchCatalog, LeftBehind]:
     """The catalog with its tensors, and what is dropped on purpose."""
-    problems: list[ConversionError] = []
-    dtypes: dict[str, str] = {}
-    used: set[tuple[str, str]] = set()
-    bytes_of: Counter[str] = Counter()
-    listed, replicas = parameters(catalog), dict[str, list[Sequence[Replica]]]()
+    problems: list[errors.ConversionError] = []
+    used = set[tuple[str, str]]()
+    listed, replicas = catalogs.parameters(catalog), dict[str, list[Sequence[params.Replica]]]()
     for parameter in listed:
         replicas[parameter.name] = []
         for shard in range(parameter.shards):
             try:
-                found = equal_replicas(catalog, parameter, shard)
-            except (MissingTensor, WrongShape, InconsistentShards, PlanError) as problem:
+                found = catalogs.equal_replicas(catalog, parameter, shard)
+            except (errors.MissingTensor, errors.WrongShape, errors.InconsistentShards, errors.PlanError) as problem:
                 problems.append(problem)
-                used |= stored_as(catalog, parameter, shard)
+                used |= catalogs.stored_as(catalog, parameter, shard)
                 continue
             replicas[parameter.name].append(found)
             if parameter.name in catalog.pinned:
-                used |= stored_as(catalog, parameter, shard)
-            own = len(files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
+                used |= catalogs.stored_as(catalog, parameter, shard)
+            own = len(catalogs.files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
+            dtype = replicas[parameter.name][0][0][0][2].dtype
             for number, view in ((number, view) for number, replica in enumerate(found) for _, _, view in replica):
                 used.add((view.file, view.tensor))
-                expected = dtypes.setdefault(parameter.name, view.dtype) if number < own else view.dtype
-                problems += dtype_problems(view, expected)
-            bytes_of[found[0][0][2].dtype] += sum(view.size_bytes for _, _, view in found[0])
+                problems += params.dtype_problems(view, dtype if number < own else view.dtype)
     left_behind, unknown = _leftovers(catalog, shards, used)
-    raise_together(problems + unknown)
-    params_dtype = bytes_of.most_common(1)[0][0]
-    raise_together(list(cover_problems(listed)))
-    tensors, stacked = tensors_of(catalog.architecture, listed, dtypes, params_dtype)
-    surveyed = replace(catalog, tensors=tensors, parameters=stacked, replicas=replicas, params_dtype=params_dtype)
-    return surveyed, left_behind
+    errors.raise_together(problems + unknown)
+    return params.with_tensors(replace(catalog, replicas=replicas), listed), left_behind
 
 
 def _leftovers(
-    catalog: TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]]
-) -> tuple[LeftBehind, list[ConversionError]]:
+    catalog: catalogs.TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]]
+) -> tuple[LeftBehind, list[errors.ConversionError]]:
     left: list[tuple[str, int, int]] = []
-    unknown: list[ConversionError] = []
+    unknown: list[errors.ConversionError] = []
     for shard in shards.values():
         left += [(name, count, size_bytes) for name, (count, size_bytes) in shard.others.items()]
         for chunk, opaque in zip(shard.chunks, shard.opaque, strict=True):
@@ -266,7 +237,7 @@ def _leftovers(
             for name, size_bytes in {**sizes, **dict.fromkeys(opaque, 0)}.items():
                 reason = _reason_to_drop(catalog, megatron_names.normalise(name))
                 if reason is None:
-                    unknown.append(unknown_tensor(catalog.family, shard.file, name))
+                    unknown.append(params.unknown_tensor(catalog.family, shard.file, name))
                 elif reason == _TIED_HEAD and name in unused and unused[name].shape != _rows_of_embedding(catalog):
                     unknown.append(_other_head(catalog, unused[name]))
                 else:
@@ -277,23 +248,23 @@ def _leftovers(
 _TIED_HEAD = "output layer (equal to the embedding that it is tied to)"
 
 
-def _rows_of_embedding(catalog: TorchCatalog) -> tuple[int, int]:
+def _rows_of_embedding(catalog: catalogs.TorchCatalog) -> tuple[int, int]:
     """The shape of the embedding on each tensor parallel rank."""
     return catalog.architecture.padded_vocab // catalog.grid.tensor, catalog.architecture.hidden
 
 
-def _other_head(catalog: TorchCatalog, head: StoredTensor) -> WrongShape:
-    return WrongShape(
-        "the args tie the head to the embedding, and it has another shape",
+def _other_head(catalog: catalogs.TorchCatalog, head: StoredTensor) -> errors.WrongShape:
+    return errors.WrongShape(
+        "the args tie the head to the embedding, but their shapes differ",
+        head.file,
         tensor=head.name,
-        file=head.file,
         expected=list(_rows_of_embedding(catalog)),
         found=list(head.shape),
-        remedy="a file is of another run, or the args are: take both from one place",
+        remedy="the file or the args come from another run: copy both from one place",
     )
 
 
-def _reason_to_drop(catalog: TorchCatalog, name: str) -> str | None:
+def _reason_to_drop(catalog: catalogs.TorchCatalog, name: str) -> str | None:
     if name == megatron_names.TIED[1] and catalog.architecture.tied:
         is_read = not catalog.architecture.fact("mtp_layers")
         return _TIED_HEAD if is_read else "output layer (which nothing reads beside multi-token prediction)"

@@ -7,7 +7,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_convert.errors import PlanError, UsageError
 from dist_convert.formats.megatron.target import MegatronTarget
@@ -20,9 +19,9 @@ from dist_convert.formats.torch.shards import Shard, model_prefixes
 from dist_convert.formats.torch.survey import files_of_headers, open_catalog
 from dist_convert.formats.torch.target_shards import lay_out_shards
 from dist_convert.options import Options
-from dist_convert.records import StoredTensor, TargetFile, TensorSpec, local_name
-from dist_convert.write.checksums import KnownRange, write_record_checksums
-from dist_convert.write.files import Beside, make_file, opened, writing
+from dist_convert.records import JsonObject, StoredTensor, TargetFile, TensorSpec, local_name
+from dist_convert.write.checksums import KnownRanges, write_record_checksums
+from dist_convert.write.files import Beside, Directory, make_file, opened, writing
 from dist_convert.write.task import Target
 
 
@@ -62,7 +61,7 @@ def lay_out_skeleton(
         model = OrderedDict((name, SavedTensor(next(keys), dtype, tuple(shape))) for name, dtype, shape in specs)
         if len(model) < len(specs):
             [(repeated, _)] = Counter(name for name, _, _ in specs).most_common(1)
-            raise PlanError("two tensors of one name", tensor=repeated, file=file)
+            raise PlanError("two tensors have one name", file, tensor=repeated)
         models[prefix.rstrip(".") or "model"] = model
     tensors = [tensor for model in models.values() for tensor in model.values()]
     for prefix, model in models.items():
@@ -97,7 +96,7 @@ class TorchTarget(Target):
     extras: Extras
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> JsonObject:
         bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
         return self.target.fingerprint | ({BINS_FILE: bins} if self.extras else {})
 
@@ -106,14 +105,12 @@ class TorchTarget(Target):
         iteration = self.target.settings.iteration or 0
         return lay_out_skeleton(self.target.args.values, iteration, self.files[local_name(file)], file)
 
-    def make_files(self, partial: Path, files: Sequence[TargetFile], *, is_first: bool) -> None:
+    def make_files(self, partial: Directory, files: Sequence[TargetFile], *, is_first: bool) -> None:
         for file in files:
             container = self.skeleton(file.name).container
             make_file(partial, local_name(file.name), container.pieces, container.size_bytes)
 
-    def complete(
-        self, partial: Path, files: Sequence[TargetFile], known: Mapping[str, Sequence[KnownRange]], *, is_first: bool
-    ) -> None:
+    def complete(self, partial: Directory, files: Sequence[TargetFile], known: KnownRanges, *, is_first: bool) -> None:
         """See `Target`: what is in the files beside the weights, and the checksums of all that is in them."""
         for file in files:
             name = local_name(file.name)
@@ -131,24 +128,15 @@ class TorchTarget(Target):
 
 
 def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> TorchTarget:
-    """The tensors of each file of a target.
-
-    Args:
-        job: what was asked for.
-        directory: of the source, for its capacity bins.
-        target: what is to be made.
-    """
+    """The tensors of each file of a target; `directory` is the source's, for its capacity bins."""
     architecture, settings, args = target.architecture, target.settings, target.args
     files = lay_out_shards(target)
     if not job.load_capacity_bins:
         return TorchTarget(target, files, {})
     if not architecture.experts or settings.dialect.experts == "habana-dynamic":
-        raise UsageError(
-            "the target has no place for capacity bins",
-            expected="experts, in another layout than habana-dynamic",
-            found=f"--expert-layout {settings.dialect.experts}" if architecture.experts else "a model without experts",
-            remedy="leave --load-capacity-bins out",
-        )
+        what, expected = "the target has no place for capacity bins", "experts in a layout other than habana-dynamic"
+        found = f"--expert-layout {settings.dialect.experts}" if architecture.experts else "a model without experts"
+        raise UsageError(what, expected=expected, found=found, remedy="leave --load-capacity-bins out")
     bins = load_bins(directory / BINS_FILE)
     extras: dict[tuple[str, str], bytes] = {}
     for (file, virtual), tensors in place_bins(bins, settings.grid, settings.chunks).items():
@@ -174,12 +162,7 @@ def _header(target: TorchTarget, file: str) -> Shard:
 
 
 def catalog_of_target(target: TorchTarget, planned: Sequence[str]) -> tuple[TorchCatalog, tuple[TargetFile, ...]]:
-    """The target as a catalog, and its files.
-
-    Args:
-        target: what is to be made.
-        planned: the files (see `records.name_at`).
-    """
+    """The target as a catalog, and its planned files (see `records.name_at`)."""
     headers = {file: _header(target, file) for file in planned}
     catalog, _ = open_catalog(headers, target.target.architecture, with_tied_copies=True)
     return catalog, files_of_headers(headers)

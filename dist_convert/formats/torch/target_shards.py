@@ -6,9 +6,10 @@ Facts: docs/formats.md, "Parameter names" and "Splitting over ranks".
 from dataclasses import replace
 
 from dist_convert.formats.megatron import names as megatron_names
+from dist_convert.formats.megatron.geometry import CutRow
 from dist_convert.formats.megatron.grid import SHARD_FILE, Chunk, layer_chunks, rank_directory, written_ranks
 from dist_convert.formats.megatron.names import Numbers, Piece
-from dist_convert.formats.megatron.parameters import CutRow, parameters_of
+from dist_convert.formats.megatron.parameters import parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.megatron.target_args import TargetDialect
 from dist_convert.models import FAMILIES

@@ -29,9 +29,9 @@ import dist_convert.plan.copies
 
 dist_convert.plan.copies.BLOCK_BYTES = 4096
 
-import dist_convert.plan.limits  # noqa: E402  all others take the sizes from these two
+import dist_convert.plan.plan  # noqa: E402  all others take the sizes from these two
 
-dist_convert.plan.limits.STEP_BYTES = 16384
+dist_convert.plan.plan.STEP_BYTES = 16384
 
 import dist_convert.__main__  # noqa: E402
 import dist_convert.move.convert  # noqa: E402  imported once, before forking

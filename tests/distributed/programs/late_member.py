@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_convert.move.pipeline import Tools, Work
+from dist_convert.plan.steps import Step
 from dist_convert.read.file_reader import FileReader
-from dist_convert.write.files import FileWriter
 
 #: Cut along its columns, so it is gathered; the first of its kind.
 FIRST_GATHERED = "decoder.layers.0.self_attention.linear_proj.weight"
@@ -37,15 +38,15 @@ def is_there(mark: Path) -> bool:
 
 def go_on(mark: Path) -> None:
     """From now on, make the mark when the weight is written."""
-    write = FileWriter.write
+    move = Work.move
 
-    def marking(writer: FileWriter, view: Any, packed: memoryview) -> Any:
-        written = write(writer, view, packed)
-        if view.tensor == READ_LATER:
+    def marking(work: Work, tools: Tools, step: Step) -> Any:
+        written = move(work, tools, step)
+        if any(wanted.target.tensor == READ_LATER for wanted in step.writes):
             mark.touch()
         return written
 
-    FileWriter.write = marking  # type: ignore[method-assign]
+    Work.move = marking  # type: ignore[method-assign]
 
 
 def be_late(mark: Path) -> None:

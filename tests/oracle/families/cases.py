@@ -1,7 +1,8 @@
 """Which models are converted at which grids, in which formats and spellings.
 
-CASES are few: each model once in either direction, such that all pairs of grid, format, spelling and layout of experts
-occur with some model. FULL_CASES are all.
+CASES are few: each model once in either direction. All pairs of a grid, a format and a kind of modules (spelling and
+layout of experts) occur in each direction, with some dense model and with some model of experts, as far as they are
+among FULL_CASES. These are all, for each model.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("mistral-window", _TP_PP, "torch", _TE),
     _case("qwen3", _TP_PP, "torch_dist", _TE),
     _case("qwen3-tied", _TP, "torch", _LOCAL),
-    _case("mixtral", _TP_PP, "torch_dist", _TE),
-    _case("qwen3-moe", _ALL, "torch", _GROUPED),
-    _case("qwen3-moe-mixed", _ALL, "torch_dist", _LOCAL),
+    _case("mixtral", _TP_EP, "torch_dist", _LOCAL),
+    _case("qwen3-moe", _TP_EP, "torch", _GROUPED),
+    _case("qwen3-moe-mixed", _TP, "torch", _TE),
     _case("qwen2-moe", _TP, "torch_dist", _GROUPED),
     _case("deepseek-v3", _ALL, "torch_dist", _GROUPED),
     _case("deepseek-v3-yarn", _TP_PP, "torch", _TE),
-    _case("moonlight", _TP, "torch", _GROUPED),
+    _case("moonlight", _TP, "torch", _LOCAL),
     _case("deepseek-v2-lite", _ALL, "torch", _LOCAL),
     _case("glm45", _TP_PP, "torch_dist", _LOCAL),
     _case("seed-oss", _TP, "torch", _TE),
@@ -100,25 +101,25 @@ TO_MEGATRON: tuple[Case, ...] = (
     _case("smollm3", _TP_PP, "torch", _TE),
     _case("qwen3-yarn", _TP, "torch", _LOCAL),
     _case("deepseek-v3-mtp", _TP_PP, "torch", _TE),
-    _case("glm45-mtp", _ALL, "torch_dist", _GROUPED),
-    _case("glm45-two-mtp", _TP_PP, "torch", _LOCAL),
+    _case("glm45-mtp", _ALL, "torch_dist", _TE),
+    _case("glm45-two-mtp", _TP_PP, "torch", _GROUPED),
     _case("glm45-tied-mtp", _TP_EP, "torch", _TE),
 )
 #: Megatron -> Hugging Face.
 TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("llama32", _TP_PP, "torch", _TE),
-    _case("qwen2", _TP, "torch", _LOCAL),
+    _case("qwen2", _TP, "torch", _TE),
     _case("qwen2-tied", _TP_PP, "torch_dist", _TE),
     _case("mistral", _TP_PP, "torch_dist", _LOCAL),
     _case("mistral-window", _TP, "torch_dist", _LOCAL),
     _case("qwen3", _TP_PP, "torch", _LOCAL),
     _case("qwen3-tied", _TP_PP, "torch_dist", _TE),
-    _case("mixtral", _ALL, "torch", _TE),
+    _case("mixtral", _TP_EP, "torch", _GROUPED),
     _case("qwen3-moe", _TP_PP, "torch_dist", _LOCAL),
     _case("qwen3-moe-mixed", _ALL, "torch_dist", _GROUPED),
     _case("qwen2-moe", _ALL, "torch", _LOCAL),
     _case("deepseek-v3", _TP_PP, "torch", _TE),
-    _case("deepseek-v3-yarn", _ALL, "torch_dist", _GROUPED),
+    _case("deepseek-v3-yarn", _TP, "torch_dist", _TE),
     _case("moonlight", _ALL, "torch_dist", _TE),
     _case("deepseek-v2-lite", _TP, "torch_dist", _LOCAL),
     _case("glm45", _TP, "torch", _GROUPED),
@@ -127,10 +128,10 @@ TO_HUGGINGFACE: tuple[Case, ...] = (
     _case("phi3", _TP_PP, "torch", _LOCAL),
     _case("smollm3", _TP, "torch_dist", _LOCAL),
     _case("qwen3-yarn", _TP_PP, "torch_dist", _TE),
-    _case("deepseek-v3-mtp", _ALL, "torch_dist", _GROUPED),
+    _case("deepseek-v3-mtp", _TP_PP, "torch_dist", _GROUPED),
     _case("glm45-mtp", _TP_PP, "torch", _LOCAL),
     _case("glm45-two-mtp", _TP_PP, "torch_dist", _TE),
-    _case("glm45-tied-mtp", _TP_EP, "torch_dist", _LOCAL),
+    _case("glm45-tied-mtp", _TP_EP, "torch_dist", _TE),
 )
 CASES = tuple(dict.fromkeys((*TO_MEGATRON, *TO_HUGGINGFACE)))
 

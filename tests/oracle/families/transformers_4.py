@@ -30,7 +30,9 @@ def main(given: dict[str, tuple[str, str]]) -> None:
             directory, torch_dtype=torch.float32, output_loading_info=True
         )
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-        expected, further = torch.load(logits), f"model.layers.{config.num_hidden_layers}."
+        first = config.num_hidden_layers
+        further = tuple(f"model.layers.{first + layer}." for layer in range(models[name].mtp_layers))
+        expected = torch.load(logits)
         with torch.no_grad():
             difference = (model(expected["input_ids"]).logits - expected["logits"]).abs().max().item()
         found[name] = {

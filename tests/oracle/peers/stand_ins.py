@@ -57,6 +57,8 @@ class LayerNormLinear(Linear):
 class GroupedLinear(Linear):
     def __init__(self, num_gemms: int, *more: Any, **named: Any) -> None:
         super().__init__(*more, experts=num_gemms, **named)
+        self.num_gemms, self.fp8, self.fp8_calibration = num_gemms, False, False
+        self.fp8_meta = {"fp8_checkpoint": False}
 
 
 class Other(torch.nn.Module):
