@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
@@ -203,6 +204,9 @@ class Parser(ArgumentParser):
             alike += get_close_matches(str(value).lower(), map(str, action.choices or ()), 1)
             error.message += f"; perhaps {alike[0]}" if alike else ""
             raise
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # newer versions of Python do not tell that nobody reads it
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", remedy=f"see {self.prog} --help")
