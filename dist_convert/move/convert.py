@@ -65,7 +65,7 @@ def convert(job: Options, world: World, channel: Control) -> reports.Report:
         is_done = all(gather_objects(world, not task.is_first or resume.has_name(task)))
         loads = gather_objects(world, reports.load_of(plan, world))
         unfinished = task.partial if resume.is_unfinished(task) else None
-        report = replace(report, was_complete=is_done, ranks=reports.rows_of(plan, loads))
+        report = replace(report, was_complete=is_done, ranks=tuple(loads))
         report = replace(report, plan=reports.describe_plan(plan, free_bytes, report, unfinished))
         channel.say("plan", report.plan, report=reports.report_details(report))
         barrier(world)

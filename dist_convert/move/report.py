@@ -29,31 +29,20 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def load_of(plan: Plan, world: World) -> list[int]:
-    """Bytes that this rank would read, receive and write, those of its buffers, and of memory used up to the plan.
+def load_of(plan: Plan, world: World) -> dict[str, int]:
+    """What this rank would do, by the names that `--json` gives it; what memory it has used counts in its peak.
 
     Each rank works this out for itself: that takes seconds for a large model.
     """
-    number, member = plan.group_of(world.rank)
-    load_bytes = [0, 0, 0]
+    group, member = plan.group_of(world.rank)
+    load = {"rank": world.rank, "group": group, "read_bytes": 0, "received_bytes": 0, "written_bytes": 0}
     for step in steps_of(plan, world.rank):
         read_bytes, written_bytes = bytes_of(step, member)
-        step_bytes = read_bytes, received_bytes(step, messages(step), member, plan.limits[number]), written_bytes
-        load_bytes = [sum(pair) for pair in zip(load_bytes, step_bytes, strict=True)]
-    return [*load_bytes, limit_of(plan, world).total_bytes, peak_memory_bytes()]
-
-
-def rows_of(plan: Plan, loads: Sequence[Sequence[int]]) -> tuple[dict[str, int], ...]:
-    """What each rank would do, by the names that `--json` gives it; `loads` are of `load_of`, by rank."""
-    rows = []
-    for rank, (*moved_bytes, buffers_bytes, base_bytes) in enumerate(loads):
-        group, _ = plan.group_of(rank)
-        row = {"rank": rank, "group": group, **dict(zip(_MOVED, moved_bytes, strict=True))}
-        rows.append({**row, "buffers_bytes": buffers_bytes, "peak_memory_bytes": base_bytes + buffers_bytes})
-    return tuple(rows)
-
-
-_MOVED = ("read_bytes", "received_bytes", "written_bytes")
+        load["read_bytes"] += read_bytes
+        load["received_bytes"] += received_bytes(step, messages(step), member, plan.limits[group])
+        load["written_bytes"] += written_bytes
+    buffers_bytes = limit_of(plan, world).total_bytes
+    return {**load, "buffers_bytes": buffers_bytes, "peak_memory_bytes": peak_memory_bytes() + buffers_bytes}
 
 
 def describe_plan(plan: Plan, free_bytes: int, report: "Report", partial: Path | None = None) -> str:
