@@ -42,13 +42,13 @@ def test_a_llama_is_described_by_its_numbers(tmp_path: Path, capsys: pytest.Capt
         "format": "torch",
         "family": "llama",
         "parameters": 8752,
+        "layers": 4,
         "positions": 64,
         "rope_theta": 500000.0,
         "rope_scaling": None,
         "dialect": "local norms",
         "iteration": 4,
         "grid": {"TP": 2, "PP": 2, "VPP": 1, "EP": 1, "ETP": 2},
-        "layers_per_stage": {"0": 2, "1": 2},
         "dtypes": {"BF16": 54},
         "weights_bytes": weights_bytes,
         "skipped_bytes": sum(file.stat().st_size for file in files) - weights_bytes,
@@ -70,7 +70,7 @@ def test_a_mixtral_shows_all_five_parallel_sizes_and_its_dialect(
     assert found["family"] == "mixtral"
     assert found["grid"] == {"TP": 2, "PP": 2, "VPP": 2, "EP": 4, "ETP": 1}
     assert found["dialect"] == "transformer_engine norms, habana-dynamic experts"
-    assert found["layers_per_stage"] == {"0.0": 2, "0.1": 2, "1.0": 2, "1.1": 2}
+    assert found["layers"] == 8
     assert found["parameters"] == sum(tensor.numel() for tensor in hf.values())
     assert found["weights_bytes"] == sum(tensor.numel() * 2 for tensor in stored)
     assert found["dtypes"] == {"BF16": len(stored)}
@@ -95,14 +95,14 @@ def test_the_layout_of_experts_is_named(
     assert described(capsys, tmp_path / "in")["dialect"] == f"local norms, {said} experts"
 
 
-def test_uneven_stages_are_counted_in_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_may_be_uneven_though_the_args_do_not_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Model(layers=4)
     whole = megatron_shards(model, hf_tensors(model))["mp_rank_00"][0]
     late = {name: value for name, value in whole.items() if name.startswith(("decoder.layers.3", "decoder.final"))}
     first = {name: value for name, value in whole.items() if name not in late}
     second = {name.replace("layers.3", "layers.0"): value for name, value in late.items()}
     save(tmp_path / "in", {"mp_rank_00_000": [first], "mp_rank_00_001": [second]}, training_args(model, Grid(pp=2)))
-    assert described(capsys, tmp_path / "in")["layers_per_stage"] == {"0": 3, "1": 1}
+    assert described(capsys, tmp_path / "in")["layers"] == 4
 
 
 def test_the_optimizer_is_skipped_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +321,7 @@ def test_people_get_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["family"] == "llama"
     assert found["grid"] == "TP2 PP2 VPP1 EP1 ETP2"
     assert found["parameters"] == "8,752"
-    assert found["layers per stage"] == "0: 2, 1: 2"
+    assert found["layers"] == "4"
     assert found["weights"] == "18 kB"
     assert found["missing shards"] == "none"
 

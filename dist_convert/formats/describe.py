@@ -13,19 +13,17 @@ from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface import read as hf
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
-from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
+from dist_convert.formats.huggingface.quantised import QUANTISED_BY
 from dist_convert.formats.megatron import grid as grids
 from dist_convert.formats.megatron.args import architecture_from_args, dialect_of_args
 from dist_convert.formats.megatron.names import dialect_of, normalise, reason_to_drop
 from dist_convert.formats.megatron.parameters import parameters_of
-from dist_convert.formats.meta.names import DROPPED
 from dist_convert.formats.meta.open import read_headers
 from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.open import find_iteration, open_checkpoint, open_iteration, read_like
 from dist_convert.formats.tokenizer.find import find_tokenizer
 from dist_convert.formats.torch.open import read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
-from dist_convert.formats.torch.survey import count_layers
 from dist_convert.formats.torch_dist.contents import read_contents
 from dist_convert.models.catalog import NOTHING_ASKED, Where
 from dist_convert.models.schema import Architecture, is_size, part_shape
@@ -61,7 +59,8 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
             found = _describe_torch_dist(directory, like)
         else:
             found = _describe_dcp(directory, where.like)
-    description = {"path": str(directory), "kind": _KINDS.get(kind, kind), "format": kind, **found}
+    start = {"path": str(directory), "kind": _KINDS.get(kind, kind), "format": kind}
+    description: dict[str, Any] = {**start, **dict.fromkeys(_FACTS), **found}
     try:
         model = open_iteration(where, directory, kind, world, headers) if headers else open_checkpoint(where, world)
         if isinstance(model, HuggingFaceModel):
@@ -69,14 +68,15 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
         catalog, _ = model.catalog()
         if isinstance(model, HuggingFaceModel):
             check_tied(model, catalog, world)
-        if description["kind"] == "megatron":  # as --like and carried configs have it, too
-            description |= _facts(catalog.architecture)
+        description |= _facts(catalog.architecture)
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
     warnings = warnings_of(model.notes)
     return description | ({"warnings": warnings} if warnings else {})
 
 
+#: What is told of every model, as far as its checkpoint could be converted, args or a config.json say it.
+_FACTS = ("family", "parameters", "layers", "positions", "rope_theta", "rope_scaling")
 #: What formats are called that are of one kind with others.
 _KINDS = {TORCH: "megatron", TORCH_DIST: "megatron", DCP: "distributed"}
 
@@ -133,7 +133,7 @@ def _trained(args: JsonObject, dialect: tuple[str, str], iteration: int | None, 
     try:
         facts = _facts(architecture_from_args(args, vocab=None, file=""))
     except ConversionError:
-        facts = {"family": None, "parameters": None}
+        facts = {}
     return {
         **facts,
         "dialect": f"{norms} norms" + (f", {experts} experts" if experts else ""),
@@ -154,7 +154,6 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     foreign = grids.foreign_directories(grid, directories)
     return {
         **_trained(first.args, dialect_of(map(normalise, chain(*first.chunks))), first.iteration, grid),
-        "layers_per_stage": _layers_per_stage(grid, shards),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
         "weights_bytes": weights_bytes,
         "skipped_bytes": all_bytes - weights_bytes,
@@ -168,24 +167,10 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
 
 def _facts(architecture: Architecture) -> JsonObject:
     sizes, rows = architecture.sizes(), [parameter.row for parameter in parameters_of(architecture, grids.Grid())]
-    return {
-        "family": architecture.family,
-        "parameters": sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts),
-        "positions": architecture.max_positions,
-        "rope_theta": architecture.rope_theta,
-        "rope_scaling": architecture.rope_scaling and architecture.rope_scaling.rope_type,
-    }
-
-
-def _layers_per_stage(grid: grids.Grid, shards: Mapping[str, Shard]) -> dict[str, int]:
-    """Layers counted in the keys, by pipeline stage and virtual stage, of the stages that are here."""
-    counted = {}
-    for rank in grids.grid_ranks(grid):
-        shard = shards.get(f"{grids.rank_directory(grid, rank)}/{grids.SHARD_FILE}")
-        for virtual, chunk in enumerate(shard.chunks if shard else ()):
-            stage = str(rank.pipeline) if grid.virtual_pipeline == 1 else f"{rank.pipeline}.{virtual}"
-            counted[stage] = count_layers(map(normalise, chunk))
-    return counted
+    parameters = sum(prod(part_shape(part, sizes)) for row in rows for part in row.parts)
+    scaling = architecture.rope_scaling and architecture.rope_scaling.rope_type
+    told = architecture.layers, architecture.max_positions, architecture.rope_theta, scaling
+    return dict(zip(_FACTS, (architecture.family, parameters, *told), strict=True))
 
 
 def _describe_huggingface(path: Path) -> dict[str, Any]:
@@ -193,18 +178,11 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         config, named = hf.read_config(path), hf.find_weights(path)
         present = [name for name in named if (path / name).is_file()]
         tensors = [tensor for name in present for tensor in hf.read_weights_header(path / name, name).values()]
-    rope: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope |= config[key] if isinstance(config.get(key), dict) else {}
-    scaling, quantised = rope.get("rope_type", rope.get("type")), config.get(QUANTISED_BY)
+    quantised = config.get(QUANTISED_BY)
     return {
         "format": "safetensors" if named[0].endswith(hf.SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
-        "parameters": sum(map(parameters_in, tensors)),
         "layers": config.get("num_hidden_layers"),
-        "positions": config.get("max_position_embeddings"),
-        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
-        "rope_scaling": None if scaling == "default" else scaling,
         **_sizes(tensors),
         "files": len(present),
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
@@ -220,17 +198,9 @@ def _sizes(tensors: Sequence[StoredTensor]) -> JsonObject:
 
 
 def _describe_meta(path: Path, world: World) -> JsonObject:
-    _, headers, params = read_headers(path, world)
-    tensors = [tensor for found in headers.values() for tensor in found.values()]
-    first = next(iter(headers))  # of vectors, each file has all
-    parts = [one for one in tensors if one.file == first or len(one.shape) > 1]
+    _, headers, _ = read_headers(path, world)
     return {
-        "family": "mistral" if "hidden_dim" in params else "llama",
-        "parameters": sum(one.elements for one in parts if one.name != DROPPED),
-        "layers": params.get("n_layers"),
-        "rope_theta": params.get("rope_theta"),
-        "rope_scaling": "llama3" if params.get("use_scaled_rope") else None,
-        **_sizes(tensors),
+        **_sizes([tensor for found in headers.values() for tensor in found.values()]),
         "files": len(headers),
         "tokenizer": str(found.path) if (found := find_tokenizer(None, {}, path)).path else None,
         "missing_shards": [],
