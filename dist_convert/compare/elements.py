@@ -21,7 +21,7 @@ from dist_convert.records import DTYPE_BYTES, StoredTensor
 _ELEMENTS = 64
 
 #: The stored tensors that hold a shard in one file, see `stored_pieces`.
-_Pieces = Sequence[tuple[Piece, StoredTensor, int, int]]
+_Pieces = Sequence[tuple[Piece, StoredTensor]]
 
 
 def check_elements(catalog: MegatronCatalog, names: Sequence[str]) -> None:
@@ -49,7 +49,10 @@ def check_tensor(catalog: MegatronCatalog, name: str, elements: Iterable[tuple[i
             if shard not in shards:
                 files = files_of(catalog, parameter, shard)[: 1 if parameter.name in catalog.pinned else None]
                 shards[shard] = {file: stored_pieces(catalog, parameter, file) for file in files}
-            places = {file: _offset_bytes(pieces, inside, across) for file, pieces in shards[shard].items()}
+            per_rank = max(1, catalog.architecture.experts // catalog.grid.expert)
+            at = (parameter.expert or 0) % per_rank, inside, across
+            size = parameter.cut.shard_size
+            places = {file: _offset_bytes(pieces, *size, *at) for file, pieces in shards[shard].items()}
         else:
             places = _in_chunks(catalog.replicas[parameter.name][0][0], inside, across)
         for file, expected in places.items():
@@ -105,15 +108,16 @@ def shard_element(parameter: Parameter, number: int, row: int, column: int) -> t
     return shard, inside, column
 
 
-def _offset_bytes(pieces: _Pieces, row: int, column: int) -> int:
-    """Where an element of a shard lies in its file: of one of the pieces that hold so many rows and columns each."""
-    for piece, stored, rows, columns in pieces:
+def _offset_bytes(pieces: _Pieces, shard_rows: int, columns: int, expert: int, row: int, column: int) -> int:
+    """Where an element of a shard lies in its file: of one of the pieces that hold it, of an expert of its rank."""
+    for piece, stored in pieces:
+        rows = shard_rows // piece.parts
         if row // rows == piece.part:
             at = row - piece.part * rows
             if piece.storage == "grouped":  # memory is [expert][column][row]
-                elements = (piece.index * columns + column) * rows + at
+                elements = (expert * columns + column) * rows + at
             else:
-                index = {"plain": (at, column), "transposed": (column, at), "stacked": (piece.index, at, column)}
+                index = {"plain": (at, column), "transposed": (column, at), "stacked": (expert, at, column)}
                 used = index[piece.storage][: len(stored.shape)]
                 elements = sum(i * stride for i, stride in zip(used, stored.strides, strict=True))
             return stored.offset_bytes + elements * DTYPE_BYTES[stored.dtype]

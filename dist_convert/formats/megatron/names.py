@@ -21,27 +21,26 @@ Storage = Literal["plain", "transposed", "stacked", "grouped"]
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor that holds all or some rows of a canonical shard.
+    """One stored tensor that holds all or some rows of a canonical shard, or those of all experts of a rank.
 
     Attributes:
-        name: the stored tensor's name, normalised; in a row's `spellings` a template with `{layer}`, its number in the
-            file, and an expert's numbers in the model, `{expert}`, and in its rank, `{local}`.
+        name: the template of its name, normalised, see `Numbers`.
         storage: see `Storage`.
-        index, count: which of how many stacked or grouped experts.
         part, parts: which of how many equal row ranges of the canonical shard it holds.
     """
 
     name: str
     storage: Storage = "plain"
-    index: int = 0
-    count: int = 1
     part: int = 0
     parts: int = 1
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A parameter's layer within its file; its expert in the model and in its rank, and how many a rank holds."""
+    """What templates of names call `{layer}`, within its file, `{expert}` of the model and `{local}` one of its rank.
+
+    `per_rank` are the experts of a rank.
+    """
 
     layer: int | None = None
     expert: int | None = None
@@ -59,11 +58,6 @@ class Spelling:
 
     dialect: str
     pieces: tuple[Piece, ...]
-
-    def at(self, numbers: Numbers) -> tuple[Piece, ...]:
-        """The pieces of one parameter, where the spelling is that of its row."""
-        index, count, named = numbers.local, numbers.per_rank, numbers.named
-        return tuple([Piece(named(one.name), one.storage, index, count, one.part, one.parts) for one in self.pieces])
 
 
 #: Ends of names that hold no weights.
@@ -180,13 +174,13 @@ def spelling_for(found: Iterable[Spelling], *, norms: str, experts: str) -> Spel
     return next(spelling for dialect in wanted for spelling in listed if spelling.dialect == dialect)
 
 
-def stored_shape(piece: Piece, rows: int, columns: int, *, is_vector: bool) -> tuple[int, ...]:
+def stored_shape(piece: Piece, rows: int, columns: int, per_rank: int, *, is_vector: bool) -> tuple[int, ...]:
     """The shape of the stored tensor that holds a piece of `rows` x `columns`: the inverse of `view`."""
     if piece.storage == "grouped":
         first = piece.name.endswith("weight1")
-        return (columns, piece.count * rows) if first else (piece.count * columns, rows)
+        return (columns, per_rank * rows) if first else (per_rank * columns, rows)
     if piece.storage == "stacked":
-        return (piece.count, rows, columns)
+        return (per_rank, rows, columns)
     if piece.storage == "transposed":
         return (columns, rows)
     return (rows,) if is_vector else (rows, columns)
@@ -203,7 +197,7 @@ def choose(found: Iterable[Spelling], *, permuted: bool) -> Spelling | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | None:
+def view(piece: Piece, stored: StoredTensor, rows: int, columns: int, numbers: Numbers) -> View | None:
     """A stored tensor seen as `rows` x `columns` of its piece, None where it does not fit; vectors have one column."""
     shape, strides = stored.shape, stored.strides
     offset, between = 0, (0, 0)  # elements before the first one; between rows, and between columns
@@ -213,13 +207,13 @@ def view(piece: Piece, stored: StoredTensor, rows: int, columns: int) -> View | 
         between = strides[0], 1
     elif piece.storage == "transposed" and shape == (columns, rows):
         between = strides[1], strides[0]
-    elif piece.storage == "stacked" and shape == (piece.count, rows, columns):
-        offset, between = piece.index * strides[0], (strides[1], strides[2])
+    elif piece.storage == "stacked" and shape == (numbers.per_rank, rows, columns):
+        offset, between = numbers.local * strides[0], (strides[1], strides[2])
     elif piece.storage == "grouped" and len(shape) == 2 and strides == (shape[1], 1):
         # weight1 is declared [hidden, experts x rows], weight2 [experts x columns, hidden]; the memory is alike.
-        if shape not in ((columns, piece.count * rows), (piece.count * columns, rows)):
+        if shape not in ((columns, numbers.per_rank * rows), (numbers.per_rank * columns, rows)):
             return None
-        offset, between = piece.index * rows * columns, (1, rows)
+        offset, between = numbers.local * rows * columns, (1, rows)
     else:
         return None
     offset_bytes = stored.offset_bytes + offset * DTYPE_BYTES[stored.dtype]

@@ -82,6 +82,11 @@ class MegatronCatalog:
     params_dtype: str = ""
 
     @property
+    def family(self) -> Family:
+        """The model's table."""
+        return FAMILIES[self.architecture.family]
+
+    @property
     def is_owned(self) -> bool:
         return True
 
@@ -140,7 +145,7 @@ def with_tensors(catalog: _Catalog, parameters: Sequence[Parameter]) -> _Catalog
     tensors = {}
     stacked: dict[str, tuple[Parameter, int]] = {}
     known: dict[tuple[int, str], TensorMeta] = {}  # which layers and experts share
-    for row, layer, expert in entries(FAMILIES[architecture.family], architecture):
+    for row, layer, expert in entries(catalog.family, architecture):
         parameter = next(following) if row.megatron else None
         dtype = catalog.replicas[parameter.name][0][0][0][2].dtype if parameter else params_dtype
         for number, part in enumerate(row.parts):

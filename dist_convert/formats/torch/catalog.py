@@ -3,7 +3,7 @@
 It serves a source, from the headers of its files, and a target, from those that its files will have (`survey`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +11,8 @@ from dist_convert.errors import ConversionError, InconsistentShards, MissingTens
 from dist_convert.formats.megatron import names as megatron_names
 from dist_convert.formats.megatron.grid import Chunk, Grid, ShardFiles, layer_chunks
 from dist_convert.formats.megatron.names import Numbers, Piece, Spelling
-from dist_convert.formats.megatron.parameters import MegatronCatalog, Parameter, Replica, parameters_of
-from dist_convert.models.schema import Family
-from dist_convert.records import StoredTensor, View
+from dist_convert.formats.megatron.parameters import MegatronCatalog, Parameter, Replica
+from dist_convert.records import StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,37 +20,22 @@ class TorchCatalog(MegatronCatalog):
     """A `Catalog` of rank files.
 
     Attributes:
-        family, grid: the model's table, and how it is cut.
+        grid: how the model is cut.
         chunks: which layers each virtual pipeline stage holds.
         files: which files hold which shard.
         stored: each tensor by file and virtual stage, then by its normalised name.
-        imported_experts: see `survey.open_catalog`.
-        whole_latents: see `parameters.parameters_of`.
         permuted_experts: Habana's dynamic experts are stored as rows x columns.
         pinned: parameters whose copies differ; that of the lowest rank is taken.
-        drops_mtp: layers of multi-token prediction are left out.
         with_tied_copies: the last stage's copy of a tied embedding counts as a replica of the embedding.
     """
 
-    family: Family
     grid: Grid
     chunks: tuple[Chunk, ...]
     files: ShardFiles
     stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
-    imported_experts: bool = False
-    whole_latents: bool = False
     permuted_experts: bool = False
     pinned: frozenset[str] = frozenset()
     with_tied_copies: bool = False
-    drops_mtp: bool = False
-
-    def checksum(self, view: View) -> int | None:
-        """What the file tells of a stored tensor, where all of it is one copy or several."""
-        return self._checksums.get((view.file, view.tensor))
-
-    @cached_property
-    def _checksums(self) -> dict[tuple[str, str], int | None]:
-        return {(one.file, one.name): one.checksum for chunk in self.stored.values() for one in chunk.values()}
 
     @property
     def title(self) -> str:
@@ -85,16 +69,6 @@ def equal_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     return found
 
 
-def parameters(catalog: TorchCatalog) -> list[Parameter]:
-    """All Megatron parameters of the model."""
-    return parameters_of(
-        catalog.architecture,
-        catalog.grid,
-        imported_experts=catalog.imported_experts,
-        whole_latents=catalog.whole_latents,
-    )
-
-
 def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[str, ...]:
     """The files that hold equal copies of one shard of a parameter."""
     pipeline = _chunk(catalog, parameter).pipeline
@@ -123,33 +97,33 @@ def _holders(catalog: TorchCatalog, name: str) -> list[Chunk]:
     return [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
 
 
-def _numbers(catalog: TorchCatalog, parameter: Parameter) -> Numbers:
-    """Of a parameter in its file and rank."""
-    layer = None if parameter.layer is None else parameter.layer - _chunk(catalog, parameter).first_layer
-    if parameter.expert is None:
-        return Numbers(layer)
-    per_rank = catalog.architecture.experts // catalog.grid.expert
-    return Numbers(layer, parameter.expert, parameter.expert % per_rank, per_rank)
-
-
-def _views(stored: Mapping[str, StoredTensor], pieces: Sequence[Piece], rows: int, columns: int) -> Replica | None:
-    found = []
-    for piece in pieces:
-        piece_rows, tensor = rows // piece.parts, stored.get(piece.name)
-        seen = megatron_names.view(piece, tensor, piece_rows, columns) if tensor else None
-        if seen is None:
-            return None
-        found.append((piece.part * piece_rows, 0, seen))
-    return tuple(found)
+def _stored_and_numbers(
+    catalog: TorchCatalog, parameter: Parameter, file: str
+) -> tuple[Mapping[str, StoredTensor], Numbers]:
+    """What the stage of a file holds that has a parameter, and the numbers in the parameter's names there."""
+    chunk = _chunk(catalog, parameter)
+    layer = None if parameter.layer is None else parameter.layer - chunk.first_layer
+    per_rank = max(1, catalog.architecture.experts // catalog.grid.expert)
+    numbers = Numbers(layer, parameter.expert, (parameter.expert or 0) % per_rank, per_rank)
+    return catalog.stored[file, chunk.virtual], numbers
 
 
 def fitting_spellings(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Spelling, Replica]]:
     """The spellings whose pieces a file stores in fitting shapes, and where."""
-    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    numbers, size = _numbers(catalog, parameter), parameter.cut.shard_size
-    spelled = [one for one in parameter.cut.spellings if numbers.named(one.pieces[0].name) in stored]
-    found = [(spelling, _views(stored, spelling.at(numbers), *size)) for spelling in spelled]
-    return [(spelling, views) for spelling, views in found if views is not None]
+    stored, numbers = _stored_and_numbers(catalog, parameter, file)
+    rows, columns = parameter.cut.shard_size
+    found = []
+    for spelling in parameter.cut.spellings:
+        replica = []
+        for piece in spelling.pieces:
+            piece_rows, tensor = rows // piece.parts, stored.get(numbers.named(piece.name))
+            view = megatron_names.view(piece, tensor, piece_rows, columns, numbers) if tensor else None
+            if view is None:
+                break
+            replica.append((piece.part * piece_rows, 0, view))
+        else:
+            found.append((spelling, tuple(replica)))
+    return found
 
 
 def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str) -> tuple[Spelling, Replica]:
@@ -161,31 +135,18 @@ def _chosen(catalog: TorchCatalog, parameter: Parameter, file: str) -> tuple[Spe
     raise _not_found(catalog, parameter, file)
 
 
-def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor, int, int]]:
-    """The stored tensors that hold a shard of a parameter in one file, and how many rows and columns of it each."""
-    rows, columns = parameter.cut.shard_size
+def stored_pieces(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[tuple[Piece, StoredTensor]]:
+    """The stored tensors that hold a shard of a parameter in one file."""
     spelling, _ = _chosen(catalog, parameter, file)
-    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    pieces = spelling.at(_numbers(catalog, parameter))
-    return [(piece, stored[piece.name], rows // piece.parts, columns) for piece in pieces]
+    stored, numbers = _stored_and_numbers(catalog, parameter, file)
+    return [(piece, stored[numbers.named(piece.name)]) for piece in spelling.pieces]
 
 
-def _all_names(catalog: TorchCatalog, parameter: Parameter) -> list[str]:
-    """Under which a parameter may be stored, in part or as a whole."""
-    numbers = _numbers(catalog, parameter)
-    return [numbers.named(piece.name) for spelling in parameter.cut.spellings for piece in spelling.pieces]
-
-
-def stored_as(catalog: TorchCatalog, parameter: Parameter, shard: int) -> set[tuple[str, str]]:
-    """(file, tensor) of everything that any spelling of a shard names, whether it fits or not."""
-    virtual = _chunk(catalog, parameter).virtual
-    names = _all_names(catalog, parameter)
-    return {
-        (file, catalog.stored[file, virtual][name].name)
-        for file in files_of(catalog, parameter, shard)
-        for name in names
-        if name in catalog.stored[file, virtual]
-    }
+def stored_as(catalog: TorchCatalog, parameter: Parameter, file: str) -> list[StoredTensor]:
+    """Everything in a file that any spelling of a parameter names, whether it fits or not."""
+    stored, numbers = _stored_and_numbers(catalog, parameter, file)
+    names = (numbers.named(piece.name) for spelling in parameter.cut.spellings for piece in spelling.pieces)
+    return [stored[name] for name in names if name in stored]
 
 
 def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[Replica, ...]:
@@ -198,25 +159,22 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
         name, holder = parameter.name, predicts[0]  # multi-token prediction reads it
     elif not catalog.architecture.tied:
         return ()
-    rows, columns = parameter.cut.shard_size
     found = []
     for file in catalog.files.dense[holder.pipeline, shard]:
         stored = catalog.stored[file, holder.virtual].get(name)
-        seen = megatron_names.view(Piece(name), stored, rows, columns) if stored else None
+        seen = megatron_names.view(Piece(name), stored, *parameter.cut.shard_size, Numbers()) if stored else None
         if seen is not None:
             found.append(((0, 0, seen),))
     return tuple(found)
 
 
 def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> ConversionError:
-    stored = catalog.stored[file, _chunk(catalog, parameter).virtual]
-    present = [stored[name] for name in _all_names(catalog, parameter) if name in stored]
+    present = stored_as(catalog, parameter, file)
     rows, columns = parameter.cut.shard_size
     shape = [rows] if columns == 1 else [rows, columns]
     if not present:
-        spelled = list(
-            dict.fromkeys(_numbers(catalog, parameter).named(one.pieces[0].name) for one in parameter.cut.spellings)
-        )
+        _, numbers = _stored_and_numbers(catalog, parameter, file)
+        spelled = list(dict.fromkeys(numbers.named(one.pieces[0].name) for one in parameter.cut.spellings))
         return MissingTensor(
             f"no tensor for {parameter.name}",
             file,
@@ -225,10 +183,9 @@ def _not_found(catalog: TorchCatalog, parameter: Parameter, file: str) -> Conver
             found="nothing",
             remedy="the shard is incomplete or of another model; copy it again",
         )
-    if len({tensor.name for tensor in present}) > 1 and len(fitting_spellings(catalog, parameter, file)) > 1:
-        return InconsistentShards(
-            f"{parameter.name} is stored twice", file, found=", ".join(sorted({t.name for t in present}))
-        )
+    stored_names = sorted({tensor.name for tensor in present})
+    if len(stored_names) > 1 and len(fitting_spellings(catalog, parameter, file)) > 1:
+        return InconsistentShards(f"{parameter.name} is stored twice", file, found=", ".join(stored_names))
     remedy = "the shard is of another model, or the args are not those it was trained with"
     if parameter.expert is not None and catalog.grid.expert_tensor < catalog.grid.tensor:
         remedy += "; if Habana's converter imported this checkpoint, add --habana-imported-experts"

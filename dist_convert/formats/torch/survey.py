@@ -78,7 +78,8 @@ def open_catalog(
         architecture: the model, with the true vocabulary size.
         imported_experts: the experts were written by an importer that did not interleave gate and up rows over
             tensor parallel ranks (docs/formats.md, "Known defects of earlier tools").
-        with_tied_copies, pinned, drops_mtp: see `TorchCatalog`.
+        with_tied_copies, pinned: see `TorchCatalog`.
+        drops_mtp: layers of multi-token prediction are left out.
 
     Raises:
         Problems, or the one problem there is: all that the headers show to be wrong.
@@ -92,26 +93,26 @@ def open_catalog(
         for shard in shards.values()
         for virtual, chunk in enumerate(shard.chunks)
     }
+    chunks = _place_layers(architecture, grid, files, stored)
+    whole_latents = _latents_are_whole(architecture, stored)
+    listed = params.parameters_of(architecture, grid, imported_experts=imported_experts, whole_latents=whole_latents)
     catalog = catalogs.TorchCatalog(
         architecture=architecture,
-        family=FAMILIES[architecture.family],
         grid=grid,
-        chunks=_place_layers(architecture, grid, files, stored),
+        chunks=chunks,
         files=files,
         stored=stored,
-        imported_experts=imported_experts,
-        whole_latents=_latents_are_whole(architecture, stored),
         with_tied_copies=with_tied_copies,
         pinned=pinned,
-        drops_mtp=drops_mtp,
     )
-    permuted = _experts_are_permuted(catalog, bool(first.args.get("moe_permuted_weights")))
-    listed = (name for shard in shards.values() for chunk in shard.chunks for name in chunk)
-    surveyed, left_behind = _survey(replace(catalog, permuted_experts=permuted), shards)
-    return replace(
-        surveyed,
-        add_to_norms=added_to_norms(first.args, min(shards), is_fused=any(map(megatron_names.has_fused_norm, listed))),
-    ), left_behind
+    permuted = _experts_are_permuted(catalog, listed, bool(first.args.get("moe_permuted_weights")))
+    catalog = replace(catalog, permuted_experts=permuted)
+    replicas, used, problems = _survey(catalog, listed)
+    left_behind, unknown = _leftovers(catalog, shards, used, drops_mtp=drops_mtp)
+    errors.raise_together([*problems, *unknown])
+    surveyed = params.with_tensors(replace(catalog, replicas=replicas), listed)
+    is_fused = any(megatron_names.has_fused_norm(name) for names_here in stored.values() for name in names_here)
+    return replace(surveyed, add_to_norms=added_to_norms(first.args, min(shards), is_fused=is_fused)), left_behind
 
 
 def _no_tensors(shards: Iterable[Shard]) -> Iterator[errors.UnsupportedModel]:
@@ -184,9 +185,11 @@ def _latents_are_whole(
     return False
 
 
-def _experts_are_permuted(catalog: catalogs.TorchCatalog, flag: bool) -> bool:
+def _experts_are_permuted(
+    catalog: catalogs.TorchCatalog, listed: Iterable[params.Parameter], flag: bool
+) -> bool:
     """Whether Habana's dynamic experts are stored as rows x columns: by the shape of any that is not square."""
-    for parameter in catalogs.parameters(catalog):
+    for parameter in listed:
         if parameter.expert is not None:
             for file in catalogs.files_of(catalog, parameter, 0):
                 dialects = [spelling.dialect for spelling, _ in catalogs.fitting_spellings(catalog, parameter, file)]
@@ -197,35 +200,34 @@ def _experts_are_permuted(catalog: catalogs.TorchCatalog, flag: bool) -> bool:
     return flag
 
 
-def _survey(catalog: catalogs.TorchCatalog, shards: Mapping[str, Shard]) -> tuple[catalogs.TorchCatalog, LeftBehind]:
-    """The catalog with its tensors, and what is dropped on purpose."""
+def _survey(
+    catalog: catalogs.TorchCatalog, listed: Iterable[params.Parameter]
+) -> tuple[dict[str, list[Sequence[params.Replica]]], set[tuple[str, str]], list[errors.ConversionError]]:
+    """Where each shard of each parameter is stored, file and tensor of all that was used for it, and what is wrong."""
     problems: list[errors.ConversionError] = []
     used = set[tuple[str, str]]()
-    listed, replicas = catalogs.parameters(catalog), dict[str, list[Sequence[params.Replica]]]()
+    replicas: dict[str, list[Sequence[params.Replica]]] = {}
     for parameter in listed:
-        replicas[parameter.name] = []
+        of_shards = replicas[parameter.name] = []
         for shard in range(parameter.shards):
+            own = catalogs.files_of(catalog, parameter, shard)
             try:
                 found = catalogs.equal_replicas(catalog, parameter, shard)
             except (errors.MissingTensor, errors.WrongShape, errors.InconsistentShards, errors.PlanError) as problem:
                 problems.append(problem)
-                used |= catalogs.stored_as(catalog, parameter, shard)
-                continue
-            replicas[parameter.name].append(found)
-            if parameter.name in catalog.pinned:
-                used |= catalogs.stored_as(catalog, parameter, shard)
-            own = len(catalogs.files_of(catalog, parameter, shard))  # what follows is the last stage's, in any dtype
-            dtype = replicas[parameter.name][0][0][0][2].dtype
+                found = ()
+            if not found or parameter.name in catalog.pinned:
+                used |= {(file, one.name) for file in own for one in catalogs.stored_as(catalog, parameter, file)}
+            of_shards += [found] if found else []
+            # Behind those of its own files is the last stage's copy, which may have any dtype.
             for number, view in ((number, view) for number, replica in enumerate(found) for _, _, view in replica):
                 used.add((view.file, view.tensor))
-                problems += params.dtype_problems(view, dtype if number < own else view.dtype)
-    left_behind, unknown = _leftovers(catalog, shards, used)
-    errors.raise_together(problems + unknown)
-    return params.with_tensors(replace(catalog, replicas=replicas), listed), left_behind
+                problems += params.dtype_problems(view, of_shards[0][0][0][2].dtype if number < len(own) else view.dtype)
+    return replicas, used, problems
 
 
 def _leftovers(
-    catalog: catalogs.TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]]
+    catalog: catalogs.TorchCatalog, shards: Mapping[str, Shard], used: set[tuple[str, str]], *, drops_mtp: bool
 ) -> tuple[LeftBehind, list[errors.ConversionError]]:
     left: list[tuple[str, int, int]] = []
     unknown: list[errors.ConversionError] = []
@@ -235,7 +237,7 @@ def _leftovers(
             unused = {name: tensor for name, tensor in chunk.items() if (shard.file, tensor.name) not in used}
             sizes = {name: tensor.size_bytes for name, tensor in unused.items()}
             for name, size_bytes in {**sizes, **dict.fromkeys(opaque, 0)}.items():
-                reason = _reason_to_drop(catalog, megatron_names.normalise(name))
+                reason = _reason_to_drop(catalog.architecture, megatron_names.normalise(name), drops_mtp=drops_mtp)
                 if reason is None:
                     unknown.append(params.unknown_tensor(catalog.family, shard.file, name))
                 elif reason == _TIED_HEAD and name in unused and unused[name].shape != _rows_of_embedding(catalog):
@@ -264,13 +266,12 @@ def _other_head(catalog: catalogs.TorchCatalog, head: StoredTensor) -> errors.Wr
     )
 
 
-def _reason_to_drop(catalog: catalogs.TorchCatalog, name: str) -> str | None:
-    if name == megatron_names.TIED[1] and catalog.architecture.tied:
-        is_read = not catalog.architecture.fact("mtp_layers")
-        return _TIED_HEAD if is_read else "output layer (which nothing reads beside multi-token prediction)"
-    if catalog.drops_mtp and megatron_names.is_of_mtp(name):
+def _reason_to_drop(architecture: Architecture, name: str, *, drops_mtp: bool) -> str | None:
+    has_mtp = bool(architecture.fact("mtp_layers"))
+    if name == megatron_names.TIED[1] and architecture.tied:
+        return "output layer (which nothing reads beside multi-token prediction)" if has_mtp else _TIED_HEAD
+    if drops_mtp and megatron_names.is_of_mtp(name):
         return MTP_REASON
-    has_mtp = catalog.drops_mtp or catalog.architecture.fact("mtp_layers")
-    if has_mtp and name == megatron_names.TIED[0]:
+    if (drops_mtp or has_mtp) and name == megatron_names.TIED[0]:
         return "embedding (the copy that multi-token prediction reads)"
     return megatron_names.reason_to_drop(name)

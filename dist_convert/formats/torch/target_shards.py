@@ -72,9 +72,7 @@ def _pieces(cut: CutRow, per_rank: int, dialect: TargetDialect) -> list[tuple[Pi
     return [
         (
             replace(piece, name=megatron_names.with_mtp_name(piece.name, dialect.mtp)),
-            megatron_names.stored_shape(
-                replace(piece, count=per_rank), rows // piece.parts, columns, is_vector=is_vector
-            ),
+            megatron_names.stored_shape(piece, rows // piece.parts, columns, per_rank, is_vector=is_vector),
         )
         for piece in spelling.pieces
     ]

@@ -29,7 +29,7 @@ class DistCatalog(params.MegatronCatalog):
     @property
     def title(self) -> str:
         """The model, for people."""
-        return f"{FAMILIES[self.architecture.family].hf_class}, {self.format} in {self.files} files"
+        return f"{self.family.hf_class}, {self.format} in {self.files} files"
 
 
 def open_catalog(
