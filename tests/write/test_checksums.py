@@ -19,7 +19,7 @@ from dist_convert.formats.saved import lay_out_container
 from dist_convert.read.torch_file import data_offset_bytes, open_container
 from dist_convert.write.checksums import KnownRange, ZipRecord, checksum_of, write_record_checksums
 from dist_convert.write.files import held, make_file, opened
-from tests.write import write_skeleton
+from tests.write import write_shard
 
 STATE = {
     "w": torch.arange(100.0), "empty": torch.empty(0), "b": torch.tensor([1, 2, 3], dtype=torch.int8),
@@ -110,9 +110,9 @@ def test_zip_readers_find_a_patched_file_sound_and_an_unpatched_one_not(filled: 
         assert archive.testzip() is None
 
 
-def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
+def test_a_file_filled_in_halves_is_sound_after_combining_their_checksums(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    skeleton = write_skeleton(
+    container = write_shard(
         path.parent,
         path.name,
         {"num_layers": 1},
@@ -126,7 +126,7 @@ def test_a_skeleton_filled_in_halves_is_sound_after_combining_their_checksums(tm
             for half, at in zip(halves, (offset, offset + size // 2), strict=True):
                 os.pwrite(file.fileno(), half, at)
                 known.append((at, len(half), zlib.crc32(half)))
-    seal(path, skeleton.container.storages, sorted(known))
+    seal(path, container.storages, sorted(known))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert {name: archive.read(f"archive/{name}") for name in ("data/0", "data/1", "data/2")} == {
@@ -166,7 +166,7 @@ def test_a_record_without_its_descriptor_is_refused(filled: Path, storages: Stor
 
 def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    skeleton = write_skeleton(
+    container = write_shard(
         path.parent, path.name, {"num_layers": 1}, 7, [[("huge", "U8", (5 << 30,)), ("far", "I8", (3,))]]
     )
     offset, size = record_ranges(path)["data/1"]
@@ -174,7 +174,7 @@ def test_records_beyond_four_gibibytes_are_patched_in_the_right_places(tmp_path:
         file.seek(offset)
         file.write(DATA["data/2"])
     huge, _ = record_ranges(path)["data/0"]
-    seal(path, skeleton.container.storages, [(huge, 5 << 30, 423114947)])  # of zeros
+    seal(path, container.storages, [(huge, 5 << 30, 423114947)])  # of zeros
     with zipfile.ZipFile(path) as archive:
         assert [archive.getinfo(f"archive/data/{key}").CRC for key in (0, 1)] == [423114947, CHECKSUMS["data/2"]]
         assert archive.read("archive/data/1") == DATA["data/2"]  # which checks its checksum

@@ -1,4 +1,4 @@
-"""Which bytes a skeleton of `model_optim_rng.pt` has: the same in every process, for args that are equal."""
+"""Which bytes `model_optim_rng.pt` has before any data: the same in every process, for args that are equal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.formats.pickles import pickled
-from dist_convert.formats.torch.target import lay_out_skeleton
-from tests.write import write_skeleton
+from dist_convert.formats.torch.target import lay_out_shard
+from tests.write import write_shard
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {
@@ -29,8 +29,8 @@ CHUNKS: list[list[TensorSpec]] = [[("embedding", "BF16", (6, 4)), ("norm", "F32"
 
 
 def test_the_pickle_is_these_bytes() -> None:
-    skeleton = lay_out_skeleton({"b": "x", "a": TorchDtype("bfloat16")}, 7, [[("w", "BF16", (2, 3))]], FILE)
-    assert skeleton.container.pieces[0][1].partition(b"\x80\x02")[2].partition(b"PK")[0] == (
+    _, container = lay_out_shard({"b": "x", "a": TorchDtype("bfloat16")}, 7, [[("w", "BF16", (2, 3))]], FILE)
+    assert container.pieces[0][1].partition(b"\x80\x02")[2].partition(b"PK")[0] == (
         b"}("
         b"X\x04\x00\x00\x00args" b"cargparse\nNamespace\n)\x81}("
         b"X\x01\x00\x00\x00a" b"ctorch\nbfloat16\n" b"X\x01\x00\x00\x00b" b"X\x01\x00\x00\x00x" b"ub"
@@ -47,7 +47,7 @@ def test_the_pickle_is_these_bytes() -> None:
 
 def test_the_pickle_remembers_no_object(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
-    write_skeleton(path.parent, path.name, ARGS, 7, CHUNKS)
+    write_shard(path.parent, path.name, ARGS, 7, CHUNKS)
     with zipfile.ZipFile(path) as archive:
         operations = {operation.name for operation, _, _ in pickletools.genops(archive.read("archive/data.pkl"))}
     assert not {name for name in operations if "PUT" in name or "GET" in name or "MEMO" in name}
@@ -98,18 +98,18 @@ def _reversed() -> dict[str, object]:
 
 @pytest.mark.parametrize("same", [_equal, _reversed])
 def test_equal_args_give_equal_bytes_whichever_objects_they_share(same: Callable[[], dict[str, object]]) -> None:
-    expected = lay_out_skeleton(_shared(), 7, CHUNKS, FILE)
-    assert lay_out_skeleton(same(), 7, CHUNKS, FILE) == expected
+    expected = lay_out_shard(_shared(), 7, CHUNKS, FILE)
+    assert lay_out_shard(same(), 7, CHUNKS, FILE) == expected
 
 
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib; from tests.write.test_megatron_bytes import *;"
-        "write_skeleton(pathlib.Path(sys.argv[1]), 'renamed.pt', {name: ARGS[name] for name in set(ARGS)}, 7, CHUNKS)"
+        "write_shard(pathlib.Path(sys.argv[1]), 'renamed.pt', {name: ARGS[name] for name in set(ARGS)}, 7, CHUNKS)"
     )
     path, other = tmp_path / "model_optim_rng.pt", tmp_path / "elsewhere" / "renamed.pt"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     other.parent.mkdir()
     subprocess.run([sys.executable, "-c", program, str(other.parent)], env=environment, check=True)
-    write_skeleton(path.parent, path.name, ARGS, 7, CHUNKS)
+    write_shard(path.parent, path.name, ARGS, 7, CHUNKS)
     assert other.read_bytes() == path.read_bytes()

@@ -1,4 +1,4 @@
-"""Skeletons of `model_optim_rng.pt`: what torch loads once values lie at the offsets, and what cannot be written.
+"""`model_optim_rng.pt` before any data: what torch loads once values lie at the offsets, and what cannot be written.
 
 The witness is `torch.load`, with `weights_only` and with `mmap`, of files that were filled by plain positioned writes.
 """
@@ -20,9 +20,9 @@ from dist_convert.errors import PlanError, TargetError
 from dist_convert.formats.huggingface.files import TensorSpec
 from dist_convert.formats.megatron.target_args import TorchDtype
 from dist_convert.formats.torch.shards import read_shard
-from dist_convert.formats.torch.target import lay_out_skeleton
+from dist_convert.formats.torch.target import lay_out_shard
 from dist_convert.records import DTYPE_BYTES
-from tests.write import write_skeleton
+from tests.write import write_shard
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 GIB = 1 << 30
@@ -101,7 +101,7 @@ def fill(path: Path, chunks: list[list[TensorSpec]]) -> list[dict[str, torch.Ten
 def test_torch_loads_the_values_that_were_written_at_the_offsets(
     path: Path, keys: list[str], chunks: list[list[TensorSpec]], mmap: bool
 ) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, chunks)
+    write_shard(path.parent, path.name, ARGS, 7, chunks)
     filled = fill(path, chunks)
     loaded = load(path, mmap=mmap)
     assert list(loaded) == ["args", "checkpoint_version", "iteration", *keys]
@@ -117,7 +117,7 @@ def test_torch_loads_the_values_that_were_written_at_the_offsets(
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 def test_every_dtype_is_loaded_as_itself(path: Path, dtype: str) -> None:
     specs: list[TensorSpec] = [("w", dtype, (3, 5))]
-    write_skeleton(path.parent, path.name, ARGS, 7, [specs])
+    write_shard(path.parent, path.name, ARGS, 7, [specs])
     [filled] = fill(path, [specs])
     tensor = load(path)["model"]["w"]
     assert tensor.dtype == TORCH_DTYPES[dtype]
@@ -125,7 +125,7 @@ def test_every_dtype_is_loaded_as_itself(path: Path, dtype: str) -> None:
 
 
 def test_every_tensor_is_contiguous_and_has_a_storage_of_its_own(path: Path) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, [MIXED])
+    write_shard(path.parent, path.name, ARGS, 7, [MIXED])
     model = load(path)["model"]
     for tensor in model.values():
         assert type(tensor) is torch.Tensor
@@ -137,7 +137,7 @@ def test_every_tensor_is_contiguous_and_has_a_storage_of_its_own(path: Path) -> 
 
 
 def test_the_args_are_a_namespace_with_real_torch_dtypes(path: Path) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, [MIXED])
+    write_shard(path.parent, path.name, ARGS, 7, [MIXED])
     loaded = load(path)
     assert type(loaded["args"]) is argparse.Namespace
     assert vars(loaded["args"]) == {
@@ -157,7 +157,7 @@ def test_the_args_are_a_namespace_with_real_torch_dtypes(path: Path) -> None:
 
 
 def test_values_never_written_are_zeros_and_writing_them_does_not_change_the_size(path: Path) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, [MIXED])
+    write_shard(path.parent, path.name, ARGS, 7, [MIXED])
     size_bytes = path.stat().st_size
     assert not any(tensor.any() for tensor in load(path)["model"].values())
     fill(path, [MIXED])
@@ -166,11 +166,11 @@ def test_values_never_written_are_zeros_and_writing_them_does_not_change_the_siz
 
 @pytest.mark.parametrize("chunks", [[MIXED], VIRTUAL, [[("w", "F8_E4M3", (3, 5)), ("e", "U16", (0,))]]])
 def test_the_layout_in_memory_is_what_is_read_from_the_file(path: Path, chunks: list[list[TensorSpec]]) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, chunks)
-    skeleton = lay_out_skeleton(ARGS, 7, chunks, FILE)
-    assert skeleton.chunks == read_shard(path, FILE).chunks
-    assert skeleton.container.size_bytes == path.stat().st_size
-    assert all(place.offset_bytes % 64 == 0 for chunk in skeleton.chunks for place in chunk.values())
+    write_shard(path.parent, path.name, ARGS, 7, chunks)
+    shard, container = lay_out_shard(ARGS, 7, chunks, FILE)
+    assert shard.chunks == read_shard(path, FILE).chunks
+    assert shard.size_bytes == container.size_bytes == path.stat().st_size
+    assert all(place.offset_bytes % 64 == 0 for chunk in shard.chunks for place in chunk.values())
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def address_space_limit() -> Iterator[None]:
 
 @pytest.mark.usefixtures("address_space_limit")
 def test_a_shard_of_sixty_gigabytes_takes_neither_disk_nor_memory(path: Path) -> None:
-    write_skeleton(
+    write_shard(
         path.parent,
         path.name,
         ARGS,
@@ -198,7 +198,7 @@ def test_a_shard_of_sixty_gigabytes_takes_neither_disk_nor_memory(path: Path) ->
 
 def test_values_beyond_four_gibibytes_are_found_by_torch(path: Path) -> None:
     specs: list[TensorSpec] = [("first", "U8", (3 * GIB,)), ("huge", "U8", (5 * GIB,)), ("far", "BF16", (GIB, 3))]
-    write_skeleton(path.parent, path.name, ARGS, 7, [specs])
+    write_shard(path.parent, path.name, ARGS, 7, [specs])
     stored = read_shard(path, FILE).chunks[0]
     with path.open("r+b") as file:
         for name, mark in (("first", b"\x01\x02"), ("huge", b"\x03\x04"), ("far", b"\x80\x3f")):  # 1.0 in bfloat16
@@ -219,22 +219,22 @@ class Text(str):
 )
 def test_an_argument_that_a_restricted_reader_could_not_load_is_refused_by_name(path: Path, value: object) -> None:
     with pytest.raises(PlanError) as caught:
-        write_skeleton(path.parent, path.name, {"num_layers": 2, "strange": value}, 7, [MIXED])
+        write_shard(path.parent, path.name, {"num_layers": 2, "strange": value}, 7, [MIXED])
     assert "'strange'" in caught.value.what
     assert not path.exists()
 
 
 def test_two_tensors_of_one_name_are_refused(path: Path) -> None:
     with pytest.raises(PlanError) as caught:
-        write_skeleton(path.parent, path.name, ARGS, 7, [[("a", "F32", (1,)), ("w", "F32", (1,)), ("w", "F32", (2,))]])
+        write_shard(path.parent, path.name, ARGS, 7, [[("a", "F32", (1,)), ("w", "F32", (1,)), ("w", "F32", (2,))]])
     assert (caught.value.tensor, caught.value.file) == ("w", str(path))
 
 
 def test_values_that_are_there_already_stay(path: Path) -> None:
-    write_skeleton(path.parent, path.name, ARGS, 7, [MIXED])
+    write_shard(path.parent, path.name, ARGS, 7, [MIXED])
     fill(path, [MIXED])
     before = path.read_bytes()
-    write_skeleton(path.parent, path.name, ARGS, 7, [MIXED])
+    write_shard(path.parent, path.name, ARGS, 7, [MIXED])
     assert path.read_bytes() == before
 
 
@@ -250,5 +250,5 @@ def file_size_limit() -> Iterator[None]:
 @pytest.mark.usefixtures("file_size_limit")
 def test_a_file_system_that_refuses_is_a_typed_error(path: Path) -> None:
     with pytest.raises(TargetError) as caught:
-        write_skeleton(path.parent, path.name, ARGS, 7, [[("w", "F32", (1 << 20,))]])
+        write_shard(path.parent, path.name, ARGS, 7, [[("w", "F32", (1 << 20,))]])
     assert (caught.value.file, caught.value.found) == (str(path), "File too large")

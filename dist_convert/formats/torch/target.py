@@ -25,23 +25,10 @@ from dist_convert.write.files import Beside, Directory, make_file, opened, writi
 from dist_convert.write.task import Target
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A file before any data.
-
-    Attributes:
-        container: the file.
-        chunks: per virtual pipeline stage, where each tensor's values go, by name; what `read_shard` finds in the file.
-    """
-
-    container: Container
-    chunks: tuple[dict[str, StoredTensor], ...]
-
-
-def lay_out_skeleton(
+def lay_out_shard(
     args: Mapping[str, object], iteration: int, chunks: Sequence[Sequence[TensorSpec]], file: str
-) -> Skeleton:
-    """One rank's file in memory, without memory for its tensors.
+) -> tuple[Shard, Container]:
+    """One rank's file before any data: what `read_shard` will find in it, and the file, without memory for its tensors.
 
     The bytes follow from the first three arguments alone.
 
@@ -74,7 +61,8 @@ def lay_out_skeleton(
         }
         for prefix, model in zip(prefixes, models.values(), strict=True)
     )
-    return Skeleton(container, places)
+    opaque: tuple[dict[str, str], ...] = tuple({} for _ in places)
+    return Shard(file, container.size_bytes, iteration, dict(args), places, opaque), container
 
 
 #: Values that are in the target beside the weights: (file, name) -> bytes.
@@ -100,14 +88,14 @@ class TorchTarget(Target):
         bins = hashlib.sha256(repr(sorted(self.extras.items())).encode()).hexdigest()
         return self.target.fingerprint | ({BINS_FILE: bins} if self.extras else {})
 
-    def skeleton(self, file: str) -> Skeleton:
-        """A planned file (see `records.name_at`)."""
+    def laid_out(self, file: str) -> tuple[Shard, Container]:
+        """See `lay_out_shard`, of a planned file (see `records.name_at`)."""
         iteration = self.target.settings.iteration or 0
-        return lay_out_skeleton(self.target.args.values, iteration, self.files[local_name(file)], file)
+        return lay_out_shard(self.target.args.values, iteration, self.files[local_name(file)], file)
 
     def make_files(self, partial: Directory, files: Sequence[TargetFile], *, is_first: bool) -> None:
         for file in files:
-            container = self.skeleton(file.name).container
+            _, container = self.laid_out(file.name)
             make_file(partial, local_name(file.name), container.pieces, container.size_bytes)
 
     def complete(self, partial: Directory, files: Sequence[TargetFile], known: KnownRanges, *, is_first: bool) -> None:
@@ -118,8 +106,8 @@ class TorchTarget(Target):
             with writing(partial / name), opened(partial, name, os.O_WRONLY) as descriptor:
                 for tensor, data in ((tensor, data) for (of, tensor), data in self.extras.items() if of == name):
                     os.pwrite(descriptor, data, tensors[tensor].offset_bytes)
-            storages, known_here = self.skeleton(file.name).container.storages, known.get(file.name, ())
-            write_record_checksums(partial, name, file.size_bytes, storages, known_here)
+            _, container = self.laid_out(file.name)
+            write_record_checksums(partial, name, file.size_bytes, container.storages, known.get(file.name, ()))
         if is_first:
             self.target.write_carried(partial)
 
@@ -152,17 +140,8 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
     return TorchTarget(target, files, extras)
 
 
-def _header(target: TorchTarget, file: str) -> Shard:
-    """What `read_shard` will find in a planned file of the target (see `records.name_at`)."""
-    iteration, values = target.target.settings.iteration or 0, target.target.args.values
-    skeleton = target.skeleton(file)
-    nothing: dict[str, str] = {}
-    chunks = skeleton.chunks
-    return Shard(file, skeleton.container.size_bytes, iteration, dict(values), chunks, (nothing,) * len(chunks))
-
-
 def catalog_of_target(target: TorchTarget, planned: Sequence[str]) -> tuple[TorchCatalog, tuple[TargetFile, ...]]:
     """The target as a catalog, and its planned files (see `records.name_at`)."""
-    headers = {file: _header(target, file) for file in planned}
+    headers = {file: target.laid_out(file)[0] for file in planned}
     catalog, _ = open_catalog(headers, target.target.architecture, with_tied_copies=True)
     return catalog, files_of_headers(headers)
