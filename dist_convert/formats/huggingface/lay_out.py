@@ -24,6 +24,7 @@ from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, 
 from dist_convert.formats.huggingface.read import ARGS_FILE, CONFIG_FILE, WEIGHTS_KINDS, check_inside
 from dist_convert.formats.huggingface.upload import check_upload
 from dist_convert.formats.megatron.args import check_own_vocab, is_of_habana, model_type_from_args, true_vocab
+from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.tokenizer import record as tokenizers
 from dist_convert.formats.tokenizer.huggingface import TEMPLATES, has_tokenizer_files, tokenizer_files
 from dist_convert.formats.torch.capacity_bins import Bin, read_bins, write_bins
@@ -60,7 +61,7 @@ class HuggingFaceTarget(Target):
         model: the source; of one of Hugging Face, all but the weights is taken over as it is.
         configs: file name to content of what is written in JSON.
         copied: names of the source's files that are copied.
-        bins: capacity bins of all ranks, where the job asks for them, and the catalog that they are of.
+        bins: the grid and the capacity bins of all its ranks, where the job asks for them.
         disks: how many hold a part of the target each.
         planned: the weights files, where they are those of a distributed checkpoint.
     """
@@ -70,7 +71,7 @@ class HuggingFaceTarget(Target):
     model: Model
     configs: Mapping[str, JsonObject]
     copied: Sequence[str] = ()
-    bins: tuple[TorchCatalog, Sequence[Bin]] | None = None
+    bins: tuple[Grid, Sequence[Bin]] | None = None
     disks: int = 1
     planned: PlannedFiles | None = None
 
@@ -282,13 +283,13 @@ def to_huggingface(job: Options, model: Model, world: World) -> Task:
     )
 
 
-def _bins(job: Options, model: Model, source: Catalog, world: World) -> tuple[TorchCatalog, list[Bin]] | None:
+def _bins(job: Options, model: Model, source: Catalog, world: World) -> tuple[Grid, list[Bin]] | None:
     """The capacity bins of all ranks, where they are asked for."""
     if not (job.save_capacity_bins and isinstance(model, TorchModel) and isinstance(source, TorchCatalog)):
         return None
     mine = [model.shards[name] for name in model.found.headers_of[world.rank]]
-    of_ranks = gather_objects(world, read_bins(model.directory, mine))
-    return source, [bin for of_rank in of_ranks for bin in of_rank]
+    of_ranks = gather_objects(world, read_bins(model.directory, source, mine))
+    return source.grid, [bin for of_rank in of_ranks for bin in of_rank]
 
 
 #: The most positions that a Llama is known to have with a theta of 10000.

@@ -21,29 +21,30 @@ from dist_convert.read.file_reader import TORCH_DTYPES
 from dist_convert.read.restricted_pickle import Tensor
 from dist_convert.read.source import opened_source
 from dist_convert.read.torch_file import open_dict, place_tensors
-from dist_convert.records import DTYPE_BYTES, StoredTensor, counted, local_name
+from dist_convert.records import DTYPE_BYTES, StoredTensor, counted
 from dist_convert.write.files import Directory, write_file
 
 FILE = "capacity_bins.pt"
 _DTYPES = {"I64": torch.int64, "I32": torch.int32, **TORCH_DTYPES}
 
-#: (file, virtual stage, local layer, name, dtype, values): one bin tensor, as it travels between ranks.
-Bin = tuple[str, int, int, str, str, list[float]]
-#: (layer, pipeline, expert, tensor, name) -> dtype and values.
-Bins = Mapping[tuple[int, int, int, int, str], tuple[str, list[float]]]
+#: (layer, pipeline, expert, tensor, name, dtype, values): one bin tensor of a rank, by its layer in the model.
+Bin = tuple[int, int, int, int, str, str, list[float]]
 
 
-def read_bins(directory: Path, shards: Iterable[Shard]) -> list[Bin]:
+def read_bins(directory: Path, catalog: TorchCatalog, shards: Iterable[Shard]) -> list[Bin]:
     """Read the capacity bins of the shards that this rank answers for."""
-    found = []
+    ranks = {f"{rank_directory(catalog.grid, rank)}/{SHARD_FILE}": rank for rank in grid_ranks(catalog.grid)}
+    first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in catalog.chunks}
+    found: list[Bin] = []
     for shard in shards:
+        rank = ranks[shard.file]
         for virtual, chunk in enumerate(shard.chunks):
             for stored_name, tensor in chunk.items():
                 prefix, _, name = normalise(stored_name).partition(CAPACITY_BINS)
                 layer = layer_of(prefix)
                 if name and layer is not None:
-                    values = _read(directory, tensor, "--save-capacity-bins")
-                    found.append((shard.file, virtual, layer, name, tensor.dtype, values))
+                    place = first_layer[rank.pipeline, virtual] + layer, rank.pipeline, rank.expert, rank.tensor, name
+                    found.append((*place, tensor.dtype, _read(directory, tensor, "--save-capacity-bins")))
     return found
 
 
@@ -66,30 +67,25 @@ def _read(directory: Path, tensor: StoredTensor, flag: str) -> list[float]:
     return values
 
 
-def write_bins(target: Directory, catalog: TorchCatalog, bins: Iterable[Bin]) -> None:
+def write_bins(target: Directory, grid: Grid, bins: Iterable[Bin]) -> None:
     """Write the bins of all ranks as `capacity_bins.pt`; slots without one are empty dicts."""
-    places = {f"{rank_directory(catalog.grid, rank)}/{SHARD_FILE}": rank for rank in grid_ranks(catalog.grid)}
-    first_layer = {(chunk.pipeline, chunk.virtual): chunk.first_layer for chunk in catalog.chunks}
     nested: dict[str, Any] = {}
-    for file, virtual, local_layer, name, dtype, values in bins:
-        rank = places[local_name(file)]
-        layer = first_layer[rank.pipeline, virtual] + local_layer
-        slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(catalog))
-        slots[rank.pipeline][rank.expert][rank.tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
+    for layer, pipeline, expert, tensor, name, dtype, values in bins:
+        slots = nested.setdefault(name, {}).setdefault(layer, _empty_slots(grid))
+        slots[pipeline][expert][tensor] = torch.tensor(values, dtype=_DTYPES[dtype])
     content = io.BytesIO()
     torch.save(nested, content)
     write_file(target, FILE, content.getvalue())
 
 
-def _empty_slots(catalog: TorchCatalog) -> dict[int, Mapping[int, dict[int, Any]]]:
-    grid = catalog.grid
+def _empty_slots(grid: Grid) -> dict[int, Mapping[int, dict[int, Any]]]:
     return {
         pipeline: {expert: {tensor: {} for tensor in range(grid.tensor)} for expert in range(grid.expert)}
         for pipeline in range(grid.pipeline)
     }
 
 
-def load_bins(path: Path) -> Bins:
+def load_bins(path: Path) -> list[Bin]:
     """The bins of a `capacity_bins.pt`.
 
     Raises:
@@ -113,10 +109,10 @@ def load_bins(path: Path) -> Bins:
             }
         except AttributeError as error:
             raise CorruptFile("damaged capacity bins", FILE, found=error) from error
-        found = {}
+        found: list[Bin] = []
         for place, values in tensors.items():
             [bin] = place_tensors({f"{place[-1]} of layer {place[0]}": values}, container).values()
-            found[place] = bin.dtype, _read(path.parent, bin, "--load-capacity-bins")
+            found.append((*place, bin.dtype, _read(path.parent, bin, "--load-capacity-bins")))
     if not found:
         expected = "vectors, by name, layer, pipeline, expert and tensor rank"
         raise CorruptFile("no capacity bins in the file", path, expected, remedy="leave --load-capacity-bins out")
@@ -124,7 +120,7 @@ def load_bins(path: Path) -> Bins:
 
 
 def place_bins(
-    bins: Bins, grid: Grid, chunks: Sequence[Chunk]
+    bins: Sequence[Bin], grid: Grid, chunks: Sequence[Chunk]
 ) -> dict[tuple[str, int], dict[str, tuple[str, list[float]]]]:
     """The bins that each file holds: (file, virtual stage) -> name there -> dtype and values.
 
@@ -134,7 +130,7 @@ def place_bins(
     chunk_of = {layer: c for c in chunks for layer in range(c.first_layer, c.first_layer + c.layers)}
     stages = {chunk.pipeline for chunk in chunk_of.values()}
     wanted = {rank for rank in written_ranks(grid) if rank.pipeline in stages}
-    held = {Rank(pipeline, tensor, expert) for _, pipeline, expert, tensor, _ in bins}
+    held = {Rank(pipeline, tensor, expert) for _, pipeline, expert, tensor, *_ in bins}
     astray = {layer for layer, pipeline, *_ in bins if layer not in chunk_of or chunk_of[layer].pipeline != pipeline}
     if astray or held != wanted:
         raise UsageError(
@@ -145,10 +141,10 @@ def place_bins(
             remedy="choose the grid that they were saved from, or leave --load-capacity-bins out",
         )
     found: dict[tuple[str, int], dict[str, tuple[str, list[float]]]] = {}
-    for (layer, pipeline, expert, tensor, name), values in sorted(bins.items()):
+    for layer, pipeline, expert, tensor, name, dtype, values in sorted(bins):
         chunk, directory = chunk_of[layer], rank_directory(grid, Rank(pipeline, tensor, expert))
         of_file = found.setdefault((f"{directory}/{SHARD_FILE}", chunk.virtual), {})
-        of_file[capacity_bin(layer - chunk.first_layer, name)] = values
+        of_file[capacity_bin(layer - chunk.first_layer, name)] = dtype, values
     return found
 
 

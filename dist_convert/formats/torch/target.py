@@ -133,7 +133,7 @@ def lay_out_torch(job: Options, directory: Path, target: MegatronTarget) -> Torc
         files[file] = (*models[:virtual], models[virtual] + specs, *models[virtual + 1 :])
         prefix = model_prefixes(len(models))[virtual]
         extras |= {(file, prefix + name): packed(dtype, values) for name, (dtype, values) in tensors.items()}
-    lengths = [len(values) for (*_, name), (_, values) in bins.items() if name == "capacity_bins"]
+    lengths = [len(values) for *_, name, _, values in bins if name == "capacity_bins"]
     if lengths:  # without it training makes no buffers for the bins, and refuses the file
         args.values["moe_capacity_bins_num"] = lengths[0]
         args.origins["moe_capacity_bins_num"] = f"flag --load-capacity-bins ({BINS_FILE})"
