@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import add
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from dist_convert.errors import CheckpointNotFound, MissingShard, below
 from dist_convert.formats.dcp.chunks import Stored, StoredChunk, chunk_name
 from dist_convert.formats.foreign import refuse_foreign_tensors
-from dist_convert.formats.huggingface.read import read_safetensors_shard
+from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_safetensors_shard
 from dist_convert.models.catalog import by_reason
 from dist_convert.ranks.collectives import World, broadcast, gather_objects
 from dist_convert.read.dcp import METADATA_FILE, SHARDS, Blob, Chunk, Metadata, SavedTensor, not_as_listed, place_chunks
@@ -109,24 +110,20 @@ def find_chunks(directory: Path, listed: JsonObject, world: World) -> tuple[Disc
         )
     placed: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
     for file, header in sorted(found.headers.items()):
-        for key, at, sizes, offset_bytes, strides, _, checksum in header:
-            lines = tensors[key].dtype, tuple(sizes), tuple(strides)
-            place = StoredTensor(chunk_name(key, at), file, *lines, offset_bytes, checksum)
-            placed[key].append(StoredChunk(tuple(at), place))
+        for (key, _, chunk), place in zip(chunks_of[file], header_from_json(file, header).values(), strict=True):
+            place = replace(place, name=chunk_name(key, chunk.offsets))
+            placed[key].append(StoredChunk(chunk.offsets, place))
     found = found.with_checksums(chunk.place for chunks in placed.values() for chunk in chunks)
     return found, {key: Stored(key, t.dtype, t.shape, tuple(placed[key])) for key, t in tensors.items()}
 
 
 def _read_header(directory: Path, chunks_of: Mapping[str, Sequence[tuple[str, str, Chunk]]], file: str) -> list[Any]:
-    """Of each chunk of a file its key, its box, where its elements lie, and their size and checksum."""
+    """Where the elements of each chunk of a file lie, by its number, as `header_to_json` has it."""
     chunks, path = chunks_of[file], directory / file
     with opened_source(path) as opened:
         is_safetensors = opened.read(9)[8:] == b"{"  # behind the length of the header; a zip has zeros there
     placed = _in_safetensors(path, file, chunks) if is_safetensors else place_chunks(directory, file, chunks)
-    return [
-        [key, chunk.offsets, chunk.sizes, tensor.offset_bytes, tensor.strides, tensor.size_bytes, tensor.checksum]
-        for (key, _, chunk), tensor in zip(chunks, placed, strict=True)
-    ]
+    return header_to_json({str(number): tensor for number, tensor in enumerate(placed)})
 
 
 def _in_safetensors(path: Path, file: str, chunks: Sequence[tuple[str, str, Chunk]]) -> list[StoredTensor]:

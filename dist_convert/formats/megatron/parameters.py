@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape, raise_together
+from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape
 from dist_convert.formats.megatron.geometry import CutRow, ShardBox
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import describe_homeless, normalise
@@ -65,7 +65,7 @@ class MegatronCatalog:
     """A `Catalog` of Megatron's parameters, whatever files hold them.
 
     Attributes:
-        architecture: the model.
+        architecture, title: the model, and what it and its layout are called for people.
         add_to_norms: 1 where norms are stored as gamma - 1.
         tensors: the logical tensors.
         parameters: for each stored tensor the parameter that it is stacked into, and its number there.
@@ -75,6 +75,7 @@ class MegatronCatalog:
     """
 
     architecture: Architecture
+    title: str
     add_to_norms: int = 0
     tensors: Mapping[str, TensorMeta] = field(default_factory=dict)
     parameters: Mapping[str, tuple[Parameter, int]] = field(default_factory=dict)
@@ -130,12 +131,8 @@ def with_tensors(catalog: _Catalog, parameters: Sequence[Parameter]) -> _Catalog
     What is not stored has the dtype in which most bytes are.
 
     Raises:
-        Problems, or the one problem there is: two rows name one tensor, or the boxes of a parameter do not cover its
-            tensors and shards exactly.
+        PlanError: two rows name one tensor.
     """
-    faults = ((one, fault) for one in parameters for fault in one.cut.faults)
-    what = "the plan does not cover a tensor exactly"
-    raise_together([PlanError(what, tensor=one.name, found=fault) for one, fault in faults])
     bytes_of = Counter[str]()
     for view in (view for shards in catalog.replicas.values() for copies in shards for _, _, view in copies[0]):
         bytes_of[view.dtype] += view.size_bytes

@@ -37,11 +37,6 @@ class TorchCatalog(MegatronCatalog):
     pinned: frozenset[str] = frozenset()
     with_tied_copies: bool = False
 
-    @property
-    def title(self) -> str:
-        """The model and the grid, for people."""
-        return f"{self.family.hf_class}, {self.grid}"
-
     @cached_property
     def chunk_of_layer(self) -> tuple[Chunk, ...]:
         """For each layer, the virtual pipeline stage that holds it."""

@@ -98,6 +98,7 @@ def open_catalog(
     listed = params.parameters_of(architecture, grid, imported_experts=imported_experts, whole_latents=whole_latents)
     catalog = catalogs.TorchCatalog(
         architecture=architecture,
+        title=f"{FAMILIES[architecture.family].hf_class}, {grid}",
         grid=grid,
         chunks=chunks,
         files=files,
@@ -185,9 +186,7 @@ def _latents_are_whole(
     return False
 
 
-def _experts_are_permuted(
-    catalog: catalogs.TorchCatalog, listed: Iterable[params.Parameter], flag: bool
-) -> bool:
+def _experts_are_permuted(catalog: catalogs.TorchCatalog, listed: Iterable[params.Parameter], flag: bool) -> bool:
     """Whether Habana's dynamic experts are stored as rows x columns: by the shape of any that is not square."""
     for parameter in listed:
         if parameter.expert is not None:
@@ -222,7 +221,9 @@ def _survey(
             # Behind those of its own files is the last stage's copy, which may have any dtype.
             for number, view in ((number, view) for number, replica in enumerate(found) for _, _, view in replica):
                 used.add((view.file, view.tensor))
-                problems += params.dtype_problems(view, of_shards[0][0][0][2].dtype if number < len(own) else view.dtype)
+                problems += params.dtype_problems(
+                    view, of_shards[0][0][0][2].dtype if number < len(own) else view.dtype
+                )
     return replicas, used, problems
 
 

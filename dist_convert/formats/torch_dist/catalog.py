@@ -1,7 +1,7 @@
 """The catalog of a `torch_dist` checkpoint: where each box of each tensor is stored, in which blobs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dist_convert import errors
 from dist_convert.formats.dcp.chunks import Stored
@@ -19,23 +19,10 @@ from dist_convert.records import JsonObject, View
 _WHOLE = Grid()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistCatalog(params.MegatronCatalog):
-    """A `Catalog` of blobs in so many files; each parameter is one shard, stored once."""
-
-    files: int
-    format: str
-
-    @property
-    def title(self) -> str:
-        """The model, for people."""
-        return f"{self.family.hf_class}, {self.format} in {self.files} files"
-
-
 def open_catalog(
     stored: Mapping[str, Stored], architecture: Architecture, args: JsonObject, file: str, format: str = TORCH_DIST
-) -> DistCatalog:
-    """A checkpoint from what its files hold of the model.
+) -> params.MegatronCatalog:
+    """A checkpoint from what its files hold of the model: each parameter is one shard, stored once.
 
     Args:
         stored: each tensor by Megatron's name of it, without what `reason_to_leave` names.
@@ -70,12 +57,11 @@ def open_catalog(
     files = len({chunk.place.file for tensor in stored.values() for chunk in tensor.chunks})
     # The local modules' norms have the same keys as those that Transformer Engine fuses.
     is_fused = args.get("transformer_impl") != "local" and any(map(has_fused_norm, stored))
-    catalog = DistCatalog(
+    catalog = params.MegatronCatalog(
         architecture=architecture,
+        title=f"{family.hf_class}, {format} in {files} files",
         add_to_norms=added_to_norms(args, file, is_fused=is_fused),
         replicas=replicas,
-        files=files,
-        format=format,
     )
     return params.with_tensors(catalog, parameters)
 

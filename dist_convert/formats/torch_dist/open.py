@@ -14,6 +14,7 @@ from dist_convert.formats.format import MegatronModel
 from dist_convert.formats.huggingface.config import architecture_from_config
 from dist_convert.formats.megatron.iterations import notes_on_iteration
 from dist_convert.formats.megatron.names import is_of_mtp
+from dist_convert.formats.megatron.parameters import MegatronCatalog
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.megatron.target_args import model_values
 from dist_convert.formats.tokenizer.find import shared_tokenizer
@@ -41,7 +42,7 @@ class DistModel(MegatronModel):
 
     def catalog(
         self, vocab: int | None = None, *, with_tied_copies: bool = False
-    ) -> tuple[catalogs.DistCatalog, LeftBehind]:
+    ) -> tuple[MegatronCatalog, LeftBehind]:
         """See `Model`; a tied embedding is stored once."""
         with below(self.directory):
             architecture = self.said.architecture(vocab=self.vocab or vocab, file=self.args_file)

@@ -14,15 +14,15 @@ from dist_convert.formats.dcp.files import PlannedFiles
 from dist_convert.formats.megatron.geometry import CutRow
 from dist_convert.formats.megatron.grid import Grid, layer_chunks, written_ranks
 from dist_convert.formats.megatron.iterations import KIND_FILE
-from dist_convert.formats.megatron.parameters import parameters_of
+from dist_convert.formats.megatron.parameters import MegatronCatalog, parameters_of
 from dist_convert.formats.megatron.target import MegatronTarget
 from dist_convert.formats.pickles import pickled
 from dist_convert.formats.saved import common_content, lay_out_container
-from dist_convert.formats.torch_dist.catalog import DistCatalog, leading_axes, open_catalog
+from dist_convert.formats.torch_dist.catalog import leading_axes, open_catalog
 from dist_convert.formats.torch_dist.contents import COMMON_FILE
 from dist_convert.formats.torch_dist.names import extra_states, target_key
 from dist_convert.models import FAMILIES
-from dist_convert.models.schema import Architecture, part_size
+from dist_convert.models.schema import Architecture
 from dist_convert.options import TORCH_DIST
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
 from dist_convert.records import Box, JsonObject, TargetFile
@@ -78,7 +78,7 @@ def lay_out_torch_dist(target: MegatronTarget) -> DistTarget:
     return DistTarget(target, lay_out_files(target))
 
 
-def catalog_of_target(target: DistTarget) -> tuple[DistCatalog, tuple[TargetFile, ...]]:
+def catalog_of_target(target: DistTarget) -> tuple[MegatronCatalog, tuple[TargetFile, ...]]:
     """The target as a catalog, and its files."""
     architecture, args = target.target.architecture, target.target.args.values
     return open_catalog(target.files.stored(), architecture, args, METADATA_FILE), target.files.target_files()
@@ -146,17 +146,11 @@ def _rank_of(expert: int | None, architecture: Architecture, grid: Grid) -> int 
 
 def _boxes(cut: CutRow) -> Iterator[tuple[int, Box]]:
     """The shards' boxes of a whole parameter, in its order: of tensors stacked in it, a box of each."""
-    row, shards = cut.row, cut.shards
-    rows, columns = replace(cut, shards=1).shard_size
-    if row.split == "replicated":
-        yield 0, Box(0, 0, rows, columns)
-    elif row.split == "columns":
-        width = columns // shards
-        yield from ((shard, Box(0, shard * width, rows, width)) for shard in range(shards))
-    else:
-        is_one = row.by_query_group or len(row.parts) == 1
-        first = 0
-        for part_rows in [rows] if is_one else [part_size(part, cut.sizes)[0] for part in row.parts]:
-            height = part_rows // shards
-            yield from ((shard, Box(first + shard * height, 0, height, columns)) for shard in range(shards))
-            first += part_rows
+    row, shards, first = cut.row, cut.shards, 0
+    if row.by_query_group or row.padded_rows:
+        rows, columns = cut.shard_size
+        yield from ((shard, Box(shard * rows, 0, rows, columns)) for shard in range(shards))
+        return
+    for boxes, part_rows in zip(cut.boxes, cut.part_rows, strict=True):
+        yield from ((one.shard, replace(one.box, row=first + one.box.row)) for one in boxes)
+        first += part_rows
