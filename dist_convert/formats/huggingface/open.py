@@ -9,8 +9,7 @@ that is stored, transformers 5 warns and keeps it where its values differ, so it
 queries, keys and values have biases; Megatron has no place for it where only those have them, and zeros need none.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,17 @@ from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_ca
 from dist_convert.formats.huggingface.names import HEAD, OF_MTP
 from dist_convert.formats.huggingface.quantised import QUANTISED_BY, Quantisation, quantisation_of, with_scales
 from dist_convert.formats.megatron.iterations import CARRIED_FILE
+from dist_convert.formats.samples import ALIKE, ALL_BYTES, are_equal, samples
 from dist_convert.formats.tokenizer.record import Tokenizer, style_of
 from dist_convert.models import FAMILIES
 from dist_convert.models.blocks import MTP_KEY, OUTPUT_BIAS_OF_ZEROS
 from dist_convert.models.catalog import Catalog, LeftBehind, Region
 from dist_convert.models.schema import MOST_LAYERS, Architecture, copies_of, is_size
 from dist_convert.options import DCP, HUGGINGFACE, Options
-from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.ranks.collectives import World
 from dist_convert.read.discover import Discovery, discover
-from dist_convert.read.file_reader import FileReader, make_buffer, read_box
 from dist_convert.read.source import read_json
-from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, View, tiles
+from dist_convert.records import JsonObject, StoredTensor, View
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,13 @@ def open_huggingface(directory: Path, world: World, *, drops_mtp: bool = False) 
     return HuggingFaceModel(directory, config, found, stored, drops_mtp=drops_mtp, quantisation=quantisation)
 
 
-_BLOCK_BYTES = 4 << 20
-
-
 def check_tied(model: HuggingFaceModel, catalog: Catalog, world: World) -> None:
-    """Refuse a copy of embedding or head that differs from it; one rank reads both by blocks.
+    """Refuse a copy of embedding or head that differs from it.
 
     A head may be tied by the config; layers of multi-token prediction hold both once more.
 
     Raises:
-        InconsistentShards: they differ, or no rank can compare them.
+        InconsistentShards: they differ.
     """
     architecture = catalog.architecture
     if architecture.tied and HEAD in model.stored:
@@ -168,36 +164,14 @@ def _check_equal(
     if places[0] == places[1]:
         return  # one storage, as torch saves tied parameters
     shape = own[-1].box.row_end, own[-1].box.column_end
-    same_shape = (places[0][0].dtype, shape) == (copy.dtype, copy.shape)
-    files = {view.file for of_one in places for view in of_one}
-    able = [rank for rank, seen in enumerate(model.found.visible) if files <= seen]
-    found = "another dtype or shape" if able else "the files on different nodes, where no rank can compare them"
-    if same_shape and able:
-        mine = first_different_row(model.directory, *both) if world.rank == able[0] else None
-        row = gather_objects(world, mine)[able[0]]
-        if row is None:
+    found = "another dtype or shape"
+    if (places[0][0].dtype, shape) == (copy.dtype, copy.shape):
+        if are_equal(model.directory, model.found, *both, world):
             return
-        found = f"other values from row {row} on"
+        found = "other values"
     file, same = model.directory / copy.file, own[0].replicas[0]
     expected = f"the same values as {same.tensor} in {model.directory / same.file}"
     raise InconsistentShards(what, file, expected, found, remedy, tensor=copy.name)
-
-
-def first_different_row(directory: Path, first: Sequence[Region], second: Sequence[Region]) -> int | None:
-    """The first row in which two matrices of one shape and dtype differ, read by blocks; None where they are equal."""
-    dtype, all_rows, columns = first[0].replicas[0].value_dtype, first[-1].box.row_end, first[-1].box.column_end
-    row_bytes = columns * DTYPE_BYTES[dtype]
-    rows = min(all_rows, max(1, _BLOCK_BYTES // row_bytes))
-    buffers, block = [make_buffer(rows * row_bytes) for _ in range(2)], make_buffer(_BLOCK_BYTES)
-    with closing(FileReader(directory, make_buffer(2 * _BLOCK_BYTES))) as reader:
-        for box in tiles(all_rows, columns, rows, columns):
-            for regions, buffer in zip((first, second), buffers, strict=True):
-                read_box(reader, regions, box, dtype, buffer, block)
-            for row in range(box.rows):
-                line = slice(row * row_bytes, (row + 1) * row_bytes)
-                if buffers[0].memory[line] != buffers[1].memory[line]:
-                    return box.row + row
-    return None
 
 
 def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
@@ -207,25 +181,15 @@ def with_zero_biases(model: HuggingFaceModel, world: World) -> HuggingFaceModel:
     names = []
     if may_be and isinstance(layers, int) and is_size(layers, MOST_LAYERS):
         names = [OUTPUT_BIAS_OF_ZEROS.parts[0].name.format(layer=layer) for layer in range(layers)]
-    biases = [model.stored[name] for name in names if name in model.stored and len(model.stored[name].shape) == 1]
+    stored = (model.stored[name] for name in names if name in model.stored)
+    biases = [bias for bias in stored if len(bias.shape) == 1 and bias.elements]
     are_zero = False
     if names and len(biases) == len(names):
-        # Each chunk is read by the first rank that sees its file.
-        views = [r.replicas[0] for bias in biases for r in regions_of((View.of(bias),), model.chunks)]
-        readers = {v.file: next(n for n, files in enumerate(model.found.visible) if v.file in files) for v in views}
-        mine = [view for view in views if readers[view.file] == world.rank]
-        are_zero = all(gather_objects(world, _only_zeros(model.directory, mine)))
+        views = [one.replicas[0] for bias in biases for one in regions_of((View.of(bias),), model.chunks)]
+        wanted = [(view, view.dtype) for view in views]
+        digests = samples(model.directory, model.found, wanted, world, sample_bytes=ALL_BYTES)
+        are_zero = all(digest.startswith(ALIKE) and not digest.removeprefix(ALIKE).strip("0") for digest in digests)
     return replace(model, zero_biases=frozenset(names if are_zero else ()))
-
-
-def _only_zeros(directory: Path, views: Iterable[View]) -> bool:
-    with closing(FileReader(directory, make_buffer(_BLOCK_BYTES))) as reader:
-        for view in views:
-            buffer = make_buffer(view.size_bytes)
-            reader.read(view, view.dtype, 0, buffer, 0)
-            if buffer.memory[: view.size_bytes].tobytes().strip(b"\0"):
-                return False
-    return True
 
 
 def carried_configs(model: Model) -> dict[str, dict[str, Any]]:

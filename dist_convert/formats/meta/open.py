@@ -14,16 +14,15 @@ from dist_convert.formats.dcp.chunks import Stored, StoredChunk
 from dist_convert.formats.dcp.names import huggingface_tensors
 from dist_convert.formats.huggingface.catalog import HuggingFaceCatalog, open_catalog, regions_of
 from dist_convert.formats.huggingface.config import config_json, special_token_ids
-from dist_convert.formats.huggingface.open import first_different_row
 from dist_convert.formats.huggingface.read import header_from_json, header_to_json, read_weights_header
 from dist_convert.formats.megatron.args import check_own_vocab
 from dist_convert.formats.megatron.parameters import dtype_problems
 from dist_convert.formats.megatron.said import said_of
 from dist_convert.formats.meta.names import DROPPED, EMBEDDING, GATE, HEAD, QUERY
 from dist_convert.formats.meta.params import PARAMS_FILE, args_of_params, weights_files
+from dist_convert.formats.samples import ALIKE, are_equal, samples
 from dist_convert.formats.tokenizer.find import shared_tokenizer
 from dist_convert.formats.tokenizer.record import Tokenizer
-from dist_convert.formats.torch.copies import ALIKE, samples
 from dist_convert.models.catalog import LeftBehind, Where
 from dist_convert.options import META
 from dist_convert.ranks.collectives import World, gather_objects
@@ -173,14 +172,12 @@ def rows_of(headers: Headers) -> dict[str, int]:
 
 def _is_tied(directory: Path, found: Discovery, headers: Headers, world: World) -> bool:
     """Whether the head is the embedding, as in Llama 3.2's small models, which are single files."""
-    (file, tensors), *others = headers.items()
+    tensors, *others = headers.values()
     pair = [tensors[name] for name in (EMBEDDING, HEAD) if name in tensors and len(tensors[name].shape) == 2]
     if others or len(pair) < 2 or len({(one.dtype, one.shape) for one in pair}) > 1:
         return False
-    reader = next(rank for rank, files in enumerate(found.visible) if file in files)
-    both = [regions_of((View.of(one),), {}) for one in pair]
-    mine = world.rank == reader and first_different_row(directory, *both) is None
-    return bool(gather_objects(world, mine)[reader])
+    embedding, head = (regions_of((View.of(one),), {}) for one in pair)
+    return are_equal(directory, found, embedding, head, world)
 
 
 def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[str]:
@@ -188,7 +185,7 @@ def _differing_norms(model: MetaModel, headers: Headers, world: World) -> list[s
     tensors, *_ = headers.values()
     norms = [name for name, one in tensors.items() if len(one.shape) == 1 and name != DROPPED]
     views = [View.of(held[name]) for name in (QUERY, *norms) for held in headers.values()]
-    digests = iter(samples(model, [(view, view.dtype) for view in views], world))
+    digests = iter(samples(model.directory, model.found, [(view, view.dtype) for view in views], world))
     of_digest: dict[str, str] = {}
     for file, digest in zip(headers, islice(digests, len(headers)), strict=True):
         twin = of_digest.setdefault(digest, file)

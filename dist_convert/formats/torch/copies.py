@@ -7,84 +7,25 @@ which args do not say whether it is tied. `verify` compares all of them. A shard
 alone; headers show of some that they were copied twice or swapped.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
 from dist_convert.errors import ConversionError, InconsistentShards, raise_together
-from dist_convert.formats.format import Model
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import TIED, is_of_expert, normalise
 from dist_convert.formats.megatron.parameters import Parameter
+from dist_convert.formats.samples import ALIKE, ALL_BYTES, BLOCK_BYTES, SAMPLE_BYTES, reader_of, samples
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import TorchModel
 from dist_convert.models.catalog import Where
 from dist_convert.ranks.collectives import World, gather_objects
-from dist_convert.read.file_reader import TORCH_DTYPES, FileReader, make_buffer
-from dist_convert.records import DTYPE_BYTES, Box, JsonObject, StoredTensor, View, local_name, names, row_major, tiles
+from dist_convert.read.file_reader import TORCH_DTYPES, make_buffer
+from dist_convert.records import DTYPE_BYTES, JsonObject, StoredTensor, View, local_name, names, row_major, tiles
 
-_SAMPLE_BYTES = 64 << 10
 #: Of what every rank has whole: norms and routers end before.
 _SMALL_BYTES = 8 << 20
-_ALL_BYTES = 1 << 62
-BLOCK_BYTES = 4 << 20
-
-#: Begins the digest of values that are all the same.
-ALIKE = "all "
-
-
-def reader_of(model: Model) -> closing[FileReader]:
-    """Reads views of a model's files, in blocks of at most `BLOCK_BYTES`."""
-    return closing(FileReader(model.directory, make_buffer(2 * BLOCK_BYTES), model.found.listing))
-
-
-def samples(
-    model: Model, wanted: Sequence[tuple[View, str]], world: World, *, sample_bytes: int = _SAMPLE_BYTES
-) -> list[str]:
-    """A digest of the first, middle and last rows of each view, as values of a dtype; the same on every rank.
-
-    Each is read by the first rank that sees its file. That of values that are all the same begins with `ALIKE`.
-    """
-    readers = {
-        view.file: next(n for n, files in enumerate(model.found.visible) if view.file in files) for view, _ in wanted
-    }
-    with reader_of(model) as reader:
-        mine = {
-            str(number): _sample(reader, view, dtype, sample_bytes)
-            for number, (view, dtype) in enumerate(wanted)
-            if readers[view.file] == world.rank
-        }
-    told: dict[str, str] = {}
-    for of_rank in gather_objects(world, mine):
-        told |= of_rank
-    return [told[str(number)] for number in range(len(wanted))]
-
-
-def _sample(reader: FileReader, view: View, dtype: str, sample_bytes: int) -> str:
-    item_bytes = DTYPE_BYTES[dtype]
-    rows = min(view.rows, max(1, sample_bytes // (view.columns * item_bytes)))
-    starts = dict.fromkeys((0, (view.rows - rows) // 2, view.rows - rows))
-    windows = [window for first in starts for window in _windows(view.window(Box(first, 0, rows, view.columns)))]
-    buffer = make_buffer(max(window.rows * window.columns for window in windows) * item_bytes)
-    digest, items = hashlib.sha256(), set[bytes]()
-    for window in windows:
-        reader.read(window, dtype, 0, buffer, 0)
-        found = buffer.memory[: window.rows * window.columns * item_bytes].tobytes()
-        digest.update(found)
-        items.add(found[:item_bytes] if found == found[:item_bytes] * (len(found) // item_bytes) else b"")
-    return ALIKE + items.pop().hex() if len(items) == 1 and len(min(items)) == item_bytes else digest.hexdigest()
-
-
-def _windows(view: View) -> Iterator[View]:
-    """A view in parts whose elements lie near enough to each other to be read together."""
-    columns = min(view.columns, 512) if view.is_transposed else view.columns
-    rows = max(1, BLOCK_BYTES // (columns * DTYPE_BYTES[view.dtype]))
-    for tile in tiles(view.rows, view.columns, rows, columns):
-        yield view.window(tile)
-
 
 ACCEPT_ORDER = "--accept-shard-order"
 #: Args that one run has once, for all its ranks.
@@ -165,14 +106,16 @@ def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> lis
     }
     unknown = [file for file, found in matrices.items() if any(one.checksum is None for one in found)]
     of_unknown = [_spread(matrices[file]) for file in unknown]
-    digests = iter(samples(model, [(_memory(one), one.dtype) for found in of_unknown for one in found], world))
+    wanted = [(_memory(one), one.dtype) for found in of_unknown for one in found]
+    digests = iter(samples(model.directory, model.found, wanted, world))
     signatures |= {f: tuple((one.name, next(digests)) for one in m) for f, m in zip(unknown, of_unknown, strict=True)}
     first_of: dict[object, str] = {}
     twins = [(first_of.setdefault(signatures[file], file), file) for file in sorted(matrices) if matrices[file]]
     twins = [
         (twin, file) for twin, file in twins if holds[twin] != holds[file] and local_name(twin) != local_name(file)
     ]
-    values = samples(model, [(_memory(matrices[file][0]), matrices[file][0].dtype) for _, file in twins], world)
+    wanted = [(_memory(matrices[file][0]), matrices[file][0].dtype) for _, file in twins]
+    values = samples(model.directory, model.found, wanted, world)
     return [
         InconsistentShards(
             "two rank directories hold the same shard",
@@ -295,12 +238,12 @@ def _differing(
             unknown.append(copies)
     of_size: dict[int, list[_Copies]] = {}
     for copies in unknown:
-        size = _SMALL_BYTES if copies.parameter.row.split == "replicated" else _SAMPLE_BYTES
+        size = _SMALL_BYTES if copies.parameter.row.split == "replicated" else SAMPLE_BYTES
         is_whole = are_accepted or (is_silent and copies.ends_in_head)
-        of_size.setdefault(_ALL_BYTES if is_whole else size, []).append(copies)
+        of_size.setdefault(ALL_BYTES if is_whole else size, []).append(copies)
     for sample_bytes, some in of_size.items():
         views = [(view, copies.dtype) for copies in some for view in copies.views]
-        digests = iter(samples(model, views, world, sample_bytes=sample_bytes))
+        digests = iter(samples(model.directory, model.found, views, world, sample_bytes=sample_bytes))
         for copies in some:
             found += _pairs(copies, [next(digests) for _ in copies.views])
     return found
@@ -342,7 +285,7 @@ def _largest_difference(first: View, other: View, model: TorchModel, world: Worl
         buffers = make_buffer(BLOCK_BYTES), make_buffer(BLOCK_BYTES)
         largest, row, column = 0.0, 0, 0
         columns = min(first.columns, 512)
-        with reader_of(model) as reader:
+        with reader_of(model.directory, model.found) as reader:
             for tile in tiles(first.rows, first.columns, BLOCK_BYTES // (8 * columns), columns):
                 values = []
                 for view, buffer in zip((first, other), buffers, strict=True):
