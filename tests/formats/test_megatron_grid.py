@@ -11,6 +11,7 @@ from dist_convert.formats.megatron.grid import (
     Chunk,
     Grid,
     Rank,
+    ShardFiles,
     find_shards,
     grid_from_args,
     is_rank_directory,
@@ -64,23 +65,24 @@ def test_other_names_are_no_rank_directories(name: str) -> None:
 
 def test_two_suffixes_are_pipeline_ranks_where_the_args_say_so() -> None:
     found = find_shards(Grid(pipeline=2), map(held, ["mp_rank_00_000", "mp_rank_00_001"]))
-    assert found.dense == {(0, 0): (held("mp_rank_00_000"),), (1, 0): (held("mp_rank_00_001"),)}
+    assert dense(found) == {(0, None, 0): (held("mp_rank_00_000"),), (1, None, 0): (held("mp_rank_00_001"),)}
 
 
 def test_two_suffixes_are_expert_ranks_where_the_args_say_so() -> None:
     found = find_shards(Grid(expert=2), map(held, ["mp_rank_00_000", "mp_rank_00_001"]))
-    assert found.dense == {(0, 0): (held("mp_rank_00_000"), held("mp_rank_00_001"))}
-    assert found.experts == {(0, 0, 0): (held("mp_rank_00_000"),), (0, 1, 0): (held("mp_rank_00_001"),)}
+    assert found == {
+        (0, None, 0): (held("mp_rank_00_000"), held("mp_rank_00_001")),
+        (0, 0, 0): (held("mp_rank_00_000"),),
+        (0, 1, 0): (held("mp_rank_00_001"),),
+    }
 
 
 def test_with_etp_1_a_file_holds_a_dense_shard_by_its_tensor_rank_and_whole_experts_by_its_expert_rank() -> None:
     names = ["mp_rank_00_000", "mp_rank_01_001", "mp_rank_00_002", "mp_rank_01_003"]
     found = find_shards(Grid(tensor=2, expert=4, expert_tensor=1), map(held, names))
-    assert found.dense == {
-        (0, 0): (held("mp_rank_00_000"), held("mp_rank_00_002")),
-        (0, 1): (held("mp_rank_01_001"), held("mp_rank_01_003")),
-    }
-    assert found.experts == {
+    assert found == {
+        (0, None, 0): (held("mp_rank_00_000"), held("mp_rank_00_002")),
+        (0, None, 1): (held("mp_rank_01_001"), held("mp_rank_01_003")),
         (0, 0, 0): (held("mp_rank_00_000"),),
         (0, 1, 0): (held("mp_rank_01_001"),),
         (0, 2, 0): (held("mp_rank_00_002"),),
@@ -91,12 +93,20 @@ def test_with_etp_1_a_file_holds_a_dense_shard_by_its_tensor_rank_and_whole_expe
 def test_with_etp_2_of_tp_4_the_expert_tensor_rank_is_the_tensor_rank_modulo_2() -> None:
     names = ["mp_rank_00_000", "mp_rank_01_000", "mp_rank_02_001", "mp_rank_03_001"]
     found = find_shards(Grid(tensor=4, expert=2, expert_tensor=2), map(held, names))
-    assert found.experts == {
+    assert experts(found) == {
         (0, 0, 0): (held("mp_rank_00_000"),),
         (0, 0, 1): (held("mp_rank_01_000"),),
         (0, 1, 0): (held("mp_rank_02_001"),),
         (0, 1, 1): (held("mp_rank_03_001"),),
     }
+
+
+def dense(found: ShardFiles) -> ShardFiles:
+    return {shard: files for shard, files in found.items() if shard[1] is None}
+
+
+def experts(found: ShardFiles) -> ShardFiles:
+    return {shard: files for shard, files in found.items() if shard[1] is not None}
 
 
 def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_says_why() -> None:
@@ -115,8 +125,8 @@ def test_tensor_shards_that_training_never_wrote_are_missing_and_the_message_say
 def test_the_same_grid_is_whole_where_a_newer_megatron_wrote_all_tensor_ranks() -> None:
     names = [f"mp_rank_{rank:02d}" for rank in range(8)]
     found = find_shards(Grid(tensor=8, expert=1, expert_tensor=1), map(held, names))
-    assert len(found.dense) == 8
-    assert found.experts == {(0, 0, 0): tuple(held(name) for name in names)}
+    assert len(dense(found)) == 8
+    assert experts(found) == {(0, 0, 0): tuple(held(name) for name in names)}
 
 
 def test_a_missing_stage_is_named() -> None:

@@ -115,17 +115,24 @@ def grid_from_args(args: JsonObject, chunks: int, *, imported_experts: bool) -> 
     return Grid(tensor, pipeline, chunks, expert, expert_tensor)
 
 
-@dataclass(frozen=True)
-class ShardFiles:
-    """The rank files that are there, and which of them hold what.
+#: (pipeline, expert rank or None for dense parameters, tensor or expert tensor rank).
+HeldShard = tuple[int, int | None, int]
+#: The files that hold each shard; equal copies, in the order of their ranks.
+ShardFiles = Mapping[HeldShard, tuple[str, ...]]
 
-    Attributes:
-        dense: (pipeline, tensor) -> files with that shard of the dense parameters; equal copies, sorted.
-        experts: (pipeline, expert, expert_tensor) -> files with that shard of the experts; equal copies, sorted.
-    """
 
-    dense: Mapping[tuple[int, int], tuple[str, ...]]
-    experts: Mapping[tuple[int, int, int], tuple[str, ...]]
+def held_by(grid: Grid, rank: Rank) -> tuple[HeldShard, HeldShard]:
+    """The dense shard and the expert shard in a file; the expert tensor rank is the tensor rank modulo ETP."""
+    return (rank.pipeline, None, rank.tensor), (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)
+
+
+def holders(grid: Grid, files_of: Mapping[Rank, Sequence[str]]) -> ShardFiles:
+    """The files of each shard, of those of some ranks."""
+    found: dict[HeldShard, tuple[str, ...]] = {}
+    for rank, files in files_of.items():
+        for shard in held_by(grid, rank):
+            found[shard] = (*found.get(shard, ()), *files)
+    return found
 
 
 def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
@@ -153,7 +160,7 @@ def find_shards(grid: Grid, files: Iterable[str]) -> ShardFiles:
         what = f"{counted(len(missing), 'rank directory', 'rank directories')} of {grid} missing"
         found = some(sorted(at), 6)
         raise MissingShard(what, expected=f"{SHARD_FILE} in {some(missing, 6)}", found=found or "none", remedy=remedy)
-    return _holders(grid, at)
+    return holders(grid, _ranks_at(grid, at))
 
 
 def grid_ranks(grid: Grid) -> list[Rank]:
@@ -168,28 +175,16 @@ def written_ranks(grid: Grid) -> list[Rank]:
     return [Rank(pipeline, tensor, expert) for pipeline in range(grid.pipeline) for tensor, expert in sorted(pairs)]
 
 
-def _holders(grid: Grid, at: Mapping[str, Sequence[str]]) -> ShardFiles:
-    """The files of each shard, of those `at` some rank directories."""
-    dense: dict[tuple[int, int], tuple[str, ...]] = {}
-    experts: dict[tuple[int, int, int], tuple[str, ...]] = {}
-    for rank in grid_ranks(grid):
-        if files := at.get(rank_directory(grid, rank), ()):
-            shard, expert_shard = _shards_of(grid, rank)
-            dense[shard] = (*dense.get(shard, ()), *files)
-            experts[expert_shard] = (*experts.get(expert_shard, ()), *files)
-    return ShardFiles(dense, experts)
-
-
-def _shards_of(grid: Grid, rank: Rank) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """The dense shard and the expert shard in a file; the expert tensor rank is the tensor rank modulo ETP."""
-    return (rank.pipeline, rank.tensor), (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)
+def _ranks_at(grid: Grid, at: Mapping[str, Sequence[str]]) -> dict[Rank, Sequence[str]]:
+    """The ranks of those directories that are there, with what is `at` each."""
+    named = ((rank, rank_directory(grid, rank)) for rank in grid_ranks(grid))
+    return {rank: at[name] for rank, name in named if name in at}
 
 
 def missing_directories(grid: Grid, names: Iterable[str]) -> list[str]:
     """Rank directories that are absent and whose shards no other directory holds."""
-    held = _holders(grid, {name: (name,) for name in names})
-    shards = ((rank, _shards_of(grid, rank)) for rank in grid_ranks(grid))
-    return [rank_directory(grid, r) for r, (d, e) in shards if d not in held.dense or e not in held.experts]
+    held = holders(grid, _ranks_at(grid, {name: (name,) for name in names}))
+    return [rank_directory(grid, r) for r in grid_ranks(grid) if any(s not in held for s in held_by(grid, r))]
 
 
 def foreign_directories(grid: Grid, names: Iterable[str]) -> list[str]:

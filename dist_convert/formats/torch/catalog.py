@@ -69,10 +69,10 @@ def files_of(catalog: TorchCatalog, parameter: Parameter, shard: int) -> tuple[s
     pipeline = _chunk(catalog, parameter).pipeline
     if parameter.expert is not None:
         rank = parameter.expert // (catalog.architecture.experts // catalog.grid.expert)
-        return catalog.files.experts[pipeline, rank, shard]
+        return catalog.files[pipeline, rank, shard]
     if parameter.row.split == "replicated":
-        return tuple(file for tensor in range(catalog.grid.tensor) for file in catalog.files.dense[pipeline, tensor])
-    return catalog.files.dense[pipeline, shard]
+        return tuple(file for rank in range(catalog.grid.tensor) for file in catalog.files[pipeline, None, rank])
+    return catalog.files[pipeline, None, shard]
 
 
 def _chunk(catalog: TorchCatalog, parameter: Parameter) -> Chunk:
@@ -89,7 +89,7 @@ _OF_MTP = "mtp.layers.0.enorm.weight"
 
 def _holders(catalog: TorchCatalog, name: str) -> list[Chunk]:
     """The virtual pipeline stages that store what belongs to no layer: a layout may put that on any of them."""
-    return [c for c in catalog.chunks if name in catalog.stored[catalog.files.dense[c.pipeline, 0][0], c.virtual]]
+    return [c for c in catalog.chunks if name in catalog.stored[catalog.files[c.pipeline, None, 0][0], c.virtual]]
 
 
 def _stored_and_numbers(
@@ -155,7 +155,7 @@ def _tied_replicas(catalog: TorchCatalog, parameter: Parameter, shard: int) -> t
     elif not catalog.architecture.tied:
         return ()
     found = []
-    for file in catalog.files.dense[holder.pipeline, shard]:
+    for file in catalog.files[holder.pipeline, None, shard]:
         stored = catalog.stored[file, holder.virtual].get(name)
         seen = megatron_names.view(Piece(name), stored, *parameter.cut.shard_size, Numbers()) if stored else None
         if seen is not None:

@@ -57,11 +57,11 @@ def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionErr
     ranks = [rank for shard in model.shards.values() if type(rank := shard.args.get("rank")) is int and rank >= 0]
     if len(set(ranks)) < len(model.shards):
         return
-    grid, files = catalog.grid, catalog.files
-    named = {file: {"pipeline": p, "tensor": t} for (p, t), held in files.dense.items() for file in held}
-    for (_, expert, _), held in files.experts.items():
+    grid, named = catalog.grid, dict[str, dict[str, int]]()
+    for (pipeline, expert, shard), held in catalog.files.items():
         for file in held:
-            named[file]["expert"] = expert
+            place = {"pipeline": pipeline, "tensor": shard} if expert is None else {"expert": expert}
+            named[file] = named.get(file, {}) | place
     for file, shard in sorted(model.shards.items()):
         for axis, said in _place_of(shard.args["rank"], shard.args, grid).items():
             if said != named[file][axis]:
@@ -93,8 +93,8 @@ def _place_of(rank: int, args: JsonObject, grid: Grid) -> dict[str, int]:
 def _copied_twice(model: TorchModel, catalog: TorchCatalog, world: World) -> list[ConversionError]:
     """Files with the same matrices that should hold different ones; matrices of one value are alike in every shard."""
     dense, experts = (
-        {file: shard for shard, files in held.items() for file in files}
-        for held in (catalog.files.dense, catalog.files.experts)
+        {file: shard for shard, files in catalog.files.items() if (shard[1] is None) is is_dense for file in files}
+        for is_dense in (True, False)
     )
     matrices = {file: sorted(_matrices(catalog, file), key=lambda one: not is_of_expert(one.name)) for file in dense}
     holds = {

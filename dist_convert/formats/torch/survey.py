@@ -144,7 +144,7 @@ def _place_layers(
     stored: Mapping[tuple[str, int], Mapping[str, StoredTensor]],
 ) -> tuple[Chunk, ...]:
     """Which layers each chunk holds, counted in the names of its tensors."""
-    first_file = {pipeline: stage[0] for (pipeline, tensor), stage in files.dense.items() if tensor == 0}
+    first_file = {pipeline: files[pipeline, None, 0][0] for pipeline in range(grid.pipeline)}
     layers_of = {
         (pipeline, virtual): count_layers(stored[file, virtual])
         for pipeline, file in first_file.items()

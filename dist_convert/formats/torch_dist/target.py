@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dist_convert.errors import UnsupportedModel, UsageError
 from dist_convert.formats.dcp.files import PlannedFiles
+from dist_convert.formats.megatron import grid as grids
 from dist_convert.formats.megatron.geometry import CutRow
 from dist_convert.formats.megatron.grid import Grid, layer_chunks, written_ranks
 from dist_convert.formats.megatron.iterations import KIND_FILE
@@ -87,7 +88,10 @@ def catalog_of_target(target: DistTarget) -> tuple[MegatronCatalog, tuple[Target
 def lay_out_files(target: MegatronTarget) -> PlannedFiles:
     """Place every chunk and object of a target; an UnsupportedModel for layers or experts of different dtypes."""
     architecture, grid, norms = target.architecture, target.settings.grid, target.settings.dialect.norms
-    holders, chunk_of_layer = _holders(grid), layer_chunks(target.settings.chunks)
+    # Ranks are numbered as in training, tensor parallel ones first.
+    numbers = {r: (r.pipeline * grid.expert + r.expert) * grid.tensor + r.tensor for r in written_ranks(grid)}
+    holders = grids.holders(grid, {rank: [f"__{number}_0{SUFFIX}"] for rank, number in numbers.items()})
+    chunk_of_layer = layer_chunks(target.settings.chunks)
     every = [file for files in holders.values() for file in files]
     planned = PlannedFiles(dict.fromkeys(every, 0), {file: [] for file in every})
     for key, layer, expert in extra_states(architecture, norms=norms):
@@ -123,20 +127,6 @@ def lay_out_files(target: MegatronTarget) -> PlannedFiles:
             sizes = (*(1 for _ in axes), *(box.rows, box.columns)[:dimensions])
             planned.add(file, piece.key, dtype, offsets, sizes)
     return planned
-
-
-def _holders(grid: Grid) -> dict[tuple[int, int | None, int], tuple[str, ...]]:
-    """(pipeline, expert or None for dense parameters, shard) -> the files of the ranks that hold it in training."""
-    holders: dict[tuple[int, int | None, int], tuple[str, ...]] = {}
-    for rank in written_ranks(grid):
-        number = (rank.pipeline * grid.expert + rank.expert) * grid.tensor + rank.tensor
-        file = f"__{number}_0{SUFFIX}"
-        for held in (
-            (rank.pipeline, None, rank.tensor),
-            (rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor),
-        ):
-            holders[held] = (*holders.get(held, ()), file)
-    return holders
 
 
 def _rank_of(expert: int | None, architecture: Architecture, grid: Grid) -> int | None:
