@@ -84,7 +84,7 @@ def convert(
     from dist_convert.ranks.collectives import alone, joined_group
 
     with contextlib.nullcontext(alone()) if group is None else joined_group(group, job.timeout_seconds) as world:
-        return convert_job(job, world, Embedded(world, on_progress, cancel))
+        return convert_job(job, world, Embedded(on_progress, cancel))
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -171,7 +171,7 @@ def verify(
     job = table.VerifyJob(_path(a), _path(b), sample=share, **values)
     table.check_values(job)
     world = alone()
-    return verify_job(job, world, Embedded(world, on_progress, cancel))
+    return verify_job(job, world, Embedded(on_progress, cancel))
 
 
 def inspect(

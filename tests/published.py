@@ -21,7 +21,6 @@ from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.models import FAMILIES
 from dist_convert.models.schema import alias_shape, copies_of, entries
 from dist_convert.options import HUGGINGFACE
-from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.write.files import held
 from dist_convert.write.task import Task
@@ -121,11 +120,9 @@ def make_published(root: Path, name: str, files: int, **more: Any) -> None:
 
 def task_of(words: Sequence[str]) -> Task:
     """What a command line would do."""
-    job, world, channel = options_from_flags(parse(words)), alone(), Channel(0, 1)
+    job, world = options_from_flags(parse(words)), alone()
     lay_out = to_huggingface if job.to == HUGGINGFACE else to_megatron
-    task = lay_out(job, open_source(job, world, channel), world)
-    channel.close()
-    return task
+    return lay_out(job, open_source(job, world), world)
 
 
 def make_published_megatron(words: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Work that some ranks do for as long as it takes, with the ranks of a test as threads of one process."""
+"""What a rank says and heeds when others, or the store where they meet, are gone."""
 
 from __future__ import annotations
 
@@ -6,53 +6,13 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from dist_convert.errors import ConversionError
-from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import named_loss
 from tests.warm import Process
-
-
-@pytest.fixture
-def channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Channel]]:
-    """Three ranks' channels, on a store that this process serves."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    found = [Channel(rank, 3) for rank in range(3)]
-    yield found
-    for channel in found:
-        channel.close()
-
-
-def test_all_ranks_return_when_the_last_of_those_that_work_is_done(channels: list[Channel]) -> None:
-    worked: list[float] = []
-
-    def run(rank: int) -> float:
-        def work() -> None:
-            time.sleep(rank)
-            worked.append(time.monotonic())
-
-        channels[rank].run_on([0, 2], "a test", work, timeout_seconds=0.8)
-        return time.monotonic()
-
-    with ThreadPoolExecutor() as threads:
-        returned = list(threads.map(run, range(3)))
-    assert len(worked) == 2
-    assert min(returned) >= max(worked)
-
-
-def test_a_rank_that_shows_no_sign_of_life_is_named(channels: list[Channel]) -> None:
-    with pytest.raises(ConversionError, match="lost contact with another rank") as caught:
-        channels[1].run_on([2], "a test", lambda: None, timeout_seconds=0.5)
-    assert caught.value.found == "no sign of life from rank 2 in 0.5 s (a test)"
 
 
 def test_a_rank_without_memory_does_not_blame_another() -> None:
@@ -64,14 +24,6 @@ def test_a_rank_without_memory_does_not_blame_another() -> None:
 def test_a_mistake_of_its_own_in_a_collective_blames_no_other_rank() -> None:
     with pytest.raises(RuntimeError, match="invalid for input of size 3"), named_loss():
         torch.zeros(3).view(2, 2)
-
-
-def test_a_single_rank_works_and_returns() -> None:
-    worked: list[str] = []
-    channel = Channel(0, 1)
-    channel.run_on([0], "a test", lambda: worked.append("done"), timeout_seconds=1)
-    channel.close()
-    assert worked == ["done"]
 
 
 BUSY_RANK = """

@@ -22,8 +22,7 @@ from dist_convert.formats.torch_dist.contents import is_of_megatron
 from dist_convert.formats.torch_dist.open import open_torch_dist
 from dist_convert.models.catalog import Where
 from dist_convert.options import CONVERT, DCP, HUGGINGFACE, PAIRS, PATH_FLAGS, TORCH, TORCH_DIST, Options
-from dist_convert.ranks.channel import Control
-from dist_convert.ranks.collectives import World, gather_objects
+from dist_convert.ranks.collectives import World, gather_objects, run_on
 from dist_convert.read.dcp import METADATA_FILE, SUFFIX
 from dist_convert.read.discover import Discovery
 from dist_convert.read.source import no_directory
@@ -79,7 +78,7 @@ def find_iteration(where: Where, world: World) -> tuple[Path, str]:
     return directory, TORCH if not distributed else TORCH_DIST if is_core else DCP
 
 
-def open_source(job: Options, world: World, channel: Control) -> Model:
+def open_source(job: Options, world: World) -> Model:
     """The model of a conversion's source, which a hub may have; a SourceError tells all that is wrong."""
     where = Where(Path(job.source), job, read_like(job.like, world))
     refuse_unfinished(where.path, job.ckpt_dir_name)
@@ -88,7 +87,7 @@ def open_source(job: Options, world: World, channel: Control) -> Model:
         return open_meta(where, world)
     source = PAIRS[job.command][0] if job.command != CONVERT else ""
     if source == HUGGINGFACE or (not source and not any(gather_objects(world, where.path.is_dir()))):
-        return open_huggingface(_fetch(job, world, channel), world, drops_mtp=where.asked.drop_mtp)
+        return open_huggingface(_fetch(job, world), world, drops_mtp=where.asked.drop_mtp)
     if source == TORCH:
         return open_iteration(where, *find_iteration(where, world), world)
     return open_checkpoint(where, world)
@@ -101,7 +100,7 @@ def read_like(path: Path | None, world: World) -> JsonObject | None:
     return gather_objects(world, config_of_like(path) if world.rank == 0 else None)[0]
 
 
-def _fetch(job: Options, world: World, channel: Control) -> Path:
+def _fetch(job: Options, world: World) -> Path:
     """The model's directory. Rank 0 asks a hub, one rank of each machine fetches the same revision, all find it."""
     is_here = gather_objects(world, Path(job.source).is_dir())
     if all(is_here):
@@ -112,7 +111,7 @@ def _fetch(job: Options, world: World, channel: Control) -> Path:
         remedy = f"copy it there, or give a hub id; check {PATH_FLAGS[job.command][0]} on every node"
         raise CheckpointNotFound("the Hugging Face directory is not on every node", job.source, expected, found, remedy)
     name = gather_objects(world, revision_on_hub(job.source) if world.rank == 0 else "")[0]
-    channel.run_on(world.first_ranks, "fetching the model", lambda: local_directory(name), job.timeout_seconds)
+    run_on(world, world.first_ranks, lambda: local_directory(name))
     return local_directory(name, cache_only=True)
 
 

@@ -23,7 +23,7 @@ from dist_convert.move.timeline import Timeline, traced
 from dist_convert.options import DCP, FSDP_DTENSOR, MEGATRON, TORCH_DCP, TORCH_DIST, Options, check_applies, formats_of
 from dist_convert.plan.plan import NOTHING_WRITTEN, Plan, WrittenRanges, check_groups, divide, schedule_digest
 from dist_convert.ranks.channel import Control
-from dist_convert.ranks.collectives import World, agree, barrier, gather_objects
+from dist_convert.ranks.collectives import World, agree, barrier, gather_objects, run_on
 from dist_convert.records import counted, human_bytes, local_name, warnings_of
 from dist_convert.write import resume
 from dist_convert.write.checksums import KnownRanges
@@ -36,7 +36,7 @@ from dist_convert.write.task import Task, find_writers
 
 def convert(job: Options, world: World, channel: Control) -> reports.Report:
     """Convert a checkpoint, together with all other ranks; what was done is returned on every rank."""
-    model = open_source(job, world, channel)
+    model = open_source(job, world)
     check_applies(job, model.format)
     task = (to_megatron if job.to in formats_of(MEGATRON) else to_huggingface)(job, model, world)
     job = task.job
@@ -80,7 +80,7 @@ def convert(job: Options, world: World, channel: Control) -> reports.Report:
         channel.doing("renaming the target")
         # No disk speaks of the target before every disk has it.
         give_name = partial(commit, held.directory, held.parent, task.target, replaces=replaces)
-        channel.run_on(held.unnamed, "commit", give_name, job.timeout_seconds)
+        run_on(world, held.unnamed, give_name)
         target = replace(held.directory, path=task.target)
         if task.is_first:
             publish(target, held.parent, task.layout.beside())
@@ -155,7 +155,7 @@ def _make(
         _describe(directory, task, world, known)
         names = [local_name(file.name) for file in task.files]
         started = time.monotonic()
-        channel.run_on(world.first_ranks, "sync", partial(journal.sync, names), task.job.timeout_seconds)
+        run_on(world, world.first_ranks, partial(journal.sync, names))
     return replace(report, synced_seconds=time.monotonic() - started)
 
 

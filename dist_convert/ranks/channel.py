@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -25,8 +25,8 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank, lost_contact
-from dist_convert.ranks.collectives import World, barrier, named_loss
+from dist_convert.errors import RESUME, Cancelled, Interrupted, LostRank
+from dist_convert.ranks.collectives import named_loss
 from dist_convert.ranks.log import Log, tell_torchrun
 from dist_convert.ranks.timeout import call_with_timeout
 from dist_convert.records import JsonObject, names
@@ -262,27 +262,6 @@ class Channel:
         if self._store is None and (show := self._on_progress) is not None:
             show(self._done_bytes)
 
-    def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
-        """Do something on some ranks, however long it takes; all return when it is done on each of them.
-
-        Args:
-            ranks: that do it. The others wait, outside of any collective.
-            name: of the work, once in a run.
-            work: what these ranks do. Where it fails, all end as with any failure.
-            timeout_seconds: how long such a rank may show no sign of life.
-
-        Raises:
-            LostRank: a rank is silent for longer.
-        """
-        if self._rank in ranks:
-            work()
-        if self._store is None:
-            return
-        with named_loss():
-            if self._rank in ranks:
-                self._store.set(f"{name}/{self._rank}/done", "1")
-            _wait_for_work(self._store, ranks, name, timeout_seconds)
-
     def close(self) -> None:
         """Stop watching; call it when all ranks are past the last point where one could fail alone."""
         self._closed.set()
@@ -443,34 +422,15 @@ class Channel:
         return found
 
 
-def _wait_for_work(store: Store, ranks: Sequence[int], name: str, timeout_seconds: float) -> None:
-    """Wait until each rank's `NAME/RANK/done` is set, as long as it beats."""
-    asked = time.monotonic()
-    signs = dict.fromkeys(ranks, (b"", asked))
-    for now in _looks():
-        if store.check([f"{name}/{rank}/done" for rank in ranks]):
-            return
-        if now - asked < timeout_seconds / 4:
-            continue
-        asked = now
-        for rank, (last, heard) in signs.items():
-            latest = store.get(f"beat/{rank}")
-            signs[rank] = (latest, now if latest != last else heard)
-            if now - signs[rank][1] > timeout_seconds and not store.check([f"{name}/{rank}/done"]):
-                raise lost_contact(f"no sign of life from rank {rank} in {timeout_seconds:g} s ({name})")
-
-
 @dataclass
 class Embedded:
     """What a `Channel` is to the ranks of a command, to those of a program; it says nothing, as a report holds all.
 
     Attributes:
-        world: this rank.
         on_progress: is called with the bytes that this rank has done, and those of the whole work, from any thread.
         cancel: is asked between two steps whether to end.
     """
 
-    world: World
     on_progress: Callable[[int, int], None] | None = None
     cancel: Callable[[], bool] | None = None
 
@@ -496,11 +456,6 @@ class Embedded:
             if self.on_progress is not None:
                 self.on_progress(self._done_bytes, self._total_bytes)
 
-    def run_on(self, ranks: Sequence[int], name: str, work: Callable[[], object], timeout_seconds: float) -> None:
-        if self.world.rank in ranks:
-            work()
-        barrier(self.world)  # which decides how long it may take
 
-
-#: What a conversion tells those who wait for it, and what its ranks do while others wait.
+#: What a conversion tells those who wait for it.
 Control = Channel | Embedded

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,7 @@ from dist_convert.errors import (
 )
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.ranks.signals import node_number, rank_and_size
+from dist_convert.ranks.timeout import wait_for_end
 from dist_convert.records import Message
 
 ProcessGroup = dist.ProcessGroup
@@ -236,6 +238,32 @@ def broadcast(world: World, mine: bytes, size_bytes: int, source: int = 0) -> by
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     gather_objects(world, None)
+
+
+#: How often ranks meet that wait for the work of others.
+_MEET_SECONDS = 5.0
+
+
+def run_on(world: World, ranks: Sequence[int], work: Callable[[], object]) -> None:
+    """Do something on some ranks, however long it takes; all return when it is done on each of them.
+
+    It is done in a thread. All ranks meet now and then meanwhile, so that no collective waits for longer than it may.
+
+    Raises:
+        LostRank: another rank is gone, or silent for too long.
+        ConversionError: of the work, on the rank where it fails. All others end as with any failure.
+    """
+    seconds, is_done = min(_MEET_SECONDS, world.timeout_seconds / 4), False
+    with ThreadPoolExecutor(1) as thread:
+        working = [thread.submit(work)] if world.rank in ranks else []
+        try:
+            while not is_done:
+                done, waiting = wait(working, seconds)
+                for one in done:
+                    one.result()
+                is_done = all(gather_objects(world, not waiting))
+        finally:
+            wait_for_end(lambda: all(one.done() for one in working))
 
 
 def agree(world: World, digest: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,23 @@ def test_every_member_receives_every_members_bytes_unchanged_and_in_order(
 def test_every_rank_knows_every_ranks_json_values_by_rank(rank: int, gathered: Path) -> None:
     values = [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}, {"rank": 2, "text": "üü"}]
     assert (gathered / f"objects-{rank}").read_text() == repr(values)
+
+
+def work_of_some(directory: Path, failing: int = -1) -> list[Any]:
+    """When each of three ranks ended its work and returned, or what it said; the first and the last of them work."""
+    run = run_ranks(3, str(directory), str(failing), module="tests.distributed.programs.work_of_some")
+    assert run.returncode == 0, run.stderr
+    return [json.loads((directory / str(rank)).read_text()) for rank in range(3)]
+
+
+def test_all_ranks_return_when_the_last_that_works_is_done_though_a_collective_waits_less(tmp_path: Path) -> None:
+    (first, _), (never, _), (last, _) = times = work_of_some(tmp_path)
+    assert never == 0 < first < last
+    assert min(returned for _, returned in times) >= last
+
+
+def test_a_rank_whose_work_fails_says_so_and_the_others_do_not_return(tmp_path: Path) -> None:
+    assert work_of_some(tmp_path, failing=2) == ["lost contact with another rank"] * 2 + ["the work failed"]
 
 
 def test_while_a_member_is_late_the_others_read_and_write_what_needs_nothing_of_it(runs: Runs, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from dist_convert.formats.open import open_source
 from dist_convert.options import Options
 from dist_convert.plan.plan import divide
 from dist_convert.plan.steps import steps_of
-from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import alone
 from dist_convert.records import DTYPE_BYTES, runs
 from tests.checkpoints import Grid, Model
@@ -101,8 +99,7 @@ def test_it_is_opened_inspected_and_verified_like_any_other(tmp_path: Path) -> N
 def test_every_byte_is_read_about_once_and_rows_of_heads_in_one_read(files: int, tmp_path: Path) -> None:
     hf = make_meta(tmp_path / "in", files, "2")
     job, world = Options("huggingface", str(tmp_path / "in"), tmp_path / "out"), alone()
-    with closing(Channel(0, 1)) as channel:
-        task = to_huggingface(job, open_source(job, world, channel), world)
+    task = to_huggingface(job, open_source(job, world), world)
     plan = divide(task.content, task.source.found.visible, placement="direct", budget_bytes=10**9)
     views = [read.source for step in steps_of(plan, 0) for read in step.reads]
     fetched = [(runs(v.rows, v.columns, v.row_stride, v.column_stride), DTYPE_BYTES[v.dtype]) for v in views]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from dist_convert.errors import UsageError
 from dist_convert.formats.open import open_source
 from dist_convert.formats.to_megatron import to_megatron
 from dist_convert.options import Options
-from dist_convert.ranks.channel import Channel
 from dist_convert.ranks.collectives import World
 from dist_convert.write.task import Task
 from tests.checkpoints import Grid, Model, hf_tensors
@@ -48,8 +46,7 @@ def job(*flags: str) -> Options:
 
 
 def plan(asked: Options) -> Task:
-    with closing(Channel(0, 1)) as channel:
-        return to_megatron(asked, open_source(asked, ALONE, channel), ALONE)
+    return to_megatron(asked, open_source(asked, ALONE), ALONE)
 
 
 LLAMA3_70B = Model(
