@@ -58,9 +58,9 @@ def _swapped(model: TorchModel, catalog: TorchCatalog) -> Iterator[ConversionErr
     if len(set(ranks)) < len(model.shards):
         return
     grid, named = catalog.grid, dict[str, dict[str, int]]()
-    for (pipeline, expert, shard), held in catalog.files.items():
+    for (pipeline, expert, tensor), held in catalog.files.items():
         for file in held:
-            place = {"pipeline": pipeline, "tensor": shard} if expert is None else {"expert": expert}
+            place = {"pipeline": pipeline, "tensor": tensor} if expert is None else {"expert": expert}
             named[file] = named.get(file, {}) | place
     for file, shard in sorted(model.shards.items()):
         for axis, said in _place_of(shard.args["rank"], shard.args, grid).items():
