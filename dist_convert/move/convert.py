@@ -29,6 +29,7 @@ from dist_convert.write import resume
 from dist_convert.write.checksums import KnownRanges
 from dist_convert.write.commit import commit, publish, remove_leftovers
 from dist_convert.write.files import Directory, target_error
+from dist_convert.write.journal import CHANGES
 from dist_convert.write.manifest import file_record, known_ranges, write_manifest
 from dist_convert.write.target_disks import spread_files
 from dist_convert.write.task import Task, find_writers
@@ -176,12 +177,14 @@ def _describe(directory: Directory, task: Task, world: World, known: KnownRanges
 
 
 def _my_outcome(result: MoveResult, timeline: Timeline) -> dict[str, object]:
+    changed = {kind: Counter[str]() for kind in CHANGES}
+    for kind, tensor, values in result.changed:
+        changed[kind][tensor] += values
     return {
-        "read_bytes": result.counts.read_bytes,
+        **changed,
+        "read_bytes": result.read_bytes,
         "gathered_bytes": result.gathered_bytes,
         "written_bytes": result.written_bytes,
         "peak_memory_bytes": reports.peak_memory_bytes(),
-        "overflowed": dict(result.counts.overflowed),
-        "rounded_norms": dict(result.counts.rounded_norms),
         "profile": {"moved": result.seconds, **timeline.seconds()},
     }

@@ -29,7 +29,7 @@ from dist_convert.ranks.channel import Control
 from dist_convert.ranks.collectives import Gatherer, World, begin_gather, make_gatherer
 from dist_convert.ranks.device import cores_of_rank
 from dist_convert.ranks.timeout import wait_for_end
-from dist_convert.read.file_reader import PIECE_BYTES, TORCH_DTYPES, Buffer, Counts, FileReader, Slot, make_buffer
+from dist_convert.read.file_reader import PIECE_BYTES, TORCH_DTYPES, Buffer, FileReader, Slot, make_buffer
 from dist_convert.read.record_checks import RecordChecks
 from dist_convert.read.source import pushes_others_out, usual_read_ahead
 from dist_convert.records import View, Window, counted
@@ -66,6 +66,7 @@ class Work:
     timeline: Timeline
     progress: Control
     may_overflow: bool
+    changed: list[tuple[str, str, int]]
 
     def ask(self, reader: FileReader, later: Sequence[Step]) -> None:
         """Have the operating system begin to read what this rank has to read later."""
@@ -82,6 +83,7 @@ class Work:
                     raise value_overflow(wanted.source.tensor, wanted.dtype, changed["overflowed"])
                 for kind, values in changed.items():
                     self.journal.changed(kind, wanted.source, values)
+                    self.changed.append((kind, wanted.source.tensor, values))
 
     def write(self, tools: Tools, step: Step, slot: Slot) -> list[Written]:
         """Place and write what this rank has to."""
@@ -182,13 +184,14 @@ def _placed(wanted: Write, step: Step, slot: Slot, rows: Buffer) -> tuple[View, 
 
 @dataclass
 class MoveResult:
-    """What one rank did."""
+    """What one rank did; `changed` are values that casts changed: one of `CHANGES`, the tensor, how many."""
 
     seconds: float = 0.0
+    read_bytes: int = 0
     written_bytes: int = 0
     gathered_bytes: int = 0
     windows: list[Written] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
+    changed: list[tuple[str, str, int]] = field(default_factory=list)
 
 
 def move(
@@ -227,10 +230,10 @@ def move(
         )
         for _ in range(limit.threads)
     ]
-    work = Work(member, journal, timeline, progress, job.allow_overflow)
+    result = MoveResult()
+    work = Work(member, journal, timeline, progress, job.allow_overflow, result.changed)
     read_ahead = usual_read_ahead(task.source.directory) if job.read_ahead is None else job.read_ahead
     steps = _with_those_ahead(_planned_ahead(steps_of(plan, world.rank)), min(read_ahead, _MOST_AHEAD))
-    result = MoveResult()
     with ExitStack() as stack:
         for one in tools:
             stack.enter_context(closing(one.reader))
@@ -242,7 +245,7 @@ def move(
         _do_steps(steps, work, tools, slots, gatherer, limit, result)
         tools[0].reader.read_missing()
     for one in tools:
-        result.counts.add(one.reader.counts)
+        result.read_bytes += one.reader.read_bytes
         result.written_bytes += one.writer.written_bytes
     result.seconds = time.perf_counter() - started
     return result

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -130,27 +130,6 @@ def decoded(
         row += rows
 
 
-@dataclass
-class Counts:
-    """What a rank has read, and the values that its casts changed beyond rounding.
-
-    Attributes:
-        read_bytes: from source files.
-        overflowed: finite values that became infinite, by tensor.
-        rounded_norms: norm weights that adding 1 could not represent exactly, by tensor.
-    """
-
-    read_bytes: int = 0
-    overflowed: Counter[str] = field(default_factory=Counter)
-    rounded_norms: Counter[str] = field(default_factory=Counter)
-
-    def add(self, others: "Counts") -> None:
-        """Count what another thread has counted as well."""
-        self.read_bytes += others.read_bytes
-        self.overflowed += others.overflowed
-        self.rounded_norms += others.rounded_norms
-
-
 class FileReader:
     """Reads views of the files below one directory, of which it keeps some open; not for two threads at once.
 
@@ -171,7 +150,7 @@ class FileReader:
         *,
         is_last_use: bool = False,
     ) -> None:
-        self.counts = Counts()
+        self.read_bytes = 0
         self._root = root
         self._scratch = scratch
         self._known = known
@@ -193,7 +172,8 @@ class FileReader:
             offset_bytes: where in the buffer, a multiple of the item size.
 
         Returns:
-            Of `overflowed` and `rounded_norms`, what these values added to the counts; empty where nothing.
+            How many values the cast changed beyond rounding, where it did: finite ones that became infinite are
+            "overflowed", norm weights that adding 1 could not represent exactly "rounded_norms".
 
         Raises:
             CorruptFile, SourceChanged, SourceError: the file ends too early, is another one, or cannot be read; a
@@ -207,7 +187,7 @@ class FileReader:
                 what, found = "the data read does not fit into its buffer", f"a buffer of {len(target.memory)} bytes"
                 expected = f"{size_bytes} bytes at offset {offset_bytes}"
                 raise PlanError(what, view.file, expected, found, tensor=view.tensor)
-            self.counts.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
+            self.read_bytes += view.size_bytes // (view.rows if view.row_stride == 0 else 1)
             if view.is_dense and view.dtype == target_dtype and not add:
                 self._read_into(target.memory[offset_bytes : offset_bytes + size_bytes], view, view.offset_bytes)
                 self._end(view)
@@ -218,8 +198,6 @@ class FileReader:
             for box, values in self._fetch(view) if view.scales is None else self._decoded(view, view.scales):
                 changed += _place(values, matrix[box.row : box.row_end, box.column : box.column_end], add)
             self._end(view.codes)
-            for kind, count in changed.items():
-                getattr(self.counts, kind)[view.tensor] += count
             return changed
 
     def read_piece(self, view: View, first_byte: int) -> tuple[memoryview, int | None]:
@@ -234,7 +212,7 @@ class FileReader:
         with below(self._root):
             piece = self._scratch.memory[: min(PIECE_BYTES, view.size_bytes - first_byte)]
             checksum = self._read_into(piece, view, view.offset_bytes + first_byte)
-            self.counts.read_bytes += len(piece)
+            self.read_bytes += len(piece)
             if first_byte + len(piece) == view.size_bytes:
                 self._end(view)
             return piece, checksum

@@ -148,7 +148,7 @@ def test_bytes_of_scales_are_counted(tmp_path: Path) -> None:
     write(tmp_path)
     files, window = FileReader(tmp_path, make_buffer(65536)), VIEW.window(Box(31, 15, 2, 20))
     files.read(window, "BF16", 0, make_buffer(4096), 0)
-    assert files.counts.read_bytes == window.size_bytes == 2 * 20 + 2 * 3 * 4
+    assert files.read_bytes == window.size_bytes == 2 * 20 + 2 * 3 * 4
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
