@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from dist_convert.formats.megatron.target_args import TorchDtype
-
 #: As many items are put into a dict or a list at once.
 _BATCH = 1000
 #: What stands before and behind the items of a tuple, by their number; of a longer one see below.
@@ -20,10 +18,13 @@ _TUPLES = {0: (b"", b")"), 1: (b"", b"\x85"), 2: (b"", b"\x86"), 3: (b"", b"\x87
 
 @dataclass(frozen=True)
 class Named:
-    """A class, a function or a dtype."""
+    """A class, a function or a torch.dtype, so that neither planning nor pickling needs torch."""
 
     module: str
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
 
 
 _ORDERED_DICT = Named("collections", "OrderedDict")
@@ -60,7 +61,7 @@ class Reference:
 
 
 def pickled(value: object, *, once: bool = False) -> bytes:
-    """A whole pickle of None, bool, int, float, str, tuples, lists, dicts, `TorchDtype` and the records above.
+    """A whole pickle of None, bool, int, float, str, tuples, lists, dicts and the records above.
 
     With `once` equal strings and names are written once; otherwise no byte depends on which values are equal.
 
@@ -104,8 +105,6 @@ class _Pickle:
             self._write_batches(value.items if isinstance(value, Items) else value.items(), b"s", b"u")
         elif isinstance(value, Named):
             self._write_once(value, f"c{value.module}\n{value.name}\n".encode())
-        elif isinstance(value, TorchDtype):
-            self.write(Named("torch", value.name))
         elif isinstance(value, Reference):
             self.write(value.arguments)
             self.out += b"Q"

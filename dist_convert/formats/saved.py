@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_convert.errors import PlanError
-from dist_convert.formats.megatron.target_args import TORCH_DTYPES, TorchDtype
+from dist_convert.formats.megatron.target_args import is_torch_dtype
 from dist_convert.formats.pickles import Called, Instance, Named, Reference
 from dist_convert.records import DTYPE_BYTES, row_major
 from dist_convert.write.checksums import ZipRecord
@@ -57,7 +57,7 @@ class SavedTensor:
         layout = (0, self.shape, self.strides, False, OrderedDict[str, object]())
         if self.dtype in _UNTYPED:
             storage = self._storage(Named("torch.storage", "UntypedStorage"), self.size_bytes)
-            dtype = TorchDtype(_UNTYPED[self.dtype])
+            dtype = Named("torch", _UNTYPED[self.dtype])
             return Called(Named("torch._utils", "_rebuild_tensor_v3"), (storage, *layout, dtype))
         storage = self._storage(Named("torch", _STORAGES[self.dtype]), math.prod(self.shape))
         return Called(Named("torch._utils", "_rebuild_tensor_v2"), (storage, *layout))
@@ -69,7 +69,7 @@ class SavedTensor:
 def common_content(args: Mapping[str, object], iteration: int, file: str) -> dict[str, object]:
     """What a file of Megatron holds beside the model; the order of `args` has no part in it.
 
-    They may hold None, bool, int, float, str, `TorchDtype`, and lists, tuples and dicts of these.
+    They may hold None, bool, int, float, str, torch's dtypes, and lists, tuples and dicts of these.
 
     Raises:
         PlanError: a value of another kind; `file` is how messages name where it would be.
@@ -89,8 +89,7 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value))
     if type(value) is dict:
         return all(map(_is_plain, itertools.chain(value, value.values())))
-    is_dtype = isinstance(value, TorchDtype) and value.name in TORCH_DTYPES
-    return is_dtype or value is None or type(value) in (bool, int, float, str)
+    return is_torch_dtype(value) or value is None or type(value) in (bool, int, float, str)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from dist_convert.formats.megatron.target_args import (
     TargetArgs,
     TargetDialect,
     TargetInputs,
-    TorchDtype,
     padded_vocab,
     target_args,
     target_args_json,
     training_flags,
 )
+from dist_convert.formats.pickles import Named
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
 from dist_convert.options import Options
@@ -56,8 +56,7 @@ def make(architecture: Architecture = LLAMA, grid: Grid = ONE_RANK, **keys: Any)
 def read_back(args: TargetArgs, directory: Path) -> dict[str, Any]:
     """The arguments as they are read from a file that torch saved, in which dtypes are torch's."""
     values = {
-        name: getattr(torch, value.name) if isinstance(value, TorchDtype) else value
-        for name, value in args.values.items()
+        name: getattr(torch, value.name) if isinstance(value, Named) else value for name, value in args.values.items()
     }
     saved = {"args": Namespace(**values), "checkpoint_version": 3.0, "model": {"weight": torch.zeros(2)}}
     torch.save(saved, directory / "model_optim_rng.pt")
@@ -116,7 +115,7 @@ TAKEN_BY_MEGATRON = {
     "num_layers_per_virtual_pipeline_stage": 2, "expert_model_parallel_size": 1, "consumed_train_samples": 0,
     "consumed_valid_samples": 0, "skipped_train_samples": 0, "make_vocab_size_divisible_by": 128,
     "no_save_optim": True, "no_save_rng": True, "iteration": 7, "norm_epsilon": 1e-6, "use_rope_scaling": False,
-    "bf16": True, "fp16": False, "params_dtype": TorchDtype("bfloat16"), "sequence_parallel": False,
+    "bf16": True, "fp16": False, "params_dtype": Named("torch", "bfloat16"), "sequence_parallel": False,
     "world_size": 8, "data_parallel_size": 1, "transformer_impl": "transformer_engine",
 }  # fmt: skip
 
@@ -155,8 +154,8 @@ def test_a_model_without_experts_has_nothing_to_say_about_them() -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"params_dtype": "F16"}, {"params_dtype": TorchDtype("float16"), "bf16": False, "fp16": True}),
-        ({"params_dtype": "F32"}, {"params_dtype": TorchDtype("float32"), "bf16": False, "fp16": False}),
+        ({"params_dtype": "F16"}, {"params_dtype": Named("torch", "float16"), "bf16": False, "fp16": True}),
+        ({"params_dtype": "F32"}, {"params_dtype": Named("torch", "float32"), "bf16": False, "fp16": False}),
         ({"iteration": None}, {"iteration": 0}),
         ({"transformer_impl": "local"}, {"transformer_impl": "local"}),
         ({"transformer_impl": "habana"}, {"transformer_impl": "transformer_engine"}),

@@ -10,7 +10,8 @@ import pytest
 
 from dist_convert.errors import CorruptFile, UnsupportedModel, UsageError
 from dist_convert.formats.megatron.grid import Grid
-from dist_convert.formats.megatron.target_args import TorchDtype, describe_origins, read_training_args
+from dist_convert.formats.megatron.target_args import describe_origins, read_training_args
+from dist_convert.formats.pickles import Named
 from tests.formats.test_target_args import MIXTRAL, make, read_back
 
 AS_MARGS = ", as --source-margs-file says)"
@@ -43,13 +44,13 @@ def test_a_margs_file_says_how_training_went() -> None:
         ("num_layers", 8, "config.json"),
         ("tensor_model_parallel_size", 2, "flag --target-tensor-parallel-size"),
         ("pipeline_model_parallel_size", 1, "default of --target-pipeline-parallel-size"),
-        ("params_dtype", TorchDtype("bfloat16"), f"flag --target-params-dtype (not torch.float16{AS_MARGS}"),
+        ("params_dtype", Named("torch", "bfloat16"), f"flag --target-params-dtype (not torch.float16{AS_MARGS}"),
         ("bf16", True, f"flag --target-params-dtype (not False{AS_MARGS}"),
         ("iteration", 7, f"default of --iteration (not 5000{AS_MARGS}"),
         ("ckpt_format", "torch", f"default (not torch_dist{AS_MARGS}"),
         ("tokenizer_model", "/hf/model", "the model's own"),
         ("attention_dropout", 0.0, "default"),
-        ("main_grads_dtype", TorchDtype("float32"), "--source-margs-file"),
+        ("main_grads_dtype", Named("torch", "float32"), "--source-margs-file"),
         ("sequence_parallel", False, "the parallel sizes"),
         ("consumed_train_samples", 0, "default"),
         ("padded_vocab_size", 256, f"default of --make-vocab-size-divisible-by (not 63{AS_MARGS}"),

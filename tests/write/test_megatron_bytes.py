@@ -15,21 +15,20 @@ from pathlib import Path
 import pytest
 
 from dist_convert.formats.huggingface.files import TensorSpec
-from dist_convert.formats.megatron.target_args import TorchDtype
-from dist_convert.formats.pickles import pickled
+from dist_convert.formats.pickles import Named, pickled
 from dist_convert.formats.torch.target import lay_out_shard
 from tests.write import write_shard
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 ARGS: dict[str, object] = {
     "num_layers": 2, "norm_epsilon": 1e-05, "swiglu": True, "tokenizer_model": None, "normalization": "RMSNorm",
-    "params_dtype": TorchDtype("bfloat16"), "main_grads_dtype": TorchDtype("float32"), "betas": (0.9, 0.95),
+    "params_dtype": Named("torch", "bfloat16"), "main_grads_dtype": Named("torch", "float32"), "betas": (0.9, 0.95),
 }  # fmt: skip
 CHUNKS: list[list[TensorSpec]] = [[("embedding", "BF16", (6, 4)), ("norm", "F32", (4,))], [("norm", "F32", (4,))]]
 
 
 def test_the_pickle_is_these_bytes() -> None:
-    _, container = lay_out_shard({"b": "x", "a": TorchDtype("bfloat16")}, 7, [[("w", "BF16", (2, 3))]], FILE)
+    _, container = lay_out_shard({"b": "x", "a": Named("torch", "bfloat16")}, 7, [[("w", "BF16", (2, 3))]], FILE)
     assert container.pieces[0][1].partition(b"\x80\x02")[2].partition(b"PK")[0] == (
         b"}("
         b"X\x04\x00\x00\x00args" b"cargparse\nNamespace\n)\x81}("

@@ -18,7 +18,7 @@ import torch
 
 from dist_convert.errors import PlanError, TargetError
 from dist_convert.formats.huggingface.files import TensorSpec
-from dist_convert.formats.megatron.target_args import TorchDtype
+from dist_convert.formats.pickles import Named
 from dist_convert.formats.torch.shards import read_shard
 from dist_convert.formats.torch.target import lay_out_shard
 from dist_convert.records import DTYPE_BYTES
@@ -37,9 +37,9 @@ TORCH_DTYPES = {
 
 ARGS: dict[str, object] = {
     "num_layers": 2, "norm_epsilon": 1e-05, "swiglu": True, "tokenizer_model": None, "normalization": "RMSNorm",
-    "params_dtype": TorchDtype("bfloat16"), "main_grads_dtype": TorchDtype("float32"),
+    "params_dtype": Named("torch", "bfloat16"), "main_grads_dtype": Named("torch", "float32"),
     "layout": [["embedding", "decoder"], ["decoder", "loss"]], "betas": (0.9, 0.95), "seed": 1 << 40,
-    "extra": {"dtype": TorchDtype("float16"), 3: False},
+    "extra": {"dtype": Named("torch", "float16"), 3: False},
 }  # fmt: skip
 #: Every kind of shape, several dtypes, and an order that is not that of names or sizes.
 MIXED: list[TensorSpec] = [
@@ -215,7 +215,15 @@ class Text(str):
 
 @pytest.mark.parametrize(
     "value",
-    [Path("/tokenizer"), {1, 2}, torch.float32, Text("text"), TorchDtype("Tensor"), TorchDtype("bf16"), [object()]],
+    [
+        Path("/tokenizer"),
+        {1, 2},
+        torch.float32,
+        Text("text"),
+        Named("torch", "Tensor"),
+        Named("torch", "bf16"),
+        [object()],
+    ],
 )
 def test_an_argument_that_a_restricted_reader_could_not_load_is_refused_by_name(path: Path, value: object) -> None:
     with pytest.raises(PlanError) as caught:

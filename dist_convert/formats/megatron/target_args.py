@@ -26,6 +26,7 @@ from dist_convert.formats.megatron.args import (
     architecture_from_args,
 )
 from dist_convert.formats.megatron.grid import SIZES, Chunk, Grid
+from dist_convert.formats.pickles import Named
 from dist_convert.models import FAMILIES
 from dist_convert.models.keys import pins_of, to_arg
 from dist_convert.models.schema import Architecture, LinearScaling, RopeScaling, YarnScaling
@@ -314,7 +315,7 @@ TRAINING_FLAGS = "training_flags"
 #: Sizes of the grid that a margs file gives where no flag does.
 TAKEN_SIZES = (*SIZES[:2], "transformer_pipeline_model_parallel_size")
 
-TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
+_TORCH_DTYPES = {*TORCH_NAMES.values(), "float8_e4m3fn", "float8_e5m2", "uint8", "int8", "int32", "int64"}
 #: What JSON and the reader made of objects of Megatron and Python: enum members, functions, classes, anything else.
 _OBJECT = re.compile(
     r"(AttnBackend|ModelType|\w*CudaGraph(Scope|Module)|Signals)\.\w+"
@@ -323,21 +324,11 @@ _OBJECT = re.compile(
 
 
 @dataclass(frozen=True)
-class TorchDtype:
-    """Stands for a `torch.dtype`, so that planning needs no torch: "bfloat16" for `torch.bfloat16`."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"torch.{self.name}"
-
-
-@dataclass(frozen=True)
 class TargetArgs:
     """The attributes of the target's `args`, by name in alphabetical order.
 
     Attributes:
-        values: plain Python values and `TorchDtype`.
+        values: plain Python values and torch's dtypes, by name.
         origins: where each value is from, in words; also of arguments that were dropped.
     """
 
@@ -443,9 +434,14 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, str) and _OBJECT.fullmatch(value) is not None
 
 
+def is_torch_dtype(value: object) -> bool:
+    """Whether a value of args is a dtype that they may have."""
+    return isinstance(value, Named) and value.module == "torch" and value.name in _TORCH_DTYPES
+
+
 def _with_dtype(value: Any) -> object:
-    if isinstance(value, str) and value.startswith("torch.") and value[6:] in TORCH_DTYPES:
-        return TorchDtype(value[6:])
+    if isinstance(value, str) and value.startswith("torch.") and is_torch_dtype(dtype := Named("torch", value[6:])):
+        return dtype
     return value
 
 
