@@ -124,11 +124,11 @@ def test_a_distributed_optimizers_own_file_is_skipped_bytes(tmp_path: Path, caps
 
 def test_directories_that_the_args_do_not_name_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", Model(), Grid(tp=2))
-    assert "foreign_directories" not in described(capsys, tmp_path / "in")
     (tmp_path / "in" / "iter_0000004" / "mp_rank_01").rename(tmp_path / "in" / "iter_0000004" / "mp_rank_07")
     assert main(["inspect", str(tmp_path / "in"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["missing_shards"], found["foreign_directories"]) == (["mp_rank_01"], ["mp_rank_07"])
+    assert found["missing_shards"] == ["mp_rank_01"]
+    assert "found:    mp_rank_07\n" in found["not_convertible"]
 
 
 def test_a_directory_of_pickled_weights_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from dist_convert.formats.meta.open import read_headers
 from dist_convert.formats.meta.params import weights_files
 from dist_convert.formats.open import find_iteration, open_checkpoint, open_iteration, read_like
 from dist_convert.formats.tokenizer.find import find_tokenizer
+from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.formats.torch.open import read_shards
 from dist_convert.formats.torch.shards import Shard, files_beside
 from dist_convert.formats.torch_dist.contents import read_contents
@@ -69,6 +70,10 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
         if isinstance(model, HuggingFaceModel):
             check_tied(model, catalog, world)
         description |= _facts(catalog.architecture)
+        if isinstance(catalog, TorchCatalog):
+            name = "{0.pipeline}.{0.virtual}" if catalog.grid.virtual_pipeline > 1 else "{0.pipeline}"
+            stages = sorted(catalog.chunks, key=lambda chunk: (chunk.pipeline, chunk.virtual))
+            description["layers_per_stage"] = {name.format(chunk): chunk.layers for chunk in stages}
     except ConversionError as error:
         return description | {"not_convertible": str(error)}
     warnings = warnings_of(model.notes)
@@ -151,7 +156,6 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
     all_bytes = sum(shard.size_bytes + sum(files_beside(directory, shard.file).values()) for shard in shards.values())
     directories = {file.partition("/")[0] for file in shards}
     classes = sorted({name for shard in shards.values() for name in shard.foreign_classes})
-    foreign = grids.foreign_directories(grid, directories)
     return {
         **_trained(first.args, dialect_of(map(normalise, chain(*first.chunks))), first.iteration, grid),
         "dtypes": dict(Counter(tensor.dtype for _, tensor in stored)),
@@ -160,7 +164,6 @@ def _describe_torch(directory: Path, shards: Mapping[str, Shard]) -> dict[str, A
         "files": len(shards),
         "tokenizer": first.args.get("tokenizer_model") or first.args.get("tokenizer_name_or_path"),
         "missing_shards": grids.missing_directories(grid, directories),
-        **({"foreign_directories": foreign} if foreign else {}),
         **({"foreign_classes": classes} if classes else {}),
     }
 

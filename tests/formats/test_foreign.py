@@ -279,5 +279,6 @@ def test_half_a_model_is_told_by_its_layers(tmp_path: Path) -> None:
     half = {name: tensor for name, tensor in chunk.items() if ".layers.1." not in name}
     save(tmp_path / "in", {"mp_rank_00": [half]}, training_args(model))
     found = dist_convert.inspect(tmp_path / "in")
+    assert "found:    1 (stage 0 model0: 1)\n" in found["not_convertible"]
     assert "the number of layers in the files differs from the args" in found["not_convertible"]
     assert "num_layers=2" in found["not_convertible"]
