@@ -328,12 +328,6 @@ def error_from_details(details: Mapping[str, Any]) -> ConversionError:
     return error
 
 
-def lost_contact(found: str) -> LostRank:
-    """Another rank is gone, or silent for too long."""
-    remedy = "look for the rank that ended first, or for a network that was cut, and start again"
-    return LostRank("lost contact with another rank", found=found, remedy=remedy)
-
-
 def collected(checks: Iterable[Callable[[], object]]) -> list[ConversionError]:
     """All that is wrong according to some checks."""
     problems: list[ConversionError] = []

@@ -10,7 +10,6 @@ caught, no process ended, and ranks tell each other only what their collectives 
 """
 
 import json
-import math
 import os
 import socket
 import sys
@@ -44,7 +43,7 @@ _SILENT_SHARE = 0.9
 _STORE_ANSWERS_WITHIN = timedelta(seconds=60)
 
 
-def _looks(seconds: float = math.inf) -> Iterator[float]:
+def _looks(seconds: float) -> Iterator[float]:
     """The times at which to look again for what others do, ever less often, until so many seconds have passed."""
     began, pause_seconds = time.monotonic(), 0.005  # most of it is short
     while (now := time.monotonic()) < began + seconds:

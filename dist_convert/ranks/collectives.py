@@ -26,7 +26,6 @@ from dist_convert.errors import (
     UsageError,
     error_details,
     error_from_details,
-    lost_contact,
 )
 from dist_convert.ranks.device import BACKENDS, choose_device, current_device
 from dist_convert.ranks.signals import node_number, rank_and_size
@@ -222,7 +221,9 @@ def named_loss() -> Iterator[None]:
             raise ConversionError(what, found=found, remedy=remedy) from error
         if not isinstance(error, dist.DistError) and not _OF_A_BACKEND.search(found):
             raise
-        raise lost_contact(_OF_GLOO.sub(r"\1", found)) from error
+        found = _OF_GLOO.sub(r"\1", found)
+        remedy = "look for the rank that ended first, or for a network that was cut, and start again"
+        raise LostRank("lost contact with another rank", found=found, remedy=remedy) from error
 
 
 def broadcast(world: World, mine: bytes, size_bytes: int, source: int = 0) -> bytes:
