@@ -55,6 +55,7 @@ def test_a_llama_is_described_by_its_numbers(tmp_path: Path, capsys: pytest.Capt
         "files": 4,
         "tokenizer": "/tokenizers/llama",
         "missing_shards": [],
+        "layers_per_stage": {"0": 2, "1": 2},
     }
 
 
