@@ -94,6 +94,9 @@ MLP = (
     replicated(f"{MEGATRON}.mlp.linear_fc2.bias", part(f"{HF}.mlp.down_proj.bias", "hidden"), when="linear_bias"),
 )
 
+#: Further rows of layers without experts.
+DENSE = (MLP_NORM, *MLP)
+
 ROUTER = replicated(f"{MEGATRON}.mlp.router.weight", part(f"{HF}.mlp.gate.weight", "experts hidden"))
 _EXPERT, _HF_EXPERTS = f"{MEGATRON}.mlp.experts.{{expert}}", f"{HF}.mlp.experts"
 #: Of each expert in a file: rows 0..F of gate_up_proj are the gate, F..2F up.
@@ -185,16 +188,19 @@ def dense_keys(
     return basic_keys(groups, width, epsilon=epsilon, theta=theta, tied=tied)
 
 
-def expert_keys(*, experts: int, per_token: int, ffn: int, aux_loss: float) -> tuple[Key, ...]:
-    """Those of families that name the width of an expert apart, likewise."""
+def router_keys(config: str, *aliases: str, experts: int, per_token: int) -> tuple[Key, ...]:
+    """Those of a router, likewise; configs have different names of the number of experts."""
     return (
-        Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=ffn),
-        Key(
-            "experts", "num_experts", "num_experts", default=experts, most=MOST_EXPERTS, aliases=("num_local_experts",)
-        ),
+        Key("experts", config, "num_experts", default=experts, most=MOST_EXPERTS, aliases=aliases),
         Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=per_token, arg_default=2),
-        Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=aux_loss),
+        Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
     )
+
+
+def expert_keys(*, experts: int, per_token: int, ffn: int) -> tuple[Key, ...]:
+    """Those of families that name the width of an expert apart, likewise."""
+    width = Key("expert_ffn", "moe_intermediate_size", "moe_ffn_hidden_size", default=ffn)
+    return (width, *router_keys("num_experts", "num_local_experts", experts=experts, per_token=per_token))
 
 
 QKV_BIAS_KEY = Key("qkv_bias", "", "add_qkv_bias", "flag", default=True)

@@ -30,7 +30,7 @@ DEEPSEEK_V2 = Family(
         "topk_method": "DeepSeek-V2 chooses groups of experts by the best score in each, Megatron by a sum of scores",
     },
     layer=LATENT_ATTENTION,
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     moe=(blocks.MOE_NORM, blocks.ROUTER, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
     special_ids=(100000, 100001),
     products=(*LATENT_SIZES, blocks.SHARED_SIZE),

@@ -76,7 +76,7 @@ DEEPSEEK_V3 = Family(
         "rope_interleave": True,
     },
     layer=LATENT_ATTENTION,
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     moe=(blocks.MOE_NORM, blocks.ROUTER, blocks.ROUTER_BIAS, *blocks.EXPERTS, *blocks.SHARED_EXPERTS),
     prediction=blocks.PREDICTION,
     copies=blocks.PREDICTION_COPIES,

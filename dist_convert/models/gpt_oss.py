@@ -27,16 +27,7 @@ GPT_OSS = schema.Family(
     # The defaults of GptOssConfig in transformers 5.24.
     keys=(
         *blocks.dense_keys(query_groups=8, head_dim=64, epsilon=1e-5, theta=150000.0),
-        schema.Key(
-            "experts",
-            "num_local_experts",
-            "num_experts",
-            default=128,
-            most=schema.MOST_EXPERTS,
-            aliases=("num_experts",),
-        ),
-        schema.Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=4, arg_default=2),
-        schema.Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
+        *blocks.router_keys("num_local_experts", "num_experts", experts=128, per_token=4),
         schema.Key("sliding_window", "sliding_window", "window_size", default=128, codec="window"),
         schema.Key("linear_bias", "", "", "flag", default=True),
         schema.Key("qkv_bias", "", "", "flag", default=True),

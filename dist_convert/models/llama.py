@@ -22,6 +22,6 @@ LLAMA = Family(
         blocks.OUTPUT_BIAS,
         blocks.OUTPUT_BIAS_OF_ZEROS,
     ),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     special_ids=(1, 2),
 )

@@ -13,6 +13,6 @@ MISTRAL = Family(
     ),
     excluded_args=("add_qkv_bias", "qk_layernorm", "no_rope_freq"),
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     special_ids=(1, 2),
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dist_convert.models import blocks
-from dist_convert.models.schema import MOST_EXPERTS, Alias, Family, Key, column_parallel, part, replicated, row_parallel
+from dist_convert.models.schema import Alias, Family, Key, column_parallel, part, replicated, row_parallel
 
 _MOE, _FUSED = f"{blocks.HF}.block_sparse_moe", f"{blocks.HF}.mlp"
 _EXPERT, _MEGATRON_EXPERT = f"{_MOE}.experts.{{expert}}", f"{blocks.MEGATRON}.mlp.experts.{{expert}}"
@@ -17,9 +17,7 @@ MIXTRAL = Family(
     # The defaults of MixtralConfig are alike in transformers 4.49 and 5.23.
     keys=(
         *blocks.dense_keys(query_groups=8, head_dim=None, epsilon=1e-5, theta=1000000.0),
-        Key("experts", "num_local_experts", "num_experts", default=8, most=MOST_EXPERTS),
-        Key("experts_per_token", "num_experts_per_tok", "moe_router_topk", default=2, arg_default=2),
-        Key("router_aux_loss", "router_aux_loss_coef", "", "number", default=0.001),
+        *blocks.router_keys("num_local_experts", experts=8, per_token=2),
         Key("sliding_window", "sliding_window", "window_size", codec="window"),
     ),
     excluded_args=(

@@ -12,5 +12,5 @@ QWEN2 = Family(
     excluded_args=("add_bias_linear", "window_size", "qk_layernorm"),
     config_pins=blocks.NO_WINDOW,
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.QKV_BIAS, blocks.OUTPUT),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
 )

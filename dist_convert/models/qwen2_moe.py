@@ -9,7 +9,7 @@ QWEN2_MOE = Family(
     # The defaults of its class are alike in transformers 4.49 and 5.24.
     keys=(
         *blocks.dense_keys(query_groups=16, head_dim=None, epsilon=1e-6, theta=10000.0),
-        *blocks.expert_keys(experts=60, per_token=4, ffn=1408, aux_loss=0.001),
+        *blocks.expert_keys(experts=60, per_token=4, ffn=1408),
         Key("shared_ffn", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=5632),
         Key("shared_gate", "", "moe_shared_expert_gate", "flag", default=True),
         *blocks.SPARSE_KEYS,
@@ -20,7 +20,7 @@ QWEN2_MOE = Family(
     config={"output_router_logits": False},
     config_pins={**blocks.NO_WINDOW, "qkv_bias": True},
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.QKV_BIAS, blocks.OUTPUT),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     moe=(
         blocks.MOE_NORM,
         blocks.ROUTER,

@@ -12,5 +12,5 @@ QWEN3 = Family(
     excluded_args=("window_size",),
     config_pins={**blocks.NO_WINDOW, "attention_bias": False},
     layer=(blocks.ATTENTION_NORM, blocks.QKV, *blocks.QK_NORMS, blocks.OUTPUT),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
 )

@@ -16,6 +16,6 @@ SMOLLM3 = Family(
     config={"pad_token_id": None},  # otherwise a token that small vocabularies do not have
     config_pins={**blocks.NO_WINDOW, "attention_bias": False, "mlp_bias": False},
     layer=(blocks.ATTENTION_NORM, blocks.QKV, blocks.OUTPUT),
-    dense=(blocks.MLP_NORM, *blocks.MLP),
+    dense=blocks.DENSE,
     special_ids=(128000, 128001),
 )
