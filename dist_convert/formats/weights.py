@@ -24,7 +24,7 @@ from dist_convert.models.catalog import Catalog, Where
 from dist_convert.options import Options, check_applies
 from dist_convert.ranks.collectives import alone
 from dist_convert.read.discover import Discovery
-from dist_convert.read.file_reader import TORCH_DTYPES, Buffer, FileReader, make_buffer, read_box
+from dist_convert.read.file_reader import Buffer, FileReader, make_buffer, read_box
 from dist_convert.read.record_checks import RecordChecks
 from dist_convert.records import DTYPE_BYTES, Box, JsonObject, human_bytes, parse_bytes
 from dist_convert.write.partial import refuse_unfinished
@@ -39,8 +39,6 @@ _BUFFERS = _READERS + 1
 
 #: Reads files, with a block for values that are put beside others.
 _Reader = tuple[FileReader, Buffer]
-
-_NAMES = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 
 
 def open_weights(job: Options, dtype: torch.dtype | str | None, device: torch.device | str) -> "Weights":
@@ -61,7 +59,7 @@ def _safetensors_name(dtype: torch.dtype | str | None) -> str | None:
     if dtype is None:
         return None
     by_name = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-    name = _NAMES.get(dtype) if isinstance(dtype, torch.dtype) else by_name.get(dtype.removeprefix("torch."))
+    name = by_name.get(str(dtype).removeprefix("torch."))
     if name is None:
         raise UsageError("not a dtype of weights", expected=", ".join(by_name), found=dtype)
     return name

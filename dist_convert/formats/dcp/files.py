@@ -24,9 +24,7 @@ class PlannedBlob:
 
     key: str
     dtype: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    place: Blob
+    chunk: Chunk
 
 
 def _blob(dtype: str, sizes: tuple[int, ...]) -> Container:
@@ -63,8 +61,8 @@ class PlannedFiles:
         if template.storages and template.storages[0].size_bytes >= _LARGE_BYTES:
             first_byte += -(first_byte + template.storages[0].start_bytes) % _PAGE_BYTES
         self.sizes_bytes[file] = first_byte + template.size_bytes
-        place = Blob(file, first_byte, template.size_bytes)
-        self.blobs.setdefault(file, []).append(PlannedBlob(key, dtype, offsets, sizes, place))
+        chunk = Chunk(offsets, sizes, Blob(file, first_byte, template.size_bytes))
+        self.blobs.setdefault(file, []).append(PlannedBlob(key, dtype, chunk))
 
     def target_files(self) -> tuple[TargetFile, ...]:
         """Each file with the tensors that it will hold: its chunks."""
@@ -75,20 +73,20 @@ class PlannedFiles:
         return TargetFile(name, b"", self.sizes_bytes[name], places)
 
     def _record(self, box: PlannedBlob) -> ZipRecord:
-        [record] = self.templates[box.dtype, box.sizes].storages
-        return record.moved(box.place.offset_bytes)
+        [record] = self.templates[box.dtype, box.chunk.sizes].storages
+        return record.moved(box.chunk.blob.offset_bytes)
 
     def _place(self, box: PlannedBlob) -> StoredTensor:
         """Where the elements of a box will lie."""
-        offset_bytes = self._record(box).start_bytes
-        name = chunk_name(box.key, box.offsets)
-        return StoredTensor(name, box.place.file, box.dtype, box.sizes, row_major(box.sizes), offset_bytes)
+        name, sizes = chunk_name(box.key, box.chunk.offsets), box.chunk.sizes
+        place = row_major(sizes), self._record(box).start_bytes
+        return StoredTensor(name, box.chunk.blob.file, box.dtype, sizes, *place)
 
     def stored(self) -> dict[str, Stored]:
         """Each tensor and where it will lie, by its key."""
         found = {}
         for key, boxes in self._boxes().items():
-            chunks = tuple(StoredChunk(box.offsets, self._place(box)) for box in boxes)
+            chunks = tuple(StoredChunk(box.chunk.offsets, self._place(box)) for box in boxes)
             found[key] = Stored(key, boxes[0].dtype, self.shapes[key], chunks)
         return found
 
@@ -106,8 +104,8 @@ class PlannedFiles:
 
     def _pieces(self, file: str) -> Iterator[tuple[int, bytes]]:
         for blob in self.blobs[file]:
-            pieces = self.templates[blob.dtype, blob.sizes].pieces
-            yield from ((blob.place.offset_bytes + at, piece) for at, piece in pieces)
+            pieces = self.templates[blob.dtype, blob.chunk.sizes].pieces
+            yield from ((blob.chunk.blob.offset_bytes + at, piece) for at, piece in pieces)
 
     def write_checksums(self, partial: Directory, files: Iterable[TargetFile], known: KnownRanges) -> None:
         """Write the checksum of each chunk of some files to both places that hold it."""
@@ -118,12 +116,10 @@ class PlannedFiles:
     def write_metadata(self, partial: Directory, *, has_paths: bool = False) -> None:
         """Write `.metadata`; see `metadata_bytes`."""
         tensors = {
-            key: ListedTensor(
-                boxes[0].dtype, self.shapes[key], tuple(Chunk(b.offsets, b.sizes, b.place) for b in boxes)
-            )
+            key: ListedTensor(boxes[0].dtype, self.shapes[key], tuple(box.chunk for box in boxes))
             for key, boxes in self._boxes().items()
         }
-        objects = {blob.key: blob.place for blobs in self.blobs.values() for blob in blobs if not blob.dtype}
+        objects = {blob.key: blob.chunk.blob for blobs in self.blobs.values() for blob in blobs if not blob.dtype}
         write_file(partial, METADATA_FILE, metadata_bytes(tensors, objects, has_paths=has_paths))
 
 
