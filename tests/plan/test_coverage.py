@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_convert.errors import ConversionError, Problems
+from dist_convert.errors import ConversionError, PlanError, Problems
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
@@ -127,14 +127,12 @@ def test_two_rows_with_one_target_tensor_are_refused(monkeypatch: pytest.MonkeyP
         planned(monkeypatch, with_layer(*layer))
 
 
-def test_heads_that_the_query_groups_do_not_divide_leave_rows_out_and_are_named() -> None:
-    with pytest.raises(Problems) as error:
+def test_heads_that_the_query_groups_do_not_divide_are_named() -> None:
+    with pytest.raises(PlanError, match="cannot be divided among the query groups") as error:
         content(architecture(layers=1, heads=4, query_groups=3))
-    assert {problem.tensor for problem in error.value.problems} == {"decoder.layers.0.self_attention.linear_qkv.weight"}
-    assert [problem.found for problem in error.value.problems] == [
-        "rows are covered up to 15 of 16",  # query rows, five to a group
-        "rows are covered up to 39 of 40",  # rows of the shard
-    ]
+    assert error.value.tensor == "decoder.layers.{layer}.self_attention.linear_qkv.weight"
+    assert error.value.expected == "3 equal shares of each tensor"
+    assert error.value.found == "16 + 12 + 12 rows, 16 columns"
 
 
 def test_a_vocabulary_beyond_the_rows_of_its_shards_is_refused() -> None:

@@ -54,13 +54,18 @@ class CutRow:
     @cached_property
     def shard_size(self) -> tuple[int, int]:
         """Rows and columns of each shard; a PlanError where the parameter cannot be cut into that many equal ones."""
-        row, shards = self.row, self.shards
-        rows = self.sizes[row.padded_rows] if row.padded_rows else sum(self.part_rows)
+        row, shards, real_rows = self.row, self.shards, sum(self.part_rows)
+        rows = self.sizes[row.padded_rows] if row.padded_rows else real_rows
         columns = part_size(row.parts[0], self.sizes)[1]
-        length = {"rows": rows, "columns": columns, "replicated": shards}[row.split]
-        if length % shards or any(of_part % self.turns for of_part in self.part_rows):
+        length, are_uneven = rows if row.split == "rows" else columns, any(n % self.turns for n in self.part_rows)
+        what = expected = ""
+        if row.split != "replicated" and (length % shards or (are_uneven and not row.by_query_group)):
             what, expected = f"cannot be cut into {shards} equal shards", f"a multiple of {shards} {row.split}"
-            expected += f", in {self.turns} equal groups of queries" if row.by_query_group else ""
+        elif are_uneven:
+            what, expected = "cannot be divided among the query groups", f"{self.turns} equal shares of each tensor"
+        elif rows < real_rows:
+            what, expected = "has fewer rows than what is stacked into it", f"{real_rows} rows or more"
+        if what:
             found = f"{' + '.join(map(str, self.part_rows))} rows, {columns} columns"
             remedy = "the parallel sizes or the query groups in the checkpoint's args do not belong to this model"
             raise PlanError(what, tensor=row.megatron, expected=expected, found=found, remedy=remedy)
