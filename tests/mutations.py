@@ -75,14 +75,14 @@ MUTATIONS = (
     ),
     Mutation(
         "experts-of-the-wrong-rank",
-        "(rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)\n\n\ndef missing",
-        "(rank.pipeline, rank.expert, rank.tensor // grid.expert_tensor)\n\n\ndef missing",
+        "(rank.pipeline, rank.expert, rank.tensor % grid.expert_tensor)",
+        "(rank.pipeline, rank.expert, rank.tensor // grid.expert_tensor)",
         GOLDEN,
     ),
     Mutation(
         "grouped-experts-not-transposed",
-        "piece.index * rows * columns, (1, rows)\n",
-        "piece.index * rows * columns, (columns, 1)\n",
+        "numbers.local * rows * columns, (1, rows)\n",
+        "numbers.local * rows * columns, (columns, 1)\n",
         GOLDEN,
     ),
     Mutation("cover-check-sees-nothing", "if row != next_row:", "if False:", "tests/test_boxes.py"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import Grid, Model
-from tests.distributed.launching import Answer, run_jobs
+from tests.checkpoints import Grid, Model, hf_tensors
+from tests.distributed.launching import Answer, run_jobs, run_ranks
 from tests.to_megatron import assert_same_shards, expected_shards, grid_flags, make_hf, read_shards, to_megatron
 
 # down_proj is cut along columns and larger than a block (4 MiB); the vocabulary is padded to 256 x the tensor size.
@@ -155,3 +155,24 @@ def test_one_rank_that_fails_leaves_no_iteration_and_one_message(tmp_path: Path)
     assert all(answer.exit_codes)
     assert sum("model.safetensors" in text for text in answer.stderr) == 1
     assert not (tmp_path / "m" / "iter_0000001").exists()
+
+
+def test_a_tied_head_on_another_nodes_disk_is_compared_with_the_embedding(tmp_path: Path) -> None:
+    model = Model(layers=1, tied=True)
+    whole = hf_tensors(model)
+    head = whole["model.embed_tokens.weight"].clone()
+    head[17, 3] += 1
+    parts = [whole, {"lm_head.weight": head}]
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    for rank, (name, part) in enumerate(zip(names, parts, strict=True)):
+        own = tmp_path / f"rank{rank}"
+        make_hf(own, model, part)
+        (own / "model.safetensors").rename(own / name)
+        (own / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    run = run_ranks(
+        2, "hf-to-megatron", "--load-dir", str(tmp_path / "rank{rank}"), "--save-dir", str(tmp_path / "out")
+    )
+    assert run.returncode == 1
+    assert "the model stores a head that differs" in run.stderr
+    assert "found:    other values\n" in run.stderr
