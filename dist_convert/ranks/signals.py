@@ -64,7 +64,8 @@ def rank_and_size() -> tuple[int, int]:
     if size > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
         raise UsageError("MASTER_PORT is not a port", found=repr(port[:40]), remedy=_LAUNCH)
     try:
-        os.environ.get("MASTER_ADDR", "").encode("idna")  # as Python does to ask for it
+        if size > 1:  # else nobody asks for it, and the codec is large where memory is short
+            os.environ["MASTER_ADDR"].encode("idna")
     except UnicodeError as error:
         raise UsageError("MASTER_ADDR is not the name of a machine", found=error, remedy=_LAUNCH) from error
     for name in _PRINTED_BY_TORCH if size > 1 else ():

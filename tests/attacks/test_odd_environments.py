@@ -216,7 +216,7 @@ def test_where_torch_has_no_room_the_limit_is_named(place: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("more", "what"), [(1 << 20, "cannot start another thread\n"), (13 << 20, "out of memory\n")])
+@pytest.mark.parametrize(("more", "what"), [(4 << 20, "cannot start another thread\n"), (13 << 20, "out of memory\n")])
 def test_where_memory_or_threads_end_the_limit_is_named(more: int, what: str, place: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys, dist_convert.move.convert, dist_convert.compare.verify;"
