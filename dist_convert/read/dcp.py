@@ -26,6 +26,8 @@ SHARDS = "shard-*-model-*.safetensors"
 _MOST_DIMENSIONS = 8
 _MOST = 1 << 60
 _LONGEST_NAME_BYTES = 255
+#: Of a chunk in `.metadata`, less than what it takes; tensors of a pickle may share a list of a million.
+_LEAST_CHUNK_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,28 @@ def read_metadata(path: Path) -> Metadata:
         UnsupportedModel: its blobs are compressed or changed otherwise.
     """
     file = str(path)
-    saved = load(read_small_file(path, MAX_PICKLE_BYTES), file)
+    content = read_small_file(path, MAX_PICKLE_BYTES)
+    saved = load(content, file)
     is_core = isinstance(saved, Inert) and saved.class_name.endswith(".MCoreMetadata")  # up to Megatron-Core 0.15
     kind = "MCoreMetadata" if is_core else "Metadata"
     state = _state(saved, kind, file)
     blobs = _blobs(_mapping(state, "storage_data", file), file)
     tensors = {}
     objects = {}
+    most = chunks_left = len(content) // _LEAST_CHUNK_BYTES
     for key, saved in _mapping(state, "state_dict_metadata", file).items():
         if not isinstance(key, str):
             raise _damaged(file, "a tensor's key", key)
         if isinstance(saved, Inert) and saved.class_name.endswith(".BytesStorageMetadata"):
             objects[key] = _blob(blobs, key, None, file)
         else:
-            tensors[key] = _tensor(key, _state(saved, "TensorStorageMetadata", file), blobs, file)
+            described = _state(saved, "TensorStorageMetadata", file)
+            listed = described.get("chunks")
+            chunks_left -= len(listed) if isinstance(listed, list) else 0
+            if chunks_left < 0:
+                expected = f"at most {most:,} chunks, as many as a file of its size can list"
+                raise _damaged(file, expected, f"more of them up to {key[:80]}")
+            tensors[key] = _tensor(key, described, blobs, file)
     return Metadata(tensors, objects)
 
 
@@ -112,8 +122,7 @@ def _blobs(stored: Mapping[Any, Any], file: str) -> _Blobs:
         key = named.get("fqn")
         if not isinstance(key, str):
             raise _damaged(file, "the key of a blob", key)
-        is_bare = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
-        if not isinstance(name, str) or not is_bare or len(name.encode(errors="replace")) > _LONGEST_NAME_BYTES:
+        if not isinstance(name, str) or not _is_bare(name):
             raise _damaged(file, "the bare name of a file beside .metadata", name)
         if not _is_count(offset_bytes) or not _is_count(size_bytes):
             raise _damaged(file, f"the offset and length of a blob in {name}", (offset_bytes, size_bytes))
@@ -160,6 +169,12 @@ def _state(record: object, kind: str, file: str) -> JsonObject:
     if isinstance(record, Inert) and record.class_name.endswith(f".{kind}") and isinstance(record.state, Mapping):
         return record.state
     raise _damaged(file, f"a {kind}", record)
+
+
+def _is_bare(name: str) -> bool:
+    """Whether a text can be the name of a file in a directory: one with half a surrogate pair is of none."""
+    is_possible = name.isprintable() and len(os.fsencode(name)) <= _LONGEST_NAME_BYTES
+    return is_possible and name not in ("", ".", "..") and "/" not in name
 
 
 def _mapping(state: JsonObject, name: str, file: str) -> Mapping[Any, Any]:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from tests.checkpoints import hf_tensors
 from tests.converting import assert_same, read_tensors
-from tests.dcp.test_reading import LLAMA, convert, save_plain
+from tests.dcp.test_reading import LLAMA, as_torchtitan, convert, save_plain
 from tests.to_megatron import config_of
 from tests.torch_dist.test_refusals import change_metadata, chunk_of
 
@@ -121,6 +121,18 @@ def test_other_models_are_refused_by_name(
     assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == [], error
+
+
+def test_a_tensor_under_torchtitans_and_transformers_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = hf_tensors(LLAMA)
+    titan = as_torchtitan(hf, {"q": LLAMA.heads, "k": LLAMA.groups}, early=False)
+    save_plain(tmp_path / "dcp", titan | {QUERY: torch.zeros_like(hf[QUERY])})
+    assert convert(tmp_path / "dcp", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert f"{QUERY} is stored twice, under this and another name" in error
+    assert f"found:    {QUERY}, layers.0.attention.qkv_linear.wq.weight\n" in error
 
 
 def test_without_a_config_it_is_said_where_one_is_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,6 +367,15 @@ def test_a_tensor_that_is_in_all_files_and_of_no_llama_is_refused(tmp_path: Path
         dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
 
 
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in", 1)
+    saved = torch.load(tmp_path / "in/consolidated.00.pth")
+    torch.save(saved | {"model.norm.weight": torch.zeros(64).bfloat16()}, tmp_path / "in/consolidated.00.pth")
+    with pytest.raises(ConversionError, match=r"(?s)model\.norm\.weight is stored twice.* norm\.weight") as caught:
+        dist_convert.convert(tmp_path / "in", tmp_path / "out", to="huggingface")
+    assert caught.value.file == str(tmp_path / "in/consolidated.00.pth")
+
+
 def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
     make_meta(tmp_path / "in", 2)
     saved = torch.load(tmp_path / "in/consolidated.01.pth")

@@ -6,12 +6,13 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, StorageMeta, TensorStorageMetadata
 
 import dist_convert
 from dist_convert.__main__ import main
@@ -91,6 +92,19 @@ def _long_name(metadata: Any) -> None:
     chunk_of(metadata, NORM).relative_path = 300 * "a"
 
 
+def _half_a_surrogate_pair(metadata: Any) -> None:
+    chunk_of(metadata, NORM).relative_path = "\ud800"
+
+
+def _shared_list(metadata: Any) -> None:
+    """Two bytes for each chunk, and a list that many tensors have: few bytes, and hours of work."""
+    listed = metadata.state_dict_metadata[NORM]
+    empty = ChunkStorageMetadata(torch.Size([0]), torch.Size([0]))
+    shared = TensorStorageMetadata(listed.properties, torch.Size([0]), [empty] * 20_000)
+    for number in range(50):
+        metadata.state_dict_metadata[f"optimizer.state.{number}"] = replace(shared)
+
+
 def _huge_number(metadata: Any) -> None:
     chunk_of(metadata, NORM).offset = 1 << 70
 
@@ -113,6 +127,8 @@ def _without_a_key(metadata: Any) -> None:
         (_unknown_key, ("decoder.layers.mystery.weight has no place in a llama model",)),
         (_unknown_object, ("decoder.layers.codebook/shard_0_1 has no place",)),
         (_long_name, ("damaged .metadata", "bare name")),
+        (_half_a_surrogate_pair, ("damaged .metadata", "bare name", r"\ud800")),
+        (_shared_list, ("damaged .metadata", "chunks, as many as a file of its size can list", "optimizer.state.0")),
         (_huge_number, ("damaged .metadata", "the offset and length of a blob in __0_0.distcp")),
         (_without_a_key, (f"no tensor for {NORM}",)),
     ],
@@ -126,6 +142,24 @@ def test_a_damaged_metadata_is_named(
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == [], error
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("second", ["args", "common_state/shard_1_2"])
+def test_args_that_are_stored_twice_are_refused(
+    second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_distributed(tmp_path / "dist", common="object")
+
+    def change(metadata: Any) -> None:
+        first = next(index for index in metadata.storage_data if index.fqn == "common_state/shard_0_1")
+        metadata.state_dict_metadata[second] = metadata.state_dict_metadata[first.fqn]
+        metadata.storage_data[type(first)(second)] = metadata.storage_data[first]
+
+    change_metadata(tmp_path / DIRECTORY, change)
+    assert convert(tmp_path / "dist", tmp_path / "hf") == 1
+    error = capsys.readouterr().err
+    assert "the args are stored twice" in error
+    assert f"found:    common_state/shard_0_1, {second}\n" in error
 
 
 def _remove(name: str) -> Callable[[Path], None]:

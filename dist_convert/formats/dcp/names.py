@@ -82,6 +82,9 @@ def huggingface_tensors(stored: Mapping[str, Stored], architecture: Architecture
 
     Only its Llama, which has no norms of queries and keys, has the rows of heads in Meta's order: DeepSeek's rotate
     neighbours in transformers, too.
+
+    Raises:
+        InconsistentShards: a tensor is there under both names.
     """
     found = {}
     used = set()
@@ -98,7 +101,12 @@ def huggingface_tensors(stored: Mapping[str, Stored], architecture: Architecture
                 tensor = stored[key].at(() if expert is None else (expert,))
                 found[name] = replace(tensor, head_dim=head_dim) if template in ROTATED else tensor
                 used.add(key)
-    return found | {name: tensor for name, tensor in stored.items() if name not in used}
+    kept = {name: tensor for name, tensor in stored.items() if name not in used}
+    if twice := sorted(kept.keys() & found.keys()):
+        what, tensor = f"{twice[0]} is stored twice, under this and another name", kept[twice[0]]
+        both = names([name for one in twice for name in (one, found[one].key)])
+        raise InconsistentShards(what, tensor.whole.file, tensor=tensor.key, expected="one of them", found=both)
+    return found | kept
 
 
 def _key(spelling: str, layer: int | None, layers: int) -> str:

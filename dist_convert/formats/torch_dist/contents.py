@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_convert.errors import MissingArguments, UnknownTensor, UnsupportedModel
+from dist_convert.errors import InconsistentShards, MissingArguments, UnknownTensor, UnsupportedModel
 from dist_convert.formats.dcp.headers import sort_out
 from dist_convert.formats.megatron.args import in_megatrons_words
 from dist_convert.formats.megatron.iterations import KIND_FILE
@@ -16,10 +16,11 @@ from dist_convert.read.restricted_pickle import Inert, foreign_classes, plain_di
 from dist_convert.read.source import opened_source, read_json, read_small_file
 from dist_convert.read.torch_file import MAX_PICKLE_BYTES, open_dict
 from dist_convert.read.yaml_file import read_yaml
-from dist_convert.records import JsonObject
+from dist_convert.records import JsonObject, names
 
 COMMON_FILE = "common.pt"
 RUN_CONFIG_FILE = "run_config.yaml"
+_COMMON_STATE = "common_state/"
 #: Ten times what Megatron-Bridge writes.
 _MOST_BYTES = 1 << 17
 #: Argument -> the field that says the same.
@@ -103,6 +104,7 @@ def _args(directory: Path, metadata: Metadata, *, may_lack_args: bool) -> tuple[
 
     Raises:
         MissingArguments: there are none.
+        InconsistentShards: two objects hold some.
     """
     path, args_file = directory / COMMON_FILE, COMMON_FILE
     saved: object = None
@@ -111,9 +113,14 @@ def _args(directory: Path, metadata: Metadata, *, may_lack_args: bool) -> tuple[
             saved = open_dict(file, str(path))[1]
     else:
         args_file = METADATA_FILE
-        for key, blob in metadata.objects.items():
-            if key.startswith("common_state/"):
-                listed = read_object(directory, blob)
+        holders = [key for key in metadata.objects if key == "args" or key.startswith(_COMMON_STATE)]
+        if len(holders) > 1:
+            what, expected = "the args are stored twice", "one object that holds them"
+            remedy = "files of two checkpoints may be mixed; copy the directory again"
+            raise InconsistentShards(what, directory / METADATA_FILE, expected, found=names(holders), remedy=remedy)
+        for key in holders:
+            if key.startswith(_COMMON_STATE):
+                listed = read_object(directory, metadata.objects[key])
                 saved = listed[0] if isinstance(listed, list) and listed else listed
         if saved is None:
             saved = {key: read_object(directory, metadata.objects[key]) for key in OF_STATE if key in metadata.objects}
