@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from tests.checkpoints import hf_tensors
+from dist_convert.__main__ import main
+from tests.checkpoints import Model, hf_tensors
 from tests.converting import assert_same, read_tensors
 from tests.dcp.test_reading import LLAMA, as_torchtitan, convert, save_plain
 from tests.to_megatron import config_of
@@ -133,6 +134,19 @@ def test_a_tensor_under_torchtitans_and_transformers_name_is_refused(
     error = capsys.readouterr().err
     assert f"{QUERY} is stored twice, under this and another name" in error
     assert f"found:    {QUERY}, layers.0.attention.qkv_linear.wq.weight\n" in error
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_torchtitans_heads_of_an_odd_size_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(layers=1, head_dim=3)
+    save_plain(tmp_path / "dcp", as_torchtitan(hf_tensors(model), {}, early=False), model)
+    target = [str(tmp_path / "hf"), "--to", "huggingface"] if command == "convert" else []
+    assert main([command, str(tmp_path / "dcp"), *target]) == 1
+    error = capsys.readouterr().err
+    assert "heads of an odd size" in error
+    assert "found:    3\n" in error
 
 
 def test_without_a_config_it_is_said_where_one_is_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,11 +85,15 @@ def huggingface_tensors(stored: Mapping[str, Stored], architecture: Architecture
 
     Raises:
         InconsistentShards: a tensor is there under both names.
+        UnsupportedModel: heads of an odd size, whose rows are no pairs.
     """
     found = {}
     used = set()
     own = _OF_FAMILY.get(architecture.family)
     head_dim = 0 if own or architecture.qk_norm else architecture.head_dim
+    if head_dim % 2:
+        what, remedy = "heads of an odd size", "the config is of another model: take it from where the model came from"
+        raise UnsupportedModel(what, expected="pairs of rows, which rotate together", found=head_dim, remedy=remedy)
     all_layers = range(architecture.layers + architecture.fact("mtp_layers"))
     for template, spellings in {**_SHARED, **(own or _LLAMA_OR_QWEN3)}.items():
         layers = all_layers if "{layer}" in template else (None,)
