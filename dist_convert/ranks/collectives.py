@@ -273,7 +273,7 @@ def agree(world: World, digest: str) -> None:
     for rank, other in enumerate(digests):
         if other != digests[0]:
             expected, found = f"{digests[0][:16]} as on rank 0", f"{other[:16]} on rank {rank}"
-            remedy = "all ranks must run the same version with the same flags"
+            remedy = "all ranks must run the same version with the same flags, and all nodes have the same config.json"
             raise PlanError("ranks made different plans", expected=expected, found=found, remedy=remedy)
 
 

@@ -27,7 +27,7 @@ from dist_convert.ranks.collectives import alone
 from dist_convert.records import DTYPE_BYTES, runs
 from tests.checkpoints import Grid, Model
 from tests.converting import assert_same, bytes_read, read_tensors
-from tests.distributed.launching import run_ranks
+from tests.distributed.launching import on_two_nodes, run_ranks
 from tests.meta_checkpoints import MODEL, POSITIONS, TOKENS, make_meta, metas, params_of, weights
 from tests.to_megatron import assert_same_shards, expected_shards, load, read_shards
 from tests.tokenizer.pieces import train
@@ -80,6 +80,17 @@ def test_two_ranks_gather_it(tmp_path: Path) -> None:
     words = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "huggingface", "--placement", "gather"]
     assert run_ranks(2, *words, "--verify").returncode == 0
     assert_same(read_tensors(tmp_path / "out"), hf)
+
+
+def test_nodes_with_different_params_are_refused(tmp_path: Path) -> None:
+    make_meta(tmp_path / "in0", 2, norm_eps=1e-5)
+    make_meta(tmp_path / "in1", 2, norm_eps=1e-6)
+    runs = on_two_nodes(1, "convert", f"{tmp_path}/in{{node}}", str(tmp_path / "out"), "--to", "huggingface")
+    assert [run.returncode for run in runs] == [1, 1]
+    said = "".join(run.stderr for run in runs)
+    assert "two ranks see different files under one name" in said
+    assert "params.json" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_opened_inspected_and_verified_like_any_other(tmp_path: Path) -> None:

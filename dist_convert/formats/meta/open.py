@@ -69,7 +69,11 @@ class MetaModel:
 
 
 def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, JsonObject]:
-    """The files, the headers of all, each read by one rank, and params.json; a SourceError where one is damaged."""
+    """The files, the headers of all, each read by one rank, and params.json.
+
+    Raises:
+        SourceError: one is damaged, or nodes have different ones.
+    """
     with below(directory):
         found = discover(
             world,
@@ -86,7 +90,16 @@ def read_headers(directory: Path, world: World) -> tuple[Discovery, Headers, Jso
         raise MissingShard(what, directory, expected=", ".join(expected), found=", ".join(headers), remedy=remedy)
     is_here = (directory / PARAMS_FILE).is_file()
     told = gather_objects(world, read_json(directory / PARAMS_FILE) if is_here else None)
-    params = next(one for one in told if one is not None)
+    seen = [(rank, one) for rank, one in enumerate(told) if one is not None]
+    first, params = seen[0]
+    if other := next((rank for rank, one in seen if one != params), None):
+        raise InconsistentShards(
+            "two ranks see different files under one name",
+            directory / PARAMS_FILE,
+            expected=f"the values that rank {first} sees",
+            found=f"others on rank {other}",
+            remedy="copy the model's own to all nodes",
+        )
     found = found.with_checksums(one for tensors in headers.values() for one in tensors.values())
     inner = params.get("model")
     return found, headers, inner if isinstance(inner, Mapping) else params
