@@ -17,6 +17,7 @@ import torch
 
 from tests.checkpoints import Grid, Model, make, megatron_shards, save, training_args
 from tests.distributed.interrupting import Run, Runs, hashes_below
+from tests.distributed_checkpoints import make_fsdp
 from tests.to_megatron import make_hf
 
 MODEL = Model(hidden=64, ffn=192, heads=8, groups=4, head_dim=8, layers=3, vocab=200, padded_vocab=256)
@@ -109,16 +110,20 @@ def test_a_manifest_of_megatron_shards_has_the_checksums_of_sealed_files(runs: R
 
 
 @pytest.mark.parametrize(
-    ("more", "directory", "moment"),
+    ("kind", "more", "directory", "moment"),
     [
-        (("--to", "torch_dist", "--target-tensor-parallel-size", "4"), "iter_0000004", 500),
-        (("--to", "dcp", "--max-shard-size", "100KB"), ".", 250),
+        ("torch", ("--to", "torch_dist", "--target-tensor-parallel-size", "4"), "iter_0000004", 500),
+        ("torch", ("--to", "dcp", "--max-shard-size", "100KB"), ".", 250),
+        ("fsdp_dtensor", ("--to", "torch", "--target-tensor-parallel-size", "4"), "iter_0000004", 250),
     ],
 )
-def test_a_killed_conversion_to_a_distributed_checkpoint_goes_on_to_the_same_bytes(
-    more: tuple[str, ...], directory: str, moment: int, runs: Runs, source: Path
+def test_a_killed_conversion_of_or_to_a_distributed_checkpoint_goes_on_to_the_same_bytes(
+    kind: str, more: tuple[str, ...], directory: str, moment: int, runs: Runs, source: Path
 ) -> None:
     target = source.parent / "dist"
+    if kind == "fsdp_dtensor":
+        source = source.parent / "fsdp"
+        make_fsdp(source, kind, MODEL, Grid(tp=2))
     flags = ["convert", str(source), str(target), *more]
     kill(runs, flags, moment)
     run = runs.do(flags, ranks=2)

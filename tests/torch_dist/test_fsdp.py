@@ -203,6 +203,16 @@ def test_what_is_damaged_is_named_with_key_and_file(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize(("layers", "words"), [(3, "decoder.layers.3."), (5, "decoder.layers.4.")])
+def test_args_of_another_number_of_layers_are_refused(
+    layers: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_fsdp(tmp_path / "fsdp", "torch_dcp", num_layers=layers)
+    assert convert(tmp_path / "fsdp", tmp_path / "hf") == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize("axis", ["tp", "etp"])
 def test_gates_that_tensor_parallel_ranks_stacked_are_refused(
     axis: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
