@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+import dist_convert
 from dist_convert.__main__ import main
+from dist_convert.errors import CorruptFile
 from tests.checkpoints import Model, hf_tensors
 from tests.converting import assert_same, read_tensors
 from tests.dcp.test_reading import LLAMA, as_torchtitan, convert, save_plain
@@ -81,6 +83,13 @@ def test_a_hostile_metadata_is_held_to_the_limits_of_torch_dist(
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == [], error
     assert not (tmp_path / "hf").exists()
+
+
+def test_chunks_that_overlap_are_a_damaged_source_for_programs_too(tmp_path: Path) -> None:
+    save_plain(tmp_path / "dcp", hf_tensors(LLAMA))
+    change_metadata(tmp_path / "dcp", _one_row_up)
+    with pytest.raises(CorruptFile, match="copy the file again"):
+        dist_convert.open(tmp_path / "dcp")
 
 
 @pytest.mark.parametrize(

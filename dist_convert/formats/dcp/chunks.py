@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dist_convert.errors import PlanError
+from dist_convert.errors import CorruptFile
 from dist_convert.models.catalog import Region, from_neighbours
 from dist_convert.read.dcp import METADATA_FILE
 from dist_convert.records import DTYPE_BYTES, Box, StoredTensor, View, cover_fault, row_major
@@ -64,7 +64,7 @@ class Stored:
         """First row, first column and place of each chunk of a matrix or vector.
 
         Raises:
-            PlanError: they do not make it up.
+            CorruptFile: they do not make it up.
         """
         boxes = []
         for chunk in self.chunks:
@@ -75,7 +75,8 @@ class Stored:
         fault = cover_fault(boxes, *(*self.shape, 1)[:2])
         if fault is not None:
             file = self.whole.file
-            raise PlanError("the chunks do not make up a tensor exactly", file, tensor=self.key, found=fault)
+            what, expected = "the chunks do not make up a tensor exactly", f"chunks that cover {list(self.shape)} once"
+            raise CorruptFile(what, file, expected, found=fault, tensor=self.key)
 
     def regions(self, view: View) -> tuple[Region, ...]:
         """Where a window of `whole` lies."""

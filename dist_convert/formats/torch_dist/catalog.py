@@ -43,7 +43,7 @@ def open_catalog(
         try:
             pieces = _only(parameter, spelled, present, file)
             found = [one for piece in pieces for one in _stored_piece(parameter, architecture, piece, stored)]
-        except (errors.MissingTensor, errors.WrongShape, errors.InconsistentShards, errors.PlanError) as problem:
+        except (errors.SourceError, errors.PlanError) as problem:
             if problem.tensor not in {known.tensor for known in problems}:  # of all layers and experts in it
                 problems.append(problem)
             continue
@@ -143,7 +143,7 @@ def _stored_piece(
 
     Raises:
         WrongShape: the tensor has another shape than the args say.
-        PlanError: its chunks do not make it up.
+        CorruptFile: its chunks do not make it up.
     """
     tensor, axes = stored[piece.key], len(piece.index)
     rows, columns = parameter.cut.shard_size
