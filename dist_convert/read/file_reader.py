@@ -299,7 +299,11 @@ class FileReader:
                 raise CorruptFile(what, view.file, expected, tensor=view.tensor, found=f"{done} bytes")
             done += count
         if 1 + (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride <= view.rows * view.columns:
-            return self._checks.add(window, view, offset_bytes)
+            try:
+                return self._checks.add(window, view, offset_bytes)
+            except CorruptFile:  # which another file in its place may be the reason for
+                self._check_unchanged(view)
+                raise
         return None
 
     def _end(self, view: View) -> None:

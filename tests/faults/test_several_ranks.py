@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -87,8 +88,7 @@ def test_a_disk_that_does_not_answer_one_of_two_ranks_is_told_with_the_rank_and_
     assert not target.exists()
     assert set(failed.exit_codes) <= {1, 143, -9}, failed
     assert "Traceback" not in failed.printed
-    assert "reading step" in failed.printed
-    assert "rank 1" in failed.printed
+    assert re.search(r"rank [01] on \S+, last heard of while (moving|reading) step \d", failed.printed)
     disk.heal()
     assert_goes_on(runs.do(words, ranks=2), direction, target, undisturbed_on_disk)
 
