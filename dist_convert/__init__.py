@@ -70,6 +70,8 @@ def convert(
     )
     table.check_values(job)
     table.check_together(job)
+    if ranks is not None and (type(ranks) is not int or ranks < 1):
+        raise errors.UsageError("ranks has a wrong value", expected="a whole number of 1 or more", found=repr(ranks))
     if ranks is not None and group is not None:
         raise errors.UsageError("ranks and group exclude each other", found="ranks and group", remedy="give one")
     if job.push_to_hub and (ranks is None or ranks < 2):
@@ -165,7 +167,7 @@ def verify(
     from dist_convert.ranks.collectives import alone
 
     share: Any = sample
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of what is no share, which `check_values` tells
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError):  # of what is no share, which `check_values` tells
         share = Fraction(sample).limit_denominator(1_000_000)
     values = _values("verify", options, "sample", "json", "quiet", "log_interval_seconds", "timeout_seconds")
     job = table.VerifyJob(_path(a), _path(b), sample=share, **values)

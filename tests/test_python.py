@@ -116,6 +116,10 @@ def test_an_error_is_the_exception_that_it_is_on_the_command_line(
         ({"overwrite": "yes"}, "overwrite"),
         ({"max_shard_size": "5XB"}, "max_shard_size_bytes has a wrong value"),
         ({"private": True}, "nothing is uploaded"),
+        ({"ranks": 0}, "ranks has a wrong value"),
+        ({"ranks": -1}, "ranks has a wrong value"),
+        ({"ranks": "2"}, "ranks has a wrong value"),
+        ({"ranks": True}, "ranks has a wrong value"),
     ],
 )
 def test_a_wrong_value_is_refused_before_anything_is_read(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -155,6 +159,53 @@ def test_what_is_cancelled_goes_on_with_the_same_call(llama: Made, tmp_path: Pat
     dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface")
     assert dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface").was_complete
     assert dist_convert.verify(llama[0], tmp_path / "hf").is_same
+
+
+@pytest.mark.parametrize("sample", ["1/0", float("inf"), float("nan"), 0, "x"])
+def test_what_is_no_share_of_a_comparison_is_refused(sample: Any, llama: Made) -> None:
+    with pytest.raises(UsageError, match="sample has a wrong value"):
+        dist_convert.verify(llama[0], llama[0], sample=sample)
+
+
+#: In place of the command with its ranks: works on for half a second after it was told to end, and says much.
+STUBBORN = """
+import json, os, signal, sys, time
+
+def end(*_):
+    sys.stderr.write("x" * 200_000)
+    time.sleep(0.5)
+    open(os.environ["SAYS_THAT_IT_ENDED"], "w").close()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, end)
+print(json.dumps({"event": "progress", "done_bytes": 1, "total_bytes": 2}), file=sys.stderr, flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ZeroDivisionError])
+def test_no_rank_works_any_more_when_what_a_callback_raises_arrives(
+    raised: type[BaseException], llama: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(done_bytes: int, total_bytes: int) -> None:
+        raise raised
+
+    monkeypatch.setattr("dist_convert.cli.child._PROGRAM", STUBBORN)
+    monkeypatch.setenv("SAYS_THAT_IT_ENDED", str(tmp_path / "ended"))
+    with pytest.raises(raised):
+        dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", ranks=2, on_progress=fail)
+    assert (tmp_path / "ended").exists()
+
+
+def test_what_cancel_raises_ends_the_ranks_and_arrives(
+    llama: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> bool:
+        raise ZeroDivisionError("of the program")
+
+    with pytest.raises(ZeroDivisionError, match="of the program"):
+        dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", ranks=2, cancel=fail)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_programs_handlers_threads_and_settings_stay(llama: Made, tmp_path: Path) -> None:

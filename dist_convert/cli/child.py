@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,16 +50,18 @@ def convert_in_ranks(
             text=True,
             errors="replace",
         ) as process:
-            stop = threading.Event()
+            stop, raised = threading.Event(), list[BaseException]()
             if cancel is not None:
-                threading.Thread(target=_end_when_asked, args=(process, cancel, stop), daemon=True).start()
+                threading.Thread(target=_end_when_asked, args=(process, cancel, stop, raised), daemon=True).start()
             try:
                 said = list(_events(process, on_progress))
             except BaseException:
-                process.send_signal(signal.SIGTERM)
+                _end(process)
                 raise
             finally:
                 stop.set()
+    if raised:
+        raise raised[0]
     exit_code = process.returncode
     reports = [event["report"] for event in said if "report" in event]
     if exit_code == 0 and reports:
@@ -88,8 +91,27 @@ def _events(process: subprocess.Popen[str], on_progress: Callable[[int, int], No
             on_progress(event["done_bytes"], event["total_bytes"])
 
 
-def _end_when_asked(process: subprocess.Popen[str], cancel: Callable[[], bool], stop: threading.Event) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the ranks, and wait until none of them writes any more, however often Ctrl-C is pressed."""
+    assert process.stderr is not None
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:
+        with suppress(KeyboardInterrupt):  # for which `Popen` itself would wait a quarter of a second at most
+            for _ in process.stderr:  # what they still say must not fill the pipe
+                pass
+            process.wait()
+
+
+def _end_when_asked(
+    process: subprocess.Popen[str], cancel: Callable[[], bool], stop: threading.Event, raised: list[BaseException]
+) -> None:
+    """Ask the program now and then whether to end the ranks; what it raises ends them, too, and is noted."""
     while not stop.wait(_POLL_SECONDS):
-        if cancel():
+        try:
+            is_asked = cancel()
+        except BaseException as error:  # the thread that waits for the ranks raises it
+            raised.append(error)
+            is_asked = True
+        if is_asked:
             process.send_signal(signal.SIGTERM)
             return
