@@ -316,6 +316,45 @@ def test_a_program_converts_within_a_process_group_of_its_own_and_goes_on(llama:
     assert sorted(read_shards(tmp_path / "megatron")) == ["mp_rank_00", "mp_rank_01"]
 
 
+INTERRUPTED_GROUP = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+import dist_convert
+
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def press(done_bytes, total_bytes):
+    raise {raised}
+
+found = []
+for on_progress in (press if rank == 1 else None, None):
+    try:
+        report = dist_convert.convert(source, out / "hf", "huggingface", group=dist.group.WORLD, on_progress=on_progress)
+        found.append(report.files)
+    except BaseException as error:
+        found.append(type(error).__name__)
+(out / f"{{rank}}.json").write_text(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "on_others"), [("KeyboardInterrupt", "Interrupted"), ("SystemExit", "ConversionError")]
+)
+def test_what_ends_one_rank_of_a_group_ends_all_and_the_next_call_is_in_step(
+    raised: str, on_others: str, llama: Made, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(INTERRUPTED_GROUP.format(raised=raised))
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_ranks(2, str(llama[0]), str(tmp_path), module="program", env=env)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [[on_others, 1], [raised, 1]]
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_an_open_checkpoint_gives_every_tensor_as_it_is_published(llama: Made, reuse: bool) -> None:
     with dist_convert.open(str(llama[0])) as model:

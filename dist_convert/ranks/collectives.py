@@ -6,6 +6,7 @@ Without a launcher there is one rank, no process group, and every function answe
 import json
 import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from dist_convert.errors import (
     ConversionError,
+    Interrupted,
     LostRank,
     PlanError,
     UsageError,
@@ -121,17 +123,25 @@ def _joined(group: dist.ProcessGroup, timeout_seconds: float) -> Iterator[World]
     world = World(dist.get_rank(group), size, nodes, device, timeout_seconds, control)
     try:
         yield world
-    except Exception as error:
-        told = error if isinstance(error, ConversionError) else ConversionError(f"{type(error).__name__}: {error}")
-        is_lost = isinstance(error, LostRank)
-        if not is_lost and told.rank is None:
-            try:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # others must hear of a callback's Ctrl-C, too
+        told, is_lost = _as_told(error), True
+        try:
+            if told.rank is None and not isinstance(told, LostRank):
                 _exchange(world, ["error", error_details(told)])  # what others say meanwhile is lost
-            except LostRank:
-                is_lost = True
-        if is_lost:
-            _group_of.cache_clear()  # its connections may be broken
+            is_lost = isinstance(told, LostRank)
+        except LostRank:
+            pass  # the first error counts
+        finally:  # also where Ctrl-C ends the exchange
+            if is_lost:
+                _group_of.cache_clear()  # its connections may be broken
         raise
+
+
+def _as_told(error: BaseException) -> ConversionError:
+    """What other ranks raise where this one raises an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(signal.SIGINT)
+    return error if isinstance(error, ConversionError) else ConversionError(f"{type(error).__name__}: {error}")
 
 
 @cache
