@@ -332,8 +332,8 @@ def press(done_bytes, total_bytes):
 found = []
 for on_progress in (press if rank == 1 else None, None):
     try:
-        report = dist_convert.convert(source, out / "hf", "huggingface", group=dist.group.WORLD, on_progress=on_progress)
-        found.append(report.files)
+        how = {{"group": dist.group.WORLD, "on_progress": on_progress}}
+        found.append(dist_convert.convert(source, out / "hf", "huggingface", **how).files)
     except BaseException as error:
         found.append(type(error).__name__)
 (out / f"{{rank}}.json").write_text(json.dumps(found))
