@@ -87,16 +87,16 @@ def no_iteration(root: Path, name: str | None, name_flag: str) -> CheckpointNotF
         expected = f"one of: {names(here)}" if here else "an iteration, but there is none here"
         return CheckpointNotFound("the iteration does not exist", root / name, expected, found="nothing", remedy=remedy)
     what, remedy = "no checkpoint", "check the path on every node"
+    expected = f"{TRACKER_FILE}, mp_rank_* directories, *{SUFFIX} files, or a config.json with its weights"
     if here:
         what, remedy = f"no {TRACKER_FILE}", f"name the iteration with {name_flag}, or give its path"
     elif (root / "config.json").is_file():
-        what = "a Hugging Face directory, not a Megatron checkpoint"
+        what, expected = "a Hugging Face directory, not a Megatron checkpoint", expected.partition(", or")[0]
         remedy = "give the Megatron checkpoint's root, or convert the other way with hf-to-megatron"
     elif below:
         what, remedy = "not a checkpoint, but a directory of checkpoints", below
     elif any(root.glob("*.safetensors")):
         what, remedy = "weights without their config.json", "copy the config.json of the model beside them"
-    expected = f"{TRACKER_FILE}, mp_rank_* directories, *{SUFFIX} files, or a config.json with its weights"
     found = names(here or sorted(one.name for one in root.iterdir())) or "nothing"
     return CheckpointNotFound(what, root, expected, found, remedy)
 
