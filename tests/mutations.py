@@ -85,6 +85,12 @@ MUTATIONS = (
         "numbers.local * rows * columns, (columns, 1)\n",
         GOLDEN,
     ),
+    Mutation(
+        "what-lies-in-a-shard-is-not-checked",
+        "cover_fault((one.inside for one in every if one.shard == shard), *self.shard_size)",
+        "None",
+        "tests/plan/test_coverage.py",
+    ),
     Mutation("cover-check-sees-nothing", "if row != next_row:", "if False:", "tests/test_boxes.py"),
     Mutation(
         "a-block-forgets-its-last-row",

@@ -71,7 +71,7 @@ def test_a_mixtral_shows_all_five_parallel_sizes_and_its_dialect(
     assert found["family"] == "mixtral"
     assert found["grid"] == {"TP": 2, "PP": 2, "VPP": 2, "EP": 4, "ETP": 1}
     assert found["dialect"] == "transformer_engine norms, habana-dynamic experts"
-    assert found["layers"] == 8
+    assert found["layers_per_stage"] == {"0.0": 2, "0.1": 2, "1.0": 2, "1.1": 2}
     assert found["parameters"] == sum(tensor.numel() for tensor in hf.values())
     assert found["weights_bytes"] == sum(tensor.numel() * 2 for tensor in stored)
     assert found["dtypes"] == {"BF16": len(stored)}
@@ -103,7 +103,7 @@ def test_stages_may_be_uneven_though_the_args_do_not_say_so(tmp_path: Path, caps
     first = {name: value for name, value in whole.items() if name not in late}
     second = {name.replace("layers.3", "layers.0"): value for name, value in late.items()}
     save(tmp_path / "in", {"mp_rank_00_000": [first], "mp_rank_00_001": [second]}, training_args(model, Grid(pp=2)))
-    assert described(capsys, tmp_path / "in")["layers"] == 4
+    assert described(capsys, tmp_path / "in")["layers_per_stage"] == {"0": 3, "1": 1}
 
 
 def test_the_optimizer_is_skipped_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

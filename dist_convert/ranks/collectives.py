@@ -264,6 +264,9 @@ def run_on(world: World, ranks: Sequence[int], work: Callable[[], object]) -> No
         LostRank: another rank is gone, or silent for too long.
         ConversionError: of the work, on the rank where it fails. All others end as with any failure.
     """
+    if world.size == 1:  # nobody waits, and Ctrl-C of a program ends it
+        work()
+        return
     seconds, is_done = min(_MEET_SECONDS, world.timeout_seconds / 4), False
     with ThreadPoolExecutor(1) as thread:
         working = [thread.submit(work)] if world.rank in ranks else []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dist_convert.errors import ConversionError, PlanError, Problems
+from dist_convert.errors import ConversionError, Problems
+from dist_convert.formats.megatron import geometry
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.torch.catalog import TorchCatalog
 from dist_convert.models import FAMILIES
@@ -127,12 +129,27 @@ def test_two_rows_with_one_target_tensor_are_refused(monkeypatch: pytest.MonkeyP
         planned(monkeypatch, with_layer(*layer))
 
 
-def test_heads_that_the_query_groups_do_not_divide_are_named() -> None:
-    with pytest.raises(PlanError, match="cannot be divided among the query groups") as error:
+def test_tensors_that_overlap_in_a_shard_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = geometry.shard_boxes
+
+    def overlapping(cut: geometry.CutRow, number: int) -> Iterator[geometry.ShardBox]:
+        return (replace(one, inside=replace(one.inside, row=0)) for one in boxes(cut, number))
+
+    monkeypatch.setattr(geometry, "shard_boxes", overlapping)
+    with pytest.raises(Problems) as error:
+        content(architecture(layers=1))
+    names = {problem.tensor for problem in error.value.problems if "covered twice" in problem.found}
+    assert names == {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.self_attention.linear_qkv.weight"}
+
+
+def test_heads_that_the_query_groups_do_not_divide_leave_rows_out_and_are_named() -> None:
+    with pytest.raises(Problems) as error:
         content(architecture(layers=1, heads=4, query_groups=3))
-    assert error.value.tensor == "decoder.layers.{layer}.self_attention.linear_qkv.weight"
-    assert error.value.expected == "3 equal shares of each tensor"
-    assert error.value.found == "16 + 12 + 12 rows, 16 columns"
+    assert {problem.tensor for problem in error.value.problems} == {"decoder.layers.0.self_attention.linear_qkv.weight"}
+    assert [problem.found for problem in error.value.problems] == [
+        "rows are covered up to 15 of 16",  # query rows, five to a group
+        "rows are covered up to 39 of 40",  # rows of the shard
+    ]
 
 
 def test_a_vocabulary_beyond_the_rows_of_its_shards_is_refused() -> None:

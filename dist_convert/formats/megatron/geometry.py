@@ -10,7 +10,7 @@ from functools import cached_property
 from dist_convert.errors import PlanError
 from dist_convert.formats.megatron.names import Spelling, spellings
 from dist_convert.models.schema import Row, part_size
-from dist_convert.records import Box
+from dist_convert.records import Box, cover_fault
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,14 @@ class CutRow:
     @cached_property
     def shard_size(self) -> tuple[int, int]:
         """Rows and columns of each shard; a PlanError where the parameter cannot be cut into that many equal ones."""
-        row, shards, real_rows = self.row, self.shards, sum(self.part_rows)
-        rows = self.sizes[row.padded_rows] if row.padded_rows else real_rows
+        row, shards = self.row, self.shards
+        rows = self.sizes[row.padded_rows] if row.padded_rows else sum(self.part_rows)
         columns = part_size(row.parts[0], self.sizes)[1]
-        length, are_uneven = rows if row.split == "rows" else columns, any(n % self.turns for n in self.part_rows)
-        what = expected = ""
-        if row.split != "replicated" and (length % shards or (are_uneven and not row.by_query_group)):
+        length = {"rows": rows, "columns": columns, "replicated": shards}[row.split]
+        if length % shards or (not row.by_query_group and any(of_part % self.turns for of_part in self.part_rows)):
             what, expected = f"cannot be cut into {shards} equal shards", f"a multiple of {shards} {row.split}"
-        elif are_uneven:
-            what, expected = "cannot be divided among the query groups", f"{self.turns} equal shares of each tensor"
-        elif rows < real_rows:
-            what, expected = "has fewer rows than what is stacked into it", f"{real_rows} rows or more"
-        if what:
             found = f"{' + '.join(map(str, self.part_rows))} rows, {columns} columns"
-            remedy = "the parallel sizes or the query groups in the checkpoint's args do not belong to this model"
+            remedy = "the tensor parallel size in the checkpoint's args does not belong to this model"
             raise PlanError(what, tensor=row.megatron, expected=expected, found=found, remedy=remedy)
         return rows // shards if row.split == "rows" else rows, columns // shards if row.split == "columns" else columns
 
@@ -91,6 +85,17 @@ class CutRow:
     def spellings(self) -> tuple[Spelling, ...]:
         """See `names.spellings`."""
         return spellings(self.row)
+
+    @cached_property
+    def faults(self) -> tuple[str, ...]:
+        """Why the boxes do not cover its tensors, and its shards, exactly once each."""
+        every = [one for of_part in self.boxes for one in of_part] + list(self.padding)
+        faults = ["rows lie beyond the last shard" if any(one.shard >= self.shards for one in every) else None]
+        for part, of_part in zip(self.row.parts, self.boxes, strict=True):
+            faults.append(cover_fault((one.box for one in of_part), *part_size(part, self.sizes)))
+        for shard in range(self.shards):
+            faults.append(cover_fault((one.inside for one in every if one.shard == shard), *self.shard_size))
+        return tuple(fault for fault in faults if fault is not None)
 
 
 def shard_boxes(cut: CutRow, part: int) -> Iterator[ShardBox]:

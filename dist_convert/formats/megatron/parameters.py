@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape
+from dist_convert.errors import ConversionError, PlanError, UnknownTensor, WrongShape, raise_together
 from dist_convert.formats.megatron.geometry import CutRow, ShardBox
 from dist_convert.formats.megatron.grid import Grid
 from dist_convert.formats.megatron.names import describe_homeless, normalise
@@ -131,8 +131,12 @@ def with_tensors(catalog: _Catalog, parameters: Sequence[Parameter]) -> _Catalog
     What is not stored has the dtype in which most bytes are.
 
     Raises:
-        PlanError: two rows name one tensor.
+        Problems, or the one problem there is: two rows name one tensor, or the boxes of a parameter do not cover its
+            tensors and shards exactly.
     """
+    faults = ((one, fault) for one in parameters for fault in one.cut.faults)
+    what = "the plan does not cover a tensor exactly"
+    raise_together([PlanError(what, tensor=one.name, found=fault) for one, fault in faults])
     bytes_of = Counter[str]()
     for view in (view for shards in catalog.replicas.values() for copies in shards for _, _, view in copies[0]):
         bytes_of[view.dtype] += view.size_bytes
