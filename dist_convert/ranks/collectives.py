@@ -265,7 +265,8 @@ def run_on(world: World, ranks: Sequence[int], work: Callable[[], object]) -> No
         ConversionError: of the work, on the rank where it fails. All others end as with any failure.
     """
     if world.size == 1:  # nobody waits, and Ctrl-C of a program ends it
-        work()
+        for _ in ranks:
+            work()
         return
     seconds, is_done = min(_MEET_SECONDS, world.timeout_seconds / 4), False
     with ThreadPoolExecutor(1) as thread:
