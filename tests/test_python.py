@@ -167,6 +167,36 @@ def test_what_is_no_share_of_a_comparison_is_refused(sample: Any, llama: Made) -
         dist_convert.verify(llama[0], llama[0], sample=sample)
 
 
+#: In place of the command with its ranks: works on for half a second after it was told to end, and says much.
+STUBBORN = """
+import json, os, signal, sys, time
+
+def end(*_):
+    os.write(2, b"x" * 200_000)  # sys.stderr may be about to write the line below, and is not to be entered twice
+    time.sleep(0.5)
+    open(os.environ["SAYS_THAT_IT_ENDED"], "w").close()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, end)
+os.write(2, json.dumps({"event": "progress", "done_bytes": 1, "total_bytes": 2}).encode() + b"\\n")
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ZeroDivisionError])
+def test_no_rank_works_any_more_when_what_a_callback_raises_arrives(
+    raised: type[BaseException], llama: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(done_bytes: int, total_bytes: int) -> None:
+        raise raised
+
+    monkeypatch.setattr("dist_convert.cli.child._PROGRAM", STUBBORN)
+    monkeypatch.setenv("SAYS_THAT_IT_ENDED", str(tmp_path / "ended"))
+    with pytest.raises(raised):
+        dist_convert.convert(llama[0], tmp_path / "hf", to="huggingface", ranks=2, on_progress=fail)
+    assert (tmp_path / "ended").exists()
+
+
 def test_what_cancel_raises_ends_the_ranks_and_arrives(
     llama: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
