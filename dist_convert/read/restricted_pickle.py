@@ -241,8 +241,9 @@ _LONGEST_GLOBAL = 1000
 
 #: Opcodes that push the value that follows them, decoded.
 _VALUES = frozenset((
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES",
+    "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 ))  # fmt: skip
 #: How often what they have made is compared with the bound; one makes no more than it says, or takes from the stack.
 _COUNTED_OPCODES = 256
@@ -275,8 +276,7 @@ class _Unpickler:
                 act(read_argument(data) if read_argument else None)
             self._check_size(data.tell())
         if code != pickle.STOP:
-            found = f"the opcode {code!r}, which torch.save does not write" if code else "it ends early"
-            raise pickle.UnpicklingError(found)
+            raise pickle.UnpicklingError(f"the opcode {code!r}" if code else "it ends early")
         return self._stack.pop()
 
     def _check_size(self, at_byte: int) -> None:
@@ -288,13 +288,13 @@ class _Unpickler:
             raise pickle.UnpicklingError(f"{at_byte:,} bytes that hold only {self._objects:,} tensors or objects")
 
     def _actions(self) -> dict[str, Callable[[Any], object]]:
-        """What each opcode does with its argument; those that torch.save never writes are not there."""
+        """What each opcode does with its argument; those that torch.save never writes, as copyreg's, are not there."""
         stack, marks, memo = self._stack, self._marks, self._memo
         push, push_new, pop, pop_to_mark = stack.append, self._push_new, self._pop_last, self._pop_to_mark
         return {
             **dict.fromkeys(_VALUES, self._push_value),
-            **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda place: push(memo[place])),
-            **dict.fromkeys(("BINPUT", "LONG_BINPUT"), self._put),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: push(memo[place])),
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
             **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self._call(*pop(2))),
             **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
             "MEMOIZE": lambda _: memo.append(stack[-1]),
@@ -308,6 +308,8 @@ class _Unpickler:
             "TUPLE2": lambda _: push_new(tuple(pop(2))),
             "TUPLE3": lambda _: push_new(tuple(pop(3))),
             "NEWOBJ_EX": lambda _: self._call(*pop(3)[:2]),  # nothing is made from its keyword arguments
+            "OBJ": lambda _: self._call_listed(*pop_to_mark()),
+            "INST": self._make_instance,
             "BUILD": lambda _: self._build(stack.pop()),
             "BINPERSID": lambda _: self._push_storage(pop(1)[0]),
             "GLOBAL": lambda names: self._push_named(*names.split(" ", 1)),
@@ -320,9 +322,12 @@ class _Unpickler:
             "APPEND": lambda _: self._fill(list, pop(1)),
             "APPENDS": lambda _: self._fill(list, pop_to_mark()),
             "ADDITEMS": lambda _: self._fill(set, pop_to_mark()),
-            "FROZENSET": lambda _: self._push_frozen_set(),
+            "DICT": lambda _: self._push_filled(dict),
+            "LIST": lambda _: self._push_filled(list),
+            "FROZENSET": lambda _: self._push_filled(set, frozenset),
             "POP": lambda _: marks.pop() if marks[-1:] == [len(stack)] else stack.pop(),
             "POP_MARK": lambda _: pop_to_mark(),
+            "DUP": lambda _: push(stack[-1]),
         }
 
     def _push_new(self, value: Any) -> None:
@@ -352,11 +357,12 @@ class _Unpickler:
         self._push_new(_named(module, name, self._label))
         self._made_bytes += getsizeof(module) + getsizeof(name)
 
-    def _push_frozen_set(self) -> None:
+    def _push_filled(self, kind: type, final: type | None = None) -> None:
         items = self._pop_to_mark()
-        self._push_new(set())
-        self._fill(set, items)
-        self._push_new(frozenset(self._stack.pop()))
+        self._push_new(kind())
+        self._fill(kind, items)
+        if final is not None:
+            self._push_new(final(self._stack.pop()))
 
     def _pop_last(self, count: int) -> list[Any]:
         items = self._stack[-count:]
@@ -391,6 +397,14 @@ class _Unpickler:
         if not arguments or made is not arguments[0]:
             kept = made.arguments if isinstance(made, Inert) else ()  # a copy, unless there are none
             self._made_bytes += getsizeof(made) + _HEAP_BYTES + (getsizeof(kept) if kept else 0)
+
+    def _call_listed(self, function: Any, *arguments: Any) -> None:
+        self._call(function, arguments)
+
+    def _make_instance(self, names: str) -> None:
+        arguments = tuple(self._pop_to_mark())
+        self._push_named(*names.split(" ", 1))
+        self._call(self._stack.pop(), arguments)
 
     def _build(self, state: Any) -> None:
         instance = self._stack[-1]

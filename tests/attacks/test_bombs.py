@@ -46,10 +46,10 @@ _STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1t
 #: A class or function, and what it is called with again and again, which each call would copy.
 CALLS = {
     "a class with many arguments": (b"cmegatron.x\nY\n", b"(" + b"N" * 64 + b"t"),
-    "tensors whose sizes are lists": (_TENSOR, b"(" + _STORAGE + b"K\0" + 2 * (b"](" + b"K\1" * 64 + b"e") + b"t"),
+    "tensors whose sizes are lists": (_TENSOR, b"(" + _STORAGE + b"K\0" + 2 * (b"(" + b"K\1" * 64 + b"l") + b"t"),
     "subclasses with a long list": (
         b"ctorch._tensor\n_rebuild_from_type_v2\n",
-        b"(cmegatron.x\nY\nctorch\nTensor\n](" + b"N" * 100_000 + b"eNt",
+        b"(cmegatron.x\nY\nctorch\nTensor\n(" + b"N" * 100_000 + b"lNt",
     ),
 }
 
@@ -57,7 +57,7 @@ CALLS = {
 @pytest.mark.parametrize("kind", CALLS)
 def test_what_calls_copy_counts(kind: str) -> None:
     function, arguments = CALLS[kind]
-    data = b"\x80\x02" + function + b"q\0" + arguments + b"q\1](" + b"h\0h\1R" * 120_000 + b"e."
+    data = b"\x80\x02" + function + b"q\0" + arguments + b"q\1(" + b"h\0h\1R" * 120_000 + b"l."
     tracemalloc.start()
     with pytest.raises(CorruptFile, match="damaged pickle"):
         load(data, "f")

@@ -116,7 +116,7 @@ def test_a_dangerous_name_is_refused_however_it_is_spelled(path: str) -> None:
         module, name = "pathlib", "Path.unlink"
     lines = f"{module}\n{name}\n".encode()
     short = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
-    for data in (b"c" + lines + b".", b"\x80\x04" + b"".join(short) + b"\x93."):
+    for data in (b"c" + lines + b".", b"(i" + lines + b".", b"\x80\x04" + b"".join(short) + b"\x93."):
         with pytest.raises(UnsafePickle) as caught:
             load(data, FILE)
         assert caught.value.found == path
@@ -161,8 +161,6 @@ def length(opcode: bytes, size: int, form: str = "<Q") -> bytes:
 
 #: A list, then forty times a list of ten times the one before.
 LAUGHS = b"]q\x00" + (b"0](" + b"h\x00" * 10 + b"eq\x00") * 40
-#: A tuple of what is on the stack and itself again.
-TWICE = b"q\x00h\x00\x86"
 #: Many items, to be closed into a list or tuple.
 MANY = b"(" + b"K\x01" * 10**5
 PAIRS = b"(" + b"".join(b"M" + struct.pack("<H", number) + b"N\x86" for number in range(1 << 16))
@@ -187,18 +185,17 @@ BOMBS = {
     "deep tuple": checkpoint(b")" + b"\x85" * 10**6), "deep list": checkpoint(b"]" * 10**6 + b"a" * (10**6 - 1)),
     "deep dict": checkpoint(b"}" + b"K\x00}" * 10**5 + b"s" * 10**5), "marks": checkpoint(b"(" * 10**6),
     "deep tuple as a key": checkpoint(b"})" + b"\x85" * 10**6 + b"Ns"),
-    "shared tuples as a key": checkpoint(b"})" + TWICE * 64 + b"Ns"),
-    "shared tuples as an enum's name": checkpoint(b"cbuiltins\ngetattr\nN)" + TWICE * 64 + b"\x86R"),
-    "shared tuples as a path": checkpoint(b"cpathlib\nPath\n)" + TWICE * 64 + b"\x85R"),
-    "shared tuples as a key of an ordered dict": checkpoint(ORDERED + b"])" + TWICE * 64 + b"N\x86a\x85R"),
+    "shared tuples as a key": checkpoint(b"})" + b"2\x86" * 64 + b"Ns"),
+    "shared tuples as an enum's name": checkpoint(b"cbuiltins\ngetattr\nN)" + b"2\x86" * 64 + b"\x86R"),
+    "shared tuples as a path": checkpoint(b"cpathlib\nPath\n)" + b"2\x86" * 64 + b"\x85R"),
+    "shared tuples as a key of an ordered dict": checkpoint(ORDERED + b"])" + b"2\x86" * 64 + b"N\x86a\x85R"),
     "one tuple for many calls": checkpoint(MANY + b"tq\x00cmegatron\na\nq\x01](" + b"h\x01h\x00R" * 10**4 + b"e"),
-    "one list for many dicts": checkpoint(
-        b"]" + PAIRS + b"eq\x00" + ORDERED + b"q\x01](" + b"h\x01h\x00\x85R" * 10**4 + b"e"),
-    "one shape for many tensors": checkpoint(b"]" + MANY + b"eq\x00" + REBUILD + b"q\x01](" + TENSOR * 10**4 + b"e"),
+    "one list for many dicts": checkpoint(PAIRS + b"lq\x00" + ORDERED + b"q\x01](" + b"h\x01h\x00\x85R" * 10**4 + b"e"),
+    "one shape for many tensors": checkpoint(MANY + b"lq\x00" + REBUILD + b"q\x01](" + TENSOR * 10**4 + b"e"),
     "billion laughs": checkpoint(LAUGHS), "list of itself": checkpoint(b"]q\x00" + b"h\x00a" * 10),
     # Of which each byte made two hundred and more.
-    "many sets": checkpoint(b"](" + b"\x8f" * 2 * 10**6 + b"e"), "many marks": checkpoint(b"(" * 2 * 10**6),
-    "many sets of one": checkpoint(b"](" + b"\x8f(K\x01\x90" * 500_000 + b"e"),
+    "many sets": checkpoint(b"(" + b"\x8f" * 2 * 10**6 + b"l"), "many marks": checkpoint(b"(" * 2 * 10**6),
+    "many sets of one": checkpoint(b"(" + b"\x8f(K\x01\x90" * 500_000 + b"l"),
     "many in the memo": checkpoint(b"N\x94" * 10**6),
     "many wide texts": checkpoint(b"\x8c\x05\xf0\x9f\x98\x80a" * 10**6),
     "many classes": checkpoint(b"]" + b"cmegatron\na\na" * 200_000),
@@ -255,7 +252,7 @@ def test_a_large_pickle_costs_at_most_eight_times_its_size_and_64_mib(
     item: bytes, size_bytes: int, tmp_path: Path
 ) -> None:
     peaks = []
-    for name, made in (("bomb", b"](" + item * size_bytes + b"e"), ("nothing", b"N")):
+    for name, made in (("bomb", b"(" + item * size_bytes + b"l"), ("nothing", b"N")):
         write_container(tmp_path / name, {"archive/data.pkl": checkpoint(made)})
         command = [sys.executable, "-c", CHILD, str(tmp_path / name)]
         ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
