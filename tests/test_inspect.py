@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dist_convert
 from dist_convert.__main__ import main
 from tests.checkpoints import Grid, Model, hf_tensors, make, megatron_shards, save, training_args
 from tests.converting import convert
+from tests.to_megatron import make_hf
 
 ROOT = Path(__file__).parents[1]
 SHARD = "model_optim_rng.pt"
@@ -94,6 +96,18 @@ def test_the_layout_of_experts_is_named(
 ) -> None:
     make(tmp_path / "in", Model(layers=1, experts=2), experts=experts)
     assert described(capsys, tmp_path / "in")["dialect"] == f"local norms, {said} experts"
+
+
+def test_what_config_json_says_is_told_of_a_model_that_cannot_be_converted(tmp_path: Path) -> None:
+    make_hf(tmp_path / "in", Model(layers=1))
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    found = dist_convert.inspect(tmp_path / "in")
+    assert "dynamic" in found["not_convertible"]
+    told = [found[name] for name in ("family", "layers", "positions", "rope_theta", "rope_scaling")]
+    assert told == ["llama", 1, 64, 5000.0, "dynamic"]
+    assert found["parameters"] > 0
 
 
 def test_stages_may_be_uneven_though_the_args_do_not_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

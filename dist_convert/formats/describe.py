@@ -13,7 +13,7 @@ from dist_convert.formats.dcp.open import read_contents as read_dcp_contents
 from dist_convert.formats.foreign import refuse_foreign
 from dist_convert.formats.huggingface import read as hf
 from dist_convert.formats.huggingface.open import HuggingFaceModel, check_tied, with_zero_biases
-from dist_convert.formats.huggingface.quantised import QUANTISED_BY
+from dist_convert.formats.huggingface.quantised import QUANTISED_BY, parameters_in
 from dist_convert.formats.megatron import grid as grids
 from dist_convert.formats.megatron.args import architecture_from_args, dialect_of_args
 from dist_convert.formats.megatron.names import dialect_of, normalise, reason_to_drop
@@ -80,7 +80,7 @@ def inspect_checkpoint(path: Path | str, ckpt_dir_name: str | None = None, like:
     return description | ({"warnings": warnings} if warnings else {})
 
 
-#: What is told of every model, as far as its checkpoint could be converted, args or a config.json say it.
+#: What is told of every model that can be converted, and of others as far as args, config.json or params.json say it.
 _FACTS = ("family", "parameters", "layers", "positions", "rope_theta", "rope_scaling")
 #: What formats are called that are of one kind with others.
 _KINDS = {TORCH: "megatron", TORCH_DIST: "megatron", DCP: "distributed"}
@@ -181,11 +181,18 @@ def _describe_huggingface(path: Path) -> dict[str, Any]:
         config, named = hf.read_config(path), hf.find_weights(path)
         present = [name for name in named if (path / name).is_file()]
         tensors = [tensor for name in present for tensor in hf.read_weights_header(path / name, name).values()]
-    quantised = config.get(QUANTISED_BY)
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope |= config[key] if isinstance(config.get(key), dict) else {}
+    scaling, quantised = rope.get("rope_type", rope.get("type")), config.get(QUANTISED_BY)
     return {
         "format": "safetensors" if named[0].endswith(hf.SAFETENSORS) else "pytorch",
         "family": config.get("model_type"),
+        "parameters": sum(map(parameters_in, tensors)),
         "layers": config.get("num_hidden_layers"),
+        "positions": config.get("max_position_embeddings"),
+        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        "rope_scaling": None if scaling == "default" else scaling,
         **_sizes(tensors),
         "files": len(present),
         "tokenizer": "tokenizer.json" if (path / "tokenizer.json").is_file() else None,
@@ -201,8 +208,12 @@ def _sizes(tensors: Sequence[StoredTensor]) -> JsonObject:
 
 
 def _describe_meta(path: Path, world: World) -> JsonObject:
-    _, headers, _ = read_headers(path, world)
+    _, headers, params = read_headers(path, world)
     return {
+        "family": "mistral" if "hidden_dim" in params else "llama",
+        "layers": params.get("n_layers"),
+        "rope_theta": params.get("rope_theta"),
+        "rope_scaling": "llama3" if params.get("use_scaled_rope") else None,
         **_sizes([tensor for found in headers.values() for tensor in found.values()]),
         "files": len(headers),
         "tokenizer": str(found.path) if (found := find_tokenizer(None, {}, path)).path else None,

@@ -121,3 +121,10 @@ def _scaled(
     place = scales.file, name, _SCALE_DTYPES[scales.dtype], scales.offset_bytes
     packed = _PACKED if quantisation.method == "mxfp4" else 1
     return replace(codes, scales=Scales(View(*place, 1, 1, shape[-1], 1), *block, packed))
+
+
+def parameters_in(tensor: StoredTensor) -> int:
+    """How many of a model's parameters a stored tensor holds; scales are none."""
+    if tensor.name.endswith((*_SCALES.values(), ACTIVATION_SCALE)):
+        return 0
+    return tensor.elements * (_PACKED if tensor.name.endswith(BLOCKS) else 1)
